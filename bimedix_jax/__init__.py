@@ -1,0 +1,72 @@
+"""BiMediX in JAX: bilingual (English and Arabic) medical mixtures of experts, from weights to evaluation.
+
+The public names below are imported when first used, so that `import bimedix_jax` and `bimedix --help` load no JAX.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bimedix_jax.adapters import add_lora as add_lora
+    from bimedix_jax.adapters import coverage as coverage
+    from bimedix_jax.checkpoint.load import load as load
+    from bimedix_jax.errors import BimedixError as BimedixError
+    from bimedix_jax.generate import generate as generate
+    from bimedix_jax.models.config import LoraConfig as LoraConfig
+    from bimedix_jax.models.config import MixtralConfig as MixtralConfig
+    from bimedix_jax.models.config import RouterConfig as RouterConfig
+
+__version__ = "0.1.0"
+
+# name -> module that defines it; the imports above say the same to type checkers, and a test compares the two
+_PUBLIC = {
+    "BimedixError": "bimedix_jax.errors",
+    "LoraConfig": "bimedix_jax.models.config",
+    "MixtralConfig": "bimedix_jax.models.config",
+    "RouterConfig": "bimedix_jax.models.config",
+    "add_lora": "bimedix_jax.adapters",
+    "coverage": "bimedix_jax.adapters",
+    "generate": "bimedix_jax.generate",
+    "load": "bimedix_jax.checkpoint.load",
+}
+
+__all__ = [
+    "BimedixError",
+    "LoraConfig",
+    "MixtralConfig",
+    "RouterConfig",
+    "__version__",
+    "add_lora",
+    "coverage",
+    "generate",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(sorted(_PUBLIC))}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+class _Package(ModuleType):
+    """Lets `bmx.generate` be the function although a module is named `generate` too.
+
+    When Python has imported a submodule it sets it as an attribute of the package, and would hide the function.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _PUBLIC.get(name) == value.__name__:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

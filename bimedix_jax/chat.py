@@ -1,0 +1,201 @@
+"""Conversation with a model: replies streamed as text, several turns, in English or Arabic.
+
+Nothing that is said here is written to disk.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+
+from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.records import Turn
+from bimedix_jax.data.tokenizer import Tokenizer
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.generate import stream
+from bimedix_jax.models.mixtral import Mixtral
+
+REPLACEMENT = "\ufffd"
+"""What bytes that are no UTF-8, or not yet, decode to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """How replies are chosen; see generate.Sampling for the filters."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_k: int | None = None
+    top_p: float | None = 0.9
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """One finished answer.
+
+    Attributes:
+      text: without surrounding blanks.
+      tokens: tokens generated, the stop token not counted.
+      seconds: from the question to the last token, compilation included.
+      finished: False where max_new_tokens or an interruption cut it.
+      dropped_turns: oldest turns that the model was not shown, since the context was full.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    finished: bool
+    dropped_turns: int
+
+
+class Detokenizer:
+    """Token ids to text as they come, never a part of a character: an Arabic letter may span several tokens.
+
+    Pieces joined equal `tokenizer.decode(ids, skip_special=True)` wherever that is valid UTF-8.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        # ids before `shown` have been given out; those from `context` on are decoded again, for the spaces between words
+        self.context = self.shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete."""
+        self.ids.append(token)
+        before, text = self._decoded()
+        if text.endswith(REPLACEMENT) or len(text) <= len(before):
+            return ""
+        self.context, self.shown = self.shown, len(self.ids)
+        return text[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end: incomplete characters as U+FFFD."""
+        before, text = self._decoded()
+        self.context = self.shown = len(self.ids)
+        return text[len(before) :]
+
+    def _decoded(self) -> tuple[str, str]:
+        before = self.tokenizer.decode(self.ids[self.context : self.shown], skip_special=True)
+        return before, self.tokenizer.decode(self.ids[self.context :], skip_special=True)
+
+
+def pieces_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Text of a stream of tokens, in pieces of whole characters."""
+    detokenizer = Detokenizer(tokenizer)
+    for token in tokens:
+        piece = detokenizer.push(token)
+        if piece:
+            yield piece
+    rest = detokenizer.flush()
+    if rest:
+        yield rest
+
+
+def fit(tokenizer: Tokenizer, turns: list[Turn], room: int) -> tuple[list[int], int]:
+    """Prompt tokens of a conversation in at most `room` tokens, and how many of its oldest turns were dropped for that.
+
+    The system prompt and the last question always stay; turns go in pairs, a question with its answer.
+
+    Raises:
+      BimedixError: even the last question alone does not fit.
+    """
+    system = turns[:1] if turns[0].speaker == "system" else []
+    rest = turns[len(system) :]
+    for dropped in range(0, len(rest), 2):
+        ids, _ = encode_chat(tokenizer, [*system, *rest[dropped:]], add_generation_prompt=True)
+        if len(ids) <= room:
+            return ids, dropped
+    raise BimedixError(
+        f"this question needs {len(ids)} tokens and the model's context has room for {room} beside the answer; shorten it or "
+        "ask for fewer new tokens"
+    )
+
+
+class Chat:
+    """A conversation with its history."""
+
+    def __init__(
+        self, model: Mixtral, tokenizer: Tokenizer, system: str | None = None, options: ChatOptions | None = None
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = options or ChatOptions()
+        self.turns: list[Turn] = []
+        self.system = None
+        self.last: Reply | None = None
+        self.restart(system)
+
+    def restart(self, system: str | None) -> None:
+        """Forget the conversation and set the system prompt (None for none)."""
+        self.system = system
+        self.turns = [] if system is None else [Turn(speaker="system", value=system)]
+        self.last = None
+
+    def stream(self, question: str) -> Iterator[str]:
+        """The reply in pieces of text; afterwards `last` describes it and the history holds both turns.
+
+        A caller that stops early (closing the iterator, or Ctrl-C) keeps what was said so far. Where the model says
+        nothing, the question leaves the history too: an empty turn fits no template.
+
+        Raises:
+          BimedixError: the question is blank or longer than the context.
+        """
+        if not question.strip():
+            raise BimedixError("the question is empty; write something")
+        turns = [*self.turns, Turn(speaker="human", value=question)]
+        options, context = self.options, self.model.config.max_position_embeddings
+        if options.max_new_tokens >= context:
+            raise BimedixError(
+                f"max_new_tokens {options.max_new_tokens} leaves no room for a question in this model's context of {context}; "
+                "ask for fewer"
+            )
+        prompt, dropped = fit(self.tokenizer, turns, context - options.max_new_tokens)
+        start, said, tokens, finished = time.perf_counter(), "", _Count(), False
+        answer = stream(
+            self.model, prompt, stop_tokens=self.tokenizer.stop_ids, **dataclasses.asdict(options)
+        )
+        try:
+            for piece in pieces_of(self.tokenizer, tokens.of(answer)):
+                shown = piece if said else piece.lstrip()  # some templates open an answer with a space
+                said += shown
+                if shown:
+                    yield shown
+            finished = tokens.count < options.max_new_tokens
+        finally:
+            said = said.rstrip()
+            self.last = Reply(said, tokens.count, time.perf_counter() - start, finished, dropped)
+            if said:
+                self.turns = [*turns, Turn(speaker="gpt", value=said)]
+
+    def ask(self, question: str) -> Reply:
+        """The whole reply at once."""
+        for _ in self.stream(question):
+            pass
+        assert self.last is not None  # the stream sets it
+        return self.last
+
+
+class _Count:
+    """Counts what passes through."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def of(self, tokens: Iterable[int]) -> Iterator[int]:
+        for token in tokens:
+            self.count += 1
+            yield token
+
+
+def reply(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    question: str,
+    system: str | None = None,
+    options: ChatOptions | None = None,
+) -> str:
+    """The answer to one question."""
+    return Chat(model, tokenizer, system, options).ask(question).text

@@ -1,0 +1,188 @@
+"""Hugging Face folders -> model, and back: streaming, without torch, byte-identical in bfloat16.
+
+Loading needs the memory of the finished model and a few megabytes: every leaf is allocated once and filled in the
+order of the file, NF4 leaves matrix by matrix, so no stacked tensor ever exists in floating point.
+"""
+
+import logging
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from bimedix_jax.checkpoint import buffers, hub, table
+from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json, write_config
+from bimedix_jax.checkpoint.hub import resolve
+from bimedix_jax.checkpoint.rewrite import DTYPES
+from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import new_folder
+from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
+from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.mixtral import Mixtral
+
+__all__ = ["export_hf", "load_hf", "read_config", "resolve"]
+
+_dequantize = jax.jit(dequantize)  # fused, it needs no float32 temporaries
+
+log = logging.getLogger(__name__)
+
+Base = Literal["bfloat16", "float32", "nf4"]
+BASES = ("bfloat16", "float32", "nf4")
+QUANTISED = frozenset(
+    f"layers.{name}.w"
+    for name in ("attention.q", "attention.k", "attention.v", "attention.o", "moe.w1", "moe.w2", "moe.w3")
+)
+"""What base "nf4" packs: attention and experts. Router, norms, embeddings and head keep the compute dtype."""
+
+
+def load_hf(
+    folder: Path, base: Base = "bfloat16", dtype: str | None = None, ignore_config_keys: Collection[str] = ()
+) -> Mixtral:
+    """A Mixtral from a folder in Hugging Face layout, hub (per expert) or transformers 5 (fused).
+
+    Args:
+      base: storage of the weights; "nf4" packs attention and experts with double quantisation, as bitsandbytes does
+        after a cast to `dtype`, and keeps the rest in `dtype`.
+      dtype: of the computation; by default that of the base, and bfloat16 for "nf4".
+    Raises:
+      BimedixError: the folder is damaged, incomplete, or asks for what is not implemented.
+    """
+    compute = compute_dtype(base, dtype)
+    config = read_config(folder, ignore_config_keys)
+    hub.require_safetensors(folder)
+    units = table.units(read_folder(folder), config, str(folder))
+    model = Mixtral(config, compute)
+    leaves = {row.path: buffers.allocate(abstract_leaf(row, config, base, compute)) for row in table.rows_of(config)}
+    total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
+    # the delay keeps short loads silent; disable=None does the same where stderr is not a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {base}", delay=2.0, disable=None) as bar:
+        for unit in units:
+            leaf = leaves[unit.row.path]
+            if isinstance(leaf, NF4Tensor):
+                buffers.fill_nf4(leaf, unit.index, unit.tensor, unit.first_row, bar.update)
+            else:
+                target = leaf[unit.index]
+                buffers.fill_array(target, unit.tensor, unit.first_row, unit.row.transposed, bar.update)
+    for path, variable in parameters(model).items():
+        variable.set_value(jax.device_put(leaves.pop(path)))
+    return model
+
+
+def compute_dtype(base: str, dtype: str | None) -> str:
+    """The dtype of the computation for a base. Raises BimedixError for an unknown name."""
+    for what, value, known in (("base", base, BASES), ("dtype", dtype, (*DTYPES, None))):
+        if value not in known:
+            raise BimedixError(f"{what} {value!r} is unknown; choose {', '.join(name for name in known if name)}.")
+    return dtype or ("bfloat16" if base == "nf4" else base)
+
+
+def abstract_leaf(row: table.Row, config: MixtralConfig, base: str, compute: str) -> Any:
+    """The stacked parameter of a row as jax.ShapeDtypeStruct, or an NF4Tensor of them."""
+    counts = {"{layer}": config.num_layers, "{expert}": config.router.num_experts}
+    batch = tuple(count for field, count in counts.items() if field in row.name)
+    shape = table.unit_shape(row, config)
+    if base == "nf4" and row.path in QUANTISED:
+        stored = jax.ShapeDtypeStruct((*batch, *shape), DTYPES[compute])
+        return jax.eval_shape(lambda w: quantize(w, batch_dims=len(batch)).mT, stored)
+    kept = DTYPES[compute if base == "nf4" else base]
+    return jax.ShapeDtypeStruct((*batch, *(reversed(shape) if row.transposed else shape)), kept)
+
+
+def parameters(model: Mixtral) -> dict[str, nnx.Variable]:
+    """Every base weight by path; raises ValueError where the model and the conversion table disagree, in shape too."""
+    rows = table.rows_of(model.config)
+    found = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    found = {path: variable for path, variable in found.items() if ".lora." not in path}
+    if set(found) != {row.path for row in rows}:
+        raise ValueError(f"the conversion table does not cover {sorted(set(found) ^ {row.path for row in rows})}")
+    for row in rows:
+        leaf = abstract_leaf(row, model.config, "float32", "float32")
+        if found[row.path].get_value().shape != leaf.shape:
+            raise ValueError(f"{row.path} has shape {found[row.path].get_value().shape}, the table says {leaf.shape}")
+    return found
+
+
+def export_hf(
+    model: Mixtral,
+    folder: str | Path,
+    tokenizer_from: str | Path | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes the hub layout: safetensors (sharded beyond max_shard_bytes), config.json, and what travels along.
+
+    Args:
+      tokenizer_from: folder whose tokenizer, chat template, generation config, licence and neutral config.json keys are
+        copied; None takes the folder the model was loaded from.
+    Raises:
+      BimedixError: the model carries adapters, or a folder cannot be read or written.
+    """
+    adapters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+    if adapters:
+        raise BimedixError(
+            f"the model carries {len(adapters)} adapter tensors, which a Hugging Face checkpoint of the base cannot "
+            "hold; export the base without adapters, and save the adapters on their own."
+        )
+    values = {path: variable.get_value() for path, variable in parameters(model).items()}
+    packed = [path for path, value in values.items() if isinstance(value, NF4Tensor)]
+    if packed:
+        log.warning("%d of %d parameters are NF4 and are written dequantised.", len(packed), len(values))
+    source = companion_folder(model, tokenizer_from)
+    names = table.named_entries(model.config)
+    specs = [
+        TensorSpec(name, np.dtype(values[row.path].dtype), table.unit_shape(row, model.config))
+        for name, (row, index) in names.items()
+    ]
+    with new_folder(folder, overwrite) as partial:
+        with (
+            ShardedWriter(partial, specs, max_shard_bytes) as writer,
+            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="exporting", delay=2.0, disable=None) as bar,
+        ):
+            for spec in specs:
+                row, index = names[spec.name]
+                for first, piece in stored_pieces(values[row.path], index, spec, row.transposed):
+                    writer.write(spec.name, piece, first)
+                    bar.update(piece.nbytes)
+        neutral = {}
+        if source is not None:
+            hub.copy_companions(source, partial)
+            neutral = read_json(source) if (source / CONFIG_NAME).exists() else {}
+        write_config(partial, model.config, str(np.dtype(values["embed.table"].dtype)), neutral)
+    return Path(folder)
+
+
+def companion_folder(model: Mixtral, tokenizer_from: str | Path | None) -> Path | None:
+    """Where tokenizer and generation config come from; None, announced, where the model remembers no folder."""
+    origin = tokenizer_from if tokenizer_from is not None else getattr(model, "origin", None)
+    if origin is None:
+        log.warning("no tokenizer is written: the model remembers no folder; pass tokenizer_from to copy one.")
+        return None
+    if not Path(origin).is_dir():
+        raise BimedixError(f"{origin}, the folder to copy the tokenizer from, does not exist; pass tokenizer_from.")
+    return Path(origin)
+
+
+def stored_pieces(
+    value: Any, index: tuple[int, ...], spec: TensorSpec, transposed: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows in Hugging Face orientation) of entry `index` of a stacked parameter."""
+    if isinstance(value, NF4Tensor):
+        unit = value[index] if index else value
+        matrix = np.asarray(_dequantize(unit.mT if transposed else unit))
+        transposed = False
+    else:
+        # on CPU np.asarray is a view of the whole leaf; elsewhere one entry at a time is fetched
+        on_host = isinstance(value, np.ndarray) or next(iter(value.devices())).platform == "cpu"
+        matrix = np.asarray(value)[index] if on_host else np.asarray(value[index])
+    for first, count in pieces(spec):
+        if not transposed:
+            yield first, matrix[first : first + count]
+            continue
+        piece = np.empty((count, *spec.shape[1:]), spec.dtype)
+        buffers.copy_transposed(piece, matrix[:, first : first + count])
+        yield first, piece

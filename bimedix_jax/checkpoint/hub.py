@@ -1,0 +1,89 @@
+"""From what the user names (a folder or a hub id) to a local folder with safetensors weights."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from bimedix_jax.checkpoint.safetensors_io import weights_kind
+from bimedix_jax.errors import BimedixError
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "LICENSE*", "NOTICE*"]
+UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.gguf"]
+"""Mixtral's own repository holds every weight a second time as consolidated*."""
+
+COMPANIONS = (
+    "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
+    "merges.txt chat_template.jinja chat_template.json generation_config.json LICENSE LICENSE.txt LICENSE.md NOTICE "
+    "NOTICE.txt"
+).split()
+"""Files beside the weights that travel with a conversion, byte for byte."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """A local folder: `path_or_hub_id` itself, or the hub's snapshot of it at `revision`, downloaded when not yet
+    cached.
+
+    Raises BimedixError where neither exists or the download fails.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.exists():
+        if not folder.is_dir():
+            raise BimedixError(f"{folder} is a file; name the folder that holds it.")
+        if revision is not None:
+            raise BimedixError(f"{folder} is a local folder, which has no revision {revision!r}; leave --revision out.")
+        return folder
+    name = str(path_or_hub_id)
+    if not HUB_ID.fullmatch(name):
+        raise BimedixError(f"{name} is no existing folder and no hub id (owner/name); correct the path.")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except (OSError, ValueError) as error:  # every error class of the hub derives from these
+        at = f" at revision {revision}" if revision else ""
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise BimedixError(
+            f"cannot get {name}{at} from the hub ({reason}); check the name, or name a local folder."
+        ) from None
+
+
+def require_safetensors(folder: Path) -> None:
+    """Raises BimedixError, with the way out, where `folder` holds no safetensors weights under the expected names."""
+    kind = weights_kind(folder)
+    if kind == "safetensors":
+        return
+    if kind == "pickle":
+        raise BimedixError(
+            f"{folder} holds only pickled PyTorch weights (.bin/.pt), which are never read because they can run code; "
+            "use a safetensors revision (for the published BiMediX models: --revision refs/pr/1) or convert them once "
+            "with transformers' save_pretrained."
+        )
+    if (folder / "adapter_config.json").exists():
+        raise BimedixError(
+            f"{folder} is an adapter without a base model; name the base and pass the folder as adapter."
+        )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f" (found {others[0]}, which is another layout)" if others else ""
+    raise BimedixError(
+        f"{folder} holds neither model.safetensors nor model.safetensors.index.json{hint}; name a folder that does."
+    )
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies tokenizer, chat template, generation config and licence files that exist; returns their names."""
+    copied = [name for name in COMPANIONS if (source / name).is_file()]
+    for name in copied:
+        shutil.copyfile(source / name, target / name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, target / templates.name)
+        copied.append(templates.name)
+    return copied

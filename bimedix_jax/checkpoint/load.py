@@ -1,0 +1,67 @@
+"""One `load` for everything that holds a model: what the folder contains decides who reads it."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from bimedix_jax.checkpoint import hub, store
+from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.models.mixtral import Mixtral
+
+
+def load(
+    path: str | Path,
+    base: Base | None = None,
+    adapter: str | Path | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    ignore_config_keys: Collection[str] = (),
+) -> Mixtral:
+    """A Mixtral, ready to run; it remembers the folder (`model.origin`) for exports.
+
+    Args:
+      path: folder in Hugging Face layout, hub id, or native checkpoint.
+      base: storage of the weights; "nf4" packs attention and experts to 4 bits on the way in. None: bfloat16, and of a
+        native checkpoint what it holds.
+      adapter: folder of an adapter to put on.
+      dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint has its own.
+      revision: of a hub id.
+      ignore_config_keys: keys of config.json to overlook although they are unknown.
+    Raises:
+      BimedixError: what was asked for cannot be read, with the remedy.
+    """
+    if mesh is not None:
+        raise BimedixError("loading onto a mesh is not available in this version; leave mesh out.")
+    folder = hub.resolve(path, revision)
+    if store.is_native(folder):
+        if revision is not None or ignore_config_keys:
+            raise BimedixError(
+                f"{folder} is a native checkpoint, which has no revision and no config.json to overlook."
+            )
+        model = restored(folder, base, dtype)
+    else:
+        model = load_hf(folder, base or "bfloat16", dtype, ignore_config_keys)
+    if adapter is not None:
+        model = store.load_adapter(model, adapter)
+    model.origin = str(folder)
+    return model
+
+
+def restored(folder: Path, base: Base | None, dtype: str | None) -> Mixtral:
+    """A native checkpoint as it was saved; raises BimedixError where another storage or dtype is asked for."""
+    model = store.restore(folder)
+    values = [variable.get_value() for variable in parameters(model).values()]
+    packed = any(isinstance(value, NF4Tensor) for value in values)
+    held = "nf4" if packed else str(jax.tree.leaves(values)[0].dtype)
+    for what, asked, found in (("base", base, held), ("dtype", dtype, model.dtype)):
+        if asked is not None and asked != found:
+            raise BimedixError(
+                f"{folder} was saved with {what} {found}, not {asked}; leave {what} out, or start from the Hugging "
+                "Face folder."
+            )
+    return model

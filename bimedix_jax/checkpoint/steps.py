@@ -1,0 +1,108 @@
+"""Training states by step: Orbax for the arrays, a manifest for their integrity, a rename for atomicity.
+
+checkpoints/00000120/state/...        Orbax: parameters that train, optimiser state, step
+checkpoints/00000120/position.json    step, position in the data, seed, and what the caller adds
+checkpoints/00000120/manifest.json    SHA-256 of every file, written last
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from bimedix_jax.checkpoint.integrity import find_damage, write_manifest
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import new_folder
+
+log = logging.getLogger(__name__)
+
+STATE, POSITION = "state", "position.json"
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a folder, damaged or not, in ascending order."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def save_step(folder: Path, step: int, state: Any, position: dict[str, Any], keep: int) -> Path:
+    """Writes a checkpoint and then removes all but the newest `keep`. A reader sees a whole checkpoint or none.
+
+    Args:
+      state: pytree of jax arrays.
+      position: plain values that say where the run stands.
+
+    Raises:
+      BimedixError: the folder cannot be written.
+    """
+    target = step_folder(folder, step)
+    with new_folder(target, overwrite=True) as partial:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial.resolve() / STATE, state)
+        (partial / POSITION).write_text(json.dumps({"step": step, **position}, indent=2) + "\n", "utf-8")
+        write_manifest(partial)
+    for old in [other for other in steps_in(folder) if other != step][: -(keep - 1) or None]:
+        remove(step_folder(folder, old))
+    return target
+
+
+def remove(folder: Path) -> None:
+    """Renamed first: a removal that is cut short leaves no folder that looks like a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def newest_valid(folder: Path) -> int:
+    """The newest step whose files are all as they were written; every damaged newer one is announced.
+
+    Raises:
+      BimedixError: there is no checkpoint, or none that is valid.
+    """
+    steps = steps_in(folder)
+    if not steps:
+        raise BimedixError(f"{folder} holds no checkpoint to continue from; start the run without --resume.")
+    damages = []
+    for step in reversed(steps):
+        damage = find_damage(step_folder(folder, step))
+        if damage is None:
+            for line in damages:
+                log.warning("%s; continuing from the earlier step %d.", line, step)
+            return step
+        damages.append(f"Checkpoint {step_folder(folder, step)} is damaged: {damage}")
+    raise BimedixError(
+        f"{'; '.join(damages)}. No earlier one is valid: restore it from a copy, or start the run again."
+    )
+
+
+def restore_step(folder: Path, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+    """(state, position) of a checkpoint that `newest_valid` chose.
+
+    Args:
+      template: pytree of arrays (or jax.ShapeDtypeStruct) of the structure, shapes, dtypes and shardings wanted.
+
+    Raises:
+      BimedixError: the checkpoint has another structure or other shapes.
+    """
+    place = step_folder(folder, step)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), template
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            state = checkpointer.restore(place.resolve() / STATE, abstract)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BimedixError(
+            f"{place} does not hold the training state of this model ({str(error).splitlines()[0]}); resume with the experiment "
+            "that wrote it."
+        ) from error
+    return state, json.loads((place / POSITION).read_text("utf-8"))

@@ -1,0 +1,281 @@
+"""The project's own folders: a whole model (4-bit leaves as they are, adapters included), or its adapters alone.
+
+A model folder restores to exactly the model that was saved:
+
+    bimedix.json           format, architecture, dtype, adapters, and how each 4-bit weight is laid out
+    model.safetensors      every leaf by its dotted path (or shards with an index); an NF4 weight is its parts, `<path>.packed`, ...
+    manifest.json          SHA-256 of every file
+    tokenizer files        when the model remembers the folder that it came from
+
+An adapter folder holds what was trained and names the base that it fits:
+
+    adapter_config.json    rank, alpha, targets, and the identity of the base
+    adapter.safetensors    `<linear>.lora.a` [..., in, R] and `<linear>.lora.b` [..., R, out], float32
+    manifest.json
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from bimedix_jax.adapters import add_lora, has_lora, linears
+from bimedix_jax.checkpoint import buffers, hub
+from bimedix_jax.checkpoint.integrity import verify_manifest, write_manifest
+from bimedix_jax.checkpoint.safetensors_io import (
+    ShardedWriter,
+    StoredTensor,
+    TensorSpec,
+    pieces,
+    read_folder,
+    read_header,
+)
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import parse
+from bimedix_jax.files import new_folder
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.models.config import LoraConfig, MixtralConfig
+from bimedix_jax.models.mixtral import Mixtral
+
+MODEL_CONFIG, MODEL_FORMAT = "bimedix.json", "bimedix model 1"
+ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter_config.json", "bimedix adapter 1"
+ADAPTER_WEIGHTS = "adapter.safetensors"
+NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
+
+
+def is_native(folder: str | Path) -> bool:
+    """Whether `save` wrote this folder."""
+    return (Path(folder) / MODEL_CONFIG).is_file()
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether `save_adapter` wrote this folder (PEFT's folders have a file of the same name)."""
+    try:
+        return json.loads((Path(folder) / ADAPTER_CONFIG).read_text("utf-8")).get("format") == ADAPTER_FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
+    """Writes the whole model, leaf by leaf: memory grows by one piece of a leaf, not by the model.
+
+    Raises:
+      BimedixError: the folder is not empty, or cannot be written.
+    """
+    values = leaves_of(model)
+    arrays = dict(stored_arrays(values))
+    specs = [TensorSpec(name, np.dtype(array.dtype), tuple(array.shape)) for name, array in arrays.items()]
+    config = {
+        "format": MODEL_FORMAT,
+        "config": dataclasses.asdict(model.config),
+        "dtype": model.dtype,
+        "lora": dataclasses.asdict(lora_config(model)) if has_lora(model) else None,
+        "nf4": {path: nf4_layout(value) for path, value in values.items() if isinstance(value, NF4Tensor)},
+    }
+    with new_folder(folder, overwrite) as partial:
+        with ShardedWriter(partial, specs) as writer:
+            for spec in specs:
+                for first, piece in host_pieces(arrays[spec.name], spec):
+                    writer.write(spec.name, piece, first)
+        origin = getattr(model, "origin", None)
+        if origin is not None and Path(origin).is_dir():
+            hub.copy_companions(Path(origin), partial)
+        (partial / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_manifest(partial)
+    return Path(folder)
+
+
+def restore(folder: str | Path, verify: bool = True) -> Mixtral:
+    """The model that `save` wrote, in the memory of the model itself.
+
+    Args:
+      verify: compare every file with the manifest first; reads the files once more.
+
+    Raises:
+      BimedixError: the folder is not one of ours, is damaged, or its tensors do not fit its configuration.
+    """
+    folder = Path(folder)
+    config = read_config(folder / MODEL_CONFIG, MODEL_FORMAT)
+    if verify:
+        verify_manifest(folder)
+    model = Mixtral(parse(MixtralConfig, config["config"], f"config in {folder}"), config["dtype"])
+    lora = parse(LoraConfig | None, config["lora"], f"lora in {folder}")
+    model = model if lora is None else add_lora(model, lora)
+    fill(model, read_folder(folder), config["nf4"], str(folder))
+    model.origin = str(folder)
+    return model
+
+
+def save_adapter(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
+    """Writes the adapters of `model` and the identity of its base.
+
+    Raises:
+      BimedixError: the model has none, or the folder cannot be written.
+    """
+    if not has_lora(model):
+        raise BimedixError("This model carries no adapters; save the whole model instead.")
+    config = lora_config(model)
+    record = {
+        "format": ADAPTER_FORMAT,
+        **dataclasses.asdict(config),
+        "scale": config.scale,
+        "base": {"identity": base_identity(model), "config": dataclasses.asdict(model.config)},
+    }
+    factors = {path: value for path, value in leaves_of(model).items() if ".lora." in path}
+    with new_folder(folder, overwrite) as partial:
+        save_file({path: np.asarray(value) for path, value in factors.items()}, partial / ADAPTER_WEIGHTS)
+        (partial / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        write_manifest(partial)
+    return Path(folder)
+
+
+def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
+    """`model` with the adapters of a folder; its base is shared, not copied.
+
+    Raises:
+      BimedixError: the folder is damaged or not ours, was made for another base, or the model has adapters already.
+    """
+    folder = Path(folder)
+    record = read_config(folder / ADAPTER_CONFIG, ADAPTER_FORMAT)
+    verify_manifest(folder)
+    if record["base"]["identity"] != base_identity(model):
+        theirs, ours = record["base"]["config"], dataclasses.asdict(model.config)
+        differing = [
+            f"{key} {theirs.get(key)!r} there, {value!r} here"
+            for key, value in ours.items()
+            if theirs.get(key) != value
+        ]
+        raise BimedixError(
+            f"The adapter {folder} was trained on another base ({'; '.join(differing) or 'other parameter shapes'}); load that one."
+        )
+    fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
+    adapted = add_lora(model, parse(LoraConfig, fields, str(folder / ADAPTER_CONFIG)))
+    fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), only=".lora.")
+    return adapted
+
+
+def base_identity(model: Mixtral) -> str:
+    """SHA-256 of architecture and parameter shapes: equal for every storage (bfloat16, NF4) of the same base."""
+    shapes = {path: list(value.shape) for path, value in leaves_of(model).items() if ".lora." not in path}
+    text = json.dumps({"config": dataclasses.asdict(model.config), "shapes": shapes}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def lora_config(model: Mixtral) -> LoraConfig:
+    """The configuration of a model's adapters, told from the adapters. alpha carries rank stabilisation, if there was any.
+
+    Raises:
+      BimedixError: adapters of different rank or scale, or a target that only some layers have.
+    """
+    layers = {path: layer for path, layer in linears(model).items() if path[0] == "layers"}
+    adapted = {path: layer.lora for path, layer in linears(model).items() if layer.lora is not None}
+    kinds = {(lora.a.get_value().shape[-1], lora.scale) for lora in adapted.values()}
+    targets = tuple(dict.fromkeys(path[-1] for path in adapted))
+    if len(kinds) != 1 or any(path[-1] in targets and layer.lora is None for path, layer in layers.items()):
+        raise BimedixError(
+            f"Adapters of several ranks or scales {sorted(kinds)} cannot be written as one; train them alike."
+        )
+    ((rank, scale),) = kinds
+    return LoraConfig(rank, scale * rank, targets)
+
+
+def leaves_of(model: Mixtral) -> dict[str, Any]:
+    """Every value by dotted path: arrays and NF4Tensors."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def stored_arrays(values: dict[str, Any]) -> list[tuple[str, jax.Array]]:
+    """What is written: an NF4Tensor is its parts, everything else itself."""
+    arrays = []
+    for path, value in values.items():
+        if isinstance(value, NF4Tensor):
+            parts = [(part, getattr(value, part)) for part in NF4_PARTS]
+            arrays += [(f"{path}.{part}", array) for part, array in parts if array is not None]
+        else:
+            arrays.append((path, value))
+    return arrays
+
+
+def host_pieces(array: jax.Array, spec: TensorSpec) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of an array; on CPU they are views, elsewhere one piece at a time is fetched."""
+    if all(device.platform == "cpu" for device in array.devices()):
+        array = np.asarray(array)
+    for first, count in pieces(spec):
+        yield first, np.asarray(array[first : first + count] if spec.shape else array)
+
+
+def nf4_layout(value: NF4Tensor) -> dict[str, Any]:
+    return {
+        "unit_shape": list(value.unit_shape),
+        "transposed": value.transposed,
+        "block_size": value.block_size,
+        "dtype": value.dtype,
+    }
+
+
+def fill(
+    model: Mixtral, tensors: dict[str, StoredTensor], layouts: dict[str, Any], source: str, only: str = ""
+) -> None:
+    """Reads every parameter whose path contains `only` into `model`, one leaf at a time.
+
+    Raises:
+      BimedixError: tensors are missing, left over, or of another shape or dtype than the model's.
+    """
+    left = dict(tensors)
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = ".".join(map(str, path))
+        if only not in name:
+            continue
+        expected = variable.get_value()
+        if name in layouts:
+            layout = layouts[name] | {"unit_shape": tuple(layouts[name]["unit_shape"])}
+            parts = {
+                part: take(left, f"{name}.{part}", source) if f"{name}.{part}" in left else None for part in NF4_PARTS
+            }
+            if parts["packed"] is None or parts["absmax"] is None:
+                raise BimedixError(f"{source} lacks parts of the 4-bit weight {name}; save the model again.")
+            value = NF4Tensor(**parts, **layout)
+            fits = value.shape == tuple(expected.shape)
+        else:
+            value = take(left, name, source)
+            fits = (value.shape, value.dtype) == (tuple(expected.shape), expected.dtype)
+        if not fits:
+            raise BimedixError(
+                f"{source} holds {name} with shape {list(value.shape)}, the model needs {list(expected.shape)}."
+            )
+        target: Any = model
+        for part in path:
+            target = getattr(target, str(part))
+        target.set_value(value)
+    if left:
+        raise BimedixError(
+            f"{source} holds {len(left)} tensors that the model does not have ({next(iter(left))}); save it again."
+        )
+
+
+def take(left: dict[str, StoredTensor], name: str, source: str) -> jax.Array:
+    """The tensor `name`, removed from `left`, as a jax array on memory that it is read into directly."""
+    if name not in left:
+        raise BimedixError(f"{source} lacks the tensor {name}; save it again.")
+    tensor = left.pop(name)
+    return jax.device_put(tensor.read(out=buffers.aligned_empty(tensor.shape, tensor.dtype)))
+
+
+def read_config(path: Path, expected: str) -> dict[str, Any]:
+    """The JSON object at `path`, of the format `expected`."""
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BimedixError(f"{path} cannot be read ({error}); name a folder that holds it.") from error
+    found = config.get("format") if isinstance(config, dict) else None
+    if found != expected:
+        raise BimedixError(f"{path} has format {found!r}, expected {expected!r}; name a folder that bimedix wrote.")
+    return config

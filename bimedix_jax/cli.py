@@ -1,0 +1,230 @@
+"""`bimedix COMMAND [options]`: finds the command, reads its options, runs it, and says how it ended.
+
+What holds for every command: results go to stdout (with `--json` exactly one JSON document), progress and warnings to
+stderr; exit code 0 means done, 1 failed, 2 wrong usage, 130 interrupted; a failure is one sentence `error: ...`, with
+a traceback only under `--debug`. Nothing here imports JAX: `bimedix --help` answers in well under a second.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from bimedix_jax import __version__, startup
+from bimedix_jax.errors import BimedixError
+
+# command -> (one-line help, module with `Config` and `run(config, console) -> dict`); a row appears when it works
+COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": ("check a checkpoint and write it in another precision", "bimedix_jax.commands.convert"),
+    "export": ("write a checkpoint in Hugging Face layout", "bimedix_jax.commands.export"),
+    "upcycle": ("make a mixture of experts from a dense Llama model", "bimedix_jax.commands.upcycle"),
+    "data assemble": ("published data sets into checked records", "bimedix_jax.commands.data_assemble"),
+    "data pack": ("records into rows of tokens, ready for training", "bimedix_jax.commands.data_pack"),
+    "data stats": ("what a set of records holds, by language, kind and source", "bimedix_jax.commands.data_stats"),
+    "eval run": ("held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
+    "chat": ("talk with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
+}
+
+GLOBAL_FLAGS = {
+    "--json": "print the result as one JSON document on stdout, everything else on stderr",
+    "--debug": "show the traceback of an error",
+    "--version": "print the version and leave",
+}
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code. `argv` (without the program name) defaults to the process's."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags, words = _split_flags(words)
+    if "--version" in flags:
+        print(f"bimedix_jax {__version__}")
+        return DONE
+    if "--json" not in flags:
+        return _guarded(words, debug="--debug" in flags, as_json=False)[0]
+    with _stdout_reserved(for_good=argv is None) as stdout:
+        code, document = _guarded(words, debug="--debug" in flags, as_json=True)
+        if document is not None:
+            stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+            stdout.flush()
+        return code
+
+
+def _guarded(words: list[str], debug: bool, as_json: bool) -> tuple[int, dict[str, Any] | None]:
+    """Exit code and JSON document of a command line; every exception ends here, as a sentence on stderr."""
+    try:
+        document = _dispatch(words, as_json)
+        return DONE, _plain(document) if as_json else None
+    except SystemExit as left:  # tyro has printed the help (0) or what is wrong with the options (2)
+        code = left.code if isinstance(left.code, int) else (DONE if left.code is None else FAILED)
+        if isinstance(left.code, str):
+            print(left.code, file=sys.stderr)
+        return code, None if code == DONE else {"error": "see stderr"}
+    except UsageError as error:
+        return _failed(str(error), USAGE)
+    except KeyboardInterrupt as stop:
+        return _failed(": ".join(["interrupted", *map(str, stop.args)]), INTERRUPTED, prefix="")
+    except BimedixError as error:
+        if debug:
+            _print_traceback(error)
+        return _failed(" ".join(str(error).split()), FAILED)
+    except Exception as error:
+        if debug:
+            _print_traceback(error)
+        hint = "" if debug else " (run again with --debug for the traceback)"
+        return _failed(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}", FAILED)
+
+
+def _failed(message: str, code: int, prefix: str = "error: ") -> tuple[int, dict[str, Any]]:
+    print(f"{prefix}{message}", file=sys.stderr)
+    return code, {"error": message}
+
+
+def _print_traceback(error: BaseException) -> None:
+    import traceback
+
+    traceback.print_exception(error)
+
+
+def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
+    """Run the command that `words` name. None where help was asked for."""
+    name, options = _find_command(words)
+    if name not in COMMANDS:  # the program itself, or a group such as `data`
+        if not options:
+            print(_help(name), end="", file=sys.stderr)
+            raise UsageError(f"name a command of `{_program(name)}`")
+        print(_help(name), end="")
+        return None
+    return _run(name, options, as_json)
+
+
+def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
+    import tyro
+    from rich.console import Console
+
+    help_line, module_name = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    flags = ", ".join(f"{flag} ({text})" for flag, text in GLOBAL_FLAGS.items() if flag != "--version")
+    config = tyro.cli(
+        module.Config,
+        prog=_program(name),
+        description=f"{module.Config.__doc__ or help_line}\n\nEvery command also takes {flags}.",
+        args=options,
+    )
+    startup.prepare()
+    return module.run(config, Console(stderr=as_json))
+
+
+def _split_flags(words: list[str]) -> tuple[set[str], list[str]]:
+    """Take the global flags out of the words, wherever they stand; a bare `--` ends the search."""
+    end = words.index("--") if "--" in words else len(words)
+    flags = {word for word in words[:end] if word in GLOBAL_FLAGS}
+    return flags, [word for word in words[:end] if word not in GLOBAL_FLAGS] + words[end:]
+
+
+def _find_command(words: list[str]) -> tuple[str, list[str]]:
+    """Longest command that `words` begin with, and what follows it.
+
+    Where they begin with no command: the group they name ("" is the whole program) and the help flag, if one is there.
+    """
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS and len(words) >= length:
+            return name, words[length:]
+    is_group = bool(words) and any(name.startswith(f"{words[0]} ") for name in COMMANDS)
+    group, rest = (words[0], words[1:]) if is_group else ("", words)
+    if not rest or rest[0] in ("-h", "--help"):
+        return group, rest[:1]
+    raise _unknown(group, rest[0])
+
+
+def _unknown(group: str, word: str) -> UsageError:
+    kind = "option" if word.startswith("-") else "command"
+    known = [name.removeprefix(group).strip().split()[0] for name in COMMANDS if name.startswith(group)]
+    near = difflib.get_close_matches(word, known + ([] if group else list(GLOBAL_FLAGS)), n=1, cutoff=0.5)
+    suggestion = f"; did you mean `{_program(group)} {near[0]}`?" if near else ""
+    return UsageError(f"`{_program(group)}` has no {kind} {word!r}{suggestion} (`{_program(group)} --help` lists all)")
+
+
+def _program(name: str) -> str:
+    return f"bimedix {name}".strip()
+
+
+def _help(group: str) -> str:
+    rows = {name: text for name, (text, _) in COMMANDS.items() if not group or name.startswith(f"{group} ")}
+    width = max(map(len, [*rows, *GLOBAL_FLAGS]))
+    lines = [f"usage: {_program(group)} COMMAND [options]", ""]
+    if not group:
+        lines += ["BiMediX in JAX: bilingual (English, Arabic) medical mixtures of experts. For research only.", ""]
+    lines += ["commands:", *(f"  {name:<{width}}  {text}" for name, text in rows.items()), ""]
+    lines += ["everywhere:", *(f"  {flag:<{width}}  {text}" for flag, text in GLOBAL_FLAGS.items()), ""]
+    lines += [f"`{_program(group)} COMMAND --help` lists a command's options.", ""]
+    return "\n".join(lines)
+
+
+@contextmanager
+def _stdout_reserved(for_good: bool) -> Iterator[TextIO]:
+    """Yield a stream to the real stdout, while whatever else writes there, C++ included, reaches stderr.
+
+    `for_good` keeps it so until the process ends: libraries print from exit handlers too.
+    """
+    sys.stdout.flush()
+    python_stdout = sys.stdout
+    try:
+        descriptor = python_stdout.fileno()
+    except OSError:  # a caller captures sys.stdout in memory: there is no descriptor to redirect
+        descriptor = None
+    if descriptor is None or sys.stderr.fileno() == descriptor:
+        real, saved = python_stdout, None
+    else:
+        saved = os.dup(descriptor)
+        real = os.fdopen(os.dup(saved), "w", encoding="utf-8", newline="\n")
+        os.dup2(sys.stderr.fileno(), descriptor)
+    sys.stdout = sys.stderr
+    try:
+        yield real
+    finally:
+        real.flush()
+        if not for_good:
+            sys.stdout = python_stdout
+            if saved is not None:
+                os.dup2(saved, python_stdout.fileno())
+                os.close(saved)
+                real.close()
+
+
+def _plain(value: Any) -> Any:
+    """`value` as what JSON can say: arrays as lists, array scalars as numbers, paths as text, dataclasses as objects.
+
+    JSON has no NaN and no infinity: they become null.
+
+    Raises:
+        TypeError: a value of another type, which is a bug in the command.
+    """
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+        return _plain(value.tolist())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    raise TypeError(f"a command returned a {type(value).__name__}, which JSON cannot hold")

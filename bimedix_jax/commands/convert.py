@@ -1,0 +1,45 @@
+"""`bimedix convert`: a checked copy of a checkpoint in another precision."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Check a Hugging Face Mixtral and write it in another precision: bfloat16 or float32 in the same layout, or
+    packed to 4 bits as a native checkpoint."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Hugging Face folder or hub id."""
+    destination: Annotated[Path, tyro.conf.Positional]
+    """Folder to write."""
+    base: Literal["bfloat16", "float32", "nf4"] = "bfloat16"
+    """Precision to write. nf4 packs attention and experts with double quantisation."""
+    revision: str | None = None
+    """Revision of a hub id; the published BiMediX models have safetensors at refs/pr/1."""
+    overwrite: bool = False
+    """Replace the destination if it is not empty."""
+    ignore_config_key: tuple[str, ...] = ()
+    """Keys of config.json to overlook although they are unknown or not implemented."""
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    if config.base == "nf4":
+        from bimedix_jax.checkpoint import store
+        from bimedix_jax.checkpoint.load import load
+
+        model = load(config.source, "nf4", revision=config.revision, ignore_config_keys=config.ignore_config_key)
+        store.save(model, config.destination, overwrite=config.overwrite)
+    else:
+        from bimedix_jax.checkpoint.hub import resolve
+        from bimedix_jax.checkpoint.rewrite import rewrite
+
+        folder = resolve(config.source, config.revision)
+        rewrite(folder, config.destination, config.base, config.overwrite, config.ignore_config_key)
+    size = sum(path.stat().st_size for path in config.destination.rglob("*") if path.is_file())
+    console.print(f"{config.destination}: {config.base}, {size / 1e9:.2f} GB")
+    return {"output": str(config.destination), "base": config.base, "bytes": size}

@@ -1,0 +1,150 @@
+"""`bimedix data pack`: records into rows of tokens, ready for training."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from bimedix_jax.data.records import Record
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tokenise records with a checkpoint's tokenizer and chat template, and pack them into rows of equal length."""
+
+    records: str
+    """JSONL file of records (`bimedix data assemble` writes them), or `sample` for the sample of the package."""
+
+    tokenizer: Path
+    """Checkpoint folder with tokenizer.json or tokenizer.model."""
+
+    output: Path
+    """Folder to write: rows.array_record and index.json."""
+
+    sequence_length: int = 2048
+    """Tokens in a row."""
+
+    split: Literal["train", "heldout", "all"] = "all"
+    """Which records to take."""
+
+    template: str | None = None
+    """Chat template by name (mixtral, mixtral-2023, chatml, plain) instead of the checkpoint's own."""
+
+    packing: Literal["best_fit", "none"] = "best_fit"
+    """`none` gives every record its own row."""
+
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to a record that is longer than a row; either is counted."""
+
+    window: int = 256
+    """Rows kept open while packing."""
+
+    seed: int = 0
+    """Decides the order of the records."""
+
+    limit: int | None = None
+    """At most so many records."""
+
+    overwrite: bool = False
+    """Replace the output folder if it exists."""
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Pack and report."""
+    from tqdm import tqdm
+
+    from bimedix_jax import files
+    from bimedix_jax.data import pack
+    from bimedix_jax.data.tokenizer import load_tokenizer
+    from bimedix_jax.errors import BimedixError
+
+    if config.sequence_length < 2 or config.window < 1:
+        raise BimedixError(
+            "rows need at least 2 tokens and a window of at least 1; raise --sequence-length or --window"
+        )
+    tokenizer = load_tokenizer(config.tokenizer, config.template)
+    facts = {
+        "tokenizer": tokenizer.fingerprint,
+        "template": tokenizer.template.name,
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad_id,
+        "packing": config.packing,
+        "too_long": config.too_long,
+        "window": config.window,
+        "seed": config.seed,
+        "split": config.split,
+        "limit": config.limit,
+        "records": "sample" if config.records == "sample" else files.sha256(_existing(config.records)),
+    }
+    report = pack.PackReport()
+    with files.new_folder(config.output, config.overwrite) as folder:
+        records = tqdm(_records(config), desc="packing", unit=" records", disable=None)
+        examples = (pack.encode_record(tokenizer, record) for record in records)
+        rows = pack.pack(
+            examples,
+            config.sequence_length,
+            tokenizer.pad_id,
+            config.packing,
+            config.too_long,
+            config.window,
+            report,
+        )
+        index = pack.write(folder, rows, report, config.sequence_length, facts)
+    _print(index, config, console)
+    return {"output": str(config.output), **index}
+
+
+def _records(config: Config) -> "Iterator[Record]":
+    import itertools
+
+    import numpy as np
+
+    from bimedix_jax.data import pack
+    from bimedix_jax.data.records import sample
+
+    if config.records == "sample":
+        ordered = list(sample())
+        found = (ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered)))
+    else:
+        found = pack.shuffled(config.records, config.seed)
+    wanted = (record for record in found if config.split in ("all", record.split))
+    return itertools.islice(wanted, config.limit)
+
+
+def _existing(path: str) -> Path:
+    from bimedix_jax.errors import BimedixError
+
+    if not Path(path).is_file():
+        raise BimedixError(f"there is no file {path}; name a JSONL file of records, or `sample`")
+    return Path(path)
+
+
+def _print(index: dict[str, Any], config: Config, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("language", "kind", "source", title=f"packed into {config.output}")
+    for name in ("records", "tokens", "learned tokens"):
+        table.add_column(name, justify="right")
+    for group in index["groups"]:
+        counts = (f"{group[name]:,}" for name in ("examples", "tokens", "learned_tokens"))
+        table.add_row(group["language"], group["kind"], group["source"], *counts)
+    table.add_row(
+        "all", "", "", f"{index['examples']:,}", f"{index['tokens']:,}", f"{index['learned_tokens']:,}", style="bold"
+    )
+    console.print(table)
+    console.print(
+        f"{index['rows']:,} rows of {index['sequence_length']:,} tokens, {index['efficiency']:.1%} full, "
+        f"template {index['template']}"
+    )
+    losses = {
+        "records were cut": index["truncated"],
+        "tokens were cut off": index["truncated_tokens"],
+        "records were longer than a row and left out": index["dropped_too_long"],
+        "records had no learned token within a row and were left out": index["dropped_nothing_learned"],
+    }
+    for text, count in losses.items():
+        if count:
+            console.print(f"[bold yellow]{count:,} {text}[/]")

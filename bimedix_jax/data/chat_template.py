@@ -1,0 +1,358 @@
+"""Chat templates as values, and the one function that turns a conversation into tokens with a loss mask.
+
+A checkpoint brings its template as Jinja source, which is somebody else's program: it is run once, in Jinja's sandbox,
+on a probe conversation, to recognise which of the templates below it is. Training and chat then use the value below,
+which knows what Jinja does not say: which characters the assistant wrote.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bimedix_jax.data.records import Turn, conversation
+from bimedix_jax.data.tokenizer import Encoding, Tokenizer
+from bimedix_jax.errors import BimedixError
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of rendered text: the template's own (`markup`) or a speaker's; `learned` if the loss counts it."""
+
+    text: str
+    markup: bool
+    learned: bool
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How turns are written down. `{text}` stands for a turn, `{bos}` and `{eos}` for the tokenizer's tokens."""
+
+    name: str
+    start: str  # once, at the very start
+    system: str | None  # a system prompt; None: it goes before the first human turn, a blank line between
+    human: str
+    answer_opening: str  # what a prompt for an answer ends with
+    answer: str  # the rest of an assistant turn: everything that the model must produce
+    answer_closing: str  # what follows it before the next turn; not learned
+    jinja: str  # the same for Hugging Face, written when a checkpoint is exported
+    default_system: str | None = None  # the system prompt of a conversation that has none
+
+    def render(self, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool = False) -> list[Span]:
+        """Spans whose concatenation is the text of the conversation."""
+        turns = list(turns)
+        if self.system is not None and self.default_system is not None and not _has_system(turns):
+            turns.insert(0, Turn(speaker="system", value=self.default_system))
+        if self.system is None and _has_system(turns):
+            if len(turns) == 1:
+                raise BimedixError(f"the {self.name} template needs a human turn after the system prompt; add one")
+            joined = f"{turns[0].value}\n\n{turns[1].value}"
+            turns = [Turn(speaker="human", value=joined), *turns[2:]]
+        spans = [Span(self.start, markup=True, learned=False)]
+        for turn in turns:
+            if turn.speaker == "gpt":
+                spans.append(Span(self.answer_opening, markup=True, learned=False))
+                spans += _fill(self.answer, turn.value, learned=True)
+                spans.append(Span(self.answer_closing, markup=True, learned=False))
+            else:
+                wrapper = self.human if turn.speaker == "human" else self.system
+                assert wrapper is not None  # a system prompt that cannot stand alone was joined above
+                spans += _fill(wrapper, turn.value, learned=False)
+        if add_generation_prompt:
+            spans.append(Span(self.answer_opening, markup=True, learned=False))
+        filled = [
+            dataclasses.replace(span, text=span.text.replace("{bos}", bos).replace("{eos}", eos))
+            if span.markup
+            else span
+            for span in spans
+        ]
+        return [span for span in filled if span.text]
+
+    def text(self, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool = False) -> str:
+        """The rendered conversation."""
+        return "".join(span.text for span in self.render(turns, bos, eos, add_generation_prompt))
+
+
+_MISTRAL_JINJA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\\n\\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% for turn in turns %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('user and assistant must alternate, after at most one system message') }}{% endif %}"
+    "{% if turn['role'] == 'user' %}"
+    "{{ 'SPACE[INST] ' + (system if loop.first else '') + turn['content'] + ' [/INST]' }}"
+    "{% else %}{{ 'SPACE' + turn['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+_ROLE_JINJA = (
+    "{% for turn in messages %}"
+    "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+_PLAIN_JINJA = (
+    "{{ bos_token }}{% for turn in messages %}{% if turn['role'] == 'system' %}{{ turn['content'] + '\\n\\n' }}"
+    "{% elif turn['role'] == 'user' %}{{ 'User: ' + turn['content'] + '\\n' }}"
+    "{% else %}{{ 'Assistant: ' + turn['content'] + eos_token + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+TEMPLATES = {
+    template.name: template
+    for template in (
+        # Mixtral-8x7B-Instruct-v0.1 as its hub page has it now: Mistral's "V1" spacing
+        ChatTemplate(
+            name="mixtral",
+            start="{bos}",
+            system=None,
+            human=" [INST] {text} [/INST]",
+            answer_opening="",
+            answer=" {text}{eos}",
+            answer_closing="",
+            jinja=_MISTRAL_JINJA.replace("SPACE", " "),
+        ),
+        # the template the same model was published with in December 2023, which derived models still carry
+        ChatTemplate(
+            name="mixtral-2023",
+            start="{bos}",
+            system=None,
+            human="[INST] {text} [/INST]",
+            answer_opening="",
+            answer="{text}{eos}",
+            answer_closing="",
+            jinja=_MISTRAL_JINJA.replace("SPACE", ""),
+        ),
+        ChatTemplate(
+            name="chatml",
+            start="",
+            system="<|im_start|>system\n{text}<|im_end|>\n",
+            human="<|im_start|>user\n{text}<|im_end|>\n",
+            answer_opening="<|im_start|>assistant\n",
+            answer="{text}<|im_end|>",
+            answer_closing="\n",
+            jinja=_ROLE_JINJA,
+        ),
+        # for base models, which were trained on no template
+        ChatTemplate(
+            name="plain",
+            start="{bos}",
+            system="{text}\n\n",
+            human="User: {text}\n",
+            answer_opening="Assistant:",
+            answer=" {text}{eos}",
+            answer_closing="\n",
+            jinja=_PLAIN_JINJA,
+        ),
+    )
+}
+
+
+def named(name: str) -> ChatTemplate:
+    """The template of that name.
+
+    Raises:
+        BimedixError: there is none; the message lists them.
+    """
+    if name not in TEMPLATES:
+        raise BimedixError(f"there is no chat template {name!r}; name one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def source(folder: str | Path) -> str | None:
+    """Jinja source of a checkpoint's chat template, None if it has none (base models)."""
+    place = Path(folder)
+    if (place / "chat_template.jinja").is_file():
+        return (place / "chat_template.jinja").read_text(encoding="utf-8")
+    path = place / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(value, list):  # several, by name
+        return next((entry["template"] for entry in value if entry["name"] == "default"), None)
+    return value
+
+
+def detect(folder: str | Path, bos: str, eos: str) -> ChatTemplate:
+    """The template that renders as the checkpoint's own does, with its default system prompt if it has one.
+
+    Raises:
+        BimedixError: the checkpoint has no template, or one that is none of ours: name the template to use instead.
+    """
+    jinja = source(folder)
+    remedy = f"name the template to use ({', '.join(TEMPLATES)}), for instance `--template plain`"
+    if jinja is None:
+        raise BimedixError(f"{folder} has no chat template; {remedy}")
+    for template in TEMPLATES.values():
+        found = _recognise(template, jinja, bos, eos)
+        if found is not None:
+            return dataclasses.replace(found, jinja=jinja)
+    raise BimedixError(f"the chat template of {folder} is none that is known here; {remedy}")
+
+
+def encode_chat(
+    tokenizer: Tokenizer, turns: Sequence[Turn], add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and for each whether it is learned: the assistant's words and their end token.
+
+    The ids are those of transformers' `apply_chat_template`, with two exceptions: a special token spelled out inside a
+    turn stays ordinary text (a user cannot end their turn or open another), and a token that would join the prompt and
+    the first characters of an answer is cut there, as it is when the model answers.
+    """
+    bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
+    template = tokenizer.template
+    _require(tokenizer, template, bos, eos)
+    spans = template.render(turns, bos, eos, add_generation_prompt)
+    text = "".join(span.text for span in spans)
+    learned = _learned_ranges(spans)
+    special = _markup_specials(spans, tokenizer.special_texts)
+    encoding = tokenizer.encode_with_offsets(text)
+    straddled = {edge for edge in (edge for span in learned for edge in span) if _is_inside_a_token(edge, encoding)}
+    if straddled or _special_places(tokenizer, encoding) != special:
+        encoding = _encode_in_pieces(tokenizer, text, special, straddled)
+    mask = [any(low <= start < high for low, high in learned) for start, _ in encoding.offsets]
+    return encoding.ids, mask
+
+
+def _require(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -> None:
+    """Raise unless the tokenizer has the tokens that the template is made of, each as one token."""
+    parts = template.start + (template.system or "") + template.human + template.answer
+    for text, role in ((bos, "bos"), (eos, "eos")):
+        if "{" + role + "}" in parts and not text:
+            raise BimedixError(
+                f"the {template.name} template needs a {role}_token, which {tokenizer.folder} lacks; add it"
+            )
+    for text in re.findall(r"<\|im_\w+\|>", parts):
+        if tokenizer.token_id(text) is None:
+            raise BimedixError(
+                f"the {template.name} template needs the token {text}, which {tokenizer.folder} lacks; "
+                "name another template"
+            )
+
+
+def _fill(wrapper: str, value: str, learned: bool) -> list[Span]:
+    before, after = wrapper.split("{text}")
+    return [Span(before, True, learned), Span(value, False, learned), Span(after, True, learned)]
+
+
+def _has_system(turns: Sequence[Turn]) -> bool:
+    return bool(turns) and turns[0].speaker == "system"
+
+
+def _learned_ranges(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """Character ranges that the loss counts; neighbouring spans joined."""
+    ranges: list[tuple[int, int]] = []
+    position = 0
+    for span in spans:
+        end = position + len(span.text)
+        if span.learned and ranges and ranges[-1][1] == position:
+            ranges[-1] = (ranges[-1][0], end)
+        elif span.learned:
+            ranges.append((position, end))
+        position = end
+    return ranges
+
+
+def _markup_specials(spans: Iterable[Span], special_texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Character ranges of the special tokens that the template itself wrote."""
+    if not special_texts:
+        return []
+    pattern = re.compile("|".join(map(re.escape, special_texts)))
+    places, position = [], 0
+    for span in spans:
+        if span.markup:
+            places += [(position + match.start(), position + match.end()) for match in pattern.finditer(span.text)]
+        position += len(span.text)
+    return places
+
+
+def _special_places(tokenizer: Tokenizer, encoding: Encoding) -> list[tuple[int, int]]:
+    special = tokenizer.special_ids
+    return [offset for token, offset in zip(encoding.ids, encoding.offsets, strict=True) if token in special]
+
+
+def _is_inside_a_token(edge: int, encoding: Encoding) -> bool:
+    return any(start < edge < end for start, end in encoding.offsets)
+
+
+def _encode_in_pieces(
+    tokenizer: Tokenizer, text: str, special: Sequence[tuple[int, int]], cuts: Iterable[int]
+) -> Encoding:
+    """Encode the stretches between the template's special tokens, and between `cuts`, each on its own and literally."""
+    tokens = dict(special)
+    edges = sorted({0, len(text), *cuts, *(edge for place in special for edge in place)})
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        if tokens.get(start) == end:
+            found = tokenizer.token_id(text[start:end])
+            assert found is not None  # it is one of the tokenizer's own special texts
+            ids.append(found)
+            offsets.append((start, end))
+            continue
+        follows_special = any(stop == start for _, stop in special)
+        opens = start == 0 or (follows_special and tokenizer.restarts_after_special)
+        piece = (
+            tokenizer.encode_with_offsets(text[start:end], literal=True)
+            if opens
+            else _continue(tokenizer, text[start:end])
+        )
+        ids += piece.ids
+        offsets += [(start + low, start + high) for low, high in piece.offsets]
+    return Encoding(ids, offsets)
+
+
+def _continue(tokenizer: Tokenizer, text: str) -> Encoding:
+    """Encode text that goes on from other text: without the word-start mark that SentencePiece puts before a text."""
+    joined = tokenizer.encode_with_offsets("\n" + text, literal=True)
+    if _is_inside_a_token(1, joined):
+        return tokenizer.encode_with_offsets(text, literal=True)
+    kept = [
+        (token, low - 1, high - 1) for token, (low, high) in zip(joined.ids, joined.offsets, strict=True) if low >= 1
+    ]
+    return Encoding([token for token, *_ in kept], [(low, high) for _, low, high in kept])
+
+
+_PROBE = conversation("First question?", "First answer.", "Second question?")
+
+
+def _recognise(template: ChatTemplate, jinja: str, bos: str, eos: str) -> ChatTemplate | None:
+    """`template`, perhaps with a default system prompt, if it renders the probes as `jinja` does."""
+    bare = _render_jinja(jinja, _PROBE, bos, eos, add_generation_prompt=True)
+    if bare is None:
+        return None
+    if template.system is not None and template.text(_PROBE, bos, eos, True) != bare:
+        before, after = template.system.split("{text}")
+        opening = template.start.replace("{bos}", bos) + before
+        end = bare.find(after, len(opening))
+        if not bare.startswith(opening) or end <= len(opening):
+            return None
+        template = dataclasses.replace(template, default_system=bare[len(opening) : end])
+    if template.text(_PROBE, bos, eos, True) != bare:
+        return None
+    answered = _render_jinja(jinja, _PROBE[:2], bos, eos, add_generation_prompt=False)
+    if answered != template.text(_PROBE[:2], bos, eos):
+        return None
+    instructed = (Turn(speaker="system", value="System prompt."), *_PROBE)
+    with_system = _render_jinja(jinja, instructed, bos, eos, add_generation_prompt=True)
+    # None: the published template refuses system prompts; ours then goes beyond it
+    return template if with_system in (None, template.text(instructed, bos, eos, True)) else None
+
+
+def _render_jinja(jinja: str, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool) -> str | None:
+    """What transformers' `apply_chat_template(tokenize=False)` gives; None if the template refuses the conversation."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn.speaker], "content": turn.value} for turn in turns]
+    values = {"messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt}
+    try:
+        return environment.from_string(jinja).render(values)
+    except jinja2.TemplateError:
+        return None

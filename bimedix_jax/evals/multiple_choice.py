@@ -1,0 +1,270 @@
+"""Multiple choice by log-likelihood: the model chooses the option that it finds most likely; nothing is generated.
+
+A question is put as in training: the human turn through the chat template, then the assistant's answer begun with
+"Answer:" or "الإجابة:". Two readings of what follows are scored from the same run of the prompt:
+
+- letter: the letter of the option (" B"), for questions whose human turn lists lettered options;
+- text: the option's text, its log-likelihood divided by its UTF-8 bytes, so that long options are not at a disadvantage.
+
+The headline accuracy is by letter where options have letters. Otherwise (PubMedQA's yes, no, maybe) it is by the text's
+whole log-likelihood, as lm-evaluation-harness's `acc`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Turn
+from bimedix_jax.data.tokenizer import Tokenizer
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.scoring import run_continuations, run_prompts
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.padding import bucket, by_length, pad_left, pad_right
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A record ready to score.
+
+    Attributes:
+      groups: what it counts in: its language, and the language with its subject or specialty.
+      prompt: tokens up to and including the answer's opening words.
+      candidates: tokens of each option's letter (if it has letters), then of each option's text.
+      text_bytes: UTF-8 bytes of each option's text.
+    """
+
+    id: str
+    groups: tuple[str, ...]
+    answer: int
+    prompt: list[int]
+    candidates: list[list[int]]
+    text_bytes: list[int]
+    lettered: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and its longest candidate."""
+        return len(self.prompt) + max(map(len, self.candidates))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What came out for one question: log p of each option, in nats.
+
+    Attributes:
+      letters: of the letters; None where options have none.
+      texts: of the options' whole texts.
+      chosen, chosen_by_text: index of the option chosen for the headline accuracy, and by text per byte.
+    """
+
+    id: str
+    answer: int
+    letters: list[float] | None
+    texts: list[float]
+    chosen: int
+    chosen_by_text: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """`correct` of `total`, with Wilson's 95 % interval (Wilson 1927), which holds for few questions too."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """Share that is correct."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end of the 95 % interval."""
+        z, share, total = 1.959964, self.value, self.total
+        centre = share + z * z / (2 * total)
+        spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+        scale = 1 + z * z / total
+        return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        low, high = self.interval
+        return {"accuracy": self.value, "low": low, "high": high, "correct": self.correct, "n": self.total}
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleChoice:
+    """Accuracies by group ("en", "en/anatomy", ...).
+
+    Attributes:
+      scores: the headline accuracy.
+      scores_by_text: accuracy by the option's text per byte.
+      chance: expected accuracy of guessing, by group.
+      too_long: questions left out because they exceed the longest length allowed, by group; empty when all were scored.
+    """
+
+    scores: dict[str, Accuracy]
+    scores_by_text: dict[str, Accuracy]
+    chance: dict[str, float]
+    too_long: dict[str, int]
+    predictions: list[Prediction]
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The headline accuracy as plain numbers."""
+        return {group: score.value for group, score in self.scores.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without the single predictions."""
+        return {
+            "by_group": {group: score.to_dict() for group, score in self.scores.items()},
+            "by_group_text": {group: score.to_dict() for group, score in self.scores_by_text.items()},
+            "chance": self.chance,
+            "too_long": self.too_long,
+        }
+
+
+def question_of(record: Record, tokenizer: Tokenizer) -> Question:
+    """`record` as a question.
+
+    Raises:
+      BimedixError: the record has no choices.
+    """
+    if record.choices is None or record.answer is None:
+        raise BimedixError(f"record {record.id} has no choices; give multiple-choice records only")
+    opening = ANSWER_PREFIX[record.language].rstrip()
+    lettered = record.kind == "mcqa"
+    letters = list(LETTERS[: len(record.choices)]) if lettered else []
+    asked = record.conversations[:-1]
+    begun = begin_answer(tokenizer, asked, opening)
+    full = [begin_answer(tokenizer, asked, f"{opening} {text}") for text in (*letters, *record.choices)]
+    # a tokenizer may join the opening's end with what follows: what is shared by all is the prompt
+    shared = min(_common_prefix(begun, ids) for ids in full)
+    subject = record.provenance.get("subject") or record.specialty
+    return Question(
+        record.id,
+        (record.language, *([f"{record.language}/{subject}"] if subject else [])),
+        record.answer,
+        begun[:shared],
+        [ids[shared:] for ids in full],
+        [len(choice.encode()) for choice in record.choices],
+        lettered,
+    )
+
+
+def begin_answer(tokenizer: Tokenizer, asked: Sequence[Turn], words: str) -> list[int]:
+    """Tokens of a conversation whose last turn, the assistant's, has begun with `words` and goes on."""
+    ids, learned = encode_chat(tokenizer, (*asked, Turn(speaker="gpt", value=words)))
+    while ids and (not learned[-1] or ids[-1] in tokenizer.special_ids):  # what the template closes the turn with
+        ids, learned = ids[:-1], learned[:-1]
+    return ids
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def multiple_choice(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    records: Iterable[Record],
+    max_length: int | None = None,
+    batch_tokens: int = 4096,
+) -> MultipleChoice:
+    """Answers every question and counts.
+
+    Args:
+      records: with choices; others are an error.
+      max_length: longest question in tokens, by default the model's context; longer ones are counted, not cut.
+      batch_tokens: tokens run at a time; it changes speed and memory, not the result.
+
+    Raises:
+      BimedixError: a record without choices, no question at all, or none that fits.
+    """
+    longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    questions = [question_of(record, tokenizer) for record in records]
+    fitting = [question for question in questions if question.length <= longest]
+    too_long = _count([group for question in questions if question.length > longest for group in question.groups])
+    if not fitting:
+        raise BimedixError(f"there is no question of at most {longest} tokens to score; give others or a longer max_length")
+    graph, weights = nnx.split(model)
+    predictions: dict[int, Prediction] = {}
+    numbered = list(enumerate(fitting))
+    with tqdm(total=len(fitting), desc="multiple choice", unit="question", delay=2, disable=None) as bar:
+        for batch, rows, columns in by_length(numbered, lambda item: item[1].length, batch_tokens, longest):
+            found = _score(graph, weights, [question for _, question in batch], rows, columns, longest)
+            for (index, question), scores in zip(batch, found, strict=True):
+                predictions[index] = _predict(question, scores)
+            bar.update(len(batch))
+    return _tally(fitting, [predictions[index] for index in range(len(fitting))], too_long)
+
+
+def _score(
+    graph: nnx.GraphDef, weights: nnx.State, batch: Sequence[Question], rows: int, columns: int, longest: int
+) -> list[list[float]]:
+    """log p of each candidate of each question. A prompt runs once; candidates of one token need nothing more."""
+    width = bucket(max(len(ids) for question in batch for ids in question.candidates), smallest=4)
+    columns = min(columns, longest - width)
+    if max(len(question.prompt) for question in batch) > columns:  # at the context's end nothing can be rounded up
+        if len(batch) > 1:
+            return [_score(graph, weights, [question], 1, columns, longest)[0] for question in batch]
+        columns = len(batch[0].prompt)
+        width = batch[0].length - columns
+    filled = [question.prompt for question in batch] + [[]] * (rows - len(batch))
+    cache, first_BV = run_prompts(graph, weights, *pad_left(filled, columns), slots=columns + width)
+    first = np.asarray(first_BV, np.float64)
+    scores = [[float(first[row, ids[0]]) for ids in question.candidates] for row, question in enumerate(batch)]
+    longer = [
+        (row, index, ids)
+        for row, question in enumerate(batch)
+        for index, ids in enumerate(question.candidates)
+        if len(ids) > 1
+    ]
+    for start in range(0, len(longer), rows):
+        part = longer[start : start + rows]
+        rows_R = np.array([row for row, *_ in part] + [0] * (rows - len(part)), np.int32)
+        tokens_RT, ids_RT = pad_right([ids for *_, ids in part] + [[]] * (rows - len(part)), width)
+        rest = np.asarray(run_continuations(graph, weights, cache, rows_R, tokens_RT, ids_RT), np.float64)
+        for place, (row, index, ids) in enumerate(part):
+            scores[row][index] += float(rest[place, : len(ids) - 1].sum())
+    return scores
+
+
+def _predict(question: Question, scores: list[float]) -> Prediction:
+    options = len(question.text_bytes)
+    letters = scores[:options] if question.lettered else None
+    texts = scores[-options:]
+    per_byte = np.array(texts) / np.array(question.text_bytes)
+    chosen = int(np.argmax(texts if letters is None else letters))
+    return Prediction(question.id, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))
+
+
+def _tally(questions: Sequence[Question], predictions: list[Prediction], too_long: dict[str, int]) -> MultipleChoice:
+    totals = _count([group for question in questions for group in question.groups])
+    correct, correct_by_text, guesses = dict.fromkeys(totals, 0), dict.fromkeys(totals, 0), dict.fromkeys(totals, 0.0)
+    for question, prediction in zip(questions, predictions, strict=True):
+        for group in question.groups:
+            correct[group] += prediction.chosen == prediction.answer
+            correct_by_text[group] += prediction.chosen_by_text == prediction.answer
+            guesses[group] += 1 / len(question.text_bytes)
+    return MultipleChoice(
+        {group: Accuracy(correct[group], total) for group, total in totals.items()},
+        {group: Accuracy(correct_by_text[group], total) for group, total in totals.items()},
+        {group: guesses[group] / total for group, total in totals.items()},
+        too_long,
+        predictions,
+    )
+
+
+def _count(groups: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for group in groups:
+        counts[group] = counts.get(group, 0) + 1
+    return dict(sorted(counts.items()))

@@ -1,0 +1,114 @@
+"""Results for people: tables for a terminal, one run alone or two side by side.
+
+They read the same plain dicts that go into the JSON files, so that a table of an old file needs no model.
+"""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+    """Held-out loss by group (`HeldoutLoss.to_dict`); with `before`, both values and the change."""
+    table = Table(
+        title="Held-out loss" + ("" if before is None else ": before -> after"),
+        caption=_left_out("record", result["too_long"]),
+    )
+    table.add_column("group", no_wrap=True)
+    for column in ("nats/token", "bits/byte", "tokens", "bytes", "records"):
+        table.add_column(column, justify="right")
+    for group, loss in result["nats_per_token"].items():
+        bits = result["bits_per_byte"][group]
+        cells = [
+            _change(loss, None if before is None else before["nats_per_token"].get(group)),
+            _change(bits, None if before is None else before["bits_per_byte"].get(group)),
+        ]
+        table.add_row(group, *cells, *(f"{result[key][group]:,}" for key in ("tokens", "text_bytes", "records")))
+    return table
+
+
+def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+    """Multiple-choice accuracy by group (`MultipleChoice.to_dict`), in percent; with `before`, both values and the change."""
+    table = Table(
+        title="Multiple choice" + ("" if before is None else ": before -> after"),
+        caption=_left_out("question", result["too_long"]),
+    )
+    table.add_column("group", no_wrap=True)
+    for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n"):
+        table.add_column(column, justify="right")
+    for group, score in result["by_group"].items():
+        old = None if before is None else before["by_group"].get(group)
+        old_text = None if before is None else before["by_group_text"].get(group)
+        table.add_row(
+            group,
+            _percent(score, old),
+            _interval(score),
+            _percent(result["by_group_text"][group], old_text),
+            f"{100 * result['chance'][group]:.1f}",
+            f"{score['n']:,}",
+        )
+    return table
+
+
+def task_table(results: dict[str, dict[str, Any]], mean: float | None, before: dict[str, dict[str, Any]] | None = None) -> Table:
+    """The nine tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG where all nine are there."""
+    table = Table(
+        title="Benchmarks" + ("" if before is None else ": before -> after"),
+        caption="AVG is the unweighted mean of the nine tasks, as in the paper."
+        if mean is not None
+        else f"{len(results)} of 9 tasks: no average.",
+    )
+    table.add_column("task", no_wrap=True)
+    for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n", "of the paper's"):
+        table.add_column(column, justify="right")
+    table.add_column("note")
+    for name, row in results.items():
+        old = (before or {}).get(name)
+        table.add_row(
+            name,
+            _percent(row, old),
+            _interval(row),
+            _percent(row["by_text"], None if old is None else old["by_text"]),
+            f"{100 * row['chance']:.1f}",
+            f"{row['n']:,}",
+            f"{row['paper_questions']:,}",
+            task_note(row),
+        )
+    if mean is not None:
+        table.add_section()
+        table.add_row("AVG", f"{100 * mean:.1f}")
+    return table
+
+
+def task_note(row: dict[str, Any]) -> str:
+    """What keeps a task's number from being the paper's, or nothing."""
+    notes = []
+    if row["limited"]:
+        notes.append(f"first {row['n'] + row['too_long']} of {row['available']}")
+    elif row["available"] != row["paper_questions"]:
+        notes.append("another selection than the paper's")
+    if row["too_long"]:
+        notes.append(f"{row['too_long']} too long, not scored")
+    if row["rejected"]:
+        notes.append(f"{row['rejected']} invalid rows in the files")
+    return "; ".join(notes)
+
+
+def _left_out(what: str, too_long: dict[str, int]) -> str | None:
+    count = sum(number for group, number in too_long.items() if "/" not in group)
+    return f"{count} {what}s exceed the longest length and were not scored." if count else None
+
+
+def _change(value: float, before: float | None) -> str:
+    return f"{value:.4f}" if before is None else f"{before:.4f} -> {value:.4f} ({value - before:+.4f})"
+
+
+def _percent(score: dict[str, Any], before: dict[str, Any] | None) -> str:
+    value = 100 * score["accuracy"]
+    if before is None:
+        return f"{value:.1f}"
+    return f"{100 * before['accuracy']:.1f} -> {value:.1f} ({value - 100 * before['accuracy']:+.1f})"
+
+
+def _interval(score: dict[str, Any]) -> str:
+    return f"{100 * score['low']:.1f} - {100 * score['high']:.1f}"

@@ -1,0 +1,291 @@
+"""Decoding with a key-value cache: greedy or sampled, one prompt or a batch of different lengths, all at once or streamed.
+
+The prompt runs once (prefill), then one compiled step a token, whose cache is donated and so updated in place. Weights
+are arguments of the compiled functions, never constants in them. Lengths are rounded up (bimedix_jax/padding.py), so a
+conversation that grows compiles a handful of shapes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.attention import KVCache
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.padding import bucket, pad_left
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits, as scalars; None leaves a filter out. Other values compile nothing new.
+
+    Attributes:
+      temperature: divides the logits; None takes the most likely token.
+      top_k: keep this many most likely tokens.
+      top_p: keep the most likely tokens that together reach this probability (arXiv 1904.09751).
+      min_p: keep tokens at least this fraction as likely as the most likely one (arXiv 2407.01082).
+      repetition_penalty: divides positive and multiplies negative logits of tokens that occurred (arXiv 1909.05858).
+    """
+
+    temperature: jax.Array | None
+    top_k: jax.Array | None
+    top_p: jax.Array | None
+    min_p: jax.Array | None
+    repetition_penalty: jax.Array | None
+
+    @classmethod
+    def of(
+        cls,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+    ) -> "Sampling":
+        """From plain numbers; temperature 0 is greedy, and then the filters change nothing and are left out.
+
+        Raises:
+          BimedixError: a number outside its range.
+        """
+        _require(math.isfinite(temperature) and temperature >= 0, "temperature", temperature, "0 (greedy) or more")
+        _require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
+        _require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+        _require(min_p is None or 0 <= min_p <= 1, "min_p", min_p, "between 0 and 1")
+        _require(repetition_penalty is None or repetition_penalty > 0, "repetition_penalty", repetition_penalty, "above 0")
+        penalty = None if repetition_penalty in (None, 1.0) else jnp.float32(repetition_penalty)
+        if temperature == 0:
+            return cls(None, None, None, None, penalty)
+        return cls(
+            jnp.float32(temperature),
+            None if top_k is None else jnp.int32(top_k),
+            None if top_p in (None, 1.0) else jnp.float32(top_p),
+            None if not min_p else jnp.float32(min_p),
+            penalty,
+        )
+
+
+def _require(good: bool, name: str, value: float | None, expected: str) -> None:
+    if not good:
+        raise BimedixError(f"{name} is {value}; give a number that is {expected}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where decoding stands.
+
+    Attributes:
+      cache: keys and values of the prompt and of every token chosen so far but the last.
+      token_B: the tokens chosen last.
+      seen_BV: which tokens occurred in prompt or answer; None without a repetition penalty.
+      step: int32, tokens chosen so far.
+    """
+
+    cache: KVCache
+    token_B: jax.Array
+    seen_BV: jax.Array | None
+    step: jax.Array
+
+
+def generate(
+    model: Mixtral,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+    segment_ids: Any = None,
+) -> list[int] | list[list[int]]:
+    """The tokens that follow one prompt, or each prompt of a batch: new tokens only, without the stop token.
+
+    Args:
+      prompt_tokens: token ids of one prompt, or a sequence of prompts that may differ in length; lists or arrays.
+      temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
+      stop_tokens: ids that end a sequence.
+      seed: of the sampling; a draw depends on seed, row and step.
+      segment_ids: for prompts in one padded array, an array of its shape that is 0 at padding.
+
+    Returns:
+      A list of token ids for one prompt, a list of such lists for a batch.
+
+    Raises:
+      BimedixError: an empty prompt, an id outside the vocabulary, a number out of range, or more tokens than the model's
+        context holds.
+    """
+    prompts, single = as_prompts(prompt_tokens, segment_ids)
+    sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
+    answers: list[list[int]] = [[] for _ in prompts]
+    going, stop = set(range(len(prompts))), frozenset(map(int, stop_tokens))
+    for tokens in _decode(model, prompts, max_new_tokens, sampling, seed):
+        for row in sorted(going):
+            if tokens[row] in stop:
+                going.remove(row)
+            else:
+                answers[row].append(tokens[row])
+        if not going:
+            break
+    return answers[0] if single else answers
+
+
+def stream(
+    model: Mixtral,
+    prompt_tokens: Any,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop_tokens: Collection[int] = (),
+    seed: int = 0,
+) -> Iterator[int]:
+    """The same tokens as `generate` for one prompt, each as soon as it is chosen."""
+    prompts, single = as_prompts(prompt_tokens)
+    if not single:
+        raise BimedixError("stream takes one prompt; call generate for a batch")
+    sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
+    stop = frozenset(map(int, stop_tokens))
+    for (token,) in _decode(model, prompts, max_new_tokens, sampling, seed):
+        if token in stop:
+            return
+        yield token
+
+
+def as_prompts(prompt_tokens: Any, segment_ids: Any = None) -> tuple[list[np.ndarray], bool]:
+    """Prompts as int arrays without padding, and whether there was just one, given without a batch axis."""
+    first = prompt_tokens[0] if len(prompt_tokens) else None
+    single = first is None or np.ndim(first) == 0
+    rows = [np.asarray(row) for row in ([prompt_tokens] if single else prompt_tokens)]
+    if segment_ids is not None:
+        valid = [np.asarray(row) != 0 for row in ([segment_ids] if single else segment_ids)]
+        if [row.shape for row in rows] != [row.shape for row in valid]:
+            raise BimedixError("segment_ids and prompt_tokens differ in shape; give one id for each token")
+        rows = [row[keep] for row, keep in zip(rows, valid, strict=True)]
+    for index, row in enumerate(rows):
+        if row.size == 0:
+            raise BimedixError(f"prompt {index} is empty; give it at least one token, such as the tokenizer's bos_id")
+        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+            raise BimedixError(f"prompt {index} is not a sequence of integers (shape {row.shape}, {row.dtype}); tokenise it")
+    return rows, single
+
+
+def _decode(
+    model: Mixtral, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling, seed: int
+) -> Iterator[list[int]]:
+    """One list of tokens a step, a token for each prompt; runs to `max_new_tokens` unless the caller stops."""
+    config = model.config
+    longest, context = max(map(len, prompts)), config.max_position_embeddings
+    if max_new_tokens < 1:
+        raise BimedixError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    if longest + max_new_tokens > context:
+        raise BimedixError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed this model's context of {context}; "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+    low, high = min(int(row.min()) for row in prompts), max(int(row.max()) for row in prompts)
+    if low < 0 or high >= config.vocab_size:  # JAX would clamp the look-up in silence
+        wrong = low if low < 0 else high
+        raise BimedixError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}; use this model's tokenizer")
+    length = min(bucket(longest), context - max_new_tokens)
+    slots = min(bucket(length + max_new_tokens), context)
+    tokens_BT, segment_ids_BT = pad_left(prompts, length)
+    graph, weights = nnx.split(model)
+    key = jax.random.key(seed)
+    state = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, slots)
+    yield state.token_B.tolist()
+    for _ in range(max_new_tokens - 1):
+        state = _step(graph, weights, state, sampling, key)
+        yield state.token_B.tolist()
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "slots"))
+def _prefill(
+    graph: nnx.GraphDef,
+    weights: nnx.State,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    sampling: Sampling,
+    key: jax.Array,
+    slots: int,
+) -> State:
+    """Runs left-padded prompts and chooses the first token of each."""
+    model = nnx.merge(graph, weights)
+    batch = tokens_BT.shape[0]
+    cache = KVCache.zeros(model.config, batch, slots, model.dtype)
+    out = model.hidden(tokens_BT, segment_ids_BT, cache=cache)
+    seen_BV = None
+    if sampling.repetition_penalty is not None:
+        seen_BV = jnp.zeros((batch, model.config.vocab_size), bool)
+        seen_BV = seen_BV.at[jnp.arange(batch)[:, None], tokens_BT].max(segment_ids_BT != 0)
+    return _choose(model, out.hidden_BTD[:, -1], out.cache, seen_BV, jnp.zeros((), jnp.int32), sampling, key)
+
+
+@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
+def _step(graph: nnx.GraphDef, weights: nnx.State, state: State, sampling: Sampling, key: jax.Array) -> State:
+    """Runs the tokens chosen last and chooses the next ones."""
+    model = nnx.merge(graph, weights)
+    out = model.hidden(state.token_B[:, None], cache=state.cache)
+    return _choose(model, out.hidden_BTD[:, -1], out.cache, state.seen_BV, state.step, sampling, key)
+
+
+def _choose(
+    model: Mixtral,
+    hidden_BD: jax.Array,
+    cache: KVCache,
+    seen_BV: jax.Array | None,
+    step: jax.Array,
+    sampling: Sampling,
+    key: jax.Array,
+) -> State:
+    token_B = sample(model.head(hidden_BD), seen_BV, sampling, jax.random.fold_in(key, step))
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), token_B].set(True)
+    return State(cache, token_B, seen_BV, step + 1)
+
+
+def sample(
+    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"] | None, sampling: Sampling, key: jax.Array
+) -> Int[Array, "B"]:
+    """One token a row, int32. The filters apply in the order of Hugging Face: penalty, temperature, top-k, top-p, min-p."""
+    if sampling.repetition_penalty is not None and seen_BV is not None:
+        penalty = sampling.repetition_penalty
+        penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+        logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
+    if sampling.temperature is None:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = keep_likely(logits_BV / sampling.temperature, sampling)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits_BV.shape[0]))
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def keep_likely(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """Logits with -inf where top-k, top-p or min-p drops a token; tokens as likely as the last one kept stay too."""
+    if sampling.top_k is not None or sampling.top_p is not None:
+        ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        kept_BV = jnp.ones_like(ordered_BV, bool)
+        if sampling.top_k is not None:
+            kept_BV = jnp.broadcast_to((jnp.arange(ordered_BV.shape[1]) < sampling.top_k)[None], ordered_BV.shape)
+        if sampling.top_p is not None:
+            probability_BV = jax.nn.softmax(jnp.where(kept_BV, ordered_BV, -jnp.inf), axis=-1)
+            # a token stays while those before it have not reached top_p: the first always does
+            before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+            kept_BV = kept_BV & (before_BV < sampling.top_p)
+        least_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    if sampling.min_p is not None:
+        floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits_BV = jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
+    return logits_BV

@@ -1,0 +1,113 @@
+"""Few shapes for sequences of every length: lengths rounded up to buckets, rows padded on either side.
+
+Each new shape compiles anew, so lengths are rounded up to 2^k or 3 * 2^(k-1): at most a third of a row is padding, and
+there are two shapes an octave. Padding has segment id 0, which the model neither attends to nor routes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+
+Row = Sequence[int] | np.ndarray
+
+
+def bucket(length: int, smallest: int = 16) -> int:
+    """The smallest of 2^k and 3 * 2^(k-1) that is at least `length` and `smallest`."""
+    length = max(length, smallest, 1)
+    power = 1 << (length - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and length <= power * 3 // 4 else power
+
+
+def pad_left(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BT, segment_ids_BT), int32, with every row ending in the last column."""
+    return _pad(rows, length, left=True)
+
+
+def pad_right(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_BT, segment_ids_BT), int32, with every row beginning in the first column."""
+    return _pad(rows, length, left=False)
+
+
+def _pad(rows: Sequence[Row], length: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    tokens_BT = np.zeros((len(rows), length), np.int32)
+    segment_ids_BT = np.zeros((len(rows), length), np.int32)
+    for index, row in enumerate(rows):
+        if len(row) > length:
+            raise ValueError(f"row {index} has {len(row)} tokens, more than the {length} columns to put them in.")
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        tokens_BT[index, place] = row
+        segment_ids_BT[index, place] = 1
+    return tokens_BT, segment_ids_BT
+
+
+def by_length(
+    items: Sequence[Item], length_of: Callable[[Item], int], batch_tokens: int, longest: int
+) -> Iterator[tuple[list[Item], int, int]]:
+    """Batches of items of like length, longest first: (items, rows, columns), with rows * columns about `batch_tokens`.
+
+    Columns are the longest item's bucket, at most `longest` (no item may be longer). Every batch but the last is full; that
+    one is filled with empty rows up to a bucket.
+    """
+    waiting = sorted(items, key=length_of, reverse=True)
+    while waiting:
+        columns = min(bucket(length_of(waiting[0])), longest)
+        full = max(batch_tokens // columns, 1)
+        batch, waiting = waiting[:full], waiting[full:]
+        yield batch, min(bucket(len(batch), smallest=1), full), columns
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `capacity`: longest first, each into the first bin that has room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if lengths[index] > capacity:
+            raise ValueError(f"item {index} has length {lengths[index]}, more than a bin of {capacity} holds.")
+        place = next((bin for bin, left in enumerate(room) if left >= lengths[index]), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            room.append(capacity)
+        bins[place].append(index)
+        room[place] -= lengths[index]
+    return bins
+
+
+def packed(
+    rows: Sequence[Row], batch_tokens: int, longest: int, columns: int = 1024
+) -> Iterator[tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]]:
+    """All rows in batches of one shape, several to a line as segments 1, 2, ...: (places, tokens_BT, segment_ids_BT).
+
+    Segments do not see each other, so a row scores as it does alone, without padding each row to its neighbours' length.
+    Rows longer than `columns` come first, in lines of the longest one's bucket. No line exceeds `longest`, and no row may.
+    A place is (index of the row, line, start).
+    """
+    columns = min(columns, longest)
+    long = [index for index, row in enumerate(rows) if len(row) > columns]
+    short = [index for index, row in enumerate(rows) if len(row) <= columns]
+    long_width = min(bucket(max((len(rows[index]) for index in long), default=1)), longest)
+    short_width = min(columns, bucket(sum(len(rows[index]) for index in short)))
+    for chosen, width in ((long, long_width), (short, short_width)):
+        lines = [[chosen[i] for i in line] for line in first_fit([len(rows[i]) for i in chosen], width)]
+        height = min(max(batch_tokens // width, 1), len(lines))
+        for start in range(0, len(lines), max(height, 1)):
+            yield _lay_out(rows, lines[start : start + height], height, width)
+
+
+def _lay_out(
+    rows: Sequence[Row], lines: Sequence[Sequence[int]], height: int, width: int
+) -> tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]:
+    tokens_BT, segment_ids_BT = np.zeros((height, width), np.int32), np.zeros((height, width), np.int32)
+    places = []
+    for line, indices in enumerate(lines):
+        start = 0
+        for segment, index in enumerate(indices, start=1):
+            end = start + len(rows[index])
+            tokens_BT[line, start:end] = rows[index]
+            segment_ids_BT[line, start:end] = segment
+            places.append((index, line, start))
+            start = end
+    return places, tokens_BT, segment_ids_BT

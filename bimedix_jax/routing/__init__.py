@@ -1,0 +1,1 @@
+"""What the routers do: expert load per layer, language and kind, and its picture."""

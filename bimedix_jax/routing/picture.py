@@ -1,0 +1,87 @@
+"""The picture of expert load: layers down, experts across, a panel for each language and one for their difference."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.routing.load import ExpertLoad
+
+LANGUAGES = {"en": "English", "ar": "Arabic"}
+
+
+def draw(
+    loads: Mapping[str, ExpertLoad],
+    path: str | Path,
+    subject: str = "held-out records",
+    expert_distance: float | None = None,
+) -> Path:
+    """Writes a PNG with a row of panels for each entry of `loads`, for instance {"before": ..., "after": ...}.
+
+    Args:
+      subject: what the model read, for the title.
+      expert_distance: mean relative distance between the experts' weights, given when they come from one dense model and have
+        not diverged: the picture then says so, since it shows the router's habits and no specialisation.
+
+    Raises:
+      BimedixError: nothing to draw, or the rows have different languages.
+    """
+    languages = _languages(loads)
+    columns = len(languages) + (len(languages) == 2)
+    layers = next(iter(loads.values())).counts[languages[0]].shape[0]
+    figure = Figure(figsize=(3.6 * columns, 1.5 + (1.2 + 0.11 * layers) * len(loads)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)  # no window system, and nothing of pyplot's global state
+    figure.suptitle(_title(loads, subject), fontsize=11)
+    axes = np.array(figure.subplots(len(loads), columns, squeeze=False))
+    top = max(load.share(language).max() for load in loads.values() for language in languages)
+    for row, (name, load) in zip(axes, loads.items(), strict=True):
+        shares = [load.share(language) for language in languages]
+        for axis, language, share in zip(row, languages, shares, strict=False):
+            label = f"{_spelled(language)}, {name} ({load.tokens[language]:,} tokens)"
+            _panel(figure, axis, 100 * share, label, "% of choices", cmap="viridis", vmin=0.0, vmax=100 * top)
+        if columns > len(languages):
+            difference = 100 * (shares[1] - shares[0])
+            reach = max(float(np.abs(difference).max()), 0.1)
+            label = f"{_spelled(languages[1])} minus {_spelled(languages[0])}, {name}"
+            _panel(figure, row[-1], difference, label, "percentage points", cmap="RdBu_r", vmin=-reach, vmax=reach)
+    if expert_distance is not None:
+        note = f"Experts have not diverged: initialised from one dense model (mean relative distance {expert_distance:.3g})."
+        figure.supxlabel(note, fontsize=9, color="firebrick")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format="png")
+    return target
+
+
+def _languages(loads: Mapping[str, ExpertLoad]) -> list[str]:
+    found = {tuple(group for group in load.counts if "/" not in group) for load in loads.values()}
+    if len(found) != 1 or not next(iter(found)):
+        raise BimedixError("a picture of expert load needs loads over the same languages; measure them on the same records")
+    known = list(LANGUAGES)
+    return sorted(next(iter(found)), key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+def _title(loads: Mapping[str, ExpertLoad], subject: str) -> str:
+    experts = next(iter(next(iter(loads.values())).counts.values())).shape[1]
+    return f"Expert load on {subject}: share of router choices per layer; even would be {100 / experts:.1f} %"
+
+
+def _spelled(language: str) -> str:
+    return LANGUAGES.get(language, language)
+
+
+def _panel(figure: Figure, axis: Axes, values_LE: np.ndarray, label: str, unit: str, **colours: Any) -> None:
+    layers, experts = values_LE.shape
+    image = axis.imshow(values_LE, aspect="auto", interpolation="nearest", origin="upper", **colours)
+    axis.set_title(label, fontsize=9)
+    axis.set_xlabel("expert", fontsize=8)
+    axis.set_ylabel("layer", fontsize=8)
+    axis.set_xticks(range(experts))
+    axis.set_yticks(range(0, layers, max(layers // 8, 1)))
+    axis.tick_params(labelsize=7)
+    figure.colorbar(image, ax=axis).set_label(unit, fontsize=8)

@@ -1,0 +1,224 @@
+"""The training loop: everything around the compiled step."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from bimedix_jax.adapters import add_lora, has_lora
+from bimedix_jax.checkpoint.load import load
+from bimedix_jax.checkpoint.steps import save_step
+from bimedix_jax.checkpoint.store import lora_config, save, save_adapter
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import Experiment
+from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.quantise import quantise_base
+from bimedix_jax.training.metadata import write_run
+from bimedix_jax.training.metrics import MetricsLog, is_finite, plain
+from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.progress import TrainingProgress, duration
+from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, micro_batches, open_rows
+from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
+from bimedix_jax.training.state import Structure, TrainState, init_state, put_back, take_apart
+from bimedix_jax.training.step import make_eval_step, make_train_step
+from bimedix_jax.training.stopping import Interrupted, StopRequest
+from bimedix_jax.training.tracking import Mirror
+
+Step = Callable[[TrainState, dict[str, Any], dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+      model: with the trained values. trained: folder of the adapters, or of the model where every parameter trained.
+      metrics: the last step's line of metrics.jsonl; empty where a resumed run had no step left.
+    """
+
+    model: Mixtral
+    folder: Path
+    trained: Path
+    steps: int
+    metrics: dict[str, Any]
+
+
+def train(
+    experiment: Experiment,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    model: Mixtral | None = None,
+    console: Console | None = None,
+    resume_command: str | None = None,
+) -> TrainResult:
+    """Runs an experiment into the folder `out` (its files: training/run_folder.py).
+
+    Args:
+      resume: continue from the newest valid checkpoint; the losses are, to the bit, those of a run that never stopped.
+      model: the base in memory already, with or without adapters; None loads what the experiment names. A finished run has
+        set its trained values.
+      console: for progress; stderr by default.
+      resume_command: what to tell the user on an interruption; `bimedix train --resume --out OUT` by default.
+
+    Raises:
+      BimedixError: something asked for is impossible, or the loss stopped being a number; nothing is saved then.
+      Interrupted: Ctrl-C or SIGTERM, after the step in progress was saved.
+    """
+    console = console or Console(stderr=True)
+    folder = Path(out)
+    check_folder(folder, experiment, resume)
+    model = prepare_model(experiment, model)
+    rows = open_rows(experiment, model.config.vocab_size)
+    experiment = dataclasses.replace(experiment, steps=rows.steps)
+    check_fit(experiment, model)
+    structure, params, frozen = take_apart(model)
+    optimiser = make_optimiser(experiment.optimiser, rows.steps)
+    state = init_state(params, optimiser)
+    begin(folder, experiment)
+    if resume:
+        state = resume_state(folder, state, console)
+    step, compiled = compile_step(make_train_step(structure, experiment, rows.steps, optimiser), state, frozen, experiment, console)
+    write_run(folder, model, frozen, rows.fingerprint, rows.steps, int(state.step), compiled)
+    say_start(experiment, rows, int(state.step), console)
+    command = resume_command or f"bimedix train --resume --out {folder}"
+    state, last = run_steps(experiment, folder, rows, step, structure, state, frozen, console, command)
+    put_back(model, state.params)
+    if has_lora(model):
+        trained = save_adapter(model, folder / "adapter", overwrite=True)
+    else:
+        trained = save(model, folder / "model", overwrite=True)
+    return TrainResult(model, folder, trained, rows.steps, last)
+
+
+def prepare_model(experiment: Experiment, model: Mixtral | None) -> Mixtral:
+    """The base that the experiment names, or the given one, with the adapters that the experiment asks for."""
+    source = experiment.model
+    if model is None and source.random is not None:
+        dtype = source.dtype or ("bfloat16" if source.base == "nf4" else source.base)
+        model = init_random(source.random, experiment.seed, dtype)
+        model = quantise_base(model) if source.base == "nf4" else model
+    elif model is None:
+        if source.path is None:
+            raise BimedixError("The experiment names no model; give model.path, a folder or a hub id.")
+        model = load(source.path, base=source.base, dtype=source.dtype, revision=source.revision)
+    wanted = experiment.lora
+    if not has_lora(model):
+        return model if wanted is None else add_lora(model, wanted, experiment.seed)
+    found = lora_config(model)
+    if wanted is None or (found.rank, found.scale, set(found.targets)) != (wanted.rank, wanted.scale, set(wanted.targets)):
+        raise BimedixError(f"The model carries adapters {found}, the experiment asks for {wanted}; make them agree.")
+    return model
+
+
+def check_fit(experiment: Experiment, model: Mixtral) -> None:
+    if experiment.data.sequence_length > model.config.max_position_embeddings:
+        raise BimedixError(
+            f"Rows of {experiment.data.sequence_length} tokens exceed the model's {model.config.max_position_embeddings} positions; "
+            "pack the data with a smaller sequence length."
+        )
+
+
+def compile_step(
+    step: Any, state: TrainState, frozen: dict[str, Any], experiment: Experiment, console: Console
+) -> tuple[Step, dict[str, Any]]:
+    """The compiled step, and its time and memory, which are printed once."""
+    shape = (experiment.batch.accumulation, experiment.batch.rows, experiment.data.sequence_length)
+    kinds = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
+    with console.status("compiling the training step"):
+        began = time.perf_counter()
+        compiled = step.lower(state, frozen, batch).compile()
+        seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    held, extra = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    console.print(
+        f"compiled in {duration(seconds)}; memory: {held / 2**30:.2f} GiB model and optimiser, {extra / 2**30:.2f} GiB working space",
+        highlight=False,
+    )
+    return compiled, {"compile_seconds": seconds, "argument_bytes": held, "temporary_bytes": extra}
+
+
+def say_start(experiment: Experiment, rows: Rows, step: int, console: Console) -> None:
+    tokens = experiment.batch.size * experiment.data.sequence_length
+    console.print(
+        f"{experiment.name}: {rows.steps} steps of {experiment.batch.size} x {experiment.data.sequence_length} = {tokens:,} tokens"
+        + (f", continuing after step {step}" if step else ""),
+        highlight=False,
+    )
+
+
+def run_steps(
+    experiment: Experiment,
+    folder: Path,
+    rows: Rows,
+    step: Step,
+    structure: Structure,
+    state: TrainState,
+    frozen: dict[str, Any],
+    console: Console,
+    resume_command: str,
+) -> tuple[TrainState, dict[str, Any]]:
+    """All steps that are left; returns the last state and line of metrics."""
+    evaluate = make_eval_step(structure)
+    done, line = int(state.step), {}
+    with (
+        StopRequest(console) as stop,
+        MetricsLog(folder) as log,
+        Mirror(experiment, folder, done) as mirror,
+        TrainingProgress(console, done, rows.steps) as progress,
+    ):
+        while done < rows.steps:
+            began = time.perf_counter()
+            batch = micro_batches(checked(rows.batch(done), structure.vocab_size, done), experiment.batch.accumulation)
+            state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch))
+            line = {"step": done + 1, **plain(metrics)}
+            if not is_finite(line):
+                raise BimedixError(diverged(line, experiment, done))
+            done += 1
+            seconds = time.perf_counter() - began
+            line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
+            if experiment.eval_every and done % experiment.eval_every == 0:
+                line |= measure_heldout(experiment, evaluate, state, frozen)
+            log.write(line)
+            mirror.write(line)
+            progress.update(line)
+            if stop.asked or done % experiment.checkpoint_every == 0 or done == rows.steps:
+                position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
+                save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)
+            if stop.asked and done < rows.steps:
+                raise Interrupted(f"step {done} of {rows.steps} is saved; continue with `{resume_command}`")
+    return state, line
+
+
+def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:
+    """The batch, if its token ids are the model's: JAX would clamp one that is not, and train on another token."""
+    highest = int(batch["tokens_BT"].max())
+    if highest >= vocab_size or int(batch["tokens_BT"].min()) < 0:
+        raise BimedixError(
+            f"The rows of step {step + 1} hold token id {highest}, the model knows {vocab_size}; pack the data with this model's tokenizer."
+        )
+    return batch
+
+
+def diverged(line: dict[str, Any], experiment: Experiment, done: int) -> str:
+    kept = done // experiment.checkpoint_every * experiment.checkpoint_every
+    since = f"the last checkpoint is that of step {kept}" if kept else "there is no checkpoint before it"
+    return (
+        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops and saves nothing of this step; "
+        f"{since}. Lower optimiser.learning_rate or optimiser.clip_norm, or look at the rows of this step."
+    )
+
+
+def measure_heldout(experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
+    """Held-out loss in nats per target."""
+    nll, targets = 0.0, 0.0
+    for batch in heldout_batches(experiment):
+        nll_sum, count = evaluate(state.params, frozen, jax.tree.map(jnp.asarray, batch))
+        nll, targets = nll + float(nll_sum), targets + float(count)
+    return {"heldout_nll": nll / max(targets, 1.0), "heldout_targets": targets}

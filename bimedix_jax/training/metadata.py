@@ -1,0 +1,93 @@
+"""run.json: what a run ran on, so that its numbers can be read years later."""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bimedix_jax.adapters import coverage
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import write_text
+from bimedix_jax.models.mixtral import Mixtral
+
+RUN = "run.json"
+PACKAGES = ("bimedix_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def weighted_sum(words: jax.Array, width: int) -> jax.Array:
+    """uint32 sum of the words, each times its odd position, so that a swap shows too. Fused: no copy of the array exists."""
+    bits = jax.lax.bitcast_convert_type(words, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).reshape(-1)
+    places = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2) + jnp.uint32(1)
+    return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
+
+
+def fingerprint(values: dict[str, Any]) -> str:
+    """Checksum of named arrays and NF4Tensors at the speed of memory: tells one base from another, no defence against malice."""
+    sums = {
+        name: [int(weighted_sum(leaf, leaf.dtype.itemsize)) for leaf in jax.tree.leaves(value)]
+        for name, value in sorted(values.items())
+    }
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the work tree that holds `folder`, with '+changes' where files differ from it; None outside of one."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git here
+        return None
+    return described.stdout.strip() or None if described.returncode == 0 else None
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions and devices."""
+    device = jax.devices()[0]
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "git_commit": git_commit(Path(__file__).parent),
+    }
+
+
+def write_run(
+    folder: Path, model: Mixtral, frozen: dict[str, Any], data_fingerprint: str, steps: int, step: int, compiled: dict[str, Any]
+) -> None:
+    """Writes run.json; a resumed run adds its start to those before.
+
+    Raises:
+      BimedixError: the base weights or the data differ from those the run began with.
+    """
+    table = coverage(model).to_dict()
+    same = {"base_fingerprint": fingerprint(frozen), "data_fingerprint": data_fingerprint, "steps": steps}
+    starts: list[dict[str, Any]] = []
+    if (folder / RUN).exists():
+        earlier = json.loads((folder / RUN).read_text("utf-8"))
+        starts = earlier["starts"]
+        changed = [name for name, value in same.items() if earlier[name] != value]
+        if changed and step > 0:
+            raise BimedixError(
+                f"{', '.join(changed)} differs from what {folder} began with: its model or data files have changed; "
+                "put them back, or start a new run."
+            )
+    starts = [*starts, {"step": step, **surroundings(), **compiled}]
+    write_text(folder / RUN, json.dumps({**same, "coverage": table, "starts": starts}, indent=2) + "\n")

@@ -1,0 +1,86 @@
+"""metrics.jsonl: one line a step, appended and never rewritten except when a run is resumed from an earlier step."""
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from bimedix_jax.files import write_text
+
+METRICS = "metrics.jsonl"
+
+
+ORDER = (
+    "loss",  # the objective: nll + aux_loss_coef * aux_loss + z_loss_coef * z_loss
+    "nll",  # nats per supervised token
+    "aux_loss",  # unscaled, top_k when balanced
+    "z_loss",  # unscaled
+    "grad_norm",  # before clipping
+    "learning_rate",
+    "tokens",  # of this step, padding excluded
+    "supervised_tokens",
+    "load_entropy",  # by layer, over its maximum: 1 is even
+    "load_max_share",  # by layer: of the busiest expert
+)
+"""What the step reports, in the order of a line."""
+
+
+def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Device scalars and vectors as Python numbers, the exact values."""
+    if set(metrics) != set(ORDER):
+        raise ValueError(f"metrics without a place in a line, or missing: {sorted(set(metrics) ^ set(ORDER))}")
+    return {name: np.asarray(metrics[name]).tolist() for name in ORDER}
+
+
+def is_finite(metrics: dict[str, Any]) -> bool:
+    """Whether loss and gradient norm are numbers one can go on with."""
+    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+
+
+class MetricsLog:
+    """Appends lines; each is on its way to the disk when `write` returns."""
+
+    def __init__(self, folder: Path):
+        self._file = (folder / METRICS).open("a", encoding="utf-8", newline="\n")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Raises ValueError for NaN and infinity, which JSON does not have."""
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run, in order; a last line that a kill cut short is left out."""
+    lines = (Path(folder) / METRICS).read_text("utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind(folder: Path, step: int) -> Path | None:
+    """Moves the lines of later steps, and a last line cut short, out of metrics.jsonl; returns the file they are in now.
+
+    The checkpoint does not know those steps: they will be taken again and give the same losses.
+    """
+    path = folder / METRICS
+    if not path.exists():
+        return None
+    kept, moved = [], []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        later = not line.endswith("\n") or json.loads(line)["step"] > step
+        (moved if later else kept).append(line)
+    if not moved:
+        return None
+    number = 1
+    while (side := folder / f"metrics.superseded-{number}.jsonl").exists():
+        number += 1
+    write_text(side, "".join(moved))  # first the copy: a kill in between loses nothing
+    write_text(path, "".join(kept))
+    return side

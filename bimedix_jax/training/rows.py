@@ -1,0 +1,97 @@
+"""Batches of a run by optimiser step: the same step gives the same rows, so a resumed run needs no position but its step."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import Experiment
+from bimedix_jax.files import sha256
+
+NumpyBatch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a run learns from.
+
+    Attributes:
+      batch: step (from 0) -> tokens_BT, segment_ids_BT, loss_mask_BT with B = rows of a whole optimiser step.
+      steps: steps of the run.
+      fingerprint: of the data; a resumed run must have the same.
+    """
+
+    batch: Callable[[int], NumpyBatch]
+    steps: int
+    fingerprint: str
+
+
+def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
+    """The rows that an experiment names.
+
+    Raises:
+      BimedixError: no data is named, the folder is not a packed one, or its rows have another length.
+    """
+    data, size = experiment.data, experiment.batch.size
+    if data.synthetic_rows:
+        steps = experiment.steps or -(-(experiment.epochs or 1) * data.synthetic_rows // size)
+        rows = synthetic(data.synthetic_rows, data.sequence_length, vocab_size, experiment.seed)
+        digest = hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest()
+        return Rows(lambda step: {name: x[np.arange(step * size, (step + 1) * size) % len(x)] for name, x in rows.items()}, steps, digest)
+    if data.path is None:
+        raise BimedixError("The experiment names no data; give a packed folder (`bimedix data pack` writes one).")
+    from bimedix_jax.data import loader, pack
+
+    check_length(data.path, data.sequence_length)
+    batches = loader.batches(data.path, size, experiment.seed, epochs=experiment.epochs)
+    steps = experiment.steps or len(batches)
+    if experiment.epochs is not None and steps > len(batches):
+        raise BimedixError(
+            f"{steps} steps are more than the {len(batches)} that {experiment.epochs} epochs of {data.path} have; "
+            "lower steps, or leave epochs out so that the data repeat."
+        )
+    return Rows(batches.__getitem__, steps, sha256(Path(data.path) / pack.ROWS))
+
+
+def check_length(folder: str, sequence_length: int) -> None:
+    from bimedix_jax.data import loader
+
+    found = loader.read_index(folder)["sequence_length"]
+    if found != sequence_length:
+        raise BimedixError(
+            f"{folder} was packed with {found} tokens a row, the experiment says {sequence_length}; "
+            "set data.sequence_length, or pack it again."
+        )
+
+
+def heldout_batches(experiment: Experiment) -> Iterator[NumpyBatch]:
+    """Every held-out row once, in order, as micro-batches; the last is filled up with empty rows."""
+    from bimedix_jax.data import loader
+
+    assert experiment.data.heldout is not None  # experiment.py: eval_every needs it
+    check_length(experiment.data.heldout, experiment.data.sequence_length)
+    batches = loader.batches(experiment.data.heldout, experiment.batch.rows, seed=0, shuffle=False, epochs=1)
+    return (batches[step] for step in range(len(batches)))
+
+
+def synthetic(rows: int, length: int, vocab_size: int, seed: int) -> NumpyBatch:
+    """Made-up rows: two random documents each, padding at the end, the second half of a document learned."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(1, vocab_size, (rows, length), dtype=np.int32)
+    place = np.broadcast_to(np.arange(length), (rows, length))
+    border, end = length // 2, length - length // 16
+    segment_ids = np.where(place < border, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    inside = np.where(place < border, place, place - border)
+    return {
+        "tokens_BT": np.where(segment_ids != 0, tokens, 0).astype(np.int32),
+        "segment_ids_BT": segment_ids,
+        "loss_mask_BT": (segment_ids != 0) & (inside >= border // 2),
+    }
+
+
+def micro_batches(batch: NumpyBatch, accumulation: int) -> NumpyBatch:
+    """[B, T] as [A, B / A, T]."""
+    return {name: x.reshape(accumulation, -1, *x.shape[1:]) for name, x in batch.items()}

@@ -1,0 +1,65 @@
+"""The folder of a run: opened once, continued only by the experiment that began it.
+
+    config.json                     the experiment, resolved
+    run.json                        versions, devices, coverage table, fingerprints, every start
+    metrics.jsonl                   one line a step: the truth
+    metrics.superseded-N.jsonl      lines of steps that a resumed run took again
+    checkpoints/STEP/               training states (checkpoint/steps.py)
+    adapter/ or model/              what was trained, at the end
+    wandb/                          the mirror, where tracking is on
+"""
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from bimedix_jax.checkpoint.steps import newest_valid, restore_step, steps_in
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import Experiment, differences, read
+from bimedix_jax.files import write_text
+from bimedix_jax.training.metrics import rewind
+from bimedix_jax.training.state import TrainState
+
+CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+
+
+def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
+    """Raises BimedixError unless `folder` is free, or with `resume` holds a run of this very experiment."""
+    if not resume:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise BimedixError(f"{folder} exists already; pass --resume to continue it, or name another folder with --out.")
+        return
+    if not (folder / CONFIG).is_file():
+        raise BimedixError(f"{folder} holds no run to continue (no {CONFIG}); start one without --resume.")
+    began = read(folder / CONFIG)
+    changed = differences(dataclasses.replace(experiment, steps=experiment.steps or began.steps), began)
+    if changed:
+        raise BimedixError(
+            f"{folder} was begun by another experiment ({'; '.join(changed)}); resume it with that one "
+            f"(--resume --out {folder} alone takes it from the folder), or start a new run."
+        )
+
+
+def begin(folder: Path, experiment: Experiment) -> None:
+    """Creates the folder and records the experiment."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / CONFIG, experiment.to_json())
+    except OSError as error:
+        raise BimedixError(f"cannot write into {folder} ({error.strerror}); name a folder that can be written.") from error
+
+
+def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainState:
+    """The state of the newest valid checkpoint, with metrics.jsonl cut back to it; `fresh` where none was written yet."""
+    checkpoints = folder / CHECKPOINTS
+    state = fresh
+    if steps_in(checkpoints):
+        state, _ = restore_step(checkpoints, newest_valid(checkpoints), fresh)
+    else:
+        console.print(f"{folder} has no checkpoint yet: starting from the beginning", highlight=False)
+    step = int(state.step)
+    side = rewind(folder, step)
+    if side is not None:
+        console.print(f"metrics of steps after {step} were moved to {side.name}; those steps are taken again", highlight=False)
+    return state

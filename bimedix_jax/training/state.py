@@ -1,0 +1,74 @@
+"""A model as three parts: what trains, what is frozen, and how to put it together again."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from bimedix_jax.adapters import is_trainable
+from bimedix_jax.models.mixtral import Mixtral
+
+Params = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an optimiser step changes, and a checkpoint holds.
+
+    Attributes:
+      params: trained parameters by dotted path, float32.
+      optimiser: state of the optimiser, for these parameters only.
+      step: int32, optimiser steps done; also the position in the data, whose batches are indexed by step.
+    """
+
+    params: Params
+    optimiser: optax.OptState
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """Everything of a model but its values: what a jitted function closes over without holding any array."""
+
+    vocab_size: int
+    graph: nnx.GraphDef
+    variables: tuple[tuple[tuple, nnx.Variable], ...]
+
+    def merge(self, params: Mapping[str, jax.Array], frozen: Mapping[str, Any]) -> Mixtral:
+        """The model with these values; inside jit, with tracers."""
+        values = {**frozen, **params}
+        flat = [(path, variable.replace(values[dotted(path)])) for path, variable in self.variables]
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+
+def dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def take_apart(model: Mixtral) -> tuple[Structure, Params, dict[str, Any]]:
+    """(structure, trained parameters, frozen parameters), both by dotted path and sharing the model's arrays.
+
+    Frozen values are jax arrays and NF4Tensors. The structure keeps no array alive.
+    """
+    graph, trained, rest = nnx.split(model, is_trainable(model), ...)
+    parts = [list(nnx.to_flat_state(part)) for part in (trained, rest)]
+    params, frozen = ({dotted(path): variable.get_value() for path, variable in part} for part in parts)
+    hollow = tuple((path, variable.replace(None)) for part in parts for path, variable in part)
+    return Structure(model.config.vocab_size, graph, hollow), params, frozen
+
+
+def init_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
+    """Step 0, on copies of `params`: the step donates its state, and the model's own arrays must survive that."""
+    own = {name: jnp.array(value, copy=True) for name, value in params.items()}
+    return TrainState(own, optimiser.init(own), jnp.zeros((), jnp.int32))
+
+
+def put_back(model: Mixtral, params: Mapping[str, jax.Array]) -> None:
+    """Sets the trained values of `model`, in place."""
+    trained = nnx.to_flat_state(nnx.state(model, is_trainable(model)))
+    nnx.update(model, nnx.from_flat_state([(path, variable.replace(params[dotted(path)])) for path, variable in trained]))

@@ -1,0 +1,77 @@
+"""Weights & Biases as a mirror of metrics.jsonl: numbers and the configuration, never text, code or machine facts.
+
+A resumed run is a new wandb run in the same group: restarting one id offline makes two folders with overlapping steps.
+"""
+
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import Experiment
+
+
+class Mirror:
+    """Logs each line of metrics.jsonl; does nothing in mode "disabled".
+
+    Raises:
+      BimedixError: wandb was asked for and cannot start.
+    """
+
+    def __init__(self, experiment: Experiment, folder: Path, step: int):
+        self.run = None if experiment.tracking.mode == "disabled" else start(experiment, folder, step)
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.log(flat_numbers(line), step=line["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.run is not None:
+            self.run.finish(exit_code=0 if kind is None else 1)
+
+
+def start(experiment: Experiment, folder: Path, step: int) -> Any:
+    tracking = experiment.tracking
+    remedy = 'set tracking.mode to "offline" or "disabled"'
+    try:
+        import wandb
+    except ImportError as error:
+        raise BimedixError(f"tracking.mode is {tracking.mode}, and wandb cannot be imported ({error}); install it or {remedy}.") from error
+    settings = wandb.Settings(
+        console="off",  # captures what the program prints otherwise
+        save_code=False,
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+        silent=True,
+    )
+    try:
+        return wandb.init(
+            project=tracking.project,
+            name=experiment.name if step == 0 else f"{experiment.name} from step {step}",
+            group=experiment.name,
+            dir=str(folder),
+            mode=tracking.mode,
+            config=experiment.to_dict(),
+            settings=settings,
+        )
+    except (wandb.Error, OSError) as error:
+        raise BimedixError(f"wandb cannot start in mode {tracking.mode} ({error}); log in with `wandb login`, or {remedy}.") from error
+
+
+def flat_numbers(line: dict[str, Any]) -> dict[str, float]:
+    """Scalars as they are; of a list over layers its mean, lowest and highest."""
+    flat: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/mean": math.fsum(value) / len(value), f"{name}/min": min(value), f"{name}/max": max(value)}
+        elif name != "step":
+            flat[name] = value
+    return flat

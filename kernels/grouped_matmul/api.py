@@ -1,0 +1,91 @@
+"""grouped_matmul: checks the operands, picks a backend, and differentiates."""
+
+import functools
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bimedix_jax.kernels.grouped_matmul import ragged_dot, xla
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.tensor import zero_cotangent
+
+BACKENDS: dict[str, ModuleType] = {"xla": xla, "ragged_dot": ragged_dot}
+DEFAULT_BACKEND = {"cpu": "xla", "gpu": "ragged_dot", "tpu": "ragged_dot"}
+
+
+def pick_backend(name: str | None) -> ModuleType:
+    if name is None:
+        name = DEFAULT_BACKEND.get(jax.default_backend(), "ragged_dot")
+    if name not in BACKENDS:
+        raise ValueError(f"Unknown grouped_matmul backend {name!r}; choose one of {', '.join(sorted(BACKENDS))}.")
+    return BACKENDS[name]
+
+
+def orient(w: jax.Array | NF4Tensor, d: int) -> jax.Array | NF4Tensor:
+    """An NF4Tensor of [E, F, D] weights as [E, D, F]; a square one is taken as it is."""
+    if isinstance(w, NF4Tensor) and w.ndim == 3 and w.shape[1] != d and w.shape[2] == d:
+        return w.mT
+    return w
+
+
+def swap(w: jax.Array | NF4Tensor) -> jax.Array | NF4Tensor:
+    return w.mT if isinstance(w, NF4Tensor) else jnp.swapaxes(w, 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str | None) -> jax.Array:
+    return pick_backend(backend).grouped_matmul(x_MD, w_EDF, group_sizes_E)
+
+
+def product_forward(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str | None):
+    # a 4-bit weight is kept packed for the backward pass; x only where the weight's own gradient needs it
+    residual_x = None if isinstance(w_EDF, NF4Tensor) else x_MD
+    return product(x_MD, w_EDF, group_sizes_E, backend), (residual_x, w_EDF, group_sizes_E)
+
+
+def product_backward(backend: str | None, residuals: tuple, dy_MF: jax.Array):
+    x_MD, w_EDF, group_sizes_E = residuals
+    module = pick_backend(backend)
+    dx_MD = module.grouped_matmul(dy_MF, swap(w_EDF), group_sizes_E)
+    if x_MD is None:
+        return dx_MD, jax.tree.map(zero_cotangent, w_EDF), zero_cotangent(group_sizes_E)
+    dw_EDF = module.weight_gradient(x_MD, dy_MF, group_sizes_E).astype(w_EDF.dtype)
+    return dx_MD, dw_EDF, zero_cotangent(group_sizes_E)
+
+
+product.defvjp(product_forward, product_backward)
+
+
+def grouped_matmul(
+    x_MD: Float[Array, "M D"],
+    w_EDF: Float[Array, "..."] | NF4Tensor,
+    group_sizes_E: Int[Array, "E"],
+    *,
+    backend: str | None = None,
+) -> Float[Array, "M F"]:
+    """Multiplies each row by the matrix of the expert that owns it.
+
+    Args:
+      x_MD: rows sorted by expert.
+      w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (a square one is read as [E, D, F]).
+      group_sizes_E: rows of each expert, in order; their sum may be below M.
+      backend: "xla" or "ragged_dot"; None picks by platform, a named one never falls back.
+
+    Returns:
+      y_MF in the dtype of x, accumulated in float32; rows that no group owns are zero. Differentiable in x, and in w
+      where it is dense; a 4-bit weight is frozen.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown backend.
+    """
+    w_EDF = orient(w_EDF, x_MD.shape[1])
+    if w_EDF.ndim != 3 or w_EDF.shape[1] != x_MD.shape[1] or w_EDF.shape[0] != group_sizes_E.shape[0]:
+        raise ValueError(
+            f"grouped_matmul needs x [M, D], w [E, D, F] and group sizes [E]; "
+            f"got {x_MD.shape}, {w_EDF.shape} and {group_sizes_E.shape}."
+        )
+    if not isinstance(w_EDF, NF4Tensor):
+        w_EDF = w_EDF.astype(x_MD.dtype)
+    return product(x_MD, w_EDF, group_sizes_E, backend)

@@ -1,0 +1,30 @@
+"""Backend on `lax.ragged_dot`: the fall-back for platforms without a kernel of ours. NF4 weights are dequantised whole."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
+
+
+def grouped_matmul(
+    x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"]
+) -> Float[Array, "M F"]:
+    dense_EDF = dequantize(w_EDF) if isinstance(w_EDF, NF4Tensor) else w_EDF
+    y_MF = lax.ragged_dot(x_MD, dense_EDF.astype(x_MD.dtype), group_sizes_E, preferred_element_type=jnp.float32).astype(
+        x_MD.dtype
+    )
+    # what lands in rows that no group owns is up to the platform
+    owned_M = jnp.arange(x_MD.shape[0]) < jnp.sum(group_sizes_E)
+    return jnp.where(owned_M[:, None], y_MF, 0)
+
+
+def weight_gradient(
+    x_MD: Float[Array, "M D"], dy_MF: Float[Array, "M F"], group_sizes_E: Int[Array, "E"]
+) -> Float[Array, "E D F"]:
+    """float32 [E, D, F]."""
+    dimension_numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    return lax.ragged_dot_general(x_MD, dy_MF, group_sizes_E, dimension_numbers, preferred_element_type=jnp.float32)

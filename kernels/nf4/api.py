@@ -1,0 +1,117 @@
+"""quantize and dequantize, jit-able on every platform."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped, UInt8
+
+from bimedix_jax.kernels.nf4.tables import (
+    DYNAMIC_MAP,
+    DYNAMIC_THRESHOLDS,
+    HUGE,
+    NESTED_BLOCK_SIZE,
+    NF4_THRESHOLDS,
+    NF4_VALUES,
+    SHRINK,
+)
+from bimedix_jax.kernels.nf4.tensor import NF4Tensor
+
+TINY = jnp.finfo(jnp.float32).tiny
+
+
+def normalise(blocks: Float[Array, "*batch blocks n"]) -> tuple[Float[Array, "*batch blocks n"], jax.Array]:
+    """(blocks times 1 / absmax, absmax [*batch, blocks]); a block of zeros or denormals, which XLA flushes, gives zeros."""
+    blocks = jnp.where(jnp.abs(blocks) < TINY, 0.0, blocks)
+    absmax = jnp.max(jnp.abs(blocks), axis=-1)
+    # the reciprocal of a value above 2**126 would be denormal
+    shrink = jnp.where(absmax >= HUGE, SHRINK, 1.0)
+    inverse = jnp.where(absmax > 0, 1.0 / jnp.maximum(absmax * shrink, TINY), 0.0)
+    return (blocks * shrink[..., None]) * inverse[..., None], absmax
+
+
+def unfused(product: jax.Array) -> jax.Array:
+    """Keeps XLA from contracting this product and a later sum into one FMA, which would round once, not twice."""
+    return jnp.where(product == product, product, 0.0)
+
+
+def pad_last(x: jax.Array, multiple: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % multiple)])
+
+
+def code_of(x: jax.Array, thresholds: tuple[float, ...]) -> jax.Array:
+    """uint8 number of thresholds strictly below x, as a sum of comparisons, which vectorises where a search does not."""
+    return functools.reduce(jnp.add, [(x > t).astype(jnp.uint8) for t in thresholds])
+
+
+def quantize_scales(absmax: Float[Array, "*batch blocks"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Double quantisation: (uint8 codes [*batch, blocks], nested_absmax [*batch, ceil(blocks/256)], offset [*batch])."""
+    blocks = absmax.shape[-1]
+    offset = jnp.mean(absmax, axis=-1)
+    groups = pad_last(absmax - offset[..., None], NESTED_BLOCK_SIZE)
+    groups = groups.reshape(*absmax.shape[:-1], -1, NESTED_BLOCK_SIZE)
+    scaled, nested_absmax = normalise(groups)
+    codes = jnp.searchsorted(jnp.asarray(DYNAMIC_THRESHOLDS), scaled).astype(jnp.uint8)
+    return codes.reshape(*absmax.shape[:-1], -1)[..., :blocks], nested_absmax, offset
+
+
+@functools.partial(jax.jit, static_argnames="block_size")
+def quantize_blocks(w: Float[Array, "*batch n"], block_size: int) -> tuple[UInt8[Array, "*batch b"], jax.Array]:
+    """Nibbles and float32 scales of flattened units: packed [*batch, ceil(n/2)], absmax [*batch, ceil(n/block)]."""
+    size = w.shape[-1]
+    # an odd block size can leave an odd padded length; one block more makes it even, and is cut off below
+    blocks = pad_last(w.astype(jnp.float32), math.lcm(block_size, 2)).reshape(*w.shape[:-1], -1, block_size)
+    normalised, absmax = normalise(blocks)
+    codes = code_of(normalised, tuple(NF4_THRESHOLDS.tolist())).reshape(*w.shape[:-1], -1)
+    packed = (codes[..., 0::2] << 4) | codes[..., 1::2]
+    return packed[..., : (size + 1) // 2], absmax[..., : -(-size // block_size)]
+
+
+def quantize(
+    w: Shaped[Array, "..."], block_size: int = 64, double_quant: bool = True, batch_dims: int = 0
+) -> NF4Tensor:
+    """Packs `w` to 4 bits; nibbles and scales are those of bitsandbytes.
+
+    Args:
+      w: array of any shape; each of its `w.shape[:batch_dims]` sub-arrays is quantised on its own.
+      block_size: elements of the row-major flattening of a unit that share a scale.
+      double_quant: keep the scales in 8 bits too, 4.127 instead of 4.5 bits per weight at block size 64.
+
+    Raises:
+      ValueError: `w` is not floating point, is empty, or batch_dims leaves no axis.
+    """
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"quantize needs a floating-point array, got {w.dtype}; cast it first.")
+    if not 0 <= batch_dims < max(w.ndim, 1) or w.size == 0:
+        raise ValueError(f"quantize needs a non-empty array with more than {batch_dims} axes, got shape {w.shape}.")
+    batch, unit_shape = w.shape[:batch_dims], w.shape[batch_dims:]
+    packed, absmax = quantize_blocks(w.reshape(*batch, -1), block_size)
+    nested_absmax = nested_offset = None
+    if double_quant:
+        absmax, nested_absmax, nested_offset = quantize_scales(absmax)
+    return NF4Tensor(packed, absmax, nested_absmax, nested_offset, unit_shape, False, block_size, str(w.dtype))
+
+
+def block_scales(t: NF4Tensor) -> Float[Array, "*batch blocks"]:
+    """float32 scale of every block, with double quantisation undone."""
+    if t.nested_absmax is None or t.nested_offset is None:
+        return t.absmax
+    blocks = t.absmax.shape[-1]
+    coded = jnp.asarray(DYNAMIC_MAP).at[t.absmax.astype(jnp.int32)].get(mode="promise_in_bounds")
+    groups = jnp.repeat(t.nested_absmax, NESTED_BLOCK_SIZE, axis=-1)[..., :blocks]
+    return unfused(coded * groups) + t.nested_offset[..., None]
+
+
+def nibble_values(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
+    """Table look-up without bounds checks: codes are nibbles by construction."""
+    return jnp.asarray(NF4_VALUES).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def dequantize(t: NF4Tensor, dtype: jnp.dtype | str | None = None) -> Float[Array, "..."]:
+    """Array of `t.shape` in `dtype` (the recorded dtype if None); value times scale in float32, then one cast."""
+    unit_size = math.prod(t.unit_shape)
+    codes = jnp.stack([t.packed >> 4, t.packed & 15], axis=-1).reshape(*t.batch_shape, -1)[..., :unit_size]
+    scales = jnp.repeat(block_scales(t), t.block_size, axis=-1)[..., :unit_size]
+    w = (nibble_values(codes) * scales).astype(dtype or t.dtype).reshape(*t.batch_shape, *t.unit_shape)
+    return jnp.swapaxes(w, -1, -2) if t.transposed else w

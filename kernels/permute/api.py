@@ -1,0 +1,83 @@
+"""Dispatch and combine as gathers in both directions.
+
+Every token-expert pair is one row, so the permutation is a bijection and the transpose of a gather by it is a gather by its
+inverse. XLA would differentiate a gather into a scatter-add, which is serial on a CPU and atomic on a GPU.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Permutation(NamedTuple):
+    """Where each token-expert pair goes, with M = N * K.
+
+    Attributes:
+      order_M: pair n * K + k that stands in each sorted row.
+      inverse_M: sorted row of each pair.
+      group_sizes_E: rows of each expert; pairs of no expert stand after the last group.
+    """
+
+    order_M: jax.Array
+    inverse_M: jax.Array
+    group_sizes_E: jax.Array
+
+
+def sort_by_expert(experts_NK: Int[Array, "N K"], num_experts: int) -> Permutation:
+    """Stable sort of all pairs by expert; a pair whose expert id is num_experts belongs to none and sorts last."""
+    flat_M = experts_NK.reshape(-1)
+    order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
+    inverse_M = jnp.argsort(order_M).astype(jnp.int32)
+    group_sizes_E = jnp.sum(flat_M[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
+    return Permutation(order_M, inverse_M, group_sizes_E)
+
+
+@jax.custom_vjp
+def dispatch(x_ND: Float[Array, "N D"], permutation: Permutation) -> Float[Array, "M D"]:
+    """The row of each pair's token, sorted by expert."""
+    k = permutation.order_M.shape[0] // x_ND.shape[0]
+    return x_ND.at[permutation.order_M // k].get(mode="promise_in_bounds")
+
+
+def dispatch_forward(x_ND: jax.Array, permutation: Permutation):
+    return dispatch(x_ND, permutation), (permutation, x_ND.shape[0])
+
+
+def dispatch_backward(residuals: tuple[Permutation, int], dy_MD: jax.Array):
+    permutation, tokens = residuals
+    pairs_MD = dy_MD.at[permutation.inverse_M].get(mode="promise_in_bounds")
+    dx_ND = jnp.sum(pairs_MD.reshape(tokens, -1, dy_MD.shape[1]), axis=1, dtype=jnp.float32)
+    return dx_ND.astype(dy_MD.dtype), None
+
+
+dispatch.defvjp(dispatch_forward, dispatch_backward)
+
+
+@jax.custom_vjp
+def combine(
+    y_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], permutation: Permutation
+) -> Float[Array, "N D"]:
+    """Each token's sum of its pairs' rows times `weights_NK`, in float32, returned in the dtype of y."""
+    pairs_NKD = y_MD.at[permutation.inverse_M].get(mode="promise_in_bounds").reshape(*weights_NK.shape, -1)
+    return jnp.sum(pairs_NKD * weights_NK[..., None], axis=1, dtype=jnp.float32).astype(y_MD.dtype)
+
+
+def combine_forward(y_MD: jax.Array, weights_NK: jax.Array, permutation: Permutation):
+    return combine(y_MD, weights_NK, permutation), (y_MD, weights_NK, permutation)
+
+
+def combine_backward(residuals: tuple[jax.Array, jax.Array, Permutation], dout_ND: jax.Array):
+    y_MD, weights_NK, permutation = residuals
+    k = weights_NK.shape[1]
+    # row m of the sorted side belongs to pair order_M[m], hence to token order_M[m] // k
+    dout_MD = dout_ND.at[permutation.order_M // k].get(mode="promise_in_bounds")
+    weights_M = weights_NK.reshape(-1).at[permutation.order_M].get(mode="promise_in_bounds")
+    dy_MD = (dout_MD * weights_M[:, None]).astype(y_MD.dtype)
+    dweights_M = jnp.sum(dout_MD.astype(jnp.float32) * y_MD.astype(jnp.float32), axis=1)
+    dweights_NK = dweights_M.at[permutation.inverse_M].get(mode="promise_in_bounds").reshape(weights_NK.shape)
+    return dy_MD, dweights_NK.astype(weights_NK.dtype), None
+
+
+combine.defvjp(combine_forward, combine_backward)

@@ -1,0 +1,141 @@
+"""RMSNorm, rotary embeddings, grouped-query attention over packed segments, and its KV cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from bimedix_jax.kernels.pytree import Leaf
+from bimedix_jax.models.axes import EMBED, HEADS, KV_HEADS, LAYERS
+from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.linear import Linear, placeholder
+
+MASKED = -1e30
+"""Score of a key that a query may not see; finite, so that a row without any visible key gives no NaN."""
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, with the mean in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], eps: float, dtype: jnp.dtype | str):
+        self.scale = placeholder(shape, axes, dtype)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale.get_value().astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return normed.astype(x.dtype) * scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of earlier tokens, for decoding.
+
+    Attributes:
+      k_LBSGH, v_LBSGH: rotated keys, and values; slots from `length` on are unwritten.
+      segment_ids_BS: segment of each slot, 0 where unwritten or padding.
+      length: int32 scalar, slots written so far, the same for all rows (shorter prompts are padded on the left).
+    """
+
+    k_LBSGH: Leaf
+    v_LBSGH: Leaf
+    segment_ids_BS: Leaf
+    length: Leaf
+
+    @classmethod
+    def zeros(cls, config: MixtralConfig, batch: int, length: int, dtype: jnp.dtype | str) -> "KVCache":
+        """An empty cache with `length` slots."""
+        shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+        return cls(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((batch, length), jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
+
+
+def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Index of each token in its segment, a segment being a run of equal ids."""
+    index_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
+    starts_BT = jnp.concatenate(
+        [jnp.ones_like(segment_ids_BT[:, :1], bool), segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]], axis=1
+    )
+    return index_BT - lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
+
+
+def rotate(x_BTQH: Float[Array, "B T Q H"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T Q H"]:
+    """Rotary embedding in Hugging Face's layout: element i pairs with i + H/2 (RoFormer, arXiv 2104.09864)."""
+    half = x_BTQH.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
+    cos, sin = jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+    low, high = jnp.split(x_BTQH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BTQH.dtype)
+
+
+def visible(
+    query_ids_BT: Int[Array, "B T"], key_ids_BS: Int[Array, "B S"], offset: Int[Array, ""], window: int | None
+) -> Bool[Array, "B T S"]:
+    """Which keys each query sees: same segment, not later, and at most `window` back. Query t stands in slot offset+t."""
+    query = offset + jnp.arange(query_ids_BT.shape[1])[:, None]
+    key = jnp.arange(key_ids_BS.shape[1])[None, :]
+    near = key <= query if window is None else (key <= query) & (key > query - window)
+    return near[None] & (query_ids_BT[:, :, None] == key_ids_BS[:, None, :])
+
+
+def attend(
+    q_BTQH: Float[Array, "B T Q H"],
+    k_BSGH: Float[Array, "B S G H"],
+    v_BSGH: Float[Array, "B S G H"],
+    visible_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T Q H"]:
+    """Softmax attention; query heads are grouped, so keys and values are never repeated. Scores are float32."""
+    batch, length, heads, width = q_BTQH.shape
+    groups = k_BSGH.shape[2]
+    q_BTGRH = q_BTQH.reshape(batch, length, groups, heads // groups, width)
+    scores = jnp.einsum("btgrh,bsgh->bgrts", q_BTGRH, k_BSGH, preferred_element_type=jnp.float32) * width**-0.5
+    weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1).astype(v_BSGH.dtype)
+    mixed = jnp.einsum("bgrts,bsgh->btgrh", weights, v_BSGH, preferred_element_type=jnp.float32)
+    return mixed.astype(q_BTQH.dtype).reshape(batch, length, heads, width)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: MixtralConfig, dtype: jnp.dtype | str):
+        layers, width = config.num_layers, config.hidden_size
+        q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.config = config
+        self.q = Linear((layers, width, q_width), (LAYERS, EMBED, HEADS), dtype)
+        self.k = Linear((layers, width, kv_width), (LAYERS, EMBED, KV_HEADS), dtype)
+        self.v = Linear((layers, width, kv_width), (LAYERS, EMBED, KV_HEADS), dtype)
+        self.o = Linear((layers, q_width, width), (LAYERS, HEADS, EMBED), dtype)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        visible_BTS: Bool[Array, "B T S"],
+        cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
+        """Returns the mixed values and, given a cache (k_BSGH, v_BSGH, length), its keys and values with ours written in."""
+        config = self.config
+        batch, length, _ = x_BTD.shape
+        q_BTQH = self.q(x_BTD).reshape(batch, length, config.num_heads, config.head_dim)
+        k_BTGH = self.k(x_BTD).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        v_BTGH = self.v(x_BTD).reshape(batch, length, config.num_kv_heads, config.head_dim)
+        q_BTQH = rotate(q_BTQH, positions_BT, config.rope_theta)
+        k_BTGH = rotate(k_BTGH, positions_BT, config.rope_theta)
+        updated = None
+        if cache is not None:
+            k_cache, v_cache, start = cache
+            k_BTGH = lax.dynamic_update_slice_in_dim(k_cache, k_BTGH.astype(k_cache.dtype), start, 1)
+            v_BTGH = lax.dynamic_update_slice_in_dim(v_cache, v_BTGH.astype(v_cache.dtype), start, 1)
+            updated = (k_BTGH, v_BTGH)
+        mixed = attend(q_BTQH, k_BTGH.astype(x_BTD.dtype), v_BTGH.astype(x_BTD.dtype), visible_BTS)
+        return self.o(mixed.reshape(batch, length, -1)), updated

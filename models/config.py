@@ -1,0 +1,131 @@
+"""What a model is, as frozen values. No JAX here: the command line reads these before JAX is imported."""
+
+import dataclasses
+from typing import Literal
+
+LORA_TARGETS = ("q", "k", "v", "o", "w1", "w2", "w3", "router")
+"""Linear layers that can carry an adapter, by their attribute names in `models/`."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts."""
+
+    num_experts: int
+    """Experts in each layer."""
+    top_k: int
+    """Experts that each token uses."""
+    variant: str = "topk"
+    """Name in the table of models/routers.py."""
+
+    def __post_init__(self) -> None:
+        require(self.num_experts >= 1, f"num_experts must be at least 1, got {self.num_experts}.")
+        require(
+            1 <= self.top_k <= self.num_experts,
+            f"top_k must be between 1 and num_experts={self.num_experts}, got {self.top_k}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtralConfig:
+    """Architecture of a Mixtral; sizes have no defaults since a wrong one is a different model."""
+
+    vocab_size: int
+    hidden_size: int
+    """Model width D."""
+    intermediate_size: int
+    """Width F of one expert (14,336 in Mixtral-8x7B)."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    """Key and value heads; each serves num_heads / num_kv_heads query heads."""
+    head_dim: int
+    router: RouterConfig
+    rope_theta: float
+    """Base of the rotary frequencies."""
+    rms_norm_eps: float
+    sliding_window: int | None
+    """Keys that a query sees, itself included; None for all earlier ones."""
+    tie_embeddings: bool
+    """Whether the output head is the embedding table."""
+    max_position_embeddings: int
+    """Longest context that the weights were trained for; longer inputs are refused."""
+
+    def __post_init__(self) -> None:
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        for name in (*sizes, "max_position_embeddings"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
+        require(
+            self.sliding_window is None or self.sliding_window >= 1,
+            f"sliding_window must be positive or None, got {self.sliding_window}.",
+        )
+        require(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}.")
+        require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: W x + scale * B A x, B zero at the start (LoRA, arXiv 2106.09685)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("q", "k", "v", "w1", "w2", "w3", "router")
+    """Linear layers to adapt; experts (w1, w2, w3) get one adapter per expert."""
+    rank_stabilised: bool = False
+    """scale = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
+        require(bool(self.targets), f"targets is empty; choose among {', '.join(LORA_TARGETS)}.")
+        require(len(set(self.targets)) == len(self.targets), f"targets has duplicates: {', '.join(self.targets)}.")
+        unknown = [target for target in self.targets if target not in LORA_TARGETS]
+        require(not unknown, f"Unknown target {', '.join(unknown)}; choose among {', '.join(LORA_TARGETS)}.")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+QUANTISED = ("q", "k", "v", "o", "w1", "w2", "w3")
+"""Linear layers that a 4-bit base packs; the router, norms, embeddings and the output head stay in high precision."""
+
+MIXTRAL_8X7B = MixtralConfig(
+    vocab_size=32_000,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    router=RouterConfig(num_experts=8, top_k=2),
+    rope_theta=1e6,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=False,
+    max_position_embeddings=32_768,
+)
+"""mistralai/Mixtral-8x7B-v0.1 and -Instruct-v0.1 (arXiv 2401.04088, table 1)."""
+
+ARCHITECTURES = {"mixtral-8x7b": MIXTRAL_8X7B}
+"""Named sizes, for planning and counting without weights."""
+
+Remat = Literal["none", "layer"]
+"""What the backward pass recomputes: nothing, or each layer from its input."""

@@ -1,0 +1,208 @@
+"""Block and model. Layers are one stacked block that `lax.scan` runs, so compile time does not grow with depth."""
+
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from bimedix_jax.kernels.pytree import Leaf
+from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments, visible
+from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
+from bimedix_jax.models.config import MixtralConfig, Remat
+from bimedix_jax.models.linear import Linear, placeholder
+from bimedix_jax.models.moe import MoE
+from bimedix_jax.models.routers import Routing, RoutingPlan, load_balancing_loss, router_z_loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What one call of the model returns.
+
+    Attributes:
+      hidden_BTD: states after the final norm, in the compute dtype.
+      logits_BTV: float32, or None from `Mixtral.hidden`.
+      routing: what every router did.
+      aux_loss: Hugging Face's load-balancing loss of this batch, unscaled, padding excluded.
+      z_loss: router z-loss of this batch, unscaled, padding excluded.
+      cache: the updated cache, if one was given.
+    """
+
+    hidden_BTD: Leaf
+    logits_BTV: Leaf | None
+    routing: Routing
+    aux_loss: Leaf
+    z_loss: Leaf
+    cache: KVCache | None
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and mixture of experts; every parameter is stacked on a leading layer axis."""
+
+    def __init__(self, config: MixtralConfig, dtype: jnp.dtype | str):
+        norm_shape, norm_axes = (config.num_layers, config.hidden_size), (LAYERS, EMBED)
+        self.attention_norm = RMSNorm(norm_shape, norm_axes, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, dtype)
+        self.moe_norm = RMSNorm(norm_shape, norm_axes, config.rms_norm_eps, dtype)
+        self.moe = MoE(config, dtype)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        visible_BTS: Bool[Array, "B T S"],
+        valid_BT: Bool[Array, "B T"],
+        plan: RoutingPlan,
+        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
+    ) -> tuple[Float[Array, "B T D"], Routing, tuple[jax.Array, jax.Array] | None]:
+        mixed_BTD, updated = self.attention(self.attention_norm(x_BTD), positions_BT, visible_BTS, cache)
+        x_BTD = x_BTD + mixed_BTD
+        experts_BTD, routing = self.moe(self.moe_norm(x_BTD), valid_BT, plan)
+        return x_BTD + experts_BTD, routing, updated
+
+
+class Embedding(nnx.Module):
+    """Token embeddings, table [V, D]."""
+
+    def __init__(self, config: MixtralConfig, dtype: jnp.dtype | str):
+        self.table = placeholder((config.vocab_size, config.hidden_size), (VOCAB, EMBED), dtype)
+
+
+class Mixtral(nnx.Module):
+    """Mixtral (arXiv 2401.04088). Built without storage: `bimedix_jax.load` or `init_random` fills the parameters."""
+
+    def __init__(self, config: MixtralConfig, dtype: jnp.dtype | str = "bfloat16"):
+        """`dtype` is that of the parameters and of the computation."""
+        self.config = config
+        self.dtype = str(jnp.dtype(dtype))
+        self.embed = Embedding(config, dtype)
+        self.layers = Block(config, dtype)
+        self.norm = RMSNorm((config.hidden_size,), (EMBED,), config.rms_norm_eps, dtype)
+        self.lm_head: Linear | None = nnx.data(
+            None if config.tie_embeddings else Linear((config.hidden_size, config.vocab_size), (EMBED, VOCAB), dtype)
+        )
+
+    def hidden(
+        self,
+        tokens_BT: Integer[Array | np.ndarray, "B T"],
+        segment_ids_BT: Integer[Array | np.ndarray, "B T"] | None = None,
+        plan: RoutingPlan | None = None,
+        cache: KVCache | None = None,
+        remat: Remat = "none",
+    ) -> Output:
+        """Everything but the output head; see `__call__`."""
+        batch, length = tokens_BT.shape
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        segment_ids_BT = jnp.ones((batch, length), jnp.int32) if segment_ids_BT is None else segment_ids_BT
+        segment_ids_BT = jnp.asarray(segment_ids_BT, jnp.int32)
+        slots = length if cache is None else cache.segment_ids_BS.shape[1]
+        if slots > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{slots} positions are more than this model's max_position_embeddings "
+                f"{self.config.max_position_embeddings}; use shorter sequences."
+            )
+        plan = plan or RoutingPlan()
+        plan.check(self.config, batch, length)
+        valid_BT = segment_ids_BT != 0
+        positions_BT, key_ids_BS, offset = self.locate(segment_ids_BT, cache)
+        visible_BTS = visible(segment_ids_BT, key_ids_BS, offset, self.config.sliding_window)
+
+        x_BTD = self.embed.table[...][tokens_BT].astype(self.dtype)
+        x_BTD, routing, kv = self.run_layers(x_BTD, positions_BT, visible_BTS, valid_BT, plan, cache, remat)
+        if cache is not None and kv is not None:
+            cache = KVCache(*kv, key_ids_BS, offset + length)
+        return Output(
+            self.norm(x_BTD),
+            None,
+            routing,
+            load_balancing_loss(routing, valid_BT),
+            router_z_loss(routing.logits_LBTE, valid_BT),
+            cache,
+        )
+
+    def locate(self, segment_ids_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(positions_BT within segments, key_ids_BS with these tokens' ids written in, slot of the first token)."""
+        positions_BT = positions_in_segments(segment_ids_BT)
+        if cache is None:
+            return positions_BT, segment_ids_BT, jnp.zeros((), jnp.int32)
+        # a segment goes on where the cache left it: count its earlier tokens
+        earlier_BT = jnp.sum(segment_ids_BT[:, :, None] == cache.segment_ids_BS[:, None, :], axis=-1, dtype=jnp.int32)
+        key_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, 1)
+        return positions_BT + earlier_BT, key_ids_BS, cache.length
+
+    def run_layers(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        visible_BTS: jax.Array,
+        valid_BT: jax.Array,
+        plan: RoutingPlan,
+        cache: KVCache | None,
+        remat: Remat,
+    ) -> tuple[jax.Array, Routing, tuple[jax.Array, jax.Array] | None]:
+        graph, state = nnx.split(self.layers)
+
+        def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
+            state, plan, kv = layer
+            cached = None if cache is None else (*kv, cache.length)
+            x, routing, updated = nnx.merge(graph, state)(x, positions_BT, visible_BTS, valid_BT, plan, cached)
+            return x, (routing, updated)
+
+        if remat == "layer":
+            body = jax.checkpoint(body, prevent_cse=False)
+        kv = None if cache is None else (cache.k_LBSGH, cache.v_LBSGH)
+        x_BTD, (routing, updated) = lax.scan(body, x_BTD, (state, plan, kv))
+        return x_BTD, routing, updated
+
+    def head(self, hidden_BTD: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """float32 logits of final hidden states."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden_BTD).astype(jnp.float32)
+        table_VD = self.embed.table[...].astype(hidden_BTD.dtype)
+        contract = (((hidden_BTD.ndim - 1,), (1,)), ((), ()))
+        return lax.dot_general(hidden_BTD, table_VD, contract, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        tokens_BT: Integer[Array | np.ndarray, "B T"],
+        segment_ids_BT: Integer[Array | np.ndarray, "B T"] | None = None,
+        plan: RoutingPlan | None = None,
+        cache: KVCache | None = None,
+        remat: Remat = "none",
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          tokens_BT: token ids, any integer dtype.
+          segment_ids_BT: documents packed in a row have different ids and do not see each other; 0 is padding, on either
+            side. None: one document a row, no padding.
+          plan: what the routers are told to do.
+          cache: keys and values of earlier tokens; these tokens continue them.
+          remat: what the backward pass recomputes.
+
+        Raises:
+          ValueError: more positions than the model has, or a plan that does not fit.
+        """
+        out = self.hidden(tokens_BT, segment_ids_BT, plan, cache, remat)
+        return dataclasses.replace(out, logits_BTV=self.head(out.hidden_BTD))
+
+
+def init_random(config: MixtralConfig, seed: int = 0, dtype: jnp.dtype | str = "float32", std: float = 0.02) -> Mixtral:
+    """A Mixtral with normal weights of the given std and unit norms; each parameter's draw depends on its name alone."""
+    model = Mixtral(config, dtype)
+    key = jax.random.key(seed)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        shape = variable.get_value().shape
+        if path[-1] == "scale":
+            value = jnp.ones(shape, dtype)
+        else:
+            draw = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, jnp.float32)
+            value = (std * draw).astype(dtype)
+        variable.set_value(value)
+    return model

@@ -1,0 +1,283 @@
+"""GGUF -> dense Llama folder, against transformers on files that the gguf package writes here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from bimedix_jax.checkpoint import gguf as ours
+from bimedix_jax.checkpoint.gguf_tokenizer import LLAMA3_SPLIT, PRE_TOKENIZERS, byte_level
+from bimedix_jax.checkpoint.hf_config import read_dense_config
+from bimedix_jax.checkpoint.safetensors_io import read_folder
+from bimedix_jax.errors import BimedixError
+
+HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
+
+TEXTS = [
+    "What is hypertension? High blood pressure, 140/90 mmHg or more.",
+    "ما هو ارتفاع ضغط الدم؟ قراءة تبلغ ١٤٠/٩٠ أو أكثر.",
+    "  two  spaces\n\nand\tlines, 12345 don't we'll ½ µg",
+    "<|im_start|>user\nhi<|im_end|>\n",
+]
+
+
+def trained(pre: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    """A byte-level BPE with 300 tokens, three of them special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre, decoders.ByteLevel()
+    special = [
+        AddedToken(name, normalized=False, special=True) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS[:3] * 3, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return trained(pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]))
+
+
+def llama(tied: bool) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Half-split rotary rows -> the interleaved ones that llama.cpp stores."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, pre: str = "smollm") -> None:
+    spec = json.loads(tokenizer.to_str())
+    vocabulary = sorted(tokenizer.get_vocab(), key=lambda token: tokenizer.get_vocab()[token])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in vocabulary])
+    writer.add_token_merges([" ".join(merge) for merge in spec["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+def write_gguf(path: Path, tokenizer: Tokenizer, model: Any, kind: gguf.GGMLQuantizationType, **extra: Any) -> None:
+    """The model as llama.cpp's converter would write it, matrices in the block format `kind`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_freq_base(100000.0)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(300)
+    for key, value in extra.items():
+        writer.add_string(key.replace("__", "."), value)
+    add_tokenizer(writer, tokenizer, extra.get("pre", "smollm"))
+    state = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    names = {
+        target.replace("{layer}", str(i)): name.replace("{layer}", str(i))
+        for name, target in ours.TENSORS.items()
+        for i in range(LAYERS)
+    }
+    for target, name in names.items():
+        if target == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        value = state[target]
+        if "attn_q." in name or "attn_k." in name:
+            value = interleaved(value, HEADS if "attn_q." in name else KV_HEADS)
+        if value.ndim == 1:
+            writer.add_tensor(name, value)
+        else:
+            writer.add_tensor(name, gguf.quantize(value, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_float32_comes_back_exactly(tmp_path: Path, tokenizer: Tokenizer, tied: bool) -> None:
+    import torch
+    import transformers
+
+    model = llama(tied)
+    write_gguf(tmp_path / "m.gguf", tokenizer, model, gguf.GGMLQuantizationType.F32)
+    folder = ours.convert(tmp_path / "m.gguf", tmp_path / "dense", dtype="float32")
+    expected = {name: value.numpy() for name, value in model.state_dict().items()}
+    if tied:
+        expected.pop("lm_head.weight")
+    found = read_folder(folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name].read(), value, err_msg=name)
+    again = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+def test_block_formats_are_dequantised_as_transformers_does(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+    import torch
+    import transformers
+
+    write_gguf(tmp_path / "m.gguf", tokenizer, llama(True), gguf.GGMLQuantizationType[kind])
+    folder = ours.convert(tmp_path / "m.gguf", tmp_path / "dense", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    found = read_folder(folder)
+    for name, value in theirs.state_dict().items():
+        if name != "lm_head.weight":
+            np.testing.assert_array_equal(found[name].read(), value.numpy(), err_msg=name)
+
+
+def test_configuration_and_companions(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_gguf(tmp_path / "m.gguf", tokenizer, llama(True), gguf.GGMLQuantizationType.F16)
+    folder = ours.convert(tmp_path / "m.gguf", tmp_path / "dense")
+    config = read_dense_config(folder)
+    assert (config.rms_norm_eps, config.rope_theta, config.head_dim, config.tie_embeddings) == (
+        1e-5,
+        1e5,
+        HEAD_DIM,
+        True,
+    )
+    assert {tensor.dtype.name for tensor in read_folder(folder).values()} == {"bfloat16"}
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (settings["bos_token"], settings["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert settings["chat_template"].startswith("{% for m")
+
+
+def test_the_tokenizer_is_the_one_that_was_stored(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    import transformers
+
+    write_gguf(tmp_path / "m.gguf", tokenizer, llama(True), gguf.GGMLQuantizationType.F16)
+    folder = ours.convert(tmp_path / "m.gguf", tmp_path / "dense")
+    restored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = tokenizer.encode(text).ids
+        assert restored.encode(text).ids == ids
+        assert loaded.encode(text) == ids
+        assert restored.decode(ids, skip_special_tokens=False) == text
+    assert restored.encode("<|im_end|>").ids == [2]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_every_pre_tokenizer_round_trips(pre: str) -> None:
+    original = trained(PRE_TOKENIZERS[pre]())
+    vocabulary = sorted(original.get_vocab(), key=lambda token: original.get_vocab()[token])
+    merges = [" ".join(merge) for merge in json.loads(original.to_str())["model"]["merges"]]
+    rebuilt = byte_level(vocabulary, merges, pre, Path("m.gguf"))
+    for text in TEXTS[:3]:
+        assert rebuilt.decode(rebuilt.encode(text).ids) == text
+
+
+def test_digits_stand_alone_in_smollm_and_in_threes_in_llama3() -> None:
+    def split(pre: str, text: str) -> list[str]:
+        return [piece for piece, _ in PRE_TOKENIZERS[pre]().pre_tokenize_str(text)]
+
+    assert split("smollm", "in 2024") == ["in", "Ġ", "2", "0", "2", "4"]
+    assert split("gpt-2", "in 2024") == ["in", "Ġ2024"]
+    assert split("llama-bpe", "in 20245") == ["in", "Ġ", "202", "45"]
+    assert r"\p{N}{1,3}" in LLAMA3_SPLIT
+
+
+def test_sentencepiece_bpe_is_rebuilt(tmp_path: Path) -> None:
+    """Vocabulary and scores of a Llama-2-style tokenizer -> the same ids."""
+    original = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    original.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    original.train_from_iterator(TEXTS[:1] * 2, trainer)
+    vocabulary = sorted(original.get_vocab(), key=lambda token: original.get_vocab()[token])
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(vocabulary)
+    writer.add_token_scores([-float(i) for i in range(len(vocabulary))])
+    writer.add_token_types([3 if t in special[1:3] else 6 if t in special else 1 for t in vocabulary])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    metadata, _ = ours.read_metadata(tmp_path / "t.gguf")
+    ours.write_tokenizer(metadata, tmp_path, tmp_path / "t.gguf")
+    rebuilt = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain = Tokenizer.from_str(original.to_str())
+    for text in TEXTS[:2]:
+        ids = rebuilt.encode(text).ids
+        assert ids[0] == 1
+        assert ids[1:] == plain.encode(text, add_special_tokens=False).ids
+        assert rebuilt.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ({"llama__rope__scaling__type": "yarn"}, "scaled rotary"),
+        ({"llama__attention__surprise": "x"}, "llama.attention.surprise"),
+        ({"pre": "unheard-of"}, "pre-tokenizer 'unheard-of'"),
+    ],
+)
+def test_what_is_not_implemented_is_an_error(
+    tmp_path: Path, tokenizer: Tokenizer, extra: dict[str, str], why: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf", tokenizer, llama(True), gguf.GGMLQuantizationType.F16, **extra)
+    with pytest.raises(BimedixError, match=why):
+        ours.convert(tmp_path / "m.gguf", tmp_path / "dense")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_damaged_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, tokenizer, llama(True), gguf.GGMLQuantizationType.F16)
+    whole = path.read_bytes()
+    for length in (0, 3, 20, 400, len(whole) // 2, len(whole) - 64):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BimedixError, match=r"not a complete GGUF|cannot read"):
+            ours.convert(path, tmp_path / "dense")
+    path.write_bytes(b"NOPE" + whole[4:])
+    with pytest.raises(BimedixError, match="not a complete GGUF"):
+        ours.convert(path, tmp_path / "dense")
+    with pytest.raises(BimedixError, match="cannot read"):
+        ours.convert(tmp_path / "absent.gguf", tmp_path / "dense")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]

@@ -1,0 +1,27 @@
+"""Strict: warnings are errors (pyproject.toml), implicit rank promotion raises, annotated shapes are checked.
+
+Eight fake CPU devices stand in for a pod, so that every sharding runs in every test session. All of this must be set
+before JAX is imported, which is why it stands above the imports.
+"""
+
+import os
+import sys
+
+assert "jax" not in sys.modules, "a pytest plugin imported JAX before tests/conftest.py could configure it"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a mistake, not a slow test
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning about threads when a test starts a subprocess
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated function and dataclass of these modules is checked by beartype at each call: shapes as well as types.
+# (The modules about files and data stay out: beartype cannot decorate a lone method that returns `typing.Self`.)
+install_import_hook(["bimedix_jax.kernels", "bimedix_jax.models"], "beartype.beartype")

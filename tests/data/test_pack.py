@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bimedix_jax.data import pack, records
+from bimedix_jax.data.pack import Example, PackReport, Row
+from bimedix_jax.data.records import Record, conversation
+from bimedix_jax.data.tokenizer import Tokenizer
+from bimedix_jax.errors import BimedixError
+
+PAD = 999
+
+
+def example(index: int, length: int, learned_from: int = 1) -> Example:
+    tokens = np.arange(length, dtype=np.int32) + 1000 * index
+    return Example(f"r{index}", "en" if index % 2 else "ar", "qa", "test", tokens, np.arange(length) >= learned_from)
+
+
+lengths = st.lists(st.integers(2, 40), min_size=1, max_size=60)
+
+
+@settings(deadline=None)
+@given(lengths=lengths, window=st.integers(1, 8), packing=st.sampled_from(["best_fit", "none"]))
+def test_every_token_is_found_again(lengths: list[int], window: int, packing: pack.Packing) -> None:
+    examples = {f"r{i}": example(i, length) for i, length in enumerate(lengths)}
+    report = PackReport()
+    rows = list(pack.pack(examples.values(), 40, PAD, packing, window=window, report=report))
+    found = set()
+    for row in rows:
+        assert [segment.segment for segment in row.segments] == list(range(1, len(row.segments) + 1))
+        for segment in row.segments:
+            mine = row.segment_ids == segment.segment
+            np.testing.assert_array_equal(row.tokens[mine], examples[segment.id].tokens)
+            np.testing.assert_array_equal(row.loss_mask[mine], examples[segment.id].learned)
+            assert np.ptp(np.flatnonzero(mine)) == mine.sum() - 1
+            found.add(segment.id)
+        empty = row.segment_ids == 0
+        assert (row.tokens[empty] == PAD).all()
+        assert not row.loss_mask[empty].any()
+        assert not np.diff(empty.astype(int)).clip(max=0).any(), "padding stands at the end"
+    assert found == set(examples)
+    assert report.tokens == sum(lengths)
+    assert (report.rows, report.examples) == (len(rows), len(lengths))
+    if packing == "none":
+        assert [row.segments[0].id for row in rows] == list(examples)
+
+
+@settings(deadline=None)
+@given(lengths=lengths)
+def test_packing_is_deterministic_and_rows_survive_the_file(lengths: list[int]) -> None:
+    examples = [example(i, length) for i, length in enumerate(lengths)]
+    first, second = (list(pack.pack(examples, 40, PAD)) for _ in range(2))
+    assert [row.to_bytes() for row in first] == [row.to_bytes() for row in second]
+    for row in first:
+        again = Row.from_bytes(row.to_bytes())
+        assert again.segments == row.segments
+        for name in ("tokens", "segment_ids", "loss_mask"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(row, name))
+            assert getattr(again, name).dtype == getattr(row, name).dtype
+
+
+def test_rows_are_nearly_full() -> None:
+    sizes = np.random.default_rng(0).integers(20, 400, 2000)
+    report = PackReport()
+    list(pack.pack((example(i, int(n)) for i, n in enumerate(sizes)), 1024, report=report))
+    assert report.to_dict(1024)["efficiency"] > 0.98
+
+
+def test_what_is_too_long_is_cut_or_dropped_and_counted() -> None:
+    examples = [example(0, 50), example(1, 8), example(2, 50, learned_from=45)]
+    report = PackReport()
+    rows = list(pack.pack(examples, 40, report=report))
+    assert len(rows) == 2
+    assert (report.truncated, report.truncated_tokens, report.dropped_nothing_learned) == (1, 10, 1)
+    assert report.groups == {("ar", "qa", "test"): [1, 40, 39], ("en", "qa", "test"): [1, 8, 7]}
+    report = PackReport()
+    rows = list(pack.pack(examples, 40, too_long="drop", report=report))
+    assert [segment.id for row in rows for segment in row.segments] == ["r1"]
+    assert report.dropped_too_long == 2
+
+
+def test_a_first_token_cannot_be_a_target() -> None:
+    with pytest.raises(ValueError, match="nothing before it"):
+        list(pack.pack([example(0, 5, learned_from=0)], 40))
+
+
+def make_records(path: Path, count: int) -> list[Record]:
+    made = [
+        Record(
+            id=f"r{i}",
+            language="ar" if i % 3 == 0 else "en",
+            kind="qa",
+            source="test",
+            licence="l",
+            conversations=conversation(f"سؤال {i}؟" if i % 3 == 0 else f"Question {i}?", "answer " * (i + 1)),
+        )
+        for i in range(count)
+    ]
+    records.write_jsonl(path, made)
+    return made
+
+
+def test_the_shuffle_is_a_permutation_fixed_by_the_seed(tmp_path: Path) -> None:
+    made = make_records(tmp_path / "r.jsonl", 20)
+    orders = [[record.id for record in pack.shuffled(tmp_path / "r.jsonl", seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(record.id for record in made) != orders[0]
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(BimedixError, match=r"bad\.jsonl at byte 0"):
+        list(pack.shuffled(tmp_path / "bad.jsonl", 0))
+
+
+def test_the_index_says_what_the_rows_are(tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
+    made = make_records(tmp_path / "r.jsonl", 9)
+    report = PackReport()
+    encoded = [pack.encode_record(bytes_tokenizer, record) for record in made]
+    index = pack.write(tmp_path, pack.pack(encoded, 128, report=report), report, 128, {"seed": 3})
+    assert json.loads((tmp_path / "index.json").read_text()) == index
+    assert index["seed"] == 3
+    assert [(group["language"], group["examples"]) for group in index["groups"]] == [("ar", 3), ("en", 6)]
+    assert index["tokens"] == sum(len(one.tokens) for one in encoded)
+    assert index["learned_tokens"] == sum(int(one.learned.sum()) for one in encoded)
+    with pytest.raises(BimedixError, match="no record was left"):
+        pack.write(tmp_path, [], PackReport(), 128, {})

@@ -1,0 +1,108 @@
+"""Multiple choice: likelihoods against whole logits, known answers of a model that is known exactly, any batching."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.records import Turn
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.multiple_choice import Accuracy, begin_answer, multiple_choice, question_of
+from bimedix_jax.models.mixtral import init_random
+
+
+def expected(model, tokenizer, record, words, full_logprobs):
+    """log p of `words` after the begun answer, from whole logits."""
+    opening = {"en": "Answer:", "ar": "الإجابة:"}[record.language]
+    prompt = begin_answer(tokenizer, record.conversations[:-1], opening)
+    ids = begin_answer(tokenizer, record.conversations[:-1], f"{opening} {words}")
+    assert ids[: len(prompt)] == prompt
+    return full_logprobs(model, ids)[len(prompt) - 1 :].sum()
+
+
+def test_likelihoods_equal_those_of_whole_logits(model, tokenizer, mcqa, full_logprobs):
+    found = multiple_choice(model, tokenizer, mcqa)
+    for record, prediction in zip(mcqa, found.predictions, strict=True):
+        letters = [expected(model, tokenizer, record, letter, full_logprobs) for letter in "ABCD"[: len(record.choices)]]
+        texts = [expected(model, tokenizer, record, text, full_logprobs) for text in record.choices]
+        np.testing.assert_allclose(prediction.letters, letters, rtol=1e-5)
+        np.testing.assert_allclose(prediction.texts, texts, rtol=1e-5)
+        assert prediction.chosen == np.argmax(letters)
+        assert prediction.chosen_by_text == np.argmax([t / len(c.encode()) for t, c in zip(texts, record.choices, strict=True)])
+
+
+def test_batches_change_nothing(model, tokenizer, mcqa):
+    alone = multiple_choice(model, tokenizer, mcqa, batch_tokens=1).predictions
+    together = multiple_choice(model, tokenizer, mcqa, batch_tokens=700).predictions
+    for one, other in zip(alone, together, strict=True):
+        assert (one.id, one.chosen) == (other.id, other.chosen)
+        np.testing.assert_allclose(one.letters + one.texts, other.letters + other.texts, rtol=1e-5)
+
+
+def test_a_model_that_always_likes_one_letter(unigram, tokenizer, mcqa):
+    logits = np.zeros(304)
+    logits[tokenizer.encode("A")] = 5.0
+    found = multiple_choice(unigram(logits), tokenizer, mcqa)
+    assert [prediction.chosen for prediction in found.predictions] == [0, 0, 0, 0]
+    assert found.accuracy["en"] == 0.5
+    assert found.accuracy["ar"] == 0.5
+    assert found.accuracy["en/nutrition"] == 0.0
+    assert found.accuracy["ar/nutrition"] == 1.0
+    assert found.chance["en"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert found.scores["en"].total == 2
+
+
+def test_length_does_not_count_against_an_option_scored_per_byte(unigram, tokenizer, make_record):
+    """Every byte is equally likely: whole texts favour the short option, per byte the blank before it weighs least in the long."""
+    record = make_record("y", "en", "qa", "Is it?", "Answer: no", ("no", "certainly"), 0)
+    (prediction,) = multiple_choice(unigram(np.zeros(304)), tokenizer, [record]).predictions
+    assert prediction.letters is None
+    assert prediction.chosen == 0
+    assert prediction.chosen_by_text == 1
+    assert prediction.texts == pytest.approx([-3 * np.log(304), -10 * np.log(304)], rel=1e-5)
+
+
+def test_yes_no_maybe_goes_by_the_whole_text(unigram, tokenizer, make_record):
+    logits = np.zeros(304)
+    logits[tokenizer.encode("maybe")] = 9.0
+    record = make_record("p", "en", "qa", "Abstract: ...\nQuestion: ...?", "Answer: maybe", ("yes", "no", "maybe"), 2)
+    assert multiple_choice(unigram(logits), tokenizer, [record]).accuracy == {"en": 1.0}
+
+
+def test_a_question_that_fills_the_context_to_the_last_token(model, tokenizer, mcqa, full_logprobs):
+    length = question_of(mcqa[1], tokenizer).length
+    tight = dataclasses.replace(model.config, max_position_embeddings=length)
+    small = init_random(tight, seed=3, std=0.3)
+    found = multiple_choice(small, tokenizer, [mcqa[1], mcqa[0]])
+    assert found.too_long == {}
+    for record, prediction in zip((mcqa[1], mcqa[0]), found.predictions, strict=True):
+        texts = [expected(model, tokenizer, record, text, full_logprobs) for text in record.choices]
+        np.testing.assert_allclose(prediction.texts, texts, rtol=1e-5)
+    shorter = multiple_choice(small, tokenizer, mcqa[:2], max_length=length - 1)
+    assert shorter.too_long == {"en": 1, "en/endocrinology": 1}
+    assert shorter.scores["en"].total == 1
+
+
+def test_the_prompt_is_the_beginning_of_what_training_saw(tokenizer, mcqa):
+    for record in mcqa:
+        question = question_of(record, tokenizer)
+        trained, _ = encode_chat(tokenizer, record.conversations)
+        right = [*question.prompt, *question.candidates[record.answer]]
+        assert trained[: len(right)] == right
+
+
+def test_the_answer_is_begun_and_not_closed(tokenizer):
+    turns = (Turn(speaker="human", value="Why?"),)
+    assert tokenizer.decode(begin_answer(tokenizer, turns, "Answer:")).endswith("assistant\nAnswer:")
+
+
+def test_records_without_choices_are_refused(model, tokenizer, make_record):
+    with pytest.raises(BimedixError, match="no choices"):
+        multiple_choice(model, tokenizer, [make_record("x", "en", "qa", "Why?", "So.")])
+
+
+def test_wilson_intervals():
+    assert Accuracy(8, 10).interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert Accuracy(0, 10).interval == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert Accuracy(10, 10).interval == pytest.approx((0.7225, 1.0), abs=1e-4)

@@ -1,0 +1,143 @@
+"""The table of tasks over three-record fixtures, tables for people, and `bimedix eval run` from end to end."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from bimedix_jax import cli
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals import tables, tasks
+from bimedix_jax.evals.heldout import heldout_loss
+from bimedix_jax.evals.multiple_choice import multiple_choice
+
+SUBJECTS = [name.removeprefix("mmlu_") for name in tasks.TASKS if name.startswith("mmlu_")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """All four folders in the published layout, with made-up questions."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def questions(name, file, rows):
+        (folder / name).mkdir()
+        (folder / name / file).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    def row(number, answer, **rest):
+        options = {"A": "one", "B": "two", "C": "three", "D": "four"}
+        return {"realidx": number, "question": f"Question {number}?", "options": options, "answer_idx": answer} | {
+            "answer": options[answer],
+            **rest,
+        }
+
+    questions("medqa_usmle_en", "medqa_4options_test.jsonl", [row(1, "A"), row(2, "B"), row(3, "D"), {"realidx": 4}])
+    questions("medmcqa_en", "medmcqa_val2816_single.jsonl", [row(1, "C"), row(2, "B"), row(3, "A")])
+    questions(
+        "mmlu_medical_en",
+        "medagents_mmlu_test.jsonl",
+        [row(number, "C", subject=subject) for subject in SUBJECTS for number in (1, 2)],
+    )
+    entry = {"QUESTION": "Does it?", "CONTEXTS": ["We looked."], "LONG_ANSWER": "It seems so.", "final_decision": "yes"}
+    (folder / "pubmedqa").mkdir()
+    (folder / "pubmedqa/ori_pqal.json").write_text(json.dumps({"1": entry, "2": entry, "3": entry}), "utf-8")
+    (folder / "pubmedqa/test_ground_truth.json").write_text(json.dumps({"1": "yes", "2": "yes"}), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(model, tokenizer, data):
+    return tasks.run_tasks(model, tokenizer, ["all"], data, limit=2)
+
+
+def test_nine_tasks_with_the_papers_counts():
+    assert len(tasks.TASKS) == 9
+    assert sum(task.questions for name, task in tasks.TASKS.items() if name.startswith("mmlu_")) == 1089
+    assert tasks.named(["pubmedqa", "medqa"]) == ["medqa", "pubmedqa"]
+    with pytest.raises(BimedixError, match="no task medqaa"):
+        tasks.named(["medqaa"])
+
+
+def test_every_task_reads_its_own_questions(data):
+    sizes = {name: len(tasks.questions_of(name, data)[0]) for name in tasks.TASKS}
+    assert sizes == {name: 2 if name.startswith(("mmlu", "pubmed")) else 3 for name in tasks.TASKS}
+    assert tasks.questions_of("medqa", data)[1] == 1  # the row without a question
+    with pytest.raises(BimedixError, match="needs the folder"):
+        tasks.questions_of("medqa", data / "nowhere")
+
+
+def test_results_say_what_they_are_of(scored):
+    assert list(scored) == list(tasks.TASKS)
+    medqa = scored["medqa"].to_dict()
+    assert (medqa["n"], medqa["available"], medqa["paper_questions"], medqa["limited"]) == (2, 3, 1273, True)
+    assert medqa["rejected"] == 1
+    assert medqa["chance"] == 0.25
+    assert scored["pubmedqa"].to_dict()["chance"] == pytest.approx(1 / 3)
+    assert not scored["mmlu_anatomy"].limited
+
+
+def test_the_average_is_unweighted_and_needs_all_nine():
+    assert tasks.average([0.5] * 8 + [1.0]) == pytest.approx(5 / 9)
+    assert tasks.average([0.5] * 8) is None
+
+
+def printed(table):
+    console = Console(file=io.StringIO(), width=240)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_tables_show_results_alone_and_beside_earlier_ones(model, tokenizer, mixed, mcqa, scored):
+    loss = heldout_loss(model, tokenizer, mixed).to_dict()
+    worse = loss | {"nats_per_token": {group: value + 1 for group, value in loss["nats_per_token"].items()}}
+    assert "(-1.0000)" in printed(tables.loss_table(loss, worse))
+    assert "->" not in printed(tables.loss_table(loss))
+    short = heldout_loss(model, tokenizer, mixed, max_length=120).to_dict()
+    assert "records exceed" in printed(tables.loss_table(short))
+    choice = multiple_choice(model, tokenizer, mcqa).to_dict()
+    assert "(+0.0)" in printed(tables.accuracy_table(choice, choice))
+    rows = {name: result.to_dict() for name, result in scored.items()}
+    shown = printed(tables.task_table(rows, 0.25))
+    assert "AVG" in shown
+    assert "first 2 of 3; 1 invalid rows" in shown
+    assert "another selection than the paper's" in shown
+    assert "1 of 9 tasks" in printed(tables.task_table({"medqa": rows["medqa"]}, None, rows))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    return export_hf(model, tmp_path_factory.mktemp("model") / "hf", tokenizer_from=tokenizer.folder)
+
+
+def test_the_command_gives_one_json_document_and_the_same_file(folder, data, mixed, tmp_path, capsys):
+    path, out = tmp_path / "records.jsonl", tmp_path / "results" / "run.json"
+    path.write_text("".join(record.to_json() + "\n" for record in mixed), "utf-8")
+    words = ["--json", "eval", "run", "--model", str(folder), "--base", "float32", "--heldout", str(path)]
+    words += ["--tasks", "medqa", "pubmedqa", "--data", str(data), "--out", str(out)]
+    assert cli.main(words) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result == json.loads(out.read_text("utf-8"))
+    assert {"en", "ar", "en/qa", "ar/mcqa"} <= set(result["heldout"]["nats_per_token"])
+    assert set(result["choice"]["by_group"]) >= {"en", "ar"}
+    assert list(result["tasks"]) == ["medqa", "pubmedqa"]
+    assert result["average"] is None
+    assert cli.main([*words[:-2], "--compare", str(out)]) == 0
+    assert "before -> after" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--tasks", "all"], "needs --data"),
+        (["--tasks", "nope", "--data", "."], "no task nope"),
+        (["--heldout", "nowhere.jsonl"], "there is no file"),
+        (["--heldout", "sample", "--limit", "0"], "at least 1"),
+        (["--heldout", "sample", "--compare", "nowhere.json"], "cannot read"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_loads(options, message, capsys):
+    assert cli.main(["eval", "run", "--model", "no-such-model", *options]) == 1
+    assert message in capsys.readouterr().err

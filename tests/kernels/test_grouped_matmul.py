@@ -1,0 +1,127 @@
+"""One suite for every backend of grouped_matmul: forward and gradients against NumPy loops."""
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax import lax
+
+from bimedix_jax.kernels.grouped_matmul import grouped_matmul, reference
+from bimedix_jax.kernels.grouped_matmul.api import BACKENDS
+from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
+
+RELATIVE = {"float32": 2e-5, "bfloat16": 1.6e-2}
+CASES = {  # rows, D, F, group sizes
+    "even": (64, 32, 48, [16, 16, 16, 16]),
+    "one_takes_all": (40, 16, 64, [0, 40, 0]),
+    "empty_and_unassigned": (50, 33, 17, [10, 0, 25, 5]),
+    "one_row": (1, 64, 64, [0, 0, 1, 0]),
+    "no_row_owned": (5, 8, 8, [0, 0]),
+    "one_expert": (23, 9, 31, [23]),
+    "64_experts": (130, 16, 24, [i % 4 for i in range(64)]),
+    "long_group": (1300, 8, 8, [1200, 3, 97]),
+}
+
+
+def close(got: jax.Array, expected: np.ndarray, dtype: str) -> None:
+    limit = RELATIVE[dtype] * max(np.abs(expected).max(initial=0), 1e-3)
+    assert np.abs(np.asarray(got, np.float32) - expected).max(initial=0) <= limit
+
+
+def draw(rows: int, d: int, f: int, experts: int, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(rows + d)
+    shapes = [(rows, d), (experts, d, f), (rows, f)]
+    x, w, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    return x, w, dy
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dense_forward_and_gradients(backend: str, case: str, dtype: str) -> None:
+    rows, d, f, sizes = CASES[case]
+    x, w, dy = draw(rows, d, f, len(sizes), dtype)
+    groups = jnp.asarray(sizes, jnp.int32)
+
+    @jax.jit
+    def run(x, w):
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, groups, backend=backend), x, w)
+        return y, pullback(dy)
+
+    y, (dx, dw) = run(x, w)
+    assert y.dtype == x.dtype
+    assert dx.dtype == x.dtype
+    assert dw.dtype == w.dtype
+    x32, w32, dy32 = (np.asarray(a, np.float32) for a in (x, w, dy))
+    close(y, reference.grouped_matmul(x32, w32, np.array(sizes)), dtype)
+    close(dx, reference.grouped_matmul(dy32, w32.swapaxes(1, 2), np.array(sizes)), dtype)
+    close(dw, reference.weight_gradient(x32, dy32, np.array(sizes)), dtype)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("storage", ["EDF", "EFD", "EFD_transposed", "whole", "blocks_straddle_rows"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nf4_forward_and_gradient(backend: str, storage: str, double_quant: bool) -> None:
+    rows, d, f, sizes = 50, 64, 128, [10, 0, 25, 5]
+    if storage == "blocks_straddle_rows":
+        d, f = 33, 17
+    x, w, dy = draw(rows, d, f, len(sizes), "float32")
+    transposed = storage in ("EFD", "EFD_transposed")
+    batch_dims = 0 if storage in ("whole", "blocks_straddle_rows") else 1
+    t = quantize(w.mT if transposed else w, double_quant=double_quant, batch_dims=batch_dims)
+    values = np.asarray(dequantize(t.mT if transposed else t))
+    t = t.mT if storage == "EFD_transposed" else t
+    groups = jnp.asarray(sizes, jnp.int32)
+
+    @jax.jit
+    def run(x: jax.Array, t: NF4Tensor):
+        y, pullback = jax.vjp(lambda x: grouped_matmul(x, t, groups, backend=backend), x)
+        return y, pullback(dy)[0]
+
+    y, dx = run(x, t)
+    close(y, reference.grouped_matmul(np.asarray(x), values, np.array(sizes)), "float32")
+    close(dx, reference.grouped_matmul(np.asarray(dy), values.swapaxes(1, 2), np.array(sizes)), "float32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_scan_and_remat(backend: str) -> None:
+    x, w, _ = draw(24, 16, 16, 3, "float32")
+    groups = jnp.asarray([4, 0, 20], jnp.int32)
+    stacked = jnp.stack([w, 2 * w])
+
+    @jax.jit
+    @jax.grad
+    def looped(stacked):
+        body = jax.checkpoint(lambda x, w: (grouped_matmul(x, w, groups, backend=backend), None))
+        return lax.scan(body, x, stacked)[0].sum()
+
+    @jax.grad
+    def plain(stacked):
+        return functools.reduce(lambda x, w: grouped_matmul(x, w, groups, backend=backend), stacked, x).sum()
+
+    close(looped(stacked), np.asarray(plain(stacked)), "float32")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_sizes_and_skew(data: st.DataObject) -> None:
+    experts, d, f = (data.draw(st.integers(1, top)) for top in (6, 12, 12))
+    sizes = data.draw(st.lists(st.integers(0, 30), min_size=experts, max_size=experts))
+    rows = sum(sizes) + data.draw(st.integers(0 if sum(sizes) else 1, 5))
+    x, w, _ = draw(rows, d, f, experts, "float32")
+    expected = reference.grouped_matmul(np.asarray(x), np.asarray(w), np.array(sizes))
+    for backend in BACKENDS:
+        close(grouped_matmul(x, w, jnp.asarray(sizes, jnp.int32), backend=backend), expected, "float32")
+
+
+def test_refusals() -> None:
+    x, w, _ = draw(8, 4, 6, 2, "float32")
+    groups = jnp.asarray([4, 4], jnp.int32)
+    with pytest.raises(ValueError, match="Unknown grouped_matmul backend 'fastest'"):
+        grouped_matmul(x, w, groups, backend="fastest")
+    with pytest.raises(ValueError, match="needs x"):
+        grouped_matmul(x, jnp.ones((2, 5, 6)), groups)

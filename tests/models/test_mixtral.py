@@ -1,0 +1,240 @@
+"""Properties of the model: causality, padding and packing change nothing, plans steer, adapters at zero are the base."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bimedix_jax.adapters import add_lora, coverage, has_lora, is_trainable
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
+from bimedix_jax.models.attention import KVCache, positions_in_segments
+from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.mixtral import Mixtral, Output, init_random
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.quantise import quantise_base
+
+
+@pytest.fixture(scope="module")
+def model() -> Mixtral:
+    config = MixtralConfig(53, 64, 128, 3, 4, 2, 16, RouterConfig(4, 2), 1e4, 1e-5, None, False, 64)
+    return init_random(config, std=0.2)
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 53, (2, 12))
+
+
+@nnx.jit
+def run(
+    model: Mixtral, tokens: jax.Array, segments: jax.Array | None = None, plan: RoutingPlan | None = None
+) -> Output:
+    return model(tokens, segments, plan)
+
+
+def close(got: jax.Array, expected: jax.Array, limit: float = 2e-5) -> None:
+    assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= limit * np.abs(np.asarray(expected)).max()
+
+
+def test_causality(model: Mixtral, tokens: np.ndarray) -> None:
+    changed = tokens.copy()
+    changed[:, 7] = (changed[:, 7] + 1) % 53
+    before, after = run(model, tokens), run(model, changed)
+    close(after.logits_BTV[:, :7], before.logits_BTV[:, :7])
+    assert np.abs(after.logits_BTV[:, 7:] - before.logits_BTV[:, 7:]).max() > 1e-3
+
+
+def test_padding_on_either_side_changes_nothing(model: Mixtral, tokens: np.ndarray) -> None:
+    expected = run(model, tokens)
+    for left, right in ((3, 0), (0, 3), (2, 4)):
+        pad = ((0, 0), (left, right))
+        out = run(model, np.pad(tokens, pad), np.pad(np.ones_like(tokens), pad))
+        inside = slice(left, left + tokens.shape[1])
+        close(out.logits_BTV[:, inside], expected.logits_BTV)
+        close(out.aux_loss, expected.aux_loss)
+        close(out.z_loss, expected.z_loss)
+        assert np.array_equal(out.routing.experts_LBTK[:, :, inside], expected.routing.experts_LBTK)
+
+
+def test_packed_documents_equal_documents_alone(model: Mixtral, tokens: np.ndarray) -> None:
+    a, b = tokens[:1, :5], tokens[1:, :9]
+    packed = np.concatenate([a, b, np.zeros((1, 2), int)], axis=1)
+    segments = np.array([[1] * 5 + [2] * 9 + [0] * 2])
+    out = run(model, packed, segments)
+    close(out.logits_BTV[:, :5], run(model, a).logits_BTV)
+    close(out.logits_BTV[:, 5:14], run(model, b).logits_BTV)
+
+
+def test_positions_restart_in_each_segment() -> None:
+    segments = jnp.array([[0, 0, 3, 3, 3, 1, 0], [1, 2, 2, 2, 2, 2, 2]])
+    assert positions_in_segments(segments).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
+
+
+def test_cache_continues_left_padded_prompts(model: Mixtral, tokens: np.ndarray) -> None:
+    expected = run(model, tokens)
+    segments = np.ones_like(tokens)
+    short = np.pad(tokens[:, :6], ((0, 0), (3, 0)))
+    cache = KVCache.zeros(model.config, 2, 16, "float32")
+    out = model(short, np.pad(segments[:, :6], ((0, 0), (3, 0))), cache=cache)
+    close(out.logits_BTV[:, 3:], expected.logits_BTV[:, :6])
+    for t in range(6, 12):
+        out = model(tokens[:, t : t + 1], cache=out.cache)
+        close(out.logits_BTV[:, 0], expected.logits_BTV[:, t])
+
+
+def test_too_long_an_input_is_refused(model: Mixtral) -> None:
+    with pytest.raises(ValueError, match="max_position_embeddings 64; use shorter"):
+        model(np.zeros((1, 65), int))
+
+
+def test_any_integer_dtype(model: Mixtral, tokens: np.ndarray) -> None:
+    expected = run(model, tokens).logits_BTV
+    for dtype in (np.int64, np.int32, np.uint8):
+        assert np.array_equal(run(model, tokens.astype(dtype)).logits_BTV, expected)
+
+
+def test_routing_record(model: Mixtral, tokens: np.ndarray) -> None:
+    routing = run(model, tokens).routing
+    assert routing.experts_LBTK.shape == (3, 2, 12, 2)
+    assert routing.logits_LBTE.shape == (3, 2, 12, 4)
+    assert np.allclose(routing.weights_LBTK.sum(-1), 1, atol=1e-6)
+    best = np.argsort(-np.asarray(routing.logits_LBTE), axis=-1)[..., :2]
+    assert np.array_equal(routing.experts_LBTK, best)
+
+
+def test_a_neutral_plan_changes_nothing_and_other_values_do_not_recompile(model: Mixtral, tokens: np.ndarray) -> None:
+    plan = RoutingPlan.neutral(model.config)
+    expected = run(model, tokens)
+    graph, state = nnx.split(model)
+    traces = 0
+
+    @jax.jit
+    def planned(state: nnx.State, plan: RoutingPlan) -> Output:
+        nonlocal traces
+        traces += 1
+        return nnx.merge(graph, state)(tokens, plan=plan)
+
+    assert np.array_equal(planned(state, plan).logits_BTV, expected.logits_BTV)
+    banned = planned(state, dataclasses.replace(plan, bias_LBTE=plan.bias_LBTE.at[:, :, :, 1].set(-1e9)))
+    assert not (banned.routing.experts_LBTK == 1).any()
+    hot = planned(state, dataclasses.replace(plan, temperature_LBT=plan.temperature_LBT * 1e6))
+    assert np.allclose(hot.routing.weights_LBTK, 0.5, atol=1e-4)
+    forced = planned(state, dataclasses.replace(plan, experts_LBTK=plan.experts_LBTK.at[1].set(jnp.array([3, 0]))))
+    assert (np.asarray(forced.routing.experts_LBTK[1]) == [3, 0]).all()
+    assert np.array_equal(forced.routing.experts_LBTK[0], expected.routing.experts_LBTK[0])
+    half_forced = planned(state, dataclasses.replace(plan, experts_LBTK=plan.experts_LBTK.at[..., 0].set(2)))
+    assert (half_forced.routing.experts_LBTK[..., 0] == 2).all()
+    assert (
+        half_forced.routing.experts_LBTK[..., 1] != 2
+    ).all()
+    weighted = planned(state, dataclasses.replace(plan, weights_LBTK=plan.weights_LBTK.at[2].set(0.25)))
+    assert (weighted.routing.weights_LBTK[2] == 0.25).all()
+    assert traces == 1
+
+
+def test_replaying_the_record_reproduces_the_run(model: Mixtral, tokens: np.ndarray) -> None:
+    expected = run(model, tokens)
+    record = expected.routing
+    other = run(model, tokens, None, RoutingPlan(bias_LBTE=jnp.full((3, 1, 1, 4), 0.0).at[..., 0].set(-1e9)))
+    assert np.abs(other.logits_BTV - expected.logits_BTV).max() > 1e-3
+    replayed = run(model, tokens, None, RoutingPlan(experts_LBTK=record.experts_LBTK, weights_LBTK=record.weights_LBTK))
+    assert np.array_equal(replayed.routing.experts_LBTK, record.experts_LBTK)
+    close(replayed.logits_BTV, expected.logits_BTV)
+
+
+def test_a_plan_that_does_not_fit_is_refused(model: Mixtral, tokens: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"temperature_LBT has shape \(3, 5, 1\)"):
+        model(tokens, plan=RoutingPlan(temperature_LBT=jnp.ones((3, 5, 1))))
+
+
+def test_remat_changes_no_gradient(model: Mixtral, tokens: np.ndarray) -> None:
+    graph, state = nnx.split(model)
+    grads = [
+        jax.jit(jax.grad(lambda state, remat=remat: nnx.merge(graph, state)(tokens, remat=remat).logits_BTV.std()))(
+            state
+        )
+        for remat in ("none", "layer")
+    ]
+    jax.tree.map(lambda a, b: close(a, b), *grads)
+
+
+def test_nf4_base_is_the_dequantised_base(model: Mixtral, tokens: np.ndarray) -> None:
+    packed = quantise_base(model)
+    w = model.layers.moe.w1.w.get_value()
+    t = packed.layers.moe.w1.w.get_value()
+    assert isinstance(t, NF4Tensor)
+    assert t.shape == w.shape
+    assert isinstance(w, jax.Array)
+    # the bytes are those of the (out, in) matrix that PyTorch stores
+    assert np.array_equal(t.packed[1, 2], quantize(w[1, 2].T).packed)
+    restored = nnx.merge(*nnx.split(packed), copy=True)
+    for path, variable in nnx.to_flat_state(nnx.state(packed)):
+        if isinstance(variable.get_value(), NF4Tensor):
+            module = restored
+            for name in path[:-1]:
+                module = getattr(module, name)
+            module.w.set_value(dequantize(variable.get_value()))
+    close(run(packed, tokens).logits_BTV, run(restored, tokens).logits_BTV)
+
+
+def test_fresh_adapters_change_nothing_and_alone_train(model: Mixtral, tokens: np.ndarray) -> None:
+    base = quantise_base(model)
+    adapted = add_lora(base, LoraConfig(rank=4, alpha=8.0))
+    assert has_lora(adapted)
+    assert not has_lora(base)
+    assert np.array_equal(run(adapted, tokens).logits_BTV, run(base, tokens).logits_BTV)
+    graph, adapters, frozen = nnx.split(adapted, is_trainable(adapted), ...)
+    grads = jax.jit(jax.grad(lambda a: nnx.merge(graph, a, frozen)(tokens).logits_BTV.std()))(adapters)
+    flat = nnx.to_flat_state(grads)
+    assert {path[-1] for path, _ in flat} == {"a", "b"}
+    assert {path[-3] for path, _ in flat} == {"q", "k", "v", "w1", "w2", "w3", "router"}
+    assert all(np.abs(v.get_value()).max() > 0 for path, v in flat if path[-1] == "b")
+
+
+def test_adapter_draws_depend_on_names_alone(model: Mixtral) -> None:
+    few = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("w2", "q")))
+    many = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("q", "k", "w2")))
+    assert np.array_equal(few.layers.moe.w2.lora.a.get_value(), many.layers.moe.w2.lora.a.get_value())
+
+
+def test_coverage_of_the_papers_recipe() -> None:
+    table = coverage(add_lora(quantise_base(Mixtral(MIXTRAL_8X7B)), LoraConfig(rank=128, alpha=64.0)))
+    assert table.trainable_parameters == 1_904_246_784
+    assert table.total_parameters == 46_702_792_704
+    rows = {row.name: row for row in table.rows}
+    assert rows["layers.moe.w1.w"].bits <= 4.13
+    assert rows["layers.moe.router.w"].bits == 16
+    assert rows["layers.moe.router.w"].full_rank
+    assert not rows["layers.moe.w1.w"].full_rank
+    assert rows["layers.attention.o.w"].rank is None
+
+
+def test_adapters_twice_are_refused(model: Mixtral) -> None:
+    adapted = add_lora(model, LoraConfig(rank=2, alpha=2.0))
+    with pytest.raises(BimedixError, match="carries adapters already"):
+        add_lora(adapted, LoraConfig(rank=2, alpha=2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"targets": ("q", "gate")}, "Unknown target gate"),
+        ({"targets": ()}, "targets is empty"),
+        ({"targets": ("q", "q")}, "duplicates"),
+    ],
+)
+def test_lora_config_refuses(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**{"rank": 4, "alpha": 4.0, **change})
+
+
+def test_mixtral_config_refuses() -> None:
+    with pytest.raises(ValueError, match="top_k must be between 1 and num_experts=4"):
+        RouterConfig(4, 5)
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        dataclasses.replace(MIXTRAL_8X7B, num_kv_heads=5)

@@ -1,0 +1,307 @@
+"""`bimedix` as a process: what it prints where, how it ends, and how fast it answers.
+
+Made-up commands stand in for real ones, so that these tests are about the command line alone.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import bimedix_jax
+from bimedix_jax import cli, startup
+
+COMMANDS_FOR_TESTS = '''
+import os, subprocess, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from bimedix_jax import cli
+from bimedix_jax.errors import BimedixError
+
+@dataclass(frozen=True)
+class Config:
+    """Count, to have something to do."""
+
+    count: int
+    """How far."""
+    name: str = "x"
+    """Whose."""
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError("count must not be negative: give 0 or more")
+
+def count(config, console):
+    print("stray print")
+    os.write(1, b"stray write\\n")
+    subprocess.run(["echo", "stray child"], check=True)
+    console.print(f"counted to {config.count}")
+    return {"count": np.int64(config.count), "mean": np.float32(0.5), "loss": float("nan"), "path": Path("/a"),
+            "by": {1: (np.arange(3), True, None)}, "text": "\\u0645\\u0631\\u062d\\u0628\\u0627"}
+
+def user_error(config, console):
+    raise BimedixError("the folder is empty;\\n put a model there")
+
+def bug(config, console):
+    return {}["missing"]
+
+def stop(config, console):
+    raise KeyboardInterrupt("continue with --resume")
+
+def wait(config, console):
+    print("waiting", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+def unprintable(config, console):
+    return {"result": object()}
+
+def prints_at_exit(config, console):
+    import atexit
+    atexit.register(print, "stray print at exit")
+    return {"ok": True}
+
+for run in (count, user_error, bug, stop, wait, unprintable, prints_at_exit):
+    module = ModuleType(f"made_up_{run.__name__}")
+    module.Config, module.run = Config, run
+    sys.modules[module.__name__] = module
+    cli.COMMANDS[run.__name__] = (f"Help of {run.__name__}.", module.__name__)
+cli.COMMANDS["group count"] = ("Count in a group.", "made_up_count")
+cli.COMMANDS["group wait"] = ("Wait in a group.", "made_up_wait")
+sys.exit(cli.main())
+'''
+
+
+def bimedix(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run one command line in which the made-up commands exist."""
+    command = [sys.executable, "-c", COMMANDS_FOR_TESTS, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def real_bimedix(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "bimedix_jax", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_help_is_fast_and_loads_neither_jax_nor_the_commands():
+    code = """
+        import sys
+        from bimedix_jax import cli
+        code = cli.main(["--help"])
+        loaded = {name.split(".")[0] for name in sys.modules} & {"jax", "jaxlib", "flax", "numpy", "torch", "tyro"}
+        assert not loaded and not [name for name in sys.modules if name.startswith("bimedix_jax.commands.")], loaded
+        sys.exit(code)
+    """
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert seconds < 1.0
+    for name, (help_line, _) in cli.COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert help_line in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_command_explains_its_options_without_jax(name):
+    """Its module imports, has Config and run, documents every option, and shows help without loading JAX."""
+    code = f"""
+        import importlib, sys, dataclasses, inspect
+        from bimedix_jax import cli
+        code = cli.main({name.split()!r} + ["--help"])
+        assert not {{"jax", "torch"}} & set(sys.modules), "JAX is imported"
+        module = importlib.import_module(cli.COMMANDS[{name!r}][1])
+        assert dataclasses.is_dataclass(module.Config) and module.Config.__dataclass_params__.frozen
+        assert list(inspect.signature(module.run).parameters) == ["config", "console"]
+        sys.exit(code)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: bimedix {name}" in done.stdout
+
+
+def test_version():
+    done = real_bimedix("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"bimedix_jax {bimedix_jax.__version__}\n", "")
+
+
+def test_unknown_command_and_option_name_the_nearest():
+    for words, suggestion in [
+        (["cuont"], "did you mean `bimedix count`?"),
+        (["group", "waits"], "did you mean `bimedix group wait`?"),
+        (["grup", "wait"], "did you mean `bimedix group`?"),
+        (["--jsn"], "did you mean `bimedix --json`?"),
+        (["zzz"], "`bimedix --help` lists all"),
+    ]:
+        done = bimedix(*words)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert suggestion in done.stderr
+
+
+def test_a_group_has_its_own_help():
+    done = bimedix("group", "--help")
+    assert done.returncode == 0
+    assert "group count" in done.stdout
+    assert "user_error" not in done.stdout
+    bare = bimedix("group")
+    assert (bare.returncode, bare.stdout) == (2, "")
+    assert "group count" in bare.stderr
+
+
+def test_no_command_is_wrong_usage():
+    done = bimedix()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: bimedix COMMAND" in done.stderr
+    assert "error: name a command" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["--count"], ["--cnt", "3"], ["--count", "three"], [], ["--count", "-1"], ["stray"]])
+def test_wrong_options_exit_with_2(words):
+    done = bimedix("count", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+
+
+def test_results_go_to_stdout():
+    done = bimedix("group", "count", "--count", "3")
+    assert done.returncode == 0
+    assert "counted to 3" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--json", "count", "--count", "3"], ["group", "count", "--count", "3", "--json"]])
+def test_json_is_the_only_thing_on_stdout(words):
+    done = bimedix(*words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "count": 3, "mean": 0.5, "loss": None, "path": "/a", "by": {"1": [[0, 1, 2], True, None]}, "text": "مرحبا",
+    }  # fmt: skip
+    assert "مرحبا" in done.stdout  # readable, not escaped
+    for text in ("stray print", "stray write", "stray child", "counted to 3"):
+        assert text in done.stderr
+
+
+def test_json_holds_when_a_library_prints_at_exit():
+    done = bimedix("prints_at_exit", "--count", "1", "--json")
+    assert json.loads(done.stdout) == {"ok": True}
+    assert "stray print at exit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["user_error", "--count", "1"], 1), (["bug", "--count", "1"], 1), (["count", "--cnt", "1"], 2), (["cuont"], 2)],
+)
+def test_json_says_when_it_failed(words, code):
+    done = bimedix(*words, "--json")
+    assert done.returncode == code
+    assert list(json.loads(done.stdout)) == ["error"]
+
+
+def test_a_result_that_json_cannot_hold_is_a_bug_that_is_said():
+    done = bimedix("unprintable", "--count", "1", "--json")
+    assert done.returncode == 1
+    assert "unexpected TypeError" in done.stderr
+    assert "object" in json.loads(done.stdout)["error"]
+
+
+def test_what_the_user_can_fix_is_one_sentence():
+    done = bimedix("user_error", "--count", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == "error: the folder is empty; put a model there"
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in bimedix("user_error", "--count", "1", "--debug").stderr
+
+
+def test_a_bug_is_one_sentence_too():
+    done = bimedix("bug", "--count", "1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: unexpected KeyError: 'missing' (run again with --debug for the traceback)"
+    )
+    debug = bimedix("--debug", "bug", "--count", "1")
+    assert "Traceback" in debug.stderr
+    assert debug.stderr.splitlines()[-1] == "error: unexpected KeyError: 'missing'"
+
+
+def test_interruption_says_how_to_go_on():
+    done = bimedix("stop", "--count", "1")
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "interrupted: continue with --resume"
+
+
+def test_ctrl_c_ends_without_a_traceback():
+    command = [sys.executable, "-c", COMMANDS_FOR_TESTS, "wait", "--count", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "waiting" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr == "interrupted\n"
+    assert json.loads(stdout) == {"error": "interrupted"}
+
+
+def test_main_in_process_gives_stdout_back(capfd):
+    assert cli.main(["nothing", "--json"]) == 2
+    print("after")
+    out = capfd.readouterr().out
+    document, end = json.JSONDecoder().raw_decode(out)
+    assert document["error"].startswith("`bimedix` has no command")
+    assert out[end:] == "\nafter\n"
+
+
+def test_words_after_two_dashes_are_the_commands_own():
+    assert cli._split_flags(["chat", "--json", "--", "--debug"]) == ({"--json"}, ["chat", "--", "--debug"])
+
+
+def test_public_names_are_lazy_and_all_resolve():
+    code = "import sys, bimedix_jax; assert 'jax' not in sys.modules; bimedix_jax.BimedixError"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in bimedix_jax.__all__:
+        assert getattr(bimedix_jax, name) is not None
+    assert set(bimedix_jax.__all__) <= set(dir(bimedix_jax))
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        bimedix_jax.lod  # noqa: B018
+
+
+def test_a_public_function_is_not_hidden_by_the_module_of_its_name():
+    code = """
+import sys, types, bimedix_jax
+module = types.ModuleType("bimedix_jax.generate")
+module.generate = lambda: "text"
+bimedix_jax._PUBLIC["generate"] = module.__name__
+bimedix_jax.generate = module  # as the import system does
+assert bimedix_jax.generate() == "text"
+import bimedix_jax.errors
+assert isinstance(bimedix_jax.errors, types.ModuleType)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_checkers_see_the_same_public_names():
+    source = Path(bimedix_jax.__file__).read_text("utf-8")
+    for name, module in bimedix_jax._PUBLIC.items():
+        assert f"from {module} import {name} as {name}\n" in source
+    assert sorted(bimedix_jax.__all__) == sorted([*bimedix_jax._PUBLIC, "__version__"])
+
+
+def test_the_cpu_is_chosen_only_where_nothing_else_can_be_meant(tmp_path):
+    assert not startup._has_accelerator(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert startup._has_accelerator(tmp_path)
+
+
+def test_start_up_chatter_is_held_back_and_real_errors_are_not(capfd):
+    with startup._without_lines(startup._CUDA_CHATTER):
+        os.write(2, b"I0000 cudart_stub.cc:31] Could not find cuda drivers on your machine\nE0000 out of memory\n")
+    assert capfd.readouterr().err == "E0000 out of memory\n"

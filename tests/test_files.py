@@ -1,0 +1,153 @@
+"""Nothing half-written, nothing read outside the folder."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import inside, new_folder, sha256, write_text
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_appears_only_when_it_is_complete(tmp_path):
+    with new_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+        assert folder.parent == tmp_path / "deep"  # the same file system: the rename is atomic
+    assert names(tmp_path / "deep") == ["out"]
+    assert names(tmp_path / "deep" / "out") == ["a"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("before", [None, "old"])
+def test_an_error_leaves_everything_as_it_was(tmp_path, error, before):
+    out = tmp_path / "out"
+    if before:
+        out.mkdir()
+        (out / before).touch()
+    with pytest.raises(error), new_folder(out, overwrite=True) as folder:
+        (folder / "a").write_text("1")
+        raise error
+    assert names(tmp_path) == (["out"] if before else [])
+    assert not before or names(out) == [before]
+
+
+def test_a_full_folder_is_replaced_only_on_request(tmp_path):
+    out = tmp_path / "out"
+    for name in ("first", "second"):
+        with new_folder(out, overwrite=True) as folder:
+            (folder / name).touch()
+    assert names(out) == ["second"]
+    assert names(tmp_path) == ["out"]
+    with pytest.raises(BimedixError, match="--overwrite"), new_folder(out):
+        pytest.fail("the body must not run")
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").touch()
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_what_someone_else_wrote_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(BimedixError, match="not empty"), new_folder(out):
+        out.mkdir()
+        (out / "theirs").touch()
+    assert names(out) == ["theirs"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_file_or_the_working_directory_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(BimedixError, match="is a file"), new_folder(tmp_path / "file", overwrite=True):
+        pass
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", "..", tmp_path):
+        with pytest.raises(BimedixError, match="working directory"), new_folder(path, overwrite=True):
+            pass
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+def test_a_folder_below_a_file_is_a_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BimedixError, match="cannot create"), new_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_link_keeps_leading_to_the_replaced_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "real") == ["a"]
+
+
+def test_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "report.md"
+    write_text(path, "قديم\r\n")
+    write_text(path, "جديد\n")
+    assert path.read_bytes() == "جديد\n".encode()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")  # half a surrogate pair cannot be encoded
+    assert path.read_text("utf-8") == "جديد\n"
+    assert names(tmp_path) == ["report.md"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/etc/passwd", "a\\..\\x", "C:\\x", "a\0b"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
+    with pytest.raises(BimedixError, match="not a path inside"):
+        inside(tmp_path, name)
+
+
+@given(st.text(max_size=20))
+def test_no_name_leads_out(name):
+    folder = Path("/srv/model")
+    try:
+        found = inside(folder, name)
+    except BimedixError:
+        return
+    assert found.resolve().is_relative_to(folder)
+
+
+def test_links_may_leave_only_as_in_the_hub_cache(tmp_path):
+    repository = tmp_path / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs" / "123").write_text("weights")
+    snapshot = repository / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    assert inside(snapshot, "model.safetensors").read_text() == "weights"
+
+    (tmp_path / "secret").write_text("private")
+    (snapshot / "config.json").symlink_to("../../../secret")
+    with pytest.raises(BimedixError, match="outside its folder"):
+        inside(snapshot, "config.json")
+
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "model.safetensors").symlink_to("../models--a--b/blobs/123")
+    with pytest.raises(BimedixError, match="outside its folder"):
+        inside(plain, "model.safetensors")
+
+
+def test_links_and_files_yet_to_be_written_inside_are_fine(tmp_path):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").symlink_to("a")
+    assert inside(tmp_path, "b").read_text() == "x"
+    assert inside(tmp_path, "new/shard.safetensors") == tmp_path / "new" / "shard.safetensors"
+
+
+def test_sha256(tmp_path):
+    data = bytes(range(256)) * 5000
+    (tmp_path / "f").write_bytes(data)
+    assert sha256(tmp_path / "f") == hashlib.sha256(data).hexdigest()

@@ -1,0 +1,60 @@
+"""The schedule's landmarks, and AdamW against torch's."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import OptimiserConfig
+from bimedix_jax.training.optimiser import clip, make_optimiser, schedule
+
+
+def test_schedule():
+    rate = schedule(OptimiserConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1), 20)
+    rates = np.array([rate(count) for count in range(20)])
+    np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
+    assert np.all(np.diff(rates[3:]) < 0)
+    assert 0.2 < rates[-1] < 0.25, "the last step still learns"
+    np.testing.assert_allclose(rate(20), 0.2, rtol=1e-6)
+    np.testing.assert_allclose(schedule(OptimiserConfig(warmup_steps=0), 5)(0), 2e-4, rtol=0.1)
+
+
+def test_more_warm_up_than_steps():
+    with pytest.raises(BimedixError, match="warmup_steps"):
+        schedule(OptimiserConfig(warmup_steps=10), 10)
+
+
+def test_clip():
+    gradients = {"a": jnp.asarray([3.0]), "b": jnp.asarray([[4.0]])}
+    clipped, norm = clip(gradients, 1.0)
+    assert float(norm) == 5.0
+    np.testing.assert_allclose(optax.tree.norm(clipped), 1.0, rtol=1e-6)
+    assert clip(gradients, 10.0)[0]["a"] == gradients["a"]
+    assert clip(gradients, None)[0]["a"] == gradients["a"]
+    assert np.isfinite(clip({"a": jnp.zeros(3)}, 1.0)[0]["a"]).all()
+
+
+def test_adamw_is_torchs():
+    """Five steps with decay on the matrix and none on the norm."""
+    import torch
+
+    config = OptimiserConfig(learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.3, beta2=0.95)
+    random = np.random.default_rng(0)
+    start = {"w": random.normal(size=(3, 2)).astype(np.float32), "norm.scale": np.ones((2, 3), np.float32)}
+    gradients = [{name: random.normal(size=x.shape).astype(np.float32) for name, x in start.items()} for _ in range(5)]
+
+    theirs = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start.items()}
+    groups = [{"params": [theirs["w"]], "weight_decay": 0.3}, {"params": [theirs["norm.scale"]], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), eps=1e-8)
+    ours = {name: jnp.asarray(x) for name, x in start.items()}
+    optimiser = make_optimiser(config, 100)
+    state = optimiser.init(ours)
+    for gradient in gradients:
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[name])
+        adamw.step()
+        updates, state = optimiser.update({name: jnp.asarray(x) for name, x in gradient.items()}, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    for name, parameter in theirs.items():
+        np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=2e-5, atol=1e-6)

@@ -1,0 +1,161 @@
+"""What the gradient of a step is, and what it does not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.experiment import RouterTraining
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.models.config import LoraConfig
+from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.routers import load_balancing_loss, router_z_loss
+from bimedix_jax.quantise import quantise_base
+from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.rows import micro_batches
+from bimedix_jax.training.state import init_state, put_back, take_apart
+from bimedix_jax.training.step import load_spread, make_gradient, make_train_step
+
+ROUTER = {"aux_loss_coef": 0.5, "z_loss_coef": 0.1}
+"""Large, so that a wrong share shows."""
+
+
+def adapted(config, seed=0, spread=0.3):
+    """A model whose adapters already do something, and prefer some experts."""
+    model = add_lora(init_random(config, seed=seed, std=0.4), LoraConfig(2, 4.0))
+    _, params, _ = take_apart(model)
+    draw = np.random.default_rng(7)
+    put_back(model, {name: jnp.asarray(draw.normal(0, spread, x.shape), jnp.float32) for name, x in params.items()})
+    return model
+
+
+def gradients_of(model, batch, accumulation, scope, remat="none"):
+    structure, params, frozen = take_apart(model)
+    gradient = jax.jit(make_gradient(structure, RouterTraining(aux_scope=scope, **ROUTER), remat))
+    return gradient(params, frozen, jax.tree.map(jnp.asarray, micro_batches(batch, accumulation)))
+
+
+def relative(ours, theirs):
+    """Largest difference over largest magnitude, over all tensors."""
+    worst = 0.0
+    for name in ours:
+        worst = max(worst, float(jnp.max(jnp.abs(ours[name] - theirs[name])) / jnp.max(jnp.abs(theirs[name]))))
+    return worst
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+def test_accumulation_changes_nothing(config, batch, scope):
+    """1 x 4 and 4 x 1 rows: same loss, same gradients, with uneven documents and an empty row."""
+    model, data = adapted(config), batch(4, 12, seed=2)
+    data["segment_ids_BT"][2] = 0
+    once, once_sums = gradients_of(model, data, 1, scope)
+    parts, parts_sums = gradients_of(model, data, 4, scope)
+    assert relative(parts, once) < 2e-5
+    for name in ("loss", "nll", "aux_loss", "z_loss", "targets", "tokens", "counts_LE"):
+        np.testing.assert_allclose(parts_sums[name], once_sums[name], rtol=1e-5, err_msg=name)
+
+
+def test_scope_micro_batch_depends_on_the_division_and_the_rest_does_not(config, batch):
+    """Hugging Face's definition: each micro-batch balances its own tokens."""
+    model, data = adapted(config), batch(4, 12, seed=2)
+    _, once = gradients_of(model, data, 1, "micro_batch")
+    _, parts = gradients_of(model, data, 4, "micro_batch")
+    np.testing.assert_allclose(parts["nll"], once["nll"], rtol=1e-5)
+    np.testing.assert_allclose(parts["z_loss"], once["z_loss"], rtol=1e-5)
+    assert abs(float(parts["aux_loss"]) / float(once["aux_loss"]) - 1) > 0.01
+    rows = [{name: x[row : row + 1] for name, x in data.items()} for row in range(4) if data["segment_ids_BT"][row].any()]
+    alone = [float(gradients_of(model, row, 1, "micro_batch")[1]["aux_loss"]) for row in rows]
+    np.testing.assert_allclose(parts["aux_loss"], np.mean(alone), rtol=1e-5)
+
+
+def test_the_objective_is_its_definition(config, batch):
+    """From the model's public output, without chunks or shares."""
+    model, data = adapted(config), batch(3, 12, seed=4)
+    _, sums = gradients_of(model, data, 1, "global")
+    out = model(data["tokens_BT"], data["segment_ids_BT"])
+    logp = jax.nn.log_softmax(out.logits_BTV)
+    taken = np.take_along_axis(np.array(logp)[:, :-1], data["tokens_BT"][:, 1:, None], axis=-1)[..., 0]
+    same = (data["segment_ids_BT"][:, 1:] == data["segment_ids_BT"][:, :-1]) & (data["segment_ids_BT"][:, 1:] != 0)
+    learned = same & data["loss_mask_BT"][:, 1:]
+    nll = -(taken * learned).sum() / learned.sum()
+    valid = jnp.asarray(data["segment_ids_BT"] != 0)
+    aux = load_balancing_loss(out.routing, valid)
+    z = router_z_loss(out.routing.logits_LBTE, valid)
+    np.testing.assert_allclose(sums["nll"], nll, rtol=1e-5)
+    np.testing.assert_allclose(sums["loss"], nll + 0.5 * aux + 0.1 * z, rtol=1e-5)
+    assert float(sums["targets"]) == learned.sum()
+
+
+def test_the_gradient_is_that_of_the_objective(config, batch):
+    """A finite difference along a random direction."""
+    model, data = adapted(config, spread=0.1), batch(2, 12, seed=4)
+    structure, params, frozen = take_apart(model)
+    gradient = jax.jit(make_gradient(structure, RouterTraining(aux_loss_coef=0.0, z_loss_coef=0.1), "none"))
+    stacked = jax.tree.map(jnp.asarray, micro_batches(data, 1))
+    gradients, _ = gradient(params, frozen, stacked)
+    draw = np.random.default_rng(0)
+    direction = {name: jnp.asarray(draw.normal(size=x.shape), jnp.float32) for name, x in params.items()}
+    slope = sum(float(jnp.vdot(gradients[name], direction[name])) for name in params)
+
+    def loss(distance):
+        return float(gradient({n: x + distance * direction[n] for n, x in params.items()}, frozen, stacked)[1]["loss"])
+
+    # top-k makes the loss jump where a token changes its experts: small steps, from one side and the other
+    estimate = (loss(2e-4) - loss(-2e-4)) / 4e-4
+    np.testing.assert_allclose(estimate, slope, rtol=0.02, atol=0.02)
+
+
+def test_remat_changes_nothing_but_rounding(config, batch):
+    model, data = adapted(config), batch(2, 12, seed=1)
+    kept, _ = gradients_of(model, data, 1, "micro_batch", remat="none")
+    again, _ = gradients_of(model, data, 1, "micro_batch", remat="layer")
+    assert relative(again, kept) < 1e-5
+
+
+def test_only_adapters_train(config, batch, experiment):
+    """A 4-bit base is left as it is, gets no optimiser state, and is no constant of the compiled step."""
+    model = add_lora(quantise_base(init_random(config)), LoraConfig(2, 4.0))
+    structure, params, frozen = take_apart(model)
+    assert params
+    assert all(".lora." in name and x.dtype == jnp.float32 for name, x in params.items())
+    assert isinstance(frozen["layers.moe.w1.w"], NF4Tensor)
+    plan = experiment()
+    optimiser = make_optimiser(plan.optimiser, 6)
+    state = init_state(params, optimiser)
+    moments = [leaf for leaf in jax.tree.leaves(state.optimiser) if leaf.ndim]
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in params.values())
+    before = jax.tree.map(np.array, frozen)
+    step = make_train_step(structure, plan, 6, optimiser)
+    state, _ = step(state, frozen, jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 1)))
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    assert not np.array_equal(state.params["layers.moe.w1.lora.b"], params["layers.moe.w1.lora.b"])
+
+
+def test_the_models_own_arrays_survive_donation(config, batch, experiment):
+    model = adapted(config)
+    structure, params, frozen = take_apart(model)
+    optimiser = make_optimiser(experiment().optimiser, 6)
+    step = make_train_step(structure, experiment(), 6, optimiser)
+    step(init_state(params, optimiser), frozen, jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 1)))
+    assert all(np.isfinite(x).all() for x in params.values())
+
+
+def test_every_parameter_trains_without_adapters(config):
+    _, params, frozen = take_apart(init_random(config))
+    assert not frozen
+    assert {"embed.table", "lm_head.w", "layers.moe.router.w", "norm.scale"} <= set(params)
+
+
+def test_a_step_without_any_target_is_finite(config, batch):
+    data = batch(2, 12)
+    data["loss_mask_BT"][:] = False
+    gradients, sums = gradients_of(adapted(config), data, 2, "micro_batch")
+    assert float(sums["nll"]) == 0
+    assert all(np.isfinite(x).all() for x in gradients.values())
+
+
+def test_load_spread():
+    spread = load_spread(jnp.asarray([[5.0, 5.0, 5.0, 5.0], [20.0, 0.0, 0.0, 0.0], [10.0, 10.0, 0.0, 0.0]]))
+    np.testing.assert_allclose(spread["load_entropy"], [1.0, 0.0, 0.5], atol=1e-6)
+    np.testing.assert_allclose(spread["load_max_share"], [0.25, 1.0, 0.5])
