@@ -87,6 +87,9 @@ EXTRAS = {
 setup(
     name="bimedix_jax",
     version=VERSION,
+    description="BiMediX in JAX: bilingual (English, Arabic) medical mixtures of experts, for research",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=PACKAGES,
     package_dir=MAPPED,

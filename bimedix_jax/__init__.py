@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bimedix_jax.adapters import add_lora as add_lora
     from bimedix_jax.adapters import coverage as coverage
+    from bimedix_jax.checkpoint.hf import export_hf as export_hf
     from bimedix_jax.checkpoint.load import load as load
+    from bimedix_jax.checkpoint.store import save as save
     from bimedix_jax.errors import BimedixError as BimedixError
     from bimedix_jax.generate import generate as generate
     from bimedix_jax.models.config import LoraConfig as LoraConfig
@@ -28,8 +30,10 @@ _PUBLIC = {
     "RouterConfig": "bimedix_jax.models.config",
     "add_lora": "bimedix_jax.adapters",
     "coverage": "bimedix_jax.adapters",
+    "export_hf": "bimedix_jax.checkpoint.hf",
     "generate": "bimedix_jax.generate",
     "load": "bimedix_jax.checkpoint.load",
+    "save": "bimedix_jax.checkpoint.store",
 }
 
 __all__ = [
@@ -40,8 +44,10 @@ __all__ = [
     "__version__",
     "add_lora",
     "coverage",
+    "export_hf",
     "generate",
     "load",
+    "save",
 ]
 
 

@@ -1,9 +1,9 @@
 """Arabic on terminals that print characters from left to right in the order in which they arrive.
 
-Text is kept, saved and by default printed in logical order, which is what terminals with bidirectional support expect (GNOME
-Terminal, Konsole, mlterm, Apple's Terminal) and what copying and screen readers need. Others (Windows Terminal, kitty,
-Alacritty, xterm, most multiplexers) show it mirrored and unjoined; for them a line is reordered here. No terminal can be
-asked which sort it is, so the user says.
+Text is kept, saved and by default printed in logical order, which is what terminals with bidirectional support expect
+(GNOME Terminal, Konsole, mlterm, Apple's Terminal) and what copying and screen readers need. Others (Windows Terminal,
+kitty, Alacritty, xterm, most multiplexers) show it mirrored and unjoined; for them a line is reordered here. No
+terminal can be asked which sort it is, so the user says.
 """
 
 import re
@@ -15,7 +15,7 @@ _ARABIC = re.compile(r"[\u0590-\u08ff]")
 
 
 def visual(line: str) -> str:
-    """`line` with its letters joined and in visual order (Unicode bidirectional algorithm); without Arabic, as it is."""
+    """`line` joined and in visual order (Unicode bidirectional algorithm); unchanged where it has no Arabic."""
     if not _ARABIC.search(line):
         return line
     return str(get_display(arabic_reshaper.reshape(line)))

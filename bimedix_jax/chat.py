@@ -5,7 +5,7 @@ Nothing that is said here is written to disk.
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.data.records import Turn
@@ -59,7 +59,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        # ids before `shown` have been given out; those from `context` on are decoded again, for the spaces between words
+        # ids before `shown` have been given out; those from `context` on are decoded again, for blanks between words
         self.context = self.shown = 0
 
     def push(self, token: int) -> str:
@@ -104,13 +104,15 @@ def fit(tokenizer: Tokenizer, turns: list[Turn], room: int) -> tuple[list[int], 
     """
     system = turns[:1] if turns[0].speaker == "system" else []
     rest = turns[len(system) :]
+    length = 0
     for dropped in range(0, len(rest), 2):
         ids, _ = encode_chat(tokenizer, [*system, *rest[dropped:]], add_generation_prompt=True)
-        if len(ids) <= room:
+        length = len(ids)
+        if length <= room:
             return ids, dropped
     raise BimedixError(
-        f"this question needs {len(ids)} tokens and the model's context has room for {room} beside the answer; shorten it or "
-        "ask for fewer new tokens"
+        f"this question needs {length} tokens and the model's context has room for {room} beside the answer; "
+        "shorten it or ask for fewer new tokens"
     )
 
 
@@ -134,7 +136,7 @@ class Chat:
         self.turns = [] if system is None else [Turn(speaker="system", value=system)]
         self.last = None
 
-    def stream(self, question: str) -> Iterator[str]:
+    def stream(self, question: str) -> Generator[str, None, None]:
         """The reply in pieces of text; afterwards `last` describes it and the history holds both turns.
 
         A caller that stops early (closing the iterator, or Ctrl-C) keeps what was said so far. Where the model says
@@ -149,14 +151,12 @@ class Chat:
         options, context = self.options, self.model.config.max_position_embeddings
         if options.max_new_tokens >= context:
             raise BimedixError(
-                f"max_new_tokens {options.max_new_tokens} leaves no room for a question in this model's context of {context}; "
-                "ask for fewer"
+                f"max_new_tokens {options.max_new_tokens} leaves no room for a question in this model's context of "
+                f"{context}; ask for fewer"
             )
         prompt, dropped = fit(self.tokenizer, turns, context - options.max_new_tokens)
         start, said, tokens, finished = time.perf_counter(), "", _Count(), False
-        answer = stream(
-            self.model, prompt, stop_tokens=self.tokenizer.stop_ids, **dataclasses.asdict(options)
-        )
+        answer = stream(self.model, prompt, stop_tokens=self.tokenizer.stop_ids, **dataclasses.asdict(options))
         try:
             for piece in pieces_of(self.tokenizer, tokens.of(answer)):
                 shown = piece if said else piece.lstrip()  # some templates open an answer with a space

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data stats": ("what a set of records holds, by language, kind and source", "bimedix_jax.commands.data_stats"),
     "eval run": ("held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
     "chat": ("talk with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
+    "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
 }
 
 GLOBAL_FLAGS = {

@@ -1,7 +1,7 @@
-"""An experiment is one frozen value: what trains, on what, how. No JAX here: the command line reads these before it is imported.
+"""An experiment is one frozen value: what trains, on what, how. No JAX here: the command line reads these before it.
 
-`Experiment` goes to JSON and back without loss; an unknown key, a missing one or a value of the wrong type is an error that
-names it. A run folder keeps its resolved experiment as config.json, and a resumed run must present the same one.
+`Experiment` goes to JSON and back without loss; an unknown key, a missing one or a value of the wrong type is an error
+that names it. A run folder keeps its resolved experiment as config.json, and a resumed run must present the same one.
 """
 
 import dataclasses
@@ -89,9 +89,9 @@ class RouterTraining:
     aux_loss_coef: float = 0.001
     """Weight of the load-balancing loss; 0 turns it off, and it is reported all the same."""
     aux_scope: Scope = "micro_batch"
-    """Tokens over which load is balanced. The loss is not linear in them: sequence averages over rows, micro_batch pools one
-    micro-batch as Hugging Face does (so accumulation changes it), global pools the whole optimiser step (exact under
-    accumulation, at the price of one more forward pass when there is any)."""
+    """Tokens over which load is balanced. The loss is not linear in them: sequence averages over rows, micro_batch
+    pools one micro-batch as Hugging Face does (so accumulation changes it), global pools the whole optimiser step
+    (exact under accumulation, at the price of one more forward pass when there is any)."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
 
@@ -131,7 +131,8 @@ class OptimiserConfig:
         require(self.epsilon > 0, f"optimiser.epsilon must be positive, got {self.epsilon}.")
         require(self.weight_decay >= 0, f"optimiser.weight_decay cannot be negative, got {self.weight_decay}.")
         require(
-            self.clip_norm is None or self.clip_norm > 0, f"optimiser.clip_norm must be positive or null, got {self.clip_norm}."
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optimiser.clip_norm must be positive or null, got {self.clip_norm}.",
         )
 
 
@@ -217,8 +218,8 @@ class Experiment:
         )
         require(
             self.lora is not None or self.model.base == "float32",
-            f"Without adapters every parameter trains, which needs model.base float32 (updates vanish in {self.model.base}); "
-            "change the base or give lora.",
+            "Without adapters every parameter trains, which needs model.base float32 (small updates vanish in "
+            f"{self.model.base}); change the base or give lora.",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -270,7 +271,8 @@ def parse(kind: Any, value: Any, where: str) -> Any:
         require(value in options, f"{name} is {value!r}; choose one of {', '.join(map(str, options))}.")
         return value
     if typing.get_origin(kind) is tuple:
-        require(isinstance(value, list | tuple), f"{name} is {value!r}; it must be a list.")
+        if not isinstance(value, list | tuple):
+            raise BimedixError(f"{name} is {value!r}; it must be a list.")
         return tuple(parse(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if kind is float and type(value) is int:
         value = float(value)
@@ -311,13 +313,12 @@ def differences(ours: Experiment, theirs: Experiment) -> list[str]:
     """What differs, as 'batch.rows: 4 here, 2 there', in the order of the fields."""
     here, there = flatten(ours.to_dict()), flatten(theirs.to_dict())
     names = [*here, *(name for name in there if name not in here)]
-    return [
-        f"{name}: {here.get(name)!r} here, {there.get(name)!r} there" for name in names if here.get(name) != there.get(name)
-    ]
+    changed = [name for name in names if here.get(name) != there.get(name)]
+    return [f"{name}: {here.get(name)!r} here, {there.get(name)!r} there" for name in changed]
 
 
 def override(experiment: Experiment, changes: dict[str, Any]) -> Experiment:
-    """The experiment with fields changed by dotted name, {'batch.rows': 2}. An object that is null there (lora, say) is begun.
+    """The experiment with fields changed by dotted name, {'batch.rows': 2}; an object that is null there is begun.
 
     Raises:
       BimedixError: an unknown name, or a value that does not fit.

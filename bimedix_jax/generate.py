@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache: greedy or sampled, one prompt or a batch of different lengths, all at once or streamed.
+"""Decoding with a key-value cache: greedy or sampled, one prompt or a batch of any lengths, all at once or streamed.
 
 The prompt runs once (prefill), then one compiled step a token, whose cache is donated and so updated in place. Weights
 are arguments of the compiled functions, never constants in them. Lengths are rounded up (bimedix_jax/padding.py), so a
@@ -60,16 +60,17 @@ class Sampling:
         _require(top_k is None or top_k >= 1, "top_k", top_k, "at least 1")
         _require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
         _require(min_p is None or 0 <= min_p <= 1, "min_p", min_p, "between 0 and 1")
-        _require(repetition_penalty is None or repetition_penalty > 0, "repetition_penalty", repetition_penalty, "above 0")
-        penalty = None if repetition_penalty in (None, 1.0) else jnp.float32(repetition_penalty)
+        penalty = repetition_penalty
+        _require(penalty is None or penalty > 0, "repetition_penalty", penalty, "above 0")
+        seen = None if penalty in (None, 1.0) else jnp.float32(penalty)
         if temperature == 0:
-            return cls(None, None, None, None, penalty)
+            return cls(None, None, None, None, seen)
         return cls(
             jnp.float32(temperature),
             None if top_k is None else jnp.int32(top_k),
             None if top_p in (None, 1.0) else jnp.float32(top_p),
             None if not min_p else jnp.float32(min_p),
-            penalty,
+            seen,
         )
 
 
@@ -108,7 +109,7 @@ def generate(
     stop_tokens: Collection[int] = (),
     seed: int = 0,
     segment_ids: Any = None,
-) -> list[int] | list[list[int]]:
+) -> list[Any]:
     """The tokens that follow one prompt, or each prompt of a batch: new tokens only, without the stop token.
 
     Args:
@@ -122,8 +123,8 @@ def generate(
       A list of token ids for one prompt, a list of such lists for a batch.
 
     Raises:
-      BimedixError: an empty prompt, an id outside the vocabulary, a number out of range, or more tokens than the model's
-        context holds.
+      BimedixError: an empty prompt, an id outside the vocabulary, a number out of range, or more tokens than the
+        model's context holds.
     """
     prompts, single = as_prompts(prompt_tokens, segment_ids)
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -178,7 +179,9 @@ def as_prompts(prompt_tokens: Any, segment_ids: Any = None) -> tuple[list[np.nda
         if row.size == 0:
             raise BimedixError(f"prompt {index} is empty; give it at least one token, such as the tokenizer's bos_id")
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
-            raise BimedixError(f"prompt {index} is not a sequence of integers (shape {row.shape}, {row.dtype}); tokenise it")
+            raise BimedixError(
+                f"prompt {index} is no sequence of integers (shape {row.shape}, {row.dtype}); tokenise it"
+            )
     return rows, single
 
 
@@ -198,7 +201,9 @@ def _decode(
     low, high = min(int(row.min()) for row in prompts), max(int(row.max()) for row in prompts)
     if low < 0 or high >= config.vocab_size:  # JAX would clamp the look-up in silence
         wrong = low if low < 0 else high
-        raise BimedixError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}; use this model's tokenizer")
+        raise BimedixError(
+            f"token id {wrong} is outside the vocabulary of {config.vocab_size}; use the model's tokenizer"
+        )
     length = min(bucket(longest), context - max_new_tokens)
     slots = min(bucket(length + max_new_tokens), context)
     tokens_BT, segment_ids_BT = pad_left(prompts, length)
@@ -259,7 +264,7 @@ def _choose(
 def sample(
     logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"] | None, sampling: Sampling, key: jax.Array
 ) -> Int[Array, "B"]:
-    """One token a row, int32. The filters apply in the order of Hugging Face: penalty, temperature, top-k, top-p, min-p."""
+    """One token a row, int32. Filters apply in Hugging Face's order: penalty, temperature, top-k, top-p, min-p."""
     if sampling.repetition_penalty is not None and seen_BV is not None:
         penalty = sampling.repetition_penalty
         penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)

@@ -48,8 +48,8 @@ def by_length(
 ) -> Iterator[tuple[list[Item], int, int]]:
     """Batches of items of like length, longest first: (items, rows, columns), with rows * columns about `batch_tokens`.
 
-    Columns are the longest item's bucket, at most `longest` (no item may be longer). Every batch but the last is full; that
-    one is filled with empty rows up to a bucket.
+    Columns are the longest item's bucket, at most `longest` (no item may be longer). Every batch but the last is full;
+    that one is filled with empty rows up to a bucket.
     """
     waiting = sorted(items, key=length_of, reverse=True)
     while waiting:
@@ -66,7 +66,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if lengths[index] > capacity:
             raise ValueError(f"item {index} has length {lengths[index]}, more than a bin of {capacity} holds.")
-        place = next((bin for bin, left in enumerate(room) if left >= lengths[index]), None)
+        place = next((number for number, left in enumerate(room) if left >= lengths[index]), None)
         if place is None:
             place = len(bins)
             bins.append([])
@@ -81,9 +81,9 @@ def packed(
 ) -> Iterator[tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]]:
     """All rows in batches of one shape, several to a line as segments 1, 2, ...: (places, tokens_BT, segment_ids_BT).
 
-    Segments do not see each other, so a row scores as it does alone, without padding each row to its neighbours' length.
-    Rows longer than `columns` come first, in lines of the longest one's bucket. No line exceeds `longest`, and no row may.
-    A place is (index of the row, line, start).
+    Segments do not see each other, so a row scores as it does alone, without padding each row to its neighbours'
+    length. Rows longer than `columns` come first, in lines of the longest one's bucket. No line exceeds `longest`, and
+    no row may. A place is (index of the row, line, start).
     """
     columns = min(columns, longest)
     long = [index for index, row in enumerate(rows) if len(row) > columns]

@@ -2,7 +2,15 @@
 
 from collections.abc import Callable
 
-from bimedix_jax.experiment import BatchConfig, DataSource, Experiment, ModelSource, OptimiserConfig, RouterTraining, Tracking
+from bimedix_jax.experiment import (
+    BatchConfig,
+    DataSource,
+    Experiment,
+    ModelSource,
+    OptimiserConfig,
+    RouterTraining,
+    Tracking,
+)
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 
 MIXTRAL = "mistralai/Mixtral-8x7B-v0.1"
@@ -12,10 +20,10 @@ MIXTRAL_INSTRUCT = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 def bimedix_mixtral_8x7b(base: str = MIXTRAL) -> Experiment:
     """BiMediX's recipe (arXiv 2402.13253): NF4 base, rank 128 on q, k, v, experts and router, AdamW, cosine, 2 epochs.
 
-    Stated by the paper: the base v0.1, rank and alpha, learning rate, warm-up, 16 rows a step in two halves, epochs. Not stated
-    and chosen here: 4,096 tokens a row with packing and the auxiliary weight 0.001 (the axolotl example for Mixtral of that
-    time, whose other values match). Each of the 8 devices held one row of a micro-batch and balanced load over it alone,
-    which is the scope "sequence".
+    Stated by the paper: the base v0.1, rank and alpha, learning rate, warm-up, 16 rows a step in two halves, epochs.
+    Not stated and chosen here: 4,096 tokens a row with packing and the auxiliary weight 0.001 (axolotl's example for
+    Mixtral of that time, whose other values match). Each of the 8 devices held one row of a micro-batch and balanced
+    load over it alone, which is the scope "sequence".
     """
     return Experiment(
         name="bimedix-mixtral-8x7b",
@@ -36,7 +44,7 @@ def bimedix_mixtral_8x7b_instruct() -> Experiment:
 
 
 def quickstart() -> Experiment:
-    """SmolLM2-135M-Instruct upcycled to 4 experts of which 2 act, on a laptop's CPU in minutes. Give the model's folder."""
+    """SmolLM2-135M-Instruct upcycled to 4 experts, 2 at a time, minutes on a laptop's CPU. Give the model's folder."""
     return Experiment(
         name="quickstart",
         model=ModelSource(base="nf4"),

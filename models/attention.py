@@ -6,16 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels.attention import attention
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models.axes import EMBED, HEADS, KV_HEADS, LAYERS
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import Linear, placeholder
-
-MASKED = -1e30
-"""Score of a key that a query may not see; finite, so that a row without any visible key gives no NaN."""
-
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, with the mean in float32 (arXiv 1910.07467)."""
@@ -78,32 +75,6 @@ def rotate(x_BTQH: Float[Array, "B T Q H"], positions_BT: Int[Array, "B T"], the
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BTQH.dtype)
 
 
-def visible(
-    query_ids_BT: Int[Array, "B T"], key_ids_BS: Int[Array, "B S"], offset: Int[Array, ""], window: int | None
-) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: same segment, not later, and at most `window` back. Query t stands in slot offset+t."""
-    query = offset + jnp.arange(query_ids_BT.shape[1])[:, None]
-    key = jnp.arange(key_ids_BS.shape[1])[None, :]
-    near = key <= query if window is None else (key <= query) & (key > query - window)
-    return near[None] & (query_ids_BT[:, :, None] == key_ids_BS[:, None, :])
-
-
-def attend(
-    q_BTQH: Float[Array, "B T Q H"],
-    k_BSGH: Float[Array, "B S G H"],
-    v_BSGH: Float[Array, "B S G H"],
-    visible_BTS: Bool[Array, "B T S"],
-) -> Float[Array, "B T Q H"]:
-    """Softmax attention; query heads are grouped, so keys and values are never repeated. Scores are float32."""
-    batch, length, heads, width = q_BTQH.shape
-    groups = k_BSGH.shape[2]
-    q_BTGRH = q_BTQH.reshape(batch, length, groups, heads // groups, width)
-    scores = jnp.einsum("btgrh,bsgh->bgrts", q_BTGRH, k_BSGH, preferred_element_type=jnp.float32) * width**-0.5
-    weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1).astype(v_BSGH.dtype)
-    mixed = jnp.einsum("bgrts,bsgh->btgrh", weights, v_BSGH, preferred_element_type=jnp.float32)
-    return mixed.astype(q_BTQH.dtype).reshape(batch, length, heads, width)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -120,7 +91,8 @@ class Attention(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        visible_BTS: Bool[Array, "B T S"],
+        segment_ids_BT: Int[Array, "B T"],
+        key_ids_BS: Int[Array, "B S"],
         cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
         """Returns the mixed values and, given a cache (k_BSGH, v_BSGH, length), its keys and values with ours written in."""
@@ -131,11 +103,19 @@ class Attention(nnx.Module):
         v_BTGH = self.v(x_BTD).reshape(batch, length, config.num_kv_heads, config.head_dim)
         q_BTQH = rotate(q_BTQH, positions_BT, config.rope_theta)
         k_BTGH = rotate(k_BTGH, positions_BT, config.rope_theta)
-        updated = None
+        updated = offset = None
         if cache is not None:
-            k_cache, v_cache, start = cache
-            k_BTGH = lax.dynamic_update_slice_in_dim(k_cache, k_BTGH.astype(k_cache.dtype), start, 1)
-            v_BTGH = lax.dynamic_update_slice_in_dim(v_cache, v_BTGH.astype(v_cache.dtype), start, 1)
+            k_cache, v_cache, offset = cache
+            k_BTGH = lax.dynamic_update_slice_in_dim(k_cache, k_BTGH.astype(k_cache.dtype), offset, 1)
+            v_BTGH = lax.dynamic_update_slice_in_dim(v_cache, v_BTGH.astype(v_cache.dtype), offset, 1)
             updated = (k_BTGH, v_BTGH)
-        mixed = attend(q_BTQH, k_BTGH.astype(x_BTD.dtype), v_BTGH.astype(x_BTD.dtype), visible_BTS)
+        mixed = attention(
+            q_BTQH,
+            k_BTGH.astype(x_BTD.dtype),
+            v_BTGH.astype(x_BTD.dtype),
+            segment_ids_BT,
+            key_ids_BS,
+            offset=offset,
+            window=config.sliding_window,
+        )
         return self.o(mixed.reshape(batch, length, -1)), updated

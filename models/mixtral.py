@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from bimedix_jax.kernels.pytree import Leaf
-from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments, visible
+from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments
 from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
 from bimedix_jax.models.config import MixtralConfig, Remat
 from bimedix_jax.models.linear import Linear, placeholder
@@ -55,14 +55,14 @@ class Block(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
-        visible_BTS: Bool[Array, "B T S"],
-        valid_BT: Bool[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
+        key_ids_BS: Int[Array, "B S"],
         plan: RoutingPlan,
         cache: tuple[jax.Array, jax.Array, jax.Array] | None,
     ) -> tuple[Float[Array, "B T D"], Routing, tuple[jax.Array, jax.Array] | None]:
-        mixed_BTD, updated = self.attention(self.attention_norm(x_BTD), positions_BT, visible_BTS, cache)
+        mixed_BTD, updated = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, key_ids_BS, cache)
         x_BTD = x_BTD + mixed_BTD
-        experts_BTD, routing = self.moe(self.moe_norm(x_BTD), valid_BT, plan)
+        experts_BTD, routing = self.moe(self.moe_norm(x_BTD), segment_ids_BT != 0, plan)
         return x_BTD + experts_BTD, routing, updated
 
 
@@ -80,6 +80,7 @@ class Mixtral(nnx.Module):
         """`dtype` is that of the parameters and of the computation."""
         self.config = config
         self.dtype = str(jnp.dtype(dtype))
+        self.origin: str | None = None  # folder that the parameters came from; export takes the tokenizer from there
         self.embed = Embedding(config, dtype)
         self.layers = Block(config, dtype)
         self.norm = RMSNorm((config.hidden_size,), (EMBED,), config.rms_norm_eps, dtype)
@@ -109,13 +110,11 @@ class Mixtral(nnx.Module):
         plan = plan or RoutingPlan()
         plan.check(self.config, batch, length)
         valid_BT = segment_ids_BT != 0
-        positions_BT, key_ids_BS, offset = self.locate(segment_ids_BT, cache)
-        visible_BTS = visible(segment_ids_BT, key_ids_BS, offset, self.config.sliding_window)
-
+        positions_BT, key_ids_BS = self.locate(segment_ids_BT, cache)
         x_BTD = self.embed.table[...][tokens_BT].astype(self.dtype)
-        x_BTD, routing, kv = self.run_layers(x_BTD, positions_BT, visible_BTS, valid_BT, plan, cache, remat)
+        x_BTD, routing, kv = self.run_layers(x_BTD, positions_BT, segment_ids_BT, key_ids_BS, plan, cache, remat)
         if cache is not None and kv is not None:
-            cache = KVCache(*kv, key_ids_BS, offset + length)
+            cache = KVCache(*kv, key_ids_BS, cache.length + length)
         return Output(
             self.norm(x_BTD),
             None,
@@ -125,22 +124,22 @@ class Mixtral(nnx.Module):
             cache,
         )
 
-    def locate(self, segment_ids_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(positions_BT within segments, key_ids_BS with these tokens' ids written in, slot of the first token)."""
+    def locate(self, segment_ids_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, jax.Array]:
+        """(positions_BT within segments, key_ids_BS with these tokens' ids written in)."""
         positions_BT = positions_in_segments(segment_ids_BT)
         if cache is None:
-            return positions_BT, segment_ids_BT, jnp.zeros((), jnp.int32)
+            return positions_BT, segment_ids_BT
         # a segment goes on where the cache left it: count its earlier tokens
         earlier_BT = jnp.sum(segment_ids_BT[:, :, None] == cache.segment_ids_BS[:, None, :], axis=-1, dtype=jnp.int32)
         key_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, 1)
-        return positions_BT + earlier_BT, key_ids_BS, cache.length
+        return positions_BT + earlier_BT, key_ids_BS
 
     def run_layers(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        visible_BTS: jax.Array,
-        valid_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        key_ids_BS: jax.Array,
         plan: RoutingPlan,
         cache: KVCache | None,
         remat: Remat,
@@ -150,7 +149,7 @@ class Mixtral(nnx.Module):
         def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
             state, plan, kv = layer
             cached = None if cache is None else (*kv, cache.length)
-            x, routing, updated = nnx.merge(graph, state)(x, positions_BT, visible_BTS, valid_BT, plan, cached)
+            x, routing, updated = nnx.merge(graph, state)(x, positions_BT, segment_ids_BT, key_ids_BS, plan, cached)
             return x, (routing, updated)
 
         if remat == "layer":

@@ -22,6 +22,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning about threads when 
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Every annotated function and dataclass of these modules is checked by beartype at each call: shapes as well as types.
-# (The modules about files and data stay out: beartype cannot decorate a lone method that returns `typing.Self`.)
+# Every annotated function and dataclass of the two layers about arrays is checked by beartype at each call. The third
+# is left to pyright: its pytrees also hold JAX's placeholders, and beartype cannot decorate a lone `-> typing.Self`.
 install_import_hook(["bimedix_jax.kernels", "bimedix_jax.models"], "beartype.beartype")

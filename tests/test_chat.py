@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,7 @@ def model(tokenizer):
     chain = [*tokenizer.encode("\n" + ANSWER), tokenizer.eos_id]
     head = np.zeros((304, 304), np.float32)
     head[chain[:-1], chain[1:]] = 1.0
+    assert model.lm_head is not None
     model.lm_head.w.set_value(jnp.asarray(head))
     return model
 
@@ -78,7 +80,7 @@ def pieces_byte_fallback():
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )
     engine.add_special_tokens([AddedToken("</s>", normalized=False, special=True)])
-    return Tokenizer(None, engine, {"eos": "</s>"}, (261,), "none", "plain")
+    return Tokenizer(Path(), engine, {"eos": "</s>"}, (261,), "none", "plain")
 
 
 FALLBACK = pieces_byte_fallback()
@@ -173,16 +175,16 @@ def test_what_cannot_be_asked(model, tokenizer):
 
 def scripted(chat, lines, **options):
     """What the console shows for lines typed, and the result."""
-    console, typed = Console(file=io.StringIO(), width=200), iter(lines)
+    screen, typed = io.StringIO(), iter(lines)
 
-    def read():
+    def read() -> str:
         line = next(typed, EOFError)
-        if line in (EOFError, KeyboardInterrupt):
+        if not isinstance(line, str):
             raise line
         return line
 
-    result = command.converse(chat, console, read, **options)
-    return console.file.getvalue(), result
+    result = command.converse(chat, Console(file=screen, width=200), read, **options)
+    return screen.getvalue(), result
 
 
 def test_the_keyboard_loop(model, tokenizer):
@@ -205,15 +207,16 @@ def test_arabic_in_visual_order_line_by_line():
 
 
 def test_the_notice_is_shown_in_both_languages():
-    console = Console(file=io.StringIO(), width=1000)
-    command.show_notice(console)
-    assert NOTICE_EN in console.file.getvalue()
-    assert NOTICE_AR in console.file.getvalue()
+    screen = io.StringIO()
+    command.show_notice(Console(file=screen, width=1000))
+    assert NOTICE_EN in screen.getvalue()
+    assert NOTICE_AR in screen.getvalue()
 
 
 def test_prompts_on_the_command_line_give_one_json_document(folder, tmp_path, capsys):
     saved = tmp_path / "said" / "chat.jsonl"
-    words = ["--json", "chat", "--model", str(folder), "--base", "float32", "--temperature", "0", "--max-new-tokens", "16"]
+    words = ["--json", "chat", "--model", str(folder), "--base", "float32"]
+    words += ["--temperature", "0", "--max-new-tokens", "16"]
     code = cli.main([*words, "--prompt", "hello", "سؤال", "--save", str(saved)])
     captured = capsys.readouterr()
     assert code == 0, captured.err

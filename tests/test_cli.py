@@ -3,6 +3,8 @@
 Made-up commands stand in for real ones, so that these tests are about the command line alone.
 """
 
+import ast
+import itertools
 import json
 import os
 import signal
@@ -112,7 +114,7 @@ def test_help_is_fast_and_loads_neither_jax_nor_the_commands():
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_each_command_explains_its_options_without_jax(name):
-    """Its module imports, has Config and run, documents every option, and shows help without loading JAX."""
+    """Its module imports, has Config and run, and shows help without loading JAX."""
     code = f"""
         import importlib, sys, dataclasses, inspect
         from bimedix_jax import cli
@@ -126,6 +128,19 @@ def test_each_command_explains_its_options_without_jax(name):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"usage: bimedix {name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_says_what_it_is(name):
+    """The text below a field of `Config` is the help of its option."""
+    path = Path(bimedix_jax.__file__).parent / "commands" / f"{name.replace(' ', '_')}.py"
+    tree = ast.parse(path.read_text("utf-8"))
+    (config,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    assert ast.get_docstring(config)
+    for field, following in itertools.pairwise([*config.body, ast.Pass()]):
+        if isinstance(field, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), f"{path.name}:{field.lineno} has no text below it"
+            assert isinstance(following.value, ast.Constant)
 
 
 def test_version():

@@ -1,5 +1,8 @@
 """Decoding: the cache, the padding, the batch and the stream change nothing; the filters keep what they say."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,8 +54,6 @@ def test_greedy_with_the_cache_equals_greedy_without(model):
 
 
 def test_a_sliding_window_reaches_back_equally_far_in_the_cache():
-    import dataclasses
-
     model = init_random(dataclasses.replace(CONFIG, sliding_window=4), seed=2, std=0.3)
     assert generate(model, PROMPTS[2], 20) == without_cache(model, PROMPTS[2], 20)
 
@@ -130,9 +131,10 @@ def test_sampling_frequencies_follow_the_temperature():
 
 def test_other_values_and_like_lengths_compile_nothing_new(model):
     generate(model, PROMPTS[0], 5, temperature=0.5, top_k=4)
-    before = _step._cache_size(), _prefill._cache_size()
+    compiled: list[Any] = [_step, _prefill]
+    before = [function._cache_size() for function in compiled]
     generate(model, PROMPTS[3], 6, temperature=0.9, top_k=7, seed=3)
-    assert (_step._cache_size(), _prefill._cache_size()) == before
+    assert [function._cache_size() for function in compiled] == before
 
 
 def test_the_whole_context_can_be_used(model):

@@ -1,7 +1,7 @@
 """A folder's own list of its files and their SHA-256, written last: a folder without a fitting list is not complete.
 
-Orbax restores flipped bits and zeroed pages without a word (112 of 112 tried, version 0.12.8), and a safetensors header says
-nothing of its data either.
+Orbax restores flipped bits and zeroed pages without a word (112 of 112 tried, version 0.12.8), and a safetensors header
+says nothing of its data either.
 """
 
 import json

@@ -48,11 +48,18 @@ def save_step(folder: Path, step: int, state: Any, position: dict[str, Any], kee
     with new_folder(target, overwrite=True) as partial:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial.resolve() / STATE, state)
-        (partial / POSITION).write_text(json.dumps({"step": step, **position}, indent=2) + "\n", "utf-8")
+        record = {"step": step, **position, "leaves": shapes_of(state)}
+        (partial / POSITION).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         write_manifest(partial)
     for old in [other for other in steps_in(folder) if other != step][: -(keep - 1) or None]:
         remove(step_folder(folder, old))
     return target
+
+
+def shapes_of(state: Any) -> dict[str, str]:
+    """Every leaf as 'float32[3, 4]' by its path."""
+    leaves, _ = jax.tree.flatten_with_path(state)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def remove(folder: Path) -> None:
@@ -94,15 +101,18 @@ def restore_step(folder: Path, step: int, template: Any) -> tuple[Any, dict[str,
       BimedixError: the checkpoint has another structure or other shapes.
     """
     place = step_folder(folder, step)
+    position = json.loads((place / POSITION).read_text("utf-8"))
+    held, wanted = position["leaves"], shapes_of(template)
+    different = sorted(name for name in held | wanted if held.get(name) != wanted.get(name))
+    if different:
+        name = different[0]
+        raise BimedixError(
+            f"{place} holds another training state: {len(different)} differences, first {name}, {held.get(name)} there "
+            f"and {wanted.get(name)} here; resume with the experiment that wrote it."
+        )
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), template
     )
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(place.resolve() / STATE, abstract)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BimedixError(
-            f"{place} does not hold the training state of this model ({str(error).splitlines()[0]}); resume with the experiment "
-            "that wrote it."
-        ) from error
-    return state, json.loads((place / POSITION).read_text("utf-8"))
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(place.resolve() / STATE, abstract)
+    return state, position

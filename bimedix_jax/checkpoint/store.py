@@ -3,7 +3,7 @@
 A model folder restores to exactly the model that was saved:
 
     bimedix.json           format, architecture, dtype, adapters, and how each 4-bit weight is laid out
-    model.safetensors      every leaf by its dotted path (or shards with an index); an NF4 weight is its parts, `<path>.packed`, ...
+    model.safetensors      every leaf by its dotted path, or shards with an index; NF4 weights as `<path>.packed`, ...
     manifest.json          SHA-256 of every file
     tokenizer files        when the model remembers the folder that it came from
 
@@ -41,7 +41,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import parse
 from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.models.config import LoraConfig, MixtralConfig
+from bimedix_jax.models.config import LORA_TARGETS, LoraConfig, MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
 
 MODEL_CONFIG, MODEL_FORMAT = "bimedix.json", "bimedix model 1"
@@ -152,9 +152,8 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
             for key, value in ours.items()
             if theirs.get(key) != value
         ]
-        raise BimedixError(
-            f"The adapter {folder} was trained on another base ({'; '.join(differing) or 'other parameter shapes'}); load that one."
-        )
+        what = "; ".join(differing) or "other parameter shapes"
+        raise BimedixError(f"The adapter {folder} was trained on another base ({what}); load that one.")
     fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
     adapted = add_lora(model, parse(LoraConfig, fields, str(folder / ADAPTER_CONFIG)))
     fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), only=".lora.")
@@ -169,7 +168,7 @@ def base_identity(model: Mixtral) -> str:
 
 
 def lora_config(model: Mixtral) -> LoraConfig:
-    """The configuration of a model's adapters, told from the adapters. alpha carries rank stabilisation, if there was any.
+    """The configuration of a model's adapters, told from them; rank stabilisation, if there was any, is in alpha.
 
     Raises:
       BimedixError: adapters of different rank or scale, or a target that only some layers have.
@@ -177,7 +176,7 @@ def lora_config(model: Mixtral) -> LoraConfig:
     layers = {path: layer for path, layer in linears(model).items() if path[0] == "layers"}
     adapted = {path: layer.lora for path, layer in linears(model).items() if layer.lora is not None}
     kinds = {(lora.a.get_value().shape[-1], lora.scale) for lora in adapted.values()}
-    targets = tuple(dict.fromkeys(path[-1] for path in adapted))
+    targets = tuple(target for target in LORA_TARGETS if any(path[-1] == target for path in adapted))
     if len(kinds) != 1 or any(path[-1] in targets and layer.lora is None for path, layer in layers.items()):
         raise BimedixError(
             f"Adapters of several ranks or scales {sorted(kinds)} cannot be written as one; train them alike."
@@ -207,9 +206,11 @@ def stored_arrays(values: dict[str, Any]) -> list[tuple[str, jax.Array]]:
 def host_pieces(array: jax.Array, spec: TensorSpec) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows) of an array; on CPU they are views, elsewhere one piece at a time is fetched."""
     if all(device.platform == "cpu" for device in array.devices()):
-        array = np.asarray(array)
+        view: Any = np.asarray(array)
+    else:
+        view = array
     for first, count in pieces(spec):
-        yield first, np.asarray(array[first : first + count] if spec.shape else array)
+        yield first, np.asarray(view[first : first + count] if spec.shape else view)
 
 
 def nf4_layout(value: NF4Tensor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 if TYPE_CHECKING:
     from bimedix_jax.chat import Chat
 
-COMMANDS_HELP = "Commands: /reset forgets the conversation, /system TEXT sets a system prompt and starts anew, /quit leaves."
+COMMANDS_HELP = "/reset forgets the conversation, /system TEXT sets a system prompt and starts anew, /quit leaves."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Config:
     seed: int = 0
     """Seed of the sampling."""
     bidi: bool = False
-    """Reorder and join Arabic here, line by line: for terminals without bidirectional text (Windows Terminal, kitty, Alacritty, xterm, tmux)."""
+    """Reorder and join Arabic here, line by line: for terminals without bidirectional text, such as Windows Terminal,
+    kitty, Alacritty, xterm and tmux."""
     save: Path | None = None
     """Write the conversation to this JSONL file, and nowhere else; it may hold what patients said."""
 
@@ -156,7 +157,7 @@ def obey(chat: "Chat", line: str, console: Console) -> None:
         console.print("The conversation is forgotten.", style="dim")
     elif word == "/system":
         chat.restart(rest.strip() or None)
-        console.print("New system prompt, new conversation." if rest.strip() else "No system prompt, new conversation.", style="dim")
+        console.print(f"{'New' if chat.system else 'No'} system prompt, new conversation.", style="dim")
     else:
         console.print(f"There is no command {word}. {COMMANDS_HELP}", style="red", highlight=False, markup=False)
 
@@ -174,7 +175,7 @@ def print_reply(chat: "Chat", question: str, console: Console, bidi: bool) -> No
     if chat.last is None:
         return
     if chat.last.dropped_turns:
-        note = f"The context is full: the model no longer sees the oldest {chat.last.dropped_turns} turns. /reset starts anew."
+        note = f"The context is full: the model no longer sees the oldest {chat.last.dropped_turns} turns."
         console.print(note, style="bold yellow", highlight=False)
     if not chat.last.text:
         console.print("The model said nothing; the question is not kept.", style="yellow")

@@ -34,7 +34,8 @@ class Config:
     heldout: str | None = None
     """Held-out records: `sample`, or a JSONL file of records. Those marked as training records are left out."""
     tasks: tuple[str, ...] = ()
-    """Benchmark tasks by name, or `all`: mmlu_clinical_knowledge, mmlu_college_biology, mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
+    """Benchmark tasks by name, or `all`: mmlu_clinical_knowledge, mmlu_college_biology, mmlu_college_medicine,
+    mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
     data: Path | None = None
     """Folder with the tasks' folders: mmlu_medical_en, medmcqa_en, medqa_usmle_en, pubmedqa."""
     limit: int | None = None

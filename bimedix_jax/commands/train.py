@@ -17,8 +17,8 @@ from bimedix_jax.presets import PRESETS
 class Config:
     """Fine-tune a model: adapters on a frozen base, or every parameter.
 
-    Name a preset (bimedix-mixtral-8x7b, bimedix-mixtral-8x7b-instruct, quickstart, smoke) or a JSON file with an experiment,
-    such as the config.json of an earlier run. A field that is not given keeps the value it has there.
+    Name a preset (bimedix-mixtral-8x7b, bimedix-mixtral-8x7b-instruct, quickstart, smoke) or a JSON file with an
+    experiment, such as the config.json of an earlier run. A field that is not given keeps the value it has there.
     """
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
@@ -124,7 +124,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """'a.b=1' as ('a.b', 1); a value that is not JSON is taken as text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise BimedixError(f"--set {text} is not of the form FIELD=VALUE; write --set optimiser.weight_decay=0.1, for one.")
+        raise BimedixError(f"--set {text} is not FIELD=VALUE; write --set optimiser.weight_decay=0.1, for example.")
     try:
         return name, json.loads(value)
     except ValueError:

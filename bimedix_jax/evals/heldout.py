@@ -22,9 +22,10 @@ from bimedix_jax.evals.scoring import target_logprobs
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.padding import packed
 
+
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A record as tokens: `learned` marks the assistant's words and their end tokens, `text_bytes` is the size of the words."""
+    """A record as tokens: `learned` marks the assistant's words and end tokens, `text_bytes` counts those words."""
 
     groups: tuple[str, ...]
     ids: list[int]
@@ -38,7 +39,7 @@ class HeldoutLoss:
 
     Attributes:
       nats_per_token: mean -log p over supervised tokens.
-      bits_per_byte: -log2 p of all supervised tokens, ends of turns included, over the UTF-8 bytes of the assistant's text.
+      bits_per_byte: -log2 p of all supervised tokens, ends of turns included, over UTF-8 bytes of the assistant's text.
       tokens, text_bytes, records: what the means are over.
       too_long: records left out because they exceed the longest length allowed; empty when all were scored.
     """
@@ -95,7 +96,9 @@ def heldout_loss(
             continue
         examples.append(example)
     if not examples:
-        raise BimedixError(f"there is no record of at most {longest} tokens to evaluate on; give others or a longer max_length")
+        raise BimedixError(
+            f"there is no record of at most {longest} tokens to score; give others or a longer max_length"
+        )
     graph, weights = nnx.split(model)
     with tqdm(total=len(examples), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
         for places, tokens_BT, ids_BT in packed([example.ids for example in examples], batch_tokens, longest):

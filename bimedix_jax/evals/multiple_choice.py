@@ -4,7 +4,7 @@ A question is put as in training: the human turn through the chat template, then
 "Answer:" or "الإجابة:". Two readings of what follows are scored from the same run of the prompt:
 
 - letter: the letter of the option (" B"), for questions whose human turn lists lettered options;
-- text: the option's text, its log-likelihood divided by its UTF-8 bytes, so that long options are not at a disadvantage.
+- text: the option's text, its log-likelihood divided by its UTF-8 bytes, so that long options have no disadvantage.
 
 The headline accuracy is by letter where options have letters. Otherwise (PubMedQA's yes, no, maybe) it is by the text's
 whole log-likelihood, as lm-evaluation-harness's `acc`.
@@ -193,7 +193,7 @@ def multiple_choice(
     fitting = [question for question in questions if question.length <= longest]
     too_long = _count([group for question in questions if question.length > longest for group in question.groups])
     if not fitting:
-        raise BimedixError(f"there is no question of at most {longest} tokens to score; give others or a longer max_length")
+        raise BimedixError(f"there is no question of at most {longest} tokens; give others or a longer max_length")
     graph, weights = nnx.split(model)
     predictions: dict[int, Prediction] = {}
     numbered = list(enumerate(fitting))

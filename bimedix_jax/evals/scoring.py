@@ -16,9 +16,7 @@ ROWS_AT_ONCE = 256
 """Positions whose logits exist at the same time: 256 of a vocabulary of 49,152 are 50 MB in float32."""
 
 
-def chosen_logprobs(
-    model: Mixtral, hidden_ND: Float[Array, "N D"], targets_N: Int[Array, "N"]
-) -> Float[Array, "N"]:
+def chosen_logprobs(model: Mixtral, hidden_ND: Float[Array, "N D"], targets_N: Int[Array, "N"]) -> Float[Array, "N"]:
     """log p(target) in float32 from final hidden states, ROWS_AT_ONCE positions at a time."""
     count = hidden_ND.shape[0]
     rows = min(ROWS_AT_ONCE, count)
@@ -96,8 +94,8 @@ def run_continuations(
 ) -> Float[Array, "R T"]:
     """log p of tokens 1.. of continuations, each after the prompt in row `rows_R[r]` of the cache.
 
-    Continuations are padded on the right. Column t holds log p of token t+1; the last column, and those at padding, mean
-    nothing. The cache is read, not changed: one prompt serves any number of continuations.
+    Continuations are padded on the right. Column t holds log p of token t+1; the last column, and those at padding,
+    mean nothing. The cache is read, not changed: one prompt serves any number of continuations.
     """
     model = nnx.merge(graph, weights)
     own = KVCache(cache.k_LBSGH[:, rows_R], cache.v_LBSGH[:, rows_R], cache.segment_ids_BS[rows_R], cache.length)

@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+FEWEST = 5
+"""Questions that a group needs for a line in a table: fewer say nothing, and stay in the JSON result."""
+
 
 def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
     """Held-out loss by group (`HeldoutLoss.to_dict`); with `before`, both values and the change."""
@@ -28,15 +31,20 @@ def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> 
 
 
 def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
-    """Multiple-choice accuracy by group (`MultipleChoice.to_dict`), in percent; with `before`, both values and the change."""
+    """Multiple-choice accuracy by group (`MultipleChoice.to_dict`), in percent; with `before`, both and the change."""
+    small = sum(score["n"] < FEWEST for score in result["by_group"].values())
+    notes = [_left_out("question", result["too_long"])]
+    notes.append(f"{small} groups of fewer than {FEWEST} questions are not shown." if small else None)
     table = Table(
         title="Multiple choice" + ("" if before is None else ": before -> after"),
-        caption=_left_out("question", result["too_long"]),
+        caption=" ".join(note for note in notes if note) or None,
     )
     table.add_column("group", no_wrap=True)
     for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for group, score in result["by_group"].items():
+        if score["n"] < FEWEST:
+            continue
         old = None if before is None else before["by_group"].get(group)
         old_text = None if before is None else before["by_group_text"].get(group)
         table.add_row(
@@ -50,7 +58,9 @@ def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None)
     return table
 
 
-def task_table(results: dict[str, dict[str, Any]], mean: float | None, before: dict[str, dict[str, Any]] | None = None) -> Table:
+def task_table(
+    results: dict[str, dict[str, Any]], mean: float | None, before: dict[str, dict[str, Any]] | None = None
+) -> Table:
     """The nine tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG where all nine are there."""
     table = Table(
         title="Benchmarks" + ("" if before is None else ": before -> after"),

@@ -82,7 +82,7 @@ def expert_load(
         rows.append(ids)
         kinds.append(f"{record.language}/{record.kind}")
     if not rows:
-        raise BimedixError(f"there is no record of at most {longest} tokens to count on; give others or a longer max_length")
+        raise BimedixError(f"there is no record of at most {longest} tokens; give others or a longer max_length")
     names = sorted(set(kinds))
     sums = None
     graph, weights = nnx.split(model)
@@ -100,7 +100,12 @@ def expert_load(
 
 
 def _by_group(
-    names: list[str], counts_GLE: np.ndarray, entropy_GL: np.ndarray, top_GL: np.ndarray, tokens_G: np.ndarray, too_long: int
+    names: list[str],
+    counts_GLE: np.ndarray,
+    entropy_GL: np.ndarray,
+    top_GL: np.ndarray,
+    tokens_G: np.ndarray,
+    too_long: int,
 ) -> ExpertLoad:
     """Means for each language and each of its kinds from the sums for each kind."""
     counts, entropy, top_weight, tokens = {}, {}, {}, {}

@@ -25,8 +25,8 @@ def draw(
 
     Args:
       subject: what the model read, for the title.
-      expert_distance: mean relative distance between the experts' weights, given when they come from one dense model and have
-        not diverged: the picture then says so, since it shows the router's habits and no specialisation.
+      expert_distance: mean relative distance between the experts' weights, given when they come from one dense model
+        and have not diverged: the picture then says so, since it shows the router's habits and no specialisation.
 
     Raises:
       BimedixError: nothing to draw, or the rows have different languages.
@@ -50,8 +50,8 @@ def draw(
             label = f"{_spelled(languages[1])} minus {_spelled(languages[0])}, {name}"
             _panel(figure, row[-1], difference, label, "percentage points", cmap="RdBu_r", vmin=-reach, vmax=reach)
     if expert_distance is not None:
-        note = f"Experts have not diverged: initialised from one dense model (mean relative distance {expert_distance:.3g})."
-        figure.supxlabel(note, fontsize=9, color="firebrick")
+        note = "Experts have not diverged: initialised from one dense model"
+        figure.supxlabel(f"{note} (mean relative distance {expert_distance:.3g}).", fontsize=9, color="firebrick")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png")
@@ -61,7 +61,7 @@ def draw(
 def _languages(loads: Mapping[str, ExpertLoad]) -> list[str]:
     found = {tuple(group for group in load.counts if "/" not in group) for load in loads.values()}
     if len(found) != 1 or not next(iter(found)):
-        raise BimedixError("a picture of expert load needs loads over the same languages; measure them on the same records")
+        raise BimedixError("a picture of expert load needs loads of the same languages; measure on the same records")
     known = list(LANGUAGES)
     return sorted(next(iter(found)), key=lambda name: (known.index(name) if name in known else len(known), name))
 

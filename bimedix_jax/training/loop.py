@@ -18,8 +18,8 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.training.metadata import write_run
-from bimedix_jax.training.metrics import MetricsLog, is_finite, plain
+from bimedix_jax.training.metadata import check_identity, identity, write_run
+from bimedix_jax.training.metrics import MetricsLog, is_finite, plain, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, micro_batches, open_rows
@@ -38,7 +38,7 @@ class TrainResult:
 
     Attributes:
       model: with the trained values. trained: folder of the adapters, or of the model where every parameter trained.
-      metrics: the last step's line of metrics.jsonl; empty where a resumed run had no step left.
+      metrics: the last step's line of metrics.jsonl.
     """
 
     model: Mixtral
@@ -60,9 +60,9 @@ def train(
     """Runs an experiment into the folder `out` (its files: training/run_folder.py).
 
     Args:
-      resume: continue from the newest valid checkpoint; the losses are, to the bit, those of a run that never stopped.
-      model: the base in memory already, with or without adapters; None loads what the experiment names. A finished run has
-        set its trained values.
+      resume: continue from the newest valid checkpoint; the losses are to the bit those of a run that never stopped.
+      model: the base in memory already, with or without adapters; None loads what the experiment names. Go on with
+        the result's model: adapters may have been added to a copy that shares the base.
       console: for progress; stderr by default.
       resume_command: what to tell the user on an interruption; `bimedix train --resume --out OUT` by default.
 
@@ -83,11 +83,19 @@ def train(
     begin(folder, experiment)
     if resume:
         state = resume_state(folder, state, console)
-    step, compiled = compile_step(make_train_step(structure, experiment, rows.steps, optimiser), state, frozen, experiment, console)
-    write_run(folder, model, frozen, rows.fingerprint, rows.steps, int(state.step), compiled)
-    say_start(experiment, rows, int(state.step), console)
-    command = resume_command or f"bimedix train --resume --out {folder}"
-    state, last = run_steps(experiment, folder, rows, step, structure, state, frozen, console, command)
+    same = identity(frozen, rows.fingerprint, rows.steps)
+    if int(state.step):
+        check_identity(folder, same)
+    if int(state.step) == rows.steps:
+        console.print(f"all {rows.steps} steps are done already", highlight=False)
+        last = read_metrics(folder)[-1]
+    else:
+        step = make_train_step(structure, experiment, rows.steps, optimiser)
+        compiled, cost = compile_step(step, state, frozen, experiment, console)
+        write_run(folder, model, same, int(state.step), cost)
+        say_start(experiment, rows, int(state.step), console)
+        command = resume_command or f"bimedix train --resume --out {folder}"
+        state, last = run_steps(experiment, folder, rows, compiled, structure, state, frozen, console, command)
     put_back(model, state.params)
     if has_lora(model):
         trained = save_adapter(model, folder / "adapter", overwrite=True)
@@ -111,7 +119,11 @@ def prepare_model(experiment: Experiment, model: Mixtral | None) -> Mixtral:
     if not has_lora(model):
         return model if wanted is None else add_lora(model, wanted, experiment.seed)
     found = lora_config(model)
-    if wanted is None or (found.rank, found.scale, set(found.targets)) != (wanted.rank, wanted.scale, set(wanted.targets)):
+    if wanted is None or (found.rank, found.scale, set(found.targets)) != (
+        wanted.rank,
+        wanted.scale,
+        set(wanted.targets),
+    ):
         raise BimedixError(f"The model carries adapters {found}, the experiment asks for {wanted}; make them agree.")
     return model
 
@@ -119,8 +131,8 @@ def prepare_model(experiment: Experiment, model: Mixtral | None) -> Mixtral:
 def check_fit(experiment: Experiment, model: Mixtral) -> None:
     if experiment.data.sequence_length > model.config.max_position_embeddings:
         raise BimedixError(
-            f"Rows of {experiment.data.sequence_length} tokens exceed the model's {model.config.max_position_embeddings} positions; "
-            "pack the data with a smaller sequence length."
+            f"Rows of {experiment.data.sequence_length} tokens exceed the model's "
+            f"{model.config.max_position_embeddings} positions; pack the data with a smaller sequence length."
         )
 
 
@@ -138,16 +150,17 @@ def compile_step(
     memory = compiled.memory_analysis()
     held, extra = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     console.print(
-        f"compiled in {duration(seconds)}; memory: {held / 2**30:.2f} GiB model and optimiser, {extra / 2**30:.2f} GiB working space",
+        f"compiled in {duration(seconds)}; memory: {held / 2**30:.2f} GiB model and optimiser, "
+        f"{extra / 2**30:.2f} GiB working space",
         highlight=False,
     )
     return compiled, {"compile_seconds": seconds, "argument_bytes": held, "temporary_bytes": extra}
 
 
 def say_start(experiment: Experiment, rows: Rows, step: int, console: Console) -> None:
-    tokens = experiment.batch.size * experiment.data.sequence_length
+    size, length = experiment.batch.size, experiment.data.sequence_length
     console.print(
-        f"{experiment.name}: {rows.steps} steps of {experiment.batch.size} x {experiment.data.sequence_length} = {tokens:,} tokens"
+        f"{experiment.name}: {rows.steps} steps of {size} x {length} = {size * length:,} tokens"
         + (f", continuing after step {step}" if step else ""),
         highlight=False,
     )
@@ -201,7 +214,8 @@ def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:
     highest = int(batch["tokens_BT"].max())
     if highest >= vocab_size or int(batch["tokens_BT"].min()) < 0:
         raise BimedixError(
-            f"The rows of step {step + 1} hold token id {highest}, the model knows {vocab_size}; pack the data with this model's tokenizer."
+            f"The rows of step {step + 1} hold token id {highest}, the model knows {vocab_size}; "
+            "pack the data with this model's tokenizer."
         )
     return batch
 
@@ -210,12 +224,14 @@ def diverged(line: dict[str, Any], experiment: Experiment, done: int) -> str:
     kept = done // experiment.checkpoint_every * experiment.checkpoint_every
     since = f"the last checkpoint is that of step {kept}" if kept else "there is no checkpoint before it"
     return (
-        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops and saves nothing of this step; "
-        f"{since}. Lower optimiser.learning_rate or optimiser.clip_norm, or look at the rows of this step."
+        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops and saves nothing "
+        f"of this step; {since}. Lower optimiser.learning_rate or clip_norm, or look at the rows of this step."
     )
 
 
-def measure_heldout(experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any]) -> dict[str, float]:
+def measure_heldout(
+    experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any]
+) -> dict[str, float]:
     """Held-out loss in nats per target."""
     nll, targets = 0.0, 0.0
     for batch in heldout_batches(experiment):

@@ -1,17 +1,20 @@
 """Next-token cross entropy over learned targets, in chunks, as a sum and a count.
 
-Sum and count stay apart because the loss of an optimiser step is (NLL of all its targets) / (number of its targets): a mean
-of per-micro-batch means would weigh a target by how many others happen to share its micro-batch.
+Sum and count stay apart because the loss of an optimiser step is (NLL of all its targets) / (number of its targets): a
+mean of per-micro-batch means would weigh a target by how many others happen to share its micro-batch.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bimedix_jax.models.mixtral import Mixtral
+Head = Callable[[jax.Array], jax.Array]
+"""`model.head`: final hidden states [..., D] -> float32 logits [..., V]."""
 
 CHUNK_TOKENS = 1024
-"""Tokens whose float32 logits exist at once: 192 MiB at a vocabulary of 49,152, where 2 x 2,048 tokens would take 768."""
+"""Tokens whose float32 logits exist at once: 192 MiB at a vocabulary of 49,152; 2 x 2,048 tokens would take 768."""
 
 
 def targets_of(
@@ -19,7 +22,7 @@ def targets_of(
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """(token that each position predicts, whether its loss counts).
 
-    It counts where that next token is a learned target of the same segment; padding and a segment's last position never do.
+    It counts where that next token is a learned target of the same segment; never at padding or a segment's end.
     """
     ahead_BT = jnp.roll(tokens_BT, -1, axis=1)
     same_BT = (segment_ids_BT == jnp.roll(segment_ids_BT, -1, axis=1)) & (segment_ids_BT != 0)
@@ -28,11 +31,11 @@ def targets_of(
 
 
 def token_losses(
-    model: Mixtral, hidden_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"], chunk_tokens: int = CHUNK_TOKENS
+    head: Head, hidden_BTD: Float[Array, "B T D"], targets_BT: Int[Array, "B T"], chunk_tokens: int = CHUNK_TOKENS
 ) -> Float[Array, "B T"]:
     """float32 -log p(target) in nats of every position.
 
-    The head runs over chunks of the sequence and again in the backward pass, so that float32 logits exist for about
+    `head` runs over chunks of the sequence and again in the backward pass, so that float32 logits exist for about
     `chunk_tokens` tokens at a time.
     """
     batch, length, _ = hidden_BTD.shape
@@ -45,7 +48,7 @@ def token_losses(
 
     @jax.checkpoint
     def losses(hidden_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
-        logits_BCV = model.head(hidden_BCD)
+        logits_BCV = head(hidden_BCD)
         # a comparison with iota fuses into the reduction and differentiates without a scatter
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
         target_BC = jnp.sum(jnp.where(vocabulary == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
@@ -58,7 +61,7 @@ def token_losses(
 
 
 def next_token_loss(
-    model: Mixtral,
+    head: Head,
     hidden_BTD: Float[Array, "B T D"],
     tokens_BT: Int[Array, "B T"],
     segment_ids_BT: Int[Array, "B T"],
@@ -73,5 +76,5 @@ def next_token_loss(
       loss_mask_BT: True where the token is a learned target (not where one is predicted).
     """
     targets_BT, learned_BT = targets_of(tokens_BT, segment_ids_BT, loss_mask_BT)
-    nll_BT = token_losses(model, hidden_BTD, targets_BT, chunk_tokens)
+    nll_BT = token_losses(head, hidden_BTD, targets_BT, chunk_tokens)
     return jnp.sum(jnp.where(learned_BT, nll_BT, 0.0)), jnp.sum(learned_BT, dtype=jnp.float32)

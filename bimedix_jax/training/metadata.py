@@ -24,14 +24,14 @@ PACKAGES = ("bimedix_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 @functools.partial(jax.jit, static_argnames="width")
 def weighted_sum(words: jax.Array, width: int) -> jax.Array:
-    """uint32 sum of the words, each times its odd position, so that a swap shows too. Fused: no copy of the array exists."""
+    """uint32 sum of the words, each times its odd position so that a swap shows too; fused, without a copy."""
     bits = jax.lax.bitcast_convert_type(words, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).reshape(-1)
     places = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2) + jnp.uint32(1)
     return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
 
 
 def fingerprint(values: dict[str, Any]) -> str:
-    """Checksum of named arrays and NF4Tensors at the speed of memory: tells one base from another, no defence against malice."""
+    """Checksum of named arrays and NF4Tensors at the speed of memory: tells bases apart, no defence against malice."""
     sums = {
         name: [int(weighted_sum(leaf, leaf.dtype.itemsize)) for leaf in jax.tree.leaves(value)]
         for name, value in sorted(values.items())
@@ -69,25 +69,31 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def write_run(
-    folder: Path, model: Mixtral, frozen: dict[str, Any], data_fingerprint: str, steps: int, step: int, compiled: dict[str, Any]
-) -> None:
+def identity(frozen: dict[str, Any], data_fingerprint: str, steps: int) -> dict[str, Any]:
+    """What must be the same each time a run is continued, besides its experiment."""
+    return {"base_fingerprint": fingerprint(frozen), "data_fingerprint": data_fingerprint, "steps": steps}
+
+
+def check_identity(folder: Path, same: dict[str, Any]) -> None:
+    """Raises BimedixError where base weights, data or length differ from those that a run began with."""
+    earlier = json.loads((folder / RUN).read_text("utf-8"))
+    changed = [name for name, value in same.items() if earlier[name] != value]
+    if changed:
+        raise BimedixError(
+            f"{', '.join(changed)} differs from what {folder} began with: its model or data files have changed; "
+            "put them back, or start a new run."
+        )
+
+
+def write_run(folder: Path, model: Mixtral, same: dict[str, Any], step: int, cost: dict[str, Any]) -> None:
     """Writes run.json; a resumed run adds its start to those before.
 
-    Raises:
-      BimedixError: the base weights or the data differ from those the run began with.
+    Args:
+      same: from `identity`.
+      step: steps done at this start.
+      cost: what compiling the step told.
     """
-    table = coverage(model).to_dict()
-    same = {"base_fingerprint": fingerprint(frozen), "data_fingerprint": data_fingerprint, "steps": steps}
-    starts: list[dict[str, Any]] = []
-    if (folder / RUN).exists():
-        earlier = json.loads((folder / RUN).read_text("utf-8"))
-        starts = earlier["starts"]
-        changed = [name for name, value in same.items() if earlier[name] != value]
-        if changed and step > 0:
-            raise BimedixError(
-                f"{', '.join(changed)} differs from what {folder} began with: its model or data files have changed; "
-                "put them back, or start a new run."
-            )
-    starts = [*starts, {"step": step, **surroundings(), **compiled}]
-    write_text(folder / RUN, json.dumps({**same, "coverage": table, "starts": starts}, indent=2) + "\n")
+    earlier = json.loads((folder / RUN).read_text("utf-8"))["starts"] if (folder / RUN).exists() else []
+    starts = [*earlier, {"step": step, **surroundings(), **cost}]
+    run = {**same, "coverage": coverage(model).to_dict(), "starts": starts}
+    write_text(folder / RUN, json.dumps(run, indent=2) + "\n")

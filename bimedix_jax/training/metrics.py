@@ -54,7 +54,9 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
 
 
@@ -65,7 +67,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def rewind(folder: Path, step: int) -> Path | None:
-    """Moves the lines of later steps, and a last line cut short, out of metrics.jsonl; returns the file they are in now.
+    """Moves the lines of later steps, and a last line cut short, out of metrics.jsonl; returns where they are now.
 
     The checkpoint does not know those steps: they will be taken again and give the same losses.
     """

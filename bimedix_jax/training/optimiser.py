@@ -14,7 +14,8 @@ def schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
     """Learning rate of the update after `count` updates (from 0), for a run of `steps`."""
     if config.warmup_steps >= steps:
         raise BimedixError(
-            f"{config.warmup_steps} warm-up steps leave nothing of a run of {steps}; lower optimiser.warmup_steps or raise steps."
+            f"{config.warmup_steps} warm-up steps leave nothing of a run of {steps}; "
+            "lower optimiser.warmup_steps or raise steps."
         )
 
     def rate(count: jax.typing.ArrayLike) -> jax.Array:

@@ -31,7 +31,11 @@ class TrainingProgress:
         self.recent: collections.deque[tuple[float, float]] = collections.deque(maxlen=WINDOW)
         self.last_line = -LINE_SECONDS
         self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), console=console
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
         )
         self.task = self.bar.add_task("training", total=steps, completed=step, status="")
 
@@ -40,7 +44,9 @@ class TrainingProgress:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.console.is_terminal:
             self.bar.stop()
 

@@ -1,4 +1,4 @@
-"""Batches of a run by optimiser step: the same step gives the same rows, so a resumed run needs no position but its step."""
+"""Batches of a run by optimiser step: the same step gives the same rows, so a resumed run must know its step only."""
 
 import dataclasses
 import hashlib
@@ -40,7 +40,11 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
         steps = experiment.steps or -(-(experiment.epochs or 1) * data.synthetic_rows // size)
         rows = synthetic(data.synthetic_rows, data.sequence_length, vocab_size, experiment.seed)
         digest = hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest()
-        return Rows(lambda step: {name: x[np.arange(step * size, (step + 1) * size) % len(x)] for name, x in rows.items()}, steps, digest)
+        return Rows(
+            lambda step: {name: x[np.arange(step * size, (step + 1) * size) % len(x)] for name, x in rows.items()},
+            steps,
+            digest,
+        )
     if data.path is None:
         raise BimedixError("The experiment names no data; give a packed folder (`bimedix data pack` writes one).")
     from bimedix_jax.data import loader, pack

@@ -1,12 +1,12 @@
 """The folder of a run: opened once, continued only by the experiment that began it.
 
-    config.json                     the experiment, resolved
-    run.json                        versions, devices, coverage table, fingerprints, every start
-    metrics.jsonl                   one line a step: the truth
-    metrics.superseded-N.jsonl      lines of steps that a resumed run took again
-    checkpoints/STEP/               training states (checkpoint/steps.py)
-    adapter/ or model/              what was trained, at the end
-    wandb/                          the mirror, where tracking is on
+config.json                     the experiment, resolved
+run.json                        versions, devices, coverage table, fingerprints, every start
+metrics.jsonl                   one line a step: the truth
+metrics.superseded-N.jsonl      lines of steps that a resumed run took again
+checkpoints/STEP/               training states (checkpoint/steps.py)
+adapter/ or model/              what was trained, at the end
+wandb/                          the mirror, where tracking is on
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
     """Raises BimedixError unless `folder` is free, or with `resume` holds a run of this very experiment."""
     if not resume:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise BimedixError(f"{folder} exists already; pass --resume to continue it, or name another folder with --out.")
+            raise BimedixError(
+                f"{folder} exists already; pass --resume to continue it, or name another folder with --out."
+            )
         return
     if not (folder / CONFIG).is_file():
         raise BimedixError(f"{folder} holds no run to continue (no {CONFIG}); start one without --resume.")
@@ -47,11 +49,13 @@ def begin(folder: Path, experiment: Experiment) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, experiment.to_json())
     except OSError as error:
-        raise BimedixError(f"cannot write into {folder} ({error.strerror}); name a folder that can be written.") from error
+        raise BimedixError(
+            f"cannot write into {folder} ({error.strerror}); name a folder that can be written."
+        ) from error
 
 
 def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainState:
-    """The state of the newest valid checkpoint, with metrics.jsonl cut back to it; `fresh` where none was written yet."""
+    """The state of the newest valid checkpoint, with metrics.jsonl cut back to it; `fresh` where there is none."""
     checkpoints = folder / CHECKPOINTS
     state = fresh
     if steps_in(checkpoints):
@@ -61,5 +65,7 @@ def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainStat
     step = int(state.step)
     side = rewind(folder, step)
     if side is not None:
-        console.print(f"metrics of steps after {step} were moved to {side.name}; those steps are taken again", highlight=False)
+        console.print(
+            f"metrics of steps after {step} were moved to {side.name}; those steps are taken again", highlight=False
+        )
     return state

@@ -26,9 +26,9 @@ class TrainState:
       step: int32, optimiser steps done; also the position in the data, whose batches are indexed by step.
     """
 
-    params: Params
+    params: dict[str, Any]  # not Params: JAX also builds this with placeholders for leaves
     optimiser: optax.OptState
-    step: jax.Array
+    step: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,4 +71,6 @@ def init_state(params: Params, optimiser: optax.GradientTransformation) -> Train
 def put_back(model: Mixtral, params: Mapping[str, jax.Array]) -> None:
     """Sets the trained values of `model`, in place."""
     trained = nnx.to_flat_state(nnx.state(model, is_trainable(model)))
-    nnx.update(model, nnx.from_flat_state([(path, variable.replace(params[dotted(path)])) for path, variable in trained]))
+    nnx.update(
+        model, nnx.from_flat_state([(path, variable.replace(params[dotted(path)])) for path, variable in trained])
+    )

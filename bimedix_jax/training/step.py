@@ -2,10 +2,10 @@
 
 The objective of a step, over all its rows:
 
-    (sum of NLL) / (number of targets)  +  aux_loss_coef * load balance (by scope)  +  z_loss_coef * mean squared router logsumexp
+    (sum of NLL) / (number of targets)  +  aux_loss_coef * load balance, by scope  +  z_loss_coef * router z-loss
 
-Each micro-batch contributes its part with denominators of the whole step, so the sum of their gradients is the gradient of
-the objective; only the load balance of scope "micro_batch" depends on how the rows were divided, by definition.
+Each micro-batch contributes its part with denominators of the whole step, so the sum of their gradients is the gradient
+of the objective; only the load balance of scope "micro_batch" depends on how the rows were divided, by definition.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ class Totals:
     """Denominators of a whole optimiser step.
 
     Attributes:
-      targets: learned targets. tokens: positions that are not padding. rows, parts: rows and micro-batches with any token.
+      targets: learned targets.
+      tokens: positions that are not padding.
+      rows, parts: rows and micro-batches with any token.
       load: of all routers over the step, for scope "global" with several micro-batches.
     """
 
@@ -85,7 +87,7 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
         tokens_BT, segment_ids_BT = micro["tokens_BT"], micro["segment_ids_BT"]
         out = model.hidden(tokens_BT, segment_ids_BT, remat=remat)
         valid_BT = segment_ids_BT != 0
-        nll_sum, _ = next_token_loss(model, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
+        nll_sum, _ = next_token_loss(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
         nll = share(nll_sum, totals.targets)
         aux = balance_part(out, valid_BT, router.aux_scope, totals)
         z = router_z_loss(out.routing.logits_LBTE, valid_BT) * share(jnp.sum(valid_BT), totals.tokens)
@@ -139,7 +141,7 @@ def load_spread(counts_LE: jax.Array) -> dict[str, jax.Array]:
 def make_train_step(
     structure: Structure, experiment: Experiment, steps: int, optimiser: optax.GradientTransformation
 ) -> Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step(state, frozen, batch_A) -> (state, metrics). The state is donated; the frozen base is an argument.
+    """The jitted step(state, frozen, batch_A) -> (state, metrics). The state is donated, the frozen base an argument.
 
     A step whose loss or gradient is not finite still returns: the caller looks at the metrics and must drop the state.
     """
@@ -150,7 +152,7 @@ def make_train_step(
         gradients, sums = gradient(state.params, frozen, batch_A)
         gradients, norm = clip(gradients, experiment.optimiser.clip_norm)
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = {name: sums[name] for name in ("loss", "nll", "aux_loss", "z_loss")}
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
         metrics |= {"tokens": sums["tokens"], "supervised_tokens": sums["targets"]}
@@ -165,6 +167,8 @@ def make_eval_step(structure: Structure) -> Callable[[Params, dict[str, Any], Ba
     def evaluate(params: Params, frozen: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = structure.merge(params, frozen)
         out = model.hidden(batch["tokens_BT"], batch["segment_ids_BT"])
-        return next_token_loss(model, out.hidden_BTD, batch["tokens_BT"], batch["segment_ids_BT"], batch["loss_mask_BT"])
+        return next_token_loss(
+            model.head, out.hidden_BTD, batch["tokens_BT"], batch["segment_ids_BT"], batch["loss_mask_BT"]
+        )
 
     return jax.jit(evaluate)

@@ -29,7 +29,9 @@ class Mirror:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.run is not None:
             self.run.finish(exit_code=0 if kind is None else 1)
 
@@ -40,7 +42,9 @@ def start(experiment: Experiment, folder: Path, step: int) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise BimedixError(f"tracking.mode is {tracking.mode}, and wandb cannot be imported ({error}); install it or {remedy}.") from error
+        raise BimedixError(
+            f"tracking.mode is {tracking.mode}, and wandb cannot be imported ({error}); install it or {remedy}."
+        ) from error
     settings = wandb.Settings(
         console="off",  # captures what the program prints otherwise
         save_code=False,
@@ -63,7 +67,9 @@ def start(experiment: Experiment, folder: Path, step: int) -> Any:
             settings=settings,
         )
     except (wandb.Error, OSError) as error:
-        raise BimedixError(f"wandb cannot start in mode {tracking.mode} ({error}); log in with `wandb login`, or {remedy}.") from error
+        raise BimedixError(
+            f"wandb cannot start in mode {tracking.mode} ({error}); log in with `wandb login`, or {remedy}."
+        ) from error
 
 
 def flat_numbers(line: dict[str, Any]) -> dict[str, float]:
@@ -71,7 +77,11 @@ def flat_numbers(line: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, list):
-            flat |= {f"{name}/mean": math.fsum(value) / len(value), f"{name}/min": min(value), f"{name}/max": max(value)}
+            flat |= {
+                f"{name}/mean": math.fsum(value) / len(value),
+                f"{name}/min": min(value),
+                f"{name}/max": max(value),
+            }
         elif name != "step":
             flat[name] = value
     return flat

@@ -51,6 +51,7 @@ def unigram():
             variable.set_value(jnp.zeros_like(variable.get_value()))
         model.embed.table.set_value(jnp.ones_like(model.embed.table.get_value()))
         # the final hidden state is a vector of ones but for the norm's epsilon
+        assert model.lm_head is not None
         model.lm_head.w.set_value(jnp.tile(jnp.asarray(logits_V, jnp.float32) / 8, (8, 1)))
         return model
 

@@ -24,12 +24,14 @@ def expected(model, tokenizer, record, words, full_logprobs):
 def test_likelihoods_equal_those_of_whole_logits(model, tokenizer, mcqa, full_logprobs):
     found = multiple_choice(model, tokenizer, mcqa)
     for record, prediction in zip(mcqa, found.predictions, strict=True):
-        letters = [expected(model, tokenizer, record, letter, full_logprobs) for letter in "ABCD"[: len(record.choices)]]
+        options = "ABCD"[: len(record.choices)]
+        letters = [expected(model, tokenizer, record, letter, full_logprobs) for letter in options]
         texts = [expected(model, tokenizer, record, text, full_logprobs) for text in record.choices]
-        np.testing.assert_allclose(prediction.letters, letters, rtol=1e-5)
+        assert prediction.letters == pytest.approx(letters, rel=1e-5)
         np.testing.assert_allclose(prediction.texts, texts, rtol=1e-5)
         assert prediction.chosen == np.argmax(letters)
-        assert prediction.chosen_by_text == np.argmax([t / len(c.encode()) for t, c in zip(texts, record.choices, strict=True)])
+        sizes = [len(choice.encode()) for choice in record.choices]
+        assert prediction.chosen_by_text == np.argmax(np.array(texts) / sizes)
 
 
 def test_batches_change_nothing(model, tokenizer, mcqa):
@@ -37,7 +39,8 @@ def test_batches_change_nothing(model, tokenizer, mcqa):
     together = multiple_choice(model, tokenizer, mcqa, batch_tokens=700).predictions
     for one, other in zip(alone, together, strict=True):
         assert (one.id, one.chosen) == (other.id, other.chosen)
-        np.testing.assert_allclose(one.letters + one.texts, other.letters + other.texts, rtol=1e-5)
+        assert one.letters == pytest.approx(other.letters, rel=1e-5)
+        assert one.texts == pytest.approx(other.texts, rel=1e-5)
 
 
 def test_a_model_that_always_likes_one_letter(unigram, tokenizer, mcqa):
@@ -54,7 +57,7 @@ def test_a_model_that_always_likes_one_letter(unigram, tokenizer, mcqa):
 
 
 def test_length_does_not_count_against_an_option_scored_per_byte(unigram, tokenizer, make_record):
-    """Every byte is equally likely: whole texts favour the short option, per byte the blank before it weighs least in the long."""
+    """All bytes are equally likely: whole texts favour the short option, per byte the long one."""
     record = make_record("y", "en", "qa", "Is it?", "Answer: no", ("no", "certainly"), 0)
     (prediction,) = multiple_choice(unigram(np.zeros(304)), tokenizer, [record]).predictions
     assert prediction.letters is None

@@ -83,9 +83,9 @@ def test_the_average_is_unweighted_and_needs_all_nine():
 
 
 def printed(table):
-    console = Console(file=io.StringIO(), width=240)
-    console.print(table)
-    return console.file.getvalue()
+    screen = io.StringIO()
+    Console(file=screen, width=240).print(table)
+    return screen.getvalue()
 
 
 def test_tables_show_results_alone_and_beside_earlier_ones(model, tokenizer, mixed, mcqa, scored):
@@ -96,7 +96,9 @@ def test_tables_show_results_alone_and_beside_earlier_ones(model, tokenizer, mix
     short = heldout_loss(model, tokenizer, mixed, max_length=120).to_dict()
     assert "records exceed" in printed(tables.loss_table(short))
     choice = multiple_choice(model, tokenizer, mcqa).to_dict()
-    assert "(+0.0)" in printed(tables.accuracy_table(choice, choice))
+    assert "6 groups of fewer than 5 questions" in printed(tables.accuracy_table(choice))
+    many = {part: {group: row | {"n": 9} for group, row in choice[part].items()} for part in ("by_group", "by_group_text")}
+    assert "(+0.0)" in printed(tables.accuracy_table(choice | many, choice))
     rows = {name: result.to_dict() for name, result in scored.items()}
     shown = printed(tables.task_table(rows, 0.25))
     assert "AVG" in shown

@@ -51,7 +51,10 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def records():
     return [
-        Record(id=str(i), language=language, kind=kind, source="test", licence="Apache-2.0", conversations=conversation(*turns))
+        Record.model_validate(
+            {"id": str(i), "language": language, "kind": kind, "source": "test", "licence": "Apache-2.0"}
+            | {"conversations": conversation(*turns)}
+        )
         for i, (language, kind, *turns) in enumerate(TEXTS)
     ]
 

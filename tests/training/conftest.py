@@ -68,16 +68,16 @@ def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = TINY.v
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def experiment() -> Callable[..., Experiment]:
     return tiny_experiment
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def batch() -> Callable[..., dict[str, np.ndarray]]:
     return random_batch
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config() -> MixtralConfig:
     return TINY

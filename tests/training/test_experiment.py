@@ -23,7 +23,7 @@ def test_the_papers_recipe():
     assert recipe.lora == LoraConfig(128, 64.0, ("q", "k", "v", "w1", "w2", "w3", "router"))
     assert (recipe.batch.size, recipe.batch.accumulation, recipe.epochs) == (16, 2, 2)
     assert (recipe.optimiser.learning_rate, recipe.optimiser.warmup_steps) == (2e-4, 10)
-    assert PRESETS["bimedix-mixtral-8x7b-instruct"]().model.path.endswith("Mixtral-8x7B-Instruct-v0.1")
+    assert PRESETS["bimedix-mixtral-8x7b-instruct"]().model.path == "mistralai/Mixtral-8x7B-Instruct-v0.1"
 
 
 @pytest.mark.parametrize(

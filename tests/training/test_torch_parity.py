@@ -1,6 +1,7 @@
 """Training in full follows transformers' Mixtral under torch's AdamW."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from bimedix_jax.training.state import init_state, take_apart
 from bimedix_jax.training.step import make_train_step
 
 STEPS = 5
-OPTIMISER = OptimiserConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1, clip_norm=0.5)
+CLIP = 0.5
+OPTIMISER = OptimiserConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1, clip_norm=CLIP)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,7 @@ def pretrained(tmp_path_factory):
     import transformers
 
     torch.manual_seed(0)
+    kernels: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     config = transformers.MixtralConfig(
         vocab_size=61,
         hidden_size=16,
@@ -35,9 +38,8 @@ def pretrained(tmp_path_factory):
         num_experts_per_tok=2,
         max_position_embeddings=64,
         initializer_range=0.2,
-        attn_implementation="eager",
-        experts_implementation="eager",
         pad_token_id=None,
+        **kernels,
     )
     model = transformers.MixtralForCausalLM(config)
     folder = tmp_path_factory.mktemp("hf") / "model"
@@ -60,13 +62,13 @@ def torch_losses(model, data):
     adamw, losses = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8), []
     for step in range(STEPS):
         for group in adamw.param_groups:
-            group["lr"] = float(schedule(OPTIMISER, STEPS)(step))
+            group["lr"] = np.asarray(schedule(OPTIMISER, STEPS)(step)).item()
         adamw.zero_grad()
         out = model(input_ids=tokens, attention_mask=mask, output_router_logits=True)
         logits = out.logits[:, :-1][learned]
         loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][learned]) + 0.1 * out.aux_loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISER.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         adamw.step()
         losses.append(loss.item())
     return losses

@@ -1,0 +1,28 @@
+"""Attention in NumPy, one query at a time."""
+
+import numpy as np
+
+
+def attention(
+    q_BTQH: np.ndarray,
+    k_BSGH: np.ndarray,
+    v_BSGH: np.ndarray,
+    query_ids_BT: np.ndarray,
+    key_ids_BS: np.ndarray,
+    offset: int = 0,
+    window: int | None = None,
+) -> np.ndarray:
+    """float32 [B, T, Q, H]; query t stands in slot offset + t and sees its own segment, itself and earlier."""
+    batch, length, heads, width = q_BTQH.shape
+    shared = heads // k_BSGH.shape[2]
+    out = np.zeros(q_BTQH.shape, np.float32)
+    for b in range(batch):
+        for t in range(length):
+            slot = offset + t
+            first = 0 if window is None else max(0, slot - window + 1)
+            keys = [s for s in range(first, slot + 1) if key_ids_BS[b, s] == query_ids_BT[b, t]]
+            for h in range(heads):
+                scores = k_BSGH[b, keys, h // shared].astype(np.float32) @ q_BTQH[b, t, h].astype(np.float32)
+                weights = np.exp((scores - scores.max()) * width**-0.5)
+                out[b, t, h] = weights @ v_BSGH[b, keys, h // shared].astype(np.float32) / weights.sum()
+    return out

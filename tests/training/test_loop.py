@@ -1,0 +1,189 @@
+"""Runs from end to end: files, interruption, resumption to the bit, refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.checkpoint.store import load_adapter
+from bimedix_jax.data import pack
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import BatchConfig, DataSource, Tracking, read
+from bimedix_jax.models.config import LoraConfig
+from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.training import loop
+from bimedix_jax.training.loop import train
+from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.state import take_apart
+from bimedix_jax.training.stopping import Interrupted
+
+LORA = LoraConfig(2, 4.0, ("q", "w2", "router"))
+TIMING = ("seconds", "tokens_per_second")
+
+
+def numbers(folder):
+    """Everything of metrics.jsonl that is not a clock's."""
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, experiment):
+    """A run that nothing stopped: (result, folder)."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return train(experiment(lora=LORA), folder), folder
+
+
+def at_step(monkeypatch, step, action):
+    """Calls `action` when the batch of `step` (from 0) is fetched."""
+    original = loop.checked
+
+    def hooked(batch, vocab_size, number):
+        if number == step:
+            action()
+        return original(batch, vocab_size, number)
+
+    monkeypatch.setattr(loop, "checked", hooked)
+
+
+def test_a_run_leaves_what_it_promises(whole, experiment):
+    result, folder = whole
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "run.json",
+    ]
+    assert read(folder / "config.json") == experiment(lora=LORA)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["00000004", "00000006"], "keep is 2"
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert result.metrics == lines[-1]
+    assert {"loss", "nll", "aux_loss", "z_loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens"} <= set(
+        lines[0]
+    )
+    assert len(lines[0]["load_entropy"]) == len(lines[0]["load_max_share"]) == 2
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["coverage"]["trainable_parameters"] == sum(x.size for x in take_apart(result.model)[1].values())
+    assert facts["starts"][0]["backend"] == "cpu"
+    assert facts["starts"][0]["versions"]["jax"] == jax.__version__
+
+
+def test_the_loss_falls_on_rows_seen_again(whole):
+    losses = [line["loss"] for line in read_metrics(whole[1])]
+    assert all(second < first for first, second in zip(losses[:3], losses[3:], strict=True))
+
+
+def test_the_adapter_folder_is_the_trained_model(whole, config):
+    """On a fresh base it gives the trained values."""
+    result, folder = whole
+    restored = load_adapter(init_random(config, seed=0, dtype="float32"), folder / "adapter")
+    ours, theirs = take_apart(result.model)[1], take_apart(restored)[1]
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert any(np.any(x) for name, x in theirs.items() if name.endswith(".b"))
+
+
+def test_resumed_losses_are_those_of_a_run_that_never_stopped(whole, experiment, tmp_path, monkeypatch, capsys):
+    """A crash between two checkpoints, then Ctrl-C, then the end: bitwise the same metrics and adapters."""
+    plan, folder = experiment(lora=LORA), tmp_path / "run"
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        at_step(patch, 5, crash)
+        train(plan, folder)
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a line that a kill cut short
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match="step 5 of 6 is saved; continue with `bimedix train --resume"),
+    ):
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train(plan, folder, resume=True)
+    side = (folder / "metrics.superseded-1.jsonl").read_text().splitlines()
+    assert json.loads(side[0])["step"] == 5
+    assert side[1] == '{"step": 6, "lo'
+    assert "metrics.superseded-1.jsonl" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    result = train(plan, folder, resume=True)
+    assert numbers(folder) == numbers(whole[1])
+    jax.tree.map(np.testing.assert_array_equal, take_apart(result.model)[1], take_apart(whole[0].model)[1])
+    assert [start["step"] for start in json.loads((folder / "run.json").read_text())["starts"]] == [0, 4, 5]
+
+
+def test_resume_refuses_another_experiment_or_base(whole, experiment, config):
+    folder = whole[1]
+    plan = experiment(lora=LORA)
+    with pytest.raises(BimedixError, match="seed: 1 here, 0 there"):
+        train(dataclasses.replace(plan, seed=1), folder, resume=True)
+    other = add_lora(init_random(config, seed=9), LORA)
+    with pytest.raises(BimedixError, match="base_fingerprint differs"):
+        train(plan, folder, resume=True, model=other)
+    with pytest.raises(BimedixError, match="pass --resume"):
+        train(plan, folder)
+
+
+def test_resume_needs_a_run(experiment, tmp_path):
+    with pytest.raises(BimedixError, match="holds no run to continue"):
+        train(experiment(), tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(experiment, config, tmp_path):
+    """Nothing of that step is saved, the checkpoint before it stays."""
+    broken = init_random(config)
+    broken.norm.scale.set_value(broken.norm.scale.get_value().at[0].set(np.nan))
+    with pytest.raises(BimedixError, match=r"Step 1: loss nan.*there is no checkpoint before it"):
+        train(experiment(lora=LORA), tmp_path / "run", model=broken)
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert not read_metrics(tmp_path / "run")
+
+
+def packed(folder, rows, length, seed, highest=61):
+    random = np.random.default_rng(seed)
+    examples = [
+        pack.Example(str(i), "en", "qa", "test", random.integers(1, highest, n, dtype=np.int32), np.arange(n) >= 2)
+        for i, n in enumerate(random.integers(length // 2, length + 1, rows))
+    ]
+    folder.mkdir()
+    report = pack.PackReport()
+    pack.write(folder, pack.pack(examples, length, packing="none", report=report), report, length, {"pad_id": 0})
+    return str(folder)
+
+
+def test_epochs_of_a_packed_folder_with_heldout_rows(experiment, tmp_path):
+    """Two epochs of 5 rows are 3 steps of 4; the last batch is filled up with empty rows."""
+    data = DataSource(packed(tmp_path / "train", 5, 16, 0), packed(tmp_path / "heldout", 3, 16, 1), 16)
+    plan = experiment(lora=LORA, data=data, batch=BatchConfig(2, 2), steps=None, epochs=2, eval_every=2)
+    plan = dataclasses.replace(plan, tracking=Tracking(mode="offline", project="test"))
+    result = train(plan, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert read(tmp_path / "run/config.json").steps == result.steps == 3
+    assert lines[2]["tokens"] < lines[0]["tokens"]
+    assert ["heldout_nll" in line for line in lines] == [False, True, False]
+    assert lines[1]["heldout_nll"] == pytest.approx(np.log(61), rel=0.05)
+    mirrored = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(mirrored) == 1
+
+
+def test_data_that_does_not_fit_is_refused(experiment, tmp_path):
+    plan = experiment(lora=LORA)
+    short = packed(tmp_path / "short", 2, 8, 0)
+    with pytest.raises(BimedixError, match="packed with 8 tokens a row, the experiment says 16"):
+        train(dataclasses.replace(plan, data=DataSource(short, sequence_length=16)), tmp_path / "a")
+    with pytest.raises(BimedixError, match="names no data"):
+        train(dataclasses.replace(plan, data=DataSource(sequence_length=16)), tmp_path / "b")
+    with pytest.raises(BimedixError, match="exceed the model's 64 positions"):
+        train(dataclasses.replace(plan, data=DataSource(sequence_length=128, synthetic_rows=2)), tmp_path / "c")
+    assert not any((tmp_path / name).exists() for name in "abc")
+    with pytest.raises(BimedixError, match="model's tokenizer"):
+        loop.checked({"tokens_BT": np.asarray([[61]])}, 61, 0)
