@@ -15,7 +15,10 @@ _ARABIC = re.compile(r"[\u0590-\u08ff]")
 
 
 def visual(line: str) -> str:
-    """`line` joined and in visual order (Unicode bidirectional algorithm); unchanged where it has no Arabic."""
+    """`line` joined and in visual order (Unicode bidirectional algorithm); unchanged where it has no Arabic.
+
+    Vowel marks are left out: in visual order a terminal would put them on the wrong letter.
+    """
     if not _ARABIC.search(line):
         return line
     return str(get_display(arabic_reshaper.reshape(line)))

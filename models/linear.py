@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.models.axes import EXPERTS, LAYERS, RANK
@@ -32,8 +33,11 @@ class Linear(nnx.Module):
         self.w = placeholder(shape, axes, dtype)
         self.lora: Lora | None = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows F"]:
-        y = matmul(x, self.w.get_value())
+    def __call__(
+        self, x: Float[Array, "*rows D"], out_dtype: jnp.dtype | type | None = None
+    ) -> Float[Array, "*rows F"]:
+        """The product in `out_dtype`, that of x if None."""
+        y = matmul(x, self.w.get_value(), out_dtype)
         if self.lora is None:
             return y
         delta = matmul(matmul(x, self.lora.a[...]), self.lora.b[...])
@@ -51,8 +55,7 @@ class ExpertLinear(nnx.Module):
         y_MF = grouped_matmul(x_MD, self.w.get_value(), group_sizes_E)
         if self.lora is None:
             return y_MF
-        down_MR = grouped_matmul(x_MD, self.lora.a[...], group_sizes_E)
-        delta_MF = grouped_matmul(down_MR, self.lora.b[...], group_sizes_E)
+        delta_MF = grouped_low_rank(x_MD, self.lora.a[...], self.lora.b[...], group_sizes_E)
         return y_MF + delta_MF * jnp.asarray(self.lora.scale, y_MF.dtype)
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
+from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments
 from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
@@ -161,10 +162,8 @@ class Mixtral(nnx.Module):
     def head(self, hidden_BTD: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of final hidden states."""
         if self.lm_head is not None:
-            return self.lm_head(hidden_BTD).astype(jnp.float32)
-        table_VD = self.embed.table[...].astype(hidden_BTD.dtype)
-        contract = (((hidden_BTD.ndim - 1,), (1,)), ((), ()))
-        return lax.dot_general(hidden_BTD, table_VD, contract, preferred_element_type=jnp.float32)
+            return self.lm_head(hidden_BTD, jnp.float32)
+        return matmul(hidden_BTD, self.embed.table[...].T, jnp.float32)
 
     def __call__(
         self,

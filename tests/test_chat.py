@@ -202,6 +202,7 @@ def test_the_keyboard_loop(model, tokenizer):
 def test_arabic_in_visual_order_line_by_line():
     assert visual("plain text") == "plain text"
     assert visual("ربو") == "ﻮﺑﺭ"
+    assert visual("رُبو") == "ﻮﺑﺭ"
     assert list(command.lines(iter(["ab", "c\nd", "\n", "e"]))) == ["abc\n", "d\n", "e"]
     assert command.shown("a\x1b[31mb\u200c\n", bidi=False) == "a[31mb\u200c\n"
 

@@ -27,8 +27,8 @@ class Config:
     """Folder of the tokenizer, if it is not the model's."""
     template: str | None = None
     """Chat template by name (mixtral, chatml, plain, ...) instead of the model's own."""
-    base: Literal["bfloat16", "float32", "nf4"] = "bfloat16"
-    """How the weights are stored."""
+    base: Literal["bfloat16", "float32", "nf4"] | None = None
+    """How the weights are stored; by default bfloat16, and a native checkpoint as it was saved."""
     revision: str | None = None
     """Revision of a hub id."""
     heldout: str | None = None
@@ -75,6 +75,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         "model": config.model,
         "adapter": config.adapter,
         "base": config.base,
+        "dtype": model.dtype,
         "template": tokenizer.template.name,
         "limit": config.limit,
     }

@@ -39,6 +39,10 @@ def draw(
     figure.suptitle(_title(loads, subject), fontsize=11)
     axes = np.array(figure.subplots(len(loads), columns, squeeze=False))
     top = max(load.share(language).max() for load in loads.values() for language in languages)
+    reach = 0.1  # percentage points; the colours of all rows mean the same
+    if columns > len(languages):
+        apart = [100 * (load.share(languages[1]) - load.share(languages[0])) for load in loads.values()]
+        reach = max(reach, *(float(np.abs(difference).max()) for difference in apart))
     for row, (name, load) in zip(axes, loads.items(), strict=True):
         shares = [load.share(language) for language in languages]
         for axis, language, share in zip(row, languages, shares, strict=False):
@@ -46,7 +50,6 @@ def draw(
             _panel(figure, axis, 100 * share, label, "% of choices", cmap="viridis", vmin=0.0, vmax=100 * top)
         if columns > len(languages):
             difference = 100 * (shares[1] - shares[0])
-            reach = max(float(np.abs(difference).max()), 0.1)
             label = f"{_spelled(languages[1])} minus {_spelled(languages[0])}, {name}"
             _panel(figure, row[-1], difference, label, "percentage points", cmap="RdBu_r", vmin=-reach, vmax=reach)
     if expert_distance is not None:

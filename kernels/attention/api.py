@@ -13,15 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from bimedix_jax.kernels.products import dot, dot_rows
+
 MASKED = -1e30
 """Score of a key that a query may not see; finite, so that a row without any visible key gives no NaN."""
 MIN_CHUNK, MAX_CHUNKS = 256, 8
 """Queries of a chunk at least, and chunks at most: each is compiled on its own."""
-
-
-def product(x: jax.Array, w: jax.Array, contract_x: int, contract_w: int) -> jax.Array:
-    """Matrix product over one axis of each, accumulated in float32."""
-    return lax.dot_general(x, w, (((contract_x,), (contract_w,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def each_head(function: Callable[..., Any], *operands: jax.Array) -> Any:
@@ -36,7 +33,7 @@ def each_head(function: Callable[..., Any], *operands: jax.Array) -> Any:
 
 def head_scores(q: jax.Array, k: jax.Array, visible_CS: jax.Array) -> jax.Array:
     """float32 [R*C, S] scores of one key head's queries, masked."""
-    scores = product(q, k, 1, 1)
+    scores = dot(q, k, 1)
     by_head = scores.reshape(-1, *visible_CS.shape)
     return jnp.where(visible_CS[None], by_head, MASKED).reshape(scores.shape)
 
@@ -47,7 +44,7 @@ def head_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible_CS: jax.Array
     peak = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return (product(weights.astype(v.dtype), v, 1, 0) / total).astype(q.dtype), peak + jnp.log(total)
+    return (dot(weights.astype(v.dtype), v) / total).astype(q.dtype), peak + jnp.log(total)
 
 
 def head_backward(
@@ -61,10 +58,10 @@ def head_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients to q, k and v, from recomputed weights."""
     weights = jnp.exp(head_scores(q, k, visible_CS) - log_total)
-    dv = product(weights.astype(dout.dtype), dout, 0, 0)
+    dv = dot_rows(weights.astype(dout.dtype), dout)
     inner = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = (weights * (product(dout, v, 1, 1) - inner)).astype(q.dtype)
-    dq, dk = product(dscores, k, 1, 0), product(dscores, q, 0, 0)
+    dscores = (weights * (dot(dout, v, 1) - inner)).astype(q.dtype)
+    dq, dk = dot(dscores, k), dot_rows(dscores, q)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 

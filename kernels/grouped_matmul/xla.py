@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
+from bimedix_jax.kernels.products import dot, dot_rows
 
 MAX_BLOCK = 512
 """Rows of one product: GEMMs on two AVX-512 cores reach their plateau between 256 and 512 rows."""
@@ -58,11 +59,6 @@ def for_each_block(
         return lax.while_loop(lambda state: state[0] < blocks, body, (jnp.zeros_like(blocks), carry))[1]
 
     return lax.fori_loop(0, count, visit, carry)
-
-
-def dot(x: jax.Array, w: jax.Array, contract_w: int) -> jax.Array:
-    """x [B, K] times w with axis `contract_w` of length K, accumulated in float32."""
-    return lax.dot_general(x, w, (((1,), (contract_w,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def index(x: jax.Array, e: jax.Array) -> jax.Array:
@@ -148,8 +144,7 @@ def weight_gradient(
         inside = start + jnp.arange(block) < stop
         x_block = jnp.where(inside[:, None], lax.dynamic_slice_in_dim(x, start, block), 0)
         dy_block = lax.dynamic_slice_in_dim(dy, start, block)
-        product = lax.dot_general(x_block, dy_block, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        return dw.at[e].add(product, mode="promise_in_bounds")
+        return dw.at[e].add(dot_rows(x_block, dy_block), mode="promise_in_bounds")
 
     zeros = jnp.zeros((experts, x_MD.shape[1], dy_MF.shape[1]), jnp.float32)
     return for_each_block(group_sizes_E, rows, block, lambda e: (), step, zeros)

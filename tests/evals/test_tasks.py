@@ -97,7 +97,9 @@ def test_tables_show_results_alone_and_beside_earlier_ones(model, tokenizer, mix
     assert "records exceed" in printed(tables.loss_table(short))
     choice = multiple_choice(model, tokenizer, mcqa).to_dict()
     assert "6 groups of fewer than 5 questions" in printed(tables.accuracy_table(choice))
-    many = {part: {group: row | {"n": 9} for group, row in choice[part].items()} for part in ("by_group", "by_group_text")}
+    many = {
+        part: {group: row | {"n": 9} for group, row in choice[part].items()} for part in ("by_group", "by_group_text")
+    }
     assert "(+0.0)" in printed(tables.accuracy_table(choice | many, choice))
     rows = {name: result.to_dict() for name, result in scored.items()}
     shown = printed(tables.task_table(rows, 0.25))

@@ -1,0 +1,5 @@
+"""The low-rank delta of every expert, rows sorted by expert."""
+
+from bimedix_jax.kernels.grouped_low_rank.api import grouped_low_rank
+
+__all__ = ["grouped_low_rank"]

@@ -1,0 +1,55 @@
+"""x A_e B_e for the expert e that owns each row, without ever building A_e B_e or a dense gradient of it.
+
+Two ways, by size. Few columns in all (experts * rank): one product with all experts' A side by side, the columns of
+other experts masked, one product with all B stacked. It does `experts` times the work of a delta that is itself a few
+percent of the base, as plain GEMMs that no grouped loop reaches. Otherwise: two grouped matmuls.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bimedix_jax.kernels.grouped_matmul import grouped_matmul
+from bimedix_jax.kernels.nf4_matmul import matmul
+
+MASKED_COLUMNS = 128
+"""Largest experts * rank for the masked way; beyond it the extra work costs more than the loop (two AVX-512 cores)."""
+
+
+def masked(x_MD: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    experts, width, rank = a_EDR.shape
+    stops_E = jnp.cumsum(group_sizes_E)
+    row_M = jnp.arange(x_MD.shape[0])
+    owner_ME = (row_M[:, None] >= (stops_E - group_sizes_E)[None]) & (row_M[:, None] < stops_E[None])
+    down_MZ = matmul(x_MD, a_EDR.swapaxes(0, 1).reshape(width, experts * rank))
+    own_MZ = jnp.where(jnp.repeat(owner_ME, rank, axis=1), down_MZ, 0)
+    return matmul(own_MZ, b_ERF.reshape(experts * rank, -1))
+
+
+def grouped(x_MD: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    return grouped_matmul(grouped_matmul(x_MD, a_EDR, group_sizes_E), b_ERF, group_sizes_E)
+
+
+METHODS = {"masked": masked, "grouped": grouped}
+
+
+def grouped_low_rank(
+    x_MD: Float[Array, "M D"],
+    a_EDR: Float[Array, "E D R"],
+    b_ERF: Float[Array, "E R F"],
+    group_sizes_E: Int[Array, "E"],
+    *,
+    method: str | None = None,
+) -> Float[Array, "M F"]:
+    """The delta of each row in the dtype of x, accumulated in float32; rows that no group owns are zero.
+
+    Differentiable in x, a and b. `method` is "masked", "grouped", or None to pick by size.
+
+    Raises:
+      ValueError: unknown method.
+    """
+    if method is None:
+        method = "masked" if a_EDR.shape[0] * a_EDR.shape[2] <= MASKED_COLUMNS else "grouped"
+    if method not in METHODS:
+        raise ValueError(f"Unknown grouped_low_rank method {method!r}; choose one of {', '.join(METHODS)}.")
+    return METHODS[method](x_MD, a_EDR, b_ERF, group_sizes_E)
