@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from rich import box
 from rich.table import Table
 
 from bimedix_jax.errors import BimedixError
@@ -130,20 +131,24 @@ class Coverage:
         }
 
     def table(self) -> Table:
-        """For a terminal."""
+        """For a terminal of 80 columns or more."""
         share = 100 * self.trainable_parameters / self.total_parameters
         table = Table(
             title="Coverage: every base tensor, its storage and its adapter",
             caption=f"{self.trainable_parameters:,} trainable of {self.total_parameters:,} ({share:.2f} %); "
             f"base {self.base_bytes / 2**30:.2f} GiB",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            padding=0,
         )
         table.add_column("tensor", no_wrap=True)
-        for column in ("shape", "parameters", "bits", "adapter", "trainable"):
-            table.add_column(column, justify="right")
+        for column in ("shape", "params (M)", "bits", "rank", "train (M)"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
-            adapter = "-" if row.rank is None else f"r={row.rank}" + (" (full rank)" if row.full_rank else "")
-            shape = " x ".join(map(str, row.shape))
-            table.add_row(row.name, shape, f"{row.parameters:,}", f"{row.bits:.2f}", adapter, f"{row.trainable:,}")
+            rank = "-" if row.rank is None else f"{row.rank}" + (" full" if row.full_rank else "")
+            shape = "x".join(map(str, row.shape))
+            trained = f"{row.trainable / 1e6:,.2f}" if row.trainable else "-"
+            table.add_row(row.name, shape, f"{row.parameters / 1e6:,.2f}", f"{row.bits:.2f}", rank, trained)
         return table
 
 

@@ -22,9 +22,11 @@ from bimedix_jax.errors import BimedixError
 
 # command -> (one-line help, module with `Config` and `run(config, console) -> dict`); a row appears when it works
 COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("the whole way on a laptop, in minutes: start here", "bimedix_jax.commands.quickstart"),
     "convert": ("check a checkpoint and write it in another precision", "bimedix_jax.commands.convert"),
     "export": ("write a checkpoint in Hugging Face layout", "bimedix_jax.commands.export"),
     "upcycle": ("make a mixture of experts from a dense Llama model", "bimedix_jax.commands.upcycle"),
+    "coverage": ("every tensor with its bits, its adapter and what trains", "bimedix_jax.commands.coverage"),
     "data assemble": ("published data sets into checked records", "bimedix_jax.commands.data_assemble"),
     "data pack": ("records into rows of tokens, ready for training", "bimedix_jax.commands.data_pack"),
     "data stats": ("what a set of records holds, by language, kind and source", "bimedix_jax.commands.data_stats"),

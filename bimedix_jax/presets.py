@@ -49,13 +49,12 @@ def quickstart() -> Experiment:
         name="quickstart",
         model=ModelSource(base="nf4"),
         lora=LoraConfig(rank=16, alpha=32.0, targets=("q", "k", "v", "w1", "w2", "w3", "router")),
-        data=DataSource(sequence_length=512),
+        data=DataSource(sequence_length=1024),
         router=RouterTraining(aux_loss_coef=0.01, aux_scope="global"),
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=5),
-        batch=BatchConfig(rows=2),
-        steps=60,
-        checkpoint_every=20,
-        tracking=Tracking(mode="disabled"),
+        batch=BatchConfig(rows=1),
+        steps=36,
+        checkpoint_every=12,
     )
 
 

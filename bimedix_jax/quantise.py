@@ -3,13 +3,14 @@
 import jax
 from flax import nnx
 
+from bimedix_jax.adapters import linears
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.models.config import QUANTISED
 from bimedix_jax.models.mixtral import Mixtral
 
 
 def pack(w: jax.Array | jax.ShapeDtypeStruct, double_quant: bool = True) -> NF4Tensor:
-    """NF4 of a stacked weight [..., in, out], quantised as the (out, in) matrix that PyTorch stores, each on its own."""
+    """NF4 of a stacked weight [..., in, out], each matrix quantised on its own, as PyTorch stores it: (out, in)."""
 
     def transpose_and_pack(w: jax.Array) -> NF4Tensor:
         return quantize(w.mT, double_quant=double_quant, batch_dims=w.ndim - 2).mT
@@ -23,14 +24,7 @@ def quantise_base(model: Mixtral, double_quant: bool = True) -> Mixtral:
     A model built by `Mixtral(config)` has shapes only; so has the result.
     """
     packed = nnx.merge(*nnx.split(model), copy=True)
-    for path, variable in nnx.to_flat_state(nnx.state(packed, nnx.Param)):
-        if path[-1] == "w" and path[-2] in QUANTISED and not isinstance(variable.get_value(), NF4Tensor):
-            find(packed, path[:-1]).w.set_value(pack(variable.get_value(), double_quant))
+    for path, layer in linears(packed).items():
+        if path[-1] in QUANTISED and not isinstance(layer.w.get_value(), NF4Tensor):
+            layer.w.set_value(pack(layer.w.get_value(), double_quant))
     return packed
-
-
-def find(model: nnx.Module, path: tuple) -> nnx.Module:
-    """The submodule at a path of attribute names."""
-    for name in path:
-        model = getattr(model, str(name))
-    return model

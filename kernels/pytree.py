@@ -7,5 +7,5 @@ import jax
 if TYPE_CHECKING:
     Leaf = jax.Array
 else:
-    # tree transformations put shapes, shardings, and cotangents where the arrays stand, so run-time checks must let them pass
+    # tree transformations put shapes, shardings and cotangents where the arrays stand; run-time checks must pass them
     Leaf = Any

@@ -14,6 +14,7 @@ from bimedix_jax.models.axes import EMBED, HEADS, KV_HEADS, LAYERS
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import Linear, placeholder
 
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, with the mean in float32 (arXiv 1910.07467)."""
 
@@ -95,7 +96,7 @@ class Attention(nnx.Module):
         key_ids_BS: Int[Array, "B S"],
         cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
-        """Returns the mixed values and, given a cache (k_BSGH, v_BSGH, length), its keys and values with ours written in."""
+        """The mixed values and, given a cache (k_BSGH, v_BSGH, length), its keys and values with ours written in."""
         config = self.config
         batch, length, _ = x_BTD.shape
         q_BTQH = self.q(x_BTD).reshape(batch, length, config.num_heads, config.head_dim)

@@ -27,7 +27,7 @@ class Output:
 
     Attributes:
       hidden_BTD: states after the final norm, in the compute dtype.
-      logits_BTV: float32, or None from `Mixtral.hidden`.
+      logits_BTV: float32; None from `Mixtral.hidden`, which the type leaves out so that other callers need not narrow.
       routing: what every router did.
       aux_loss: Hugging Face's load-balancing loss of this batch, unscaled, padding excluded.
       z_loss: router z-loss of this batch, unscaled, padding excluded.
@@ -35,7 +35,7 @@ class Output:
     """
 
     hidden_BTD: Leaf
-    logits_BTV: Leaf | None
+    logits_BTV: Leaf
     routing: Routing
     aux_loss: Leaf
     z_loss: Leaf
@@ -118,7 +118,7 @@ class Mixtral(nnx.Module):
             cache = KVCache(*kv, key_ids_BS, cache.length + length)
         return Output(
             self.norm(x_BTD),
-            None,
+            None,  # pyright: ignore[reportArgumentType]
             routing,
             load_balancing_loss(routing, valid_BT),
             router_z_loss(routing.logits_LBTE, valid_BT),
@@ -177,8 +177,8 @@ class Mixtral(nnx.Module):
 
         Args:
           tokens_BT: token ids, any integer dtype.
-          segment_ids_BT: documents packed in a row have different ids and do not see each other; 0 is padding, on either
-            side. None: one document a row, no padding.
+          segment_ids_BT: documents packed in a row have different ids and do not see each other; 0 is padding, on
+            either side. None: one document a row, no padding.
           plan: what the routers are told to do.
           cache: keys and values of earlier tokens; these tokens continue them.
           remat: what the backward pass recomputes.
@@ -191,7 +191,7 @@ class Mixtral(nnx.Module):
 
 
 def init_random(config: MixtralConfig, seed: int = 0, dtype: jnp.dtype | str = "float32", std: float = 0.02) -> Mixtral:
-    """A Mixtral with normal weights of the given std and unit norms; each parameter's draw depends on its name alone."""
+    """A Mixtral with normal weights of this std and unit norms; each parameter's draw depends on its name alone."""
     model = Mixtral(config, dtype)
     key = jax.random.key(seed)
     for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -1,4 +1,4 @@
-"""The sparse mixture of experts: route, dispatch, experts, combine. Dropless: every pair of a valid token is computed."""
+"""The sparse mixture of experts: route, dispatch, experts, combine. No pair of a valid token is dropped."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], plan: RoutingPlan
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """Returns the mixture and what the router did. Padding is routed in the record but to no expert: its output is 0."""
+        """The mixture, and what the router did. Padding is routed in the record but to no expert: its output is 0."""
         routing = route(self.router(x_BTD.astype(jnp.float32)), self.config, plan)
         experts, top_k = self.config.num_experts, self.config.top_k
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])

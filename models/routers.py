@@ -1,7 +1,7 @@
 """Routing: which experts a token uses, with what weights. The one seam for variants, interventions and replay.
 
-`route` is a pure function of the router's logits, its configuration and a plan; it returns everything that the rest of the
-model and any analysis needs. A new variant is a function here and a line in ROUTERS.
+`route` is a pure function of the router's logits, its configuration and a plan; it returns everything that the rest of
+the model and any analysis needs. A new variant is a function here and a line in ROUTERS.
 """
 
 import dataclasses
@@ -154,7 +154,10 @@ def load_of(routing: Routing, valid_BT: Bool[Array, "B T"], per_sequence: bool =
 
 
 def balance(counts_E: jax.Array, mass_E: jax.Array, tokens: jax.Array) -> jax.Array:
-    """E * sum_e (share of choices) * (share of probability), over the last axis: top_k when balanced (arXiv 2101.03961, eq. 4)."""
+    """E * sum_e (share of choices) * (share of probability), over the last axis (arXiv 2101.03961, eq. 4).
+
+    It is top_k when balanced.
+    """
     tokens = jnp.maximum(tokens, 1)[..., None]
     return counts_E.shape[-1] * jnp.sum((counts_E / tokens) * (mass_E / tokens), axis=-1)
 
@@ -169,9 +172,9 @@ def load_balancing_loss(
 
     Args:
       valid_BT: False at padding, which counts nowhere.
-      scope: "micro_batch" pools all layers and tokens of this batch, as Hugging Face does; "sequence" averages the loss of each row
-        that has a valid token; "global" uses the choices and token count of `total`, the load of the whole optimiser step,
-        so that the sum of this value over the step's micro-batches is the loss of the step.
+      scope: "micro_batch" pools all layers and tokens of this batch, as Hugging Face does; "sequence" averages the loss
+        of each row that has a valid token; "global" uses the choices and token count of `total`, the load of the whole
+        optimiser step, so that the sum of this value over the step's micro-batches is the loss of the step.
 
     Raises:
       ValueError: scope "global" without `total`, or an unknown scope.

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.padding import bucket
 
 ROWS_AT_ONCE = 256
 """Positions whose logits exist at the same time: 256 of a vocabulary of 49,152 are 50 MB in float32."""
@@ -48,7 +47,9 @@ def target_logprobs(
     flat_M = np.flatnonzero(learned_BT)
     if flat_M.size == 0:
         return found_BT
-    size = bucket(flat_M.size, smallest=64)
+    # in quarters of the batch: at most four shapes to compile, and no head run over prompts for nothing
+    quarter = -(-tokens_BT.size // 4)
+    size = quarter * -(-flat_M.size // quarter)
     # the hidden state at t - 1 predicts token t; rows are consecutive in the flat array
     before_M = np.pad(flat_M - 1, (0, size - flat_M.size)).astype(np.int32)
     targets_M = np.pad(tokens_BT.reshape(-1)[flat_M], (0, size - flat_M.size))

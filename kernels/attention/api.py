@@ -1,8 +1,9 @@
-"""Attention in chunks of queries that keeps no scores for the backward pass (FlashAttention's recomputation, arXiv 2205.14135).
+"""Attention in chunks of queries that keeps no scores for the backward pass.
 
-Query heads that share a key head become rows of one matrix product per (batch, key head): on a CPU this is several times
-faster than a product with the shared heads as a batch axis. Without a cache, a chunk reads only the keys that causality and
-the window leave it, so about half of the products are never computed.
+The backward pass recomputes them, as FlashAttention does (arXiv 2205.14135). Query heads that share a key head become
+rows of one matrix product per (batch, key head): on a CPU this is several times faster than a product with the shared
+heads as a batch axis. Without a cache, a chunk reads only the keys that causality and the window leave it, so about
+half of the products are never computed.
 """
 
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def visible(
     key_slot: int,
     window: int | None,
 ) -> Bool[Array, "B C S"]:
-    """Which keys each query sees: same segment, not later, at most `window` back; the slots are those of the first ones."""
+    """Which keys each query sees: same segment, not later, at most `window` back; slots are those of the first ones."""
     query = query_slot + jnp.arange(query_ids_BC.shape[1])[:, None]
     key = key_slot + jnp.arange(key_ids_BS.shape[1])[None]
     near = key <= query if window is None else (key <= query) & (key > query - window)
@@ -112,8 +113,8 @@ def attention(
     Args:
       q_BTQH: queries; Q is a multiple of the number G of key heads, and query head h reads key head h // (Q / G).
       query_ids_BT, key_ids_BS: segment of each query and key.
-      offset: slot of the first query among the keys, when decoding with a cache; None where queries and keys are the same
-        tokens.
+      offset: slot of the first query among the keys, when decoding with a cache; None where queries and keys are the
+        same tokens.
       window: keys that a query sees at most, itself included.
 
     Returns:

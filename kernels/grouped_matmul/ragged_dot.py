@@ -1,4 +1,4 @@
-"""Backend on `lax.ragged_dot`: the fall-back for platforms without a kernel of ours. NF4 weights are dequantised whole."""
+"""Backend on `lax.ragged_dot`, for platforms without a kernel of ours. NF4 weights are dequantised whole."""
 
 import jax
 import jax.numpy as jnp

@@ -1,10 +1,10 @@
 """Backend in plain XLA operations that computes no row for an expert that does not own it.
 
-Experts that own rows are visited in order by a loop of dynamic length. Each visit materialises one expert's matrix (NF4:
-as two planes, one for each nibble, since interleaving them costs four times the dequantisation itself) and multiplies
-blocks of rows of static size. The last block of a group may run over into rows of the next one; these are
-overwritten when their own expert is visited, so nothing is masked on the way. FLOPs beyond the useful ones: on average half
-a tail block per expert.
+Experts that own rows are visited in order by a loop of dynamic length. Each visit materialises one expert's matrix
+(NF4: as two planes, one for each nibble, since interleaving them costs four times the dequantisation itself) and
+multiplies blocks of rows of static size. The last block of a group may run over into rows of the next one; these are
+overwritten when their own expert is visited, so nothing is masked on the way. FLOPs beyond the useful ones: on average
+half a tail block per expert.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,6 @@ def active_experts(group_sizes_E: Int[Array, "E"]) -> tuple[Int[Array, "E"], Int
 
 def for_each_block(
     group_sizes_E: Int[Array, "E"],
-    rows: int,
     block: int,
     load: Callable[[jax.Array], tuple[jax.Array, ...]],
     step: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]], jax.Array],
@@ -89,7 +88,7 @@ def run_blocks(
         x_block = tuple(lax.dynamic_slice_in_dim(x, start, block) for x in padded)
         return lax.dynamic_update_slice_in_dim(y, multiply(x_block, weights).astype(dtype), start, 0)
 
-    y = for_each_block(group_sizes_E, rows, block, load, step, jnp.zeros((rows + block, width), dtype))
+    y = for_each_block(group_sizes_E, block, load, step, jnp.zeros((rows + block, width), dtype))
     owned = jnp.arange(rows) < jnp.sum(group_sizes_E)
     return jnp.where(owned[:, None], y[:rows], 0)
 
@@ -136,8 +135,8 @@ def weight_gradient(
     x_MD: Float[Array, "M D"], dy_MF: Float[Array, "M F"], group_sizes_E: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:
     """float32 [E, D, F]; rows of a block that belong to another group are masked out of x."""
-    rows, experts = x_MD.shape[0], group_sizes_E.shape[0]
-    block = pick_block(rows, experts)
+    experts = group_sizes_E.shape[0]
+    block = pick_block(x_MD.shape[0], experts)
     x, dy = pad_rows(x_MD, block), pad_rows(dy_MF, block)
 
     def step(dw: jax.Array, e: jax.Array, start: jax.Array, stop: jax.Array, _: tuple[jax.Array, ...]) -> jax.Array:
@@ -147,4 +146,4 @@ def weight_gradient(
         return dw.at[e].add(dot_rows(x_block, dy_block), mode="promise_in_bounds")
 
     zeros = jnp.zeros((experts, x_MD.shape[1], dy_MF.shape[1]), jnp.float32)
-    return for_each_block(group_sizes_E, rows, block, lambda e: (), step, zeros)
+    return for_each_block(group_sizes_E, block, lambda e: (), step, zeros)

@@ -22,7 +22,7 @@ TINY = jnp.finfo(jnp.float32).tiny
 
 
 def normalise(blocks: Float[Array, "*batch blocks n"]) -> tuple[Float[Array, "*batch blocks n"], jax.Array]:
-    """(blocks times 1 / absmax, absmax [*batch, blocks]); a block of zeros or denormals, which XLA flushes, gives zeros."""
+    """(blocks times 1 / absmax, absmax [*batch, blocks]); zeros from zeros or denormals, which XLA flushes."""
     blocks = jnp.where(jnp.abs(blocks) < TINY, 0.0, blocks)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
     # the reciprocal of a value above 2**126 would be denormal
@@ -41,12 +41,12 @@ def pad_last(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def code_of(x: jax.Array, thresholds: tuple[float, ...]) -> jax.Array:
-    """uint8 number of thresholds strictly below x, as a sum of comparisons, which vectorises where a search does not."""
+    """uint8 number of thresholds strictly below x: a sum of comparisons, which vectorises where a search does not."""
     return functools.reduce(jnp.add, [(x > t).astype(jnp.uint8) for t in thresholds])
 
 
 def quantize_scales(absmax: Float[Array, "*batch blocks"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Double quantisation: (uint8 codes [*batch, blocks], nested_absmax [*batch, ceil(blocks/256)], offset [*batch])."""
+    """Scales in 8 bits: (uint8 codes [*batch, blocks], nested_absmax [*batch, ceil(blocks/256)], offset [*batch])."""
     blocks = absmax.shape[-1]
     offset = jnp.mean(absmax, axis=-1)
     groups = pad_last(absmax - offset[..., None], NESTED_BLOCK_SIZE)

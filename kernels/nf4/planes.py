@@ -1,7 +1,7 @@
 """The two-plane view of packed weights that matmul kernels on XLA consume.
 
-Interleaving low and high nibbles back into one matrix costs several times the look-up itself on a CPU, so kernels keep the
-even and the odd columns of the stored matrix apart and split or merge the (much smaller) activations instead.
+Interleaving low and high nibbles back into one matrix costs several times the look-up itself on a CPU, so kernels keep
+the even and the odd columns of the stored matrix apart and split or merge the (much smaller) activations instead.
 """
 
 import jax

@@ -30,7 +30,7 @@ def pad_to(x: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def normalise(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks times 1 / absmax, absmax) in float32. Denormals count as 0, as XLA:CPU flushes them; so does an all-zero block."""
+    """(blocks times 1 / absmax, absmax) in float32; zeros from zeros or denormals, which XLA:CPU flushes."""
     blocks = np.where(np.abs(blocks) < np.finfo(np.float32).tiny, np.float32(0), blocks)
     absmax = np.abs(blocks).max(axis=1)
     # the reciprocal of a value above 2**126 would be denormal

@@ -38,9 +38,9 @@ HUGE, SHRINK = np.float32(2.0**120), np.float32(2.0**-10)
 def dynamic_map() -> np.ndarray:
     """The signed 8-bit dynamic code book, ascending, 256 float32 values in [-1, 1].
 
-    Seven decades, of which decade i (10**(i-6)) is cut into 2**i equal parts whose centres are the code values, for both
-    signs, plus 0 and 1 (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1). The edges run from
-    both ends towards the middle with one rounding each, and every later step rounds to float32: the bits that
+    Seven decades, of which decade i (10**(i-6)) is cut into 2**i equal parts whose centres are the code values, for
+    both signs, plus 0 and 1 (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1). The edges
+    run from both ends towards the middle with one rounding each, and every later step rounds to float32: the bits that
     bitsandbytes writes follow from that.
     """
     values = [np.float32(0), np.float32(1)]

@@ -17,8 +17,9 @@ class NF4Tensor:
     """A stack of independently quantised units, each stored exactly as bitsandbytes stores one tensor.
 
     A unit is flattened row-major and cut into blocks; two codes share a byte, the even element in the high nibble.
-    Leading batch axes (layers, experts) are ordinary array axes of every leaf, so `lax.scan`, `vmap` and sharding act on
-    them. `transposed` swaps the last two *logical* axes and moves no byte, as a weight stored (out, in) is used (in, out).
+    Leading batch axes (layers, experts) are ordinary array axes of every leaf, so `lax.scan`, `vmap` and sharding act
+    on them. `transposed` swaps the last two *logical* axes and moves no byte: a weight stored (out, in) is used
+    (in, out).
 
     Attributes:
       packed: uint8 [*batch, ceil(unit size / 2)].

@@ -43,8 +43,8 @@ frozen_product.defvjp(frozen_forward, frozen_backward)
 def dense_product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     """x [..., K] @ w [K, N] in out_dtype.
 
-    JAX would transpose a product with float32 output into float32 products; here the cotangent is rounded to the dtype of
-    x first, so that the backward products run on 16-bit units too.
+    JAX would transpose a product with float32 output into float32 products; here the cotangent is rounded to the dtype
+    of x first, so that the backward products run on 16-bit units too.
     """
     return dot(x, w).astype(out_dtype)
 
@@ -71,8 +71,8 @@ def matmul(
 ) -> Float[Array, "*rows F"]:
     """Product in `out_dtype` (that of x if None), accumulated in float32.
 
-    A dense weight is cast to the dtype of x. An NF4Tensor of one [D, F] unit is frozen: it gets no gradient, and the backward pass
-    keeps its packed bytes, not its dequantised values.
+    A dense weight is cast to the dtype of x. An NF4Tensor of one [D, F] unit is frozen: it gets no gradient, and the
+    backward pass keeps its packed bytes, not its dequantised values.
 
     Raises:
       ValueError: shapes that do not fit.

@@ -1,7 +1,7 @@
 """Dispatch and combine as gathers in both directions.
 
-Every token-expert pair is one row, so the permutation is a bijection and the transpose of a gather by it is a gather by its
-inverse. XLA would differentiate a gather into a scatter-add, which is serial on a CPU and atomic on a GPU.
+Every token-expert pair is one row, so the permutation is a bijection and the transpose of a gather by it is a gather by
+its inverse. XLA would differentiate a gather into a scatter-add, which is serial on a CPU and atomic on a GPU.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,7 @@
 """One suite for every backend of grouped_matmul: forward and gradients against NumPy loops."""
 
 import functools
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import jax
@@ -106,16 +107,31 @@ def test_under_scan_and_remat(backend: str) -> None:
     close(looped(stacked), np.asarray(plain(stacked)), "float32")
 
 
-@settings(max_examples=25, deadline=None)
+@functools.cache
+def compiled(backend: str) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple]:
+    """(y, (dx, dw)) of x, w, dy and group sizes: compiled once a shape, since sizes are data."""
+
+    def run(x: jax.Array, w: jax.Array, dy: jax.Array, groups: jax.Array) -> tuple:
+        y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, groups, backend=backend), x, w)
+        return y, pullback(dy)
+
+    return jax.jit(run)
+
+
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_sizes_and_skew(data: st.DataObject) -> None:
-    experts, d, f = (data.draw(st.integers(1, top)) for top in (6, 12, 12))
-    sizes = data.draw(st.lists(st.integers(0, 30), min_size=experts, max_size=experts))
-    rows = sum(sizes) + data.draw(st.integers(0 if sum(sizes) else 1, 5))
-    x, w, _ = draw(rows, d, f, experts, "float32")
-    expected = reference.grouped_matmul(np.asarray(x), np.asarray(w), np.array(sizes))
+    # rows, experts, D, F; few shapes, since each is a compilation, but any group sizes
+    rows, experts, d, f = data.draw(st.sampled_from([(1, 1, 1, 1), (23, 5, 9, 7), (40, 6, 12, 3), (150, 2, 4, 11)]))
+    stops = sorted(data.draw(st.lists(st.integers(0, rows), min_size=experts, max_size=experts)))
+    sizes = np.diff([0, *stops])
+    x, w, dy = draw(rows, d, f, experts, "float32")
+    x_np, w_np, dy_np = (np.asarray(a) for a in (x, w, dy))
     for backend in BACKENDS:
-        close(grouped_matmul(x, w, jnp.asarray(sizes, jnp.int32), backend=backend), expected, "float32")
+        y, (dx, dw) = compiled(backend)(x, w, dy, jnp.asarray(sizes, jnp.int32))
+        close(y, reference.grouped_matmul(x_np, w_np, sizes), "float32")
+        close(dx, reference.grouped_matmul(dy_np, w_np.swapaxes(1, 2), sizes), "float32")
+        close(dw, reference.weight_gradient(x_np, dy_np, sizes), "float32")
 
 
 def test_refusals() -> None:

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-
 from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_low_rank import reference as low_rank_reference
 from bimedix_jax.kernels.grouped_low_rank.api import METHODS
@@ -61,7 +60,7 @@ def test_low_rank_delta_and_gradients(method: str, sizes: list[int]) -> None:
     x, a, b, dy = draw((20, 12), (4, 12, 3), (4, 3, 7), (20, 7))
     groups = jnp.asarray(sizes, jnp.int32)
     y, pullback = jax.vjp(lambda x, a, b: grouped_low_rank(x, a, b, groups, method=method), x, a, b)
-    expected = low_rank_reference.grouped_low_rank(*map(np.asarray, (x, a, b)), np.array(sizes))
+    expected = low_rank_reference.grouped_low_rank(np.asarray(x), np.asarray(a), np.asarray(b), np.array(sizes))
     assert np.allclose(y, expected, atol=2e-5)
 
     def plain(x, a, b):

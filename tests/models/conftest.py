@@ -33,6 +33,8 @@ BASE = MixtralConfig(
 def hugging_face(config: MixtralConfig, seed: int = 0) -> transformers.MixtralForCausalLM:
     """A random float32 model of this architecture, with weights large enough to route decisively."""
     torch.manual_seed(seed)
+    # torch's grouped_mm refuses odd widths; the constructor takes both names without declaring them
+    eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     hf_config = transformers.MixtralConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -49,11 +51,10 @@ def hugging_face(config: MixtralConfig, seed: int = 0) -> transformers.MixtralFo
         tie_word_embeddings=config.tie_embeddings,
         max_position_embeddings=config.max_position_embeddings,
         initializer_range=0.15,
-        attn_implementation="eager",
-        experts_implementation="eager",  # torch's grouped_mm refuses odd widths
         pad_token_id=None,
         bos_token_id=1,
         eos_token_id=2,
+        **eager,
     )
     return transformers.MixtralForCausalLM(hf_config).eval()
 

@@ -1,6 +1,8 @@
-"""Properties of the model: causality, padding and packing change nothing, plans steer, adapters at zero are the base."""
+"""Properties of the model: causality; padding and packing change nothing; plans steer; fresh adapters are the base."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bimedix_jax.adapters import add_lora, coverage, has_lora, is_trainable
+from bimedix_jax.adapters import add_lora, coverage, has_lora, is_trainable, linears
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.attention import KVCache, positions_in_segments
-from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig, MixtralConfig, Remat, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, Output, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
@@ -31,7 +33,10 @@ def tokens() -> np.ndarray:
 
 @nnx.jit
 def run(
-    model: Mixtral, tokens: jax.Array, segments: jax.Array | None = None, plan: RoutingPlan | None = None
+    model: Mixtral,
+    tokens: jax.Array | np.ndarray,
+    segments: jax.Array | np.ndarray | None = None,
+    plan: RoutingPlan | None = None,
 ) -> Output:
     return model(tokens, segments, plan)
 
@@ -106,6 +111,10 @@ def test_routing_record(model: Mixtral, tokens: np.ndarray) -> None:
     assert np.array_equal(routing.experts_LBTK, best)
 
 
+def vary(plan: RoutingPlan, field: str, change: Callable[[jax.Array], jax.Array]) -> RoutingPlan:
+    return dataclasses.replace(plan, **{field: change(getattr(plan, field))})
+
+
 def test_a_neutral_plan_changes_nothing_and_other_values_do_not_recompile(model: Mixtral, tokens: np.ndarray) -> None:
     plan = RoutingPlan.neutral(model.config)
     expected = run(model, tokens)
@@ -119,19 +128,17 @@ def test_a_neutral_plan_changes_nothing_and_other_values_do_not_recompile(model:
         return nnx.merge(graph, state)(tokens, plan=plan)
 
     assert np.array_equal(planned(state, plan).logits_BTV, expected.logits_BTV)
-    banned = planned(state, dataclasses.replace(plan, bias_LBTE=plan.bias_LBTE.at[:, :, :, 1].set(-1e9)))
+    banned = planned(state, vary(plan, "bias_LBTE", lambda bias: bias.at[:, :, :, 1].set(-1e9)))
     assert not (banned.routing.experts_LBTK == 1).any()
-    hot = planned(state, dataclasses.replace(plan, temperature_LBT=plan.temperature_LBT * 1e6))
+    hot = planned(state, vary(plan, "temperature_LBT", lambda temperature: temperature * 1e6))
     assert np.allclose(hot.routing.weights_LBTK, 0.5, atol=1e-4)
-    forced = planned(state, dataclasses.replace(plan, experts_LBTK=plan.experts_LBTK.at[1].set(jnp.array([3, 0]))))
+    forced = planned(state, vary(plan, "experts_LBTK", lambda experts: experts.at[1].set(jnp.array([3, 0]))))
     assert (np.asarray(forced.routing.experts_LBTK[1]) == [3, 0]).all()
     assert np.array_equal(forced.routing.experts_LBTK[0], expected.routing.experts_LBTK[0])
-    half_forced = planned(state, dataclasses.replace(plan, experts_LBTK=plan.experts_LBTK.at[..., 0].set(2)))
+    half_forced = planned(state, vary(plan, "experts_LBTK", lambda experts: experts.at[..., 0].set(2)))
     assert (half_forced.routing.experts_LBTK[..., 0] == 2).all()
-    assert (
-        half_forced.routing.experts_LBTK[..., 1] != 2
-    ).all()
-    weighted = planned(state, dataclasses.replace(plan, weights_LBTK=plan.weights_LBTK.at[2].set(0.25)))
+    assert (half_forced.routing.experts_LBTK[..., 1] != 2).all()
+    weighted = planned(state, vary(plan, "weights_LBTK", lambda weights: weights.at[2].set(0.25)))
     assert (weighted.routing.weights_LBTK[2] == 0.25).all()
     assert traces == 1
 
@@ -153,12 +160,11 @@ def test_a_plan_that_does_not_fit_is_refused(model: Mixtral, tokens: np.ndarray)
 
 def test_remat_changes_no_gradient(model: Mixtral, tokens: np.ndarray) -> None:
     graph, state = nnx.split(model)
-    grads = [
-        jax.jit(jax.grad(lambda state, remat=remat: nnx.merge(graph, state)(tokens, remat=remat).logits_BTV.std()))(
-            state
-        )
-        for remat in ("none", "layer")
-    ]
+
+    def spread(state: nnx.State, remat: Remat) -> jax.Array:
+        return nnx.merge(graph, state)(tokens, remat=remat).logits_BTV.std()
+
+    grads = [jax.jit(jax.grad(spread), static_argnums=1)(state, remat) for remat in get_args(Remat)]
     jax.tree.map(lambda a, b: close(a, b), *grads)
 
 
@@ -172,12 +178,9 @@ def test_nf4_base_is_the_dequantised_base(model: Mixtral, tokens: np.ndarray) ->
     # the bytes are those of the (out, in) matrix that PyTorch stores
     assert np.array_equal(t.packed[1, 2], quantize(w[1, 2].T).packed)
     restored = nnx.merge(*nnx.split(packed), copy=True)
-    for path, variable in nnx.to_flat_state(nnx.state(packed)):
-        if isinstance(variable.get_value(), NF4Tensor):
-            module = restored
-            for name in path[:-1]:
-                module = getattr(module, name)
-            module.w.set_value(dequantize(variable.get_value()))
+    for layer in linears(restored).values():
+        if isinstance(value := layer.w.get_value(), NF4Tensor):
+            layer.w.set_value(dequantize(value))
     close(run(packed, tokens).logits_BTV, run(restored, tokens).logits_BTV)
 
 
@@ -196,9 +199,11 @@ def test_fresh_adapters_change_nothing_and_alone_train(model: Mixtral, tokens: n
 
 
 def test_adapter_draws_depend_on_names_alone(model: Mixtral) -> None:
-    few = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("w2", "q")))
-    many = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("q", "k", "w2")))
-    assert np.array_equal(few.layers.moe.w2.lora.a.get_value(), many.layers.moe.w2.lora.a.get_value())
+    few = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("w2", "q"))).layers.moe.w2.lora
+    many = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("q", "k", "w2"))).layers.moe.w2.lora
+    assert few is not None
+    assert many is not None
+    assert np.array_equal(few.a.get_value(), many.a.get_value())
 
 
 def test_coverage_of_the_papers_recipe() -> None:

@@ -1,5 +1,7 @@
 """Logits, losses, gradients and decoding equal transformers' MixtralForCausalLM in float32."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +44,8 @@ def next_token_loss(model: Mixtral, tokens: jax.Array, mask: jax.Array) -> jax.A
     return jnp.sum(nll * target) / jnp.sum(target) + 0.05 * out.aux_loss
 
 
-def torch_loss(hf: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def torch_loss(hf: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """(loss, transformers' output)."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = hf(input_ids=tokens, attention_mask=mask, position_ids=positions, output_router_logits=True)
     logits = out.logits[:, :-1].reshape(-1, out.logits.shape[-1])

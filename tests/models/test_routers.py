@@ -1,5 +1,8 @@
 """Properties that every router variant has, and the load-balancing loss's scopes."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +90,8 @@ def test_global_scope_adds_up_over_micro_batches_and_its_gradient_is_exact() -> 
         loads = [load_of(part(routing.logits_LBTE, rows), valid[rows]) for rows in slices]
         total = jax.tree.map(lambda *parts: sum(parts), *loads)
         assert isinstance(total, Load)
-        return sum(load_balancing_loss(part(x, rows), valid[rows], "global", total) for rows in slices)
+        losses = [load_balancing_loss(part(x, rows), valid[rows], "global", total) for rows in slices]
+        return functools.reduce(operator.add, losses)
 
     got, expected = (jax.value_and_grad(f)(routing.logits_LBTE) for f in (summed, whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)

@@ -1,0 +1,138 @@
+"""`bimedix coverage`: every base tensor of a model with its bits, its adapter and what trains, from shapes alone."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.config import ARCHITECTURES, LoraConfig
+
+if TYPE_CHECKING:
+    from bimedix_jax.models.mixtral import Mixtral
+
+RECIPE = LoraConfig(rank=128, alpha=64.0)
+"""BiMediX's adapters (arXiv 2402.13253, section 3.2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Count what a fine-tuning run stores and trains: every tensor with its shape, bits per weight and adapter.
+
+    No weights are read: an architecture by name needs no files, a folder only its configuration.
+    """
+
+    model: str
+    """Architecture by name (mixtral-8x7b), or folder in Hugging Face layout or of a native checkpoint."""
+    rank: int | None = None
+    """Rank of the adapters, 0 for none. By default 128, the paper's, unless --adapter or the checkpoint has its own."""
+    alpha: float | None = None
+    """The adapters' alpha, by default 64, the paper's; it sets their scale alpha / rank, not their size."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers that get an adapter: q k v o w1 w2 w3 router; by default the paper's, which are all but o."""
+    base: Literal["nf4", "bfloat16", "float32"] | None = None
+    """Storage of the base weights. By default nf4, and of a native checkpoint its own."""
+    adapter: Path | None = None
+    """Folder of a trained adapter, which is checked against the model and counted instead of a new one."""
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """The coverage table as a document, with the adapters' configuration.
+
+    Raises:
+      BimedixError: no such model, a target that matches nothing, or an adapter that does not fit.
+    """
+    from bimedix_jax import adapters
+
+    model, base = base_model(config)
+    asked = (config.rank, config.alpha, config.targets)
+    if config.adapter is not None:
+        if asked != (None, None, None):
+            raise BimedixError("--adapter brings its own rank, alpha and targets; leave those options out.")
+        model = with_adapter(model, config.adapter)
+    elif asked != (None, None, None) or not adapters.has_lora(model):
+        lora = lora_of(config)
+        model = model if lora is None else adapters.add_lora(model, lora)
+    table = adapters.coverage(model)
+    console.print(table.table())
+    return {"model": config.model, "base": base, "lora": described(model), **table.to_dict()}
+
+
+def base_model(config: Config) -> tuple["Mixtral", str]:
+    """(the model with shapes only, storage of its base)."""
+    from bimedix_jax.adapters import add_lora
+    from bimedix_jax.checkpoint import hf_config, store
+    from bimedix_jax.experiment import parse
+    from bimedix_jax.models.config import MixtralConfig
+    from bimedix_jax.models.mixtral import Mixtral
+    from bimedix_jax.quantise import quantise_base
+
+    base, folder, dtype, lora = config.base or "nf4", Path(config.model), None, None
+    if config.model in ARCHITECTURES:
+        architecture = ARCHITECTURES[config.model]
+    elif not folder.is_dir():
+        raise BimedixError(
+            f"{config.model} is neither a known architecture ({', '.join(ARCHITECTURES)}) nor a folder; correct it."
+        )
+    elif store.is_native(folder):
+        record = store.read_config(folder / store.MODEL_CONFIG, store.MODEL_FORMAT)
+        architecture = parse(MixtralConfig, record["config"], f"config in {folder}")
+        lora = parse(LoraConfig | None, record["lora"], f"lora in {folder}")
+        dtype, held = record["dtype"], "nf4" if record["nf4"] else record["dtype"]
+        if config.base not in (None, held):
+            raise BimedixError(f"{folder} was saved with base {held}, not {config.base}; leave --base out.")
+        base = held
+    else:
+        architecture = hf_config.read_config(folder)
+    model = Mixtral(architecture, dtype or ("bfloat16" if base == "nf4" else base))
+    model = quantise_base(model) if base == "nf4" else model
+    return (model if lora is None else add_lora(model, lora)), base
+
+
+def lora_of(config: Config) -> LoraConfig | None:
+    """The adapters that the options ask for, the paper's where they are silent."""
+    if config.rank == 0:
+        if config.alpha is not None or config.targets is not None:
+            raise BimedixError("--rank 0 means no adapters; leave --alpha and --targets out.")
+        return None
+    rank = RECIPE.rank if config.rank is None else config.rank
+    alpha = RECIPE.alpha if config.alpha is None else config.alpha
+    try:
+        return LoraConfig(rank, alpha, RECIPE.targets if config.targets is None else config.targets)
+    except ValueError as error:
+        raise BimedixError(str(error)) from error
+
+
+def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
+    """The model with the shapes of a saved adapter, whose file must hold exactly these."""
+    from bimedix_jax.adapters import add_lora
+    from bimedix_jax.checkpoint import store
+    from bimedix_jax.checkpoint.safetensors_io import read_header
+    from bimedix_jax.experiment import parse
+
+    record = store.read_config(folder / store.ADAPTER_CONFIG, store.ADAPTER_FORMAT)
+    if record["base"]["identity"] != store.base_identity(model):
+        raise BimedixError(f"The adapter {folder} was trained on another base than this model; name that one.")
+    fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
+    adapted = add_lora(model, parse(LoraConfig, fields, str(folder / store.ADAPTER_CONFIG)))
+    expected = {path: tuple(leaf.shape) for path, leaf in store.leaves_of(adapted).items() if ".lora." in path}
+    found = {name: tuple(tensor.shape) for name, tensor in read_header(folder / store.ADAPTER_WEIGHTS).items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise BimedixError(
+            f"{folder / store.ADAPTER_WEIGHTS} does not hold what its {store.ADAPTER_CONFIG} says ({len(wrong)} "
+            f"tensors differ, {wrong[0]} first); copy the adapter again."
+        )
+    return adapted
+
+
+def described(model: "Mixtral") -> dict[str, Any] | None:
+    """Rank, alpha, targets and scale of the model's adapters."""
+    from bimedix_jax.adapters import has_lora
+    from bimedix_jax.checkpoint.store import lora_config
+
+    if not has_lora(model):
+        return None
+    lora = lora_config(model)
+    return {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets, "scale": lora.scale}

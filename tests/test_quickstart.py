@@ -1,0 +1,72 @@
+"""The quickstart's smoke run: the whole way on a tiny random model, interrupted once and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LOSSES = {"en", "ar", *(f"{language}/{kind}" for language in ("en", "ar") for kind in ("qa", "mcqa", "chat"))}
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bimedix_jax", "quickstart", "--out", str(folder), "--json", *options]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent, env=environment
+    )
+
+
+def test_smoke_run_survives_an_interruption(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = start(folder, "--smoke")
+    while not (folder / "training" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 130, stderr
+    assert f"bimedix quickstart --resume --out {folder}" in stderr
+    assert not (folder / "result.json").exists()
+
+    process = start(folder, "--resume")
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
+    result = json.loads(stdout)
+    assert set(result["loss_before"]) == set(result["loss_after"]) == LOSSES
+    assert all(result["loss_after"][language] < result["loss_before"][language] for language in ("en", "ar"))
+    assert set(result["accuracy_before"]) == {"en", "ar"}
+    assert 0 < result["peak_rss_bytes"] < 8 * 2**30
+    steps = [json.loads(line)["step"] for line in (folder / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, result["steps"] + 1))
+    page = Path(tmp_path / result["report"]).read_text("utf-8")
+    assert 'dir="rtl"' in page
+    assert page.count("data:image/png;base64") == 2
+    assert (Path(tmp_path / result["adapter"]) / "adapter_config.json").exists()
+
+
+def test_refusals(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("x")
+    for options, message in (
+        (("--smoke",), "exists already; continue it with --resume"),
+        (("--resume",), "holds no quickstart to continue"),
+        (("--resume", "--smoke"), "keeps its own settings"),
+        (("--steps", "0"), "give at least 1"),
+    ):
+        process = start(tmp_path / "taken", *options)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert message in stderr
+        assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("language", ["en", "ar"])
+def test_the_sample_is_what_the_quickstart_needs(language: str) -> None:
+    from bimedix_jax.data.records import sample
+
+    kept = [record for record in sample("heldout") if record.language == language]
+    assert {record.kind for record in kept} == {"qa", "mcqa", "chat"}

@@ -1,0 +1,124 @@
+"""README.md tells the truth: its Python runs, its commands and files exist, its notices are the product's own."""
+
+import html
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.checkpoint.safetensors_io import read_folder
+from bimedix_jax.cli import COMMANDS
+from bimedix_jax.data.tokenizer import byte_tokenizer
+from bimedix_jax.models.config import MixtralConfig, RouterConfig
+from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+TINY = MixtralConfig(
+    vocab_size=304,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    router=RouterConfig(num_experts=4, top_k=2),
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=True,
+    max_position_embeddings=128,
+)
+
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language; "" for those of none."""
+    return [block for found, block in FENCED.findall(text) if found == language]
+
+
+def normal(text: str) -> str:
+    """Text without markup, quote marks and line breaks."""
+    return " ".join(re.sub(r"[*>]", " ", html.unescape(re.sub(r"<[^>]+>", " ", text))).split())
+
+
+def commands_in(text: str) -> set[str]:
+    """Every command line of `bimedix` in code, by its command, or its first word where that is no command."""
+    code = [*blocks("bash", text), *re.findall(r"`([^`]+)`", FENCED.sub("", text))]
+    found = set()
+    for words in (match.split() for part in code for match in re.findall(r"\bbimedix\s+((?:[a-z]+\s*){1,2})", part)):
+        two = " ".join(words[:2])
+        found.add(two if two in COMMANDS else words[0])
+    return found
+
+
+def test_the_tour_runs(tmp_path, monkeypatch, capsys):
+    (block,) = blocks("python")
+    assert len([line for line in block.splitlines() if line and not line.startswith(("import", "from"))]) <= 12
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    export_hf(init_random(TINY, dtype="bfloat16", std=0.1), tmp_path / "runs/mixture", tokenizer_from=tokenizer.folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tour.py").write_text(block, "utf-8")
+    names = runpy.run_path("tour.py")
+    assert capsys.readouterr().out
+    assert (names["out"].routing.experts_LBTK == 3).any()
+    assert not (names["banned"].routing.experts_LBTK == 3).any()
+    before, after = (read_folder(Path(folder)) for folder in ("runs/mixture", "runs/exported"))
+    assert {name: tensor.read().tobytes() for name, tensor in before.items()} == {
+        name: tensor.read().tobytes() for name, tensor in after.items()
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_exists(page):
+    assert commands_in(page.read_text("utf-8")) <= set(COMMANDS)
+
+
+def test_the_table_has_every_command():
+    listed = re.findall(r"^\| `bimedix ([a-z ]+)` \|", README, re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_linked_file_exists(page):
+    targets = re.findall(r"\]\(([^)#\s]+)\)", page.read_text("utf-8"))
+    local = [target for target in targets if not target.startswith(("http://", "https://"))]
+    assert not [target for target in local if not (page.parent / target).exists()]
+
+
+def test_every_file_of_the_tree_exists():
+    (tree,) = blocks("")
+    paths = [line.split()[0] for line in tree.splitlines()]
+    assert len(paths) > 10
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_scripts_that_are_named_exist():
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(r"\b((?:scripts|experiments)/\w+\.(?:sh|py))", page.read_text("utf-8"))
+    }
+    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_notices_are_the_products_own():
+    assert normal(NOTICE_EN) in normal(README)
+    assert normal(NOTICE_AR) in normal(README)
+    assert 'lang="ar" dir="rtl"' in README
+
+
+def test_the_count_of_the_paper_is_right(capsys):
+    from bimedix_jax.cli import main
+
+    (command,) = re.findall(r"`bimedix (coverage --model mixtral-8x7b[^`]*)` says 1,904,246,784", README)
+    assert main(command.split()) == 0
+    assert "1,904,246,784" in capsys.readouterr().out
