@@ -23,7 +23,7 @@ from bimedix_jax.checkpoint.load import load
 from bimedix_jax.checkpoint.smollm2 import cache_folder
 from bimedix_jax.data import pack
 from bimedix_jax.data.records import Record, sample
-from bimedix_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from bimedix_jax.data.tokenizer import Tokenizer, load_tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.heldout import heldout_loss
 from bimedix_jax.evals.multiple_choice import multiple_choice
@@ -35,6 +35,7 @@ from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 from bimedix_jax.presets import PRESETS
 from bimedix_jax.routing.load import ExpertLoad, expert_load
 from bimedix_jax.routing.picture import draw
+from bimedix_jax.tiny import tiny_dense
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.picture import draw_run
@@ -72,7 +73,9 @@ class Settings:
             plain = json.loads((folder / "settings.json").read_text("utf-8"))
             return cls(**{**plain, "recipe": upcycle.Recipe(**plain["recipe"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise BimedixError(f"{folder} holds no quickstart to continue ({error}); start one without --resume") from error
+            raise BimedixError(
+                f"{folder} holds no quickstart to continue ({error}); start one without --resume"
+            ) from error
 
     def experiment(self, base: Path, packed: Path) -> Experiment:
         """The training run, a delta of the preset."""
@@ -108,7 +111,9 @@ class Measured:
         plain = json.loads(path.read_text("utf-8"))
         load = plain["load"]
         arrays = {name: {g: np.array(v) for g, v in load[name].items()} for name in ("counts", "entropy", "top_weight")}
-        return cls(plain["heldout"], plain["choice"], ExpertLoad(**arrays, tokens=load["tokens"], too_long=load["too_long"]))
+        return cls(
+            plain["heldout"], plain["choice"], ExpertLoad(**arrays, tokens=load["tokens"], too_long=load["too_long"])
+        )
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -157,7 +162,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def prepare_base(folder: Path, settings: Settings, console: Console) -> Path:
-    """The mixture to start from: kept in the cache, since it is the same every time; a smoke run's in its own folder."""
+    """The mixture to start from: cached, since it is the same every time; that of a smoke run is in its own folder."""
     console.rule("1. Upcycle a dense model into a mixture of experts")
     key = json.dumps([settings.base, dataclasses.asdict(settings.recipe), __version__])
     name = f"quickstart-base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -176,48 +181,6 @@ def prepare_base(folder: Path, settings: Settings, console: Console) -> Path:
     for warning in facts["warnings"]:
         console.print(f"[yellow]note:[/] {warning}", highlight=False)
     return target
-
-
-def tiny_dense(folder: Path) -> None:
-    """A random Llama of 0.1 M parameters with a byte-level tokenizer: the smoke run downloads nothing."""
-    from safetensors.numpy import save_file
-
-    width, hidden, layers, heads, kv_heads, head = 64, 96, 2, 4, 2, 16
-    with files.new_folder(folder, overwrite=True) as place:
-        vocab = byte_tokenizer(place).vocab_size
-        rng = np.random.default_rng(0)
-        shapes = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
-        for i in range(layers):
-            at = f"model.layers.{i}."
-            shapes |= {f"{at}self_attn.{n}_proj.weight": (heads * head, width) for n in "q"}
-            shapes |= {f"{at}self_attn.{n}_proj.weight": (kv_heads * head, width) for n in "kv"}
-            shapes |= {f"{at}self_attn.o_proj.weight": (width, heads * head)}
-            shapes |= {f"{at}mlp.{n}_proj.weight": (hidden, width) for n in ("gate", "up")}
-            shapes |= {f"{at}mlp.down_proj.weight": (width, hidden)}
-            shapes |= {f"{at}{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
-        tensors = {
-            name: np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(0, 0.1, shape).astype(np.float32)
-            for name, shape in shapes.items()
-        }
-        save_file(tensors, place / "model.safetensors", {"format": "pt"})
-        config = {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": vocab,
-            "hidden_size": width,
-            "intermediate_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head,
-            "hidden_act": "silu",
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10_000.0,
-            "tie_word_embeddings": True,
-            "torch_dtype": "float32",
-        }
-        write_json(place / "config.json", config)
 
 
 def prepare_rows(folder: Path, tokenizer: Tokenizer, settings: Settings, console: Console) -> Path:
@@ -336,7 +299,7 @@ def conclude(
     metrics = read_metrics(folder / "training")
     bits = [measured.heldout["bits_per_byte"] for measured in (before, after)]
     title = f"{settings.base}, {settings.recipe.experts} experts top-{settings.recipe.top_k}, 4-bit base, adapters"
-    run_picture = draw_run(metrics, *bits, folder / "run.png", title)
+    run_picture = draw_run(metrics, bits[0], bits[1], folder / "run.png", title)
     result = {
         "loss_before": before.heldout["nats_per_token"],
         "loss_after": after.heldout["nats_per_token"],

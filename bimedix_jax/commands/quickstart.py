@@ -16,7 +16,7 @@ RUNS = Path("runs")
 class Config:
     """Upcycle a small model, quantise it, fine-tune adapters on the bilingual sample, evaluate, look, ask.
 
-    About 7 minutes and 3 GiB on two cores, after a download of 92.9 MB (SmolLM2-135M-Instruct, by pip, kept in a cache).
+    Minutes on two cores, and 3 GiB of memory, after a download of 92.9 MB (SmolLM2-135M-Instruct, by pip, cached).
     """
 
     out: Path | None = None

@@ -15,6 +15,8 @@ from bimedix_jax.kernels.nf4.tables import (
     NF4_THRESHOLDS,
     NF4_VALUES,
     SHRINK,
+    SUM_HUGE,
+    SUM_SHRINK,
 )
 from bimedix_jax.kernels.nf4.tensor import NF4Tensor
 
@@ -48,7 +50,8 @@ def code_of(x: jax.Array, thresholds: tuple[float, ...]) -> jax.Array:
 def quantize_scales(absmax: Float[Array, "*batch blocks"]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scales in 8 bits: (uint8 codes [*batch, blocks], nested_absmax [*batch, ceil(blocks/256)], offset [*batch])."""
     blocks = absmax.shape[-1]
-    offset = jnp.mean(absmax, axis=-1)
+    shrink = jnp.where(jnp.max(absmax, axis=-1) >= SUM_HUGE, SUM_SHRINK, 1.0)
+    offset = jnp.mean(absmax * shrink[..., None], axis=-1) / shrink
     groups = pad_last(absmax - offset[..., None], NESTED_BLOCK_SIZE)
     groups = groups.reshape(*absmax.shape[:-1], -1, NESTED_BLOCK_SIZE)
     scaled, nested_absmax = normalise(groups)

@@ -13,6 +13,8 @@ from bimedix_jax.kernels.nf4.tables import (
     NF4_THRESHOLDS,
     NF4_VALUES,
     SHRINK,
+    SUM_HUGE,
+    SUM_SHRINK,
 )
 
 
@@ -48,7 +50,8 @@ def quantize(w: np.ndarray, block_size: int = 64, double_quant: bool = True) -> 
     packed = (codes[0::2] << 4) | codes[1::2]
     if not double_quant:
         return PackedUnit(packed, absmax, None, None)
-    offset = absmax.mean(dtype=np.float32)
+    shrink = SUM_SHRINK if absmax.max() >= SUM_HUGE else np.float32(1)
+    offset = (absmax * shrink).mean(dtype=np.float32) / shrink
     groups = pad_to(absmax - offset, NESTED_BLOCK_SIZE).reshape(-1, NESTED_BLOCK_SIZE)
     scaled, nested_absmax = normalise(groups)
     scales = np.searchsorted(DYNAMIC_THRESHOLDS, scaled.reshape(-1)[: absmax.size]).astype(np.uint8)

@@ -34,6 +34,9 @@ NESTED_BLOCK_SIZE = 256
 HUGE, SHRINK = np.float32(2.0**120), np.float32(2.0**-10)
 """Blocks with a scale from HUGE on are multiplied by SHRINK, which is exact, before the reciprocal is taken."""
 
+SUM_HUGE, SUM_SHRINK = np.float32(2.0**64), np.float32(2.0**-64)
+"""Scales of which one is SUM_HUGE or more are multiplied by SUM_SHRINK, which is exact, before they are summed."""
+
 
 def dynamic_map() -> np.ndarray:
     """The signed 8-bit dynamic code book, ascending, 256 float32 values in [-1, 1].

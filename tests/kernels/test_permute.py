@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from bimedix_jax.kernels.permute import combine, dispatch, reference, sort_by_expert
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
-def test_equals_the_reference(tokens: int, experts: int, top_k: int, seed: int) -> None:
+# tokens, experts, top_k; few, since each is a compilation
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([(1, 1, 1), (1, 5, 3), (9, 2, 2), (12, 4, 1), (11, 5, 3)]), st.integers(0, 2**31))
+def test_equals_the_reference(shape: tuple[int, int, int], seed: int) -> None:
+    tokens, experts, top_k = shape
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((tokens, 4)).astype(np.float32)
     chosen = rng.integers(0, experts + 1, (tokens, top_k)).astype(np.int32)  # id `experts` belongs to nobody
