@@ -1,6 +1,7 @@
 """Block and model. Layers are one stacked block that `lax.scan` runs, so compile time does not grow with depth."""
 
 import dataclasses
+import functools
 import zlib
 
 import jax
@@ -99,9 +100,6 @@ class Mixtral(nnx.Module):
     ) -> Output:
         """Everything but the output head; see `__call__`."""
         batch, length = tokens_BT.shape
-        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
-        segment_ids_BT = jnp.ones((batch, length), jnp.int32) if segment_ids_BT is None else segment_ids_BT
-        segment_ids_BT = jnp.asarray(segment_ids_BT, jnp.int32)
         slots = length if cache is None else cache.segment_ids_BS.shape[1]
         if slots > self.config.max_position_embeddings:
             raise ValueError(
@@ -110,12 +108,20 @@ class Mixtral(nnx.Module):
             )
         plan = plan or RoutingPlan()
         plan.check(self.config, batch, length)
+        segment_ids_BT = jnp.ones((batch, length), jnp.int32) if segment_ids_BT is None else segment_ids_BT
+        tokens_BT, segment_ids_BT = jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segment_ids_BT, jnp.int32)
+        return forward(*nnx.split(self), tokens_BT, segment_ids_BT, plan, cache, remat)
+
+    def run(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array, plan: RoutingPlan, cache: KVCache | None, remat: Remat
+    ) -> Output:
+        """`hidden` with every operand checked and present."""
         valid_BT = segment_ids_BT != 0
         positions_BT, key_ids_BS = self.locate(segment_ids_BT, cache)
         x_BTD = self.embed.table[...][tokens_BT].astype(self.dtype)
         x_BTD, routing, kv = self.run_layers(x_BTD, positions_BT, segment_ids_BT, key_ids_BS, plan, cache, remat)
         if cache is not None and kv is not None:
-            cache = KVCache(*kv, key_ids_BS, cache.length + length)
+            cache = KVCache(*kv, key_ids_BS, cache.length + tokens_BT.shape[1])
         return Output(
             self.norm(x_BTD),
             None,  # pyright: ignore[reportArgumentType]
@@ -188,6 +194,20 @@ class Mixtral(nnx.Module):
         """
         out = self.hidden(tokens_BT, segment_ids_BT, plan, cache, remat)
         return dataclasses.replace(out, logits_BTV=self.head(out.hidden_BTD))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "remat"))
+def forward(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    tokens_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    plan: RoutingPlan,
+    cache: KVCache | None,
+    remat: Remat,
+) -> Output:
+    """`Mixtral.run`, compiled once for each shape and structure, so that a call outside of any jit is fast too."""
+    return nnx.merge(graph, state).run(tokens_BT, segment_ids_BT, plan, cache, remat)
 
 
 def init_random(config: MixtralConfig, seed: int = 0, dtype: jnp.dtype | str = "float32", std: float = 0.02) -> Mixtral:
