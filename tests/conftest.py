@@ -5,9 +5,13 @@ before JAX is imported, which is why it stands above the imports.
 """
 
 import os
+import signal
 import sys
 
 assert "jax" not in sys.modules, "a pytest plugin imported JAX before tests/conftest.py could configure it"
+
+# a shell that starts the tests in the background lets them ignore Ctrl-C, and so would what they start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
