@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The main job on published English data: MedQuAD, MTS-Dialog and PubMedQA to learn from (with the bilingual sample),
+# MMLU-medical, MedQA, MedMCQA and PubMedQA's 500 test questions to be measured on.
+#     scripts/published_data.sh --data DIR [--out DIR] [--steps N] [--limit N]
+# DIR holds medquad, mts_dialog, pubmedqa, mmlu_medical_en, medqa_usmle_en and medmcqa_en. --limit is questions per task
+# and held-out records (100; "all" for every one). An hour or more on two cores; stop it at any time and run it again:
+# finished stages are kept, training resumes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+data="" out="runs/published-data" steps=300 limit=100
+while (($#)); do
+    (($# > 1)) || stop "$1 needs a value"
+    case "$1" in
+        --data) data="$2" ;;
+        --out) out="$2" ;;
+        --steps) steps="$2" ;;
+        --limit) limit="$2" ;;
+        *) stop "unknown option $1; the options are --data, --out, --steps and --limit" ;;
+    esac
+    shift 2
+done
+[[ -d "$data" ]] || stop "--data must name the folder with the data sets' folders; see the first lines of $0"
+ensure_env run "" "about 0.25 GB to download, 1 GB on disk"
+bimedix="$VENV/bin/bimedix"
+mkdir -p "$out"
+
+# once FILE COMMAND...: runs the command unless FILE is there already
+once() {
+    local result="$1"
+    shift
+    if [[ -e "$result" ]]; then
+        echo "kept: $result" >&2
+    else
+        "$@"
+    fi
+}
+
+limits=()
+[[ "$limit" == all ]] || limits=(--limit "$limit")
+measure=("$bimedix" eval run --model "$out/base" --base nf4 --heldout "$out/records/heldout.jsonl" --tasks all
+    --data "$data" "${limits[@]}")
+
+once "$out/base" "$bimedix" upcycle --output "$out/base"
+once "$out/records" "$bimedix" data assemble --output "$out/records" \
+    --sources "medquad=$data/medquad" "mts_dialog=$data/mts_dialog" "pubmedqa=$data/pubmedqa" sample \
+    --evaluation "mmlu_medical_en=$data/mmlu_medical_en" "medqa_usmle_en=$data/medqa_usmle_en" \
+    "medmcqa_en=$data/medmcqa_en" "pubmedqa=$data/pubmedqa"
+once "$out/packed" "$bimedix" data pack --records "$out/records/train.jsonl" --tokenizer "$out/base" \
+    --output "$out/packed" --sequence-length 1024
+once "$out/before.json" "${measure[@]}" --out "$out/before.json"
+resume=()
+[[ -e "$out/run/config.json" ]] && resume=(--resume)
+once "$out/run/adapter" "$bimedix" train quickstart --out "$out/run" --data "$out/packed" --model "$out/base" \
+    --rows 2 --steps "$steps" --learning-rate 5e-4 --checkpoint-every 20 --set name=published-data \
+    --set optimiser.warmup_steps=10 "${resume[@]}"
+once "$out/after.json" "${measure[@]}" --adapter "$out/run/adapter" --compare "$out/before.json" --out "$out/after.json"
+echo "Before: $out/before.json. After: $out/after.json. Training: $out/run/metrics.jsonl"
