@@ -172,7 +172,7 @@ def test_a_tokenizer_without_the_templates_tokens_is_refused(sentencepiece_model
 
 
 def test_the_real_mixtral_tokens_are_mistrals_own(tmp_path: Path) -> None:
-    mistral_common = pytest.importorskip("mistral_common")
+    import mistral_common
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
