@@ -1,6 +1,7 @@
 """Low-rank adapters on a Mixtral: attaching them, counting them, and telling what trains."""
 
 import dataclasses
+import itertools
 import math
 import zlib
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import LORA_TARGETS, LoraConfig
-from bimedix_jax.models.linear import ExpertLinear, Linear, Lora, lora_axes
+from bimedix_jax.models.linear import ExpertLinear, Linear, Lora, TrainedParam, lora_axes
 from bimedix_jax.models.mixtral import Mixtral
 
 
@@ -32,8 +33,8 @@ def has_lora(model: Mixtral) -> bool:
 
 
 def is_trainable(model: Mixtral) -> Any:
-    """Filter for `nnx.split`: the adapters if the model has any, else every parameter."""
-    return nnx.LoRAParam if has_lora(model) else nnx.Param
+    """Filter for `nnx.split`: what trains beside a frozen base, or every parameter of a model without adapters."""
+    return nnx.filterlib.Any(nnx.LoRAParam, TrainedParam) if model.lora is not None else nnx.Param
 
 
 def make_factor(
@@ -47,39 +48,81 @@ def make_factor(
     return nnx.LoRAParam(value, axes=axes)
 
 
-def attach(layer: Linear | ExpertLinear, name: str, config: LoraConfig, seed: int) -> None:
-    """Gives one layer its factors: a as PEFT draws it (Kaiming-uniform, bound 1/sqrt(in)), b zero."""
-    weight = layer.w.get_value()
-    *leading, width_in, width_out = weight.shape
+def is_abstract(layer: Linear | ExpertLinear) -> bool:
+    return isinstance(jax.tree.leaves(layer.w.get_value())[0], jax.ShapeDtypeStruct)
+
+
+def matrix_names(path: tuple[str, ...], lead: tuple[int, ...]) -> list[str]:
+    """Full names of a layer's matrices, row-major over its leading axes: layers.3.moe.experts.5.w1."""
+    if not lead:
+        return [".".join(path)]
+    stack, *middle, kind = path
+    names = []
+    for index in itertools.product(*map(range, lead)):
+        expert = ["experts", str(index[1])] if len(index) == 2 else []
+        names.append(".".join([stack, str(index[0]), *middle, *expert, kind]))
+    return names
+
+
+def attach(
+    layer: Linear | ExpertLinear, path: tuple[str, ...], slots: list[int], config: LoraConfig, seed: int
+) -> None:
+    """Gives the matrices `slots` of a layer their factors: a as PEFT draws it (Kaiming-uniform, 1/sqrt(in)), b zero."""
+    *lead, width_in, width_out = layer.w.get_value().shape
+    rank, name, every = config.rank_of(path[-1]), ".".join(path), len(slots) == math.prod(lead)
     a_axes, b_axes = lora_axes(layer.w.get_metadata("axes"))
-    abstract = isinstance(jax.tree.leaves(weight)[0], jax.ShapeDtypeStruct)
-    a_shape, b_shape = (*leading, width_in, config.rank), (*leading, config.rank, width_out)
-    a = make_factor(f"{name}.lora.a", a_shape, a_axes, width_in**-0.5, seed, abstract)
-    b = make_factor(f"{name}.lora.b", b_shape, b_axes, 0.0, seed, abstract)
-    layer.lora = Lora(a, b, config.scale)
+    if not every:
+        lead, a_axes, b_axes = [len(slots)], (None, *a_axes[-2:]), (None, *b_axes[-2:])
+    abstract = is_abstract(layer)
+    a = make_factor(f"{name}.lora.a", (*lead, width_in, rank), a_axes, width_in**-0.5, seed, abstract)
+    b = make_factor(f"{name}.lora.b", (*lead, rank, width_out), b_axes, 0.0, seed, abstract)
+    layer.lora = Lora(a, b, config.scale_of(path[-1]), None if every else tuple(slots), config.dropout)
 
 
 def add_lora(model: Mixtral, config: LoraConfig, seed: int = 0) -> Mixtral:
     """The model with fresh adapters, which change nothing until trained; its base is shared, not copied.
 
     Raises:
-      BimedixError: the model has adapters already, or a target matched no layer.
+      BimedixError: the model has adapters already, or a target or override matched no layer.
     """
     if has_lora(model):
         raise BimedixError("This model carries adapters already; load the base without them, or merge them first.")
     adapted = nnx.merge(*nnx.split(model), copy=True)
     layers = linears(adapted)
-    matched = {path[-1] for path in layers}
+    matched: set[str] = set()
+    for path, layer in layers.items():
+        names = matrix_names(path, layer.w.get_value().shape[:-2])
+        chosen = {slot: targets for slot, name in enumerate(names) if (targets := config.selects(name))}
+        matched.update(*chosen.values())
+        if chosen:
+            attach(layer, path, list(chosen), config, seed)
     missing = [target for target in config.targets if target not in matched]
     if missing:
+        tied = " (tied embeddings have no lm_head of their own)" if model.lm_head is None else ""
+        kinds = {path[-1] for path in layers}
         raise BimedixError(
             f"Target {', '.join(missing)} matched no layer of this model; it has "
-            f"{', '.join(sorted(matched & set(LORA_TARGETS)))}."
+            f"{', '.join(name for name in LORA_TARGETS if name in kinds)}{tied}."
         )
-    for path, layer in layers.items():
-        if path[-1] in config.targets:
-            attach(layer, ".".join(path), config, seed)
+    adapted_kinds = {path[-1] for path, layer in layers.items() if layer.lora is not None}
+    idle = [override.target for override in config.overrides if override.target not in adapted_kinds]
+    if idle:
+        raise BimedixError(
+            f"The override of {', '.join(idle)} changes no adapter; add the target or drop the override."
+        )
+    if config.train_router:
+        train_in_full(adapted.layers.moe.router)
+    adapted.lora = config
     return adapted
+
+
+def train_in_full(layer: Linear) -> None:
+    """Makes a layer's weight trainable, in float32: small updates vanish in bfloat16."""
+    weight, axes = layer.w.get_value(), layer.w.get_metadata("axes")
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        layer.w = TrainedParam(jax.ShapeDtypeStruct(weight.shape, jnp.float32), axes=axes)
+    else:
+        layer.w = TrainedParam(weight.astype(jnp.float32), axes=axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +131,8 @@ class CoverageRow:
 
     Attributes:
       bits: storage per weight in bits, scales included.
-      rank: of its adapter; None without one.
+      matrices, adapted: how many matrices are stacked in it, and how many of them have an adapter.
+      rank: of its adapters; None without any.
       full_rank: whether the adapter's rank reaches the matrix's smaller side, so that it restricts nothing.
       trainable: trained parameters, of the adapter or of the tensor itself.
     """
@@ -98,6 +142,8 @@ class CoverageRow:
     parameters: int
     bits: float
     bytes: int
+    matrices: int
+    adapted: int
     rank: int | None
     full_rank: bool
     trainable: int
@@ -146,6 +192,7 @@ class Coverage:
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             rank = "-" if row.rank is None else f"{row.rank}" + (" full" if row.full_rank else "")
+            rank += f" ({row.adapted}/{row.matrices})" if 0 < row.adapted < row.matrices else ""
             shape = "x".join(map(str, row.shape))
             trained = f"{row.trainable / 1e6:,.2f}" if row.trainable else "-"
             table.add_row(row.name, shape, f"{row.parameters / 1e6:,.2f}", f"{row.bits:.2f}", rank, trained)
@@ -159,7 +206,6 @@ def coverage(model: Mixtral) -> Coverage:
       BimedixError: a linear layer's adapter does not belong to it (shapes differ).
     """
     adapted = {path: layer.lora for path, layer in linears(model).items()}
-    train_base = not has_lora(model)
     rows = []
     for path, variable in sorted(
         nnx.to_flat_state(nnx.state(model, nnx.Param)), key=lambda item: tuple(map(str, item[0]))
@@ -167,27 +213,39 @@ def coverage(model: Mixtral) -> Coverage:
         path = tuple(map(str, path))
         if isinstance(variable, nnx.LoRAParam):
             continue
-        value = variable.get_value()
+        value, lora = variable.get_value(), adapted.get(path[:-1])
         packed = isinstance(value, NF4Tensor)
         size = math.prod(value.shape)
         nbytes = value.nbytes if packed else size * jnp.dtype(value.dtype).itemsize
-        lora = adapted.get(path[:-1])
-        rank = None if lora is None else lora.a.get_value().shape[-1]
-        if lora is not None and (lora.a.get_value().shape[-2], lora.b.get_value().shape[-1]) != value.shape[-2:]:
-            raise BimedixError(
-                f"The adapter of {'.'.join(path[:-1])} does not fit its base {value.shape}; it is of another model."
-            )
-        factors = 0 if lora is None else math.prod(lora.a.get_value().shape) + math.prod(lora.b.get_value().shape)
-        rows.append(
-            CoverageRow(
-                ".".join(path),
-                tuple(value.shape),
-                size,
-                8 * nbytes / size,
-                nbytes,
-                rank,
-                rank is not None and rank >= min(value.shape[-2:]),
-                size if train_base and not packed else factors,
-            )
+        matrices = math.prod(value.shape[:-2])
+        in_full = isinstance(variable, TrainedParam) or (model.lora is None and not packed)
+        row = CoverageRow(
+            ".".join(path),
+            tuple(value.shape),
+            size,
+            8 * nbytes / size,
+            nbytes,
+            matrices,
+            0,
+            None,
+            False,
+            size if in_full else 0,
         )
+        rows.append(row if lora is None else with_adapter(row, lora))
     return Coverage(tuple(rows))
+
+
+def with_adapter(row: CoverageRow, lora: Lora) -> CoverageRow:
+    """The row with its adapters counted."""
+    a, b = lora.a.get_value().shape, lora.b.get_value().shape
+    adapted = row.matrices if lora.slots is None else len(lora.slots)
+    fits = (math.prod(a[:-2]), a[-2], b[-1]) == (adapted, *row.shape[-2:]) and (*b[:-2], b[-2]) == (*a[:-2], a[-1])
+    if not fits:
+        raise BimedixError(f"The adapter of {row.name} does not fit its base {row.shape}; it is of another model.")
+    return dataclasses.replace(
+        row,
+        adapted=adapted,
+        rank=a[-1],
+        full_rank=a[-1] >= min(row.shape[-2:]),
+        trainable=math.prod(a) + math.prod(b),
+    )

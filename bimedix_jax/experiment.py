@@ -107,6 +107,8 @@ class OptimiserConfig:
 
     learning_rate: float = 2e-4
     """Peak rate, reached at the last warm-up step."""
+    router_learning_rate: float | None = None
+    """Peak rate of what trains in the routers, under the same schedule; None is that of the rest."""
     warmup_steps: int = 10
     """Steps of linear warm-up; step s (from 1) uses s / warmup_steps of the peak, so the first step already learns."""
     final_fraction: float = 0.0
@@ -124,6 +126,11 @@ class OptimiserConfig:
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"optimiser.learning_rate must be positive, got {self.learning_rate}.")
+        require(
+            self.router_learning_rate is None or self.router_learning_rate > 0,
+            f"optimiser.router_learning_rate must be positive, got {self.router_learning_rate}; to freeze the routers "
+            "leave them out of lora.targets.",
+        )
         require(self.warmup_steps >= 0, f"optimiser.warmup_steps cannot be negative, got {self.warmup_steps}.")
         require(0 <= self.final_fraction <= 1, f"optimiser.final_fraction lies in [0, 1], got {self.final_fraction}.")
         for name in ("beta1", "beta2"):

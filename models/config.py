@@ -1,9 +1,10 @@
 """What a model is, as frozen values. No JAX here: the command line reads these before JAX is imported."""
 
 import dataclasses
+import re
 from typing import Literal
 
-LORA_TARGETS = ("q", "k", "v", "o", "w1", "w2", "w3", "router")
+LORA_TARGETS = ("q", "k", "v", "o", "w1", "w2", "w3", "router", "lm_head")
 """Linear layers that can carry an adapter, by their attribute names in `models/`."""
 
 
@@ -82,26 +83,82 @@ class MixtralConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraOverride:
+    """Another rank or alpha for the adapters of one kind of linear layer."""
+
+    target: str
+    """One of LORA_TARGETS."""
+    rank: int | None = None
+    """None keeps the rank of the others."""
+    alpha: float | None = None
+    """None keeps the alpha of the others."""
+
+    def __post_init__(self) -> None:
+        require(self.target in LORA_TARGETS, f"An override is for one of {', '.join(LORA_TARGETS)}, not {self.target}.")
+        require(self.rank is not None or self.alpha is not None, f"The override of {self.target} changes nothing.")
+        require(self.rank is None or self.rank >= 1, f"rank of {self.target} must be at least 1, got {self.rank}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters: W x + scale * B A x, B zero at the start (LoRA, arXiv 2106.09685)."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = ("q", "k", "v", "w1", "w2", "w3", "router")
-    """Linear layers to adapt; experts (w1, w2, w3) get one adapter per expert."""
+    r"""Linear layers to adapt: q k v o w1 w2 w3 router lm_head, or regular expressions matched in full against names
+    such as layers.3.attention.q, layers.3.moe.router, layers.3.moe.experts.5.w1 and lm_head; `layers\.[0-3]\..*\.w2`
+    adapts w2 of every expert of the first four layers. Experts get one adapter each."""
     rank_stabilised: bool = False
     """scale = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732) instead of alpha / rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that training sets to zero."""
+    overrides: tuple[LoraOverride, ...] = ()
+    """Targets with a rank or alpha of their own."""
+    train_router: bool = False
+    """Train the routers' own weights, in float32, instead of adapters on them. A router that is neither this nor a
+    target is frozen."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank must be at least 1, got {self.rank}.")
-        require(bool(self.targets), f"targets is empty; choose among {', '.join(LORA_TARGETS)}.")
+        require(bool(self.targets) or self.train_router, f"targets is empty; choose among {', '.join(LORA_TARGETS)}.")
         require(len(set(self.targets)) == len(self.targets), f"targets has duplicates: {', '.join(self.targets)}.")
-        unknown = [target for target in self.targets if target not in LORA_TARGETS]
-        require(not unknown, f"Unknown target {', '.join(unknown)}; choose among {', '.join(LORA_TARGETS)}.")
+        unknown = [target for target in self.targets if target not in LORA_TARGETS and re.fullmatch(r"\w*", target)]
+        require(
+            not unknown,
+            f"Unknown target {', '.join(unknown)}; choose among {', '.join(LORA_TARGETS)}, or give a pattern such as "
+            r"layers\.0\..*",
+        )
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"Target {target} is not a regular expression ({error}).") from error
+        require(0 <= self.dropout < 1, f"dropout lies in [0, 1), got {self.dropout}.")
+        require(
+            not (self.train_router and "router" in self.targets),
+            "train_router trains the routers' own weights, so router cannot be a target as well; drop one of the two.",
+        )
+        names = [override.target for override in self.overrides]
+        require(len(set(names)) == len(names), f"overrides names a target twice: {', '.join(names)}.")
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+    def rank_of(self, target: str) -> int:
+        """Rank of the adapters of one kind of layer, by its name in LORA_TARGETS."""
+        return next((o.rank for o in self.overrides if o.target == target and o.rank is not None), self.rank)
+
+    def alpha_of(self, target: str) -> float:
+        """Alpha of the adapters of one kind of layer, by its name in LORA_TARGETS."""
+        return next((o.alpha for o in self.overrides if o.target == target and o.alpha is not None), self.alpha)
+
+    def scale_of(self, target: str) -> float:
+        """What multiplies B A x in one kind of layer, by its name in LORA_TARGETS."""
+        rank = self.rank_of(target)
+        return self.alpha_of(target) / (rank**0.5 if self.rank_stabilised else rank)
+
+    def selects(self, name: str) -> tuple[str, ...]:
+        """The targets that mean the matrix of this full name, such as layers.3.moe.experts.5.w1."""
+        kind = name.rpartition(".")[2]
+        return tuple(target for target in self.targets if target == kind or re.fullmatch(target, name))
 
 
 QUANTISED = ("q", "k", "v", "o", "w1", "w2", "w3")

@@ -1,5 +1,8 @@
 """Linear layers: a dense or NF4 base plus an optional low-rank delta."""
 
+import math
+import zlib
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,13 +20,72 @@ def placeholder(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes)
 
 
-class Lora(nnx.Module):
-    """Factors of one low-rank delta, float32: a [..., in, R], b [..., R, out]."""
+class TrainedParam(nnx.Param):
+    """A base weight that trains in full beside adapters."""
 
-    def __init__(self, a: nnx.LoRAParam, b: nnx.LoRAParam, scale: float):
+
+class Lora(nnx.Module):
+    """Factors of one low-rank delta, float32.
+
+    Attributes:
+      a, b: [..., in, R] and [..., R, out] with the leading axes of the weight; where only some of its matrices are
+        adapted, [S, in, R] and [S, R, out].
+      scale: multiplies the delta.
+      slots: row-major indices, into the weight's leading axes, of the S adapted matrices; None: all of them.
+      dropout: share of the inputs that `with_dropout` sets to zero.
+      key: of the dropout, one a layer; None outside training.
+    """
+
+    def __init__(
+        self,
+        a: nnx.LoRAParam,
+        b: nnx.LoRAParam,
+        scale: float,
+        slots: tuple[int, ...] | None = None,
+        dropout: float = 0.0,
+    ):
         self.a = a
         self.b = b
         self.scale = scale
+        self.slots = slots
+        self.dropout = dropout
+        self.key: nnx.Variable | None = nnx.data(None)
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """x, with features dropped and the others scaled up in training."""
+        if self.key is None:
+            return x
+        keep = 1 - self.dropout
+        kept = jax.random.bernoulli(self.key.get_value(), keep, x.shape)
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+def fill_slots(layers: nnx.Module) -> None:
+    """Gives every adapter below `layers` the leading axes of its weight, in place: zero factors where it has none."""
+    for _, layer in nnx.iter_modules(layers):
+        if not isinstance(layer, Linear | ExpertLinear) or layer.lora is None or layer.lora.slots is None:
+            continue
+        lora = layer.lora
+        lead = layer.w.get_value().shape[:-2]
+        for factor in (lora.a, lora.b):
+            some = factor.get_value()
+            every = jnp.zeros((math.prod(lead), *some.shape[1:]), some.dtype)
+            every = every.at[jnp.asarray(lora.slots)].set(some, unique_indices=True)
+            factor.set_value(every.reshape(*lead, *some.shape[1:]))
+        lora.slots = None
+
+
+def with_dropout(model: nnx.Module, key: jax.Array) -> None:
+    """Turns on the dropout of every adapter of `model`, in place; randomness follows from `key` and the layer's name.
+
+    The output head runs over chunks of the sequence and drops the same features in each.
+    """
+    for path, layer in nnx.iter_modules(model):
+        if not isinstance(layer, Linear | ExpertLinear) or layer.lora is None or not layer.lora.dropout:
+            continue
+        own = jax.random.fold_in(key, zlib.crc32(".".join(map(str, path)).encode()))
+        lead = layer.w.get_value().shape[:-2]
+        layer.lora.key = nnx.Variable(jax.random.split(own, lead[0]) if lead else own)
 
 
 class Linear(nnx.Module):
@@ -40,7 +102,7 @@ class Linear(nnx.Module):
         y = matmul(x, self.w.get_value(), out_dtype)
         if self.lora is None:
             return y
-        delta = matmul(matmul(x, self.lora.a[...]), self.lora.b[...])
+        delta = matmul(matmul(self.lora.dropped(x), self.lora.a[...]), self.lora.b[...])
         return y + delta * jnp.asarray(self.lora.scale, y.dtype)
 
 
@@ -55,7 +117,7 @@ class ExpertLinear(nnx.Module):
         y_MF = grouped_matmul(x_MD, self.w.get_value(), group_sizes_E)
         if self.lora is None:
             return y_MF
-        delta_MF = grouped_low_rank(x_MD, self.lora.a[...], self.lora.b[...], group_sizes_E)
+        delta_MF = grouped_low_rank(self.lora.dropped(x_MD), self.lora.a[...], self.lora.b[...], group_sizes_E)
         return y_MF + delta_MF * jnp.asarray(self.lora.scale, y_MF.dtype)
 
 

@@ -16,8 +16,8 @@ from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments
 from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
-from bimedix_jax.models.config import MixtralConfig, Remat
-from bimedix_jax.models.linear import Linear, placeholder
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
+from bimedix_jax.models.linear import Linear, fill_slots, placeholder
 from bimedix_jax.models.moe import MoE
 from bimedix_jax.models.routers import Routing, RoutingPlan, load_balancing_loss, router_z_loss
 
@@ -76,6 +76,19 @@ class Embedding(nnx.Module):
         self.table = placeholder((config.vocab_size, config.hidden_size), (VOCAB, EMBED), dtype)
 
 
+class Origin:
+    """Where a model came from. All origins are equal, so that models of one shape share their compiled programs."""
+
+    def __init__(self, folder: str | None):
+        self.folder = folder
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class Mixtral(nnx.Module):
     """Mixtral (arXiv 2401.04088). Built without storage: `bimedix_jax.load` or `init_random` fills the parameters."""
 
@@ -83,13 +96,23 @@ class Mixtral(nnx.Module):
         """`dtype` is that of the parameters and of the computation."""
         self.config = config
         self.dtype = str(jnp.dtype(dtype))
-        self.origin: str | None = None  # folder that the parameters came from; export takes the tokenizer from there
+        self.lora: LoraConfig | None = None  # of the adapters, if `add_lora` has put any on
+        self._origin = Origin(None)
         self.embed = Embedding(config, dtype)
         self.layers = Block(config, dtype)
         self.norm = RMSNorm((config.hidden_size,), (EMBED,), config.rms_norm_eps, dtype)
         self.lm_head: Linear | None = nnx.data(
             None if config.tie_embeddings else Linear((config.hidden_size, config.vocab_size), (EMBED, VOCAB), dtype)
         )
+
+    @property
+    def origin(self) -> str | None:
+        """Folder that the parameters came from; exports take the tokenizer from there."""
+        return self._origin.folder
+
+    @origin.setter
+    def origin(self, folder: str | None) -> None:
+        self._origin = Origin(folder)
 
     def hidden(
         self,
@@ -152,6 +175,7 @@ class Mixtral(nnx.Module):
         cache: KVCache | None,
         remat: Remat,
     ) -> tuple[jax.Array, Routing, tuple[jax.Array, jax.Array] | None]:
+        fill_slots(self.layers)
         graph, state = nnx.split(self.layers)
 
         def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:

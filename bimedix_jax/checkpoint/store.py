@@ -10,23 +10,25 @@ A model folder restores to exactly the model that was saved:
 An adapter folder holds what was trained and names the base that it fits:
 
     adapter_config.json    rank, alpha, targets, and the identity of the base
-    adapter.safetensors    `<linear>.lora.a` [..., in, R] and `<linear>.lora.b` [..., R, out], float32
+    adapter.safetensors    `<linear>.lora.a` [..., in, R] and `<linear>.lora.b` [..., R, out], float32; where a target
+                           means some matrices only, their factors in row-major order; routers that trained in full
     manifest.json
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from bimedix_jax.adapters import add_lora, has_lora, linears
+from bimedix_jax.adapters import add_lora, is_trainable
 from bimedix_jax.checkpoint import buffers, hub
 from bimedix_jax.checkpoint.integrity import verify_manifest, write_manifest
 from bimedix_jax.checkpoint.safetensors_io import (
@@ -41,12 +43,14 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import parse
 from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.models.config import LORA_TARGETS, LoraConfig, MixtralConfig
+from bimedix_jax.models.config import LoraConfig, MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
 
-MODEL_CONFIG, MODEL_FORMAT = "bimedix.json", "bimedix model 1"
-ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter_config.json", "bimedix adapter 1"
+MODEL_CONFIG, MODEL_FORMAT = "bimedix.json", "bimedix model 2"
+ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter_config.json", "bimedix adapter 2"
 ADAPTER_WEIGHTS = "adapter.safetensors"
+SAMPLED_ROWS = 64
+"""Embedding rows that identify a base: the whole table would take seconds for nothing."""
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 
@@ -76,7 +80,7 @@ def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
         "format": MODEL_FORMAT,
         "config": dataclasses.asdict(model.config),
         "dtype": model.dtype,
-        "lora": dataclasses.asdict(lora_config(model)) if has_lora(model) else None,
+        "lora": None if model.lora is None else dataclasses.asdict(model.lora),
         "nf4": {path: nf4_layout(value) for path, value in values.items() if isinstance(value, NF4Tensor)},
     }
     with new_folder(folder, overwrite) as partial:
@@ -119,18 +123,17 @@ def save_adapter(model: Mixtral, folder: str | Path, overwrite: bool = False) ->
     Raises:
       BimedixError: the model has none, or the folder cannot be written.
     """
-    if not has_lora(model):
+    config = model.lora
+    if config is None:
         raise BimedixError("This model carries no adapters; save the whole model instead.")
-    config = lora_config(model)
     record = {
         "format": ADAPTER_FORMAT,
         **dataclasses.asdict(config),
-        "scale": config.scale,
-        "base": {"identity": base_identity(model), "config": dataclasses.asdict(model.config)},
+        "base": {**base_identity(model), "config": dataclasses.asdict(model.config)},
     }
-    factors = {path: value for path, value in leaves_of(model).items() if ".lora." in path}
+    trained = {path: np.asarray(value) for path, value in leaves_of(model, is_trainable(model)).items()}
     with new_folder(folder, overwrite) as partial:
-        save_file({path: np.asarray(value) for path, value in factors.items()}, partial / ADAPTER_WEIGHTS)
+        save_file(trained, partial / ADAPTER_WEIGHTS)
         (partial / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         write_manifest(partial)
     return Path(folder)
@@ -140,54 +143,91 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
     """`model` with the adapters of a folder; its base is shared, not copied.
 
     Raises:
-      BimedixError: the folder is damaged or not ours, was made for another base, or the model has adapters already.
+      BimedixError: the folder is damaged or not ours, was made for another base, holds what is not a number, or the
+        model has adapters already.
     """
     folder = Path(folder)
-    record = read_config(folder / ADAPTER_CONFIG, ADAPTER_FORMAT)
+    config = adapter_config(model, folder)
     verify_manifest(folder)
-    if record["base"]["identity"] != base_identity(model):
-        theirs, ours = record["base"]["config"], dataclasses.asdict(model.config)
-        differing = [
-            f"{key} {theirs.get(key)!r} there, {value!r} here"
-            for key, value in ours.items()
-            if theirs.get(key) != value
-        ]
-        what = "; ".join(differing) or "other parameter shapes"
-        raise BimedixError(f"The adapter {folder} was trained on another base ({what}); load that one.")
-    fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
-    adapted = add_lora(model, parse(LoraConfig, fields, str(folder / ADAPTER_CONFIG)))
-    fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), only=".lora.")
+    adapted = add_lora(model, config)
+    trained = list(leaves_of(adapted, is_trainable(adapted)))
+    fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), trained)
+    broken = [path for path, value in leaves_of(adapted, is_trainable(adapted)).items() if not np.isfinite(value).all()]
+    if broken:
+        raise BimedixError(f"{folder} holds NaN or infinity in {', '.join(broken[:3])}; take an earlier checkpoint.")
     return adapted
 
 
-def base_identity(model: Mixtral) -> str:
-    """SHA-256 of architecture and parameter shapes: equal for every storage (bfloat16, NF4) of the same base."""
-    shapes = {path: list(value.shape) for path, value in leaves_of(model).items() if ".lora." not in path}
-    text = json.dumps({"config": dataclasses.asdict(model.config), "shapes": shapes}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def lora_config(model: Mixtral) -> LoraConfig:
-    """The configuration of a model's adapters, told from them; rank stabilisation, if there was any, is in alpha.
+def adapter_config(model: Mixtral, folder: Path) -> LoraConfig:
+    """The configuration of a saved adapter that belongs to `model`.
 
     Raises:
-      BimedixError: adapters of different rank or scale, or a target that only some layers have.
+      BimedixError: not one of our folders, or made for another base.
     """
-    layers = {path: layer for path, layer in linears(model).items() if path[0] == "layers"}
-    adapted = {path: layer.lora for path, layer in linears(model).items() if layer.lora is not None}
-    kinds = {(lora.a.get_value().shape[-1], lora.scale) for lora in adapted.values()}
-    targets = tuple(target for target in LORA_TARGETS if any(path[-1] == target for path in adapted))
-    if len(kinds) != 1 or any(path[-1] in targets and layer.lora is None for path, layer in layers.items()):
+    record = read_config(folder / ADAPTER_CONFIG, ADAPTER_FORMAT)
+    check_base(record["base"], model, folder)
+    fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
+    return parse(LoraConfig, fields, str(folder / ADAPTER_CONFIG))
+
+
+def check_base(theirs: dict[str, Any], model: Mixtral, folder: Path) -> None:
+    """Compares the base that the adapter in `folder` records, `base_identity` and its configuration, with `model`.
+
+    Raises:
+      BimedixError: it is another one.
+    """
+    ours = base_identity(model)
+    here = dataclasses.asdict(model.config)
+    differing = [
+        f"{k} {theirs['config'].get(k)!r} there, {v!r} here" for k, v in here.items() if theirs["config"].get(k) != v
+    ]
+    if theirs["architecture"] != ours["architecture"]:
+        what = "; ".join(differing) or "other parameter shapes"
+        raise BimedixError(f"The adapter {folder} was trained on another base ({what}); load that one.")
+    other = [
+        part for part in ("weights", "router") if None not in (theirs[part], ours[part]) and theirs[part] != ours[part]
+    ]
+    if other:
         raise BimedixError(
-            f"Adapters of several ranks or scales {sorted(kinds)} cannot be written as one; train them alike."
+            f"The adapter {folder} was trained on another base of the same architecture (its "
+            f"{'norms or embeddings' if other == ['weights'] else 'routers'} differ from this model's); load that one."
         )
-    ((rank, scale),) = kinds
-    return LoraConfig(rank, scale * rank, targets)
 
 
-def leaves_of(model: Mixtral) -> dict[str, Any]:
-    """Every value by dotted path: arrays and NF4Tensors."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+def base_identity(model: Mixtral) -> dict[str, str | None]:
+    """SHA-256 of what a base is, equal for every storage (bfloat16, float32, NF4) of it.
+
+    `architecture`: configuration and parameter shapes. `weights`: norms and 64 embedding rows in bfloat16, which no
+    storage packs; `router`: likewise the routers. None where the model has shapes only, or its routers train.
+    """
+    values = {path: value for path, value in leaves_of(model).items() if ".lora." not in path}
+    shapes = {path: list(value.shape) for path, value in values.items()}
+    text = json.dumps({"config": dataclasses.asdict(model.config), "shapes": shapes}, sort_keys=True)
+    identity: dict[str, str | None] = {"architecture": hashlib.sha256(text.encode()).hexdigest()}
+    table = values["embed.table"]
+    if isinstance(table, jax.ShapeDtypeStruct):
+        return {**identity, "weights": None, "router": None}
+    rows = np.linspace(0, table.shape[0] - 1, SAMPLED_ROWS).astype(int)
+    own = {"embed.table": table[rows], **{path: value for path, value in values.items() if path.endswith(".scale")}}
+    in_full = model.lora is not None and model.lora.train_router
+    return {
+        **identity,
+        "weights": digest(own),
+        "router": None if in_full else digest({"router": values["layers.moe.router.w"]}),
+    }
+
+
+def digest(values: dict[str, jax.Array]) -> str:
+    """SHA-256 of arrays in bfloat16, by name."""
+    parts = hashlib.sha256()
+    for name, value in sorted(values.items()):
+        parts.update(name.encode() + np.asarray(value.astype(jnp.bfloat16)).tobytes())
+    return parts.hexdigest()
+
+
+def leaves_of(model: Mixtral, kind: Any = nnx.Param) -> dict[str, Any]:
+    """Every parameter of this kind (a filter of nnx) by dotted path: arrays and NF4Tensors."""
+    flat = nnx.to_flat_state(nnx.state(model, kind))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
@@ -223,9 +263,13 @@ def nf4_layout(value: NF4Tensor) -> dict[str, Any]:
 
 
 def fill(
-    model: Mixtral, tensors: dict[str, StoredTensor], layouts: dict[str, Any], source: str, only: str = ""
+    model: Mixtral,
+    tensors: dict[str, StoredTensor],
+    layouts: dict[str, Any],
+    source: str,
+    only: Collection[str] | None = None,
 ) -> None:
-    """Reads every parameter whose path contains `only` into `model`, one leaf at a time.
+    """Reads every parameter, or those at the paths `only`, into `model`, one leaf at a time.
 
     Raises:
       BimedixError: tensors are missing, left over, or of another shape or dtype than the model's.
@@ -233,7 +277,7 @@ def fill(
     left = dict(tensors)
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = ".".join(map(str, path))
-        if only not in name:
+        if only is not None and name not in only:
             continue
         expected = variable.get_value()
         if name in layouts:

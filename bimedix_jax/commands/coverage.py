@@ -30,7 +30,8 @@ class Config:
     alpha: float | None = None
     """The adapters' alpha, by default 64, the paper's; it sets their scale alpha / rank, not their size."""
     targets: tuple[str, ...] | None = None
-    """Linear layers that get an adapter: q k v o w1 w2 w3 router; by default the paper's, which are all but o."""
+    """Linear layers that get an adapter: q k v o w1 w2 w3 router lm_head, or patterns such as layers\\.0\\..*\\.w2; by
+    default the paper's, which are all but o and lm_head."""
     base: Literal["nf4", "bfloat16", "float32"] | None = None
     """Storage of the base weights. By default nf4, and of a native checkpoint its own."""
     adapter: Path | None = None
@@ -106,17 +107,12 @@ def lora_of(config: Config) -> LoraConfig | None:
 
 def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
     """The model with the shapes of a saved adapter, whose file must hold exactly these."""
-    from bimedix_jax.adapters import add_lora
+    from bimedix_jax.adapters import add_lora, is_trainable
     from bimedix_jax.checkpoint import store
     from bimedix_jax.checkpoint.safetensors_io import read_header
-    from bimedix_jax.experiment import parse
 
-    record = store.read_config(folder / store.ADAPTER_CONFIG, store.ADAPTER_FORMAT)
-    if record["base"]["identity"] != store.base_identity(model):
-        raise BimedixError(f"The adapter {folder} was trained on another base than this model; name that one.")
-    fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
-    adapted = add_lora(model, parse(LoraConfig, fields, str(folder / store.ADAPTER_CONFIG)))
-    expected = {path: tuple(leaf.shape) for path, leaf in store.leaves_of(adapted).items() if ".lora." in path}
+    adapted = add_lora(model, store.adapter_config(model, folder))
+    expected = {path: tuple(leaf.shape) for path, leaf in store.leaves_of(adapted, is_trainable(adapted)).items()}
     found = {name: tuple(tensor.shape) for name, tensor in read_header(folder / store.ADAPTER_WEIGHTS).items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -128,11 +124,8 @@ def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
 
 
 def described(model: "Mixtral") -> dict[str, Any] | None:
-    """Rank, alpha, targets and scale of the model's adapters."""
-    from bimedix_jax.adapters import has_lora
-    from bimedix_jax.checkpoint.store import lora_config
-
-    if not has_lora(model):
+    """The adapters' configuration, and the scale of those without an override."""
+    if model.lora is None:
         return None
-    lora = lora_config(model)
-    return {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets, "scale": lora.scale}
+    lora = model.lora
+    return {**dataclasses.asdict(lora), "scale": lora.alpha / (lora.rank**0.5 if lora.rank_stabilised else lora.rank)}

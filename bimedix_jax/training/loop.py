@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from bimedix_jax.adapters import add_lora, has_lora
+from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.load import load
 from bimedix_jax.checkpoint.steps import save_step
-from bimedix_jax.checkpoint.store import lora_config, save, save_adapter
+from bimedix_jax.checkpoint.store import save, save_adapter
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.models.mixtral import Mixtral, init_random
@@ -24,7 +24,7 @@ from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, micro_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
-from bimedix_jax.training.state import Structure, TrainState, init_state, put_back, take_apart
+from bimedix_jax.training.state import Params, Structure, TrainState, init_state, put_back, take_apart
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 from bimedix_jax.training.tracking import Mirror
@@ -78,6 +78,7 @@ def train(
     experiment = dataclasses.replace(experiment, steps=rows.steps)
     check_fit(experiment, model)
     structure, params, frozen = take_apart(model)
+    check_router_rate(experiment, params)
     optimiser = make_optimiser(experiment.optimiser, rows.steps)
     state = init_state(params, optimiser)
     begin(folder, experiment)
@@ -97,7 +98,7 @@ def train(
         command = resume_command or f"bimedix train --resume --out {folder}"
         state, last = run_steps(experiment, folder, rows, compiled, structure, state, frozen, console, command)
     put_back(model, state.params)
-    if has_lora(model):
+    if model.lora is not None:
         trained = save_adapter(model, folder / "adapter", overwrite=True)
     else:
         trained = save(model, folder / "model", overwrite=True)
@@ -115,14 +116,13 @@ def prepare_model(experiment: Experiment, model: Mixtral | None) -> Mixtral:
         if source.path is None:
             raise BimedixError("The experiment names no model; give model.path, a folder or a hub id.")
         model = load(source.path, base=source.base, dtype=source.dtype, revision=source.revision)
-    wanted = experiment.lora
-    if not has_lora(model):
+    wanted, found = experiment.lora, model.lora
+    if found is None:
         return model if wanted is None else add_lora(model, wanted, experiment.seed)
-    found = lora_config(model)
-    if wanted is None or (found.rank, found.scale, set(found.targets)) != (
-        wanted.rank,
-        wanted.scale,
-        set(wanted.targets),
+    if (
+        wanted is None
+        or dataclasses.replace(wanted, targets=found.targets) != found
+        or set(wanted.targets) != set(found.targets)
     ):
         raise BimedixError(f"The model carries adapters {found}, the experiment asks for {wanted}; make them agree.")
     return model
@@ -133,6 +133,14 @@ def check_fit(experiment: Experiment, model: Mixtral) -> None:
         raise BimedixError(
             f"Rows of {experiment.data.sequence_length} tokens exceed the model's "
             f"{model.config.max_position_embeddings} positions; pack the data with a smaller sequence length."
+        )
+
+
+def check_router_rate(experiment: Experiment, params: Params) -> None:
+    if experiment.optimiser.router_learning_rate is not None and not any(".router." in name for name in params):
+        raise BimedixError(
+            "optimiser.router_learning_rate is set, but the routers are frozen; add router to lora.targets, set "
+            "lora.train_router, or leave the rate out."
         )
 
 

@@ -1,6 +1,7 @@
 """AdamW with linear warm-up, a cosine and clipping by the norm of the whole gradient."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
         # norms are stacked over layers, so their number of axes does not tell them from matrices; names do
         return {name: not name.endswith(".scale") for name in params}
 
-    return optax.adamw(
+    adamw = optax.adamw(
         schedule(config, steps),
         b1=config.beta1,
         b2=config.beta2,
@@ -44,6 +45,15 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=decayed,
     )
+    if config.router_learning_rate is None:
+        return adamw
+    # an update of AdamW, decay included, is proportional to the rate
+    ratio = config.router_learning_rate / config.learning_rate
+
+    def scale_router(updates: Any, _: object = None) -> dict[str, jax.Array]:
+        return {name: update * ratio if ".router." in name else update for name, update in updates.items()}
+
+    return optax.chain(adamw, optax.stateless(scale_router))
 
 
 def clip(gradients: dict[str, jax.Array], largest: float | None) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -18,6 +18,7 @@ import optax
 
 from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.models.config import Remat
+from bimedix_jax.models.linear import with_dropout
 from bimedix_jax.models.mixtral import Output
 from bimedix_jax.models.routers import Load, Routing, load_balancing_loss, load_of, router_z_loss
 from bimedix_jax.training.losses import next_token_loss, targets_of
@@ -80,10 +81,17 @@ def balance_part(out: Output, valid_BT: jax.Array, scope: str, totals: Totals) -
 
 
 def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[jax.Array, dict]]:
-    """objective(params, frozen, micro_batch, totals) -> (its part of the step's objective, sums for the metrics)."""
+    """objective(params, frozen, micro_batch, totals, key) -> (its part of the step's objective, sums for the metrics).
 
-    def objective(params: Params, frozen: dict[str, Any], micro: Batch, totals: Totals) -> tuple[jax.Array, dict]:
+    `key` turns on the adapters' dropout.
+    """
+
+    def objective(
+        params: Params, frozen: dict[str, Any], micro: Batch, totals: Totals, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
         model = structure.merge(params, frozen)
+        if key is not None:
+            with_dropout(model, key)
         tokens_BT, segment_ids_BT = micro["tokens_BT"], micro["segment_ids_BT"]
         out = model.hidden(tokens_BT, segment_ids_BT, remat=remat)
         valid_BT = segment_ids_BT != 0
@@ -99,31 +107,39 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
 
 
 def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[Params, dict]]:
-    """gradient(params, frozen, batch_A) -> (float32 gradients by name, sums for the metrics) of one optimiser step."""
+    """gradient(params, frozen, batch_A, key) -> (float32 gradients by name, sums for the metrics) of a whole step.
+
+    `key` turns on the adapters' dropout, which every micro-batch draws anew.
+    """
     differentiate = jax.grad(make_objective(structure, router, remat), has_aux=True)
 
-    def load_of_part(params: Params, frozen: dict[str, Any], micro: Batch) -> Load:
-        out = structure.merge(params, frozen).hidden(micro["tokens_BT"], micro["segment_ids_BT"])
+    def load_of_part(params: Params, frozen: dict[str, Any], micro: Batch, key: jax.Array | None) -> Load:
+        model = structure.merge(params, frozen)
+        if key is not None:
+            with_dropout(model, key)
+        out = model.hidden(micro["tokens_BT"], micro["segment_ids_BT"])
         return load_of(out.routing, micro["segment_ids_BT"] != 0)
 
-    def gradient(params: Params, frozen: dict[str, Any], batch_A: Batch) -> tuple[Params, dict]:
-        load = None
+    def gradient(
+        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None = None
+    ) -> tuple[Params, dict]:
+        load, keys_A = None, None if key is None else jax.random.split(key, batch_A["tokens_BT"].shape[0])
         if router.aux_scope == "global" and batch_A["tokens_BT"].shape[0] > 1:
-            loads_A = jax.lax.map(lambda micro: load_of_part(params, frozen, micro), batch_A)
+            loads_A = jax.lax.map(lambda part: load_of_part(params, frozen, *part), (batch_A, keys_A))
             load = jax.tree.map(lambda x: jax.lax.stop_gradient(jnp.sum(x, axis=0)), loads_A)
         totals = totals_of(batch_A, load)
 
-        def part(micro: Batch) -> tuple[Params, dict]:
-            gradients, sums = differentiate(params, frozen, micro, totals)
+        def part(micro: Batch, key: jax.Array | None) -> tuple[Params, dict]:
+            gradients, sums = differentiate(params, frozen, micro, totals, key)
             return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
         if batch_A["tokens_BT"].shape[0] == 1:
-            gradients, sums = part({name: x[0] for name, x in batch_A.items()})
+            gradients, sums = part(*jax.tree.map(lambda x: x[0], (batch_A, keys_A)))
         else:
-            first = jax.tree.map(lambda x: x[0], batch_A)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, first))
+            first = jax.tree.map(lambda x: x[0], (batch_A, keys_A))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, *first))
             (gradients, sums), _ = jax.lax.scan(
-                lambda total, micro: (jax.tree.map(jnp.add, total, part(micro)), None), zeros, batch_A
+                lambda total, micro: (jax.tree.map(jnp.add, total, part(*micro)), None), zeros, (batch_A, keys_A)
             )
         return gradients, {**sums, "targets": totals.targets, "tokens": totals.tokens}
 
@@ -148,8 +164,11 @@ def make_train_step(
     gradient = make_gradient(structure, experiment.router, experiment.remat)
     rate = schedule(experiment.optimiser, steps)
 
+    dropout = experiment.lora is not None and experiment.lora.dropout > 0
+
     def step(state: TrainState, frozen: dict[str, Any], batch_A: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradients, sums = gradient(state.params, frozen, batch_A)
+        key = jax.random.fold_in(jax.random.key(experiment.seed), state.step) if dropout else None
+        gradients, sums = gradient(state.params, frozen, batch_A, key)
         gradients, norm = clip(gradients, experiment.optimiser.clip_norm)
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params: Any = optax.apply_updates(state.params, updates)

@@ -18,7 +18,6 @@ from bimedix_jax.checkpoint.store import (
     is_native,
     leaves_of,
     load_adapter,
-    lora_config,
     restore,
     save,
     save_adapter,
@@ -72,7 +71,7 @@ def test_a_model_restores_to_the_bit(tmp_path, dtype, packed):
     assert is_native(tmp_path / "model")
     assert not is_native(tmp_path)
     assert (restored.config, restored.dtype) == (CONFIG, dtype)
-    assert lora_config(restored) == LORA
+    assert restored.lora == LORA
     assert_equal(restored, model)
 
 
@@ -139,7 +138,7 @@ def test_adapters_alone(tmp_path):
     assert is_adapter(tmp_path / "adapter")
     base = quantise_base(init_random(CONFIG))
     restored = load_adapter(base, tmp_path / "adapter")
-    assert lora_config(restored) == LORA
+    assert restored.lora == LORA
     for path, value in leaves_of(restored).items():
         if ".lora." in path:
             np.testing.assert_array_equal(value, leaves_of(model)[path])

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bimedix_jax.adapters import add_lora, coverage, has_lora, is_trainable, linears
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.adapters import linears
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.attention import KVCache, positions_in_segments
-from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig, MixtralConfig, Remat, RouterConfig
+from bimedix_jax.models.config import MIXTRAL_8X7B, MixtralConfig, Remat, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, Output, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
@@ -182,60 +181,6 @@ def test_nf4_base_is_the_dequantised_base(model: Mixtral, tokens: np.ndarray) ->
         if isinstance(value := layer.w.get_value(), NF4Tensor):
             layer.w.set_value(dequantize(value))
     close(run(packed, tokens).logits_BTV, run(restored, tokens).logits_BTV)
-
-
-def test_fresh_adapters_change_nothing_and_alone_train(model: Mixtral, tokens: np.ndarray) -> None:
-    base = quantise_base(model)
-    adapted = add_lora(base, LoraConfig(rank=4, alpha=8.0))
-    assert has_lora(adapted)
-    assert not has_lora(base)
-    assert np.array_equal(run(adapted, tokens).logits_BTV, run(base, tokens).logits_BTV)
-    graph, adapters, frozen = nnx.split(adapted, is_trainable(adapted), ...)
-    grads = jax.jit(jax.grad(lambda a: nnx.merge(graph, a, frozen)(tokens).logits_BTV.std()))(adapters)
-    flat = nnx.to_flat_state(grads)
-    assert {path[-1] for path, _ in flat} == {"a", "b"}
-    assert {path[-3] for path, _ in flat} == {"q", "k", "v", "w1", "w2", "w3", "router"}
-    assert all(np.abs(v.get_value()).max() > 0 for path, v in flat if path[-1] == "b")
-
-
-def test_adapter_draws_depend_on_names_alone(model: Mixtral) -> None:
-    few = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("w2", "q"))).layers.moe.w2.lora
-    many = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("q", "k", "w2"))).layers.moe.w2.lora
-    assert few is not None
-    assert many is not None
-    assert np.array_equal(few.a.get_value(), many.a.get_value())
-
-
-def test_coverage_of_the_papers_recipe() -> None:
-    table = coverage(add_lora(quantise_base(Mixtral(MIXTRAL_8X7B)), LoraConfig(rank=128, alpha=64.0)))
-    assert table.trainable_parameters == 1_904_246_784
-    assert table.total_parameters == 46_702_792_704
-    rows = {row.name: row for row in table.rows}
-    assert rows["layers.moe.w1.w"].bits <= 4.13
-    assert rows["layers.moe.router.w"].bits == 16
-    assert rows["layers.moe.router.w"].full_rank
-    assert not rows["layers.moe.w1.w"].full_rank
-    assert rows["layers.attention.o.w"].rank is None
-
-
-def test_adapters_twice_are_refused(model: Mixtral) -> None:
-    adapted = add_lora(model, LoraConfig(rank=2, alpha=2.0))
-    with pytest.raises(BimedixError, match="carries adapters already"):
-        add_lora(adapted, LoraConfig(rank=2, alpha=2.0))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"targets": ("q", "gate")}, "Unknown target gate"),
-        ({"targets": ()}, "targets is empty"),
-        ({"targets": ("q", "q")}, "duplicates"),
-    ],
-)
-def test_lora_config_refuses(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LoraConfig(**{"rank": 4, "alpha": 4.0, **change})
 
 
 def test_mixtral_config_refuses() -> None:

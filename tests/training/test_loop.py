@@ -13,7 +13,7 @@ from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.store import load_adapter
 from bimedix_jax.data import pack
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.experiment import BatchConfig, DataSource, Tracking, read
+from bimedix_jax.experiment import BatchConfig, DataSource, OptimiserConfig, Tracking, read
 from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.training import loop
@@ -187,3 +187,12 @@ def test_data_that_does_not_fit_is_refused(experiment, tmp_path):
     assert not any((tmp_path / name).exists() for name in "abc")
     with pytest.raises(BimedixError, match="model's tokenizer"):
         loop.checked({"tokens_BT": np.asarray([[61]])}, 61, 0)
+
+
+def test_a_rate_for_routers_that_are_frozen_is_refused(experiment, tmp_path):
+    asked = experiment(
+        lora=LoraConfig(2, 4.0, ("q",)), optimiser=OptimiserConfig(router_learning_rate=1e-4, warmup_steps=1)
+    )
+    with pytest.raises(BimedixError, match="the routers are frozen"):
+        train(asked, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,7 @@
 """The schedule's landmarks, and AdamW against torch's."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,3 +61,26 @@ def test_adamw_is_torchs():
         ours = jax.tree.map(jnp.add, ours, updates)
     for name, parameter in theirs.items():
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_the_routers_have_a_rate_of_their_own():
+    """Three steps with decay: the routers' parameters move as in a run at their rate, the others as before."""
+    start = {"layers.moe.router.lora.b": jnp.ones((2, 3)), "layers.moe.w1.lora.b": jnp.ones((2, 3))}
+    gradient = jax.tree.map(lambda x: 0.3 * x, start)
+
+    def moved(config):
+        optimiser = make_optimiser(config, 10)
+        params, state = start, optimiser.init(start)
+        for _ in range(3):
+            updates, state = optimiser.update(gradient, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        return params
+
+    slow = OptimiserConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1)
+    both = moved(dataclasses.replace(slow, router_learning_rate=0.05))
+    fast = moved(dataclasses.replace(slow, learning_rate=0.05))
+    name, other = start
+    np.testing.assert_allclose(both[name], fast[name], rtol=1e-6)
+    np.testing.assert_array_equal(both[other], moved(slow)[other])
+    with pytest.raises(BimedixError, match="leave them out"):
+        OptimiserConfig(router_learning_rate=0.0)

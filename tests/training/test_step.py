@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bimedix_jax.adapters import add_lora
@@ -159,3 +160,24 @@ def test_load_spread():
     spread = load_spread(jnp.asarray([[5.0, 5.0, 5.0, 5.0], [20.0, 0.0, 0.0, 0.0], [10.0, 10.0, 0.0, 0.0]]))
     np.testing.assert_allclose(spread["load_entropy"], [1.0, 0.0, 0.5], atol=1e-6)
     np.testing.assert_allclose(spread["load_max_share"], [0.25, 1.0, 0.5])
+
+
+def test_dropout_is_drawn_anew_in_every_step(config, batch, experiment):
+    """And not at all in the gradient without a key."""
+    model = add_lora(init_random(config, std=0.4), LoraConfig(2, 4.0, ("q", "w2"), dropout=0.5))
+    structure, params, frozen = take_apart(model)
+    data = jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 2))
+    gradient = jax.jit(make_gradient(structure, RouterTraining(aux_scope="global", **ROUTER), "layer"))
+    plain, _ = gradient(params, frozen, data)
+    one, _ = gradient(params, frozen, data, jax.random.key(1))
+    again, _ = gradient(params, frozen, data, jax.random.key(1))
+    other, _ = gradient(params, frozen, data, jax.random.key(2))
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    assert relative(one, plain) > 0.1
+    assert relative(one, other) > 0.1
+    asked = experiment(lora=model.lora)
+    fixed = optax.set_to_zero()
+    still = make_train_step(structure, asked, 10, fixed)
+    state, first = still(init_state(params, fixed), frozen, data)
+    _, second = still(state, frozen, data)
+    assert float(first["grad_norm"]) != float(second["grad_norm"]), "the same parameters and rows, another mask"
