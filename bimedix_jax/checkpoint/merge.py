@@ -1,0 +1,227 @@
+"""Adapters merged into the weights they belong to: a Hugging Face folder without adapters, written piece by piece.
+
+Over a 4-bit base there are two honest choices: the original 16-bit weights (closer to the base model, but not what the
+adapters saw in training) and the dequantised ones (what they saw). Either way 16-bit weights round small deltas away,
+and routers may choose otherwise. `Merged` and `bimedix_jax.drift` say how much: a merge that loses the fine-tune must not
+look like one that keeps it.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from bimedix_jax.adapters import linears
+from bimedix_jax.checkpoint import hub, table
+from bimedix_jax.checkpoint.hf import companion_folder, parameters, stored_pieces
+from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json, write_config
+from bimedix_jax.checkpoint.rewrite import DTYPES
+from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import new_folder
+from bimedix_jax.models.linear import ExpertLinear, Linear
+from bimedix_jax.models.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+Into = Literal["original", "dequantised"]
+LARGE_LOSS = 0.1
+"""Share of a delta lost to rounding above which a merge says so by itself."""
+
+Piece = tuple[table.Row, tuple[int, ...], int, np.ndarray]
+"""(row of the conversion table, (layer, expert), first row, rows of the matrix as Hugging Face orients it)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What a merge did.
+
+    Attributes:
+      matrices: how many matrices received a delta, by target.
+      delta_norm: Frobenius norm of the deltas, by target.
+      rounding_loss: norm of (written - weight in that precision - delta) over the norm of the deltas, by target: the
+        share of the fine-tune that the written precision cannot hold.
+    """
+
+    folder: Path
+    into: Into
+    dtype: str
+    matrices: dict[str, int]
+    delta_norm: dict[str, float]
+    rounding_loss: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**dataclasses.asdict(self), "folder": str(self.folder)}
+
+
+class Sums:
+    """Squared norms by target, over all pieces."""
+
+    def __init__(self) -> None:
+        self.matrices: dict[str, set[tuple[int, ...]]] = {}
+        self.deltas: dict[str, float] = {}
+        self.losses: dict[str, float] = {}
+
+    def add(self, target: str, index: tuple[int, ...], delta: np.ndarray, loss: np.ndarray) -> None:
+        self.matrices.setdefault(target, set()).add(index)
+        self.deltas[target] = self.deltas.get(target, 0.0) + float(np.vdot(delta, delta))
+        self.losses[target] = self.losses.get(target, 0.0) + float(np.vdot(loss, loss))
+
+
+def export_merged(
+    model: Mixtral,
+    folder: str | Path,
+    into: Into,
+    original: str | Path | None = None,
+    dtype: str = "bfloat16",
+    tokenizer_from: str | Path | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Merged:
+    """Writes the model in hub layout with its adapters merged, which transformers loads as an ordinary Mixtral.
+
+    Args:
+      into: "dequantised" adds the deltas to the weights that `model` holds; "original" to those of the folder
+        `original`, by default the one that the model was loaded from, streamed from there.
+      dtype: of the written weights, bfloat16 or float32.
+    Raises:
+      BimedixError: the model has no adapters, `original` is not its unquantised base, or a folder cannot be written.
+    """
+    if model.lora is None:
+        raise BimedixError("The model carries no adapters to merge; load it with adapter=FOLDER.")
+    layers = {".".join(path): layer for path, layer in linears(model).items()}
+    entries = table.named_entries(model.config).items()
+    specs = [TensorSpec(name, DTYPES[dtype], table.unit_shape(row, model.config)) for name, (row, _) in entries]
+    values = {path: variable.get_value() for path, variable in parameters(model).items()}
+    source = original_folder(model, original) if into == "original" else None
+    companions = companion_folder(model, tokenizer_from if tokenizer_from is not None else source)
+    sums = Sums()
+    with new_folder(folder, overwrite) as partial:
+        with (
+            ShardedWriter(partial, specs, max_shard_bytes) as writer,
+            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="merging", delay=2.0, disable=None) as bar,
+        ):
+            for row, index, first, rows in held_pieces(model, values) if source is None else read_pieces(model, source):
+                # a router that trained in full is the model's own
+                if source is not None and row.path == "layers.moe.router.w" and model.lora.train_router:
+                    rows = np.asarray(values[row.path][index]).T[first : first + len(rows)]
+                elif source is not None and row.path not in QUANTISABLE:
+                    require_same(rows, values[row.path], row, index, first, source)
+                merged = merge_piece(layers.get(row.path.removesuffix(".w")), row, index, first, rows, dtype, sums)
+                writer.write(table.named(row.name, index), merged, first)
+                bar.update(merged.nbytes)
+        neutral = {}
+        if companions is not None:
+            hub.copy_companions(companions, partial)
+            neutral = read_json(companions) if (companions / CONFIG_NAME).exists() else {}
+        write_config(partial, model.config, dtype, neutral)
+    return summary(Path(folder), into, dtype, sums)
+
+
+QUANTISABLE = frozenset(
+    row.path for row in table.TABLE if row.transposed and row.path not in ("layers.moe.router.w", "lm_head.w")
+)
+"""Weights that a 4-bit base holds rounded, so that they cannot be compared with the original's."""
+
+
+def original_folder(model: Mixtral, original: str | Path | None) -> Path:
+    """The unquantised base of a model."""
+    source = original if original is not None else model.origin
+    if source is None:
+        raise BimedixError("The model remembers no folder to take the original weights from; pass original=FOLDER.")
+    folder = Path(source)
+    if not (folder / CONFIG_NAME).is_file():
+        raise BimedixError(
+            f"{folder} is no Hugging Face folder; pass the base's as original, or merge into dequantised."
+        )
+    if read_config(folder) != model.config:
+        raise BimedixError(f"{folder} is of another architecture than the model; pass its own base as original.")
+    hub.require_safetensors(folder)
+    return folder
+
+
+def held_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[Piece]:
+    """The model's own weights, 4-bit ones dequantised."""
+    for row, index in table.named_entries(model.config).values():
+        shape = table.unit_shape(row, model.config)
+        spec = TensorSpec(row.name, np.dtype(values[row.path].dtype), shape)
+        for first, rows in stored_pieces(values[row.path], index, spec, row.transposed):
+            yield row, index, first, rows
+
+
+def read_pieces(model: Mixtral, folder: Path) -> Iterator[Piece]:
+    """The weights of a Hugging Face folder."""
+    for unit in table.units(read_folder(folder), model.config, str(folder)):
+        for first, count in pieces(TensorSpec(unit.row.name, unit.tensor.dtype, unit.shape)):
+            yield unit.row, unit.index, first, unit.tensor.read(unit.first_row + first, count)
+
+
+def require_same(rows: np.ndarray, held: Any, row: table.Row, index: tuple[int, ...], first: int, source: Path) -> None:
+    """Raises BimedixError where a weight that no storage rounds differs: `source` is another base then."""
+    own = np.asarray(held[index])
+    own = (own.T if row.transposed else own)[first : first + len(rows)]
+    if not np.array_equal(rows.astype(own.dtype), own):
+        raise BimedixError(
+            f"{table.named(row.name, index)} in {source} differs from the model's; pass the base that the adapters were "
+            "trained on as original, or merge into dequantised."
+        )
+
+
+def factors_of(layer: Linear | ExpertLinear, index: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """(a [in, R], b [R, out], scale) of one matrix of a layer; None where it has no adapter."""
+    if layer.lora is None:
+        return None
+    lead = layer.w.get_value().shape[:-2]
+    slot = int(np.ravel_multi_index(index, lead)) if lead else 0
+    a, b = layer.lora.a.get_value(), layer.lora.b.get_value()
+    if layer.lora.slots is None:
+        return np.asarray(a[index]), np.asarray(b[index]), layer.lora.scale
+    if slot not in layer.lora.slots:
+        return None
+    place = layer.lora.slots.index(slot)
+    return np.asarray(a[place]), np.asarray(b[place]), layer.lora.scale
+
+
+def merge_piece(
+    layer: Linear | ExpertLinear | None,
+    row: table.Row,
+    index: tuple[int, ...],
+    first: int,
+    rows: np.ndarray,
+    dtype: str,
+    sums: Sums,
+) -> np.ndarray:
+    """Rows of one matrix with their delta, in the written dtype; sums up what rounding takes."""
+    found = None if layer is None else factors_of(layer, index)
+    if found is None:
+        return rows.astype(DTYPES[dtype], copy=False)
+    a, b, scale = found
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise BimedixError(f"The adapter of {table.named(row.name, index)} holds NaN or infinity; take another one.")
+    delta = np.float32(scale) * (b[:, first : first + len(rows)].T @ a.T)
+    written = (rows.astype(np.float32) + delta).astype(DTYPES[dtype])
+    unmerged = rows.astype(DTYPES[dtype]).astype(np.float32)  # what the weight alone loses is not the delta's
+    sums.add(row.path.split(".")[-2], index, delta, written.astype(np.float32) - unmerged - delta)
+    return written
+
+
+def summary(folder: Path, into: Into, dtype: str, sums: Sums) -> Merged:
+    """The report; says by itself where rounding took much."""
+    norms = {target: value**0.5 for target, value in sums.deltas.items()}
+    losses = {target: sums.losses[target] ** 0.5 / norm if norm else 0.0 for target, norm in norms.items()}
+    large = [f"{target} {share:.0%}" for target, share in losses.items() if share > LARGE_LOSS]
+    if large:
+        log.warning(
+            "%s weights cannot hold the whole fine-tune: rounding takes %s of the deltas' norm; float32 keeps it.",
+            dtype,
+            ", ".join(large),
+        )
+    if norms and not any(norms.values()):
+        log.warning("every delta is zero: the adapters have not been trained, and the merged model is the base.")
+    counts = {target: len(indices) for target, indices in sums.matrices.items()}
+    return Merged(folder, into, dtype, counts, norms, losses)
