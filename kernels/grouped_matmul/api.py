@@ -30,10 +30,6 @@ def orient(w: jax.Array | NF4Tensor, d: int) -> jax.Array | NF4Tensor:
     return w
 
 
-def swap(w: jax.Array | NF4Tensor) -> jax.Array | NF4Tensor:
-    return w.mT if isinstance(w, NF4Tensor) else jnp.swapaxes(w, 1, 2)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str | None) -> jax.Array:
     return pick_backend(backend).grouped_matmul(x_MD, w_EDF, group_sizes_E)
@@ -48,7 +44,7 @@ def product_forward(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E
 def product_backward(backend: str | None, residuals: tuple, dy_MF: jax.Array):
     x_MD, w_EDF, group_sizes_E = residuals
     module = pick_backend(backend)
-    dx_MD = module.grouped_matmul(dy_MF, swap(w_EDF), group_sizes_E)
+    dx_MD = module.grouped_matmul(dy_MF, w_EDF, group_sizes_E, swapped=True)
     if x_MD is None:
         return dx_MD, jax.tree.map(zero_cotangent, w_EDF), zero_cotangent(group_sizes_E)
     dw_EDF = module.weight_gradient(x_MD, dy_MF, group_sizes_E).astype(w_EDF.dtype)

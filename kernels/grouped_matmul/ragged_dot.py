@@ -5,16 +5,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.api import layer_weights
 
 
 def grouped_matmul(
-    x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"]
+    x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"], swapped: bool = False
 ) -> Float[Array, "M F"]:
-    dense_EDF = dequantize(w_EDF) if isinstance(w_EDF, NF4Tensor) else w_EDF
-    y_MF = lax.ragged_dot(x_MD, dense_EDF.astype(x_MD.dtype), group_sizes_E, preferred_element_type=jnp.float32).astype(
-        x_MD.dtype
+    dense_EDF = layer_weights(w_EDF, x_MD.dtype) if isinstance(w_EDF, NF4Tensor) else w_EDF
+    dimension_numbers = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2 if swapped else 1,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
     )
+    y_MF = lax.ragged_dot_general(
+        x_MD, dense_EDF.astype(x_MD.dtype), group_sizes_E, dimension_numbers, preferred_element_type=jnp.float32
+    ).astype(x_MD.dtype)
     # what lands in rows that no group owns is up to the platform
     owned_M = jnp.arange(x_MD.shape[0]) < jnp.sum(group_sizes_E)
     return jnp.where(owned_M[:, None], y_MF, 0)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
-from bimedix_jax.kernels.nf4.api import block_scales
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.api import block_scales, layer_weights
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
 from bimedix_jax.kernels.products import dot, dot_rows
 
@@ -94,11 +94,13 @@ def run_blocks(
 
 
 def grouped_matmul(
-    x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"]
+    x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"], swapped: bool = False
 ) -> Float[Array, "M F"]:
-    width = w_EDF.shape[2]
+    if swapped and isinstance(w_EDF, NF4Tensor):
+        w_EDF, swapped = w_EDF.mT, False
+    width = w_EDF.shape[1 if swapped else 2]
     if isinstance(w_EDF, NF4Tensor) and not is_planar(w_EDF):
-        w_EDF = dequantize(w_EDF, x_MD.dtype)
+        w_EDF = layer_weights(w_EDF, x_MD.dtype)
     if isinstance(w_EDF, NF4Tensor):
         t, scales_EB = w_EDF, block_scales(w_EDF)
 
@@ -126,7 +128,9 @@ def grouped_matmul(
         (x_MD,),
         group_sizes_E,
         lambda e: (index(dense, e),),
-        lambda x, w: dot(x[0], w[0], 0),
+        # the product reads the matrix as it lies: a transpose here would be hoisted out of the layer scan on GPUs, as a
+        # transposed copy of every layer's weights
+        lambda x, w: dot(x[0], w[0], 1 if swapped else 0),
         width,
     )
 

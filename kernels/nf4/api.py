@@ -5,7 +5,8 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped, UInt8
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from bimedix_jax.kernels.nf4.tables import (
     DYNAMIC_MAP,
@@ -96,6 +97,21 @@ def quantize(
     return NF4Tensor(packed, absmax, nested_absmax, nested_offset, unit_shape, False, block_size, str(w.dtype))
 
 
+def flushed_blocks(w: Float[Array, "*n"], block_size: int = 64) -> Int[Array, ""]:
+    """Blocks of the flattened `w` that lose values because denormals are quantised as zeros.
+
+    bitsandbytes codes denormals like other numbers. The two differ only in blocks whose largest magnitude is so near
+    to the smallest normal float32 that a denormal would not be coded as zero anyway (NF4 codes below 0.0398 are zero).
+    """
+    if w.dtype == jnp.float16:  # its denormals are normal float32 numbers
+        return jnp.zeros((), jnp.int32)
+    # by their bits, since comparisons of denormals are flushed too; magnitudes of floats order as these integers do
+    bits = lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32).reshape(-1) & 0x7FFFFFFF
+    blocks = pad_last(bits, block_size).reshape(-1, block_size)
+    denormal = jnp.any((blocks > 0) & (blocks < 1 << 23), axis=-1)
+    return jnp.sum(denormal & (jnp.max(blocks, axis=-1) < 6 << 23), dtype=jnp.int32)  # 2**5 times the smallest normal
+
+
 def block_scales(t: NF4Tensor) -> Float[Array, "*batch blocks"]:
     """float32 scale of every block, with double quantisation undone."""
     if t.nested_absmax is None or t.nested_offset is None:
@@ -118,3 +134,19 @@ def dequantize(t: NF4Tensor, dtype: jnp.dtype | str | None = None) -> Float[Arra
     scales = jnp.repeat(block_scales(t), t.block_size, axis=-1)[..., :unit_size]
     w = (nibble_values(codes) * scales).astype(dtype or t.dtype).reshape(*t.batch_shape, *t.unit_shape)
     return jnp.swapaxes(w, -1, -2) if t.transposed else w
+
+
+def as_recorded(values: Float[Array, "*n"], t: NF4Tensor, dtype: jnp.dtype | str) -> Float[Array, "*n"]:
+    """float32 `values` of `t` in `dtype`, rounded to the dtype that `t` records first.
+
+    bitsandbytes' layers round twice in this way: a tensor quantised from bfloat16 has bfloat16 values also in a float32
+    model. XLA may skip a cast to bfloat16 and back (xla_allow_excess_precision), but not this rounding.
+    """
+    if t.dtype == "bfloat16":
+        values = lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
+    return values.astype(t.dtype).astype(dtype)
+
+
+def layer_weights(t: NF4Tensor, dtype: jnp.dtype | str) -> Float[Array, "..."]:
+    """`dequantize` to the values that a layer computing in `dtype` multiplies with; see `as_recorded`."""
+    return as_recorded(dequantize(t, jnp.float32), t, dtype)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from bimedix_jax.kernels.nf4.api import nibble_values
+from bimedix_jax.kernels.nf4.api import as_recorded, nibble_values
 from bimedix_jax.kernels.nf4.tensor import NF4Tensor
 
 
@@ -25,7 +25,7 @@ def planes(
     by_block = packed.reshape(-1, t.block_size // 2)
 
     def plane(codes: jax.Array) -> jax.Array:
-        return (nibble_values(codes) * scales[:, None]).astype(dtype).reshape(rows, columns // 2)
+        return as_recorded(nibble_values(codes) * scales[:, None], t, dtype).reshape(rows, columns // 2)
 
     return plane(by_block >> 4), plane(by_block & 15)
 

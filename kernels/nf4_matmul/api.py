@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
-from bimedix_jax.kernels.nf4.api import block_scales
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.api import block_scales, layer_weights
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.products import dot, dot_rows
@@ -15,7 +15,7 @@ from bimedix_jax.kernels.products import dot, dot_rows
 
 def packed_product(x: jax.Array, t: NF4Tensor) -> jax.Array:
     if not is_planar(t):
-        return dot(x, dequantize(t, x.dtype)).astype(x.dtype)
+        return dot(x, layer_weights(t, x.dtype)).astype(x.dtype)
     even, odd = planes(t.packed, block_scales(t), t, x.dtype)
     if t.transposed:
         x_even, x_odd = split_columns(x)
