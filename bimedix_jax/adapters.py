@@ -179,10 +179,16 @@ class Coverage:
     def table(self) -> Table:
         """For a terminal of 80 columns or more."""
         share = 100 * self.trainable_parameters / self.total_parameters
+        partly = [row for row in self.rows if 0 < row.adapted < row.matrices]
         table = Table(
             title="Coverage: every base tensor, its storage and its adapter",
-            caption=f"{self.trainable_parameters:,} trainable of {self.total_parameters:,} ({share:.2f} %); "
-            f"base {self.base_bytes / 2**30:.2f} GiB",
+            caption="\n".join(
+                [
+                    f"{self.trainable_parameters:,} trainable of {self.total_parameters:,} ({share:.2f} %); "
+                    f"base {self.base_bytes / 2**30:.2f} GiB",
+                    *(f"part: {row.name} has {row.adapted} of {row.matrices} matrices adapted" for row in partly),
+                ]
+            ),
             box=box.SIMPLE_HEAD,
             show_edge=False,
             padding=0,
@@ -192,7 +198,7 @@ class Coverage:
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             rank = "-" if row.rank is None else f"{row.rank}" + (" full" if row.full_rank else "")
-            rank += f" ({row.adapted}/{row.matrices})" if 0 < row.adapted < row.matrices else ""
+            rank += " part" if 0 < row.adapted < row.matrices else ""
             shape = "x".join(map(str, row.shape))
             trained = f"{row.trainable / 1e6:,.2f}" if row.trainable else "-"
             table.add_row(row.name, shape, f"{row.parameters / 1e6:,.2f}", f"{row.bits:.2f}", rank, trained)

@@ -55,4 +55,12 @@ once "$out/run/adapter" "$bimedix" train quickstart --out "$out/run" --data "$ou
     --rows 2 --steps "$steps" --learning-rate 5e-4 --checkpoint-every 20 --set name=published-data \
     --set optimiser.warmup_steps=10 "${resume[@]}"
 once "$out/after.json" "${measure[@]}" --adapter "$out/run/adapter" --compare "$out/before.json" --out "$out/after.json"
-echo "Before: $out/before.json. After: $out/after.json. Training: $out/run/metrics.jsonl"
+"$VENV/bin/python" - "$out" <<'PYTHON'
+import json, pathlib, sys
+from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.picture import draw_run
+out = pathlib.Path(sys.argv[1])
+before, after = (json.loads((out / f"{name}.json").read_text())["heldout"]["bits_per_byte"] for name in ("before", "after"))
+draw_run(read_metrics(out / "run"), before, after, out / "run.png", "Fine-tuning on published medical data")
+PYTHON
+echo "Picture: $out/run.png. Before: $out/before.json. After: $out/after.json. Training: $out/run/metrics.jsonl"

@@ -264,3 +264,8 @@ def test_adapters_twice_are_refused(model: Mixtral) -> None:
 def test_lora_config_refuses(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoraConfig(**{"rank": 4, "alpha": 4.0, **change})
+
+
+def test_the_table_says_what_is_adapted_in_part(model: Mixtral) -> None:
+    table = coverage(add_lora(model, LoraConfig(2, 4.0, (r"layers\.1\..*\.w2", "q")))).table()
+    assert str(table.caption).endswith("part: layers.moe.w2.w has 4 of 8 matrices adapted")

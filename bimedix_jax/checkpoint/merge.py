@@ -1,9 +1,9 @@
 """Adapters merged into the weights they belong to: a Hugging Face folder without adapters, written piece by piece.
 
-Over a 4-bit base there are two honest choices: the original 16-bit weights (closer to the base model, but not what the
-adapters saw in training) and the dequantised ones (what they saw). Either way 16-bit weights round small deltas away,
-and routers may choose otherwise. `Merged` and `bimedix_jax.drift` say how much: a merge that loses the fine-tune must not
-look like one that keeps it.
+Over a 4-bit base there are two honest choices: the original 16-bit weights, closer to the base model but not what the
+adapters saw in training, and the dequantised ones, which they saw. Either way 16-bit weights round small deltas away,
+and routers may choose otherwise. `Merged` and `bimedix_jax.drift` say how much: a merge that loses the fine-tune must
+not look like one that keeps it.
 """
 
 import dataclasses
@@ -167,8 +167,8 @@ def require_same(rows: np.ndarray, held: Any, row: table.Row, index: tuple[int, 
     own = (own.T if row.transposed else own)[first : first + len(rows)]
     if not np.array_equal(rows.astype(own.dtype), own):
         raise BimedixError(
-            f"{table.named(row.name, index)} in {source} differs from the model's; pass the base that the adapters were "
-            "trained on as original, or merge into dequantised."
+            f"{table.named(row.name, index)} in {source} differs from the model's; pass the base that the adapters "
+            "were trained on as original, or merge into dequantised."
         )
 
 

@@ -39,7 +39,7 @@ class Config:
     data: Path | None = None
     """Folder with the tasks' folders: mmlu_medical_en, medmcqa_en, medqa_usmle_en, pubmedqa."""
     limit: int | None = None
-    """Only the first N held-out records, and the first N questions of each task; the result says so."""
+    """Only N held-out records, spread over the file, and the first N questions of each task; the result says so."""
     max_length: int | None = None
     """Longest record or question in tokens; by default the model's context. Longer ones are counted and not scored."""
     batch_tokens: int = 4096
@@ -104,7 +104,10 @@ def heldout_records(source: str, limit: int | None) -> "list[Record]":
     kept = [record for record in found if record.split != "train"]
     if not kept:
         raise BimedixError(f"{source} holds no held-out record; name a file that does")
-    return kept[:limit]
+    if limit is None or limit >= len(kept):
+        return kept
+    # files are sorted by source and kind: the first N would be of one
+    return [kept[i * len(kept) // limit] for i in range(limit)]
 
 
 def evaluate_records(

@@ -53,6 +53,8 @@ class Config:
     """Rank of the adapters."""
     alpha: float | None = None
     """The adapters' alpha; their scale is alpha / rank."""
+    targets: tuple[str, ...] | None = None
+    """Linear layers to adapt: q k v o w1 w2 w3 router lm_head, or patterns such as layers\\.[0-3]\\..*\\.w2."""
     aux_loss_coef: float | None = None
     """Weight of the load-balancing loss."""
     aux_scope: Literal["sequence", "micro_batch", "global"] | None = None
@@ -87,6 +89,7 @@ FIELDS = {
     "learning_rate": "optimiser.learning_rate",
     "rank": "lora.rank",
     "alpha": "lora.alpha",
+    "targets": "lora.targets",
     "aux_loss_coef": "router.aux_loss_coef",
     "aux_scope": "router.aux_scope",
     "remat": "remat",

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.commands.eval_run import heldout_records
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals import tables, tasks
 from bimedix_jax.evals.heldout import heldout_loss
@@ -145,3 +146,12 @@ def test_the_command_gives_one_json_document_and_the_same_file(folder, data, mix
 def test_what_is_wrong_is_said_before_the_model_loads(options, message, capsys):
     assert cli.main(["eval", "run", "--model", "no-such-model", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_limit_spreads_over_the_records():
+    """The sample is sorted by language and kind; a few of its records still show all of them."""
+    few = heldout_records("sample", 12)
+    assert len(few) == 12
+    assert {record.language for record in few} == {"en", "ar"}
+    assert {record.kind for record in few} == {"qa", "mcqa", "chat"}
+    assert heldout_records("sample", 1000) == heldout_records("sample", None)
