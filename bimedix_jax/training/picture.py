@@ -25,7 +25,13 @@ def draw_run(
     FigureCanvasAgg(figure)  # no window system, and nothing of pyplot's global state
     figure.suptitle(title, fontsize=11)
     curve, bars = figure.subplots(1, 2, width_ratios=[1, 1.25])
-    curve.plot([line["step"] for line in metrics], [line["nll"] for line in metrics], color="tab:blue")
+    steps, losses = [line["step"] for line in metrics], [line["nll"] for line in metrics]
+    span = len(losses) // 15
+    curve.plot(steps, losses, color="tab:blue", alpha=0.3 if span > 1 else 1.0)
+    if span > 1:  # rows differ more than a step teaches; the mean of the last few shows the course
+        means = [sum(losses[i - span : i]) / span for i in range(span, len(losses) + 1)]
+        curve.plot(steps[span - 1 :], means, color="tab:blue", label=f"mean of {span} steps")
+        curve.legend(fontsize=8, frameon=False)
     curve.set_title("Training loss", fontsize=10)
     curve.set_xlabel("optimiser step", fontsize=9)
     curve.set_ylabel("nats per learned token", fontsize=9)
