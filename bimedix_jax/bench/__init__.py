@@ -1,0 +1,1 @@
+"""Timings against peers and physical limits, each a ratio within one run."""

@@ -1,0 +1,101 @@
+"""Grouped matrix products against one dense product of the same useful FLOPs, and against JAX's own answer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bimedix_jax.bench.timing import medians
+from bimedix_jax.kernels.grouped_matmul import grouped_matmul
+from bimedix_jax.kernels.grouped_matmul.xla import index
+from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
+from bimedix_jax.kernels.nf4.api import block_scales
+from bimedix_jax.kernels.nf4.planes import planes
+from bimedix_jax.kernels.products import dot
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One layer's product: `tokens` tokens of width D, top_k of E experts of width F."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    top_k: int
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.top_k
+
+    @property
+    def flops(self) -> int:
+        """Of the rows that experts own: no padding, no expert that a row did not choose."""
+        return 2 * self.rows * self.width * self.hidden
+
+
+def balanced(size: Size) -> np.ndarray:
+    """Rows of each expert under a router that draws uniformly."""
+    return np.random.default_rng(0).multinomial(size.rows, np.full(size.experts, 1 / size.experts)).astype(np.int32)
+
+
+def skewed(size: Size) -> np.ndarray:
+    """One expert takes half of the rows, the others share the rest."""
+    rest = (size.rows - size.rows // 2) // (size.experts - 1)
+    sizes = np.full(size.experts, rest, np.int32)
+    sizes[2 % size.experts] += size.rows - sizes.sum()
+    return sizes
+
+
+def dequantise_all(t: NF4Tensor) -> tuple[jax.Array, jax.Array]:
+    """Every matrix of a stack as the two planes that the CPU's kernel consumes, each overwriting the one before."""
+    scales = block_scales(t)
+
+    def one(e: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return planes(index(t.packed, e), index(scales, e), t, jnp.dtype("bfloat16"))
+
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, jnp.zeros((), jnp.int32)))
+    return jax.lax.fori_loop(0, t.shape[0], lambda e, _: one(e), start)
+
+
+def contestants(size: Size) -> dict[str, Callable[[], Any]]:
+    """What runs, by name; all operands are arguments of compiled functions."""
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (size.rows, size.width), jnp.bfloat16)
+    stored = jax.random.normal(key, (size.experts, size.hidden, size.width), jnp.bfloat16)
+    w = stored.swapaxes(1, 2) + jnp.zeros((), jnp.bfloat16)
+    t = quantize(stored, batch_dims=1).mT  # as PyTorch stores it, (out, in), which is how checkpoints come
+    even, uneven = jnp.asarray(balanced(size)), jnp.asarray(skewed(size))
+    dense = jax.jit(lambda x, w: dot(x, w).astype(jnp.bfloat16))
+    ours = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes))
+    ragged = jax.jit(
+        lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
+    )
+    dequantise = jax.jit(dequantise_all)
+    return {
+        "dense": lambda: dense(x, w[0]),
+        "ours": lambda: ours(x, w, even),
+        "ours_skewed": lambda: ours(x, w, uneven),
+        "nf4": lambda: ours(x, t, even),
+        "nf4_skewed": lambda: ours(x, t, uneven),
+        "ragged_dot": lambda: ragged(x, w, even),
+        "dequant": lambda: dequantise(t),
+    }
+
+
+def measure(size: Size, repetitions: int) -> dict[str, Any]:
+    """One row: useful GFLOP/s of each contestant, their ratios to the dense product, G elements/s of dequantisation."""
+    seconds = medians(contestants(size), repetitions)
+    row: dict[str, Any] = {"tokens": size.tokens, "rows": size.rows, "width": size.width, "hidden": size.hidden}
+    row |= {"experts": size.experts, "top_k": size.top_k, "dtype": "bfloat16", "repetitions": repetitions}
+    for name, taken in seconds.items():
+        if name != "dequant":
+            row[f"{name}_gflops"] = size.flops / taken / 1e9
+    row["dequant_gelems"] = size.experts * size.width * size.hidden / seconds["dequant"] / 1e9
+    for name in ("ours", "ours_skewed", "nf4", "nf4_skewed"):
+        row[f"{name}_over_dense"] = seconds["dense"] / seconds[name]
+    row["ours_over_ragged_dot"] = seconds["ragged_dot"] / seconds["ours"]
+    return row

@@ -1,0 +1,60 @@
+"""Benchmarks compare what they say they compare; how fast it is, no test asserts."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bimedix_jax.bench.moe import Size, balanced, contestants, dequantise_all, skewed
+from bimedix_jax.bench.timing import medians
+from bimedix_jax.cli import main
+from bimedix_jax.kernels.nf4 import dequantize, quantize
+
+TINY = Size(tokens=24, width=64, hidden=96, experts=4, top_k=2)
+
+
+def test_contestants_take_turns_and_warm_up():
+    calls = []
+    seconds = medians({name: lambda name=name: calls.append(name) for name in "ab"}, repetitions=3, warm_up=1)
+    assert calls == ["a", "b", "a", "b", "a", "b", "a", "b"]
+    assert set(seconds) == {"a", "b"}
+
+
+def test_groups_hold_every_row():
+    assert balanced(TINY).sum() == skewed(TINY).sum() == TINY.rows
+    assert skewed(TINY).max() == TINY.rows // 2
+
+
+def test_ours_and_jaxs_answer_are_the_same_product():
+    run = contestants(TINY)
+    np.testing.assert_allclose(
+        np.asarray(run["ours"](), np.float32), np.asarray(run["ragged_dot"](), np.float32), rtol=0.02, atol=0.1
+    )
+    assert run["nf4"]().shape == run["dense"]().shape == (TINY.rows, TINY.hidden)
+
+
+def test_dequantisation_ends_with_the_last_matrix():
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 64)), jnp.bfloat16)
+    t = quantize(w, batch_dims=1)
+    even, odd = dequantise_all(t)
+    expected = dequantize(t)[2]
+    np.testing.assert_array_equal(even, expected[:, 0::2])
+    np.testing.assert_array_equal(odd, expected[:, 1::2])
+
+
+def test_the_command_line(tmp_path, capsys):
+    words = ["bench", "moe", "--tokens", "8", "16", "--width", "64", "--hidden", "96", "--experts", "4"]
+    assert main([*words, "--repetitions", "2", "--plot", str(tmp_path / "speed.png"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["tokens"] for row in rows] == [8, 16]
+    for name in ("dense_gflops", "ours_gflops", "nf4_gflops", "ragged_dot_gflops", "dequant_gelems"):
+        assert all(row[name] > 0 for row in rows)
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+    assert main([*words, "--top-k", "9"]) == 1
+    assert "at most --experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_flops_are_those_of_owned_rows(tokens):
+    assert Size(tokens, 64, 96, 4, 2).flops == 2 * 2 * tokens * 64 * 96
