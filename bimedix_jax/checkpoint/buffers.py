@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces
+from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.kernels.nf4.api import quantize_blocks, quantize_scales
+from bimedix_jax.kernels.nf4.api import all_finite, flushed_blocks, quantize_blocks, quantize_scales
 
 ALIGNMENT = 64
 TILE = 64
 """Side of the square tiles of a transposing copy: 4 times as fast as one strided copy of a 14336 x 4096 matrix."""
+NEAR_DENORMAL = np.float32(2.0**-121)
+"""Blocks with a scale below are looked at for denormals: 2**5 times the smallest normal float32."""
 QUANTISE_BYTES = 4 << 20
 """Source bytes quantised at once: as fast as larger pieces, and its float32 temporaries stay near 200 MB."""
 
@@ -72,30 +75,40 @@ def fill_array(
 
 def fill_nf4(
     target: NF4Tensor, index: tuple[int, ...], tensor: StoredTensor, first_row: int, done: Callable[[int], Any]
-) -> None:
+) -> int:
     """Quantises rows of `tensor` from `first_row` on into entry `index` of NumPy-backed `target`, a few MB at a time.
 
-    Equal to quantising the whole matrix, because every piece ends on a block boundary.
+    Equal to quantising the whole matrix, because every piece ends on a block boundary. Returns how many blocks hold
+    denormals that became zeros. Raises BimedixError for weights that are not finite.
     """
     rows, columns = target.unit_shape
     span = TensorSpec(tensor.name, tensor.dtype, (rows, columns))
     whole_blocks = target.block_size // math.gcd(target.block_size, columns)
     packed = target.packed[index]
     absmax = np.empty(target.absmax.shape[-1], np.float32)
+    flushed = 0
     for start, count in pieces(span, QUANTISE_BYTES, whole_blocks * 2):
         read = tensor.read(first_row + start, count)
         if target.dtype != str(read.dtype):
             read = read.astype(target.dtype)
+        if not all_finite(read):
+            raise BimedixError(
+                f"{tensor.path} holds NaN or infinity in {tensor.name} (rows {first_row + start} to "
+                f"{first_row + start + count - 1}), which has no 4-bit code; use another copy of the weights."
+            )
         codes, scales = quantize_blocks(read.reshape(-1), target.block_size)
         byte, block = start * columns // 2, start * columns // target.block_size
         packed[byte : byte + codes.size] = codes
         absmax[block : block + scales.size] = scales
+        if (absmax[block : block + scales.size] < NEAR_DENORMAL).any():
+            flushed += int(flushed_blocks(jnp.asarray(read.reshape(-1)), target.block_size))
         done(count * tensor.row_bytes)
     if target.nested_absmax is None or target.nested_offset is None:
         target.absmax[index] = absmax
-        return
+        return flushed
     # not under jit: fused with its neighbours, the mean differs in its last bit from that of `quantize`
     codes, nested_absmax, nested_offset = quantize_scales(jnp.asarray(absmax))
     target.absmax[index] = codes
     target.nested_absmax[index] = nested_absmax
     target.nested_offset[index] = nested_offset
+    return flushed

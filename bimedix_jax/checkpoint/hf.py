@@ -1,11 +1,12 @@
 """Hugging Face folders -> model, and back: streaming, without torch, byte-identical in bfloat16.
 
 Loading needs the memory of the finished model and a few megabytes: every leaf is allocated once and filled in the
-order of the file, NF4 leaves matrix by matrix, so no stacked tensor ever exists in floating point.
+order of the file, NF4 leaves matrix by matrix, so no stacked tensor ever exists in floating point. Folders that
+bitsandbytes packed are read as they are: their 4-bit bytes become the model's.
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from bimedix_jax.checkpoint import buffers, hub, table
+from bimedix_jax.checkpoint import bnb_read, buffers, hub, table
+from bimedix_jax.checkpoint.bnb_config import KEY, is_packed, stated_dtypes
+from bimedix_jax.checkpoint.bnb_format import PackedTensor, assemble
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json, write_config
 from bimedix_jax.checkpoint.hub import resolve
 from bimedix_jax.checkpoint.rewrite import DTYPES
@@ -41,36 +44,80 @@ QUANTISED = frozenset(
 
 
 def load_hf(
-    folder: Path, base: Base = "bfloat16", dtype: str | None = None, ignore_config_keys: Collection[str] = ()
+    folder: Path, base: Base | None = None, dtype: str | None = None, ignore_config_keys: Collection[str] = ()
 ) -> Mixtral:
-    """A Mixtral from a folder in Hugging Face layout, hub (per expert) or transformers 5 (fused).
+    """A Mixtral from a folder in Hugging Face layout, hub (per expert) or transformers 5 (fused), packed or not.
 
     Args:
       base: storage of the weights; "nf4" packs attention and experts with double quantisation, as bitsandbytes does
-        after a cast to `dtype`, and keeps the rest in `dtype`.
-      dtype: of the computation; by default that of the base, and bfloat16 for "nf4".
+        after a cast to `dtype`, and keeps the rest in `dtype`. Of a folder that bitsandbytes packed, None and "nf4"
+        keep the 4-bit bytes ("nf4" packs what is left in 16 bits too), the others dequantise exactly. None means
+        bfloat16 for every other folder.
+      dtype: of the computation; by default that of the base. For "nf4" it is bfloat16, and for a packed folder the
+        dtype that its config.json names.
     Raises:
-      BimedixError: the folder is damaged, incomplete, or asks for what is not implemented.
+      BimedixError: the folder is damaged, incomplete, or asks for what is not implemented; weights that are to be
+        packed are not finite.
     """
-    compute = compute_dtype(base, dtype)
+    compute_dtype(base or "nf4", dtype)
     config = read_config(folder, ignore_config_keys)
     hub.require_safetensors(folder)
-    units = table.units(read_folder(folder), config, str(folder))
+    units = table.units(assemble(read_folder(folder), str(folder)), config, str(folder))
+    packed = check_packed(units, folder, ignore_config_keys)
+    kept = bnb_read.kept_layouts(units, base, QUANTISED)
+    if packed and base in (None, "nf4"):
+        compute = dtype or packed_dtype(folder)
+    else:
+        base = base or "bfloat16"
+        compute = compute_dtype(base, dtype)
     model = Mixtral(config, compute)
-    leaves = {row.path: buffers.allocate(abstract_leaf(row, config, base, compute)) for row in table.rows_of(config)}
+    leaves = {
+        row.path: buffers.allocate(abstract_leaf(row, config, base, compute, kept.get(row.path)))
+        for row in table.rows_of(config)
+    }
     total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
+    flushed = 0
     # the delay keeps short loads silent; disable=None does the same where stderr is not a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {base}", delay=2.0, disable=None) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {folder.name}", delay=2.0, disable=None) as bar:
         for unit in units:
             leaf = leaves[unit.row.path]
-            if isinstance(leaf, NF4Tensor):
-                buffers.fill_nf4(leaf, unit.index, unit.tensor, unit.first_row, bar.update)
+            if isinstance(leaf, NF4Tensor) and isinstance(unit.tensor, PackedTensor):
+                bnb_read.fill_kept(leaf, unit.index, unit.tensor, unit.first_row, bar.update)
+            elif isinstance(leaf, NF4Tensor):
+                flushed += buffers.fill_nf4(leaf, unit.index, unit.tensor, unit.first_row, bar.update)
             else:
                 target = leaf[unit.index]
                 buffers.fill_array(target, unit.tensor, unit.first_row, unit.row.transposed, bar.update)
+    if flushed:
+        log.warning("%d 4-bit blocks hold denormal weights, which became zeros.", flushed)
     for path, variable in parameters(model).items():
         variable.set_value(jax.device_put(leaves.pop(path)))
     return model
+
+
+def check_packed(units: Sequence[table.Unit], folder: Path, ignore_config_keys: Collection[str]) -> bool:
+    """Whether the folder holds 4-bit tensors. Raises BimedixError where only its config.json says so."""
+    packed = any(isinstance(unit.tensor, PackedTensor) for unit in units)
+    if not packed and KEY not in ignore_config_keys and is_packed(read_json(folder), folder):
+        raise BimedixError(
+            f"{folder / CONFIG_NAME} announces 4-bit weights ({KEY}), but every tensor is unpacked; pass "
+            f"--ignore-config-key {KEY} if that is meant."
+        )
+    return packed
+
+
+def packed_dtype(folder: Path) -> str:
+    """The dtype to compute in that the config.json of a packed folder names first among those available here."""
+    stated = stated_dtypes(read_json(folder))
+    chosen = next((name for name in stated if name in DTYPES), "bfloat16")
+    if stated and stated[0] != chosen:
+        log.warning(
+            "%s computes in %s, which is not available here; %s is used (float32 can be asked for by dtype).",
+            folder,
+            stated[0],
+            chosen,
+        )
+    return chosen
 
 
 def compute_dtype(base: str, dtype: str | None) -> str:
@@ -81,16 +128,21 @@ def compute_dtype(base: str, dtype: str | None) -> str:
     return dtype or ("bfloat16" if base == "nf4" else base)
 
 
-def abstract_leaf(row: table.Row, config: MixtralConfig, base: str, compute: str) -> Any:
-    """The stacked parameter of a row as jax.ShapeDtypeStruct, or an NF4Tensor of them."""
+def abstract_leaf(
+    row: table.Row, config: MixtralConfig, base: str | None, compute: str, kept: bnb_read.Layout | None = None
+) -> Any:
+    """The stacked parameter of a row as jax.ShapeDtypeStruct, or an NF4Tensor of them, of layout `kept` if given."""
     counts = {"{layer}": config.num_layers, "{expert}": config.router.num_experts}
     batch = tuple(count for field, count in counts.items() if field in row.name)
     shape = table.unit_shape(row, config)
-    if base == "nf4" and row.path in QUANTISED:
-        stored = jax.ShapeDtypeStruct((*batch, *shape), DTYPES[compute])
-        return jax.eval_shape(lambda w: quantize(w, batch_dims=len(batch)).mT, stored)
-    kept = DTYPES[compute if base == "nf4" else base]
-    return jax.ShapeDtypeStruct((*batch, *(reversed(shape) if row.transposed else shape)), kept)
+    if kept is not None or (base == "nf4" and row.path in QUANTISED):
+        layout = kept or bnb_read.Layout(64, compute, True)
+        stored = jax.ShapeDtypeStruct((*batch, *shape), np.dtype(layout.dtype))
+        return jax.eval_shape(
+            lambda w: quantize(w, layout.block_size, layout.double_quantised, batch_dims=len(batch)).mT, stored
+        )
+    plain = DTYPES[compute if base in (None, "nf4") else base]
+    return jax.ShapeDtypeStruct((*batch, *(reversed(shape) if row.transposed else shape)), plain)
 
 
 def parameters(model: Mixtral) -> dict[str, nnx.Variable]:

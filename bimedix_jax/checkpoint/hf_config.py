@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from bimedix_jax.checkpoint.bnb_config import KEY, is_packed
 from bimedix_jax.checkpoint.safetensors_io import listed
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
@@ -144,10 +145,16 @@ def read_dense_config(folder: str | Path, ignore_config_keys: Collection[str] = 
     return DenseConfig(**_fields(raw, Path(folder)))
 
 
-def write_config(folder: Path, config: MixtralConfig, dtype: str, neutral: Mapping[str, Any]) -> None:
+def write_config(
+    folder: Path,
+    config: MixtralConfig,
+    dtype: str,
+    neutral: Mapping[str, Any],
+    quantisation: Mapping[str, Any] | None = None,
+) -> None:
     """config.json of a Mixtral, with the spellings of transformers 4 (rope_theta, torch_dtype) and 5 side by side.
 
-    `neutral` is the source's raw config.json: its NEUTRAL keys are kept.
+    `neutral` is the source's raw config.json: its NEUTRAL keys are kept. `quantisation` is that of packed weights.
     """
     kept = {key: value for key, value in neutral.items() if key in NEUTRAL}
     written = {
@@ -168,6 +175,7 @@ def write_config(folder: Path, config: MixtralConfig, dtype: str, neutral: Mappi
         "tie_word_embeddings": config.tie_embeddings,
         "dtype": dtype,
         "torch_dtype": dtype,
+        **({KEY: dict(quantisation)} if quantisation else {}),
     }
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
 
@@ -183,17 +191,16 @@ def _without(raw: dict[str, Any], ignored: Collection[str], folder: Path) -> dic
 
 
 def _check(raw: Mapping[str, Any], folder: Path, used: Collection[str]) -> None:
-    known = {*used, *NEUTRAL, *REQUIRED_VALUES, "quantization_config"}
+    known = {*used, *NEUTRAL, *REQUIRED_VALUES, KEY}
     unknown = sorted(key for key in raw if key not in known)
     if unknown:
         raise BimedixError(
             f"{folder / CONFIG_NAME} has {len(unknown)} unknown key(s) that may change the mathematics: "
             f"{listed(unknown)}; if you know that one does not, pass --ignore-config-key {unknown[0]}."
         )
-    if raw.get("quantization_config") is not None:
+    if is_packed(raw, folder) and raw["model_type"] in DENSE_TYPES:
         raise BimedixError(
-            f"{folder} is already quantised (quantization_config), which is not implemented; name the unquantised "
-            "checkpoint and load it with base nf4."
+            f"{folder} is already quantised ({KEY}), and a mixture is made of unquantised weights; name those."
         )
     for key, allowed in REQUIRED_VALUES.items():
         if key in raw and not any(raw[key] == value for value in allowed):

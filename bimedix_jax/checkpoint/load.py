@@ -8,6 +8,8 @@ from jax.sharding import Mesh
 
 from bimedix_jax.checkpoint import hub, store
 from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
+from bimedix_jax.checkpoint.peft import is_peft
+from bimedix_jax.checkpoint.peft_read import load_peft
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.mixtral import Mixtral
@@ -27,9 +29,10 @@ def load(
     Args:
       path: folder in Hugging Face layout, hub id, or native checkpoint.
       base: storage of the weights; "nf4" packs attention and experts to 4 bits on the way in. None: bfloat16, and of a
-        native checkpoint what it holds.
-      adapter: folder of an adapter to put on.
-      dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint has its own.
+        native checkpoint or one that bitsandbytes packed what it holds.
+      adapter: folder of an adapter to put on, ours or PEFT's.
+      dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint has its own,
+        and one that bitsandbytes packed names it in config.json.
       revision: of a hub id.
       ignore_config_keys: keys of config.json to overlook although they are unknown.
     Raises:
@@ -45,9 +48,9 @@ def load(
             )
         model = restored(folder, base, dtype)
     else:
-        model = load_hf(folder, base or "bfloat16", dtype, ignore_config_keys)
+        model = load_hf(folder, base, dtype, ignore_config_keys)
     if adapter is not None:
-        model = store.load_adapter(model, adapter)
+        model = load_peft(model, adapter) if is_peft(adapter) else store.load_adapter(model, adapter)
     model.origin = str(folder)
     return model
 

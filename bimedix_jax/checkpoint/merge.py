@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from bimedix_jax.adapters import linears
 from bimedix_jax.checkpoint import hub, table
+from bimedix_jax.checkpoint.bnb_config import is_packed
 from bimedix_jax.checkpoint.hf import companion_folder, parameters, stored_pieces
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json, write_config
 from bimedix_jax.checkpoint.rewrite import DTYPES
@@ -142,6 +143,8 @@ def original_folder(model: Mixtral, original: str | Path | None) -> Path:
     if read_config(folder) != model.config:
         raise BimedixError(f"{folder} is of another architecture than the model; pass its own base as original.")
     hub.require_safetensors(folder)
+    if is_packed(read_json(folder), folder):
+        raise BimedixError(f"{folder} holds 4-bit weights, not the original ones; name those, or choose dequantised.")
     return folder
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bimedix_jax.checkpoint import hub, table
+from bimedix_jax.checkpoint.bnb_format import assemble
 from bimedix_jax.checkpoint.hf_config import read_config, read_json, write_config
 from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
 from bimedix_jax.files import new_folder
@@ -24,13 +25,14 @@ def rewrite(
     ignore_config_keys: Collection[str] = (),
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Writes the Mixtral in `folder` (hub or fused layout) to `output` in hub layout and `dtype` (bfloat16 or float32).
+    """Writes the Mixtral in `folder` (hub or fused layout, packed by bitsandbytes or not) to `output` in hub layout and
+    `dtype` (bfloat16 or float32).
 
     Raises BimedixError for whatever `load` would refuse; nothing is left behind.
     """
     config = read_config(folder, ignore_config_keys)
     hub.require_safetensors(folder)
-    units = table.units(read_folder(folder), config, str(folder))
+    units = table.units(assemble(read_folder(folder), str(folder)), config, str(folder))
     entries = table.named_entries(config).items()
     specs = [TensorSpec(name, DTYPES[dtype], table.unit_shape(row, config)) for name, (row, _) in entries]
     with new_folder(output, overwrite) as partial:

@@ -5,12 +5,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from bimedix_jax.kernels.nf4.tables import (
     DYNAMIC_MAP,
     DYNAMIC_THRESHOLDS,
+    EMPTY_TAIL,
     HUGE,
     NESTED_BLOCK_SIZE,
     NF4_THRESHOLDS,
@@ -62,12 +64,27 @@ def quantize_scales(absmax: Float[Array, "*batch blocks"]) -> tuple[jax.Array, j
 
 @functools.partial(jax.jit, static_argnames="block_size")
 def quantize_blocks(w: Float[Array, "*batch n"], block_size: int) -> tuple[UInt8[Array, "*batch b"], jax.Array]:
-    """Nibbles and float32 scales of flattened units: packed [*batch, ceil(n/2)], absmax [*batch, ceil(n/block)]."""
+    """Nibbles and float32 scales of flattened units: packed [*batch, ceil(n/2)], absmax [*batch, ceil(n/block)].
+
+    An unfinished last block is divided by its scale, the others are multiplied by the reciprocal, which can differ in
+    the last bit: so does bitsandbytes on CPU (backends/default/ops.py, 0.50.2).
+    """
     size = w.shape[-1]
     # an odd block size can leave an odd padded length; one block more makes it even, and is cut off below
     blocks = pad_last(w.astype(jnp.float32), math.lcm(block_size, 2)).reshape(*w.shape[:-1], -1, block_size)
     normalised, absmax = normalise(blocks)
-    codes = code_of(normalised, tuple(NF4_THRESHOLDS.tolist())).reshape(*w.shape[:-1], -1)
+    thresholds = tuple(NF4_THRESHOLDS.tolist())
+    codes = code_of(normalised, thresholds)
+    if size % block_size:
+        last = size // block_size
+        tail, scale = blocks[..., last, :], absmax[..., last, None]
+        # a divisor that is not plainly one value for all: XLA would multiply by its reciprocal
+        divisor = jnp.where((tail == tail) & (scale > 0), scale, 1.0)
+        codes = codes.at[..., last, :].set(code_of(tail / divisor, thresholds))
+        # chosen as bits, since a denormal number may be flushed on the way
+        bits = jnp.where(scale > 0, lax.bitcast_convert_type(scale, jnp.uint32), EMPTY_TAIL.view(np.uint32))
+        absmax = absmax.at[..., last].set(lax.bitcast_convert_type(bits, jnp.float32)[..., 0])
+    codes = codes.reshape(*w.shape[:-1], -1)
     packed = (codes[..., 0::2] << 4) | codes[..., 1::2]
     return packed[..., : (size + 1) // 2], absmax[..., : -(-size // block_size)]
 
@@ -97,8 +114,15 @@ def quantize(
     return NF4Tensor(packed, absmax, nested_absmax, nested_offset, unit_shape, False, block_size, str(w.dtype))
 
 
-def flushed_blocks(w: Float[Array, "*n"], block_size: int = 64) -> Int[Array, ""]:
-    """Blocks of the flattened `w` that lose values because denormals are quantised as zeros.
+@jax.jit
+def all_finite(w: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Whether `w` has neither NaN nor infinity. `quantize` does not check: XLA:CPU's maximum passes over NaN."""
+    return jnp.all(jnp.isfinite(w))
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "batch_dims"))
+def flushed_blocks(w: Float[Array, "..."], block_size: int = 64, batch_dims: int = 0) -> Int[Array, ""]:
+    """Blocks of `w`, cut as `quantize` cuts it, that lose values because denormals are quantised as zeros.
 
     bitsandbytes codes denormals like other numbers. The two differ only in blocks whose largest magnitude is so near
     to the smallest normal float32 that a denormal would not be coded as zero anyway (NF4 codes below 0.0398 are zero).
@@ -106,8 +130,8 @@ def flushed_blocks(w: Float[Array, "*n"], block_size: int = 64) -> Int[Array, ""
     if w.dtype == jnp.float16:  # its denormals are normal float32 numbers
         return jnp.zeros((), jnp.int32)
     # by their bits, since comparisons of denormals are flushed too; magnitudes of floats order as these integers do
-    bits = lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32).reshape(-1) & 0x7FFFFFFF
-    blocks = pad_last(bits, block_size).reshape(-1, block_size)
+    bits = lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32) & 0x7FFFFFFF
+    blocks = pad_last(bits.reshape(*w.shape[:batch_dims], -1), block_size).reshape(-1, block_size)
     denormal = jnp.any((blocks > 0) & (blocks < 1 << 23), axis=-1)
     return jnp.sum(denormal & (jnp.max(blocks, axis=-1) < 6 << 23), dtype=jnp.int32)  # 2**5 times the smallest normal
 
@@ -127,7 +151,7 @@ def nibble_values(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.asarray(NF4_VALUES).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
-def dequantize(t: NF4Tensor, dtype: jnp.dtype | str | None = None) -> Float[Array, "..."]:
+def dequantize(t: NF4Tensor, dtype: jnp.dtype | type | str | None = None) -> Float[Array, "..."]:
     """Array of `t.shape` in `dtype` (the recorded dtype if None); value times scale in float32, then one cast."""
     unit_size = math.prod(t.unit_shape)
     codes = jnp.stack([t.packed >> 4, t.packed & 15], axis=-1).reshape(*t.batch_shape, -1)[..., :unit_size]
@@ -142,11 +166,11 @@ def as_recorded(values: Float[Array, "*n"], t: NF4Tensor, dtype: jnp.dtype | str
     bitsandbytes' layers round twice in this way: a tensor quantised from bfloat16 has bfloat16 values also in a float32
     model. XLA may skip a cast to bfloat16 and back (xla_allow_excess_precision), but not this rounding.
     """
-    if t.dtype == "bfloat16":
+    if t.dtype == "bfloat16" and jnp.dtype(dtype) != jnp.bfloat16:
         values = lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
     return values.astype(t.dtype).astype(dtype)
 
 
 def layer_weights(t: NF4Tensor, dtype: jnp.dtype | str) -> Float[Array, "..."]:
     """`dequantize` to the values that a layer computing in `dtype` multiplies with; see `as_recorded`."""
-    return as_recorded(dequantize(t, jnp.float32), t, dtype)
+    return as_recorded(dequantize(t, "float32"), t, dtype)

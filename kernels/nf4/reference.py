@@ -8,6 +8,7 @@ import numpy as np
 from bimedix_jax.kernels.nf4.tables import (
     DYNAMIC_MAP,
     DYNAMIC_THRESHOLDS,
+    EMPTY_TAIL,
     HUGE,
     NESTED_BLOCK_SIZE,
     NF4_THRESHOLDS,
@@ -42,9 +43,15 @@ def normalise(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def quantize(w: np.ndarray, block_size: int = 64, double_quant: bool = True) -> PackedUnit:
-    """Quantises one array of any shape; blocks run over its row-major flattening, the last one zero-padded."""
+    """Quantises one array of any shape; blocks run over its row-major flattening, the last one zero-padded.
+
+    That last one is divided by its scale if it is not full; the others are multiplied by the reciprocal.
+    """
     blocks = pad_to(w.astype(np.float32).reshape(-1), block_size).reshape(-1, block_size)
     normalised, absmax = normalise(blocks)
+    if w.size % block_size:
+        normalised[-1] = np.where(normalised[-1] == 0, np.float32(0), blocks[-1] / (absmax[-1] or np.float32(1)))
+        absmax[-1] = absmax[-1] or EMPTY_TAIL
     codes = np.searchsorted(NF4_THRESHOLDS, normalised, side="left").astype(np.uint8).reshape(-1)
     codes = np.concatenate([codes[: w.size], np.full(w.size % 2, 7, np.uint8)])
     packed = (codes[0::2] << 4) | codes[1::2]

@@ -31,6 +31,9 @@ NF4_THRESHOLDS = (NF4_VALUES[:-1] + NF4_VALUES[1:]) / np.float32(2)
 NESTED_BLOCK_SIZE = 256
 """Scales that share one second-level scale under double quantisation."""
 
+EMPTY_TAIL = np.float32(1e-38)
+"""bitsandbytes' scale of an unfinished last block of zeros (denormal; finished blocks of zeros have scale 0)."""
+
 HUGE, SHRINK = np.float32(2.0**120), np.float32(2.0**-10)
 """Blocks with a scale from HUGE on are multiplied by SHRINK, which is exact, before the reciprocal is taken."""
 

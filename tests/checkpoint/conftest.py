@@ -61,3 +61,26 @@ def changed(mixtral: Path, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return change
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[..., Any]:
+    """trained(model, config): the model with adapters as after training: no B is zero, trained routers have moved."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from bimedix_jax.adapters import add_lora, linears
+
+    def make(model: Any, config: Any) -> Any:
+        random, adapted = np.random.default_rng(1), add_lora(model, config)
+        for layer in linears(adapted).values():
+            if layer.lora is not None:
+                shape = layer.lora.b.get_value().shape
+                layer.lora.b.set_value(jnp.asarray(random.normal(0, 0.1, shape), jnp.float32))
+        if config.train_router:
+            weight = adapted.layers.moe.router.w
+            noise = random.normal(0, 0.1, weight.get_value().shape)
+            weight.set_value(weight.get_value() + jnp.asarray(noise, jnp.float32))
+        return adapted
+
+    return make

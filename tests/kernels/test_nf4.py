@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize, reference
+from bimedix_jax.kernels.nf4.api import all_finite, block_scales, flushed_blocks, layer_weights
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
-from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NF4_VALUES
+from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NF4_THRESHOLDS, NF4_VALUES
 
 # bitsandbytes 0.50.2 dequantises wrongly on CPU where the last axis is a multiple of 16 but not of 64
 SHAPES = [(96, 50), (7, 13), (64, 128), (3, 5, 7), (1, 1), (1000,)]
@@ -62,9 +63,12 @@ def test_double_quantisation_equals_the_reference_eager_and_jitted(shape: tuple[
     assert np.array_equal(jax.jit(dequantize)(t), values)
 
 
-def test_bitsandbytes_double_quantised_state_dequantises_bit_equal() -> None:
-    source = torch.tensor(weights((96, 50)))
-    packed, state = bnb.quantize_4bit(source, quant_type="nf4", blocksize=64, compress_statistics=True)
+@pytest.mark.parametrize("block_size", [32, 64, 512])
+@pytest.mark.parametrize("dtype", TORCH)
+def test_double_quantised_states_of_bitsandbytes_dequantise_bit_equal(dtype: str, block_size: int) -> None:
+    """Eager and under jit, where XLA would contract the sum of the scales; and as layers cast it."""
+    source = torch.tensor(weights((300, 50))).to(TORCH[dtype])
+    packed, state = bnb.quantize_4bit(source, quant_type="nf4", blocksize=block_size, compress_statistics=True)
     assert state.state2 is not None
     assert state.offset is not None
     t = NF4Tensor(
@@ -72,10 +76,119 @@ def test_bitsandbytes_double_quantised_state_dequantises_bit_equal() -> None:
         jnp.asarray(state.absmax.numpy()),
         jnp.asarray(state.state2.absmax.numpy()),
         jnp.asarray(state.offset.numpy()),
-        (96, 50),
-        dtype="float32",
+        (300, 50),
+        block_size=block_size,
+        dtype=dtype,
     )
-    assert np.array_equal(bnb.dequantize_4bit(packed, state).numpy(), jax.jit(dequantize)(t))
+    expected = bnb.dequantize_4bit(packed, state)
+    for values in (dequantize(t), jax.jit(dequantize)(t)):
+        assert np.array_equal(values.astype(jnp.float32), expected.float().numpy())
+    for compute in ("float32", "bfloat16"):
+        used = jax.jit(layer_weights, static_argnums=1)(t, compute).astype(jnp.float32)
+        assert np.array_equal(used, expected.to(TORCH[compute]).float().numpy()), compute
+    if dtype != "float32":
+        assert not np.array_equal(dequantize(t, "float32"), layer_weights(t, "float32")), "the test shows nothing"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        st.sampled_from([(1,), (63,), (64,), (65,), (1000,), (20, 50), (3, 5, 7)]),  # few: each is a compilation
+        elements=st.floats(-1, 1, width=32, allow_subnormal=False),
+    ),
+    st.integers(-116, 127),
+    st.sampled_from(sorted(TORCH)),
+)
+def test_any_normal_weights_quantise_and_dequantise_as_in_bitsandbytes(w: np.ndarray, power: int, dtype: str) -> None:
+    """The largest magnitude is 2**power, down to where denormals begin to count, and up to the largest numbers."""
+    largest = np.abs(w).max()
+    power = max(-14, min(15, power)) if dtype == "float16" else power
+    w = np.ldexp(w / largest if largest > 0 else w, power).astype(np.float32)
+    source = torch.tensor(w).to(TORCH[dtype])
+    stored = jnp.asarray(source.float().numpy()).astype(dtype)
+    assert flushed_blocks(stored) == 0 or largest < 1
+    packed, state = bnb.quantize_4bit(source, quant_type="nf4", blocksize=64)
+    t = quantize(stored, double_quant=False)
+    if flushed_blocks(stored) == 0:
+        assert np.array_equal(packed.numpy().reshape(-1), t.packed)
+        assert np.array_equal(state.absmax.numpy(), t.absmax)
+        values = bnb.dequantize_4bit(packed, state).float().numpy().reshape(w.shape)
+        assert np.array_equal(values, dequantize(t).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("size", [64, 63, 127, 1], ids=["full", "unfinished", "both", "single"])
+def test_weights_beside_a_threshold_get_the_codes_of_bitsandbytes(size: int) -> None:
+    """Within two units of the last place: full blocks are multiplied by a reciprocal, an unfinished one is divided."""
+    draws = np.random.default_rng(0)
+    w = draws.standard_normal((300, size)).astype(np.float32)
+    w[:, 1:16] = (NF4_THRESHOLDS * np.abs(w[:, :1]) * (1 + draws.integers(-2, 3, (300, 15)) * 2.0**-24))[:, : size - 1]
+    t = quantize(jnp.asarray(w), double_quant=False, batch_dims=1)
+    for i, row in enumerate(w):
+        packed, state = bnb.quantize_4bit(torch.tensor(row), quant_type="nf4", blocksize=64)
+        assert np.array_equal(packed.numpy().reshape(-1), t.packed[i])
+        assert np.array_equal(state.absmax.numpy(), t.absmax[i])
+        assert np.array_equal(packed.numpy().reshape(-1), reference.quantize(row, double_quant=False).packed)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 129])
+def test_zeros_have_the_scales_of_bitsandbytes(size: int) -> None:
+    """0 in full blocks, 1e-38 in an unfinished one."""
+    packed, state = bnb.quantize_4bit(torch.zeros(size), quant_type="nf4", blocksize=64)
+    for t in (quantize(jnp.zeros(size), double_quant=False), reference.quantize(np.zeros(size), double_quant=False)):
+        assert np.array_equal(packed.numpy().reshape(-1), t.packed)
+        assert np.asarray(t.absmax).tobytes() == state.absmax.numpy().tobytes()
+    assert not dequantize(quantize(jnp.zeros(size))).any()
+
+
+def extreme(dtype: str) -> np.ndarray:
+    """Blocks of the largest and of small finite numbers, of zeros (also negative) and of one number in each place."""
+    limit = float(torch.finfo(TORCH[dtype]).max)
+    small = 6e-8 if dtype == "float16" else 1e-35
+    rows = [np.full(64, value) for value in (limit, -limit, small, -small, 0.0, -0.0)]
+    rows += [weights((64,), seed) * scale for seed, scale in enumerate((limit / 8, small * 8))]
+    rows += [np.eye(64)[i] * limit * (-1) ** i for i in (0, 1, 62, 63)]
+    return np.clip(np.stack(rows), -limit, limit).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+def test_extreme_blocks_equal_bitsandbytes(dtype: str) -> None:
+    source = torch.tensor(extreme(dtype)).to(TORCH[dtype])
+    stored = jnp.asarray(source.float().numpy()).astype(dtype)
+    packed, state = bnb.quantize_4bit(source, quant_type="nf4", blocksize=64)
+    t = quantize(stored, double_quant=False)
+    assert np.isfinite(state.absmax.numpy()).all()
+    assert flushed_blocks(stored) == 0
+    assert np.array_equal(packed.numpy().reshape(-1), t.packed)
+    assert np.array_equal(state.absmax.numpy(), t.absmax)
+    values = bnb.dequantize_4bit(packed, state).float().numpy()
+    assert np.array_equal(values, dequantize(t).astype(jnp.float32))
+    assert np.array_equal(values, jax.jit(dequantize)(t).astype(jnp.float32))
+
+
+def test_denormals_become_zeros_and_are_counted() -> None:
+    w = np.zeros((6, 64), np.float32)
+    w[1, 0] = 1e-45  # alone: lost
+    w[2] = 1e-39
+    w[3, :2] = 1.0, 1e-39  # beside a normal number it is zero in 4 bits anyway
+    w[4, :2] = 2e-38, -8e-39  # not beside one that is nearly denormal
+    w[5, 0] = 1.2e-38
+    for dtype in ("float32", "bfloat16"):
+        stored = jnp.asarray(w).astype(dtype)
+        lost = np.asarray(dequantize(quantize(stored, double_quant=False)).astype(jnp.float32))
+        assert flushed_blocks(stored) == (3 if dtype == "float32" else 2), "bfloat16 rounds 1e-45 to zero itself"
+        assert not lost[:3].any()
+        assert (lost[3, 1], lost[4, 1]) == (0, 0)
+    assert flushed_blocks(jnp.asarray(w[1:5]).reshape(2, 128)[:, :65], batch_dims=1) == 2, "blocks end with units"
+    assert flushed_blocks(jnp.full(64, 6e-8, jnp.float16)) == 0, "its denormals are normal float32 numbers"
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+def test_nan_and_infinity_are_found(dtype: str) -> None:
+    w = jnp.asarray(weights((3, 70))).astype(dtype)
+    assert all_finite(w)
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        assert not all_finite(w.at[1, 5].set(value))
 
 
 @settings(max_examples=100, deadline=None)
@@ -138,8 +251,6 @@ def test_planes_are_the_columns() -> None:
     t = quantize(jnp.asarray(weights((6, 128))))
     assert is_planar(t)
     assert not is_planar(quantize(jnp.asarray(weights((6, 96)))))
-    from bimedix_jax.kernels.nf4.api import block_scales
-
     even, odd = planes(t.packed, block_scales(t), t, jnp.dtype("float32"))
     assert np.array_equal(merge_columns(even, odd), dequantize(t))
     assert np.array_equal(merge_columns(*split_columns(dequantize(t))), dequantize(t))

@@ -1,0 +1,270 @@
+"""4-bit models -> folders in bitsandbytes' format, byte for byte what the model holds.
+
+What loads what (transformers 5.23, bitsandbytes 0.50.2; tests/checkpoint/test_bnb.py):
+
+    layout        experts on disk                        loaded in 4 bits by
+    per_expert    packed, one quant state each           transformers 4 + bitsandbytes, this project
+    fused         packed, one quant state for all        transformers 5 + bitsandbytes by scripts/load_bnb_fused.py
+    attention     16 bits, dequantised exactly           plain `from_pretrained` of transformers 5: attention only
+
+Transformers 5 keeps experts in fused parameters, which its quantiser overlooks: `from_pretrained` on the first two
+layouts is an error there, and quantising an unpacked Mixtral leaves the experts in 16 bits without a word. Only
+bitsandbytes.nn.parametrize packs such parameters, after loading: that is what the script does. The router is never
+packed here (transformers 4 packs it unless told not to: `llm_int8_skip_modules` in config.json tells).
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from bimedix_jax.checkpoint import hub, table
+from bimedix_jax.checkpoint.bnb_config import settings_for
+from bimedix_jax.checkpoint.bnb_format import BLOCK_SIZES, STATE, QuantState
+from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, stored_pieces
+from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_json, write_config
+from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, listed
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import new_folder
+from bimedix_jax.kernels.nf4 import NF4Tensor, reference
+from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NESTED_BLOCK_SIZE, NF4_VALUES
+from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+Layout = Literal["per_expert", "fused", "attention"]
+LAYOUTS = ("per_expert", "fused", "attention")
+EXPERTS = ("layers.moe.w1.w", "layers.moe.w3.w", "layers.moe.w2.w")
+U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Matrices that become one packed tensor `name`: (stacked parameter, index) in the order of their bytes."""
+
+    name: str
+    members: tuple[tuple[NF4Tensor, tuple[int, ...]], ...]
+    shape: tuple[int, ...]
+
+
+def export_bnb(
+    model: Mixtral,
+    folder: str | Path,
+    layout: Layout = "per_expert",
+    tokenizer_from: str | Path | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes a 4-bit model for bitsandbytes; nibbles are never changed, and no value is (see the table above).
+
+    Args:
+      layout: which loaders the folder is for. "fused" has one offset for the scales of all experts of a layer: where
+        theirs differ (always, unless they came from such a folder) scales are written in float32, 4.5 instead of 4.13
+        bits per weight, and a warning says so.
+      tokenizer_from: folder whose tokenizer and the like are copied; None takes the folder the model was loaded from.
+    Raises:
+      BimedixError: the model is not in 4 bits, carries adapters, or cannot be written in this layout; nothing is left
+        behind.
+    """
+    if layout not in LAYOUTS:
+        raise BimedixError(f"layout {layout!r} is unknown; choose {', '.join(LAYOUTS)}.")
+    if model.lora is not None:
+        raise BimedixError(
+            "the model carries adapters, which a 4-bit checkpoint of the base cannot hold; export the base without "
+            "them, and save the adapters on their own."
+        )
+    values = {path: variable.get_value() for path, variable in parameters(model).items()}
+    check(values, model.config)
+    source = companion_folder(model, tokenizer_from)
+    groups, plain = entries(values, model.config, layout)
+    report_decoded(groups.values())
+    specs = [spec for name in (*groups, *plain) for spec in specs_of(name, groups, plain, values, model.config)]
+    with new_folder(folder, overwrite) as partial:
+        with (
+            ShardedWriter(partial, specs, max_shard_bytes) as writer,
+            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="exporting", delay=2.0, disable=None) as bar,
+        ):
+            for group in groups.values():
+                for name, rows, first in packed_pieces(group):
+                    writer.write(name, rows, first)
+                    bar.update(rows.nbytes)
+            for spec in specs:
+                if spec.name in plain:
+                    row, index = plain[spec.name]
+                    for first, piece in stored_pieces(values[row.path], index, spec, row.transposed):
+                        writer.write(spec.name, piece, first)
+                        bar.update(piece.nbytes)
+        neutral = {}
+        if source is not None:
+            hub.copy_companions(source, partial)
+            neutral = read_json(source) if (source / CONFIG_NAME).exists() else {}
+        settings = settings_for(model.dtype, any(map(shared_offset, groups.values())), unpacked_modules(plain))
+        write_config(partial, model.config, str(np.dtype(values["embed.table"].dtype)), neutral, settings)
+    return Path(folder)
+
+
+def check(values: dict[str, Any], config: MixtralConfig) -> None:
+    """Raises BimedixError unless some leaf is NF4, and every one that is lies as Hugging Face stores it."""
+    packed = {path: value for path, value in values.items() if isinstance(value, NF4Tensor)}
+    if not packed:
+        raise BimedixError(
+            "the model is not in 4 bits; load it with base nf4, or pack it with quantise_base, and export that."
+        )
+    shapes = {row.path: table.unit_shape(row, config) for row in table.rows_of(config)}
+    for path, value in packed.items():
+        if not value.transposed or value.unit_shape != shapes[path]:
+            raise BimedixError(
+                f"{path} is packed in another order than (out, in), which bitsandbytes' layers need; load the model "
+                "with base nf4 instead."
+            )
+        if value.block_size not in BLOCK_SIZES:
+            raise BimedixError(
+                f"{path} is packed in blocks of {value.block_size}, which bitsandbytes does not have; load the model "
+                "with base nf4 instead."
+            )
+
+
+def entries(
+    values: dict[str, Any], config: MixtralConfig, layout: str
+) -> tuple[dict[str, Group], dict[str, tuple[table.Row, tuple[int, ...]]]]:
+    """(packed tensors, all others) by name, in the order in which they are written."""
+    fused = layout == "fused"
+    collected: dict[str, list[tuple[NF4Tensor, tuple[int, ...]]]] = {}
+    plain: dict[str, tuple[table.Row, tuple[int, ...]]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for row, index in table.named_entries(config).values():
+        value, shape = values[row.path], table.unit_shape(row, config)
+        name = table.named(table.FUSED_NAMES.get(row.name, row.name) if fused else row.name, index)
+        if not isinstance(value, NF4Tensor) or (layout == "attention" and row.path in EXPERTS):
+            if fused and row.path in EXPERTS:
+                raise BimedixError(
+                    f"{row.path} is not in 4 bits, which layout fused needs; choose layout per_expert or attention."
+                )
+            plain[name] = (row, index)
+            continue
+        collected.setdefault(name, []).append((value, index))
+        fused_shape = (config.router.num_experts, shape[0] * (2 if "gate_up" in name else 1), shape[1])
+        shapes[name] = fused_shape if fused and row.path in EXPERTS else shape
+    groups = {}
+    for name, members in collected.items():
+        # gate_up_proj interleaves the matrices of two parameters: w1 and w3 of expert 0, of expert 1, ...
+        members.sort(key=lambda member: member[1])
+        groups[name] = Group(name, tuple(members), shapes[name])
+        check_fusable(groups[name])
+    return groups, plain
+
+
+def check_fusable(group: Group) -> None:
+    """Raises BimedixError where several matrices cannot be one bitsandbytes tensor."""
+    if len(group.members) == 1:
+        return
+    kinds = {(value.block_size, value.dtype) for value, _ in group.members}
+    block_size = group.members[0][0].block_size
+    if len(kinds) > 1 or any(math.prod(value.unit_shape) % block_size for value, _ in group.members):
+        raise BimedixError(
+            f"{group.name} cannot be one packed tensor: its matrices differ in block size or dtype, or do not fill "
+            f"whole blocks of {block_size}; choose layout per_expert."
+        )
+
+
+def shared_offset(group: Group) -> bool:
+    """Whether the 8-bit scales of all matrices can stay as they are in one tensor."""
+    if not all(value.double_quantised for value, _ in group.members):
+        return False
+    offsets = {host(value.nested_offset, index).tobytes() for value, index in group.members}
+    whole = all(value.absmax.shape[-1] % NESTED_BLOCK_SIZE == 0 for value, _ in group.members)
+    return len(group.members) == 1 or (len(offsets) == 1 and whole)
+
+
+def report_decoded(groups: Collection[Group]) -> None:
+    """Says which 8-bit scales have no place in a fused tensor."""
+    decoded = [
+        group.name
+        for group in groups
+        if not shared_offset(group) and any(value.double_quantised for value, _ in group.members)
+    ]
+    if decoded:
+        log.warning(
+            "scales of %d fused tensors are written in float32 instead of 8 bits, since experts have offsets of their "
+            "own (%s); no value changes.",
+            len(decoded),
+            listed(decoded),
+        )
+
+
+def unpacked_modules(plain: dict[str, tuple[table.Row, tuple[int, ...]]]) -> Sequence[str]:
+    """Modules that transformers must leave alone: its default, lm_head, is lost as soon as others are named."""
+    names = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name, (row, _) in plain.items()
+        if row.path in QUANTISED or row.path == "layers.moe.router.w"
+    }
+    return ["lm_head", *sorted(names)]
+
+
+def host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Entry `index` of a leaf: a view where it lies in host memory, else fetched on its own."""
+    if isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices()):
+        return np.asarray(leaf)[index]
+    return np.asarray(leaf[index])
+
+
+def specs_of(
+    name: str,
+    groups: dict[str, Group],
+    plain: dict[str, tuple[table.Row, tuple[int, ...]]],
+    values: dict[str, Any],
+    config: MixtralConfig,
+) -> list[TensorSpec]:
+    """Dtypes and shapes of one weight and of what stands beside it."""
+    if name in plain:
+        row, _ = plain[name]
+        return [TensorSpec(name, np.dtype(values[row.path].dtype), table.unit_shape(row, config))]
+    group = groups[name]
+    count = len(group.members)
+    value = group.members[0][0]
+    nested = shared_offset(group)
+    blocks = count * value.absmax.shape[-1]
+    state = quant_state(group).to_json()
+    specs = [
+        TensorSpec(name, U8, (count * value.packed.shape[-1], 1)),
+        TensorSpec(f"{name}.absmax", U8 if nested else F32, (blocks,)),
+        TensorSpec(f"{name}.quant_map", F32, NF4_VALUES.shape),
+    ]
+    if nested:
+        specs += [
+            TensorSpec(f"{name}.nested_absmax", F32, (-(-blocks // NESTED_BLOCK_SIZE),)),
+            TensorSpec(f"{name}.nested_quant_map", F32, DYNAMIC_MAP.shape),
+        ]
+    return [*specs, TensorSpec(f"{name}.{STATE}nf4", U8, state.shape)]
+
+
+def quant_state(group: Group) -> QuantState:
+    value, index = group.members[0]
+    offset = float(host(value.nested_offset, index)) if shared_offset(group) else None
+    return QuantState(value.block_size, value.dtype, group.shape, offset)
+
+
+def packed_pieces(group: Group) -> Iterator[tuple[str, np.ndarray, int]]:
+    """(tensor name, rows, first row) of everything that one packed weight consists of."""
+    nested = shared_offset(group)
+    for number, (value, index) in enumerate(group.members):
+        codes, absmax = host(value.packed, index), host(value.absmax, index)
+        yield group.name, codes[:, None], number * codes.size
+        if nested:
+            groups = host(value.nested_absmax, index)
+            yield f"{group.name}.nested_absmax", groups, number * groups.size
+        elif value.double_quantised:
+            parts = (host(leaf, index) for leaf in (value.nested_absmax, value.nested_offset))
+            absmax = reference.block_scales(reference.PackedUnit(codes, absmax, *parts))
+        yield f"{group.name}.absmax", absmax, number * absmax.size
+    yield f"{group.name}.quant_map", NF4_VALUES, 0
+    if nested:
+        yield f"{group.name}.nested_quant_map", DYNAMIC_MAP, 0
+    yield f"{group.name}.{STATE}nf4", quant_state(group).to_json(), 0

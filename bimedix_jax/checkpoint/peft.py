@@ -1,0 +1,224 @@
+"""PEFT's LoRA folders: names, settings and scales, as peft 0.21 reads and writes them for a Mixtral.
+
+    adapter_config.json          rank, alpha, which modules and parameters are adapted
+    adapter_model.safetensors    <prefix>.<module>.lora_A.weight [r, in] and <prefix>.<module>.lora_B.weight [out, r]
+    bimedix_adapter.json         ours, which peft does not read: identity of the base, rank of w1 within w1 and w3 fused
+
+Two layouts (`peft_write` writes both, `peft_read` reads both):
+
+    per_expert   names of transformers 4, `block_sparse_moe.experts.5.w1`; transformers 5 + peft fuse them on the way in
+    fused        what peft saves under transformers 5: one pair of factors for the stacked weights of all experts of a
+                 layer, A [E*r, in] with row e*r + j, B [out, r*E] with column j*E + e. Of an adapted module's two
+                 parameters gate_up_proj (w1 rows over w3 rows) is `mlp.experts.base_layer` and down_proj (w2)
+                 `mlp.experts`; one alone is `mlp.experts`.
+
+peft up to 0.19.0 took a fused weight [E, out, in] for [E, in, out], so that A and B changed roles; the shapes tell.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bimedix_jax.errors import BimedixError
+
+CONFIG_NAME, WEIGHTS_NAME, OWN_NAME = "adapter_config.json", "adapter_model.safetensors", "bimedix_adapter.json"
+OWN_FORMAT = "bimedix peft 1"
+PREFIX = "base_model.model."
+VERSION = "0.21.2"
+"""Of peft, whose reading of a fused adapter ours is."""
+LAST_SWAPPED = (0, 19, 0)
+"""Last version of peft in which A and B of a fused weight had changed roles (compared in its sources: 0.19.1 swaps)."""
+
+LAYER = "model.layers.{layer}."
+ATTENTION = {kind: LAYER + f"self_attn.{kind}_proj" for kind in "qkvo"}
+PER_EXPERT = {
+    "router": LAYER + "block_sparse_moe.gate",
+    **{kind: LAYER + "block_sparse_moe.experts.{expert}." + kind for kind in ("w1", "w2", "w3")},
+}
+"""Modules of transformers 4."""
+FUSED = {
+    "router": LAYER + "mlp.gate.weight",
+    "gate_up": LAYER + "mlp.experts.gate_up_proj",
+    "down": LAYER + "mlp.experts.down_proj",
+}
+"""Parameters of transformers 5, by which peft matches `target_parameters` and patterns."""
+
+NEUTRAL = {
+    "use_dora": "DoRA",
+    "bias": "trained biases",
+    "lora_bias": "a bias on lora_B",
+    "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained tokens",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "megatron_config": "Megatron",
+}
+"""Settings that change what an adapter computes, and what they ask for: read only where they are off."""
+INITIAL = (True, False, None, "true", "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it."""
+UNUSED = (
+    "auto_mapping corda_config ensure_weight_tying eva_config inference_mode loftq_config lora_ga_config megatron_core "
+    "qalora_group_size revision runtime_config task_type"
+).split()
+"""Settings about initialisation, training and bookkeeping, whatever their value."""
+READ = (
+    "alpha_pattern base_model_name_or_path exclude_modules init_lora_weights layers_pattern layers_to_transform "
+    "lora_alpha lora_dropout modules_to_save peft_type peft_version r rank_pattern target_modules target_parameters "
+    "use_rslora"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What adapter_config.json says, as far as it matters for the result."""
+
+    source: str
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rank_stabilised: bool
+    dropout: float
+    modules: str | tuple[str, ...]
+    """A regular expression, or names."""
+    parameters: tuple[str, ...]
+    exclude: str | tuple[str, ...]
+    layers: tuple[int, ...]
+    """Of `modules`; empty: all."""
+    layers_pattern: tuple[str, ...]
+    to_save: tuple[str, ...]
+    """Modules that trained in full."""
+    version: tuple[int, ...] | None
+    base: str | None
+
+    def rank_of(self, name: str) -> int:
+        return self.rank_pattern.get(matching(self.rank_pattern, name, self.source), self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """What multiplies B A of a module, or of a parameter of transformers 5."""
+        rank, alpha = self.rank_of(name), self.alpha_pattern.get(matching(self.alpha_pattern, name, self.source))
+        return (self.alpha if alpha is None else alpha) / (rank**0.5 if self.rank_stabilised else rank)
+
+    def targets(self, name: str) -> bool:
+        """Whether `target_modules` means this module."""
+        if self.exclude and self.means(self.exclude, name):
+            return False
+        if not self.means(self.modules, name):
+            return False
+        if isinstance(self.modules, str) or name in self.modules or not self.layers:
+            return True
+        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
+        return found is not None and int(found[1]) in self.layers
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` means this parameter."""
+        return self.means(self.parameters, name)
+
+    def means(self, wanted: str | tuple[str, ...], name: str) -> bool:
+        if isinstance(wanted, str):
+            return bool(compiled(wanted, self.source).fullmatch(name))
+        return name in wanted or any(name.endswith(f".{part}") for part in wanted)
+
+
+def compiled(pattern: str, source: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise BimedixError(
+            f"{source} holds the pattern {pattern!r}, which is not valid ({error}); correct it."
+        ) from None
+
+
+def matching(patterns: Mapping[str, Any], name: str, source: str) -> str:
+    """The first pattern that peft takes for `name`, or the name itself."""
+    return next((key for key in patterns if compiled(rf"(.*\.)?({key})$", source).match(name)), name)
+
+
+def is_peft(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter's configuration that PEFT wrote."""
+    try:
+        return "peft_type" in json.loads((Path(folder) / CONFIG_NAME).read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`; raises BimedixError where there is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BimedixError(f"{path} cannot be read ({error}); name a folder that peft wrote.") from None
+    if not isinstance(value, dict):
+        raise BimedixError(f"{path} is not a JSON object; name a folder that peft wrote.")
+    return value
+
+
+def read_settings(folder: Path) -> Settings:
+    """adapter_config.json, checked: raises BimedixError for anything that this project cannot do, and for keys that it
+    does not know unless they are off."""
+    path = folder / CONFIG_NAME
+    config = read_object(path)
+    if config.get("peft_type") != "LORA":
+        raise BimedixError(f"{path} is of the kind {config.get('peft_type')!r}; only LORA adapters can be read.")
+    off = (None, False, "none", {}, [])
+    for key, what in NEUTRAL.items():
+        if config.get(key) not in off:
+            raise BimedixError(f"{path} asks for {what} ({key} = {config[key]!r}), which is not supported.")
+    if config.get("init_lora_weights", True) not in INITIAL:
+        raise BimedixError(
+            f"{path} has init_lora_weights = {config['init_lora_weights']!r}, whose base weights are not the "
+            "published ones; convert it with peft's path_initial_model_for_weight_conversion."
+        )
+    known = {*NEUTRAL, *UNUSED, *READ}
+    unknown = [key for key, value in config.items() if key not in known and value not in off]
+    if unknown:
+        raise BimedixError(f"{path} sets {', '.join(unknown)}, which is unknown here, so the result could differ.")
+    return settings_of(config, str(path))
+
+
+def settings_of(config: Mapping[str, Any], source: str) -> Settings:
+    """The typed form of a checked configuration."""
+
+    def names(key: str) -> tuple[str, ...]:
+        value = config.get(key) or ()
+        return (value,) if isinstance(value, str) else tuple(value)
+
+    def names_or_pattern(key: str) -> str | tuple[str, ...]:
+        value = config.get(key)
+        return value if isinstance(value, str) else names(key)
+
+    layers = config.get("layers_to_transform")
+    version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", config.get("peft_version") or "")
+    try:
+        settings = Settings(
+            source=source,
+            rank=int(config.get("r", 8)),
+            alpha=float(config.get("lora_alpha", 8)),
+            rank_pattern={key: int(rank) for key, rank in (config.get("rank_pattern") or {}).items()},
+            alpha_pattern={key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
+            rank_stabilised=bool(config.get("use_rslora")),
+            dropout=float(config.get("lora_dropout") or 0.0),
+            modules=names_or_pattern("target_modules"),
+            parameters=names("target_parameters"),
+            exclude=names_or_pattern("exclude_modules"),
+            layers=() if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+            layers_pattern=names("layers_pattern"),
+            to_save=names("modules_to_save"),
+            version=tuple(int(part or 0) for part in version.groups()) if version else None,
+            base=config.get("base_model_name_or_path"),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BimedixError(f"{source} is malformed ({error}); save the adapter again.") from None
+    if min([settings.rank, *settings.rank_pattern.values()]) < 1:
+        raise BimedixError(f"{source} has a rank below 1; save the adapter again.")
+    return settings

@@ -1,0 +1,361 @@
+"""A PEFT folder's adapters on one of our models, one module in memory at a time; the formats are described in `peft`.
+
+The file is read twice: first to see which parts of it are zero, since that decides how what PEFT fuses is taken apart
+and which matrices have an adapter at all, then to fill the factors.
+"""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from bimedix_jax.adapters import add_lora, has_lora, linears
+from bimedix_jax.checkpoint import buffers, store
+from bimedix_jax.checkpoint.peft import (
+    FUSED,
+    OWN_FORMAT,
+    OWN_NAME,
+    WEIGHTS_NAME,
+    Settings,
+    matching,
+    read_object,
+    read_settings,
+)
+from bimedix_jax.checkpoint.peft_names import FUSED_KINDS, Content, Pair, content_of
+from bimedix_jax.checkpoint.safetensors_io import StoredTensor, pieces, read_header
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.config import LORA_TARGETS, LoraConfig, LoraOverride
+from bimedix_jax.models.linear import TrainedParam
+from bimedix_jax.models.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+Place = tuple[str, tuple[int, ...]]
+"""(kind, index into the leading axes of its weight): one matrix."""
+GATE_UP = FUSED["gate_up"].format(layer=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a pair holds of one kind: a stretch of the rank axis and one of the output axis."""
+
+    kind: str
+    ranks: slice
+    outputs: slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Which ranks of a pair's matrices M are not zero, bool [M, R]: in A, in the rows of B of w1, and in those of w3
+    (in all rows twice, where w1 and w3 are not fused)."""
+
+    index: list[tuple[int, ...]]
+    a_MR: np.ndarray
+    first_MR: np.ndarray
+    second_MR: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a file becomes adapters.
+
+    Attributes:
+      parts: of each pair, in order.
+      present: rank and scale of every matrix that gets an adapter.
+      scales: of the adapters of each kind; a matrix of another one has the ratio folded into b.
+    """
+
+    config: LoraConfig
+    parts: list[tuple[Part, ...]]
+    present: dict[Place, tuple[int, float]]
+    scales: dict[str, float]
+
+
+def load_peft(model: Mixtral, folder: str | Path) -> Mixtral:
+    """`model` with the adapters of a folder that PEFT, or `export_peft`, wrote; its base is shared, not copied.
+
+    What PEFT fused is taken apart without loss: w1 and w3 get their own factors where B is block-diagonal, else both
+    the whole A. Factors that are all zero, which a layout may force a writer to add, become no adapter.
+
+    Raises:
+      BimedixError: the folder is damaged, asks for what this project does not do, was made for another base, holds NaN,
+        or the model has adapters already.
+    """
+    folder = Path(folder)
+    if model.lora is not None or has_lora(model):
+        raise BimedixError("This model carries adapters already; load the base without them, or merge them first.")
+    settings = read_settings(folder)
+    content = content_of(read_header(weights_file(folder)), settings, model)
+    check_tables(content, model)
+    fused_later = any(pair.kind in ("w1", "w3") for pair in content.pairs)
+    if fused_later and settings.rank_stabilised and matching(settings.rank_pattern, GATE_UP, "") == GATE_UP:
+        log.warning("w1 and w3 are scaled as they trained; transformers 5 with peft 0.21 scales them by 1.41 more.")
+    recorded = check_base(model, folder, settings)
+    return filled(model, content, planned(content, settings, recorded, model))
+
+
+def weights_file(folder: Path) -> Path:
+    path = folder / WEIGHTS_NAME
+    if path.is_file():
+        return path
+    if (folder / "adapter_model.bin").exists():
+        raise BimedixError(
+            f"{folder} holds adapter_model.bin only, pickled weights, which are never read because they can run code; "
+            "save the adapter with safe_serialization=True."
+        )
+    raise BimedixError(f"{folder} holds no {WEIGHTS_NAME}; name a folder that peft saved.")
+
+
+def check_base(model: Mixtral, folder: Path, settings: Settings) -> int | None:
+    """Compares the base with what our own file records; the rank of w1 within gate_up, if recorded.
+
+    Raises:
+      BimedixError: the adapter was trained on another base.
+    """
+    path = folder / OWN_NAME
+    if not path.is_file():
+        log.warning(
+            "%s does not identify its base (it names %s): only shapes were checked.", folder, settings.base or "none"
+        )
+        return None
+    own = read_object(path)
+    base = own.get("base")
+    parts = {"architecture", "weights", "router", "config"}
+    if own.get("format") != OWN_FORMAT or not isinstance(base, dict) or not parts <= base.keys():
+        raise BimedixError(f"{path} has not the form {OWN_FORMAT!r}; export the adapter again.")
+    store.check_base(base, model, folder)
+    return own.get("w1_rank")
+
+
+def check_tables(content: Content, model: Mixtral) -> None:
+    """Raises BimedixError where a saved copy of the embedding or the head differs from the base's."""
+    for tensor, path in content.tables:
+        head = None if path == "embed.table" else model.lm_head
+        ours = model.embed.table.get_value() if head is None else head.w.get_value().T
+        same = tensor.shape == ours.shape and all(
+            np.array_equal(tensor.read(first, rows).astype(ours.dtype), np.asarray(ours[first : first + rows]))
+            for first, rows in pieces(tensor)
+        )
+        if not same:
+            raise BimedixError(
+                f"{tensor.path} holds {tensor.name}, which differs from the base's: a trained or resized vocabulary "
+                "cannot be read; merge it into the base with peft first."
+            )
+
+
+def matrices(pair: Pair, experts: int) -> Iterator[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
+    """(index, a [in, R], b [R, out]) of a pair's matrices; raises BimedixError for NaN or infinity."""
+    a, b = read_finite(pair.a), read_finite(pair.b)
+    if pair.kind not in FUSED_KINDS:
+        yield pair.index, a.T, b.T
+        return
+    a_ERx, b_xRE = a.reshape(experts, pair.rank, -1), b.reshape(-1, pair.rank, experts)
+    for expert in range(experts):
+        index = (*pair.index, expert)
+        if pair.swapped:
+            yield index, b_xRE[:, :, expert], a_ERx[expert]
+        else:
+            yield index, a_ERx[expert].T, b_xRE[:, :, expert].T
+
+
+def read_finite(tensor: StoredTensor) -> np.ndarray:
+    value = tensor.read().astype(np.float32, copy=False)
+    if not np.isfinite(value).all():
+        raise BimedixError(f"{tensor.path} holds NaN or infinity in {tensor.name}; take an earlier checkpoint.")
+    return value
+
+
+def usage_of(pair: Pair, model: Mixtral) -> Usage:
+    ffn = model.config.intermediate_size
+    index, used = [], []
+    for place, a, b in matrices(pair, model.config.router.num_experts):
+        index.append(place)
+        first, second = (b[:, :ffn], b[:, ffn:]) if pair.kind == "gate_up" else (b, b)
+        used.append((a.any(axis=0), first.any(axis=1), second.any(axis=1)))
+    a_MR, first_MR, second_MR = (np.stack(column) for column in zip(*used, strict=True))
+    return Usage(index, a_MR, first_MR, second_MR)
+
+
+def splits_of(pairs: list[Pair], usages: list[Usage], recorded: int | None) -> dict[int, int | None]:
+    """By rank of gate_up: how many of its ranks, the first, are of w1, the others being of w3; None where the two share
+    them. Without a record, halves are what peft makes of separate adapters."""
+    splits: dict[int, int | None] = {}
+    for rank in {pair.rank for pair in pairs if pair.kind == "gate_up"}:
+        alike = [u for pair, u in zip(pairs, usages, strict=True) if pair.kind == "gate_up" and pair.rank == rank]
+        first = np.flatnonzero(np.any([u.first_MR.any(axis=0) for u in alike], axis=0))
+        second = np.flatnonzero(np.any([u.second_MR.any(axis=0) for u in alike], axis=0))
+        least, most = (int(first[-1]) + 1 if first.size else 0), (int(second[0]) if second.size else rank)
+        wanted = [*([] if recorded is None else [recorded]), *([] if rank % 2 else [rank // 2]), least]
+        untrained = not first.size and not second.size and recorded is None
+        fitting = [] if untrained else [split for split in wanted if least <= split <= most]
+        splits[rank] = fitting[0] if fitting else None
+    return splits
+
+
+def parts_of(pair: Pair, splits: dict[int, int | None], ffn: int) -> tuple[Part, ...]:
+    if pair.kind != "gate_up":
+        return (Part("w2" if pair.kind == "down" else pair.kind, slice(None), slice(None)),)
+    split = splits[pair.rank]
+    w1, w3 = (slice(None), slice(None)) if split is None else (slice(split), slice(split, None))
+    both = (Part("w1", w1, slice(ffn)), Part("w3", w3, slice(ffn, None)))
+    return tuple(part for part in both if len(range(*part.ranks.indices(pair.rank))))
+
+
+def planned(content: Content, settings: Settings, recorded: int | None, model: Mixtral) -> Plan:
+    """Reads every factor once and decides what becomes of it."""
+    pairs = content.pairs
+    usages = [usage_of(pair, model) for pair in pairs]
+    splits = splits_of(pairs, usages, recorded)
+    parts = [parts_of(pair, splits, model.config.intermediate_size) for pair in pairs]
+    present: dict[Place, tuple[int, float]] = {}
+    zero = 0
+    for pair, usage, ours in zip(pairs, usages, parts, strict=True):
+        for part, (place, index) in itertools.product(ours, enumerate(usage.index)):
+            b_MR = usage.second_MR if part.kind == "w3" else usage.first_MR
+            used_R = (usage.a_MR[place] | b_MR[place])[part.ranks]
+            if (part.kind, index) in present:
+                raise BimedixError(f"{settings.source} comes with two adapters for {part.kind} at {index}; drop one.")
+            if used_R.any():
+                present[part.kind, index] = (used_R.size, pair.scale)
+            zero += not used_R.any()
+    if zero:
+        log.warning("%d matrices have factors that are zero throughout; they get no adapter.", zero)
+    if not present and not content.routers:
+        raise BimedixError(f"The adapter of {settings.source} is zero throughout: it changes nothing.")
+    scales = {
+        kind: collections.Counter(scale for (k, _), (_, scale) in present.items() if k == kind).most_common(1)[0][0]
+        for kind in LORA_TARGETS
+        if any(k == kind for k, _ in present)
+    }
+    return Plan(config_of(present, scales, settings, bool(content.routers), model), parts, present, scales)
+
+
+def config_of(
+    present: Mapping[Place, tuple[int, float]],
+    scales: Mapping[str, float],
+    settings: Settings,
+    train_router: bool,
+    model: Mixtral,
+) -> LoraConfig:
+    """The configuration of these adapters: one rank and scale a kind, targets as narrow as the file's."""
+    ranks = {kind: max(rank for (k, _), (rank, _) in present.items() if k == kind) for kind in scales}
+    for kind, rank in ranks.items():
+        other = [
+            (r, scale) for (k, _), (r, scale) in present.items() if k == kind and (r, scale) != (rank, scales[kind])
+        ]
+        if other:
+            log.warning(
+                "%d adapters of %s have another rank or scale than %d and %g; zeros pad them, B takes the scale.",
+                len(other),
+                kind,
+                rank,
+                scales[kind],
+            )
+    alphas = {
+        kind: tidy(scales[kind] * (rank**0.5 if settings.rank_stabilised else rank)) for kind, rank in ranks.items()
+    }
+    usual = collections.Counter((ranks[kind], alphas[kind]) for kind in scales).most_common(1)
+    rank, alpha = usual[0][0] if usual else (settings.rank, settings.alpha)
+    overrides = [
+        LoraOverride(
+            kind,
+            None if ranks[kind] == rank else ranks[kind],
+            None if alphas[kind] == alpha else alphas[kind],
+        )
+        for kind in scales
+        if (ranks[kind], alphas[kind]) != (rank, alpha)
+    ]
+    targets = [target for kind in scales for target in targets_of(kind, [i for k, i in present if k == kind], model)]
+    return LoraConfig(
+        rank, alpha, tuple(targets), settings.rank_stabilised, settings.dropout, tuple(overrides), train_router
+    )
+
+
+def tidy(value: float) -> float:
+    """The short decimal that `value` differs from by rounding only, as a quotient times its divisor may."""
+    short = round(value, 6)
+    return short if math.isclose(short, value, rel_tol=1e-12) else value
+
+
+def targets_of(kind: str, indices: list[tuple[int, ...]], model: Mixtral) -> list[str]:
+    """The name of a kind, or patterns that mean these of its matrices."""
+    path, layer = next((path, layer) for path, layer in linears(model).items() if path[-1] == kind)
+    lead = layer.w.get_value().shape[:-2]
+    if len(indices) == math.prod(lead):
+        return [kind]
+    stack, *middle, _ = path
+    by_layer = collections.defaultdict[int, list[int]](list)
+    for index in sorted(indices):
+        by_layer[index[0]] += index[1:]
+    groups = collections.defaultdict[tuple[int, ...], list[int]](list)
+    for number, experts in by_layer.items():
+        groups[tuple(experts)].append(number)
+    patterns = []
+    for experts, layers in groups.items():
+        inner = ["experts", one_of(experts, lead[1])] if len(lead) == 2 else []
+        patterns.append(r"\.".join([stack, one_of(layers, lead[0]), *middle, *inner, kind]))
+    return patterns
+
+
+def one_of(numbers: Sequence[int], total: int) -> str:
+    """A pattern for these of range(total)."""
+    if len(numbers) == total:
+        return r"\d+"
+    return str(numbers[0]) if len(numbers) == 1 else f"({'|'.join(map(str, numbers))})"
+
+
+def filled(model: Mixtral, content: Content, plan: Plan) -> Mixtral:
+    """The model with adapters whose factors are read into place."""
+    skeleton = add_lora(Mixtral(model.config), plan.config)
+    bare = {path: layer for path, layer in linears(skeleton).items() if layer.lora is not None}
+    factors = {}
+    for path, layer in bare.items():
+        assert layer.lora is not None
+        pair = [buffers.aligned_empty(f.get_value().shape, np.float32) for f in (layer.lora.a, layer.lora.b)]
+        for factor in pair:
+            factor[...] = 0
+        indices = list(np.ndindex(*layer.w.get_value().shape[:-2]))
+        slots = layer.lora.slots
+        places = {index: index for index in indices}
+        if slots is not None:
+            places = {indices[slot]: (place,) for place, slot in enumerate(slots)}
+        factors[path[-1]] = (*pair, places)
+    for pair, parts in zip(content.pairs, plan.parts, strict=True):
+        for index, a, b in matrices(pair, model.config.router.num_experts):
+            for part in parts:
+                if (part.kind, index) in plan.present:
+                    all_a, all_b, places = factors[part.kind]
+                    rank, scale = plan.present[part.kind, index]
+                    all_a[places[index]][:, :rank] = a[:, part.ranks]
+                    all_b[places[index]][:rank] = b[part.ranks, part.outputs]
+                    if scale != plan.scales[part.kind]:
+                        all_b[places[index]] *= np.float32(scale / plan.scales[part.kind])
+    adapted = nnx.merge(*nnx.split(model), copy=True)
+    layers = linears(adapted)
+    for path, layer in bare.items():
+        assert layer.lora is not None
+        a, b, _ = factors.pop(path[-1])
+        layer.lora.a.set_value(jax.device_put(a))
+        layer.lora.b.set_value(jax.device_put(b))
+        layers[path].lora = layer.lora
+    if content.routers:
+        router = layers["layers", "moe", "router"]
+        weights = np.stack([router_of(content.routers[i]).T for i in range(model.config.num_layers)])
+        router.w = TrainedParam(jax.device_put(weights), axes=router.w.get_metadata("axes"))
+    adapted.lora = plan.config
+    return adapted
+
+
+def router_of(copies: list[StoredTensor]) -> np.ndarray:
+    """A layer's router; raises BimedixError where it is there under two names with two values."""
+    value = read_finite(copies[0])
+    if any(not np.array_equal(value, read_finite(copy)) for copy in copies[1:]):
+        raise BimedixError(f"{copies[0].path}: {copies[0].name} and {copies[1].name} differ; save the adapter again.")
+    return value
