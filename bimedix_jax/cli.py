@@ -24,7 +24,10 @@ from bimedix_jax.errors import BimedixError
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("the whole way on a laptop, in minutes: start here", "bimedix_jax.commands.quickstart"),
     "convert": ("check a checkpoint and write it in another precision", "bimedix_jax.commands.convert"),
-    "export": ("write a checkpoint in Hugging Face layout", "bimedix_jax.commands.export"),
+    "export": (
+        "write a model, a merge or adapters for transformers, peft, bitsandbytes",
+        "bimedix_jax.commands.export",
+    ),
     "upcycle": ("make a mixture of experts from a dense Llama model", "bimedix_jax.commands.upcycle"),
     "coverage": ("every tensor with its bits, its adapter and what trains", "bimedix_jax.commands.coverage"),
     "data assemble": ("published data sets into checked records", "bimedix_jax.commands.data_assemble"),
@@ -33,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval run": ("held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
     "chat": ("talk with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
+    "bench moe": ("speed of the experts' matrix products on this machine", "bimedix_jax.commands.bench_moe"),
 }
 
 GLOBAL_FLAGS = {

@@ -1,24 +1,50 @@
-"""`bimedix export`: any loadable checkpoint -> a Hugging Face folder."""
+"""`bimedix export`: any loadable checkpoint, or its adapters -> a folder for transformers, peft, vLLM and others."""
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
+from bimedix_jax.errors import BimedixError
+
+if TYPE_CHECKING:
+    from bimedix_jax.models.mixtral import Mixtral
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Write a checkpoint in Hugging Face's hub layout, with tokenizer, chat template and generation config, for
-    transformers, vLLM and others."""
+    """Write a checkpoint for others to load: the model in Hugging Face's hub layout with tokenizer, chat template and
+    generation config, its adapters merged on request; its 4-bit weights as bitsandbytes stores them; or its adapters
+    alone, as PEFT stores them.
+
+    A merge ends with a report: what rounding took of the fine-tune, and on how many tokens logits and routes of the
+    merged model differ from those of the model with adapters.
+    """
 
     source: Annotated[str, tyro.conf.Positional]
     """Checkpoint folder (native or Hugging Face) or hub id."""
     destination: Annotated[Path, tyro.conf.Positional]
     """Folder to write."""
-    base: Literal["bfloat16", "float32"] | None = None
-    """Precision to write; by default bfloat16, and of a native checkpoint its own (4-bit weights are dequantised)."""
+    format: Literal["hf", "peft", "bitsandbytes"] = "hf"
+    """hf: the whole model in 16 or 32 bits. peft: the adapters. bitsandbytes: the model in 4 bits."""
+    adapter: Path | None = None
+    """Folder of adapters (native or PEFT) to merge, or to write as PEFT's."""
+    merge: Literal["original", "dequantised"] | None = None
+    """Weights that the adapters are added to: the 16-bit ones of --source, or the dequantised 4-bit ones."""
+    base: Literal["nf4", "bfloat16", "float32"] | None = None
+    """Storage that --source is loaded in, nf4 where adapters were trained over 4 bits; by default bfloat16 (nf4 for
+    bitsandbytes), and of a native checkpoint its own."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Precision of the merged weights; bfloat16 by default, float32 keeps deltas that bfloat16 rounds away."""
+    layout: Literal["per_expert", "fused", "attention"] = "per_expert"
+    """How peft and bitsandbytes folders hold experts: one by one, as the hub does; fused, as transformers 5 does in
+    memory; or, for bitsandbytes, in 16 bits beside a 4-bit attention: all that transformers 5 loads unaided."""
+    probe: str = "sample"
+    """Text on which a merge is compared with the adapters: `sample`, or a JSONL file of records."""
+    probe_records: int = 24
+    """Records of it; 0 leaves the comparison out."""
     tokenizer_from: Path | None = None
     """Folder whose tokenizer files are copied; the source by default."""
     revision: str | None = None
@@ -32,16 +58,112 @@ class Config:
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    from bimedix_jax.checkpoint.hf import export_hf
+    """Writes the folder; returns its files, and the report of a merge."""
     from bimedix_jax.checkpoint.load import load
-    from bimedix_jax.errors import BimedixError
 
+    check(config)
+    base = config.base or ("nf4" if config.format == "bitsandbytes" else None)
+    model = load(
+        config.source, base, config.adapter, revision=config.revision, ignore_config_keys=config.ignore_config_key
+    )
+    result = write(config, model, console)
+    files = sorted(path.name for path in config.destination.iterdir())
+    console.print(f"{config.destination}: {len(files)} files", highlight=False)
+    return {"output": str(config.destination), "files": files, **result}
+
+
+def check(config: Config) -> None:
+    """Raises BimedixError for options that contradict each other."""
     if config.max_shard_gb <= 0:
         raise BimedixError(f"--max-shard-gb must be positive, got {config.max_shard_gb}.")
-    model = load(config.source, config.base, revision=config.revision, ignore_config_keys=config.ignore_config_key)
-    export_hf(
-        model, config.destination, config.tokenizer_from, config.overwrite, round(config.max_shard_gb * 1_000_000_000)
+    if config.probe_records < 0:
+        raise BimedixError(f"--probe-records cannot be negative, got {config.probe_records}.")
+    if config.merge is not None and config.format != "hf":
+        raise BimedixError("--merge gives a whole model; leave it out, or --format.")
+    if config.dtype is not None and config.merge is None:
+        raise BimedixError("--dtype is the precision of a merge; pass --base, or --merge with it.")
+    if config.layout == "attention" and config.format != "bitsandbytes":
+        raise BimedixError("--layout attention is for --format bitsandbytes; choose per_expert or fused.")
+    if config.format == "bitsandbytes" and (config.adapter is not None or config.base not in (None, "nf4")):
+        raise BimedixError(
+            "--format bitsandbytes writes a 4-bit model without adapters; leave --adapter and --base out."
+        )
+
+
+def write(config: Config, model: "Mixtral", console: Console) -> dict[str, Any]:
+    """The folder that was asked for."""
+    from bimedix_jax.checkpoint.hf import export_hf
+
+    shard_bytes = round(config.max_shard_gb * 1_000_000_000)
+    if config.merge is not None:
+        return merge(config, model, shard_bytes, console)
+    if config.format == "peft" and config.layout != "attention":
+        from bimedix_jax.checkpoint.peft_write import export_peft
+
+        export_peft(model, config.destination, config.layout, overwrite=config.overwrite)
+    elif config.format == "bitsandbytes":
+        from bimedix_jax.checkpoint.bnb import export_bnb
+
+        export_bnb(model, config.destination, config.layout, config.tokenizer_from, config.overwrite, shard_bytes)
+    else:
+        if model.lora is not None:
+            raise BimedixError(
+                "The model carries adapters: add --merge original or --merge dequantised for one folder, or --format "
+                "peft for the adapters alone."
+            )
+        export_hf(model, config.destination, config.tokenizer_from, config.overwrite, shard_bytes)
+    return {}
+
+
+def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) -> dict[str, Any]:
+    """Writes the merged model, loads it again, and compares the two."""
+    from bimedix_jax.checkpoint.load import load
+    from bimedix_jax.checkpoint.merge import export_merged
+    from bimedix_jax.drift import drift, observe
+
+    assert config.merge is not None  # the caller's condition
+    texts = probe_texts(config, model)
+    observed = observe(model, texts) if texts else None
+    dtype = config.dtype or "bfloat16"
+    merged = export_merged(
+        model,
+        config.destination,
+        config.merge,
+        dtype=dtype,
+        tokenizer_from=config.tokenizer_from,
+        overwrite=config.overwrite,
+        max_shard_bytes=shard_bytes,
     )
-    files = sorted(path.name for path in config.destination.iterdir())
-    console.print(f"{config.destination}: {len(files)} files")
-    return {"output": str(config.destination), "files": files}
+    report: dict[str, Any] = {"merged": merged.to_dict()}
+    for target, loss in merged.rounding_loss.items():
+        console.print(f"{target}: {merged.matrices[target]} matrices, {loss:.2%} of the delta lost to rounding")
+    if observed is not None:
+        report["drift"] = drift(observed, observe(load(config.destination, dtype), texts))
+        seen = report["drift"]
+        console.print(
+            f"against base and adapters, over {seen['tokens']} tokens: largest logit difference "
+            f"{seen['max_logit_diff']:.2%} of the largest logit, KL {seen['kl']:.2e} nats; most likely token changed "
+            f"on {seen['top1_changed']:.2%}, experts changed on {seen['routes_changed']:.2%} of (layer, token) pairs",
+            highlight=False,
+        )
+    return report
+
+
+def probe_texts(config: Config, model: "Mixtral") -> list[tuple[str, list[int]]]:
+    """(language, token ids) of the records to compare on, those longer than the model's context left out."""
+    from bimedix_jax.checkpoint.hub import resolve
+    from bimedix_jax.data import records
+    from bimedix_jax.data.chat_template import encode_chat
+    from bimedix_jax.data.tokenizer import load_tokenizer
+
+    if config.probe_records == 0:
+        return []
+    tokenizer = load_tokenizer(config.tokenizer_from or resolve(config.source, config.revision))
+    found = list(records.sample("heldout") if config.probe == "sample" else records.read_jsonl(config.probe))
+    # evenly over the file, which is sorted by language and kind
+    chosen = found[:: max(1, len(found) // config.probe_records)][: config.probe_records]
+    texts = [(record.language, encode_chat(tokenizer, record.conversations)[0]) for record in chosen]
+    fitting = [(label, ids) for label, ids in texts if len(ids) <= model.config.max_position_embeddings]
+    if not fitting:
+        raise BimedixError(f"No record of {config.probe} fits the model's context; name others with --probe.")
+    return fitting
