@@ -116,7 +116,9 @@ def test_another_base_is_refused(mixtral, write_mixtral, tmp_path):
     packed = trained(load(tmp_path / "packed"), SOME)
     with pytest.raises(BimedixError, match="holds 4-bit weights, not the original ones"):
         export_merged(packed, tmp_path / "merged", "original")
-    model.layers.moe.w1.lora.b.set_value(model.layers.moe.w1.lora.b.get_value() * jnp.inf)
+    lora = model.layers.moe.w1.lora
+    assert lora is not None
+    lora.b.set_value(lora.b.get_value() * jnp.inf)
     with pytest.raises(BimedixError, match=r"experts\.2\.w1\.weight holds NaN or infinity"):
         export_merged(model, tmp_path / "merged", "dequantised")
     assert not (tmp_path / "merged").exists()
