@@ -4,7 +4,6 @@ import functools
 from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels.grouped_matmul import ragged_dot, xla
