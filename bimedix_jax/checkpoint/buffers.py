@@ -16,13 +16,15 @@ import numpy as np
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.kernels.nf4.api import all_finite, flushed_blocks, quantize_blocks, quantize_scales
+from bimedix_jax.kernels.nf4.api import flushed_blocks, quantize_blocks, quantize_scales
 
 ALIGNMENT = 64
 TILE = 64
 """Side of the square tiles of a transposing copy: 4 times as fast as one strided copy of a 14336 x 4096 matrix."""
 NEAR_DENORMAL = np.float32(2.0**-121)
 """Blocks with a scale below are looked at for denormals: 2**5 times the smallest normal float32."""
+BFLOAT16_EXPONENT = np.uint16(0x7F80)
+"""All ones in NaN and infinity only."""
 QUANTISE_BYTES = 4 << 20
 """Source bytes quantised at once: as fast as larger pieces, and its float32 temporaries stay near 200 MB."""
 
@@ -58,19 +60,37 @@ def fill_array(
     """Reads a matrix (out, in) or vector of `tensor` from its row `first_row` on into `target`, cast to its dtype.
 
     `target` is (in, out) if `transposed`. `done` is told the bytes read, piece by piece.
+
+    Raises BimedixError for weights that are not finite.
     """
     rows = target.shape[1] if transposed else target.shape[0]
     span = TensorSpec(tensor.name, tensor.dtype, (rows, *tensor.shape[1:]))
     for start, count in pieces(span):
         if not transposed and tensor.dtype == target.dtype:
-            tensor.read(first_row + start, count, out=target[start : start + count])
+            read = tensor.read(first_row + start, count, out=target[start : start + count])
+            require_finite(read, tensor, first_row + start)
         else:
             read = tensor.read(first_row + start, count)
+            require_finite(read, tensor, first_row + start)
             if transposed:
                 copy_transposed(target[:, start : start + count], read)
             else:
                 target[start : start + count] = read
         done(count * tensor.row_bytes)
+
+
+def require_finite(read: np.ndarray, tensor: StoredTensor, first_row: int) -> None:
+    """Raises BimedixError for NaN or infinity in rows of a tensor, which begin at its row `first_row`."""
+    # NumPy looks at the bits of bfloat16 16 times as fast as XLA:CPU and ml_dtypes do at the numbers
+    if read.dtype == jnp.bfloat16:
+        finite = (read.view(np.uint16) & BFLOAT16_EXPONENT) != BFLOAT16_EXPONENT
+    else:
+        finite = np.isfinite(read)
+    if not finite.all():
+        raise BimedixError(
+            f"{tensor.path} holds NaN or infinity in {tensor.name} (rows {first_row} to {first_row + len(read) - 1}); "
+            "use another copy of the weights."
+        )
 
 
 def fill_nf4(
@@ -91,11 +111,7 @@ def fill_nf4(
         read = tensor.read(first_row + start, count)
         if target.dtype != str(read.dtype):
             read = read.astype(target.dtype)
-        if not all_finite(read):
-            raise BimedixError(
-                f"{tensor.path} holds NaN or infinity in {tensor.name} (rows {first_row + start} to "
-                f"{first_row + start + count - 1}), which has no 4-bit code; use another copy of the weights."
-            )
+        require_finite(read, tensor, first_row + start)
         codes, scales = quantize_blocks(read.reshape(-1), target.block_size)
         byte, block = start * columns // 2, start * columns // target.block_size
         packed[byte : byte + codes.size] = codes

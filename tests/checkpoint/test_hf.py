@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -273,3 +274,15 @@ def test_unknown_base_and_dtype(mixtral: Path) -> None:
 def test_the_origin_survives_splitting(mixtral: Path) -> None:
     model = load(mixtral)
     assert nnx.merge(*nnx.split(model)).origin == str(mixtral)
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "float32", "nf4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(changed: Callable[..., Path], base: Any, value: float) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors[name][5, 7] = value
+
+    with pytest.raises(BimedixError, match=re.escape(f"NaN or infinity in {name}")):
+        load(changed(spoil), base)
