@@ -24,7 +24,9 @@ class Config:
     hidden: int = 3584
     """Width F of an expert."""
     experts: int = 8
+    """Experts that share the rows."""
     top_k: int = 2
+    """Experts that each token uses."""
     repetitions: int = 9
     """Repetitions whose median counts."""
     plot: Path | None = None
