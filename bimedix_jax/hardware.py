@@ -1,13 +1,13 @@
 """Devices that programs are compiled for although they are not there.
 
-XLA needs a description of a GPU, not the GPU: `pip install bimedix_jax[aot]` brings its CUDA compiler. Nothing that is
-compiled here can run here.
+XLA needs a description of a GPU, not the GPU, and a TPU's compiler is a library that knows all TPUs:
+`pip install bimedix_jax[aot]` brings both compilers. Nothing that is compiled here can run here.
 """
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
-
-import jax
 
 from bimedix_jax.errors import BimedixError
 
@@ -27,24 +27,64 @@ capability 8.0)."""
 TARGETS = {"a100-80gb": A100_80GB}
 """GPUs by name."""
 
+TOPOLOGIES = {
+    "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5p": {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
+}
+"""TPUs by name: how chips are wired, by their number (Google Cloud TPU documentation, "TPU v5e" and "TPU v5p")."""
+
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud metadata server
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # what it would answer; the topology asked for decides
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # otherwise a second process fails at a lock, though no TPU is shared
+}
+"""Environment that libtpu reads when it is loaded, on a machine without TPUs. What the user set stays as it is."""
+
 
 @functools.cache
 def devices(name: str, count: int = 1) -> list[Any]:
     """`count` absent devices of a kind, to put into shardings of abstract arguments of `jax.jit(...).lower`.
 
+    A GPU is a name of TARGETS; a TPU one of TOPOLOGIES, of which the first `count` chips of the smallest slice that has
+    as many are taken. JAX must run on the CPU (JAX_PLATFORMS=cpu, as `startup.prepare` sets it). Before libtpu is
+    loaded for the first time, NO_TPU is put into the environment.
+
     Raises:
-      BimedixError: unknown name, or the compiler for it is not installed.
+      BimedixError: unknown name, more chips than a slice has, or the compiler for it is not installed.
     """
+    import jax
     from jax.experimental import topologies
 
-    if name not in TARGETS:
-        raise BimedixError(f"No description of {name}; known are {', '.join(TARGETS)}.")
+    if name in TARGETS:
+        request = {
+            "platform": "cuda",
+            "topology_name": name,
+            "target_config": TARGETS[name],
+            "topology": f"1x1x{count}",
+        }
+    elif name in TOPOLOGIES:
+        request = tpu_slice(name, count)
+        if not any(True for pattern in ("accel[0-9]*", "vfio/[0-9]*") for _ in Path("/dev").glob(pattern)):
+            for variable, value in NO_TPU.items():
+                os.environ.setdefault(variable, value)
+    else:
+        raise BimedixError(f"No description of {name}; known are {', '.join([*TARGETS, *TOPOLOGIES])}.")
     try:
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=name, target_config=TARGETS[name], topology=f"1x1x{count}"
-        )
+        topology = topologies.get_topology_desc(**request)
     except (RuntimeError, ValueError, ImportError, jax.errors.JaxRuntimeError) as error:
         raise BimedixError(
             f"XLA cannot compile for {name} here ({str(error).splitlines()[0]}); install bimedix_jax[aot] (Linux only)."
         ) from error
-    return list(topology.devices)
+    return list(topology.devices)[:count]
+
+
+def tpu_slice(name: str, count: int) -> dict[str, Any]:
+    """What `get_topology_desc` must be asked for the smallest slice of a kind of TOPOLOGIES with this many chips."""
+    fitting = [chips for chips in TOPOLOGIES[name] if chips >= count]
+    if not fitting:
+        raise BimedixError(f"The largest {name} slice known has {max(TOPOLOGIES[name])} chips, fewer than {count}.")
+    chips = min(fitting)
+    request: dict[str, Any] = {"platform": "tpu", "topology_name": f"{name}:{TOPOLOGIES[name][chips]}"}
+    # a host has four chips otherwise, and a topology must be made of whole hosts
+    return {**request, "chips_per_host_bounds": (1, 1, 1)} if chips == 1 else request

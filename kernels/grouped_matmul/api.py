@@ -1,25 +1,35 @@
 """grouped_matmul: checks the operands, picks a backend, and differentiates."""
 
 import functools
+import importlib
 from types import ModuleType
 
 import jax
 from jaxtyping import Array, Float, Int
 
-from bimedix_jax.kernels.grouped_matmul import ragged_dot, xla
+from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 
-BACKENDS: dict[str, ModuleType] = {"xla": xla, "ragged_dot": ragged_dot}
-DEFAULT_BACKEND = {"cpu": "xla", "gpu": "ragged_dot", "tpu": "ragged_dot"}
+BACKENDS = ("xla", "ragged_dot", "triton", "mosaic_tpu")
+"""Modules of this folder; a backend is a module with `grouped_matmul`, `weight_gradient` and perhaps `refusal`."""
+PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "ragged_dot"), "tpu": ("mosaic_tpu", "ragged_dot")}
+"""Backends of each platform, best first; the last one takes everything."""
 
 
-def pick_backend(name: str | None) -> ModuleType:
-    if name is None:
-        name = DEFAULT_BACKEND.get(jax.default_backend(), "ragged_dot")
-    if name not in BACKENDS:
-        raise ValueError(f"Unknown grouped_matmul backend {name!r}; choose one of {', '.join(sorted(BACKENDS))}.")
-    return BACKENDS[name]
+def load(backend: str) -> ModuleType:
+    """Imported when it is needed: Pallas alone takes as long to import as JAX."""
+    return importlib.import_module(f"bimedix_jax.kernels.grouped_matmul.{backend}")
+
+
+def pick_backend(name: str | None, x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str:
+    """A backend may have `refusal(x_MD, w_EDF)`: why it cannot take these operands, forward or backward, or None."""
+
+    def refusal(backend: str) -> str | None:
+        module = load(backend)
+        return module.refusal(x_MD, w_EDF) if hasattr(module, "refusal") else None
+
+    return backends.pick("grouped_matmul", BACKENDS, PREFERRED, name, refusal)
 
 
 def orient(w: jax.Array | NF4Tensor, d: int) -> jax.Array | NF4Tensor:
@@ -30,19 +40,19 @@ def orient(w: jax.Array | NF4Tensor, d: int) -> jax.Array | NF4Tensor:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def product(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str | None) -> jax.Array:
-    return pick_backend(backend).grouped_matmul(x_MD, w_EDF, group_sizes_E)
+def product(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str) -> jax.Array:
+    return load(backend).grouped_matmul(x_MD, w_EDF, group_sizes_E)
 
 
-def product_forward(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str | None):
+def product_forward(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str):
     # a 4-bit weight is kept packed for the backward pass; x only where the weight's own gradient needs it
     residual_x = None if isinstance(w_EDF, NF4Tensor) else x_MD
     return product(x_MD, w_EDF, group_sizes_E, backend), (residual_x, w_EDF, group_sizes_E)
 
 
-def product_backward(backend: str | None, residuals: tuple, dy_MF: jax.Array):
+def product_backward(backend: str, residuals: tuple, dy_MF: jax.Array):
     x_MD, w_EDF, group_sizes_E = residuals
-    module = pick_backend(backend)
+    module = load(backend)
     dx_MD = module.grouped_matmul(dy_MF, w_EDF, group_sizes_E, swapped=True)
     if x_MD is None:
         return dx_MD, jax.tree.map(zero_cotangent, w_EDF), zero_cotangent(group_sizes_E)
@@ -66,7 +76,8 @@ def grouped_matmul(
       x_MD: rows sorted by expert.
       w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (a square one is read as [E, D, F]).
       group_sizes_E: rows of each expert, in order; their sum may be below M.
-      backend: "xla" or "ragged_dot"; None picks by platform, a named one never falls back.
+      backend: one of BACKENDS; None takes the one of `backends.use`, else the platform's best that takes the
+        operands. A named one never falls back.
 
     Returns:
       y_MF in the dtype of x, accumulated in float32; rows that no group owns are zero. Differentiable in x, and in w
@@ -74,6 +85,7 @@ def grouped_matmul(
 
     Raises:
       ValueError: shapes that do not fit, or an unknown backend.
+      NotImplementedError: the named backend does not take these operands.
     """
     w_EDF = orient(w_EDF, x_MD.shape[1])
     if w_EDF.ndim != 3 or w_EDF.shape[1] != x_MD.shape[1] or w_EDF.shape[0] != group_sizes_E.shape[0]:
@@ -83,4 +95,4 @@ def grouped_matmul(
         )
     if not isinstance(w_EDF, NF4Tensor):
         w_EDF = w_EDF.astype(x_MD.dtype)
-    return product(x_MD, w_EDF, group_sizes_E, backend)
+    return product(x_MD, w_EDF, group_sizes_E, pick_backend(backend, x_MD, w_EDF))

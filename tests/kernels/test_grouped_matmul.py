@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul, reference
 from bimedix_jax.kernels.grouped_matmul.api import BACKENDS
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
+from bimedix_jax.kernels.nf4.api import layer_weights
 
 RELATIVE = {"float32": 2e-5, "bfloat16": 1.6e-2}
 CASES = {  # rows, D, F, group sizes
@@ -25,7 +28,13 @@ CASES = {  # rows, D, F, group sizes
     "one_expert": (23, 9, 31, [23]),
     "64_experts": (130, 16, 24, [i % 4 for i in range(64)]),
     "long_group": (1300, 8, 8, [1200, 3, 97]),
+    "several_tiles": (70, 150, 300, [33, 0, 31]),
 }
+
+INTERPRETED = ("triton", "mosaic_tpu")
+"""Pallas backends, which a CPU interprets: a compilation of a second or two for each shape."""
+REFUSED = {("triton", "blocks_straddle_rows"), ("mosaic_tpu", "blocks_straddle_rows")}
+"""NF4 storage that a backend does not take."""
 
 
 def close(got: jax.Array, expected: np.ndarray, dtype: str) -> None:
@@ -77,6 +86,10 @@ def test_nf4_forward_and_gradient(backend: str, storage: str, double_quant: bool
     values = np.asarray(dequantize(t.mT if transposed else t))
     t = t.mT if storage == "EFD_transposed" else t
     groups = jnp.asarray(sizes, jnp.int32)
+    if (backend, storage) in REFUSED:
+        with pytest.raises(NotImplementedError, match=f"grouped_matmul backend '{backend}': NF4 weights stored as"):
+            grouped_matmul(x, t, groups, backend=backend)
+        return
 
     @jax.jit
     def run(x: jax.Array, t: NF4Tensor):
@@ -86,6 +99,64 @@ def test_nf4_forward_and_gradient(backend: str, storage: str, double_quant: bool
     y, dx = run(x, t)
     close(y, reference.grouped_matmul(np.asarray(x), values, np.array(sizes)), "float32")
     close(dx, reference.grouped_matmul(np.asarray(dy), values.swapaxes(1, 2), np.array(sizes)), "float32")
+
+
+@pytest.mark.parametrize("recorded", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nf4_rounds_as_layers_do(backend: str, dtype: str, recorded: str) -> None:
+    """A row that is a unit vector reads a row of the weights: the very bits of `layer_weights`, several tiles wide."""
+    d, f, block = 192, 320, 32
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((2, f, d)), recorded)
+    t = quantize(w, block_size=block, batch_dims=1).mT
+    expected = np.asarray(layer_weights(t, dtype), np.float32)
+    rows = np.array([0, 63, 64, 191, 5, 130])
+    x, sizes = jax.nn.one_hot(rows, d, dtype=dtype), jnp.asarray([4, 2])
+    got = jax.jit(lambda x, t: grouped_matmul(x, t, sizes, backend=backend))(x, t)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), expected[[0, 0, 0, 0, 1, 1], rows])
+    columns = np.array([0, 319, 31, 32, 64, 255])
+    dy = jax.nn.one_hot(columns, f, dtype=dtype)
+    got = jax.jit(lambda dy, t: grouped_matmul(dy, t, sizes, backend=backend))(dy, t.mT)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), expected[[0, 0, 0, 0, 1, 1], :, columns])
+
+
+def squared_loss_gradients(backend: str, x: jax.Array, w: jax.Array, groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jax.grad(lambda x, w: (grouped_matmul(x, w, groups, backend=backend) ** 2).sum(), argnums=(0, 1))(x, w)
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "ragged_dot"])  # JAX cannot batch it
+def test_under_vmap(backend: str) -> None:
+    x, w, _ = draw(2 * 24, 16, 16, 3, "float32")
+    x_BMD, groups_BE = x.reshape(2, 24, 16), jnp.asarray([[4, 0, 20], [10, 9, 1]], jnp.int32)
+    gradients = functools.partial(squared_loss_gradients, backend)
+    dx, dw = jax.jit(jax.vmap(gradients, in_axes=(0, None, 0)))(x_BMD, w, groups_BE)
+    for i in range(2):
+        dx_i, dw_i = gradients(x_BMD[i], w, groups_BE[i])
+        close(dx[i], np.asarray(dx_i), "float32")
+        close(dw[i], np.asarray(dw_i), "float32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_under_shard_map(backend: str) -> None:
+    """Each device multiplies its own rows by its own groups."""
+    x, w, _ = draw(2 * 24, 16, 16, 3, "float32")
+    groups_BE = jnp.asarray([[4, 0, 20], [10, 9, 1]], jnp.int32)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    gradients = functools.partial(squared_loss_gradients, backend)
+
+    # loops that start from constants, and interpreted Pallas kernels, do not pass JAX's check of what varies
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=(P("data"), P()), check_vma=False
+    )
+    def sharded(x: jax.Array, w: jax.Array, groups_BE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        dx, dw = gradients(x, w, groups_BE[0])
+        return dx, lax.psum(dw, "data")
+
+    dx, dw = sharded(x, w, groups_BE)
+    each = [gradients(x[24 * i : 24 * (i + 1)], w, groups_BE[i]) for i in range(2)]
+    close(dx, np.concatenate([np.asarray(dx_i) for dx_i, _ in each]), "float32")
+    close(dw, np.asarray(each[0][1] + each[1][1]), "float32")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,20 +189,25 @@ def compiled(backend: str) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Arr
     return jax.jit(run)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_any_sizes_and_skew(data: st.DataObject) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_sizes_and_skew(backend: str) -> None:
     # rows, experts, D, F; few shapes, since each is a compilation, but any group sizes
-    rows, experts, d, f = data.draw(st.sampled_from([(1, 1, 1, 1), (23, 5, 9, 7), (40, 6, 12, 3), (150, 2, 4, 11)]))
-    stops = sorted(data.draw(st.lists(st.integers(0, rows), min_size=experts, max_size=experts)))
-    sizes = np.diff([0, *stops])
-    x, w, dy = draw(rows, d, f, experts, "float32")
-    x_np, w_np, dy_np = (np.asarray(a) for a in (x, w, dy))
-    for backend in BACKENDS:
+    shapes = [(1, 1, 1, 1), (23, 5, 9, 7), (40, 6, 12, 3), (150, 2, 4, 11)]
+
+    @settings(max_examples=40 if backend in INTERPRETED else 150, deadline=None)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        rows, experts, d, f = data.draw(st.sampled_from(shapes))
+        stops = sorted(data.draw(st.lists(st.integers(0, rows), min_size=experts, max_size=experts)))
+        sizes = np.diff([0, *stops])
+        x, w, dy = draw(rows, d, f, experts, "float32")
+        x_np, w_np, dy_np = (np.asarray(a) for a in (x, w, dy))
         y, (dx, dw) = compiled(backend)(x, w, dy, jnp.asarray(sizes, jnp.int32))
         close(y, reference.grouped_matmul(x_np, w_np, sizes), "float32")
         close(dx, reference.grouped_matmul(dy_np, w_np.swapaxes(1, 2), sizes), "float32")
         close(dw, reference.weight_gradient(x_np, dy_np, sizes), "float32")
+
+    check()
 
 
 def test_refusals() -> None:
@@ -141,3 +217,39 @@ def test_refusals() -> None:
         grouped_matmul(x, w, groups, backend="fastest")
     with pytest.raises(ValueError, match="needs x"):
         grouped_matmul(x, jnp.ones((2, 5, 6)), groups)
+
+
+def test_the_named_backend_runs() -> None:
+    """The caller's name, else that of `use`, else the platform's; each is its own entry in JAX's caches."""
+    x, w, _ = draw(8, 4, 6, 2, "float32")
+    groups = jnp.asarray([4, 4], jnp.int32)
+    product = jax.jit(lambda x, w: grouped_matmul(x, w, groups))
+
+    def runs_ragged_dot() -> bool:
+        return "ragged_dot" in product.lower(x, w).as_text() or "ragged" in str(jax.make_jaxpr(product)(x, w))
+
+    assert not runs_ragged_dot()
+    with backends.use(grouped_matmul="ragged_dot"):
+        assert runs_ragged_dot()
+        with backends.use(grouped_matmul="xla"):
+            assert not runs_ragged_dot()
+        assert runs_ragged_dot()
+    with (
+        pytest.raises(ValueError, match="No operation 'grouped_matmull' has backends"),
+        backends.use(grouped_matmull="xla"),
+    ):
+        pass
+
+
+def test_what_falls_back_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    x, w, _ = draw(8, 4, 6, 2, "float32")
+    groups = jnp.asarray([4, 4], jnp.int32)
+    t = quantize(w, batch_dims=1)  # blocks of 64 in rows of 6
+    backends.announced.clear()
+    with caplog.at_level("INFO"), backends.use(platform="gpu"):
+        for _ in range(2):
+            jax.eval_shape(lambda x: grouped_matmul(x, t, groups), x)
+        jax.eval_shape(lambda x: grouped_matmul(x, w, groups), x)
+    fell_back, ragged, best = (record.getMessage() for record in caplog.records)
+    assert "triton cannot be used, falling back: NF4 weights stored as (2, 4, 6) in blocks of 64" in fell_back
+    assert (ragged, best) == ("grouped_matmul: backend ragged_dot on gpu", "grouped_matmul: backend triton on gpu")

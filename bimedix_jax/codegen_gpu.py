@@ -1,0 +1,249 @@
+"""What XLA, Triton and ptxas make of the kernels for GPUs, on a machine without one."""
+
+import functools
+import importlib.util
+import math
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bimedix_jax.codegen import RANK, Case, cases
+from bimedix_jax.errors import BimedixError
+
+TARGETS = ("a100-80gb",)
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?"
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+"""One kernel in what `ptxas -v` prints."""
+LAUNCH = re.compile(
+    r" (?P<name>\w+) grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\]\s+shared_memory: (?P<shared>\d+)"
+)
+"""One kernel in XLA's list of what a program launches."""
+SHAPE = re.compile(r"(%[\w.-]+) = \w+\[([\d,]*)\]")
+DOT = re.compile(
+    r"(?P<name>%[\w.-]+) = \S+ dot\((?:\S+ )?(?P<left>%[\w.-]+), .*?lhs_contracting_dims=\{(?P<axes>[\d,]+)\}"
+)
+CALL = re.compile(
+    r'custom_call_target="__gpu\$xla.gpu.triton", operand_layout_constraints=\{(?P<operands>.*?)\}, api_version.*?'
+    r'op_name="(?P<name>[^"]*)".*?grid_x = (?P<x>\d+) : i32, grid_y = (?P<y>\d+)'
+)
+"""Shapes, matrix products and Triton kernels in the text of a compiled program."""
+PRODUCT, GRADIENT = "grouped_matmul", "weight_gradient"
+TILE = re.compile(rf"(?P<kernel>{PRODUCT}|{GRADIENT})_(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)(__\d+)?")
+"""Name of a Triton kernel of ours: what it does, its tile, and a number where a program has several."""
+
+
+@dataclass(frozen=True)
+class GpuKernel:
+    """A kernel of a compiled program. `spill_bytes`: stack stores and loads for want of registers, in its code."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    grid: tuple[int, ...]
+    threads: int
+
+
+def ptxas() -> Path:
+    """NVIDIA's assembler, from the wheel that the extra `aot` installs.
+
+    Raises:
+      BimedixError: it is not installed.
+    """
+    found = importlib.util.find_spec("nvidia.cuda_nvcc") if importlib.util.find_spec("nvidia") else None
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (path := Path(folder) / "bin" / "ptxas").is_file():
+            return path
+    raise BimedixError("ptxas is not installed; install bimedix_jax[aot] (Linux only).")
+
+
+def gpu_kernels(function: Any, *arguments: Any, architecture: str = "sm_80") -> list[GpuKernel]:
+    """Compiles `jit(function)` and returns its kernels, in no particular order.
+
+    Args:
+      arguments: abstract ones, sharded on a device of `hardware.devices`.
+
+    Raises:
+      BimedixError: ptxas is missing or refuses a kernel.
+    """
+    import jax
+
+    assembler = ptxas()
+    with tempfile.TemporaryDirectory() as folder:
+        # a function of its own, since XLA writes nothing for a program that JAX finds in its cache
+        jax.jit(lambda *x: function(*x)).lower(*arguments).compile(compiler_options={"xla_dump_to": folder})
+        launches = {}
+        for path in Path(folder).glob("*thunk_sequence.txt"):
+            launches |= {match["name"]: match for match in LAUNCH.finditer(path.read_text())}
+        kernels = []
+        for path in Path(folder).glob("*.ptx"):
+            if not path.stat().st_size:  # XLA writes an empty one where it has no kernels of its own
+                continue
+            command = [assembler, "-v", f"-arch={architecture}", path, "-o", "/dev/null"]
+            report = subprocess.run(command, capture_output=True, text=True)
+            if report.returncode:
+                raise BimedixError(f"ptxas refuses a kernel: {report.stderr.strip().splitlines()[0]}")
+            for entry in ENTRY.finditer(report.stderr):
+                if (launch := launches.get(entry["name"])) is None:
+                    continue
+                grid, threads = (tuple(map(int, launch[part].split(","))) for part in ("grid", "threads"))
+                spills = int(entry["stores"]) + int(entry["loads"])
+                kernels.append(
+                    GpuKernel(entry["name"], int(entry["registers"]), spills, int(launch["shared"]), grid, threads[0])
+                )
+    return kernels
+
+
+def kernel_flops(kernel: str, tile: tuple[int, int, int], grid: tuple[int, ...], contracted: int) -> int:
+    """FLOPs of all programs of a Triton kernel that contracts this many columns (PRODUCT) or rows (GRADIENT).
+
+    Programs that end at once because their tile has no rows are counted; so are, for GRADIENT, as many masked rows as
+    the worst group sizes cause.
+    """
+    m, n, k = tile
+    if kernel == PRODUCT:
+        return 2 * grid[0] * m * n * -(-contracted // k) * k
+    return 2 * grid[0] * m * n * (contracted + grid[1] * (k - 1))
+
+
+def more_cases() -> dict[str, Case]:
+    """`cases`, and what else may run on a GPU: few tokens, and float32."""
+    found = cases()
+    for name in ("w1 nf4", "w2 nf4"):
+        forward, rows = found[f"{name} forward"], found[f"{name} rows"]
+        found[f"{name} forward, 1 token"] = replace(forward, rows=2)
+        found[f"{name} forward, 256 tokens"] = replace(forward, rows=512)
+        found[f"{name} rows, 256 tokens"] = replace(rows, rows=512)
+    for name in ("w1 nf4 forward", "w1 nf4 rows", "w1 lora_a forward", "w1 lora_a rows", "w1 lora_a weight"):
+        found[f"{name}, float32"] = replace(found[name], dtype="float32")
+    return found
+
+
+def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each case (of those named): ptxas' figures, and `flops_ratio`, FLOPs of the grid over useful ones.
+
+    Raises:
+      BimedixError: the extra `aot` is not installed.
+    """
+    import jax
+
+    from bimedix_jax.hardware import devices
+    from bimedix_jax.kernels import backends
+    from bimedix_jax.kernels.grouped_matmul import triton
+
+    placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    for name, case in more_cases().items():
+        if names is not None and name not in names:
+            continue
+        began = time.perf_counter()
+        with backends.use(platform="gpu"):
+            kernels = gpu_kernels(functools.partial(case.run, triton), *case.operands(placed))
+        seconds = time.perf_counter() - began
+        [(kernel, part)] = [(kernel, part) for kernel in kernels if (part := TILE.fullmatch(kernel.name))]
+        tile = (int(part["m"]), int(part["n"]), int(part["k"]))
+        contracted = {"forward": case.k, "rows": case.n, "weight": case.rows}[case.part]
+        yield {
+            "target": target,
+            "case": name,
+            "kernel": part["kernel"],
+            "shapes": {"x": (case.rows, case.k), "w": (case.experts, case.k, case.n)},
+            "dtype": case.dtype,
+            "tile": tile,
+            "grid": kernel.grid,
+            "threads": kernel.threads,
+            "registers": kernel.registers,
+            "spill_bytes": kernel.spill_bytes,
+            "shared_bytes": kernel.shared_bytes,
+            "flops_ratio": kernel_flops(part["kernel"], tile, kernel.grid, contracted) / case.useful_flops,
+            "compile_seconds": seconds,
+        }
+
+
+def program_flops(text: str | None) -> int:
+    """FLOPs of all matrix products of a program that XLA compiled for a GPU, each counted once.
+
+    Raises:
+      BimedixError: there is no text, or it contains products of a kind that is not counted here.
+    """
+    if not text:
+        raise BimedixError("XLA does not print the compiled program, so that its FLOPs cannot be counted.")
+    if "__cublas" in text or " convolution(" in text:
+        raise BimedixError("The compiled program calls cuBLAS or cuDNN, whose FLOPs are not counted.")
+    shapes = {name: [int(n) for n in sizes.split(",") if n] for name, sizes in SHAPE.findall(text)}
+    total = 0
+    for match in DOT.finditer(text):
+        left = shapes[match["left"]]
+        total += 2 * math.prod(shapes[match["name"]]) * math.prod(left[int(i)] for i in match["axes"].split(","))
+    for match in CALL.finditer(text):
+        part = TILE.search(match["name"])
+        if part is None:
+            raise BimedixError(f"The compiled program calls {match['name']}, whose FLOPs are not counted.")
+        # the first operand that is no tile's row or expert is x: [rows, contracted columns]
+        rows, columns = re.findall(r"(?:bf16|f16|f32)\[(\d+),(\d+)\]", match["operands"])[0]
+        contracted = int(columns if part["kernel"] == PRODUCT else rows)
+        tile = (int(part["m"]), int(part["n"]), int(part["k"]))
+        total += kernel_flops(part["kernel"], tile, (int(match["x"]), int(match["y"])), contracted)
+    return total
+
+
+def moe_layer(target: str, tokens: int = 4096) -> dict[str, Any]:
+    """FLOPs of one MoE layer of Mixtral-8x7B, counted in its compiled forward and backward pass, against useful ones.
+
+    NF4 experts with adapters of rank RANK on experts and router. Useful: every chosen pair through its expert's three
+    matrices forward and back to the rows, the adapters' products and their gradients, and the router's.
+
+    Raises:
+      BimedixError: the extra `aot` is not installed.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from bimedix_jax.adapters import add_lora
+    from bimedix_jax.hardware import devices
+    from bimedix_jax.kernels import backends
+    from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig
+    from bimedix_jax.models.mixtral import Mixtral
+    from bimedix_jax.models.routers import RoutingPlan
+    from bimedix_jax.quantise import quantise_base
+
+    config = replace(MIXTRAL_8X7B, num_layers=1)
+    lora = LoraConfig(rank=RANK, alpha=1.0, targets=("w1", "w2", "w3", "router"))
+    graph, trained, frozen = nnx.split(add_lora(quantise_base(Mixtral(config)), lora).layers.moe, nnx.LoRAParam, ...)
+
+    def output(x_BTD: jax.Array, trained: Any, frozen: Any) -> jax.Array:
+        moe = nnx.merge(graph, *(jax.tree.map(lambda leaf: leaf[0], state) for state in (trained, frozen)))
+        return moe(x_BTD, jnp.ones(x_BTD.shape[:2], bool), RoutingPlan())[0]
+
+    def gradients(x_BTD: jax.Array, dy_BTD: jax.Array, trained: Any, frozen: Any) -> Any:
+        y_BTD, pullback = jax.vjp(lambda x, trained: output(x, trained, frozen), x_BTD, trained)
+        return y_BTD, pullback(dy_BTD)
+
+    x_BTD = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
+    placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (x_BTD, x_BTD, trained, frozen)
+    )
+    began = time.perf_counter()
+    with backends.use(platform="gpu"):
+        text = jax.jit(gradients).lower(*arguments).compile().as_text()
+    seconds = time.perf_counter() - began
+    hidden, ffn, experts = config.hidden_size, config.intermediate_size, config.router.num_experts
+    rows = config.router.top_k * tokens
+    base = 2 * 2 * rows * 3 * hidden * ffn
+    adapters = 3 * 2 * (rows * 3 * RANK * (hidden + ffn) + tokens * RANK * (hidden + experts))
+    useful = base + adapters + 2 * 2 * tokens * hidden * experts
+    return {
+        "target": target,
+        "case": "MoE layer, forward and backward",
+        "flops_ratio": program_flops(text) / useful,
+        "compile_seconds": seconds,
+    }

@@ -1,0 +1,81 @@
+"""Which backend of an operation runs: the caller's choice, else `use`'s, else the platform's."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+
+OPERATIONS = ("grouped_matmul",)
+"""Operations with more than one backend; each has its table in its api.py."""
+
+# part of the key of JAX's caches, so that a function compiled under one choice is compiled anew under another
+overrides = jax.make_user_context(())
+announced: set[tuple[str, str]] = set()
+
+
+@contextlib.contextmanager
+def use(platform: str | None = None, **names: str) -> Iterator[None]:
+    """Chooses backends by operation, and the platform ("cpu", "gpu", "tpu") that the others are chosen for.
+
+    A choice made here counts as named by the caller: where the backend cannot take the operands, that is an error. The
+    platform is the one that is compiled for, which need not be there: Pallas kernels are interpreted only for "cpu".
+    `with use(platform="gpu"): jax.jit(f).lower(...)` compiles for an absent GPU.
+
+    Raises:
+      ValueError: unknown operation.
+    """
+    for name in names:
+        if name not in OPERATIONS:
+            raise ValueError(f"No operation {name!r} has backends; choose among {', '.join(OPERATIONS)}.")
+    changed = dict(overrides.value) | names | ({} if platform is None else {"platform": platform})
+    with overrides(tuple(sorted(changed.items()))):
+        yield
+
+
+def platform() -> str:
+    """The platform that is compiled for: "cpu", "gpu" or "tpu"."""
+    return dict(overrides.value).get("platform") or jax.default_backend()
+
+
+def announce(operation: str, message: str, level: int = logging.INFO) -> None:
+    """Logs a message once in the life of the process."""
+    if (operation, message) not in announced:
+        announced.add((operation, message))
+        logging.getLogger(__name__).log(level, "%s: %s", operation, message)
+
+
+def pick(
+    operation: str,
+    names: Sequence[str],
+    preferred: Mapping[str, Sequence[str]],
+    name: str | None,
+    refusal: Callable[[str], str | None],
+) -> str:
+    """Name of the backend that runs.
+
+    Args:
+      names: the operation's backends.
+      preferred: names for each platform, best first; the last one takes everything.
+      name: the caller's choice, if any. Neither it nor that of `use` ever falls back.
+      refusal: why a backend cannot take the operands, in a sentence, or None where it can.
+
+    Raises:
+      ValueError: unknown name.
+      NotImplementedError: the named backend cannot take the operands.
+    """
+    name = name or dict(overrides.value).get(operation)
+    if name is not None:
+        if name not in names:
+            raise ValueError(f"Unknown {operation} backend {name!r}; choose one of {', '.join(sorted(names))}.")
+        if (reason := refusal(name)) is not None:
+            raise NotImplementedError(f"{operation} backend {name!r}: {reason}")
+        return name
+    *first, last = preferred.get(platform(), preferred["cpu"])
+    for candidate in first:
+        if (reason := refusal(candidate)) is None:
+            announce(operation, f"backend {candidate} on {platform()}")
+            return candidate
+        announce(operation, f"backend {candidate} cannot be used, falling back: {reason}", logging.WARNING)
+    announce(operation, f"backend {last} on {platform()}")
+    return last

@@ -1,0 +1,155 @@
+"""NF4 inside TPU kernels: packed bytes in the layout of bitsandbytes to a tile of a matrix, in vector registers.
+
+A row of the stored matrix lies along the 128 lanes, two elements a byte. Interleaving lanes is what a TPU does worst,
+so columns go by chunks of 256: the 128 even ones (high nibbles), then the 128 odd ones. The activations that meet such
+a tile are put into the same order (`split_pairs`) or out of it (`merge_pairs`). Values and scales are looked up by
+gathers along lanes, which take fewer instructions than a chain of selects (libtpu schedules 4.3 of them per 1,024
+elements on a v5e, against 6).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from bimedix_jax.kernels.nf4.api import unfused
+from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NESTED_BLOCK_SIZE, NF4_VALUES
+
+LANES = 128
+CHUNK = 2 * LANES
+"""Columns that 128 bytes hold."""
+ROWS = 64
+"""Rows that one step dequantises: a multiple of the 32 that a register of bytes holds."""
+
+
+def look_up(table: jax.Array, lanes: jax.Array) -> jax.Array:
+    """table[r, lanes[r, c]] for both [rows, 128]."""
+    return jnp.take_along_axis(table, lanes, axis=1, mode="promise_in_bounds")
+
+
+def lane_iota(rows: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+
+
+def value_table() -> jax.Array:
+    """float32 [ROWS, 128], every row the 16 values over and over: an operand, as kernels capture no arrays."""
+    return jnp.tile(jnp.asarray(NF4_VALUES), (ROWS, LANES // NF4_VALUES.size))
+
+
+def code_table(units: int) -> jax.Array:
+    """float32 [2, units, 128]: the two halves of the code book of scales, on every row."""
+    return jnp.broadcast_to(jnp.asarray(DYNAMIC_MAP).reshape(2, 1, LANES), (2, units, LANES))
+
+
+def decode_scales(codes_ref: Any, nested_ref: Any, offset_ref: Any, table_ref: Any, scales_ref: Any) -> None:
+    """Undoes double quantisation as `nf4.api.block_scales` does, whose look-up XLA turns into slow gathers on a TPU.
+
+    Args:
+      codes_ref: uint8 [units, 256 * 128].
+      nested_ref: float32 [units, 128], second-level scales.
+      offset_ref: float32 [units, 128], the offset of a unit in each lane.
+      table_ref: `code_table`.
+      scales_ref: float32 [units, 256 * 128].
+    """
+    units = codes_ref.shape[0]
+
+    @pl.loop(0, codes_ref.shape[1] // NESTED_BLOCK_SIZE)
+    def _(group: jax.Array) -> None:
+        nested = look_up(nested_ref[...], jnp.full((units, LANES), group, jnp.int32))
+        for half in range(NESTED_BLOCK_SIZE // LANES):
+            here = pl.ds(pl.multiple_of(group * NESTED_BLOCK_SIZE + half * LANES, LANES), LANES)
+            codes = codes_ref[:, here].astype(jnp.int32)
+            low, high = (look_up(table_ref[part], codes & (LANES - 1)) for part in range(2))
+            scales_ref[:, here] = unfused(jnp.where(codes < LANES, low, high) * nested) + offset_ref[...]
+
+
+def dequantise_tile(
+    packed_ref: Any,
+    scales_ref: Any,
+    table_ref: Any,
+    w_ref: Any,
+    *,
+    block_size: int,
+    recorded: str,
+    first_scale: jax.Array | int = 0,
+) -> None:
+    """Writes values times scales to w_ref [rows, 2 * bytes], columns in the order of chunks.
+
+    Args:
+      packed_ref: uint8 [rows, bytes], bytes a multiple of 128.
+      scales_ref: float32 [rows, multiple of 128].
+      table_ref: `value_table`.
+      block_size: elements that share a scale, a power of two from 16 to 256.
+      recorded: the dtype that was quantised; a tile in another one is rounded to it first.
+      first_scale: column of scales_ref for byte 0, a multiple of what a chunk needs.
+    """
+    rows, width = packed_ref.shape
+    per_chunk = CHUNK // block_size
+
+    def convert(start: jax.Array | int, height: int) -> None:
+        here = pl.ds(start, height)
+        spread = lax.div(lane_iota(height), block_size // 2)
+        table = table_ref[:height, :]
+        for chunk in range(width // LANES):
+            codes = packed_ref[here, chunk * LANES : (chunk + 1) * LANES].astype(jnp.int32)
+            scale = chunk * per_chunk
+            scales = scales_ref[here, scale // LANES * LANES : scale // LANES * LANES + LANES]
+            scales = look_up(scales, spread + (scale % LANES + first_scale))
+            for half, nibbles in enumerate((codes >> 4, codes & 15)):
+                values = look_up(table, nibbles) * scales
+                if recorded != w_ref.dtype.name:
+                    values = as_recorded(values, recorded)
+                column = chunk * CHUNK + half * LANES
+                w_ref[here, column : column + LANES] = values.astype(w_ref.dtype)
+
+    @pl.loop(0, rows // ROWS)
+    def _(step: jax.Array) -> None:
+        convert(pl.multiple_of(step * ROWS, ROWS), ROWS)
+
+    if rows % ROWS:
+        convert(rows // ROWS * ROWS, rows % ROWS)
+
+
+def as_recorded(values: jax.Array, recorded: str) -> jax.Array:
+    """float32 values rounded to the dtype that was quantised, as `nf4.api.as_recorded` does, ties to even.
+
+    On the bits, since a TPU has no float16 and XLA may drop a cast there and back.
+    """
+    if recorded == "float32":
+        return values
+    dropped = {"bfloat16": 16, "float16": 13}[recorded]
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    bits = bits + ((1 << dropped - 1) - 1) + ((bits >> dropped) & 1)
+    rounded = lax.bitcast_convert_type((bits >> dropped) << dropped, jnp.float32)
+    if recorded == "bfloat16":
+        return rounded
+    size = jnp.abs(values)
+    denormal = lax.round(values * 2.0**24, lax.RoundingMethod.TO_NEAREST_EVEN) * 2.0**-24
+    infinite = jnp.where(values > 0, jnp.inf, -jnp.inf)
+    return jnp.where(size < 2.0**-14, denormal, jnp.where(size >= 65520.0, infinite, rounded))
+
+
+def split_pairs(x: jax.Array) -> jax.Array:
+    """float32 [rows, 256] to the order of a chunk: even columns, then odd ones."""
+    lane = lane_iota(x.shape[0])
+    low, high = x[:, :LANES], x[:, LANES:]
+
+    def every_other(first: int) -> jax.Array:
+        source = (2 * lane + first) & (LANES - 1)
+        return jnp.where(lane < LANES // 2, look_up(low, source), look_up(high, source))
+
+    return jnp.concatenate([every_other(0), every_other(1)], axis=1)
+
+
+def merge_pairs(y: jax.Array) -> jax.Array:
+    """Inverse of split_pairs."""
+    lane = lane_iota(y.shape[0])
+    even, odd = y[:, :LANES], y[:, LANES:]
+
+    def interleaved(first: int) -> jax.Array:
+        source = (lane >> 1) + first
+        return jnp.where(lane & 1 == 0, look_up(even, source), look_up(odd, source))
+
+    return jnp.concatenate([interleaved(0), interleaved(LANES // 2)], axis=1)

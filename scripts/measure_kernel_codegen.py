@@ -1,0 +1,58 @@
+"""What compilers make of the MoE kernels at Mixtral-8x7B's shapes, for accelerators that need not be here.
+
+    python scripts/measure_kernel_codegen.py                                 # tables; some minutes on 2 cores
+    python scripts/measure_kernel_codegen.py --json                          # one JSON document: rows, moe_layers
+    python scripts/measure_kernel_codegen.py --targets a100-80gb --cases "w1 nf4 forward" "w1 nf4 rows"
+
+A row is one kernel for one target: a product of the experts (NF4 base, dense base, adapters of rank 128) or a gradient
+of it, at 4,096 tokens unless it says otherwise. `registers`, `spill_bytes` and `shared_bytes` are ptxas' and XLA's
+figures, `vmem_bytes` those of the TPU compiler. `flops_ratio` is what the grid multiplies against what is useful,
+padding of tiles included; `moe_layers` has it for all products of one layer's forward and backward pass, counted in the
+compiled program. Needs bimedix_jax[aot].
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from bimedix_jax import codegen_gpu, codegen_tpu, startup
+
+MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    target: module.measure for module in (codegen_gpu, codegen_tpu) for target in module.TARGETS
+}
+"""What compiles the cases for each target."""
+FIGURES = ("registers", "spill_bytes", "shared_bytes", "vmem_bytes", "flops_ratio")
+
+
+def shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.3f}" if isinstance(figure, float) else str(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=MEASURE, default=list(MEASURE), help="what to compile for")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="names of cases, all by default")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    options = parser.parse_args()
+    startup.prepare()
+    rows = [
+        row for target in options.targets for row in tqdm(MEASURE[target](target, names=options.cases), desc=target)
+    ]
+    if not rows:
+        parser.error("none of these cases exists; without --cases all are measured and named")
+    layers = [codegen_gpu.moe_layer(target) for target in options.targets if target in codegen_gpu.TARGETS]
+    if options.json:
+        print(json.dumps({"rows": rows, "moe_layers": layers}))
+        return
+    print(f"{'target':10} {'case':34} {'tile':>14} " + " ".join(f"{name:>12}" for name in FIGURES))
+    for row in [*rows, *layers]:
+        tile = "x".join(map(str, row.get("tile") or ()))
+        figures = " ".join(f"{shown(row.get(name)):>12}" for name in FIGURES)
+        print(f"{row['target']:10} {row['case']:34} {tile:>14} {figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Kernels compile for an A100 that need not be there: without spills, within its shared memory, with little padding.
+
+Some of the cases of `scripts/measure_kernel_codegen.py`, at the shapes of Mixtral-8x7B.
+"""
+
+import pytest
+
+from bimedix_jax import codegen_gpu
+from bimedix_jax.errors import BimedixError
+
+SHARED_BYTES = 163 * 1024
+"""That one block may have on an A100 (CUDA C++ Programming Guide, compute capability 8.0)."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "w1 nf4 forward",
+        "w1 nf4 rows",
+        "w2 nf4 forward",
+        "w2 nf4 rows",
+        "w1 dense forward",
+        "w1 lora_a forward",
+        "w1 lora_b rows",
+        "w1 lora_b weight",
+        "w1 nf4 forward, 256 tokens",
+        "w1 nf4 forward, float32",
+        "w1 lora_a weight, float32",
+    ],
+)
+def test_an_a100_keeps_every_value_in_registers(name: str) -> None:
+    [row] = codegen_gpu.measure("a100-80gb", [name])
+    assert row["spill_bytes"] == 0
+    assert 0 < row["registers"] <= 255
+    assert 0 < row["shared_bytes"] <= SHARED_BYTES
+    if "tokens" not in name:
+        assert 1 <= row["flops_ratio"] <= 1.15
+
+
+def test_a_moe_layer_multiplies_little_beyond_the_useful() -> None:
+    """No product over all experts: that alone would make it 8 times the useful FLOPs."""
+    layer = codegen_gpu.moe_layer("a100-80gb")
+    assert 1 <= layer["flops_ratio"] <= 1.15
+
+
+def test_flops_that_cannot_be_counted_are_an_error() -> None:
+    dot = "%a = f32[4,6]{1,0} parameter(0)\n%d = f32[4,5]{1,0} dot(%a, %b), lhs_contracting_dims={1}"
+    assert codegen_gpu.program_flops(dot) == 2 * 4 * 5 * 6
+    for text in (None, dot + '\n%c = custom-call(%a), custom_call_target="__cublas$gemm"'):
+        with pytest.raises(BimedixError, match="counted"):
+            codegen_gpu.program_flops(text)
