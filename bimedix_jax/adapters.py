@@ -64,6 +64,16 @@ def matrix_names(path: tuple[str, ...], lead: tuple[int, ...]) -> list[str]:
     return names
 
 
+def places(layer: Linear | ExpertLinear) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Where the factors of each adapted matrix lie: index into the weight's leading axes -> into those of a and b."""
+    if layer.lora is None:
+        return {}
+    indices = list(itertools.product(*map(range, layer.w.get_value().shape[:-2])))
+    if layer.lora.slots is None:
+        return {index: index for index in indices}
+    return {indices[slot]: (place,) for place, slot in enumerate(layer.lora.slots)}
+
+
 def attach(
     layer: Linear | ExpertLinear, path: tuple[str, ...], slots: list[int], config: LoraConfig, seed: int
 ) -> None:

@@ -72,8 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(words: list[str], debug: bool, as_json: bool) -> tuple[int, dict[str, Any] | None]:
     """Exit code and JSON document of a command line; every exception ends here, as a sentence on stderr."""
     try:
-        document = _dispatch(words, as_json)
+        try:
+            document = _dispatch(words, as_json)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is met, not when Python ends
         return DONE, _plain(document) if as_json else None
+    except BrokenPipeError:  # as under `bimedix --help | head`: whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE, None
     except SystemExit as left:  # tyro has printed the help (0) or what is wrong with the options (2)
         code = left.code if isinstance(left.code, int) else (DONE if left.code is None else FAILED)
         if isinstance(left.code, str):

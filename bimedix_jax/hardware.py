@@ -74,7 +74,8 @@ def devices(name: str, count: int = 1) -> list[Any]:
         topology = topologies.get_topology_desc(**request)
     except (RuntimeError, ValueError, ImportError, jax.errors.JaxRuntimeError) as error:
         raise BimedixError(
-            f"XLA cannot compile for {name} here ({str(error).splitlines()[0]}); install bimedix_jax[aot] (Linux only)."
+            f"XLA cannot compile for {name} here ({str(error).splitlines()[0]}); install bimedix_jax[aot] (Linux only) "
+            "and set JAX_PLATFORMS=cpu before Python starts."
         ) from error
     return list(topology.devices)[:count]
 

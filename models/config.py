@@ -150,10 +150,10 @@ class LoraConfig:
         """Alpha of the adapters of one kind of layer, by its name in LORA_TARGETS."""
         return next((o.alpha for o in self.overrides if o.target == target and o.alpha is not None), self.alpha)
 
-    def scale_of(self, target: str) -> float:
-        """What multiplies B A x in one kind of layer, by its name in LORA_TARGETS."""
-        rank = self.rank_of(target)
-        return self.alpha_of(target) / (rank**0.5 if self.rank_stabilised else rank)
+    def scale_of(self, target: str | None = None) -> float:
+        """What multiplies B A x in one kind of layer, by its name in LORA_TARGETS; None: where nothing overrides it."""
+        rank, alpha = (self.rank, self.alpha) if target is None else (self.rank_of(target), self.alpha_of(target))
+        return alpha / (rank**0.5 if self.rank_stabilised else rank)
 
     def selects(self, name: str) -> tuple[str, ...]:
         """The targets that mean the matrix of this full name, such as layers.3.moe.experts.5.w1."""

@@ -320,3 +320,14 @@ def test_start_up_chatter_is_held_back_and_real_errors_are_not(capfd):
     with startup._without_lines(startup._CUDA_CHATTER):
         os.write(2, b"I0000 cudart_stub.cc:31] Could not find cuda drivers on your machine\nE0000 out of memory\n")
     assert capfd.readouterr().err == "E0000 out of memory\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_a_reader_that_leaves_early_is_no_error(words):
+    """As `bimedix train --help | head -1` does."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "bimedix_jax", *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -23,11 +23,10 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from bimedix_jax.checkpoint import hub, table
+from bimedix_jax.checkpoint import table
 from bimedix_jax.checkpoint.bnb_config import settings_for
 from bimedix_jax.checkpoint.bnb_format import BLOCK_SIZES, STATE, QuantState
-from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, stored_pieces
-from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_json, write_config
+from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, stored_pieces, write_beside
 from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, listed
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import new_folder
@@ -100,12 +99,8 @@ def export_bnb(
                     for first, piece in stored_pieces(values[row.path], index, spec, row.transposed):
                         writer.write(spec.name, piece, first)
                         bar.update(piece.nbytes)
-        neutral = {}
-        if source is not None:
-            hub.copy_companions(source, partial)
-            neutral = read_json(source) if (source / CONFIG_NAME).exists() else {}
         settings = settings_for(model.dtype, any(map(shared_offset, groups.values())), unpacked_modules(plain))
-        write_config(partial, model.config, str(np.dtype(values["embed.table"].dtype)), neutral, settings)
+        write_beside(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source, settings)
     return Path(folder)
 
 

@@ -6,7 +6,7 @@ bitsandbytes packed are read as they are: their 4-bit bytes become the model's.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,12 +200,19 @@ def export_hf(
                 for first, piece in stored_pieces(values[row.path], index, spec, row.transposed):
                     writer.write(spec.name, piece, first)
                     bar.update(piece.nbytes)
-        neutral = {}
-        if source is not None:
-            hub.copy_companions(source, partial)
-            neutral = read_json(source) if (source / CONFIG_NAME).exists() else {}
-        write_config(partial, model.config, str(np.dtype(values["embed.table"].dtype)), neutral)
+        write_beside(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source)
     return Path(folder)
+
+
+def write_beside(
+    folder: Path, config: MixtralConfig, dtype: str, source: Path | None, quantisation: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, and what travels along from the folder `source`, if any: tokenizer and neutral config.json keys."""
+    neutral = {}
+    if source is not None:
+        hub.copy_companions(source, folder)
+        neutral = read_json(source) if (source / CONFIG_NAME).exists() else {}
+    write_config(folder, config, dtype, neutral, quantisation)
 
 
 def companion_folder(model: Mixtral, tokenizer_from: str | Path | None) -> Path | None:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from bimedix_jax.adapters import linears
+from bimedix_jax.adapters import linears, places
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.bnb_config import is_packed
-from bimedix_jax.checkpoint.hf import companion_folder, parameters, stored_pieces
-from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json, write_config
+from bimedix_jax.checkpoint.hf import companion_folder, parameters, stored_pieces, write_beside
+from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json
 from bimedix_jax.checkpoint.rewrite import DTYPES
 from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
 from bimedix_jax.errors import BimedixError
@@ -116,11 +116,7 @@ def export_merged(
                 merged = merge_piece(layers.get(row.path.removesuffix(".w")), row, index, first, rows, dtype, sums)
                 writer.write(table.named(row.name, index), merged, first)
                 bar.update(merged.nbytes)
-        neutral = {}
-        if companions is not None:
-            hub.copy_companions(companions, partial)
-            neutral = read_json(companions) if (companions / CONFIG_NAME).exists() else {}
-        write_config(partial, model.config, dtype, neutral)
+        write_beside(partial, model.config, dtype, companions)
     return summary(Path(folder), into, dtype, sums)
 
 
@@ -179,14 +175,10 @@ def factors_of(layer: Linear | ExpertLinear, index: tuple[int, ...]) -> tuple[np
     """(a [in, R], b [R, out], scale) of one matrix of a layer; None where it has no adapter."""
     if layer.lora is None:
         return None
-    lead = layer.w.get_value().shape[:-2]
-    slot = int(np.ravel_multi_index(index, lead)) if lead else 0
-    a, b = layer.lora.a.get_value(), layer.lora.b.get_value()
-    if layer.lora.slots is None:
-        return np.asarray(a[index]), np.asarray(b[index]), layer.lora.scale
-    if slot not in layer.lora.slots:
+    place = places(layer).get(index)
+    if place is None:
         return None
-    place = layer.lora.slots.index(slot)
+    a, b = layer.lora.a.get_value(), layer.lora.b.get_value()
     return np.asarray(a[place]), np.asarray(b[place]), layer.lora.scale
 
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bimedix_jax.adapters import add_lora, has_lora, linears
+from bimedix_jax.adapters import add_lora, has_lora, linears, places
 from bimedix_jax.checkpoint import buffers, store
 from bimedix_jax.checkpoint.peft import (
     FUSED,
@@ -321,22 +321,17 @@ def filled(model: Mixtral, content: Content, plan: Plan) -> Mixtral:
         pair = [buffers.aligned_empty(f.get_value().shape, np.float32) for f in (layer.lora.a, layer.lora.b)]
         for factor in pair:
             factor[...] = 0
-        indices = list(np.ndindex(*layer.w.get_value().shape[:-2]))
-        slots = layer.lora.slots
-        places = {index: index for index in indices}
-        if slots is not None:
-            places = {indices[slot]: (place,) for place, slot in enumerate(slots)}
-        factors[path[-1]] = (*pair, places)
+        factors[path[-1]] = (*pair, places(layer))
     for pair, parts in zip(content.pairs, plan.parts, strict=True):
         for index, a, b in matrices(pair, model.config.router.num_experts):
             for part in parts:
                 if (part.kind, index) in plan.present:
-                    all_a, all_b, places = factors[part.kind]
+                    all_a, all_b, place = factors[part.kind]
                     rank, scale = plan.present[part.kind, index]
-                    all_a[places[index]][:, :rank] = a[:, part.ranks]
-                    all_b[places[index]][:rank] = b[part.ranks, part.outputs]
+                    all_a[place[index]][:, :rank] = a[:, part.ranks]
+                    all_b[place[index]][:rank] = b[part.ranks, part.outputs]
                     if scale != plan.scales[part.kind]:
-                        all_b[places[index]] *= np.float32(scale / plan.scales[part.kind])
+                        all_b[place[index]] *= np.float32(scale / plan.scales[part.kind])
     adapted = nnx.merge(*nnx.split(model), copy=True)
     layers = linears(adapted)
     for path, layer in bare.items():

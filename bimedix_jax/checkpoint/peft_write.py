@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from bimedix_jax.adapters import linears
+from bimedix_jax.adapters import linears, places
 from bimedix_jax.checkpoint.peft import (
     ATTENTION,
     CONFIG_NAME,
@@ -169,11 +169,7 @@ def adapter_of(layer: Linear | ExpertLinear) -> Adapter:
     lora = layer.lora
     assert lora is not None
     lead = tuple(layer.w.get_value().shape[:-2])
-    indices = list(np.ndindex(*lead))
-    places = {index: index for index in indices}
-    if lora.slots is not None:
-        places = {indices[slot]: (place,) for place, slot in enumerate(lora.slots)}
-    return Adapter(lora.a.get_value(), lora.b.get_value(), lead, places)
+    return Adapter(lora.a.get_value(), lora.b.get_value(), lead, places(layer))
 
 
 def module_tensors(module: str, adapter: Adapter, index: tuple[int, ...]) -> Iterator[Tensor]:

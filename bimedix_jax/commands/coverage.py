@@ -109,8 +109,14 @@ def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
     """The model with the shapes of a saved adapter, whose file must hold exactly these."""
     from bimedix_jax.adapters import add_lora, is_trainable
     from bimedix_jax.checkpoint import store
+    from bimedix_jax.checkpoint.peft import is_peft
     from bimedix_jax.checkpoint.safetensors_io import read_header
 
+    if is_peft(folder):
+        raise BimedixError(
+            f"{folder} is PEFT's, which only a loaded model can be counted with: bmx.coverage(bmx.load(MODEL, "
+            f"adapter={str(folder)!r}))."
+        )
     adapted = add_lora(model, store.adapter_config(model, folder))
     expected = {path: tuple(leaf.shape) for path, leaf in store.leaves_of(adapted, is_trainable(adapted)).items()}
     found = {name: tuple(tensor.shape) for name, tensor in read_header(folder / store.ADAPTER_WEIGHTS).items()}
@@ -127,5 +133,4 @@ def described(model: "Mixtral") -> dict[str, Any] | None:
     """The adapters' configuration, and the scale of those without an override."""
     if model.lora is None:
         return None
-    lora = model.lora
-    return {**dataclasses.asdict(lora), "scale": lora.alpha / (lora.rank**0.5 if lora.rank_stabilised else lora.rank)}
+    return {**dataclasses.asdict(model.lora), "scale": model.lora.scale_of()}

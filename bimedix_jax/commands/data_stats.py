@@ -42,6 +42,10 @@ class Config:
     limit: int | None = None
     """At most so many records of each source."""
 
+    against: Path | None = None
+    """JSONL file of records, such as the training set: by source, how much of the answers also stands in its answers,
+    in runs of eight words."""
+
 
 @dataclass
 class Count:
@@ -81,7 +85,29 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         console.print(f"[bold yellow]{len(quarantine.rejected):,} rows could not be read[/]:")
         for (source, reason), number in quarantine.reasons().most_common(12):
             console.print(f"  {number:,} of {source}: {reason}", highlight=False, markup=False)
-    return {"groups": rows, "quarantined": len(quarantine.rejected)}
+    result: dict[str, Any] = {"groups": rows, "quarantined": len(quarantine.rejected)}
+    return result if config.against is None else {**result, "overlap": _overlap(config, config.against, console)}
+
+
+def _overlap(config: Config, against: Path, console: Console) -> list[dict[str, Any]]:
+    """Rows of `data.overlap.overlap`; rows that could not be read are counted above already."""
+    import itertools
+
+    from bimedix_jax.data.overlap import overlap
+    from bimedix_jax.data.quarantine import Quarantine
+    from bimedix_jax.data.readers import read
+    from bimedix_jax.data.records import read_jsonl
+
+    unread = Quarantine()
+    own = itertools.chain.from_iterable(itertools.islice(read(s, unread), config.limit) for s in config.sources)
+    rows = overlap(own, read_jsonl(against))
+    for row in rows:
+        console.print(
+            f"{row['source']}: of the answers' runs of eight words {row['seen_share']:.1%} also stand in "
+            f"{against.name}; in {row['mostly_seen']:.1%} of {row['records']:,} records more than half",
+            highlight=False,
+        )
+    return rows
 
 
 def _add(count: Count, record: "Record", tokenizer: Any) -> None:

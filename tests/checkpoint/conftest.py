@@ -84,3 +84,17 @@ def trained() -> Callable[..., Any]:
         return adapted
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 Mixtral; read-only."""
+    return saved_mixtral(tmp_path_factory.mktemp("float32") / "base", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def model(base: Path) -> Any:
+    """`base`, loaded; adapters go onto copies that share it."""
+    import bimedix_jax as bmx
+
+    return bmx.load(base, base="float32")

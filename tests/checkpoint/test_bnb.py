@@ -1,4 +1,7 @@
-"""bitsandbytes' 4-bit folders: read to the bit, written byte for byte, equal in logits; what contradicts is refused."""
+"""bitsandbytes' 4-bit folders: read to the bit, written byte for byte, equal in logits; what contradicts is refused.
+
+One long file, since reading and writing are tested on the same folders, which the functions of its first part pack.
+"""
 
 import importlib.util
 import json

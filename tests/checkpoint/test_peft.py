@@ -1,7 +1,7 @@
 """Adapters to and from transformers + peft, live: the same logits."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +57,6 @@ CONFIGS = {
     "router in full": LoraConfig(4, 8.0, (), train_router=True),
     "router in full beside adapters": LoraConfig(4, 8.0, ("q", "w1", "w3"), train_router=True),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_mixtral: Callable[..., Path]) -> Path:
-    return write_mixtral(tmp_path_factory.mktemp("peft") / "base", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def model(base: Path) -> Mixtral:
-    return bmx.load(base, base="float32")
 
 
 def our_logits(model: Mixtral) -> np.ndarray:

@@ -38,16 +38,6 @@ SOME = LoraConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, write_mixtral: Callable[..., Path]) -> Path:
-    return write_mixtral(tmp_path_factory.mktemp("peft") / "base", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def model(base: Path) -> Mixtral:
-    return bmx.load(base, base="float32")
-
-
 def our_logits(model: Mixtral) -> np.ndarray:
     return np.asarray(model(TOKENS).logits_BTV)
 

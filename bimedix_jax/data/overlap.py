@@ -1,0 +1,51 @@
+"""How much of one set of answers also stands in another: what a held-out loss owes to memory."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from bimedix_jax.data.records import Record
+
+WORDS = 8
+"""Length of the runs of words that are compared: too long to recur by chance."""
+
+
+def runs(record: Record) -> set[int]:
+    """Hashes, stable within a process, of all runs of WORDS words in the assistant's turns."""
+    found: set[int] = set()
+    for turn in record.conversations:
+        if turn.speaker == "gpt":
+            words = re.findall(r"\w+", turn.value.lower())
+            found.update(hash(tuple(words[i : i + WORDS])) for i in range(len(words) - WORDS + 1))
+    return found
+
+
+def overlap(records: Iterable[Record], against: Iterable[Record]) -> list[dict[str, Any]]:
+    """A row for each source of `records`, over those with WORDS words in an answer.
+
+    `seen_share` is the mean over records of the share of their runs of words that `against` has too; `mostly_seen` the
+    share of records with more than half.
+    """
+
+    def hashes() -> Iterator[int]:
+        for record in against:
+            yield from runs(record)
+
+    seen = np.unique(np.fromiter(hashes(), np.int64))
+    shares: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        own = np.array(sorted(runs(record)), np.int64)
+        if own.size:
+            shares[record.source].append(float(np.isin(own, seen, assume_unique=True).mean()))
+    return [
+        {
+            "source": source,
+            "records": len(found),
+            "seen_share": float(np.mean(found)),
+            "mostly_seen": float(np.mean(np.array(found) > 0.5)),
+        }
+        for source, found in sorted(shares.items())
+    ]
