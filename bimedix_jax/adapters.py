@@ -112,7 +112,8 @@ def add_lora(model: Mixtral, config: LoraConfig, seed: int = 0) -> Mixtral:
         kinds = {path[-1] for path in layers}
         raise BimedixError(
             f"Target {', '.join(missing)} matched no layer of this model; it has "
-            f"{', '.join(name for name in LORA_TARGETS if name in kinds)}{tied}."
+            f"{', '.join(name for name in LORA_TARGETS if name in kinds)}{tied}; patterns are matched with names such "
+            f"as layers.{model.config.num_layers - 1}.moe.experts.{model.config.router.num_experts - 1}.w2."
         )
     adapted_kinds = {path[-1] for path, layer in layers.items() if layer.lora is not None}
     idle = [override.target for override in config.overrides if override.target not in adapted_kinds]

@@ -133,7 +133,7 @@ class LoraConfig:
             try:
                 re.compile(target)
             except re.error as error:
-                raise ValueError(f"Target {target} is not a regular expression ({error}).") from error
+                raise ValueError(f"Target {target} is not a regular expression ({error}); correct it.") from error
         require(0 <= self.dropout < 1, f"dropout lies in [0, 1), got {self.dropout}.")
         require(
             not (self.train_router and "router" in self.targets),

@@ -40,6 +40,8 @@ def load(
     """
     if mesh is not None:
         raise BimedixError("loading onto a mesh is not available in this version; leave mesh out.")
+    if adapter is not None and not is_peft(adapter):
+        store.read_config(Path(adapter) / store.ADAPTER_CONFIG, store.ADAPTER_FORMAT)  # said before the base is read
     folder = hub.resolve(path, revision)
     if store.is_native(folder):
         if revision is not None or ignore_config_keys:

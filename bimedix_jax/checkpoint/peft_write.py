@@ -104,7 +104,7 @@ def export_peft(model: Mixtral, folder: str | Path, layout: Layout = "per_expert
         raise BimedixError(f"layout {layout!r} is unknown; choose {' or '.join(LAYOUTS)}.")
     config = model.lora
     if config is None:
-        raise BimedixError("This model carries no adapters; export_hf writes the model itself.")
+        raise BimedixError("This model carries no adapters; load it with some, or export the model itself.")
     adapters = completed(adapters_of(model), layout, model)
     experts = per_expert_tensors(adapters) if layout == "per_expert" else fused_tensors(adapters, model)
     tensors = [*plain_tensors(adapters), *experts]

@@ -318,8 +318,10 @@ def read_config(path: Path, expected: str) -> dict[str, Any]:
     """The JSON object at `path`, of the format `expected`."""
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BimedixError(f"{path} cannot be read ({error}); name a folder that holds it.") from error
+    except OSError as error:
+        raise BimedixError(f"{path} cannot be read ({error.strerror}); name a folder that holds it.") from error
+    except ValueError as error:
+        raise BimedixError(f"{path} cannot be read (not JSON: {error}); copy the folder again.") from error
     found = config.get("format") if isinstance(config, dict) else None
     if found != expected:
         raise BimedixError(f"{path} has format {found!r}, expected {expected!r}; name a folder that bimedix wrote.")

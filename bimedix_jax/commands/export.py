@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from bimedix_jax.models.mixtral import Mixtral
 
 
+WHICH = (
+    "The model carries adapters: add --merge original or --merge dequantised for one folder, or --format peft for the "
+    "adapters alone."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Write a checkpoint for others to load: the model in Hugging Face's hub layout with tokenizer, chat template and
@@ -80,6 +86,10 @@ def check(config: Config) -> None:
         raise BimedixError(f"--probe-records cannot be negative, got {config.probe_records}.")
     if config.merge is not None and config.format != "hf":
         raise BimedixError("--merge gives a whole model; leave it out, or --format.")
+    if config.adapter is not None and config.format == "hf" and config.merge is None:
+        raise BimedixError(WHICH)
+    if config.merge is not None and config.probe != "sample" and not Path(config.probe).is_file():
+        raise BimedixError(f"there is no file {config.probe} to compare on; name a JSONL file of records with --probe.")
     if config.dtype is not None and config.merge is None:
         raise BimedixError("--dtype is the precision of a merge; pass --base, or --merge with it.")
     if config.layout == "attention" and config.format != "bitsandbytes":
@@ -107,10 +117,7 @@ def write(config: Config, model: "Mixtral", console: Console) -> dict[str, Any]:
         export_bnb(model, config.destination, config.layout, config.tokenizer_from, config.overwrite, shard_bytes)
     else:
         if model.lora is not None:
-            raise BimedixError(
-                "The model carries adapters: add --merge original or --merge dequantised for one folder, or --format "
-                "peft for the adapters alone."
-            )
+            raise BimedixError(WHICH)
         export_hf(model, config.destination, config.tokenizer_from, config.overwrite, shard_bytes)
     return {}
 
