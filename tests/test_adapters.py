@@ -269,3 +269,14 @@ def test_lora_config_refuses(change: dict, message: str) -> None:
 def test_the_table_says_what_is_adapted_in_part(model: Mixtral) -> None:
     table = coverage(add_lora(model, LoraConfig(2, 4.0, (r"layers\.1\..*\.w2", "q")))).table()
     assert str(table.caption).endswith("part: layers.moe.w2.w has 4 of 8 matrices adapted")
+
+
+@pytest.mark.parametrize(
+    ("stabilised", "scales"), [(False, (2.0, 1.2, 4.5)), (True, (12**0.5, 6 / 5**0.5, 9 / 2**0.5))]
+)
+def test_scales_are_alpha_over_rank_or_its_root(model: Mixtral, stabilised: bool, scales: tuple[float, ...]) -> None:
+    overrides = (LoraOverride("q", 5), LoraOverride("w2", 2, 9.0))
+    config = LoraConfig(3, 6.0, ("w1", "q", "w2"), stabilised, overrides=overrides)
+    layers = linears(add_lora(model, config))
+    found = {path[-1]: layer.lora.scale for path, layer in layers.items() if layer.lora is not None}
+    assert [found[name] for name in config.targets] == pytest.approx(scales)

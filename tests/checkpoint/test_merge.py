@@ -16,7 +16,7 @@ from bimedix_jax.checkpoint.store import save_adapter
 from bimedix_jax.cli import main
 from bimedix_jax.data.records import Record, conversation
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.drift import drift, observe
+from bimedix_jax.drift import Observed, drift, observe
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import LORA_TARGETS, LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
@@ -174,3 +174,28 @@ def test_the_command_line(write_mixtral, tmp_path, capsys):
         assert main([*words[:2], str(tmp_path / "none"), *words[3:], *extra]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_drift_is_its_definition():
+    """Two layers, three tokens, two of four experts: one expert of one token differs in one layer."""
+    logits = np.array([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 4.0]], np.float32)
+    experts = np.array([[[0, 1], [1, 2], [2, 3]], [[0, 3], [1, 3], [0, 2]]])
+    labels = np.array(["en", "en", "ar"])
+    ours = Observed(logits, experts, labels)
+    rerouted, doubted = experts.copy(), logits.copy()
+    rerouted[1, 2] = [0, 1]
+    doubted[2] = [4.0, 0.0, 0.0]
+    seen = drift(ours, Observed(doubted, rerouted, labels))
+    assert seen["routes_changed"] == pytest.approx(1 / 6)
+    assert seen["tokens_rerouted"] == seen["top1_changed"] == pytest.approx(1 / 3)
+    assert seen["routes_changed_by_layer"] == pytest.approx([0, 1 / 3])
+    p = np.exp(4) / (np.exp(4) + 2)
+    expected = (p - (1 - p) / 2) * 4  # sum of p log(p / q) where the two likeliest logits change places
+    assert seen["by_label"]["ar"]["kl"] == pytest.approx(expected, rel=1e-5)
+    assert seen["max_logit_diff"] == 1
+    assert (seen["by_label"]["en"]["kl"], seen["by_label"]["en"]["tokens_rerouted"]) == (0, 0)
+
+
+def test_sets_of_experts_are_compared_not_their_order(mixtral):
+    model = load(mixtral, "float32")
+    assert (np.diff(observe(model, texts(model)).experts_LNK, axis=-1) > 0).all()

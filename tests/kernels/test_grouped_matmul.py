@@ -253,3 +253,17 @@ def test_what_falls_back_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     fell_back, ragged, best = (record.getMessage() for record in caplog.records)
     assert "triton cannot be used, falling back: NF4 weights stored as (2, 4, 6) in blocks of 64" in fell_back
     assert (ragged, best) == ("grouped_matmul: backend ragged_dot on gpu", "grouped_matmul: backend triton on gpu")
+
+
+def test_triton_programs_write_their_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they run in any order; interpreted backwards, a tile that wrote into its neighbour would be the last."""
+    from bimedix_jax.kernels.grouped_matmul import triton
+
+    def backwards(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, jax.Array]:
+        return tiles - 1 - lax.div(program, columns), lax.rem(program, columns)
+
+    monkeypatch.setattr(triton, "swizzled", backwards)
+    sizes = [10, 0, 25, 5]
+    x, w, _ = draw(50, 32, 48, len(sizes), "float32")
+    y = jax.jit(lambda x, w, groups: grouped_matmul(x, w, groups, backend="triton"))(x, w, jnp.asarray(sizes))
+    close(y, reference.grouped_matmul(np.asarray(x), np.asarray(w), np.array(sizes)), "float32")
