@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bimedix_jax.models.mixtral import Mixtral
 
 RECIPE = LoraConfig(rank=128, alpha=64.0)
-"""BiMediX's adapters (arXiv 2402.13253, section 3.2)."""
+"""BiMediX's adapters (arXiv 2402.13253, section 4.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
