@@ -86,12 +86,12 @@ def check(config: Config) -> None:
         raise BimedixError(f"--probe-records cannot be negative, got {config.probe_records}.")
     if config.merge is not None and config.format != "hf":
         raise BimedixError("--merge gives a whole model; leave it out, or --format.")
+    if config.dtype is not None and config.merge is None:
+        raise BimedixError("--dtype is the precision of a merge; pass --base, or --merge with it.")
     if config.adapter is not None and config.format == "hf" and config.merge is None:
         raise BimedixError(WHICH)
     if config.merge is not None and config.probe != "sample" and not Path(config.probe).is_file():
         raise BimedixError(f"there is no file {config.probe} to compare on; name a JSONL file of records with --probe.")
-    if config.dtype is not None and config.merge is None:
-        raise BimedixError("--dtype is the precision of a merge; pass --base, or --merge with it.")
     if config.layout == "attention" and config.format != "bitsandbytes":
         raise BimedixError("--layout attention is for --format bitsandbytes; choose per_expert or fused.")
     if config.format == "bitsandbytes" and (config.adapter is not None or config.base not in (None, "nf4")):
