@@ -23,7 +23,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
             that is never what was meant).
     """
     target = Path(path).resolve()  # a symlink to a folder keeps pointing there; its contents are replaced
-    _check_replaceable(target, overwrite)
+    check_replaceable(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _sibling(target, "partial")
@@ -32,7 +32,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
         raise BimedixError(f"cannot create {target} ({error.strerror}); name a folder that can be written") from error
     try:
         yield partial
-        _check_replaceable(target, overwrite)  # long work lies in between: someone else may have written there
+        check_replaceable(target, overwrite)  # long work lies in between: someone else may have written there
         _replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone after a success; here only what failed is left
@@ -85,7 +85,13 @@ def _sibling(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def check_replaceable(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """What `new_folder` checks, for callers with long work before they write.
+
+    Raises:
+        BimedixError: as `new_folder`.
+    """
+    target = Path(path).resolve()
     if Path.cwd().is_relative_to(target):
         raise BimedixError(f"{target} holds the working directory; name a new folder")
     if not target.exists():

@@ -1,0 +1,89 @@
+"""Prompts are files: `assets/prompts/<stage>/<name>.txt`, Jinja templates, known by the hash of their bytes.
+
+A folder of the user's laid out the same way replaces some or all of them. The hash is part of every request's key, so
+that a changed prompt is asked anew and an unchanged one never is.
+"""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bimedix_jax.errors import BimedixError
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The templates of one stage. `hash`: SHA-256 of their names and texts; `own`: names that the user replaced."""
+
+    stage: str
+    templates: tuple[tuple[str, str], ...]
+    own: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """What versions them: 64 hexadecimal digits."""
+        return hashlib.sha256(repr((self.stage, self.templates)).encode()).hexdigest()
+
+    def render(self, name: str, **values: Any) -> str:
+        """The template of that name, filled in.
+
+        Raises:
+            BimedixError: the template is not valid, or uses a value that it is not given.
+        """
+        import jinja2
+
+        try:
+            return self._compiled(name).render(**values).strip()
+        except jinja2.TemplateError as error:
+            known = ", ".join(sorted(values)) or "none"
+            raise BimedixError(f"prompt {self.stage}/{name}.txt: {error}; it may use these values: {known}") from error
+
+    def _compiled(self, name: str) -> Any:
+        return _compile(dict(self.templates)[name])
+
+
+@functools.cache
+def _compile(text: str) -> Any:
+    import jinja2
+    import jinja2.sandbox
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(text)
+
+
+def load_prompts(stage: str, folder: Path | None = None) -> Prompts:
+    """The prompts of a stage, with those of `folder/<stage>/` in the place of ours.
+
+    Raises:
+        BimedixError: `folder` has no such stage's files where it exists, or one whose name no prompt has.
+    """
+    shipped = resources.files("bimedix_jax") / "assets" / "prompts" / stage
+    texts = {
+        entry.name.removesuffix(".txt"): entry.read_text(encoding="utf-8")
+        for entry in shipped.iterdir()
+        if entry.name.endswith(".txt")
+    }
+    own: dict[str, str] = {}
+    if folder is not None:
+        if not folder.is_dir():
+            raise BimedixError(f"there is no folder {folder}; name one that holds {stage}/*.txt")
+        own = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / stage).glob("*.txt"))}
+        unknown = sorted(set(own) - set(texts))
+        if unknown:
+            raise BimedixError(
+                f"{folder / stage} has {unknown[0]}.txt, and the prompts of {stage} are {', '.join(sorted(texts))}"
+            )
+    return Prompts(stage, tuple(sorted({**texts, **own}.items())), tuple(sorted(own)))
+
+
+def fence(label: str, text: str) -> str:
+    """`text` between marks that do not occur in it: what stands between them is data, whatever it says."""
+    number = 0
+    while (mark := hashlib.sha256(f"{number}:{text}".encode()).hexdigest()[:12]) in text:
+        number += 1
+    return f"<{label} {mark}>\n{text}\n</{label} {mark}>"
