@@ -42,10 +42,7 @@ measure=("$bimedix" eval run --model "$out/base" --base nf4 --heldout "$out/reco
     --data "$data" "${limits[@]}")
 
 once "$out/base" "$bimedix" upcycle --output "$out/base"
-once "$out/records" "$bimedix" data assemble --output "$out/records" \
-    --sources "medquad=$data/medquad" "mts_dialog=$data/mts_dialog" "pubmedqa=$data/pubmedqa" sample \
-    --evaluation "mmlu_medical_en=$data/mmlu_medical_en" "medqa_usmle_en=$data/medqa_usmle_en" \
-    "medmcqa_en=$data/medmcqa_en" "pubmedqa=$data/pubmedqa"
+once "$out/records" "$bimedix" data assemble published-data --data "$data" --output "$out/records"
 once "$out/packed" "$bimedix" data pack --records "$out/records/train.jsonl" --tokenizer "$out/base" \
     --output "$out/packed" --sequence-length 1024
 once "$out/before.json" "${measure[@]}" --out "$out/before.json"

@@ -1,52 +1,167 @@
-"""`bimedix data assemble`: published data sets into one training and one held-out file of records."""
+"""`bimedix data assemble`: data sets into one training and one held-out file of records, by a recipe or by name."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from bimedix_jax.data.recipe import Plan
 
 
 @dataclass(frozen=True)
 class Config:
     """Read data sets, check every row, split, keep evaluation out of training, and write records as JSONL.
 
-    A source is NAME=PATH with a reader's name (medquad, mts_dialog, pubmedqa, medqa_usmle_en, medmcqa_en,
-    mmlu_medical_en, mmlu_medical_en_dev, records), `sample` for the sample that ships with the package, or the path of
-    a JSONL file of records.
+    Name a recipe (bimed-en, the English set of the paper as far as it is known; published-data, the small one of
+    scripts/published_data.sh) or the path of your own TOML file, or sources one by one. A source is NAME=PLACE with a
+    reader's name (table, records, medqa, medmcqa, mmlu, pubmedqa, pubmedqa_artificial, pubmedqa_unlabelled, medquad,
+    liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, sharegpt, messages, medqa_usmle_en, medmcqa_en,
+    mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample that ships with the package, or the path of a JSONL
+    file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split, and may end in options of the
+    reader: `table=qa.csv?question=Q&answer=A&licence=MIT`.
     """
-
-    sources: tuple[str, ...]
-    """What to read, for instance `medquad=data/medquad sample`."""
 
     output: Path
     """Folder to write: train.jsonl, heldout.jsonl, quarantine.jsonl, report.json."""
 
+    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE|FILE")] = None
+    """Recipe by name or path."""
+
+    sources: tuple[str, ...] = ()
+    """What to read without a recipe, for instance `medquad=data/medquad sample`."""
+
+    data: Path | None = None
+    """Folder with local copies of the recipe's sources; what is not there is read from the hub."""
+
+    local: tuple[str, ...] = ()
+    """Places of single sources of the recipe, NAME=PLACE."""
+
+    only: tuple[str, ...] = ()
+    """Sources of the recipe to take, evaluation sets included; the others are left out, and the report says so."""
+
+    skip: tuple[str, ...] = ()
+    """Sources of the recipe to leave out."""
+
     evaluation: tuple[str, ...] = ()
     """Sources that training must not overlap; only their held-out records count, and they are not written."""
 
-    seed: int = 0
-    """Decides, with the record's id, the split of records whose source has none."""
+    seed: int | None = None
+    """Decides, with the record's id, the split of records whose source has none; the recipe's, else 0."""
 
-    heldout_fraction: float = 0.02
-    """Share of such records that is held out."""
+    heldout_fraction: float | None = None
+    """Share of such records that is held out; the recipe's, else 0.02."""
 
     limit: int | None = None
-    """At most so many records of each source."""
+    """At most so many rows of each source; counts are then not compared with the recipe's."""
+
+    shard: str | None = None
+    """Do part i of n of the reading, as i/n from 0/n to n-1/n, into the folder OUTPUT.shards."""
+
+    merge: bool = False
+    """Make the output of all shards in OUTPUT.shards; the other options must be those the shards were made with."""
+
+    allow_counts: bool = False
+    """Only warn where a source has another number of rows than the recipe says."""
+
+    dry_run: bool = False
+    """Show what would be read from where, and stop."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Assemble and report."""
+    """Assemble, or do one shard of it, and report."""
+    from bimedix_jax import files
+    from bimedix_jax.data import assemble
+    from bimedix_jax.data.recipe import describe
+
+    plan = _plan(config)
+    if plan.left_out:
+        console.print(f"[bold yellow]left out of recipe {plan.recipe}[/]: {', '.join(plan.left_out)}")
+    if config.dry_run:
+        result = {"sources": [*map(describe, plan.parts)], "evaluation": [*map(describe, plan.evaluation)]}
+        _print_plan(result, console)
+        return {"recipe": plan.recipe, "left_out": list(plan.left_out), **result}
+    parent = config.output.with_name(f"{config.output.name}.shards")
+    if config.shard is not None:
+        return _shard(config, plan, parent, console)
+    with files.new_folder(config.output, config.overwrite) as folder:
+        if config.merge:
+            found = assemble.shard_folders(parent, plan)
+            report = assemble.merge(plan, found, folder, config.allow_counts)
+        else:
+            report = assemble.assemble(plan, folder, config.allow_counts)
+    _print(report, config, console)
+    return {"output": str(config.output), **report}
+
+
+def _plan(config: Config) -> "Plan":
+    """What is to be read, from recipe or sources."""
+    import dataclasses
+
+    from bimedix_jax.data import recipe as recipes
+    from bimedix_jax.errors import BimedixError
+
+    if (config.recipe is None) == (not config.sources):
+        known = ", ".join(recipes.names())
+        raise BimedixError(f"name either a recipe ({known}, or a TOML file) or --sources, and not both")
+    if config.shard is not None and config.merge:
+        raise BimedixError("--shard makes a shard and --merge joins them; give one of the two")
+    if config.limit is not None and config.limit < 1:
+        raise BimedixError(f"--limit {config.limit} leaves nothing to read; give 1 or more")
+    if config.recipe is None:
+        if config.data is not None or config.local or config.only or config.skip:
+            raise BimedixError("--data, --local, --only and --skip belong to a recipe; name one, or leave them out")
+        plan = recipes.plan_of(config.sources, config.evaluation, limit=config.limit)
+    else:
+        loaded = recipes.load(config.recipe)
+        plan = recipes.plan(loaded, config.data, config.only, config.skip, config.local, config.limit)
+        others = recipes.plan_of((), config.evaluation).evaluation
+        plan = dataclasses.replace(plan, evaluation=(*plan.evaluation, *others))
+    changes = {name: getattr(config, name) for name in ("seed", "heldout_fraction")}
+    return dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _shard(config: Config, plan: "Plan", parent: Path, console: Console) -> dict[str, Any]:
+    from bimedix_jax import files
+    from bimedix_jax.data.shard import write_shard
+    from bimedix_jax.errors import BimedixError
+
+    number, _, size = (config.shard or "").partition("/")
+    if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
+        raise BimedixError(f"--shard {config.shard} is no part of a whole; write i/n with i from 0 to n-1, such as 0/4")
+    folder = parent / f"{int(number)}-of-{int(size)}"
+    with files.new_folder(folder, config.overwrite) as made:
+        manifest = write_shard(plan, made, (int(number), int(size)))
+    records = sum(sum(source["records"].values()) for source in manifest["sources"])
+    rejected = sum(source["rejected"] for source in manifest["sources"])
+    console.print(f"shard {config.shard}: {records:,} records, {rejected:,} rows quarantined, in {folder}")
+    return {"output": str(folder), **manifest}
+
+
+def _print_plan(result: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
-    from bimedix_jax import files
-    from bimedix_jax.data.assemble import QUARANTINE, assemble
+    table = Table("source", "from", "revision", "licence", title="would be read")
+    table.add_column("rows", justify="right")
+    for group, style in (("sources", ""), ("evaluation", "dim")):
+        for row in result[group]:
+            rows = row["expect"].get("rows", "")
+            shown = f"{rows[0]:,}-{rows[1]:,}" if isinstance(rows, tuple) else f"{rows:,}" if rows else ""
+            revision, licence = (row["revision"] or "")[:12], row["licence"] or "its own"
+            table.add_row(row["name"], row["from"], revision, licence, shown, style=style)
+    console.print(table)
 
-    with files.new_folder(config.output, config.overwrite) as folder:
-        report = assemble(config.sources, folder, config.evaluation, config.seed, config.heldout_fraction, config.limit)
+
+def _print(report: dict[str, Any], config: Config, console: Console) -> None:
+    from rich.table import Table
+
+    from bimedix_jax.data.assemble import QUARANTINE
+
     table = Table("source", title=f"records in {config.output}")
     for name in ("train", "heldout"):
         table.add_column(name, justify="right")
@@ -54,9 +169,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         table.add_row(source, f"{row['train']:,}", f"{row['heldout']:,}")
     table.add_row("all", f"{report['train']:,}", f"{report['heldout']:,}", style="bold")
     console.print(table)
+    if report["limit"] is not None:
+        console.print(f"[bold yellow]only the first {report['limit']:,} rows of each source were read[/]")
+    for sentence in report["unexpected"]:
+        console.print(f"[bold yellow]not as the recipe says:[/] {sentence}", highlight=False)
     if report["quarantined"]:
         where = config.output / QUARANTINE
         console.print(f"[bold yellow]{report['quarantined']:,} rows were left out[/], each with its reason in {where}:")
         for row in report["reasons"][:12]:
             console.print(f"  {row['rows']:,} of {row['source']}: {row['reason']}", highlight=False, markup=False)
-    return {"output": str(config.output), **report}

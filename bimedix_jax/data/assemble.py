@@ -1,23 +1,32 @@
 """Several sources into one training set and one held-out set that share nothing, with everything left out on record.
 
-The folder holds `train.jsonl`, `heldout.jsonl`, `quarantine.jsonl` (one line for each row that was left out: source,
-file, line, reason, detail) and `report.json`.
+Reading is `shard.write_shard`, in one go or in shards; merging is here and is what concerns all records together: ids
+and texts that occur twice, training records that are held out or belong to an evaluation set, counts. The folder holds
+`train.jsonl`, `heldout.jsonl`, `quarantine.jsonl` (one line for each row that was left out: source, file, line, reason,
+detail) and `report.json`. Near-duplicates, ratios and packing are the next commands' work, on `train.jsonl`.
 """
 
 import dataclasses
-import hashlib
+import heapq
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from bimedix_jax import __version__, files
 from bimedix_jax.data import records as record_files
+from bimedix_jax.data import shard as shards
 from bimedix_jax.data.disjoint import Identities, assert_disjoint
-from bimedix_jax.data.quarantine import Quarantine
-from bimedix_jax.data.readers import read
+from bimedix_jax.data.quarantine import Quarantine, Rejected, left_out
+from bimedix_jax.data.recipe import Part, Plan, describe
 from bimedix_jax.data.records import Record
+from bimedix_jax.data.seen import Seen, seen
+from bimedix_jax.data.shard import Entry
+from bimedix_jax.errors import BimedixError
 
 TRAIN, HELDOUT, QUARANTINE, REPORT = "train.jsonl", "heldout.jsonl", "quarantine.jsonl", "report.json"
 
@@ -26,113 +35,231 @@ DUPLICATE_TEXT = "another record has the same text"
 IN_EVALUATION = "the evaluation set has the same record or question"
 
 
-def assemble(
-    sources: Sequence[str],
-    folder: Path,
-    evaluation: Sequence[str] = (),
-    seed: int = 0,
-    heldout_fraction: float = 0.02,
-    limit: int | None = None,
-) -> dict[str, Any]:
-    """Write the records of `sources` (see readers.read) into an existing folder; return the report.
+def assemble(plan: Plan, folder: Path, allow_counts: bool = False) -> dict[str, Any]:
+    """Read a plan and write its sets into an existing folder; return the report.
 
     A record without a split gets one by the hash of its id, or of what its source groups records by. Training records
-    that also are in the held-out set, or in one of the `evaluation` sources, are left out of training. `limit` bounds
-    the records taken of each source.
+    that also are in the held-out set, or in one of the evaluation sets, are left out of training.
 
     Raises:
-        BimedixError: a source cannot be read; or, after all this, training and evaluation still overlap.
+        BimedixError: a source cannot be read or is not what the plan says; or, after all this, training and evaluation
+            still overlap.
     """
-    quarantine = Quarantine()
-    known = Identities(_heldout(evaluation))
-    everything = itertools.chain.from_iterable(itertools.islice(read(source, quarantine), limit) for source in sources)
-    counts: Counter[tuple[str, str]] = Counter()
-    candidates = folder / "candidates.jsonl"
-    with candidates.open("w", encoding="utf-8") as train, (folder / HELDOUT).open("w", encoding="utf-8") as heldout:
-        for record in _distinct((_with_split(record, seed, heldout_fraction) for record in everything), quarantine):
-            if record.split == "heldout":
-                known.add(record)
-                counts[record.source, "heldout"] += 1
-            (train if record.split == "train" else heldout).write(record.to_json() + "\n")
+    part = folder / "shard"
+    part.mkdir()
+    shards.write_shard(plan, part)
+    report = merge(plan, [part], folder, allow_counts)
+    for path in part.iterdir():
+        path.unlink()
+    part.rmdir()
+    return report
 
-    def kept() -> Iterator[Record]:
-        for record in record_files.read_jsonl(candidates):
-            overlap = known.find(record)
-            if overlap is None:
-                counts[record.source, "train"] += 1
-                yield record
-            else:
-                quarantine.leave_out(record, IN_EVALUATION, f"{overlap.evaluation}, by {overlap.by}")
 
-    record_files.write_jsonl(folder / TRAIN, kept())
-    candidates.unlink()
-    heldout_and_evaluation = itertools.chain(record_files.read_jsonl(folder / HELDOUT), _heldout(evaluation))
-    assert_disjoint(record_files.read_jsonl(folder / TRAIN), heldout_and_evaluation)
+def merge(plan: Plan, folders: Sequence[Path], folder: Path, allow_counts: bool = False) -> dict[str, Any]:
+    """Make of all shards of a plan what `assemble` makes of it in one go; return the report.
+
+    Raises:
+        BimedixError: as `assemble`; or the shards are not all of this plan, of this version and of the same revisions.
+    """
+    counts = _counts(plan, folders)
+    wrong = _unexpected(plan.parts, counts) if plan.limit is None else []
+    _refuse(wrong, allow_counts)
+    evaluation_counts: list[dict[str, Any]] = []
+    known = Identities(_evaluation(plan, evaluation_counts))
+    if plan.limit is None:
+        unmet = _unexpected(plan.evaluation, evaluation_counts)
+        _refuse(unmet, allow_counts)
+        wrong += unmet
+    kept: Counter[tuple[str, str]] = Counter()
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
-        for row in quarantine.rejected:
+
+        def note(row: Rejected) -> None:
             file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
-    report = _report(sources, evaluation, seed, heldout_fraction, limit, counts, quarantine)
+
+        quarantine = Quarantine(sink=note)
+        for _, row in heapq.merge(
+            *(shards.rejected(path / shards.QUARANTINE) for path in folders), key=lambda item: item[0]
+        ):
+            quarantine.note(row)
+        _separate(folders, folder, known, quarantine, kept)
+        _filter(folder, known, quarantine, kept)
+    heldout_and_evaluation = itertools.chain(record_files.read_jsonl(folder / HELDOUT), _evaluation(plan, []))
+    assert_disjoint(record_files.read_jsonl(folder / TRAIN), heldout_and_evaluation)
+    report = _report(plan, counts, evaluation_counts, wrong, kept, quarantine)
+    report["sha256"] = {name: files.sha256(folder / name) for name in (TRAIN, HELDOUT)}
     (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _heldout(evaluation: Sequence[str]) -> Iterator[Record]:
-    """Evaluation records of the named sources; what such a source itself marks for training is not among them."""
-    for source in evaluation:
-        yield from (record for record in read(source, Quarantine()) if record.split != "train")
+def shard_folders(parent: Path, plan: Plan) -> list[Path]:
+    """All shards of a plan in a folder, in order.
+
+    Raises:
+        BimedixError: some are missing, belong to another plan or version, or to shardings of different sizes.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for path in sorted(parent.glob(f"*/{shards.MANIFEST}")):
+        if path.parent.name.startswith("."):
+            continue  # half-written: files.new_folder renames it when it is complete
+        manifest = _manifest(path)
+        if manifest["plan"] != plan.digest():
+            raise BimedixError(
+                f"{path.parent} was made by another recipe or with other options; name the same ones with --merge as "
+                "with --shard, or delete the folder"
+            )
+        found[manifest["shard"][0], manifest["shard"][1]] = path.parent
+    sizes = {size for _, size in found}
+    if len(sizes) > 1:
+        raise BimedixError(
+            f"{parent} holds shards of {' and of '.join(map(str, sorted(sizes)))}; delete those of one kind"
+        )
+    if not found:
+        raise BimedixError(
+            f"there is no shard in {parent}; make them first: the same command with --shard 0/N and so on"
+        )
+    (size,) = sizes
+    missing = [f"{number}/{size}" for number in range(size) if (number, size) not in found]
+    if missing:
+        raise BimedixError(f"{parent} lacks shards {', '.join(missing[:8])}; make them with --shard {missing[0]}")
+    return [found[number, size] for number in range(size)]
 
 
-def _distinct(everything: Iterable[Record], quarantine: Quarantine) -> Iterator[Record]:
-    """Records whose id is new, and whose text is new within their split."""
-    ids: set[bytes] = set()
-    texts: dict[bytes, str] = {}
-    for record in everything:
-        name = hashlib.blake2b(record.id.encode(), digest_size=16).digest()
-        said = f"{record.split}\0" + "\0".join(f"{turn.speaker}\0{turn.value}" for turn in record.conversations)
-        text = hashlib.blake2b(said.encode(), digest_size=16).digest()
-        if name in ids:
-            quarantine.leave_out(record, DUPLICATE_ID, record.id)
-        elif text in texts:
-            quarantine.leave_out(record, DUPLICATE_TEXT, texts[text])
-        else:
-            ids.add(name)
-            texts[text] = record.id
-            yield record
+def _manifest(path: Path) -> dict[str, Any]:
+    manifest = json.loads(path.read_text("utf-8"))
+    if manifest.get("format") != shards.FORMAT or manifest.get("version") != __version__:
+        raise BimedixError(
+            f"{path.parent} was made by bimedix_jax {manifest.get('version')}, this is {__version__}; make it again"
+        )
+    return manifest
 
 
-def _with_split(record: Record, seed: int, heldout_fraction: float) -> Record:
-    if record.split is not None:
-        return record
-    key = str(record.provenance.get("group", record.id))
-    return record.model_copy(update={"split": record_files.assign_split(key, seed, heldout_fraction)})
+def _counts(plan: Plan, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """For each source of the plan: its revision, and counts summed over the shards."""
+    manifests = [_manifest(path / shards.MANIFEST) for path in folders]
+    totals = []
+    for number, part in enumerate(plan.parts):
+        sources = [manifest["sources"][number] for manifest in manifests]
+        revisions = sorted({str(source["revision"]) for source in sources})
+        if len(revisions) > 1:
+            raise BimedixError(
+                f"shards read {part.name} at different revisions ({', '.join(revisions)}); name a commit in the recipe "
+                "and make them again"
+            )
+        read, made = (sum((Counter(source[name]) for source in sources), Counter()) for name in ("read", "records"))
+        totals.append(
+            {
+                "revision": sources[0]["revision"],
+                "read": dict(sorted(read.items())),
+                "records": dict(sorted(made.items())),
+                "rejected": sum(source["rejected"] for source in sources),
+            }
+        )
+    return totals
+
+
+def _unexpected(parts: Sequence[Part], counts: list[dict[str, Any]]) -> list[str]:
+    pairs = zip(parts, counts, strict=True)
+    return [sentence for part, count in pairs for sentence in shards.unexpected(part, count)]
+
+
+def _refuse(wrong: list[str], allowed: bool) -> None:
+    if wrong and not allowed:
+        raise BimedixError(
+            f"{'; '.join(wrong)}: a source is not what the recipe was written for; fetch it again at its revision, "
+            "correct the recipe, or pass --allow-counts"
+        )
+
+
+def _evaluation(plan: Plan, counts: list[dict[str, Any]]) -> Iterator[Record]:
+    """Evaluation records; what a source itself marks for training is not among them. Counts are appended."""
+    for part in plan.evaluation:
+        quarantine = Quarantine()
+        made: Counter[str] = Counter()
+        for record in shards.read_part(part, quarantine):
+            made[record.source] += 1
+            if record.split != "train":
+                yield record
+        counts.append({"read": dict(quarantine.read), "records": dict(made), "rejected": quarantine.count})
+
+
+def _separate(
+    folders: Sequence[Path], folder: Path, known: Identities, quarantine: Quarantine, kept: Counter[tuple[str, str]]
+) -> None:
+    """Held-out records into their file and into `known`, the others into a file of candidates, all without copies."""
+    merged = heapq.merge(*(shards.entries(path / shards.RECORDS) for path in folders), key=lambda entry: entry.place)
+    with (
+        seen(folder / "ids.sqlite") as ids,
+        seen(folder / "texts.sqlite") as texts,
+        (folder / "candidates").open("wb") as train,
+        (folder / HELDOUT).open("wb") as heldout,
+    ):
+        for entry in tqdm(merged, desc="duplicates", unit=" records", disable=None):
+            twin = _twin(entry, ids, texts)
+            if twin is not None:
+                quarantine.note(twin)
+            elif entry.split == "heldout":
+                known.add_keys(entry.id, entry.keys)
+                kept[entry.source, "heldout"] += 1
+                heldout.write(entry.line + b"\n")
+            else:
+                train.write(entry.to_bytes())
+
+
+def _twin(entry: Entry, ids: Seen, texts: Seen) -> Rejected | None:
+    """The rejection of an entry whose id is not new, or whose text is not new within its split."""
+    if ids.owner(entry.id.encode()) is not None:
+        return left_out(entry.source, entry.id, DUPLICATE_ID, entry.id)
+    first = texts.claim(entry.text, entry.id)
+    if first is not None:
+        return left_out(entry.source, entry.id, DUPLICATE_TEXT, first)
+    ids.claim(entry.id.encode(), "")
+    return None
+
+
+def _filter(folder: Path, known: Identities, quarantine: Quarantine, kept: Counter[tuple[str, str]]) -> None:
+    """Candidates that no held-out or evaluation record shares anything with, into the training file."""
+    candidates = folder / "candidates"
+    with (folder / TRAIN).open("wb") as train:
+        for entry in tqdm(shards.entries(candidates), desc="evaluation", unit=" records", disable=None):
+            overlap = known.find_keys(entry.id, entry.keys)
+            if overlap is None:
+                kept[entry.source, "train"] += 1
+                train.write(entry.line + b"\n")
+            else:
+                detail = f"{overlap.evaluation}, by {overlap.by}"
+                quarantine.note(left_out(entry.source, entry.id, IN_EVALUATION, detail))
+    candidates.unlink()
 
 
 def _report(
-    sources: Sequence[str],
-    evaluation: Sequence[str],
-    seed: int,
-    heldout_fraction: float,
-    limit: int | None,
-    counts: Counter[tuple[str, str]],
+    plan: Plan,
+    counts: list[dict[str, Any]],
+    evaluation_counts: list[dict[str, Any]],
+    wrong: list[str],
+    kept: Counter[tuple[str, str]],
     quarantine: Quarantine,
 ) -> dict[str, Any]:
-    reasons = [
-        {"source": source, "reason": reason, "rows": n} for (source, reason), n in quarantine.reasons().most_common()
-    ]
+    reasons = sorted(quarantine.reasons().items(), key=lambda item: (-item[1], item[0]))
     splits = {
-        source: {split: counts[source, split] for split in ("train", "heldout")}
-        for source in sorted({source for source, _ in counts})
+        source: {split: kept[source, split] for split in ("train", "heldout")}
+        for source in sorted({source for source, _ in kept})
     }
+    sources = [{**describe(part), **count} for part, count in zip(plan.parts, counts, strict=True)]
+    others = [{**describe(part), **count} for part, count in zip(plan.evaluation, evaluation_counts, strict=True)]
+    read: Counter[str] = sum((Counter(count["read"]) for count in counts), Counter())
     return {
-        "sources": list(sources),
-        "evaluation": list(evaluation),
-        "seed": seed,
-        "heldout_fraction": heldout_fraction,
-        "limit": limit,
-        "read": dict(quarantine.read),
+        "recipe": plan.recipe,
+        "left_out": list(plan.left_out),
+        "sources": sources,
+        "evaluation": others,
+        "seed": plan.seed,
+        "heldout_fraction": plan.heldout_fraction,
+        "limit": plan.limit,
+        "unexpected": wrong,
+        "read": dict(sorted(read.items())),
         "records": splits,
         "train": sum(row["train"] for row in splits.values()),
         "heldout": sum(row["heldout"] for row in splits.values()),
-        "quarantined": len(quarantine.rejected),
-        "reasons": reasons,
+        "quarantined": quarantine.count,
+        "reasons": [{"source": source, "reason": reason, "rows": n} for (source, reason), n in reasons],
     }

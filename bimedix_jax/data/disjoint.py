@@ -33,17 +33,25 @@ class Identities:
 
     def add(self, record: Record) -> None:
         """Note one evaluation record."""
-        for _, key in _keys(record):
-            self._owners.setdefault(key, record.id)
+        self.add_keys(record.id, keys(record))
+
+    def add_keys(self, record: str, found: Iterable[tuple[str, bytes]]) -> None:
+        """Note an evaluation record by its id and its `keys`."""
+        for _, key in found:
+            self._owners.setdefault(key, record)
 
     def __len__(self) -> int:
         return len(self._owners)
 
     def find(self, record: Record) -> Overlap | None:
         """The overlap of `record` with the set, None if there is none."""
-        for by, key in _keys(record):
+        return self.find_keys(record.id, keys(record))
+
+    def find_keys(self, record: str, found: Iterable[tuple[str, bytes]]) -> Overlap | None:
+        """The overlap of the record with this id and these `keys`."""
+        for by, key in found:
             if key in self._owners:
-                return Overlap(record.id, self._owners[key], by)
+                return Overlap(record, self._owners[key], by)
         return None
 
 
@@ -66,11 +74,15 @@ def assert_disjoint(train: Iterable[Record], evaluation: Iterable[Record]) -> No
 
 def normalise(text: str) -> str:
     """Letters and digits only, in one case and one spelling: what two copies of a question still share."""
-    plain = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text)).translate(_ARABIC_LETTERS).casefold()
+    if text.isascii():  # nothing of what follows can change it, and it takes most of the time
+        plain = text.casefold()
+    else:
+        plain = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text)).translate(_ARABIC_LETTERS).casefold()
     return " ".join(re.findall(r"\w+", plain))
 
 
-def _keys(record: Record) -> Iterator[tuple[str, bytes]]:
+def keys(record: Record) -> Iterator[tuple[str, bytes]]:
+    """(what it is, 16 bytes) of all that identifies a record: id, PubMed id, question."""
     yield "id", _digest(f"id:{record.id}")
     if "pmid" in record.provenance:
         yield "id", _digest(f"pmid:{record.provenance['pmid']}")

@@ -26,12 +26,17 @@ ANSWER_PREFIX: dict[str, str] = {"en": "Answer: ", "ar": "الإجابة: "}
 
 
 class Turn(BaseModel):
-    """What one side says. In JSON the speaker is spelled `from`, which Python reserves."""
+    """What one side says. In JSON the speaker is spelled `from`, which Python reserves.
+
+    `language` is given where a turn is not in its record's language, as when a patient switches; JSON leaves it out
+    otherwise.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     speaker: Speaker = Field(validation_alias=AliasChoices("from", "speaker"), serialization_alias="from")
     value: str
+    language: Language | None = Field(default=None, exclude_if=lambda language: language is None)
 
     @model_validator(mode="after")
     def _not_blank(self) -> Self:
@@ -135,7 +140,7 @@ def assign_split(key: str, seed: int, heldout_fraction: float) -> Split:
     return "heldout" if int.from_bytes(digest, "big") < heldout_fraction * 2**64 else "train"
 
 
-def parse(line: str, where: str) -> Record:
+def parse(line: str | bytes, where: str) -> Record:
     """The record in one line of JSON.
 
     Raises:

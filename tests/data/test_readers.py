@@ -172,6 +172,12 @@ def test_a_source_that_cannot_be_read_says_why(source: str, tmp_path: Path, monk
         run(source)
 
 
+# readers whose formats are tested in the other files test_readers_*.py
+ELSEWHERE = {
+    "test_readers_exams.py": ["medqa", "medmcqa", "mmlu", "pubmedqa_artificial", "pubmedqa_unlabelled"],
+    "test_readers_texts.py": ["liveqa", "medicationqa", "chatdoctor", "pmc_llama", "sharegpt", "messages", "table"],
+}
+
 PUBLISHED = {
     "medquad": ("medquad", 16407, 0),
     "mts_dialog": ("mts_dialog", 1699, 2),
@@ -193,5 +199,8 @@ def test_published_data_is_read_whole(name: str) -> None:
     assert (len(ids), len(quarantine.rejected)) == (count, rejected)
 
 
-def test_every_reader_is_tested_here() -> None:
-    assert set(READERS) == {*PUBLISHED, *itertools.chain(["sample", "records"])}
+def test_every_reader_is_tested() -> None:
+    assert set(READERS) == {*PUBLISHED, "sample", "records", *itertools.chain(*ELSEWHERE.values())}
+    for name, readers in ELSEWHERE.items():
+        text = (Path(__file__).parent / name).read_text("utf-8")
+        assert not [reader for reader in readers if f'"{reader}' not in text and f"{reader}=" not in text]

@@ -27,6 +27,15 @@ def test_the_json_spelling_is_the_papers_and_survives_a_round_trip() -> None:
     assert records.parse(line, "here") == record
 
 
+def test_a_turn_in_another_language_says_so_and_the_others_do_not() -> None:
+    turns = (Turn(speaker="human", value="Hi", language="en"), Turn(speaker="gpt", value="أهلا"))
+    line = make(conversations=turns).to_json()
+    assert '{"from": "human", "value": "Hi", "language": "en"}, {"from": "gpt", "value": "أهلا"}' in line
+    assert records.parse(line, "here").conversations == turns
+    with pytest.raises(ValidationError, match="language"):
+        Turn.model_validate({"from": "human", "value": "Salut", "language": "fr"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
