@@ -72,7 +72,7 @@ def fenced(text: str) -> dict[str, str]:
 
 
 def consultation(question: str, plan: str, present: str) -> Body:
-    """A chat by the plan of `bimedix data chats`, in words of the question, that says the right choice when it is due."""
+    """A chat by the plan of `bimedix data chats`, in words of the question; the right choice comes when it is due."""
     right = re.findall(r"^(?:Answer|الإجابة): [A-J]\. (.*)$", question, re.MULTILINE)[-1]
     words = [word for word in WORD.findall(question) if word.casefold() not in right.casefold()] or ["pain"]
     turns = []

@@ -1,0 +1,203 @@
+"""`bimedix data review`: translations to people and back, and what their verdicts say."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from bimedix_jax.data.review.items import ReviewItem, Verdict
+    from bimedix_jax.data.review.verdicts import Settled
+
+TRANSLATED, VERDICTS, REPORT = "translated.jsonl", "verdicts.jsonl", "report.json"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Export what people must look at, import their verdicts, print agreement, the judge's worth and error bounds.
+
+        bimedix data review export --items arabic/review.jsonl --output to_review --form csv \\
+            --reviewers first second
+        bimedix data review import --items arabic/review.jsonl --verdicts first.csv second.csv \\
+            --translated arabic/translated.jsonl --output arabic_reviewed
+        bimedix data review statistics --items arabic/review.jsonl --verdicts first.csv second.csv
+
+    Verdicts are read by the ending of their file: .json is Label Studio's export, .csv and .jsonl are the forms that
+    `export` writes.
+    """
+
+    action: Annotated[Literal["export", "import", "statistics"], tyro.conf.Positional]
+    """What to do."""
+
+    items: Path
+    """review.jsonl of `bimedix data translate`."""
+
+    output: Path | None = None
+    """Folder to write. export: files for the reviewers and their guidelines. import: translated.jsonl, verdicts.jsonl,
+    report.json."""
+
+    form: Literal["label-studio", "csv", "jsonl"] = "label-studio"
+    """What export writes: tasks and labelling configuration for Label Studio, or files for people without it."""
+
+    reviewers: tuple[str, ...] = ()
+    """Who gets a file each at export; none: one file for all."""
+
+    overlap: float = 0.2
+    """Share of the items that go to two of several reviewers, from which their agreement is computed."""
+
+    show_machine: bool = False
+    """Show reviewers the judge's score, the flags and why an item is there, which sways them; else they see the texts
+    alone, in an order that says nothing."""
+
+    verdicts: tuple[Path, ...] = ()
+    """Files that came back."""
+
+    translated: Path | None = None
+    """import: translated.jsonl of `bimedix data translate`. Its records are taken over, without those that were sampled
+    and rejected and with those that were edited; what was rescued by review is added."""
+
+    reasons: tuple[Literal["low score", "flag", "no score", "no translation", "sample"], ...] = ()
+    """export: only items that are there for one of these; all otherwise."""
+
+    limit: int | None = None
+    """export: at most so many items."""
+
+    seed: int = 0
+    """Order of the items at export, and resampling for the intervals."""
+
+    overwrite: bool = False
+    """Replace the output folder if it exists."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap <= 1:
+            raise ValueError("overlap must be from 0 to 1")
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Do the action."""
+    from bimedix_jax.data.review.items import read_items
+    from bimedix_jax.errors import BimedixError
+
+    items = {item.id: item for item in read_items(config.items)}
+    if config.action == "export":
+        return _export(config, list(items.values()), console)
+    if not config.verdicts:
+        raise BimedixError(f"{config.action} needs --verdicts: the files that reviewers sent back")
+    verdicts = _verdicts(config, items)
+    if config.action == "statistics":
+        return _statistics(config, items, verdicts, console)
+    return _import(config, items, verdicts, console)
+
+
+def _export(config: Config, items: "list[ReviewItem]", console: Console) -> dict[str, Any]:
+    from bimedix_jax import files
+    from bimedix_jax.data.review import export
+    from bimedix_jax.errors import BimedixError
+
+    if config.output is None:
+        raise BimedixError("export needs --output: the folder for the reviewers' files")
+    wanted = [item for item in items if not config.reasons or item.reason in config.reasons]
+    chosen = export.in_order(wanted, config.seed)[: config.limit]
+    if not chosen:
+        raise BimedixError(f"{config.items} holds no item to review" + (" for these reasons" if config.reasons else ""))
+    with files.new_folder(config.output, config.overwrite) as folder:
+        counts = export.write(folder, chosen, config.form, not config.show_machine, config.reviewers, config.overlap)
+    for name, number in counts.items():
+        console.print(f"{number:,} items in {config.output / name}", highlight=False)
+    if config.form == "label-studio":
+        console.print("paste label_studio.xml as the labelling interface, import the tasks, export as JSON")
+    return {"output": str(config.output), "items": len(chosen), "files": counts}
+
+
+def _verdicts(config: Config, items: "dict[str, ReviewItem]") -> "list[Verdict]":
+    from bimedix_jax.data.review.verdicts import read
+
+    return [verdict for path in config.verdicts for verdict in read(path, items)]
+
+
+def _statistics(
+    config: Config, items: "dict[str, ReviewItem]", verdicts: "list[Verdict]", console: Console
+) -> dict[str, Any]:
+    from bimedix_jax.data.review.statistics import statistics
+
+    result = statistics(items, verdicts, config.seed)
+    _print(result, console)
+    return result
+
+
+def _import(
+    config: Config, items: "dict[str, ReviewItem]", verdicts: "list[Verdict]", console: Console
+) -> dict[str, Any]:
+    from bimedix_jax import files
+    from bimedix_jax.data.records import write_jsonl
+    from bimedix_jax.data.review.items import dump
+    from bimedix_jax.data.review.verdicts import counts, latest, merge, settle
+    from bimedix_jax.errors import BimedixError
+
+    if config.output is None:
+        raise BimedixError("import needs --output: the folder for the reviewed translations")
+    settled = settle(items.values(), verdicts)
+    with files.new_folder(config.output, config.overwrite) as folder:
+        records = write_jsonl(folder / TRANSLATED, merge(config.translated, settled))
+        lines = "".join(dump(verdict) + "\n" for verdict in latest(verdicts))
+        (folder / VERDICTS).write_text(lines, encoding="utf-8", newline="\n")
+        statistics = _statistics(config, items, verdicts, console)
+        result = {"records": records, **counts(settled), "statistics": statistics}
+        (folder / REPORT).write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    _print_settled(config, settled, result, console)
+    return {"output": str(config.output), **result}
+
+
+def _print_settled(config: Config, settled: "list[Settled]", result: dict[str, Any], console: Console) -> None:
+    names = ("accepted", "edited", "rejected", "undecided", "unreviewed")
+    console.print(", ".join(f"{result[name]:,} {name}" for name in names), highlight=False)
+    console.print(f"{result['records']:,} records in {config.output}", highlight=False)
+    if result["undecided"]:
+        console.print("[bold yellow]undecided items[/] have as many for as against: ask one more reviewer")
+    if result["differing_edits"]:
+        console.print(
+            f"[bold yellow]{result['differing_edits']:,} items were edited differently[/]: the last edit counts"
+        )
+    flagged = [row for row in settled if row.record is not None and "flags_after_review" in row.record.provenance]
+    for row in flagged[:12]:
+        assert row.record is not None
+        flags = "; ".join(row.record.provenance["flags_after_review"])
+        console.print(f"  {row.item.id} still raises {flags}", highlight=False, markup=False)
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    def number(value: Any) -> str:
+        return "undefined" if value is None else f"{value:.2f}"
+
+    def interval(found: dict[str, Any]) -> str:
+        return f"{number(found['value'])} [{number(found['low'])}, {number(found['high'])}], n = {found['n']}"
+
+    lines = [f"{result['reviewed']:,} of {result['items']:,} items reviewed, {result['verdicts']:,} verdicts"]
+    agreement = result["agreement"]
+    lines += [
+        f"  {' and '.join(pair['reviewers'])}: same decision in {pair['same']:.0%} of {pair['n']}, Cohen's kappa "
+        f"{number(pair['kappa'])}"
+        for pair in agreement["pairs"]
+    ]
+    lines.append(
+        f"Krippendorff's alpha on {agreement['items']} items: {number(agreement['alpha_decision'])} of decisions, "
+        f"{number(agreement['alpha_score'])} of scores"
+    )
+    judge = result["judge"]
+    lines.append(f"judge's score and decisions, Spearman: {interval(judge['decision']['spearman'])}")
+    lines.append(f"judge's score and people's scores, Spearman: {interval(judge['score']['spearman'])}")
+    lines.append(
+        f"  in the random sample alone, with decisions: {interval(judge['sample_only']['decision']['spearman'])}"
+    )
+    unseen = result["unseen"]
+    for kind in ("rejected", "changed"):
+        found = unseen[kind].get("weighted") or unseen[kind]
+        lines.append(
+            f"accepted unseen, {kind} by people: {unseen[kind]['errors']} of {unseen['seen']} sampled, at most "
+            f"{found['high']:.1%} (Wilson, 95 %)"
+        )
+    for line in lines:
+        console.print(line, highlight=False, markup=False)

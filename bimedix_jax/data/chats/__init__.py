@@ -1,0 +1,1 @@
+"""Consultations between patient and doctor, each built on one exam question whose answer is known."""

@@ -1,0 +1,148 @@
+"""What the checks without a model let pass and what they catch, on professional translations and damaged ones.
+
+    python scripts/measure_translation_checks.py --pairs tico19_en_ar.jsonl --json
+
+`--pairs` is a JSONL file with the fields `en` and `ar` (TICO-19: 3,071 sentences). Every damage of
+bimedix_jax/data/checks/damage.py is applied to every pair that it can be applied to. A pair passes when no flag is
+raised; a damage counts as caught when a flag is raised that the undamaged pair does not raise. `halves` are the pairs
+in even and odd places, counted from 0: numeric thresholds were chosen on the even ones.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bimedix_jax.data.checks import damage
+from bimedix_jax.data.checks.api import FLAG_NAMES, Batch, check_text
+from bimedix_jax.errors import BimedixError
+
+
+def read_pairs(path: Path) -> list[damage.Pair]:
+    """The pairs of a JSONL file, `en` and `ar` of each line."""
+    if not path.is_file():
+        raise BimedixError(f"there is no file {path}; name a JSONL file with the fields en and ar")
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [(row["en"], row["ar"]) for row in rows]
+
+
+class Tally:
+    """How many of how many, in all and in the two halves, and which flags said so."""
+
+    def __init__(self) -> None:
+        self.n: Counter[str] = Counter()
+        self.flagged: Counter[str] = Counter()
+        self.flags: Counter[str] = Counter()
+        self.examples: list[dict[str, Any]] = []
+
+    def add(self, place: int, names: Iterable[str], texts: tuple[str, str], wanted: bool) -> None:
+        names = set(names)
+        for part in ("all", "odd" if place % 2 else "even"):
+            self.n[part] += 1
+            self.flagged[part] += bool(names)
+        self.flags.update(names)
+        if bool(names) != wanted:
+            self.examples.append({"flags": sorted(names), "source": texts[0], "translation": texts[1]})
+
+    def rate(self, part: str = "all") -> float:
+        return self.flagged[part] / self.n[part] if self.n[part] else float("nan")
+
+
+def measure(pairs: list[damage.Pair], seed: int) -> dict[str, Tally]:
+    """A tally for `clean`, for `injected` (good pairs with what the damages put in) and for each kind of damage."""
+    places = {source: place for place, (source, _) in enumerate(pairs)}
+    tallies = {"clean": Tally(), "injected": Tally(), "boilerplate_alone": Tally()}
+    clean = Batch(pairs)
+    before: dict[damage.Pair, set[str]] = {}
+    for place, pair in enumerate(pairs):
+        before[pair] = {flag.name for flag in check_text(*pair, clean)}
+        tallies["clean"].add(place, before[pair], pair, wanted=False)
+    for kind, make in {**damage.BAR, **damage.ALSO}.items():
+        tally = tallies[kind] = Tally()
+        cases = list(make(pairs, random.Random(f"{seed}:{kind}")))
+        batch = Batch((case.source, case.damaged) for case in cases)
+        for number, case in enumerate(cases):
+            place = places.get(case.source, number)  # a kind that skips pairs keeps the halves of those it takes
+            good, damaged = (case.source, case.good), (case.source, case.damaged)
+            if good not in before:
+                before[good] = {flag.name for flag in check_text(*good)}
+                tallies["injected"].add(place, before[good], good, wanted=False)
+            names = {flag.name for flag in check_text(*damaged)}
+            if kind == "boilerplate":
+                tallies["boilerplate_alone"].add(place, names - before[good], damaged, wanted=True)
+            shared = batch.check(*damaged)
+            names |= {shared.name} if shared else set()
+            tally.add(place, names - before[good], damaged, wanted=True)
+    return tallies
+
+
+def report(tallies: dict[str, Tally]) -> dict[str, Any]:
+    """The figures as one JSON document."""
+
+    def figures(kind: str, part: str = "all") -> dict[str, Any]:
+        return {"rate": tallies[kind].rate(part), "n": tallies[kind].n[part]}
+
+    def half(part: str) -> dict[str, Any]:
+        return {
+            "clean_pass_rate": 1 - tallies["clean"].rate(part),
+            "clean_n": tallies["clean"].n[part],
+            "caught": {kind: figures(kind, part) for kind in damage.BAR},
+        }
+
+    kinds = [*damage.BAR, *damage.ALSO]
+    return {
+        "clean_pass_rate": 1 - tallies["clean"].rate(),
+        "clean_n": tallies["clean"].n["all"],
+        "injected_pass_rate": 1 - tallies["injected"].rate(),
+        "injected_n": tallies["injected"].n["all"],
+        "caught": {kind: figures(kind) for kind in damage.BAR},
+        "swapped": figures("swapped"),
+        "also": {kind: figures(kind) for kind in [*damage.ALSO, "boilerplate_alone"] if kind != "swapped"},
+        "halves": {"even": half("even"), "odd": half("odd")},
+        "flags": {kind: {n: tallies[kind].flags[n] for n in FLAG_NAMES} for kind in ["clean", *kinds]},
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """The figures as tables in Markdown, the second with flags against kinds."""
+    print(f"clean: {result['clean_pass_rate']:.2%} of {result['clean_n']:,} pass")
+    print(f"with doses, options or drugs put in: {result['injected_pass_rate']:.2%} of {result['injected_n']:,} pass\n")
+    print("| damage | caught | n | even | odd |\n|---|---|---|---|---|")
+    for kind, row in result["caught"].items():
+        even, odd = (result["halves"][part]["caught"][kind]["rate"] for part in ("even", "odd"))
+        print(f"| {kind} | {row['rate']:.2%} | {row['n']:,} | {even:.2%} | {odd:.2%} |")
+    for kind, row in {**result["also"], "swapped": result["swapped"]}.items():
+        print(f"| {kind} (no bar) | {row['rate']:.2%} | {row['n']:,} | | |")
+    columns = [name for name in FLAG_NAMES if any(row[name] for row in result["flags"].values())]
+    print(f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for kind, row in result["flags"].items():
+        print(f"| {kind} | {' | '.join(f'{row[name]:,}' for name in columns)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--pairs", type=Path, required=True, help="JSONL file with the fields en and ar")
+    parser.add_argument("--seed", type=int, default=0, help="decides where each damage strikes")
+    parser.add_argument("--limit", type=int, help="take the first so many pairs")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--misses", metavar="KIND", help="print what was judged wrongly of a kind (or of `clean`)")
+    options = parser.parse_args()
+    tallies = measure(read_pairs(options.pairs)[: options.limit], options.seed)
+    if options.misses:
+        for example in tallies[options.misses].examples:
+            print(json.dumps(example, ensure_ascii=False))
+        return
+    result = report(tallies)
+    if options.json:
+        json.dump(result, sys.stdout, ensure_ascii=False)
+        print()
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()
