@@ -42,6 +42,7 @@ RUNTIME = [
     "tqdm>=4.67",
     "grain>=0.2.18",
     "array_record>=0.8.3",
+    "rensa>=0.5.0",
     "matplotlib>=3.10",
     "arabic-reshaper>=3.0.0",
     "python-bidi>=0.6.7",
@@ -64,6 +65,8 @@ EXTRAS = {
         f"nvidia-cuda-nvcc-cu12>=12.6.85{LINUX}",
         f'libtpu==0.0.42.*{LINUX} and platform_machine == "x86_64"',
     ],
+    # what `bimedix bench train` and `bench decode` compare with
+    "bench": ["torch>=2.13", "transformers>=5.23", "peft>=0.21.2"],
     # torch, transformers, peft and bitsandbytes are what the tests compare with; nothing at run time imports them
     "dev": [
         "pytest>=9.2",

@@ -1,5 +1,6 @@
 """`bimedix data pack`: records into rows of tokens, ready for training."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from bimedix_jax.data.records import Record
+    from bimedix_jax.data.encoding import Example
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,18 @@ class Config:
     limit: int | None = None
     """At most so many records."""
 
+    workers: int | None = None
+    """Processes that tokenise, by default one a core; 0 works in this one. The rows do not depend on it."""
+
     overwrite: bool = False
     """Replace the output folder if it exists."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Pack and report."""
-    from tqdm import tqdm
-
     from bimedix_jax import files
     from bimedix_jax.data import pack
+    from bimedix_jax.data.parallel import workers_of
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.errors import BimedixError
 
@@ -65,6 +68,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         raise BimedixError(
             "rows need at least 2 tokens and a window of at least 1; raise --sequence-length or --window"
         )
+    workers = workers_of(config.workers)
     tokenizer = load_tokenizer(config.tokenizer, config.template)
     facts = {
         "tokenizer": tokenizer.fingerprint,
@@ -80,11 +84,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         "records": "sample" if config.records == "sample" else files.sha256(_existing(config.records)),
     }
     report = pack.PackReport()
+    started = time.monotonic()
     with files.new_folder(config.output, config.overwrite) as folder:
-        records = tqdm(_records(config), desc="packing", unit=" records", disable=None)
-        examples = (pack.encode_record(tokenizer, record) for record in records)
         rows = pack.pack(
-            examples,
+            _examples(config, workers),
             config.sequence_length,
             tokenizer.pad_id,
             config.packing,
@@ -93,25 +96,38 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             report,
         )
         index = pack.write(folder, rows, report, config.sequence_length, facts)
+    seconds = time.monotonic() - started
     _print(index, config, console)
-    return {"output": str(config.output), **index}
+    console.print(f"{index['tokens'] / seconds:,.0f} tokens a second with {max(workers, 1)} processes")
+    return {"output": str(config.output), **index, "seconds": seconds, "tokens_per_s": index["tokens"] / seconds}
 
 
-def _records(config: Config) -> "Iterator[Record]":
+def _examples(config: Config, workers: int) -> "Iterator[Example]":
+    """The records in their order as tokens, made in `workers` processes."""
     import itertools
 
+    from tqdm import tqdm
+
+    from bimedix_jax.data.encoding import EncodeLines
+    from bimedix_jax.data.parallel import batched, ordered_map
+
+    split = None if config.split == "all" else config.split
+    task = EncodeLines(str(config.tokenizer), config.template, config.records, split)
+    batches = ordered_map(task, batched(_lines(config)), 0 if config.records == "sample" else workers)
+    examples = itertools.islice(itertools.chain.from_iterable(batch.examples() for batch in batches), config.limit)
+    return iter(tqdm(examples, desc="packing", unit=" records", disable=None))
+
+
+def _lines(config: Config) -> "Iterator[tuple[int, bytes]]":
     import numpy as np
 
     from bimedix_jax.data import pack
     from bimedix_jax.data.records import sample
 
-    if config.records == "sample":
-        ordered = list(sample())
-        found = (ordered[i] for i in np.random.default_rng(config.seed).permutation(len(ordered)))
-    else:
-        found = pack.shuffled(config.records, config.seed)
-    wanted = (record for record in found if config.split in ("all", record.split))
-    return itertools.islice(wanted, config.limit)
+    if config.records != "sample":
+        return pack.shuffled_lines(config.records, config.seed)
+    ordered = [record.to_json().encode() for record in sample()]
+    return ((int(i), ordered[i]) for i in np.random.default_rng(config.seed).permutation(len(ordered)))
 
 
 def _existing(path: str) -> Path:

@@ -1,7 +1,7 @@
 """`bimedix data stats`: what a set of records holds, by language, kind and source."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from bimedix_jax.data.counts import TokenCounter
     from bimedix_jax.data.records import Record
 
 LANGUAGES = {"en": "English", "ar": "العربية"}
@@ -22,13 +23,17 @@ COLUMNS = {
     "turns": "turns",
     "tokens": "tokens",
     "tokens_per_word": "/word",
-    "tokens_per_byte": "/byte",
+    "tokens_per_character": "/char",
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """Count records, turns and, with a tokenizer, tokens and fertility (tokens per word and per UTF-8 byte)."""
+    """Count records, turns and, with a tokenizer, tokens and fertility: tokens per word, character and UTF-8 byte.
+
+    The second table is laid out as Tables 7 and 8 of the BiMediX paper (arXiv 2402.13253), where a turn is a question
+    with its answer.
+    """
 
     sources: tuple[str, ...] = ("sample",)
     """What to read: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
@@ -53,39 +58,48 @@ class Count:
 
     records: int = 0
     turns: int = 0
+    exchanges: int = 0
     words: int = 0
+    characters: int = 0
     bytes: int = 0
     tokens: int = 0
+    learned: int = 0
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Count and print."""
     import itertools
 
+    from tqdm import tqdm
+
+    from bimedix_jax.data.counts import TokenCounter
     from bimedix_jax.data.quarantine import Quarantine
     from bimedix_jax.data.readers import read
     from bimedix_jax.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tokens_of = TokenCounter(load_tokenizer(config.tokenizer)) if config.tokenizer else None
     quarantine = Quarantine()
     counts: dict[tuple[str, str, str], Count] = defaultdict(Count)
     openings: dict[str, list[str]] = defaultdict(list)
-    for record in itertools.chain.from_iterable(
+    everything = itertools.chain.from_iterable(
         itertools.islice(read(source, quarantine), config.limit) for source in config.sources
-    ):
-        _add(counts[record.language, record.kind, record.source], record, tokenizer)
+    )
+    for record in tqdm(everything, desc="counting", unit=" records", disable=None):
+        _add(counts[record.language, record.kind, record.source], record, tokens_of)
         if len(openings[record.language]) < config.examples:
             openings[record.language].append(record.conversations[0].value)
-    rows = [_row(*key, count, tokenizer is not None) for key, count in sorted(counts.items())]
+    rows = [_row(*key, count, tokens_of is not None) for key, count in sorted(counts.items())]
     for language in sorted({key[0] for key in counts}):
         total = _sum(count for key, count in counts.items() if key[0] == language)
-        rows.append(_row(language, "all", "all", total, tokenizer is not None))
+        rows.append(_row(language, "all", "all", total, tokens_of is not None))
+    paper = _paper_tables(counts)
     _print(rows, openings, console)
+    print_tables(paper, tokens_of is not None, console)
     if quarantine.rejected:
         console.print(f"[bold yellow]{len(quarantine.rejected):,} rows could not be read[/]:")
         for (source, reason), number in quarantine.reasons().most_common(12):
             console.print(f"  {number:,} of {source}: {reason}", highlight=False, markup=False)
-    result: dict[str, Any] = {"groups": rows, "quarantined": len(quarantine.rejected)}
+    result: dict[str, Any] = {"groups": rows, "tables": paper, "quarantined": len(quarantine.rejected)}
     return result if config.against is None else {**result, "overlap": _overlap(config, config.against, console)}
 
 
@@ -110,14 +124,45 @@ def _overlap(config: Config, against: Path, console: Console) -> list[dict[str, 
     return rows
 
 
-def _add(count: Count, record: "Record", tokenizer: Any) -> None:
+def _add(count: Count, record: "Record", tokens_of: "TokenCounter | None") -> None:
     count.records += 1
     count.turns += len(record.conversations)
     for turn in record.conversations:
+        tokens = 0 if tokens_of is None else tokens_of(turn.value)
         count.words += len(turn.value.split())
+        count.characters += len(turn.value)
         count.bytes += len(turn.value.encode())
-        if tokenizer is not None:
-            count.tokens += len(tokenizer.encode_with_offsets(turn.value, literal=True).ids)
+        count.tokens += tokens
+        if turn.speaker == "gpt":
+            count.exchanges += 1
+            count.learned += tokens
+
+
+def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str, Any]]:
+    """The counts as `data.counts.tables` lays them out."""
+    from bimedix_jax.data import counts as by_kind
+
+    found: dict[tuple[str, str], by_kind.Count] = defaultdict(by_kind.Count)
+    for (language, kind, _), count in counts.items():
+        found[kind, language] += by_kind.Count(count.records, count.exchanges, count.tokens, count.learned)
+    return by_kind.tables(found)
+
+
+def print_tables(rows: list[dict[str, Any]], with_tokens: bool, console: Console) -> None:
+    """Print what `data.counts.tables` returns."""
+    from rich import box
+    from rich.table import Table
+
+    names = {"set": "set", "data": "data", "samples": "samples", "average_turns": "avg. turns"}
+    names |= {"tokens": "tokens", "learned_tokens": "supervised"} if with_tokens else {}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, title in names.items():
+        table.add_column(title, justify="left" if name in ("set", "data") else "right")
+    for row in rows:
+        shown = {**row, "average_turns": "" if row["average_turns"] is None else f"{row['average_turns']:.2f}"}
+        table.add_row(*(_cell(shown[name]) for name in names), style="bold" if row["data"] == "Total" else "")
+    if rows:
+        console.print(table)
 
 
 def _sum(counts: Iterable[Count]) -> Count:
@@ -131,9 +176,10 @@ def _sum(counts: Iterable[Count]) -> Count:
 def _row(language: str, kind: str, source: str, count: Count, with_tokens: bool) -> dict[str, Any]:
     row = {"language": language, "kind": kind, "source": source, **vars(count)}
     if not with_tokens:
-        del row["tokens"]
+        del row["tokens"], row["learned"]
         return row
-    return {**row, "tokens_per_word": count.tokens / count.words, "tokens_per_byte": count.tokens / count.bytes}
+    per = {"word": count.words, "character": count.characters, "byte": count.bytes}
+    return {**row, **{f"tokens_per_{unit}": count.tokens / total for unit, total in per.items()}}
 
 
 def _print(rows: list[dict[str, Any]], openings: dict[str, list[str]], console: Console) -> None:

@@ -40,8 +40,8 @@ class ChatTemplate:
     jinja: str  # the same for Hugging Face, written when a checkpoint is exported
     default_system: str | None = None  # the system prompt of a conversation that has none
 
-    def render(self, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool = False) -> list[Span]:
-        """Spans whose concatenation is the text of the conversation."""
+    def parts(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[tuple[str, str, bool]]:
+        """In their order a wrapper of the template, what stands for `{text}` in it, and whether it is learned."""
         turns = list(turns)
         if self.system is not None and self.default_system is not None and not _has_system(turns):
             turns.insert(0, Turn(speaker="system", value=self.default_system))
@@ -50,25 +50,27 @@ class ChatTemplate:
                 raise BimedixError(f"the {self.name} template needs a human turn after the system prompt; add one")
             joined = f"{turns[0].value}\n\n{turns[1].value}"
             turns = [Turn(speaker="human", value=joined), *turns[2:]]
-        spans = [Span(self.start, markup=True, learned=False)]
+        found = [(self.start, "", False)]
         for turn in turns:
             if turn.speaker == "gpt":
-                spans.append(Span(self.answer_opening, markup=True, learned=False))
-                spans += _fill(self.answer, turn.value, learned=True)
-                spans.append(Span(self.answer_closing, markup=True, learned=False))
+                found.append((self.answer_opening, "", False))
+                found.append((self.answer, turn.value, True))
+                found.append((self.answer_closing, "", False))
             else:
                 wrapper = self.human if turn.speaker == "human" else self.system
                 assert wrapper is not None  # a system prompt that cannot stand alone was joined above
-                spans += _fill(wrapper, turn.value, learned=False)
+                found.append((wrapper, turn.value, False))
         if add_generation_prompt:
-            spans.append(Span(self.answer_opening, markup=True, learned=False))
-        filled = [
-            dataclasses.replace(span, text=span.text.replace("{bos}", bos).replace("{eos}", eos))
-            if span.markup
-            else span
-            for span in spans
-        ]
-        return [span for span in filled if span.text]
+            found.append((self.answer_opening, "", False))
+        return found
+
+    def render(self, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool = False) -> list[Span]:
+        """Spans whose concatenation is the text of the conversation."""
+        spans = []
+        for wrapper, value, learned in self.parts(turns, add_generation_prompt):
+            before, after = split_wrapper(wrapper, bos, eos)
+            spans += [Span(before, True, learned), Span(value, False, learned), Span(after, True, learned)]
+        return [span for span in spans if span.text]
 
     def text(self, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool = False) -> str:
         """The rendered conversation."""
@@ -201,7 +203,7 @@ def encode_chat(
     """
     bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
     template = tokenizer.template
-    _require(tokenizer, template, bos, eos)
+    require(tokenizer, template, bos, eos)
     spans = template.render(turns, bos, eos, add_generation_prompt)
     text = "".join(span.text for span in spans)
     learned = _learned_ranges(spans)
@@ -214,7 +216,7 @@ def encode_chat(
     return encoding.ids, mask
 
 
-def _require(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -> None:
+def require(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -> None:
     """Raise unless the tokenizer has the tokens that the template is made of, each as one token."""
     parts = template.start + (template.system or "") + template.human + template.answer
     for text, role in ((bos, "bos"), (eos, "eos")):
@@ -230,9 +232,10 @@ def _require(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -
             )
 
 
-def _fill(wrapper: str, value: str, learned: bool) -> list[Span]:
-    before, after = wrapper.split("{text}")
-    return [Span(before, True, learned), Span(value, False, learned), Span(after, True, learned)]
+def split_wrapper(wrapper: str, bos: str, eos: str) -> tuple[str, str]:
+    """What a wrapper puts before and after a turn's text."""
+    before, _, after = wrapper.replace("{bos}", bos).replace("{eos}", eos).partition("{text}")
+    return before, after
 
 
 def _has_system(turns: Sequence[Turn]) -> bool:

@@ -7,7 +7,7 @@ repeated at the end of an epoch.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from bimedix_jax import files
 from bimedix_jax.data import pack
 from bimedix_jax.data.pack import Row
 from bimedix_jax.data.tokenizer import Tokenizer
@@ -62,12 +63,19 @@ class Batches:
 
     def rows(self, step: int) -> list[Row]:
         """This process's rows of the batch of `step`, with the segments that say which record is where."""
+        share = self.batch_size // self.process_count
+        return self._rows_at(step, range(self.process_index * share, (self.process_index + 1) * share))
+
+    def at(self, step: int, positions: Iterable[int]) -> dict[str, np.ndarray]:
+        """Rows of the global batch of `step` at these positions, for processes that hold no even shares."""
+        return pack.batch(self._rows_at(step, positions))
+
+    def _rows_at(self, step: int, positions: Iterable[int]) -> list[Row]:
         if step < 0 or (self.epochs is not None and step >= len(self)):
             raise IndexError(f"there is no step {step}")
-        share = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * share
+        numbers = [step * self.batch_size + int(position) for position in positions]
         end = sys.maxsize if self.epochs is None else self.epochs * self.index["rows"]
-        return [self._row(number) if number < end else self._empty() for number in range(first, first + share)]
+        return [self._row(number) if number < end else self._empty() for number in numbers]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of `step`: tokens_BT, segment_ids_BT int32, loss_mask_BT bool."""
@@ -127,6 +135,24 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     if index.get("format") != pack.FORMAT:
         raise BimedixError(f"{path} has format {index.get('format')!r}, expected {pack.FORMAT!r}; pack it again")
     return index
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of the rows, after checking rows and index against the manifest.
+
+    Raises:
+        BimedixError: there is no manifest, or a file is not the one that was packed: a copy that broke off, for one.
+    """
+    path = Path(folder) / pack.MANIFEST
+    if not path.is_file():
+        raise BimedixError(f"{folder} has no {pack.MANIFEST}; pack it again")
+    expected = json.loads(path.read_text(encoding="utf-8"))["files"]
+    for name in (pack.ROWS, pack.INDEX):
+        part = Path(folder) / name
+        if not part.is_file() or files.sha256(part) != expected[name]["sha256"]:
+            state = "is not the file that was packed" if part.is_file() else "is missing"
+            raise BimedixError(f"{part} {state}; copy the folder again, or pack it again")
+    return expected[pack.ROWS]["sha256"]
 
 
 def require_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ conversations much shorter than a row. A packed folder holds
 
     rows.array_record   one record a row, as `Row.to_bytes` writes it
     index.json          what went in: counts by language, kind and source, tokenizer fingerprint, template, seed
+    manifest.json       size and SHA-256 of both, and of what they were made from
 
 Segment ids count from 1 within a row and 0 marks padding; the model keeps attention inside a segment and restarts
 positions in each, so packed and unpacked loss agree.
@@ -14,6 +15,7 @@ import bisect
 import dataclasses
 import json
 import struct
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,29 +23,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bimedix_jax.data import records as record_files
+from bimedix_jax import files
 from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import Example
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 
-ROWS, INDEX = "rows.array_record", "index.json"
+ROWS, INDEX, MANIFEST = "rows.array_record", "index.json", "manifest.json"
 FORMAT = "bimedix packed rows 1"
 
 Packing = Literal["best_fit", "none"]
 TooLong = Literal["truncate", "drop"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation as tokens. `learned` marks the targets: the assistant's tokens."""
-
-    id: str
-    language: str
-    kind: str
-    source: str
-    tokens: np.ndarray  # int32 [N]
-    learned: np.ndarray  # bool [N]
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,10 @@ class Segment:
     tokens: int
     learned: int
 
+    def to_list(self) -> list[int | str]:
+        """The fields in their order."""
+        return [self.segment, self.id, self.language, self.kind, self.source, self.tokens, self.learned]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -70,10 +65,10 @@ class Row:
 
     def to_bytes(self) -> bytes:
         """Little-endian: uint32 length of a JSON header, the header, int32 tokens, int32 segment ids, mask bytes."""
-        header = {"length": len(self.tokens), "segments": [dataclasses.astuple(segment) for segment in self.segments]}
+        header = {"length": len(self.tokens), "segments": [segment.to_list() for segment in self.segments]}
         text = json.dumps(header, ensure_ascii=False).encode()
-        arrays = (self.tokens.astype("<i4"), self.segment_ids.astype("<i4"), self.loss_mask.astype("u1"))
-        return struct.pack("<I", len(text)) + text + b"".join(array.tobytes() for array in arrays)
+        arrays = zip((self.tokens, self.segment_ids, self.loss_mask), ("<i4", "<i4", "u1"), strict=True)
+        return struct.pack("<I", len(text)) + text + b"".join(np.asarray(x, kind).tobytes() for x, kind in arrays)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Row":
@@ -103,15 +98,16 @@ class PackReport:
     dropped_nothing_learned: int = 0
     groups: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)  # examples, tokens, learned
 
-    def add(self, example: Example) -> None:
-        """Count an example that found a row."""
-        counts = (1, len(example.tokens), int(example.learned.sum()))
+    def add(self, example: Example, learned: int) -> None:
+        """Count an example that found a row, and its learned tokens."""
+        tokens = len(example.tokens)
         group = self.groups.setdefault((example.language, example.kind, example.source), [0, 0, 0])
-        for index, count in enumerate(counts):
-            group[index] += count
-        self.examples += counts[0]
-        self.tokens += counts[1]
-        self.learned_tokens += counts[2]
+        group[0] += 1
+        group[1] += tokens
+        group[2] += learned
+        self.examples += 1
+        self.tokens += tokens
+        self.learned_tokens += learned
 
     def to_dict(self, sequence_length: int) -> dict[str, Any]:
         """For JSON. `efficiency` is the share of positions that are not padding."""
@@ -145,15 +141,15 @@ def pack(
     """
     report = PackReport() if report is None else report
     open_rows: list[tuple[int, int]] = []  # (free tokens, key), sorted
-    contents: dict[int, list[Example]] = {}
-    for key, example in enumerate(_fitting(examples, sequence_length, too_long, report)):
-        length = len(example.tokens)
+    contents: dict[int, list[_Placed]] = {}
+    for key, placed in enumerate(_fitting(examples, sequence_length, too_long, report)):
+        length = len(placed[0].tokens)
         place = bisect.bisect_left(open_rows, (length, -1)) if packing == "best_fit" else len(open_rows)
         if place < len(open_rows):
             free, row = open_rows.pop(place)
         else:
             free, row = sequence_length, key
-        contents.setdefault(row, []).append(example)
+        contents.setdefault(row, []).append(placed)
         if packing == "none" or free == length:
             yield _row(contents.pop(row), sequence_length, pad_id, report)
             continue
@@ -174,11 +170,13 @@ def batch(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     }
 
 
-def shuffled(path: str | Path, seed: int) -> Iterator[Record]:
-    """Records of a JSONL file in an order that `seed` fixes; memory is 16 bytes a record, whatever their size.
+def shuffled_lines(path: str | Path, seed: int) -> Iterator[tuple[int, bytes]]:
+    """Lines of a JSONL file, each with its place in bytes, in an order that `seed` fixes; blank ones are passed over.
+
+    Memory is 24 bytes a line, whatever its size.
 
     Raises:
-        BimedixError: there is no such file, or a line is not a record.
+        BimedixError: there is no such file.
     """
     source = Path(path)
     if not source.is_file():
@@ -186,15 +184,14 @@ def shuffled(path: str | Path, seed: int) -> Iterator[Record]:
             f"there is no file {source}; name a JSONL file of records (`bimedix data assemble` writes one)"
         )
     with source.open("rb") as file:
-        starts, position = [], 0
+        starts, position = array("q"), 0
         for line in file:
             if line.strip():
                 starts.append(position)
             position += len(line)
-        offsets = np.asarray(starts, np.int64)
-        for offset in np.random.default_rng(seed).permutation(offsets):
-            file.seek(int(offset))
-            yield record_files.parse(file.readline().decode(), f"{source} at byte {offset}")
+        for offset in np.random.default_rng(seed).permutation(np.frombuffer(starts, np.int64)):
+            file.seek(offset)
+            yield int(offset), file.readline()
 
 
 def write(
@@ -202,14 +199,15 @@ def write(
 ) -> dict[str, Any]:
     """Write rows and index into an existing folder; return the index. Call it inside `files.new_folder`.
 
-    `facts` joins the index: tokenizer fingerprint, template, seed and whatever else decided the rows.
+    `facts` joins the index: tokenizer fingerprint, template, seed and whatever else decided the rows. The manifest
+    holds size and SHA-256 of the files, so that a copy can be checked (`loader.fingerprint`).
 
     Raises:
         BimedixError: there is no row to write.
     """
     from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
-    writer = array_record_module.ArrayRecordWriter(str(folder / ROWS), "group_size:1,zstd:3")
+    writer = array_record_module.ArrayRecordWriter(str(folder / ROWS), "group_size:1,zstd:1")
     try:
         for row in rows:
             writer.write(row.to_bytes())
@@ -219,12 +217,18 @@ def write(
         raise BimedixError("no record was left to pack; look at the split and at the sequence length")
     index = {"format": FORMAT, "sequence_length": sequence_length, **facts, **report.to_dict(sequence_length)}
     (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    written = {name: (folder / name) for name in (ROWS, INDEX)}
+    hashes = {name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for name, path in written.items()}
+    (folder / MANIFEST).write_text(json.dumps({"files": hashes}, indent=2) + "\n", encoding="utf-8")
     return index
+
+
+_Placed = tuple[Example, int]  # an example and how many of its tokens are learned
 
 
 def _fitting(
     examples: Iterable[Example], sequence_length: int, too_long: TooLong, report: PackReport
-) -> Iterator[Example]:
+) -> Iterator[_Placed]:
     """The examples that get a place, cut to the length of a row; the rest is counted."""
     for example in examples:
         if example.learned[:1].any():
@@ -233,29 +237,30 @@ def _fitting(
         if length > sequence_length and too_long == "drop":
             report.dropped_too_long += 1
             continue
-        kept = dataclasses.replace(
-            example, tokens=example.tokens[:sequence_length], learned=example.learned[:sequence_length]
-        )
-        if not kept.learned.any():
+        kept = example
+        if length > sequence_length:
+            tokens, learned = example.tokens[:sequence_length], example.learned[:sequence_length]
+            kept = dataclasses.replace(example, tokens=tokens, learned=learned)
+        count = int(np.count_nonzero(kept.learned))
+        if not count:
             report.dropped_nothing_learned += 1
             continue
         if length > sequence_length:
             report.truncated += 1
             report.truncated_tokens += length - sequence_length
-        report.add(kept)
-        yield kept
+        report.add(kept, count)
+        yield kept, count
 
 
-def _row(examples: Sequence[Example], sequence_length: int, pad_id: int, report: PackReport) -> Row:
+def _row(examples: Sequence[_Placed], sequence_length: int, pad_id: int, report: PackReport) -> Row:
     report.rows += 1
     tokens = np.full(sequence_length, pad_id, np.int32)
     segment_ids = np.zeros(sequence_length, np.int32)
     loss_mask = np.zeros(sequence_length, bool)
     segments, start = [], 0
-    for number, example in enumerate(examples, start=1):
+    for number, (example, learned) in enumerate(examples, start=1):
         end = start + len(example.tokens)
         tokens[start:end], segment_ids[start:end], loss_mask[start:end] = example.tokens, number, example.learned
-        learned = int(example.learned.sum())
         segments.append(
             Segment(number, example.id, example.language, example.kind, example.source, end - start, learned)
         )

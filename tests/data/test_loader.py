@@ -1,12 +1,14 @@
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bimedix_jax import files
 from bimedix_jax.data import pack
-from bimedix_jax.data.loader import Batches, batches, require_tokenizer
+from bimedix_jax.data.loader import Batches, batches, fingerprint, require_tokenizer
 from bimedix_jax.data.pack import Example, PackReport
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
@@ -93,3 +95,23 @@ def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path, bytes_tokeni
     (tmp_path / "rows.array_record").write_bytes((packed / "rows.array_record").read_bytes())
     with pytest.raises(BimedixError, match="11 rows, its index says 5"):
         _ = batches(tmp_path, 4, seed=0)[0]
+
+
+def test_a_copy_that_is_not_what_was_packed_is_refused(packed: Path, tmp_path: Path) -> None:
+    assert fingerprint(packed) == files.sha256(packed / "rows.array_record")
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    assert fingerprint(copy) == fingerprint(packed)
+    for name in ("rows.array_record", "index.json"):
+        whole = (copy / name).read_bytes()
+        for broken in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
+            (copy / name).write_bytes(broken)
+            with pytest.raises(BimedixError, match="is not the file that was packed"):
+                fingerprint(copy)
+        (copy / name).unlink()
+        with pytest.raises(BimedixError, match="is missing"):
+            fingerprint(copy)
+        (copy / name).write_bytes(whole)
+    (copy / "manifest.json").unlink()
+    with pytest.raises(BimedixError, match=r"has no manifest\.json"):
+        fingerprint(copy)

@@ -1,4 +1,6 @@
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bimedix_jax import files
+from bimedix_jax.cli import main
 from bimedix_jax.data import pack, records
 from bimedix_jax.data.pack import Example, PackReport, Row
 from bimedix_jax.data.records import Record, conversation
@@ -63,11 +67,18 @@ def test_packing_is_deterministic_and_rows_survive_the_file(lengths: list[int]) 
             assert getattr(again, name).dtype == getattr(row, name).dtype
 
 
-def test_rows_are_nearly_full() -> None:
-    sizes = np.random.default_rng(0).integers(20, 400, 2000)
+@pytest.mark.parametrize("languages", [("en", "ar"), ("en",), ("ar",)])
+def test_rows_are_nearly_full(languages: tuple[str, ...]) -> None:
+    """Lengths as in the paper's three sets: mean tokens of each kind and its samples in thousands (Tables 7 and 8)."""
+    paper = {"en": {192: 268, 394: 414, 398: 185}, "ar": {516: 156, 800: 224, 1301: 65}}
+    random, spread = np.random.default_rng(0), 0.6
+    means = [mean for language in languages for mean, samples in paper[language].items() for _ in range(samples * 6)]
+    drawn = random.permutation(random.lognormal(np.log(means) - spread**2 / 2, spread))
+    sizes = np.clip(drawn, 8, 4096).astype(int).tolist()
     report = PackReport()
-    list(pack.pack((example(i, int(n)) for i, n in enumerate(sizes)), 1024, report=report))
-    assert report.to_dict(1024)["efficiency"] > 0.98
+    for _ in pack.pack((example(i, n) for i, n in enumerate(sizes)), 4096, report=report):
+        pass
+    assert report.to_dict(4096)["efficiency"] > 0.98
 
 
 def test_what_is_too_long_is_cut_or_dropped_and_counted() -> None:
@@ -106,12 +117,11 @@ def make_records(path: Path, count: int) -> list[Record]:
 
 def test_the_shuffle_is_a_permutation_fixed_by_the_seed(tmp_path: Path) -> None:
     made = make_records(tmp_path / "r.jsonl", 20)
-    orders = [[record.id for record in pack.shuffled(tmp_path / "r.jsonl", seed)] for seed in (0, 0, 1)]
+    orders = [[json.loads(line)["id"] for _, line in pack.shuffled_lines(tmp_path / "r.jsonl", s)] for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(record.id for record in made) != orders[0]
-    (tmp_path / "bad.jsonl").write_text("{}\n")
-    with pytest.raises(BimedixError, match=r"bad\.jsonl at byte 0"):
-        list(pack.shuffled(tmp_path / "bad.jsonl", 0))
+    with pytest.raises(BimedixError, match="there is no file"):
+        list(pack.shuffled_lines(tmp_path / "none.jsonl", 0))
 
 
 def test_the_index_says_what_the_rows_are(tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
@@ -124,5 +134,67 @@ def test_the_index_says_what_the_rows_are(tmp_path: Path, bytes_tokenizer: Token
     assert [(group["language"], group["examples"]) for group in index["groups"]] == [("ar", 3), ("en", 6)]
     assert index["tokens"] == sum(len(one.tokens) for one in encoded)
     assert index["learned_tokens"] == sum(int(one.learned.sum()) for one in encoded)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())["files"]
+    assert {name: entry["sha256"] for name, entry in manifest.items()} == {
+        name: files.sha256(tmp_path / name) for name in ("rows.array_record", "index.json")
+    }
     with pytest.raises(BimedixError, match="no record was left"):
         pack.write(tmp_path, [], PackReport(), 128, {})
+
+
+def test_the_rows_do_not_depend_on_the_workers(tmp_path: Path, bytes_tokenizer: Tokenizer, capsys) -> None:
+    make_records(tmp_path / "r.jsonl", 400)
+    found = []
+    for workers in (0, 2):
+        out = tmp_path / f"packed{workers}"
+        where = ["--records", str(tmp_path / "r.jsonl"), "--tokenizer", str(bytes_tokenizer.folder)]
+        how = ["--sequence-length", "4096", "--workers", str(workers), "--seed", "3"]
+        assert main(["data", "pack", *where, *how, "--output", str(out), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["tokens_per_s"] > 0
+        found.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert found[0] == found[1]
+    assert set(found[0]) == {"rows.array_record", "index.json", "manifest.json"}
+
+
+def test_packing_takes_a_split_and_a_limit_and_says_what_is_wrong(
+    tmp_path: Path, bytes_tokenizer: Tokenizer, capsys
+) -> None:
+    def run(*options: str) -> int:
+        out = str(tmp_path / "packed")
+        common = [
+            "--tokenizer",
+            str(bytes_tokenizer.folder),
+            "--output",
+            out,
+            "--overwrite",
+            "--workers",
+            "0",
+            "--json",
+        ]
+        return main(["data", "pack", *options, *common])
+
+    assert run("--records", "sample", "--split", "heldout", "--limit", "7") == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 7
+    (tmp_path / "bad.jsonl").write_text("\n{}\n")
+    assert run("--records", str(tmp_path / "bad.jsonl")) == 1
+    assert "bad.jsonl at byte 1: id: Field required" in capsys.readouterr().err
+    assert run("--records", str(tmp_path / "none.jsonl")) == 1
+    assert "there is no file" in capsys.readouterr().err
+
+
+def test_memory_of_packing_does_not_grow_with_the_records() -> None:
+    """What waits for its row to fill is all that is held: examples of closed rows are gone."""
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def examples() -> Iterator[Example]:
+        for i, size in enumerate(np.random.default_rng(0).integers(20, 400, 5000)):
+            one = example(i, int(size))
+            alive.append(weakref.ref(one.tokens))
+            yield one
+
+    most = 0
+    for count, _ in enumerate(pack.pack(examples(), 1024, window=16)):
+        if count % 50 == 0:
+            most = max(most, sum(ref() is not None for ref in alive))
+    assert most < 16 * 20

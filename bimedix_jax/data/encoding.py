@@ -1,0 +1,138 @@
+"""Lines of records as tokens with their loss mask, many at a time: what `bimedix data pack` and `mix` do in workers."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bimedix_jax.data import chat_template
+from bimedix_jax.data.chat_template import encode_chat, split_wrapper
+from bimedix_jax.data.records import Record, Turn, parse
+from bimedix_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bimedix_jax.data.tokenizer_words import WordEncoder
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as tokens. `learned` marks the targets: the assistant's tokens."""
+
+    id: str
+    language: str
+    kind: str
+    source: str
+    tokens: np.ndarray  # int32 [N]
+    learned: np.ndarray  # bool [N]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of conversations, their tokens one after another: cheap to send between processes."""
+
+    names: list[tuple[str, str, str, str]]  # id, language, kind, source
+    lengths: np.ndarray  # int64 [N]
+    tokens: np.ndarray  # int32 [sum of lengths]
+    learned: np.ndarray  # bool [sum of lengths]
+
+    def examples(self) -> Iterator[Example]:
+        """The conversations, copied: a view would keep the whole batch in memory while it waits for its row to fill."""
+        end = 0
+        for names, length in zip(self.names, self.lengths.tolist(), strict=True):
+            start, end = end, end + length
+            yield Example(*names, self.tokens[start:end].copy(), self.learned[start:end].copy())
+
+
+class ChatEncoder:
+    """Conversations to tokens and loss mask: those of `chat_template.encode_chat`, faster where words can be cached."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._template = template = tokenizer.template
+        self._words = WordEncoder(tokenizer) if WordEncoder.supports(tokenizer) else None
+        bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
+        chat_template.require(tokenizer, template, bos, eos)
+        wrappers = (template.start, template.system, template.human)
+        answer = (template.answer_opening, template.answer, template.answer_closing)
+        self._wrappers = {wrapper: self._pieces(wrapper, bos, eos) for wrapper in (*wrappers, *answer) if wrapper}
+
+    def encode(self, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [N] and whether each is learned, bool [N]."""
+        if self._words is None:
+            ids, mask = encode_chat(self.tokenizer, turns)
+            return np.asarray(ids, np.int32), np.asarray(mask, bool)
+        pieces = self._stretches(turns, self._words)
+        tokens = np.frombuffer(b"".join([ids for ids, _ in pieces]), np.int32)
+        sizes = [len(ids) // 4 for ids, _ in pieces]
+        return tokens, np.repeat([learned for _, learned in pieces], sizes)
+
+    def _stretches(self, turns: Sequence[Turn], words: WordEncoder) -> list[tuple[bytes, bool]]:
+        """Ids of the stretches between special tokens and the edges of what is learned, and whether they are learned.
+
+        A text may be cut at an edge because encode_chat cuts there whenever a token would run over it, and where none
+        does, merging both sides apart gives the same tokens.
+        """
+        found = []
+        opens, stretch, was_learned = True, "", False
+        for wrapper, value, learned in self._template.parts(turns):
+            for text, special in self._wrappers.get(wrapper, ()):
+                if stretch and (special is not None or learned != was_learned):
+                    found.append((words.encode(stretch, opens), was_learned))
+                    opens, stretch = False, ""
+                if special is None:
+                    stretch, was_learned = stretch + (value if text is None else text), learned
+                else:
+                    found.append((special, learned))
+                    opens = self.tokenizer.restarts_after_special
+        if stretch:
+            found.append((words.encode(stretch, opens), was_learned))
+        return found
+
+    def _pieces(self, wrapper: str, bos: str, eos: str) -> list[tuple[str | None, bytes | None]]:
+        """A wrapper as texts and the ids of special tokens; the text None stands for the turn's."""
+        texts = self.tokenizer.special_texts
+        pattern = re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else r"(?!)")
+        sides = [
+            [(part, self._special(part) if part in texts else None) for part in pattern.split(side) if part]
+            for side in split_wrapper(wrapper, bos, eos)
+        ]
+        return [*sides[0], *([(None, None)] if "{text}" in wrapper else []), *sides[1]]
+
+    def _special(self, text: str) -> bytes:
+        found = self.tokenizer.token_id(text)
+        assert found is not None  # it is one of the tokenizer's own special texts
+        return np.int32(found).tobytes()
+
+
+@dataclass(frozen=True)
+class EncodeLines:
+    """The task of a worker: lines of JSON to `Encoded`. It loads the tokenizer in the process that runs it."""
+
+    tokenizer: str  # folder
+    template: str | None
+    file: str  # where the lines come from, for what is wrong with one
+    split: str | None  # only records of this split
+
+    @cached_property
+    def _encoder(self) -> ChatEncoder:
+        return ChatEncoder(load_tokenizer(self.tokenizer, self.template))
+
+    def __call__(self, lines: Sequence[tuple[int, bytes]]) -> Encoded:
+        """Encode the records of a batch of lines, each with its place in the file in bytes.
+
+        Raises:
+            BimedixError: a line is not a record.
+        """
+        records = [parse(line, f"{self.file} at byte {offset}") for offset, line in lines]
+        return encode_records(self._encoder, [r for r in records if self.split in (None, r.split)])
+
+
+def encode_records(encoder: ChatEncoder, records: Sequence[Record]) -> Encoded:
+    """Records as one `Encoded`."""
+    found = [encoder.encode(record.conversations) for record in records]
+    return Encoded(
+        [(record.id, record.language, record.kind, record.source) for record in records],
+        np.array([len(tokens) for tokens, _ in found], np.int64),
+        np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in found)]),
+        np.concatenate([np.empty(0, bool), *(learned for _, learned in found)]),
+    )
