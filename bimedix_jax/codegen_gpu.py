@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.codegen import RANK, Case, cases
+from bimedix_jax.codegen import Case, cases
 from bimedix_jax.errors import BimedixError
 
 TARGETS = ("a100-80gb",)
@@ -35,8 +35,8 @@ CALL = re.compile(
     r'op_name="(?P<name>[^"]*)".*?grid_x = (?P<x>\d+) : i32, grid_y = (?P<y>\d+)'
 )
 """Shapes, matrix products and Triton kernels in the text of a compiled program."""
-PRODUCT, GRADIENT = "grouped_matmul", "weight_gradient"
-TILE = re.compile(rf"(?P<kernel>{PRODUCT}|{GRADIENT})_(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)(__\d+)?")
+GRADIENT = "weight_gradient"
+TILE = re.compile(rf"(?P<kernel>grouped_matmul|nf4_matmul|{GRADIENT})_(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)(__\d+)?")
 """Name of a Triton kernel of ours: what it does, its tile, and a number where a program has several."""
 
 
@@ -103,25 +103,25 @@ def gpu_kernels(function: Any, *arguments: Any, architecture: str = "sm_80") -> 
 
 
 def kernel_flops(kernel: str, tile: tuple[int, int, int], grid: tuple[int, ...], contracted: int) -> int:
-    """FLOPs of all programs of a Triton kernel that contracts this many columns (PRODUCT) or rows (GRADIENT).
+    """FLOPs of all programs of a Triton kernel that contracts this many columns, or rows (GRADIENT).
 
     Programs that end at once because their tile has no rows are counted; so are, for GRADIENT, as many masked rows as
     the worst group sizes cause.
     """
     m, n, k = tile
-    if kernel == PRODUCT:
-        return 2 * grid[0] * m * n * -(-contracted // k) * k
-    return 2 * grid[0] * m * n * (contracted + grid[1] * (k - 1))
+    if kernel == GRADIENT:
+        return 2 * grid[0] * m * n * (contracted + grid[1] * (k - 1))
+    return 2 * grid[0] * m * n * -(-contracted // k) * k
 
 
 def more_cases() -> dict[str, Case]:
     """`cases`, and what else may run on a GPU: few tokens, and float32."""
     found = cases()
-    for name in ("w1 nf4", "w2 nf4"):
+    for name, each in (("w1 nf4", 2), ("w2 nf4", 2), ("q nf4", 1), ("k nf4", 1)):  # rows of a token
         forward, rows = found[f"{name} forward"], found[f"{name} rows"]
-        found[f"{name} forward, 1 token"] = replace(forward, rows=2)
-        found[f"{name} forward, 256 tokens"] = replace(forward, rows=512)
-        found[f"{name} rows, 256 tokens"] = replace(rows, rows=512)
+        found[f"{name} forward, 1 token"] = replace(forward, rows=each)
+        found[f"{name} forward, 256 tokens"] = replace(forward, rows=256 * each)
+        found[f"{name} rows, 256 tokens"] = replace(rows, rows=256 * each)
     for name in ("w1 nf4 forward", "w1 nf4 rows", "w1 lora_a forward", "w1 lora_a rows", "w1 lora_a weight"):
         found[f"{name}, float32"] = replace(found[name], dtype="float32")
     return found
@@ -137,7 +137,6 @@ def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, A
 
     from bimedix_jax.hardware import devices
     from bimedix_jax.kernels import backends
-    from bimedix_jax.kernels.grouped_matmul import triton
 
     placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
     for name, case in more_cases().items():
@@ -145,7 +144,7 @@ def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, A
             continue
         began = time.perf_counter()
         with backends.use(platform="gpu"):
-            kernels = gpu_kernels(functools.partial(case.run, triton), *case.operands(placed))
+            kernels = gpu_kernels(functools.partial(case.run, "triton"), *case.operands(placed))
         seconds = time.perf_counter() - began
         [(kernel, part)] = [(kernel, part) for kernel in kernels if (part := TILE.fullmatch(kernel.name))]
         tile = (int(part["m"]), int(part["n"]), int(part["k"]))
@@ -154,7 +153,7 @@ def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, A
             "target": target,
             "case": name,
             "kernel": part["kernel"],
-            "shapes": {"x": (case.rows, case.k), "w": (case.experts, case.k, case.n)},
+            "shapes": case.shapes,
             "dtype": case.dtype,
             "tile": tile,
             "grid": kernel.grid,
@@ -188,62 +187,7 @@ def program_flops(text: str | None) -> int:
             raise BimedixError(f"The compiled program calls {match['name']}, whose FLOPs are not counted.")
         # the first operand that is no tile's row or expert is x: [rows, contracted columns]
         rows, columns = re.findall(r"(?:bf16|f16|f32)\[(\d+),(\d+)\]", match["operands"])[0]
-        contracted = int(columns if part["kernel"] == PRODUCT else rows)
+        contracted = int(rows if part["kernel"] == GRADIENT else columns)
         tile = (int(part["m"]), int(part["n"]), int(part["k"]))
         total += kernel_flops(part["kernel"], tile, (int(match["x"]), int(match["y"])), contracted)
     return total
-
-
-def moe_layer(target: str, tokens: int = 4096) -> dict[str, Any]:
-    """FLOPs of one MoE layer of Mixtral-8x7B, counted in its compiled forward and backward pass, against useful ones.
-
-    NF4 experts with adapters of rank RANK on experts and router. Useful: every chosen pair through its expert's three
-    matrices forward and back to the rows, the adapters' products and their gradients, and the router's.
-
-    Raises:
-      BimedixError: the extra `aot` is not installed.
-    """
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from bimedix_jax.adapters import add_lora
-    from bimedix_jax.hardware import devices
-    from bimedix_jax.kernels import backends
-    from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig
-    from bimedix_jax.models.mixtral import Mixtral
-    from bimedix_jax.models.routers import RoutingPlan
-    from bimedix_jax.quantise import quantise_base
-
-    config = replace(MIXTRAL_8X7B, num_layers=1)
-    lora = LoraConfig(rank=RANK, alpha=1.0, targets=("w1", "w2", "w3", "router"))
-    graph, trained, frozen = nnx.split(add_lora(quantise_base(Mixtral(config)), lora).layers.moe, nnx.LoRAParam, ...)
-
-    def output(x_BTD: jax.Array, trained: Any, frozen: Any) -> jax.Array:
-        moe = nnx.merge(graph, *(jax.tree.map(lambda leaf: leaf[0], state) for state in (trained, frozen)))
-        return moe(x_BTD, jnp.ones(x_BTD.shape[:2], bool), RoutingPlan())[0]
-
-    def gradients(x_BTD: jax.Array, dy_BTD: jax.Array, trained: Any, frozen: Any) -> Any:
-        y_BTD, pullback = jax.vjp(lambda x, trained: output(x, trained, frozen), x_BTD, trained)
-        return y_BTD, pullback(dy_BTD)
-
-    x_BTD = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
-    placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (x_BTD, x_BTD, trained, frozen)
-    )
-    began = time.perf_counter()
-    with backends.use(platform="gpu"):
-        text = jax.jit(gradients).lower(*arguments).compile().as_text()
-    seconds = time.perf_counter() - began
-    hidden, ffn, experts = config.hidden_size, config.intermediate_size, config.router.num_experts
-    rows = config.router.top_k * tokens
-    base = 2 * 2 * rows * 3 * hidden * ffn
-    adapters = 3 * 2 * (rows * 3 * RANK * (hidden + ffn) + tokens * RANK * (hidden + experts))
-    useful = base + adapters + 2 * 2 * tokens * hidden * experts
-    return {
-        "target": target,
-        "case": "MoE layer, forward and backward",
-        "flops_ratio": program_flops(text) / useful,
-        "compile_seconds": seconds,
-    }

@@ -6,11 +6,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
-OPERATIONS = ("grouped_matmul",)
+OPERATIONS = ("expert_mlp", "grouped_matmul", "nf4_matmul", "grouped_low_rank")
 """Operations with more than one backend; each has its table in its api.py."""
+
+
+class Record:
+    """Names of the backends that were picked, by operation."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, set[str]] = {}
+
+    def add(self, operation: str, name: str) -> None:
+        self.names.setdefault(operation, set()).add(name)
+
+    def to_dict(self) -> dict[str, list[str]]:
+        return {operation: sorted(self.names[operation]) for operation in sorted(self.names)}
+
 
 # part of the key of JAX's caches, so that a function compiled under one choice is compiled anew under another
 overrides = jax.make_user_context(())
+# likewise, so that what was traced before is traced again, and its choices are seen
+recorder = jax.make_user_context(None)
 announced: set[tuple[str, str]] = set()
 
 
@@ -33,9 +49,21 @@ def use(platform: str | None = None, **names: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[Record]:
+    """Records what is picked within, which is while functions are traced: lower or call them inside."""
+    with recorder(record := Record()):
+        yield record
+
+
 def platform() -> str:
     """The platform that is compiled for: "cpu", "gpu" or "tpu"."""
     return dict(overrides.value).get("platform") or jax.default_backend()
+
+
+def named(operation: str) -> str | None:
+    """The backend that `use` names for an operation."""
+    return dict(overrides.value).get(operation)
 
 
 def announce(operation: str, message: str, level: int = logging.INFO) -> None:
@@ -52,7 +80,7 @@ def pick(
     name: str | None,
     refusal: Callable[[str], str | None],
 ) -> str:
-    """Name of the backend that runs.
+    """Name of the backend that runs; it is announced, where it was not named, and recorded.
 
     Args:
       names: the operation's backends.
@@ -64,13 +92,20 @@ def pick(
       ValueError: unknown name.
       NotImplementedError: the named backend cannot take the operands.
     """
-    name = name or dict(overrides.value).get(operation)
-    if name is not None:
-        if name not in names:
-            raise ValueError(f"Unknown {operation} backend {name!r}; choose one of {', '.join(sorted(names))}.")
-        if (reason := refusal(name)) is not None:
-            raise NotImplementedError(f"{operation} backend {name!r}: {reason}")
-        return name
+    name = name or named(operation)
+    if name is None:
+        name = best(operation, preferred, refusal)
+    elif name not in names:
+        raise ValueError(f"Unknown {operation} backend {name!r}; choose one of {', '.join(sorted(names))}.")
+    elif (reason := refusal(name)) is not None:
+        raise NotImplementedError(f"{operation} backend {name!r}: {reason}")
+    if recorder.value is not None:
+        recorder.value.add(operation, name)
+    return name
+
+
+def best(operation: str, preferred: Mapping[str, Sequence[str]], refusal: Callable[[str], str | None]) -> str:
+    """The first of the platform's backends that takes the operands."""
     *first, last = preferred.get(platform(), preferred["cpu"])
     for candidate in first:
         if (reason := refusal(candidate)) is None:

@@ -4,11 +4,11 @@
     python scripts/measure_kernel_codegen.py --json                          # one JSON document: rows, moe_layers
     python scripts/measure_kernel_codegen.py --targets a100-80gb --cases "w1 nf4 forward" "w1 nf4 rows"
 
-A row is one kernel for one target: a product of the experts (NF4 base, dense base, adapters of rank 128) or a gradient
-of it, at 4,096 tokens unless it says otherwise. `registers`, `spill_bytes` and `shared_bytes` are ptxas' and XLA's
-figures, `vmem_bytes` those of the TPU compiler. `flops_ratio` is what the grid multiplies against what is useful,
-padding of tiles included; `moe_layers` has it for all products of one layer's forward and backward pass, counted in the
-compiled program. Needs bimedix_jax[aot].
+A row is one kernel for one target: a product of the experts (NF4 base, dense base, adapters of rank 128) or of the
+attention's projections (NF4 base), or a gradient of it, at 4,096 tokens unless it says otherwise. `registers`,
+`spill_bytes` and `shared_bytes` are ptxas' and XLA's figures, `vmem_bytes` those of the TPU compiler. `flops_ratio` is
+what the grid multiplies against what is useful, padding of tiles included; `moe_layers` has it for one layer's forward
+and backward pass, counted in the compiled program. Needs bimedix_jax[aot].
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bimedix_jax import codegen_gpu, codegen_tpu, startup
+from bimedix_jax import codegen_gpu, codegen_layer, codegen_tpu, startup
 
 MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     target: module.measure for module in (codegen_gpu, codegen_tpu) for target in module.TARGETS
@@ -43,7 +43,7 @@ def main() -> None:
     ]
     if not rows:
         parser.error("none of these cases exists; without --cases all are measured and named")
-    layers = [codegen_gpu.moe_layer(target) for target in options.targets if target in codegen_gpu.TARGETS]
+    layers = [codegen_layer.measure(target) for target in options.targets]
     if options.json:
         print(json.dumps({"rows": rows, "moe_layers": layers}))
         return

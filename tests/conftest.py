@@ -13,7 +13,9 @@ assert "jax" not in sys.modules, "a pytest plugin imported JAX before tests/conf
 # a shell that starts the tests in the background lets them ignore Ctrl-C, and so would what they start and interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# the tests of kernels also run where the kernels are for (docs/kernels.md); everything else is tested on a CPU
+PLATFORM = os.environ.get("BIMEDIX_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(PLATFORM, PLATFORM)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

@@ -55,6 +55,16 @@ def test_the_command_line(tmp_path, capsys):
     assert "at most --experts" in capsys.readouterr().err
 
 
+def test_feed_forward_in_one_piece_and_in_parts(capsys):
+    words = ["bench", "moe", "--tokens", "16", "--width", "64", "--hidden", "64", "--experts", "2", "--feed-forward"]
+    assert main([*words, "--rank", "2", "--repetitions", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    for name in ("forward", "forward_adapters", "training"):
+        assert row[f"{name}_ratio"] == pytest.approx(row[f"{name}_composed_ms"] / row[f"{name}_xla_ms"])
+    assert main([*words, "--plot", "speed.png"]) == 1
+    assert "no --plot" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_flops_are_those_of_owned_rows(tokens):
     assert Size(tokens, 64, 96, 4, 2).flops == 2 * 2 * tokens * 64 * 96

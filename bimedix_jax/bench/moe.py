@@ -1,4 +1,4 @@
-"""Grouped matrix products against one dense product of the same useful FLOPs, and against JAX's own answer."""
+"""The experts' products against one dense product and JAX's own, and their feed-forward in one piece and in parts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bimedix_jax.bench.timing import medians
+from bimedix_jax.kernels.expert_mlp import expert_mlp
+from bimedix_jax.kernels.expert_mlp.api import BACKENDS as FEED_FORWARD
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.grouped_matmul.xla import index
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import planes
+from bimedix_jax.kernels.permute import sort_by_expert
 from bimedix_jax.kernels.products import dot
 
 
@@ -69,6 +72,7 @@ def contestants(size: Size) -> dict[str, Callable[[], Any]]:
     w = stored.swapaxes(1, 2) + jnp.zeros((), jnp.bfloat16)
     t = quantize(stored, batch_dims=1).mT  # as PyTorch stores it, (out, in), which is how checkpoints come
     even, uneven = jnp.asarray(balanced(size)), jnp.asarray(skewed(size))
+    first = jnp.copy(w[0])
     dense = jax.jit(lambda x, w: dot(x, w).astype(jnp.bfloat16))
     ours = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes))
     ragged = jax.jit(
@@ -76,7 +80,7 @@ def contestants(size: Size) -> dict[str, Callable[[], Any]]:
     )
     dequantise = jax.jit(dequantise_all)
     return {
-        "dense": lambda: dense(x, w[0]),
+        "dense": lambda: dense(x, first),
         "ours": lambda: ours(x, w, even),
         "ours_skewed": lambda: ours(x, w, uneven),
         "nf4": lambda: ours(x, t, even),
@@ -98,4 +102,44 @@ def measure(size: Size, repetitions: int) -> dict[str, Any]:
     for name in ("ours", "ours_skewed", "nf4", "nf4_skewed"):
         row[f"{name}_over_dense"] = seconds["dense"] / seconds[name]
     row["ours_over_ragged_dot"] = seconds["ragged_dot"] / seconds["ours"]
+    return row
+
+
+def feed_forwards(size: Size, rank: int) -> dict[str, Callable[[], Any]]:
+    """The whole feed-forward on NF4 weights: alone, with adapters, and with the gradients of a training step."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[-2]), jnp.float32)
+
+    x = jnp.asarray(rng.standard_normal((size.tokens, size.width)), jnp.bfloat16)
+    pairs = jnp.full((size.tokens, size.top_k), 1 / size.top_k, jnp.float32)
+    owners = jnp.asarray(np.argsort(rng.random((size.tokens, size.experts)))[:, : size.top_k], jnp.int32)
+    shapes = [(size.width, size.hidden)] * 2 + [(size.hidden, size.width)]
+    weights = tuple(quantize(draw(size.experts, f, d).astype(jnp.bfloat16), batch_dims=1).mT for d, f in shapes)
+    deltas = tuple((draw(size.experts, d, rank), draw(size.experts, rank, f)) for d, f in shapes)
+
+    def run(backend: str, x: jax.Array, weights: Any, deltas: Any) -> jax.Array:
+        return expert_mlp(x, pairs, sort_by_expert(owners, size.experts), weights, deltas, backend=backend)
+
+    def train(backend: str, x: jax.Array, weights: Any, deltas: Any) -> Any:
+        y, pullback = jax.vjp(lambda x, deltas: run(backend, x, weights, deltas), x, deltas)
+        return y, pullback(y)
+
+    found: dict[str, Callable[[], Any]] = {}
+    for backend in FEED_FORWARD:
+        forward, both = (jax.jit(function, static_argnums=0) for function in (run, train))
+        found[f"forward_{backend}"] = lambda f=forward, b=backend: f(b, x, weights, (None,) * 3)
+        found[f"forward_adapters_{backend}"] = lambda f=forward, b=backend: f(b, x, weights, deltas)
+        found[f"training_{backend}"] = lambda f=both, b=backend: f(b, x, weights, deltas)
+    return found
+
+
+def measure_feed_forward(size: Size, rank: int, repetitions: int) -> dict[str, Any]:
+    """One row: milliseconds of each way and pass, and how many times as fast the fused one is."""
+    seconds = medians(feed_forwards(size, rank), repetitions)
+    row: dict[str, Any] = dataclasses.asdict(size) | {"rank": rank, "base": "nf4", "repetitions": repetitions}
+    row |= {f"{name}_ms": 1000 * taken for name, taken in seconds.items()}
+    for name in ("forward", "forward_adapters", "training"):
+        row[f"{name}_ratio"] = seconds[f"{name}_composed"] / seconds[f"{name}_xla"]
     return row

@@ -29,8 +29,26 @@ class Config:
     """Experts that each token uses."""
     repetitions: int = 9
     """Repetitions whose median counts."""
+    feed_forward: bool = False
+    """Time the whole feed-forward on NF4 weights instead (dispatch to combine), as one operation and as its parts."""
+    rank: int = 16
+    """Rank of the adapters of the feed-forward."""
     plot: Path | None = None
     """PNG of GFLOP/s by tokens."""
+
+
+PRODUCTS = ("dense_gflops", "ours_gflops", "ours_skewed_gflops", "nf4_gflops", "ragged_dot_gflops", "dequant_gelems")
+FEED_FORWARDS = tuple(
+    f"{step}_{shown}" for step in ("forward", "forward_adapters", "training") for shown in ("xla_ms", "composed_ms")
+)
+
+
+def check(config: Config) -> None:
+    sizes = (*config.tokens, config.width, config.hidden, config.experts, config.top_k, config.repetitions, config.rank)
+    if min(sizes, default=0) < 1 or config.top_k > config.experts or config.experts < 2 or config.width % 64:
+        raise BimedixError("All sizes are positive, --top-k is at most --experts, --width is a multiple of 64.")
+    if config.feed_forward and (config.hidden % 64 or config.plot is not None):
+        raise BimedixError("With --feed-forward, --hidden is a multiple of 64 and there is no --plot.")
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -39,17 +57,18 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from rich.table import Table
     from tqdm import tqdm
 
-    from bimedix_jax.bench.moe import Size, measure
+    from bimedix_jax.bench.moe import Size, measure, measure_feed_forward
 
-    sizes = (*config.tokens, config.width, config.hidden, config.experts, config.top_k, config.repetitions)
-    if min(sizes, default=0) < 1 or config.top_k > config.experts or config.experts < 2 or config.width % 64:
-        raise BimedixError("All sizes are positive, --top-k is at most --experts, --width is a multiple of 64.")
-    rows = [
-        measure(Size(tokens, config.width, config.hidden, config.experts, config.top_k), config.repetitions)
-        for tokens in tqdm(config.tokens, desc="sizes", delay=2.0, disable=None)
-    ]
-    shown = ("dense_gflops", "ours_gflops", "ours_skewed_gflops", "nf4_gflops", "ragged_dot_gflops", "dequant_gelems")
-    table = Table("tokens", *(name.replace("_", " ") for name in shown), title="useful GFLOP/s; G elements/s")
+    check(config)
+    rows = []
+    for tokens in tqdm(config.tokens, desc="sizes", delay=2.0, disable=None):
+        size = Size(tokens, config.width, config.hidden, config.experts, config.top_k)
+        if config.feed_forward:
+            rows.append(measure_feed_forward(size, config.rank, config.repetitions))
+        else:
+            rows.append(measure(size, config.repetitions))
+    shown, title = (FEED_FORWARDS, "ms") if config.feed_forward else (PRODUCTS, "useful GFLOP/s; G elements/s")
+    table = Table("tokens", *(name.replace("_", " ") for name in shown), title=title)
     for row in rows:
         table.add_row(f"{row['tokens']:,}", *(f"{row[name]:.1f}" for name in shown))
     console.print(table)

@@ -14,22 +14,37 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from bimedix_jax.kernels.products import dot, dot_rows
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
 
 MASKED = -1e30
 """Score of a key that a query may not see; finite, so that a row without any visible key gives no NaN."""
 MIN_CHUNK, MAX_CHUNKS = 256, 8
 """Queries of a chunk at least, and chunks at most: each is compiled on its own."""
+CPU_SCORES = 1 << 22
+"""Scores of the heads that a CPU computes at once: 16 MiB, half of the cache that two cores share."""
+ACCELERATOR_SCORES = 1 << 28
+"""Those that an accelerator does: 1 GiB. At 4,096 tokens that is every head, at 32,768 one after the other."""
 
 
-def each_head(function: Callable[..., Any], *operands: jax.Array) -> Any:
-    """`function` on each slice of the leading axis (batch * key heads).
+def each_head(function: Callable[..., Any], scores: int, *operands: jax.Array) -> Any:
+    """`function`, which makes that many scores a slice, on each slice of the leading axis (batch * key heads).
 
-    On a CPU one after the other, so that a slice's scores stay in the cache: four times faster than all at once.
+    In groups of heads, one after the other, so that a group's scores stay in a CPU's cache or fit in memory.
     """
-    if jax.default_backend() == "cpu":
-        return lax.map(lambda slices: function(*slices), operands)
-    return jax.vmap(function)(*operands)
+    heads = operands[0].shape[0]
+    most = CPU_SCORES if backends.platform() == "cpu" else ACCELERATOR_SCORES
+    size = max((size for size in range(1, heads + 1) if heads % size == 0 and size * scores <= most), default=1)
+    if size == heads:
+        return jax.vmap(function)(*operands)
+    like = jax.eval_shape(jax.vmap(function), *operands)
+
+    def on_group(bits: list[jax.Array]) -> Any:
+        group = [from_bits(part, whole.dtype) for part, whole in zip(bits, operands, strict=True)]
+        return jax.tree.map(to_bits, jax.vmap(function)(*group))
+
+    grouped = [to_bits(x).reshape(heads // size, size, *x.shape[1:]) for x in operands]
+    return jax.tree.map(lambda x, out: from_bits(x.reshape(out.shape), out.dtype), lax.map(on_group, grouped), like)
 
 
 def head_scores(q: jax.Array, k: jax.Array, visible_CS: jax.Array) -> jax.Array:
@@ -61,7 +76,9 @@ def head_backward(
     weights = jnp.exp(head_scores(q, k, visible_CS) - log_total)
     dv = dot_rows(weights.astype(dout.dtype), dout)
     inner = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = (weights * (dot(dout, v, 1) - inner)).astype(q.dtype)
+    # held back from XLA:CPU's library for products, which would take in what follows and run it slower than a loop
+    dweights = lax.optimization_barrier(dot(dout, v, 1))
+    dscores = (weights * (dweights - inner)).astype(q.dtype)
     dq, dk = dot(dscores, k), dot_rows(dscores, q)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
@@ -73,12 +90,13 @@ def chunk_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_ZCS: jax.A
 
 
 def chunk_forward(q: jax.Array, k: jax.Array, v: jax.Array, visible_ZCS: jax.Array):
-    out, log_total = each_head(head_forward, q, k, v, visible_ZCS)
+    out, log_total = each_head(head_forward, q.shape[1] * k.shape[1], q, k, v, visible_ZCS)
     return out, (q, k, v, visible_ZCS, out, log_total)
 
 
 def chunk_backward(residuals: tuple[jax.Array, ...], dout: jax.Array):
-    return (*each_head(head_backward, *residuals, dout), None)
+    q, k, *_ = residuals
+    return (*each_head(head_backward, q.shape[1] * k.shape[1], *residuals, dout), None)
 
 
 chunk_attention.defvjp(chunk_forward, chunk_backward)
@@ -98,6 +116,7 @@ def visible(
     return near[None] & (query_ids_BC[:, :, None] == key_ids_BS[:, None])
 
 
+@jax.named_scope("attention_products")  # by which bimedix_jax/plan recognises them in a compiled program
 def attention(
     q_BTQH: Float[Array, "B T Q H"],
     k_BSGH: Float[Array, "B S G H"],

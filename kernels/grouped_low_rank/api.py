@@ -1,14 +1,16 @@
 """x A_e B_e for the expert e that owns each row, without ever building A_e B_e or a dense gradient of it.
 
-Two ways, by size. Few columns in all (experts * rank): one product with all experts' A side by side, the columns of
-other experts masked, one product with all B stacked. It does `experts` times the work of a delta that is itself a few
-percent of the base, as plain GEMMs that no grouped loop reaches. Otherwise: two grouped matmuls.
+Two ways, by platform and size. On a CPU with few columns in all (experts * rank): one product with all experts' A side
+by side, the columns of other experts masked, one product with all B stacked. It does `experts` times the work of a
+delta that is itself a few percent of the base, as plain GEMMs that no grouped loop reaches. Otherwise, and on GPUs and
+TPUs, whose grouped kernels reach them: two grouped matmuls.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.nf4_matmul import matmul
 
@@ -30,7 +32,13 @@ def grouped(x_MD: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, group_sizes_E: 
     return grouped_matmul(grouped_matmul(x_MD, a_EDR, group_sizes_E), b_ERF, group_sizes_E)
 
 
-METHODS = {"masked": masked, "grouped": grouped}
+BACKENDS = {"masked": masked, "grouped": grouped}
+
+
+def pick_backend(name: str | None, a_EDR: jax.Array) -> str:
+    small = a_EDR.shape[0] * a_EDR.shape[2] <= MASKED_COLUMNS
+    preferred = {"cpu": ("masked" if small else "grouped",), "gpu": ("grouped",), "tpu": ("grouped",)}
+    return backends.pick("grouped_low_rank", tuple(BACKENDS), preferred, name, lambda _: None)
 
 
 def grouped_low_rank(
@@ -39,17 +47,14 @@ def grouped_low_rank(
     b_ERF: Float[Array, "E R F"],
     group_sizes_E: Int[Array, "E"],
     *,
-    method: str | None = None,
+    backend: str | None = None,
 ) -> Float[Array, "M F"]:
     """The delta of each row in the dtype of x, accumulated in float32; rows that no group owns are zero.
 
-    Differentiable in x, a and b. `method` is "masked", "grouped", or None to pick by size.
+    Differentiable in x, a and b. `backend` is one of BACKENDS; None takes the one of `backends.use`, else the one for
+    the platform and the size.
 
     Raises:
-      ValueError: unknown method.
+      ValueError: unknown backend.
     """
-    if method is None:
-        method = "masked" if a_EDR.shape[0] * a_EDR.shape[2] <= MASKED_COLUMNS else "grouped"
-    if method not in METHODS:
-        raise ValueError(f"Unknown grouped_low_rank method {method!r}; choose one of {', '.join(METHODS)}.")
-    return METHODS[method](x_MD, a_EDR, b_ERF, group_sizes_E)
+    return BACKENDS[pick_backend(backend, a_EDR)](x_MD, a_EDR, b_ERF, group_sizes_E)

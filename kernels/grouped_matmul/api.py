@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 
@@ -95,4 +96,4 @@ def grouped_matmul(
         )
     if not isinstance(w_EDF, NF4Tensor):
         w_EDF = w_EDF.astype(x_MD.dtype)
-    return product(x_MD, w_EDF, group_sizes_E, pick_backend(backend, x_MD, w_EDF))
+    return product(*vary_alike(x_MD, w_EDF, group_sizes_E), pick_backend(backend, x_MD, w_EDF))

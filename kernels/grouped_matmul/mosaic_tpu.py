@@ -41,6 +41,7 @@ from bimedix_jax.kernels.grouped_matmul.mosaic_plan import (
     round_up,
     tile_columns,
 )
+from bimedix_jax.kernels.manual_axes import varying
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.mosaic_tile import (
     CHUNK,
@@ -87,11 +88,10 @@ def call(
     Interpreted for "cpu" (`backends.platform`).
     """
     moved = sum(x.size * x.dtype.itemsize for x in operands) + math.prod(result[0]) * jnp.dtype(result[1]).itemsize
-    # inside shard_map: the mesh axes along which results differ
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in (*scalars, *operands)))
+    axes = ManualAxisType(varying=varying(*scalars, *operands))
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(*result, manual_axis_type=ManualAxisType(varying=varying)),
+        out_shape=jax.ShapeDtypeStruct(*result, manual_axis_type=axes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars), grid=grid, in_specs=in_specs, out_specs=out_spec, scratch_shapes=scratch
         ),
@@ -230,21 +230,23 @@ def float32_scales(t: NF4Tensor) -> jax.Array:
     units, blocks = math.prod(t.batch_shape), t.absmax.shape[-1]
     if t.nested_absmax is None or t.nested_offset is None:
         return t.absmax.reshape(units, blocks)
-    step = NESTED_BLOCK_SIZE * LANES
-    codes = pad_columns(t.absmax.reshape(units, blocks), round_up(blocks, step))
-    nested = pad_columns(t.nested_absmax.reshape(units, -1), codes.shape[1] // NESTED_BLOCK_SIZE)
-    offset = jnp.broadcast_to(t.nested_offset.reshape(units, 1), (units, LANES))
-    wide, narrow = (pl.BlockSpec((units, size), lambda i: (0, i)) for size in (step, LANES))
-    still = pl.BlockSpec((units, LANES), lambda i: (0, 0))
+    # a look-up needs more rows than one, so a single unit is cut into eight, at multiples of a grid step
+    parts, step = 8 if units == 1 else 1, NESTED_BLOCK_SIZE * LANES
+    rows, columns = units * parts, round_up(-(-blocks // parts), step)
+    codes = pad_columns(t.absmax.reshape(units, blocks), parts * columns).reshape(rows, columns)
+    nested = pad_columns(t.nested_absmax.reshape(units, -1), parts * columns // NESTED_BLOCK_SIZE).reshape(rows, -1)
+    offset = jnp.broadcast_to(t.nested_offset.reshape(units, 1, 1), (units, parts, LANES)).reshape(rows, LANES)
+    wide, narrow = (pl.BlockSpec((rows, size), lambda i: (0, i)) for size in (step, LANES))
+    still = pl.BlockSpec((rows, LANES), lambda i: (0, 0))
     scales = call(
         decode_scales,
-        (codes, nested, offset, code_table(units)),
+        (codes, nested, offset, code_table(rows)),
         (codes.shape, jnp.float32),
-        grid=(codes.shape[1] // step,),
-        in_specs=[wide, narrow, still, pl.BlockSpec((2, units, LANES), lambda i: (0, 0, 0))],
+        grid=(columns // step,),
+        in_specs=[wide, narrow, still, pl.BlockSpec((2, rows, LANES), lambda i: (0, 0, 0))],
         out_spec=wide,
     )
-    return scales[:, :blocks]
+    return scales.reshape(units, parts * columns)[:, :blocks]
 
 
 def stored_matrices(t: NF4Tensor) -> tuple[jax.Array, jax.Array]:

@@ -83,3 +83,9 @@ def group_tiles(group_sizes_E: Int[Array, "E"], rows: int, height: int) -> Tiles
     start_T = starts_G[group_T] + (t - (ends_G - tiles_G)[group_T]) * height
     start_T = jnp.minimum(start_T, stops_G[group_T])
     return Tiles(group_T, start_T, jnp.minimum(start_T + height, stops_G[group_T]))
+
+
+def even_tiles(rows: int, height: int) -> Tiles:
+    """Tiles of rows that all belong to expert 0."""
+    start_T = jnp.arange(-(-rows // height), dtype=jnp.int32) * height
+    return Tiles(jnp.zeros_like(start_T), start_T, jnp.minimum(start_T + height, rows))

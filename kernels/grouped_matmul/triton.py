@@ -8,6 +8,7 @@ their way to the tensor cores, one tile at a time. On a CPU the kernels are inte
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,16 +16,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
+from jax.sharding import ManualAxisType
 from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.grouped_matmul.tiles import group_tiles, tile_count
+from bimedix_jax.kernels.grouped_matmul.tiles import Tiles, group_tiles
+from bimedix_jax.kernels.manual_axes import varying
 from bimedix_jax.kernels.nf4 import NF4Tensor, ptx
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.tables import NF4_VALUES
 
 BLOCK_SIZES = (32, 64, 128)
 """NF4 blocks of which tiles are whole multiples."""
+MULTIPROCESSORS = 108
+"""Of an A100."""
 SWIZZLE = 8
 """Row tiles that run through all columns together: they and a wave's columns of weights fit into the L2 cache."""
 
@@ -106,6 +111,10 @@ def product_tile(rows: int, layout: Layout, itemsize: int) -> Tile:
         n, k, warps, stages = 256, 64, 8, 3
     else:  # a narrow output, such as that of an adapter's first factor, has few tiles; lower ones occupy more of a GPU
         m, n, k, warps, stages = min(m, 64), 128, 32, 4, 4
+    # few rows only read the weights: every multiprocessor takes part, as many bytes at once as before
+    narrows = m == 16 and itemsize == 2 and layout.block > 0 and layout.contract_columns
+    while narrows and n > 16 and n * MULTIPROCESSORS > layout.width:
+        n, k = n // 2, k * 2
     n, k = power_of_two(layout.width, n), power_of_two(layout.depth, k)
     if layout.block:  # whole blocks, and as many tiles as the columns have
         along = max(layout.block, min(layout.columns & -layout.columns, k if layout.contract_columns else n))
@@ -273,10 +282,11 @@ def gradient_kernel(
 
 
 def launch(kernel: Any, name: str, grid: tuple[int, ...], tile: Tile, out: jax.ShapeDtypeStruct, *operands: Any) -> Any:
+    """pallas_call with a name that says what runs; interpreted for "cpu" (`backends.platform`)."""
     interpret = backends.platform() == "cpu"
     return pl.pallas_call(
         functools.partial(kernel, tile=tile, interpret=interpret),
-        out,
+        jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=ManualAxisType(varying=varying(*operands))),
         grid=grid,
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
@@ -300,18 +310,28 @@ def arrays_of(w_EDF: jax.Array | NF4Tensor, layout: Layout) -> tuple[jax.Array, 
     return w_EDF.packed.reshape(*blocks, layout.block // 2), block_scales(w_EDF).reshape(blocks)
 
 
+def multiply(
+    name: str, x_MK: jax.Array, w: jax.Array | NF4Tensor, swapped: bool, cut: Callable[[int], Tiles]
+) -> jax.Array:
+    """x times the stacked weights, or their transposes, by the row tiles that `cut` makes for a height."""
+    layout, rows = layout_of(w, swapped), x_MK.shape[0]
+    out = jax.ShapeDtypeStruct((rows, layout.width), x_MK.dtype)
+    if math.prod(out.shape) == 0:
+        return jnp.zeros(out.shape, out.dtype)
+    tile = product_tile(rows, layout, x_MK.dtype.itemsize)
+    tiles = cut(tile.m)
+    grid = (tiles.expert.shape[0] * -(-layout.width // tile.n),)
+    kernel = functools.partial(product_kernel, layout=layout)
+    return launch(kernel, name, grid, tile, out, *tiles, x_MK, *arrays_of(w, layout))
+
+
 def grouped_matmul(
     x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"], swapped: bool = False
 ) -> Float[Array, "M F"]:
-    layout, rows = layout_of(w_EDF, swapped), x_MD.shape[0]
-    out = jax.ShapeDtypeStruct((rows, layout.width), x_MD.dtype)
-    if math.prod(out.shape) == 0:
-        return jnp.zeros(out.shape, out.dtype)
-    tile = product_tile(rows, layout, x_MD.dtype.itemsize)
-    tiles = group_tiles(group_sizes_E, rows, tile.m)
-    grid = (tile_count(rows, layout.experts, tile.m) * -(-layout.width // tile.n),)
-    kernel = functools.partial(product_kernel, layout=layout)
-    return launch(kernel, "grouped_matmul", grid, tile, out, *tiles, x_MD, *arrays_of(w_EDF, layout))
+    def cut(height: int) -> Tiles:
+        return group_tiles(group_sizes_E, x_MD.shape[0], height)
+
+    return multiply("grouped_matmul", x_MD, w_EDF, swapped, cut)
 
 
 def weight_gradient(

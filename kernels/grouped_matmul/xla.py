@@ -2,95 +2,157 @@
 
 Experts that own rows are visited in order by a loop of dynamic length. Each visit materialises one expert's matrix
 (NF4: as two planes, one for each nibble, since interleaving them costs four times the dequantisation itself) and
-multiplies blocks of rows of static size. The last block of a group may run over into rows of the next one; these are
-overwritten when their own expert is visited, so nothing is masked on the way. FLOPs beyond the useful ones: on average
-half a tail block per expert.
+multiplies its rows in blocks of a few static sizes: the largest while it fits, then the smallest that holds the rest.
+That last block runs over into rows of the next group, which their own expert overwrites, so nothing is masked on the
+way. FLOPs beyond the useful ones are those of the last blocks: on average a sixteenth of the largest for each expert.
+
+The blocks are loops, not branches of a switch: XLA updates the result in place through a loop, and copies it for every
+branch. Rows and result cross the loops as integers (`to_bits`), weights behind a barrier (`pin`).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales, layer_weights
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
-from bimedix_jax.kernels.products import dot, dot_rows
+from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
 
 MAX_BLOCK = 512
-"""Rows of one product: GEMMs on two AVX-512 cores reach their plateau between 256 and 512 rows."""
+"""Rows of one product: from 256 on, products on two AVX-512 cores are within 5 % of their plateau, and at 512 what
+passes between the operations still fits the caches."""
+EIGHTHS = (1, 2, 3, 4, 5, 6, 8)
+"""Sizes of blocks, of the largest. A call costs as much as about 30 rows more, so that steps finer than those at
+MAX_BLOCK gain nothing; each costs 40 ms of compile time."""
 
 
-def pick_block(rows: int, experts: int) -> int:
-    """Smallest power of two that holds an even share of rows, between 8 and MAX_BLOCK."""
-    share = max(1, -(-rows // experts))
-    return min(MAX_BLOCK, max(8, 1 << (share - 1).bit_length()))
+def pick_blocks(rows: int, experts: int) -> tuple[int, ...]:
+    """Sizes of blocks, ascending: the largest holds two even shares, or MAX_BLOCK rows.
+
+    All are multiples of 8: with fewer rows XLA:CPU takes a matrix-vector path at a tenth of the bandwidth.
+    """
+    top = min(MAX_BLOCK, max(8, 1 << (-(-2 * rows // experts) - 1).bit_length()), -(-rows // 8) * 8)
+    return tuple(sorted({8, *(-(-top * part // 64) * 8 for part in EIGHTHS)}))
 
 
-def active_experts(group_sizes_E: Int[Array, "E"]) -> tuple[Int[Array, "E"], Int[Array, ""]]:
-    """Expert ids with the non-empty groups first, in order, and how many these are."""
-    return jnp.argsort(group_sizes_E == 0, stable=True), jnp.sum(group_sizes_E > 0)
+def overrun(blocks: tuple[int, ...]) -> int:
+    """Rows that a block may reach beyond the group that it ends."""
+    return max(b - below - 1 for below, b in zip((0, *blocks[:-1]), blocks, strict=True))
 
 
-def for_each_block(
-    group_sizes_E: Int[Array, "E"],
-    block: int,
-    load: Callable[[jax.Array], tuple[jax.Array, ...]],
-    step: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]], jax.Array],
-    carry: jax.Array,
-) -> jax.Array:
-    """Runs `carry = step(carry, e, start, stop, load(e))` for each block of rows [start, min(start+block, stop))."""
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    experts, count = active_experts(group_sizes_E)
+def pin(operands: Any, e: jax.Array) -> tuple[Any, jax.Array]:
+    """The same, to be called in a loop over `e`: XLA then sees operands that may change with `e`.
 
-    def visit(i: jax.Array, carry: jax.Array) -> jax.Array:
-        e = experts[i]
-        start, size = starts_E[e], group_sizes_E[e]
-        weights = load(e)
-
-        def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            b, carry = state
-            return b + 1, step(carry, e, start + b * block, start + size, weights)
-
-        blocks = -(-size // block)
-        return lax.while_loop(lambda state: state[0] < blocks, body, (jnp.zeros_like(blocks), carry))[1]
-
-    return lax.fori_loop(0, count, visit, carry)
+    XLA:CPU slices 16-bit floats in float32. Of weights that do not change in the loop it hoists the conversion before
+    the loop, as a float32 copy of all experts; of these it converts the slice alone.
+    """
+    return lax.optimization_barrier((operands, e))
 
 
 def index(x: jax.Array, e: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, e, keepdims=False)
 
 
-def pad_rows(x: jax.Array, block: int) -> jax.Array:
+def for_each_block(
+    group_sizes_E: Int[Array, "E"],
+    blocks: tuple[int, ...],
+    operands: Any,
+    load: Callable[[Any, jax.Array], Any],
+    step: Callable[..., Any],
+    carry: Any,
+) -> Any:
+    """Runs `carry = step(carry, e, start, stop, size, load(operands, e))` for blocks that cover all groups in order.
+
+    `size`, one of `blocks`, is static; [start, stop) are the block's own rows, at most `size`.
+    """
+    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+    experts, count = jnp.argsort(group_sizes_E == 0, stable=True), jnp.sum(group_sizes_E > 0)
+
+    def visit(i: jax.Array, carry: Any) -> Any:
+        pinned, e = pin(operands, experts[i])
+        weights = load(pinned, e)
+        stop = starts_E[e] + group_sizes_E[e]
+        rows = (starts_E[e], carry)
+        for below, size in reversed(list(zip((0, *blocks[:-1]), blocks, strict=True))):
+
+            def body(rows: tuple[jax.Array, Any], size: int = size) -> tuple[jax.Array, Any]:
+                start, carry = rows
+                end = jnp.minimum(start + size, stop)
+                return end, step(carry, e, start, end, size, weights)
+
+            rows = lax.while_loop(lambda rows, below=below: stop - rows[0] > below, body, rows)
+        return rows[1]
+
+    carry, _ = vary_alike(carry, group_sizes_E)
+    return lax.fori_loop(0, count, visit, carry)
+
+
+def pad_rows(x: jax.Array, rows: int) -> jax.Array:
     """A block that starts at any row must fit; dynamic_slice would otherwise shift it back silently."""
-    return jnp.pad(x, ((0, block), (0, 0)))
+    return jnp.pad(x, ((0, rows), (0, 0)))
 
 
 def run_blocks(
     x_parts: tuple[jax.Array, ...],
     group_sizes_E: Int[Array, "E"],
-    load: Callable[[jax.Array], tuple[jax.Array, ...]],
+    operands: tuple[jax.Array, ...],
+    load: Callable[[tuple[jax.Array, ...], jax.Array], tuple[jax.Array, ...]],
     multiply: Callable[[tuple[jax.Array, ...], tuple[jax.Array, ...]], jax.Array],
     width: int,
 ) -> jax.Array:
-    """y [M, width]: `multiply(rows of x_parts, load(e))` on every block of every non-empty group, zeros elsewhere."""
+    """`to_bits` of y [M, width]: `multiply(rows of x_parts, load(operands, e))` for the groups, zeros elsewhere."""
     rows, dtype = x_parts[0].shape[0], x_parts[0].dtype
-    block = pick_block(rows, group_sizes_E.shape[0])
-    padded = tuple(pad_rows(x, block) for x in x_parts)
+    blocks = pick_blocks(rows, group_sizes_E.shape[0])
+    spare = overrun(blocks)
+    padded = tuple(pad_rows(to_bits(x), spare) for x in x_parts)
 
     def step(
-        y: jax.Array, e: jax.Array, start: jax.Array, stop: jax.Array, weights: tuple[jax.Array, ...]
+        y: jax.Array, e: jax.Array, start: jax.Array, stop: jax.Array, size: int, weights: tuple[jax.Array, ...]
     ) -> jax.Array:
         del e, stop
-        x_block = tuple(lax.dynamic_slice_in_dim(x, start, block) for x in padded)
-        return lax.dynamic_update_slice_in_dim(y, multiply(x_block, weights).astype(dtype), start, 0)
+        x_block = tuple(from_bits(lax.dynamic_slice_in_dim(x, start, size), dtype) for x in padded)
+        return lax.dynamic_update_slice_in_dim(y, to_bits(multiply(x_block, weights).astype(dtype)), start, 0)
 
-    y = for_each_block(group_sizes_E, block, load, step, jnp.zeros((rows + block, width), dtype))
+    empty = jnp.zeros((rows + spare, width), padded[0].dtype)
+    y = for_each_block(group_sizes_E, blocks, operands, load, step, empty)
     owned = jnp.arange(rows) < jnp.sum(group_sizes_E)
-    return jnp.where(owned[:, None], y[:rows], 0)
+    return jnp.where(owned[:, None], y[:rows], jnp.zeros((), y.dtype))
+
+
+def nf4_matmul(x_MD: jax.Array, t: NF4Tensor, group_sizes_E: jax.Array) -> jax.Array:
+    """The product with planar weights [E, D, F]."""
+    dtype = x_MD.dtype
+
+    def load(operands: tuple[jax.Array, ...], e: jax.Array) -> tuple[jax.Array, jax.Array]:
+        packed, scales_EB = operands
+        return planes(index(packed, e), index(scales_EB, e), t, dtype)
+
+    operands, width = (t.packed, block_scales(t)), t.shape[2]
+    if t.transposed:  # stored [F, D]: the planes split the contraction
+        y = run_blocks(
+            split_columns(x_MD),
+            group_sizes_E,
+            operands,
+            load,
+            lambda x, w: dot(x[0], w[0], 1) + dot(x[1], w[1], 1),
+            width,
+        )
+        return from_bits(y, dtype)
+    halves = run_blocks(  # stored [D, F]: the planes split the output
+        (x_MD,),
+        group_sizes_E,
+        operands,
+        load,
+        lambda x, w: jnp.concatenate([dot(x[0], w[0], 0), dot(x[0], w[1], 0)], axis=1),
+        width,
+    )
+    return from_bits(merge_columns(halves[:, : width // 2], halves[:, width // 2 :]), dtype)
 
 
 def grouped_matmul(
@@ -98,56 +160,38 @@ def grouped_matmul(
 ) -> Float[Array, "M F"]:
     if swapped and isinstance(w_EDF, NF4Tensor):
         w_EDF, swapped = w_EDF.mT, False
-    width = w_EDF.shape[1 if swapped else 2]
-    if isinstance(w_EDF, NF4Tensor) and not is_planar(w_EDF):
-        w_EDF = layer_weights(w_EDF, x_MD.dtype)
     if isinstance(w_EDF, NF4Tensor):
-        t, scales_EB = w_EDF, block_scales(w_EDF)
-
-        def load(e: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return planes(index(t.packed, e), index(scales_EB, e), t, x_MD.dtype)
-
-        if t.transposed:  # stored [F, D]: the planes split the contraction
-            return run_blocks(
-                split_columns(x_MD),
-                group_sizes_E,
-                load,
-                lambda x, w: dot(x[0], w[0], 1) + dot(x[1], w[1], 1),
-                width,
-            )
-        halves = run_blocks(  # stored [D, F]: the planes split the output
-            (x_MD,),
-            group_sizes_E,
-            load,
-            lambda x, w: jnp.concatenate([dot(x[0], w[0], 0), dot(x[0], w[1], 0)], axis=1),
-            width,
-        )
-        return merge_columns(halves[:, : width // 2], halves[:, width // 2 :])
-    dense = w_EDF.astype(x_MD.dtype)
-    return run_blocks(
+        if is_planar(w_EDF):
+            return nf4_matmul(x_MD, w_EDF, group_sizes_E)
+        w_EDF = layer_weights(w_EDF, x_MD.dtype)
+    y = run_blocks(
         (x_MD,),
         group_sizes_E,
-        lambda e: (index(dense, e),),
+        (w_EDF.astype(x_MD.dtype),),
+        lambda operands, e: (index(operands[0], e),),
         # the product reads the matrix as it lies: a transpose here would be hoisted out of the layer scan on GPUs, as a
         # transposed copy of every layer's weights
         lambda x, w: dot(x[0], w[0], 1 if swapped else 0),
-        width,
+        w_EDF.shape[1 if swapped else 2],
     )
+    return from_bits(y, x_MD.dtype)
 
 
 def weight_gradient(
     x_MD: Float[Array, "M D"], dy_MF: Float[Array, "M F"], group_sizes_E: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:
     """float32 [E, D, F]; rows of a block that belong to another group are masked out of x."""
-    experts = group_sizes_E.shape[0]
-    block = pick_block(x_MD.shape[0], experts)
-    x, dy = pad_rows(x_MD, block), pad_rows(dy_MF, block)
+    blocks = pick_blocks(x_MD.shape[0], group_sizes_E.shape[0])
+    x, dy = (pad_rows(to_bits(rows), overrun(blocks)) for rows in (x_MD, dy_MF))
 
-    def step(dw: jax.Array, e: jax.Array, start: jax.Array, stop: jax.Array, _: tuple[jax.Array, ...]) -> jax.Array:
-        inside = start + jnp.arange(block) < stop
-        x_block = jnp.where(inside[:, None], lax.dynamic_slice_in_dim(x, start, block), 0)
-        dy_block = lax.dynamic_slice_in_dim(dy, start, block)
+    def step(
+        dw: jax.Array, e: jax.Array, start: jax.Array, stop: jax.Array, size: int, _: tuple[jax.Array, ...]
+    ) -> jax.Array:
+        inside = start + jnp.arange(size) < stop
+        x_block = lax.dynamic_slice_in_dim(x, start, size)
+        x_block = from_bits(jnp.where(inside[:, None], x_block, jnp.zeros((), x.dtype)), x_MD.dtype)
+        dy_block = from_bits(lax.dynamic_slice_in_dim(dy, start, size), dy_MF.dtype)
         return dw.at[e].add(dot_rows(x_block, dy_block), mode="promise_in_bounds")
 
-    zeros = jnp.zeros((experts, x_MD.shape[1], dy_MF.shape[1]), jnp.float32)
-    return for_each_block(group_sizes_E, block, lambda e: (), step, zeros)
+    zeros = jnp.zeros((group_sizes_E.shape[0], x_MD.shape[1], dy_MF.shape[1]), jnp.float32)
+    return for_each_block(group_sizes_E, blocks, (), lambda operands, e: (), step, zeros)

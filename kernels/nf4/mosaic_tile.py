@@ -104,9 +104,11 @@ def dequantise_tile(
                 column = chunk * CHUNK + half * LANES
                 w_ref[here, column : column + LANES] = values.astype(w_ref.dtype)
 
-    @pl.loop(0, rows // ROWS)
-    def _(step: jax.Array) -> None:
-        convert(pl.multiple_of(step * ROWS, ROWS), ROWS)
+    if rows >= ROWS:  # a loop without steps would be traced all the same, and its slices do not fit
+
+        @pl.loop(0, rows // ROWS)
+        def _(step: jax.Array) -> None:
+            convert(pl.multiple_of(step * ROWS, ROWS), ROWS)
 
     if rows % ROWS:
         convert(rows // ROWS * ROWS, rows % ROWS)

@@ -6,7 +6,7 @@ the even and the odd columns of the stored matrix apart and split or merge the (
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 from bimedix_jax.kernels.nf4.api import as_recorded, nibble_values
 from bimedix_jax.kernels.nf4.tensor import NF4Tensor
@@ -30,12 +30,12 @@ def planes(
     return plane(by_block >> 4), plane(by_block & 15)
 
 
-def split_columns(x: Float[Array, "*rows n"]) -> tuple[jax.Array, jax.Array]:
+def split_columns(x: Shaped[Array, "*rows n"]) -> tuple[jax.Array, jax.Array]:
     """Even and odd columns of an activation, each [*rows, n / 2]."""
-    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     return pairs[..., 0], pairs[..., 1]
 
 
-def merge_columns(even: Float[Array, "*rows half"], odd: Float[Array, "*rows half"]) -> jax.Array:
+def merge_columns(even: Shaped[Array, "*rows half"], odd: Shaped[Array, "*rows half"]) -> jax.Array:
     """Inverse of split_columns."""
-    return jnp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], -1)
+    return jnp.stack([even, odd], axis=-1).reshape(*even.shape[:-1], 2 * even.shape[-1])

@@ -93,6 +93,11 @@ class NF4Tensor:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
+def one_unit_stack(t: NF4Tensor) -> NF4Tensor:
+    """The tensor with a leading batch axis of length 1: a matrix as a stack of one."""
+    return jax.tree.map(lambda leaf: leaf[None], t)
+
+
 def zero_cotangent(leaf: jax.Array) -> jax.Array | np.ndarray:
     """The gradient of a frozen leaf: zeros, of the dtype float0 where the leaf holds integers."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -1,39 +1,51 @@
 """x @ w with float32 accumulation; a 4-bit w is dequantised inside, in the forward and again in the backward pass."""
 
 import functools
+import importlib
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.kernels.nf4.api import block_scales, layer_weights
-from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.products import dot, dot_rows
 
-
-def packed_product(x: jax.Array, t: NF4Tensor) -> jax.Array:
-    if not is_planar(t):
-        return dot(x, layer_weights(t, x.dtype)).astype(x.dtype)
-    even, odd = planes(t.packed, block_scales(t), t, x.dtype)
-    if t.transposed:
-        x_even, x_odd = split_columns(x)
-        return (dot(x_even, even, 1) + dot(x_odd, odd, 1)).astype(x.dtype)
-    return merge_columns(dot(x, even).astype(x.dtype), dot(x, odd).astype(x.dtype))
+BACKENDS = ("xla", "triton", "mosaic_tpu")
+"""Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and perhaps `refusal`."""
+PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
+"""Backends of each platform, best first; the last one takes everything."""
 
 
-@jax.custom_vjp
-def frozen_product(x: jax.Array, t: NF4Tensor) -> jax.Array:
-    return packed_product(x, t)
+def load(backend: str) -> ModuleType:
+    """Imported when it is needed: Pallas alone takes as long to import as JAX."""
+    return importlib.import_module(f"bimedix_jax.kernels.nf4_matmul.{backend}")
 
 
-def frozen_forward(x: jax.Array, t: NF4Tensor) -> tuple[jax.Array, NF4Tensor]:
-    return packed_product(x, t), t
+def pick_backend(name: str | None, x: jax.Array, t: NF4Tensor) -> str:
+    """A backend may have `refusal(x, t)`: why it cannot take these operands, forward or backward, or None."""
+
+    def refusal(backend: str) -> str | None:
+        module = load(backend)
+        return module.refusal(x, t) if hasattr(module, "refusal") else None
+
+    return backends.pick("nf4_matmul", BACKENDS, PREFERRED, name, refusal)
 
 
-def frozen_backward(t: NF4Tensor, dy: jax.Array) -> tuple[jax.Array, NF4Tensor]:
-    return packed_product(dy, t.mT), jax.tree.map(zero_cotangent, t)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def frozen_product(x: jax.Array, t: NF4Tensor, backend: str) -> jax.Array:
+    return load(backend).nf4_matmul(x, t)
+
+
+def frozen_forward(x: jax.Array, t: NF4Tensor, backend: str) -> tuple[jax.Array, NF4Tensor]:
+    return frozen_product(x, t, backend), t
+
+
+def frozen_backward(backend: str, t: NF4Tensor, dy: jax.Array) -> tuple[jax.Array, NF4Tensor]:
+    return load(backend).nf4_matmul(dy, t.mT), jax.tree.map(zero_cotangent, t)
 
 
 frozen_product.defvjp(frozen_forward, frozen_backward)
@@ -67,18 +79,29 @@ dense_product.defvjp(dense_forward, dense_backward)
 
 
 def matmul(
-    x: Float[Array, "*rows D"], w_DF: Float[Array, "D F"] | NF4Tensor, out_dtype: jnp.dtype | type | str | None = None
+    x: Float[Array, "*rows D"],
+    w_DF: Float[Array, "D F"] | NF4Tensor,
+    out_dtype: jnp.dtype | type | str | None = None,
+    *,
+    backend: str | None = None,
 ) -> Float[Array, "*rows F"]:
     """Product in `out_dtype` (that of x if None), accumulated in float32.
 
-    A dense weight is cast to the dtype of x. An NF4Tensor of one [D, F] unit is frozen: it gets no gradient, and the
-    backward pass keeps its packed bytes, not its dequantised values.
+    A dense weight is cast to the dtype of x, and the product is XLA's. An NF4Tensor of one [D, F] unit is frozen: it
+    gets no gradient, and the backward pass keeps its packed bytes, not its dequantised values.
+
+    Args:
+      backend: for a 4-bit weight, one of BACKENDS; None takes the one of `backends.use`, else the platform's best that
+        takes the operands. A named one never falls back.
 
     Raises:
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit, or an unknown backend.
+      NotImplementedError: the named backend does not take these operands.
     """
     if w_DF.ndim != 2 or w_DF.shape[0] != x.shape[-1]:
         raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w_DF.shape}.")
     if isinstance(w_DF, NF4Tensor):
-        return frozen_product(x, w_DF).astype(out_dtype or x.dtype)
-    return dense_product(x, w_DF.astype(x.dtype), jnp.dtype(out_dtype or x.dtype))
+        name = pick_backend(backend, x, w_DF)
+        x, t = vary_alike(x, w_DF)
+        return frozen_product(x, t, name).astype(out_dtype or x.dtype)
+    return dense_product(*vary_alike(x, w_DF.astype(x.dtype)), jnp.dtype(out_dtype or x.dtype))

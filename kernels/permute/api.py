@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels.manual_axes import vary_alike
+
 
 class Permutation(NamedTuple):
     """Where each token-expert pair goes, with M = N * K.
@@ -34,41 +36,49 @@ def sort_by_expert(experts_NK: Int[Array, "N K"], num_experts: int) -> Permutati
     return Permutation(order_M, inverse_M, group_sizes_E)
 
 
-@jax.custom_vjp
 def dispatch(x_ND: Float[Array, "N D"], permutation: Permutation) -> Float[Array, "M D"]:
     """The row of each pair's token, sorted by expert."""
+    return gathered(*vary_alike(x_ND, permutation))
+
+
+@jax.custom_vjp
+def gathered(x_ND: jax.Array, permutation: Permutation) -> jax.Array:
     k = permutation.order_M.shape[0] // x_ND.shape[0]
     return x_ND.at[permutation.order_M // k].get(mode="promise_in_bounds")
 
 
-def dispatch_forward(x_ND: jax.Array, permutation: Permutation):
-    return dispatch(x_ND, permutation), (permutation, x_ND.shape[0])
+def gathered_forward(x_ND: jax.Array, permutation: Permutation):
+    return gathered(x_ND, permutation), (permutation, x_ND.shape[0])
 
 
-def dispatch_backward(residuals: tuple[Permutation, int], dy_MD: jax.Array):
+def gathered_backward(residuals: tuple[Permutation, int], dy_MD: jax.Array):
     permutation, tokens = residuals
     pairs_MD = dy_MD.at[permutation.inverse_M].get(mode="promise_in_bounds")
     dx_ND = jnp.sum(pairs_MD.reshape(tokens, -1, dy_MD.shape[1]), axis=1, dtype=jnp.float32)
     return dx_ND.astype(dy_MD.dtype), None
 
 
-dispatch.defvjp(dispatch_forward, dispatch_backward)
+gathered.defvjp(gathered_forward, gathered_backward)
 
 
-@jax.custom_vjp
 def combine(
     y_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], permutation: Permutation
 ) -> Float[Array, "N D"]:
     """Each token's sum of its pairs' rows times `weights_NK`, in float32, returned in the dtype of y."""
+    return weighted_sum(*vary_alike(y_MD, weights_NK, permutation))
+
+
+@jax.custom_vjp
+def weighted_sum(y_MD: jax.Array, weights_NK: jax.Array, permutation: Permutation) -> jax.Array:
     pairs_NKD = y_MD.at[permutation.inverse_M].get(mode="promise_in_bounds").reshape(*weights_NK.shape, -1)
     return jnp.sum(pairs_NKD * weights_NK[..., None], axis=1, dtype=jnp.float32).astype(y_MD.dtype)
 
 
-def combine_forward(y_MD: jax.Array, weights_NK: jax.Array, permutation: Permutation):
-    return combine(y_MD, weights_NK, permutation), (y_MD, weights_NK, permutation)
+def weighted_sum_forward(y_MD: jax.Array, weights_NK: jax.Array, permutation: Permutation):
+    return weighted_sum(y_MD, weights_NK, permutation), (y_MD, weights_NK, permutation)
 
 
-def combine_backward(residuals: tuple[jax.Array, jax.Array, Permutation], dout_ND: jax.Array):
+def weighted_sum_backward(residuals: tuple[jax.Array, jax.Array, Permutation], dout_ND: jax.Array):
     y_MD, weights_NK, permutation = residuals
     k = weights_NK.shape[1]
     # row m of the sorted side belongs to pair order_M[m], hence to token order_M[m] // k
@@ -80,4 +90,4 @@ def combine_backward(residuals: tuple[jax.Array, jax.Array, Permutation], dout_N
     return dy_MD, dweights_NK.astype(weights_NK.dtype), None
 
 
-combine.defvjp(combine_forward, combine_backward)
+weighted_sum.defvjp(weighted_sum_forward, weighted_sum_backward)

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 
 from bimedix_jax.kernels.permute import combine, dispatch, reference, sort_by_expert
@@ -11,7 +12,7 @@ from bimedix_jax.kernels.permute import combine, dispatch, reference, sort_by_ex
 
 # tokens, experts, top_k; few, since each is a compilation
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([(1, 1, 1), (1, 5, 3), (9, 2, 2), (12, 4, 1), (11, 5, 3)]), st.integers(0, 2**31))
+@given(st.sampled_from([(1, 1, 1), (1, 5, 3), (9, 2, 2), (12, 4, 1), (11, 64, 3)]), st.integers(0, 2**31))
 def test_equals_the_reference(shape: tuple[int, int, int], seed: int) -> None:
     tokens, experts, top_k = shape
     rng = np.random.default_rng(seed)
@@ -29,17 +30,34 @@ def test_equals_the_reference(shape: tuple[int, int, int], seed: int) -> None:
     assert np.allclose(combine(owned, jnp.asarray(weights), permutation), expected, atol=1e-6)
 
 
-def test_gradients_equal_those_of_plain_indexing() -> None:
-    rng = np.random.default_rng(0)
-    x, weights = jnp.asarray(rng.standard_normal((7, 3))), jnp.asarray(rng.random((7, 2)))
-    permutation = sort_by_expert(jnp.asarray(rng.integers(0, 4, (7, 2)), jnp.int32), 4)
+@jax.jit
+def gradients(x: jax.Array, weights: jax.Array, chosen: jax.Array) -> tuple:
+    """Of our operations in the dtype of x, and of plain indexing in float32: to x and to the weights."""
+    permutation = sort_by_expert(chosen, 4)
 
     def ours(x, weights):
-        return jnp.sum(jnp.sin(combine(jnp.tanh(dispatch(x, permutation)), weights, permutation)))
+        y = combine(jnp.tanh(dispatch(x, permutation)), weights, permutation)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
 
     def plain(x, weights):
         y = jnp.tanh(x[permutation.order_M // 2])[permutation.inverse_M].reshape(7, 2, 3)
         return jnp.sum(jnp.sin(jnp.sum(y * weights[..., None], axis=1)))
 
-    for got, expected in zip(jax.grad(ours, (0, 1))(x, weights), jax.grad(plain, (0, 1))(x, weights), strict=True):
-        assert np.allclose(got, expected, atol=1e-6)
+    return jax.grad(ours, (0, 1))(x, weights), jax.grad(plain, (0, 1))(x.astype(jnp.float32), weights)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 3e-2)])
+def test_gradients_equal_those_of_plain_indexing(dtype: str, tolerance: float) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(st.integers(0, 2**31))
+    def check(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        x, weights = jnp.asarray(rng.standard_normal((7, 3)), dtype), jnp.asarray(rng.random((7, 2)), jnp.float32)
+        got, expected = gradients(x, weights, jnp.asarray(rng.integers(0, 5, (7, 2)), jnp.int32))
+        assert got[0].dtype == x.dtype
+        for ours, plain in zip(got, expected, strict=True):
+            assert np.allclose(
+                np.asarray(ours, np.float32), plain, atol=tolerance * max(1, float(jnp.abs(plain).max()))
+            )
+
+    check()

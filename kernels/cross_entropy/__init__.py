@@ -1,0 +1,5 @@
+"""Next-token losses straight from hidden states, without the logits of all tokens."""
+
+from bimedix_jax.kernels.cross_entropy.api import cross_entropy
+
+__all__ = ["cross_entropy"]

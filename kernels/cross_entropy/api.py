@@ -1,0 +1,122 @@
+"""Cross entropy over a large vocabulary, in tiles of it, with the gradient to the states taken on the way forward.
+
+The gradient to a state is (sum over v of p_v w_v) - w_target: attention of that state over the vocabulary, whose keys
+and values are the columns of w. So one pass over tiles with a running maximum, as in FlashAttention (arXiv 2205.14135),
+gives loss and gradient at once: the logits of a tile stay in the cache, and the backward pass computes nothing again,
+it scales the finished gradient. Only where w itself is trained does the backward pass go over the tiles again.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
+
+TILE_LOGITS, MIN_TILE = 1280 * 1024, 256
+"""Logits of a tile, 5 MiB in float32 (two cores with 1 MiB of L2 each and 32 MiB of L3), and its columns at least."""
+
+
+def tile_at(w_DV: jax.Array, tile: jax.Array, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(w of a tile [D, width], its first column, which of its columns no earlier tile had)."""
+    start = jnp.minimum(tile * width, w_DV.shape[1] - width)  # the last tile begins early enough to be whole
+    w = from_bits(lax.dynamic_slice_in_dim(to_bits(w_DV), start, width, 1), w_DV.dtype)
+    return w, start, start + jnp.arange(width) >= tile * width
+
+
+def over_tiles(w_DV: jax.Array, rows: int, step: Callable, carry: tuple) -> tuple:
+    """`carry = step(carry, *tile_at(...))` for every tile."""
+    width = min(w_DV.shape[1], max(MIN_TILE, TILE_LOGITS // rows))
+
+    def body(tile: jax.Array, carry: tuple) -> tuple:
+        return step(carry, *tile_at(w_DV, tile, width))
+
+    return lax.fori_loop(0, -(-w_DV.shape[1] // width), body, carry)
+
+
+def picked(logits_NC: jax.Array, targets_N: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
+    """(logit of each row's target where it is one of the tile's new columns, else 0; whether it is)."""
+    place_N = targets_N - start
+    inside_N = (place_N >= 0) & (place_N < new_C.shape[0])
+    place_N = jnp.clip(place_N, 0, new_C.shape[0] - 1)
+    inside_N = inside_N & new_C[place_N]
+    return jnp.where(inside_N, jnp.take_along_axis(logits_NC, place_N[:, None], axis=1)[:, 0], 0.0), inside_N
+
+
+def losses(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(losses [N], logarithm of the softmax's denominator [N])."""
+    rows = x_ND.shape[0]
+
+    def step(carry: tuple, w: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
+        peak_N, total_N, target_N = carry
+        logits = jnp.where(new_C[None], dot(x_ND, w), -jnp.inf)
+        target_N = target_N + picked(logits, targets_N, start, new_C)[0]
+        higher_N = jnp.maximum(peak_N, jnp.max(logits, axis=1))
+        total_N = total_N * jnp.exp(peak_N - higher_N) + jnp.sum(jnp.exp(logits - higher_N[:, None]), axis=1)
+        return higher_N, total_N, target_N
+
+    zeros = jnp.zeros((rows,), jnp.float32)
+    peak_N, total_N, target_N = over_tiles(w_DV, rows, step, (zeros - jnp.inf, zeros, zeros))
+    log_total_N = peak_N + jnp.log(total_N)
+    return log_total_N - target_N, log_total_N
+
+
+@jax.custom_vjp
+def differentiable(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> jax.Array:
+    return losses(x_ND, w_DV, targets_N)[0]
+
+
+def forward(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, tuple]:
+    """The losses, and what each adds to the gradient of its state."""
+    rows, width = x_ND.shape
+
+    def step(carry: tuple, w: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
+        peak_N, total_N, target_N, sum_ND = carry
+        logits = jnp.where(new_C[None], dot(x_ND, w), -jnp.inf)
+        target_N = target_N + picked(logits, targets_N, start, new_C)[0]
+        higher_N = jnp.maximum(peak_N, jnp.max(logits, axis=1))
+        shrink_N = jnp.exp(peak_N - higher_N)
+        weights = jnp.exp(logits - higher_N[:, None])
+        total_N = total_N * shrink_N + jnp.sum(weights, axis=1)
+        # without the target: p - 1 would lose a confident token's small gradient to rounding
+        own = start + jnp.arange(new_C.shape[0])[None] == targets_N[:, None]
+        others = jnp.where(own, 0.0, weights).astype(x_ND.dtype)
+        return higher_N, total_N, target_N, sum_ND * shrink_N[:, None] + dot(others, w, 1)
+
+    zeros = jnp.zeros((rows,), jnp.float32)
+    start = (zeros - jnp.inf, zeros, zeros, jnp.zeros((rows, width), jnp.float32))
+    peak_N, total_N, target_N, sum_ND = over_tiles(w_DV, rows, step, start)
+    log_total_N = peak_N + jnp.log(total_N)
+    rest_N = -jnp.expm1(target_N - log_total_N)  # 1 - p of the target
+    target_ND = w_DV.at[:, targets_N].get(mode="promise_in_bounds").T.astype(jnp.float32)
+    dx_ND = sum_ND / total_N[:, None] - rest_N[:, None] * target_ND
+    return log_total_N - target_N, (x_ND, w_DV, targets_N, log_total_N, dx_ND)
+
+
+def backward(residuals: tuple, dlosses_N: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x_ND, w_DV, targets_N, log_total_N, dx_ND = residuals
+
+    def step(carry: tuple, w: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
+        (dw_DV,) = carry
+        own = start + jnp.arange(new_C.shape[0])[None] == targets_N[:, None]
+        dlogits = (jnp.exp(dot(x_ND, w) - log_total_N[:, None]) - own) * dlosses_N[:, None]
+        return (lax.dynamic_update_slice_in_dim(dw_DV, dot_rows(x_ND, dlogits.astype(x_ND.dtype)), start, 1),)
+
+    # where w is frozen nobody reads this, and the compiler leaves the loop out
+    (dw_DV,) = over_tiles(w_DV, x_ND.shape[0], step, (jnp.zeros(w_DV.shape, jnp.float32),))
+    return (dx_ND * dlosses_N[:, None]).astype(x_ND.dtype), dw_DV.astype(w_DV.dtype), None
+
+
+differentiable.defvjp(forward, backward)
+
+
+def cross_entropy(
+    x_ND: Float[Array, "N D"], w_DV: Float[Array, "D V"], targets_N: Int[Array, "N"]
+) -> Float[Array, "N"]:
+    """float32 -log softmax(x w)[target] in nats; the products have the dtype of x and float32 sums.
+
+    Differentiable in x and w. Targets lie in [0, V).
+    """
+    return differentiable(x_ND, w_DV.astype(x_ND.dtype), targets_N)

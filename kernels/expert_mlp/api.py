@@ -1,0 +1,97 @@
+"""expert_mlp: checks the operands, picks a backend, and differentiates."""
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.expert_mlp import composed, xla
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, is_packed
+from bimedix_jax.kernels.manual_axes import vary_alike
+from bimedix_jax.kernels.nf4.tensor import zero_cotangent
+from bimedix_jax.kernels.permute import Permutation
+
+BACKENDS = ("xla", "composed")
+FUSED_ROWS = 64
+"""Pairs an expert, on average, from which on the fused loop is the faster one on two AVX-512 cores. With fewer, as in
+decoding, its time goes into putting an expert's matrices together."""
+
+
+def pick_backend(name: str | None, pairs: int, weights: Weights) -> str:
+    many = pairs >= FUSED_ROWS * weights[0].shape[0]
+    preferred = {"cpu": ("xla", "composed") if many else ("composed",), "gpu": ("composed",), "tpu": ("composed",)}
+    refusal = {"xla": xla.refusal(weights), "composed": None}
+    return backends.pick("expert_mlp", BACKENDS, preferred, name, refusal.__getitem__)
+
+
+@jax.custom_vjp
+def fused(
+    x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: Deltas
+) -> jax.Array:
+    return xla.forward(x_ND, weights_NK, permutation, weights, deltas)
+
+
+def fused_forward(x_ND, weights_NK, permutation, weights, deltas):
+    operands = jax.tree.map(lambda leaf: leaf.value, (x_ND, weights_NK, permutation, weights, deltas))
+    if not is_packed(operands[3]) and any(leaf.perturbed for leaf in jax.tree.leaves(weights)):
+        # the gradient of a dense weight needs the hidden rows of all experts
+        y_ND, pullback = jax.vjp(composed.expert_mlp, *operands)
+        return y_ND, (None, pullback)
+    return xla.forward(*operands), (operands, None)
+
+
+def fused_backward(residuals, dout_ND):
+    operands, pullback = residuals
+    if isinstance(dout_ND, SymbolicZero):
+        dout_ND = jnp.zeros(dout_ND.shape, str(dout_ND.dtype))
+    if pullback is not None:
+        return pullback(dout_ND)
+    x_ND, weights_NK, permutation, weights, deltas = operands
+    dx_ND, dweights_NK, ddeltas = xla.backward(x_ND, weights_NK, permutation, weights, deltas, dout_ND)
+    frozen = jax.tree.map(zero_cotangent, (permutation, weights))
+    return dx_ND, dweights_NK, *frozen, ddeltas
+
+
+fused.defvjp(fused_forward, fused_backward, symbolic_zeros=True)
+
+
+def expert_mlp(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    permutation: Permutation,
+    weights: Weights,
+    deltas: Deltas = (None, None, None),
+    *,
+    backend: str | None = None,
+) -> Float[Array, "N D"]:
+    """Each token's sum over its pairs of weight * w2(silu(w1 x) * w3 x), accumulated in float32.
+
+    Differentiable in x, the pairs' weights and the factors of `deltas`; in the weights where they are dense (then the
+    operation runs as its parts do); a 4-bit weight is frozen.
+
+    Args:
+      weights_NK: what each pair counts, as routed; a pair of no expert counts nothing.
+      permutation: of the pairs, by `sort_by_expert`.
+      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors.
+      deltas: for each, the factors (a, b) of what is added to it, or None; b times any scale.
+      backend: one of BACKENDS; None takes the one of `backends.use`, else the platform's best for the size that takes
+        the operands. A named one never falls back.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown backend.
+      NotImplementedError: the named backend does not take these operands.
+    """
+    w1, w3, w2 = weights
+    width, hidden = x_ND.shape[1], w1.shape[-1]
+    experts = permutation.group_sizes_E.shape[0]
+    expected = [(experts, width, hidden), (experts, width, hidden), (experts, hidden, width)]
+    if [w.shape for w in (w1, w3, w2)] != expected or permutation.order_M.shape[0] != weights_NK.size:
+        raise ValueError(
+            f"expert_mlp needs w1 and w3 [E, D, F], w2 [E, F, D] and a permutation of N K pairs; got "
+            f"{w1.shape}, {w3.shape}, {w2.shape} for x {x_ND.shape}, weights {weights_NK.shape} and "
+            f"{experts} groups of {permutation.order_M.shape[0]} pairs."
+        )
+    name = pick_backend(backend, weights_NK.size, weights)
+    operands = vary_alike(x_ND, weights_NK, permutation, weights, deltas)
+    return fused(*operands) if name == "xla" else composed.expert_mlp(*operands)

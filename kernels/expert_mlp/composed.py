@@ -1,0 +1,27 @@
+"""Backend made of the other operations, which every platform has, and which differentiates dense weights too."""
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights
+from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
+from bimedix_jax.kernels.grouped_matmul import grouped_matmul
+from bimedix_jax.kernels.permute import Permutation, combine, dispatch
+
+PRODUCTS = "expert_products"
+"""Name in checkpoint policies of what the three products give."""
+
+
+def expert_mlp(
+    x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: Deltas
+) -> jax.Array:
+    sizes = permutation.group_sizes_E
+
+    def linear(x: jax.Array, i: int) -> jax.Array:
+        y, pair = grouped_matmul(x, weights[i], sizes), deltas[i]
+        return y if pair is None else y + grouped_low_rank(x, *pair, sizes)
+
+    x_MD = dispatch(x_ND, permutation)
+    gate_MF, up_MF = (checkpoint_name(linear(x_MD, i), PRODUCTS) for i in (0, 1))
+    y_MD = checkpoint_name(linear(jax.nn.silu(gate_MF) * up_MF, 2), PRODUCTS)
+    return combine(y_MD, weights_NK, permutation)

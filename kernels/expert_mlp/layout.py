@@ -1,0 +1,117 @@
+"""One expert's matrices as the fused loop reads them: gate and up in one, and the adapters' factors inside.
+
+x w1 + (x a1) b1 is one product, [x, x a1] times [w1; b1], and so is h [w2, a2], which gives the factor's input h a2
+with the base's output. A delta then costs no pass of its own over rows of the hidden width.
+
+NF4 matrices lie as (out, in), two neighbouring inputs in a byte. Instead of interleaving them, inputs go in the order
+"even ones, then odd ones": x and a1, a3 are put in that order, and so are the outputs of w1 and w3, which w2 takes in.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from bimedix_jax.kernels.grouped_matmul.xla import index
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.api import block_scales
+from bimedix_jax.kernels.nf4.planes import is_planar, planes
+from bimedix_jax.kernels.products import from_bits, to_bits
+
+Weights = tuple[jax.Array | NF4Tensor, ...]
+"""(w1 [E, D, F], w3 [E, D, F], w2 [E, F, D])."""
+Deltas = tuple[tuple[jax.Array, jax.Array] | None, ...]
+"""Factors (a [E, in, R], b [E, R, out]) of what is added to each, or None."""
+
+
+class Expert(NamedTuple):
+    """One expert, or all of them on a leading axis. S = R1 + R3 columns of factors; [out, in] where `inward` is 1.
+
+    Attributes:
+      up: [w1 w3; b1 0; 0 b3], [D + S, 2 F].
+      down: [w2 a2], [F, D + R].
+      a: [a1 a3], [D, S].
+      b: b2, [R, D].
+    """
+
+    up: Any
+    down: Any
+    a: Any
+    b: Any
+
+
+def refusal(weights: Weights) -> str | None:
+    """Why the fused loop does not take these weights, or None."""
+    if not any(isinstance(w, NF4Tensor) for w in weights):
+        return None
+    if not all(is_planar(w) and w.transposed and len(w.batch_shape) == 1 for w in weights):  # type: ignore[union-attr]
+        return "it takes all weights dense, or all in NF4 and stored as (out, in)."
+    w1, w3, _ = weights
+    if (w1.block_size, w1.dtype) != (w3.block_size, w3.dtype):  # type: ignore[union-attr]
+        return "gate and up differ in block size or dtype."
+    return None
+
+
+def is_packed(weights: Weights) -> bool:
+    return isinstance(weights[0], NF4Tensor)
+
+
+def evens_first(x: Shaped[Array, "*n"], axis: int = -1) -> Shaped[Array, "*n"]:
+    axis %= x.ndim
+    pairs = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
+    return pairs.swapaxes(axis, axis + 1).reshape(x.shape)
+
+
+def interleaved(x: Shaped[Array, "*n"], axis: int = -1) -> Shaped[Array, "*n"]:
+    """Inverse of evens_first."""
+    axis %= x.ndim
+    halves = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
+    return halves.swapaxes(axis, axis + 1).reshape(x.shape)
+
+
+def join(parts: list[jax.Array], axis: int) -> jax.Array:
+    """Concatenation as bits: XLA:CPU joins 16-bit floats through float32, at half the speed of their dequantisation."""
+    return from_bits(jnp.concatenate([to_bits(part) for part in parts], axis=axis), parts[0].dtype)
+
+
+def factors(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> Expert:
+    """The adapters' part of every expert, with factors of rank 0 where there is none."""
+    shapes = [w.shape for w in weights]
+    empty = [(jnp.zeros((*s[:2], 0), dtype), jnp.zeros((s[0], 0, s[2]), dtype)) for s in shapes]
+    pairs = [none if pair is None else pair for pair, none in zip(deltas, empty, strict=True)]
+    (a1, b1), (a3, b3), (a2, b2) = [(a.astype(dtype), b.astype(dtype)) for a, b in pairs]
+    up = jnp.concatenate(
+        [jnp.pad(b1, ((0, 0), (0, 0), (0, b3.shape[2]))), jnp.pad(b3, ((0, 0), (0, 0), (b1.shape[2], 0)))], axis=1
+    )
+    a = jnp.concatenate([a1, a3], axis=2)
+    if not is_packed(weights):
+        return Expert(up, a2, a, b2)
+    hidden = b1.shape[2]
+    sides_bits = to_bits(up).reshape(*up.shape[:2], 2, hidden // 2, 2)
+    up = from_bits(sides_bits.transpose(0, 2, 4, 3, 1).reshape(up.shape[0], 2 * hidden, -1), dtype)
+    return Expert(up, evens_first(a2, -2).mT, evens_first(a, -2), b2)
+
+
+def sources(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> tuple[Any, Expert]:
+    """What `load` slices an expert from."""
+    if is_packed(weights):
+        return tuple((w.packed, block_scales(w)) for w in weights), factors(weights, deltas, dtype)  # type: ignore[union-attr]
+    return tuple(w.astype(dtype) for w in weights), factors(weights, deltas, dtype)  # type: ignore[union-attr]
+
+
+def load(weights: Weights, dtype: jnp.dtype, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:
+    base, adapters = pinned
+    up, down, a, b = (index(part, e) for part in adapters)
+    if not is_packed(weights):
+        w1, w3, w2 = (index(w, e) for w in base)
+        return Expert(join([join([w1, w3], 1), up], 0), join([w2, down], 1), a, b)
+    hidden, width = weights[0].unit_shape  # type: ignore[union-attr]
+    packed, scales = (
+        jnp.concatenate([evens_first(index(w[leaf], e).reshape(hidden, -1), 0) for w in base[:2]]) for leaf in (0, 1)
+    )
+    both = dataclasses.replace(weights[0], unit_shape=(2 * hidden, width))  # type: ignore[arg-type]
+    up = join([*planes(packed.reshape(-1), scales.reshape(-1), both, dtype), up], 1)
+    w2 = join(list(planes(index(base[2][0], e), index(base[2][1], e), weights[2], dtype)), 1)  # type: ignore[arg-type]
+    return Expert(up, join([w2, down], 0), a, b)

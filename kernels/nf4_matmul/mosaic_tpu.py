@@ -1,0 +1,19 @@
+"""Backend for TPUs: the Pallas Mosaic kernel of grouped_matmul with one matrix; every block of rows is visited once."""
+
+import jax
+import jax.numpy as jnp
+
+from bimedix_jax.kernels.grouped_matmul import mosaic_plan, mosaic_tpu
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.tensor import one_unit_stack
+
+
+def refusal(x: jax.Array, t: NF4Tensor) -> str | None:
+    return mosaic_plan.refusal(x, one_unit_stack(t))
+
+
+def nf4_matmul(x: jax.Array, t: NF4Tensor) -> jax.Array:
+    """x [..., D] @ t [D, F] in the dtype of x."""
+    x_MK = x.reshape(-1, x.shape[-1])
+    y_MN = mosaic_tpu.grouped_matmul(x_MK, one_unit_stack(t), jnp.full(1, x_MK.shape[0], jnp.int32))
+    return y_MN.reshape(*x.shape[:-1], t.shape[1])

@@ -1,0 +1,157 @@
+"""The experts' feed-forward as one operation: every backend against NumPy loops, forward and gradients."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bimedix_jax.kernels.expert_mlp import expert_mlp, reference
+from bimedix_jax.kernels.expert_mlp.api import BACKENDS, FUSED_ROWS, pick_backend
+from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
+from bimedix_jax.kernels.nf4 import dequantize, quantize
+from bimedix_jax.kernels.permute import sort_by_expert
+
+RELATIVE = {"float32": 3e-5, "bfloat16": 2.5e-2}
+TOKENS, WIDTH, HIDDEN, EXPERTS, RANK = 37, 64, 128, 5, 3
+RANKS = {"no deltas": (0, 0, 0), "all deltas": (RANK, RANK, RANK), "down alone": (0, 0, RANK), "gate alone": (2, 0, 0)}
+
+
+def owners(kind: str) -> np.ndarray:
+    """[N, 2] experts of each token; EXPERTS is none."""
+    found = np.argsort(-np.random.default_rng(3).standard_normal((TOKENS, EXPERTS)), axis=1)[:, :2]
+    if kind == "some unassigned":
+        found[3, 1], found[7], found[found == 1] = EXPERTS, EXPERTS, 2  # and an expert without rows
+    if kind == "one takes all":
+        found[:] = [4, EXPERTS]
+    if kind == "none owned":
+        found[:] = EXPERTS
+    return found.astype(np.int32)
+
+
+def draw(dtype: str, packed: bool, ranks: tuple[int, ...]) -> tuple[jax.Array, jax.Array, tuple, tuple]:
+    """(x, pairs' weights, (w1, w3, w2), deltas)."""
+    rng = np.random.default_rng(0)
+
+    def matrices(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape) / np.sqrt(max(shape[-2], 1)), jnp.float32)
+
+    x = jnp.asarray(rng.standard_normal((TOKENS, WIDTH)), dtype)
+    pairs = jnp.asarray(rng.standard_normal((TOKENS, 2)), jnp.float32)
+    shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+    weights: tuple[Any, ...] = tuple(matrices(EXPERTS, *shape).astype(dtype) for shape in shapes)
+    if packed:
+        weights = tuple(quantize(jnp.copy(w.mT), batch_dims=1).mT for w in weights)
+    deltas = tuple(
+        (matrices(EXPERTS, d, rank), matrices(EXPERTS, rank, f)) if rank else None
+        for rank, (d, f) in zip(ranks, shapes, strict=True)
+    )
+    return x, pairs, weights, deltas
+
+
+def values(weights: tuple, deltas: tuple) -> tuple[list[np.ndarray], list]:
+    dense = [np.asarray(w if isinstance(w, jax.Array) else dequantize(w), np.float32) for w in weights]
+    none = [(np.zeros((*w.shape[:2], 1)), np.zeros((w.shape[0], 1, w.shape[2]))) for w in dense]
+    pairs = [zero if pair is None else tuple(map(np.asarray, pair)) for pair, zero in zip(deltas, none, strict=True)]
+    return dense, pairs
+
+
+@functools.cache
+def compiled(backend: str):
+    def run(x, pairs, experts_NK, weights, deltas, dout):
+        permutation = sort_by_expert(experts_NK, EXPERTS)
+        y, pullback = jax.vjp(
+            lambda x, pairs, deltas: expert_mlp(x, pairs, permutation, weights, deltas, backend=backend),
+            x,
+            pairs,
+            deltas,
+        )
+        return y, pullback(dout)
+
+    return jax.jit(run)
+
+
+def close(got: Any, expected: Any, dtype: str) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= RELATIVE[dtype] * max(np.abs(b).max(), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["some unassigned", "one takes all", "none owned"])
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_against_loops(backend: str, packed: bool, dtype: str, kind: str) -> None:
+    x, pairs, weights, deltas = draw(dtype, packed, RANKS["all deltas"])
+    y, _ = compiled(backend)(x, pairs, jnp.asarray(owners(kind)), weights, deltas, x)
+    dense, factors = values(weights, deltas)
+    w1, w3, w2 = dense
+    expected = reference.expert_mlp(np.asarray(x, np.float32), np.asarray(pairs), owners(kind), w1, w3, w2, factors)
+    close(y, jnp.asarray(expected, dtype), dtype)
+
+
+@pytest.mark.parametrize(
+    ("packed", "ranks"),
+    [(False, "all deltas"), (False, "gate alone"), (True, "no deltas"), (True, "all deltas"), (True, "down alone")],
+)
+def test_gradients_are_those_of_its_parts(packed: bool, ranks: str) -> None:
+    """`composed` is differentiated by the operations that it is made of, which have parity suites of their own."""
+    x, pairs, weights, deltas = draw("float32", packed, RANKS[ranks])
+    for kind in ("some unassigned", "one takes all"):
+        operands = (x, pairs, jnp.asarray(owners(kind)), weights, deltas, jnp.cos(x))
+        close(compiled("xla")(*operands), compiled("composed")(*operands), "float32")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_in_bfloat16(packed: bool) -> None:
+    x, pairs, weights, deltas = draw("bfloat16", packed, RANKS["all deltas"])
+    operands = (x, pairs, jnp.asarray(owners("some unassigned")), weights, deltas, jnp.cos(x))
+    close(compiled("xla")(*operands), compiled("composed")(*operands), "bfloat16")
+
+
+def test_dense_weights_train() -> None:
+    """In scanned, recomputed layers, where some of the weights train and others do not."""
+    x, pairs, weights, deltas = draw("float32", False, RANKS["gate alone"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+    trained = jnp.stack([weights[0], 2 * weights[0]])
+
+    def loss(trained: jax.Array, x: jax.Array, backend: str) -> jax.Array:
+        @jax.checkpoint
+        def layer(x: jax.Array, w1: jax.Array) -> tuple[jax.Array, None]:
+            return x + expert_mlp(x, pairs, permutation, (w1, *weights[1:]), deltas, backend=backend), None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(layer, x, trained)[0]))
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnames="backend")
+    got, expected = (gradients(trained, x, backend=backend) for backend in BACKENDS)
+    assert float(jnp.abs(expected[0]).max()) > 0
+    close(got, expected, "float32")
+
+
+def test_many_rows_an_expert_are_fused_on_cpus() -> None:
+    weights = draw("float32", False, RANKS["no deltas"])[2]
+    assert pick_backend(None, FUSED_ROWS * EXPERTS, weights) == "xla"
+    assert pick_backend(None, FUSED_ROWS * EXPERTS - 1, weights) == "composed"
+
+
+def test_orders_are_inverse() -> None:
+    x = jnp.arange(24).reshape(2, 6, 2)
+    np.testing.assert_array_equal(evens_first(x, 1)[0, :, 0], [0, 4, 8, 2, 6, 10])
+    np.testing.assert_array_equal(interleaved(evens_first(x, 1), 1), x)
+
+
+def test_refusals() -> None:
+    x, pairs, weights, deltas = draw("float32", True, RANKS["no deltas"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+    mixed = (dequantize(weights[0], "float32"), *weights[1:])
+    with pytest.raises(NotImplementedError, match="it takes all weights dense, or all in NF4"):
+        expert_mlp(x, pairs, permutation, mixed, deltas, backend="xla")
+    assert expert_mlp(x, pairs, permutation, mixed, deltas).shape == x.shape
+    with pytest.raises(ValueError, match="needs w1 and w3"):
+        expert_mlp(x, pairs, permutation, weights[::-1], deltas)
+    with pytest.raises(ValueError, match="Unknown expert_mlp backend 'fastest'"):
+        expert_mlp(x, pairs, permutation, weights, deltas, backend="fastest")

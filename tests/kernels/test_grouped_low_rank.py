@@ -1,0 +1,102 @@
+"""The experts' low-rank delta against NumPy loops and JAX's own gradients of a plain formula, on every backend."""
+
+import functools
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank, reference
+from bimedix_jax.kernels.grouped_low_rank.api import BACKENDS, MASKED_COLUMNS
+from bimedix_jax.kernels.grouped_matmul.api import BACKENDS as GROUPED
+
+RELATIVE = {"float32": 2e-5, "bfloat16": 3e-2}
+"""Of the largest value; in bfloat16 the rows are rounded between the two factors as well."""
+CASES = {  # rows, D, R, F, group sizes
+    "empty_and_unassigned": (50, 33, 3, 17, [10, 0, 25, 5]),
+    "one_takes_all": (20, 12, 3, 7, [0, 0, 20, 0]),
+    "one_row": (1, 16, 2, 8, [0, 1]),
+    "no_row_owned": (5, 8, 2, 8, [0, 0]),
+    "one_expert": (23, 9, 4, 31, [23]),
+    "64_experts": (130, 16, 4, 24, [i % 4 for i in range(64)]),
+}
+
+
+@functools.cache
+def compiled(backend: str):
+    """(y, (dx, da, db)) of x, a, b, dy and group sizes."""
+
+    def run(x: jax.Array, a: jax.Array, b: jax.Array, dy: jax.Array, groups: jax.Array) -> tuple:
+        y, pullback = jax.vjp(lambda x, a, b: grouped_low_rank(x, a, b, groups, backend=backend), x, a, b)
+        return y, pullback(dy)
+
+    return jax.jit(run)
+
+
+def check(run: Any, rows: int, d: int, r: int, f: int, sizes: list[int], dtype: str) -> None:
+    """Rows in `dtype`, factors in float32, as layers have them."""
+    rng, experts = np.random.default_rng(rows), len(sizes)
+    shapes = [(rows, d), (experts, d, r), (experts, r, f), (rows, f)]
+    x, a, b, dy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    x, dy = x.astype(dtype), dy.astype(dtype)
+    y, gradients = run(x, a, b, dy, jnp.asarray(sizes, jnp.int32))
+    assert (y.dtype, gradients[0].dtype, gradients[1].dtype) == (x.dtype, x.dtype, a.dtype)
+    owner = np.repeat(np.arange(experts + 1), [*sizes, rows - sum(sizes)])
+
+    def plain(x, a, b):
+        delta = jnp.einsum("md,mdr,mrf->mf", x, a[owner % experts], b[owner % experts])
+        return jnp.where((owner < experts)[:, None], delta, 0)
+
+    rounded = [jnp.asarray(np.asarray(value.astype(dtype), np.float32)) for value in (x, a, b)]
+    x32, a32, b32 = map(np.asarray, rounded)
+    expected = reference.grouped_low_rank(x32, a32, b32, np.array(sizes))
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.vjp(plain, *rounded)[1](dy.astype(jnp.float32))
+    for got, value in zip((y, *gradients), (expected, *wanted), strict=True):
+        limit = RELATIVE[dtype] * max(float(np.abs(value).max(initial=0)), 1e-3)
+        assert np.abs(np.asarray(got, np.float32) - value).max(initial=0) <= limit
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients(backend: str, case: str, dtype: str) -> None:
+    check(compiled(backend), *CASES[case], dtype)
+
+
+@pytest.mark.parametrize("grouped", GROUPED)
+def test_two_grouped_products_of_every_backend(grouped: str) -> None:
+    with backends.use(grouped_matmul=grouped):
+        check(compiled("grouped"), *CASES["empty_and_unassigned"], "float32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_skew(backend: str) -> None:
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.integers(0, 30), min_size=5, max_size=5))
+    def of_these_sizes(stops: list[int]) -> None:
+        check(compiled(backend), 30, 7, 3, 5, np.diff([0, *sorted(stops)]).tolist(), "float32")
+
+    of_these_sizes()
+
+
+def test_the_way_follows_from_platform_and_size() -> None:
+    groups = jnp.asarray([4, 4], jnp.int32)
+
+    def picked(platform: str, rank: int, **names: str) -> list[str]:
+        a, b = jnp.ones((2, 16, rank)), jnp.ones((2, rank, 16))
+        with backends.use(platform, **names), backends.recording() as record:
+            jax.eval_shape(lambda x: grouped_low_rank(x, a, b, groups), jnp.ones((8, 16)))
+        return record.to_dict()["grouped_low_rank"]
+
+    assert picked("cpu", MASKED_COLUMNS // 2) == ["masked"]
+    assert picked("cpu", MASKED_COLUMNS // 2 + 1) == ["grouped"]
+    assert picked("gpu", 2) == picked("tpu", 2) == ["grouped"]
+    assert picked("gpu", 2, grouped_low_rank="masked") == ["masked"]
+    with pytest.raises(ValueError, match="Unknown grouped_low_rank backend 'loop'; choose one of grouped, masked"):
+        picked("gpu", 2, grouped_low_rank="loop")

@@ -1,0 +1,137 @@
+"""The product with one matrix against NumPy, dense and 4-bit on every backend: forward and gradients."""
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
+from bimedix_jax.kernels.nf4.api import layer_weights
+from bimedix_jax.kernels.nf4_matmul import matmul, reference
+from bimedix_jax.kernels.nf4_matmul.api import BACKENDS
+
+RELATIVE = {"float32": 2e-5, "bfloat16": 1.6e-2}
+CASES = {  # leading axes of x, D, F, block, double quantisation, whether stored [F, D]
+    "one_row": ((1,), 64, 128, 64, True, True),
+    "no_row": ((0,), 64, 64, 64, True, True),
+    "as_checkpoints_are": ((2, 9), 128, 192, 64, True, True),
+    "as_quantised": ((2, 9), 128, 192, 64, True, False),
+    "several_tiles": ((150,), 192, 320, 32, False, True),
+    "no_tile_divides": ((3, 1, 7), 96, 160, 32, False, False),
+}
+
+
+def close(got: jax.Array, expected: np.ndarray, dtype: str) -> None:
+    limit = RELATIVE[dtype] * np.abs(expected).max(initial=0)
+    assert np.abs(np.asarray(got, np.float32) - expected).max(initial=0) <= limit
+
+
+def draw(*shapes: tuple[int, ...], dtype: str = "float32") -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+@functools.cache
+def compiled(backend: str):
+    """(y, dx) of x, 4-bit weights and dy."""
+
+    def run(x: jax.Array, t: NF4Tensor, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, pullback = jax.vjp(lambda x: matmul(x, t, backend=backend), x)
+        return y, pullback(dy)[0]
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_dense_product_and_gradients(dtype: str) -> None:
+    x, w, dy = draw((2, 3, 16), (16, 24), (2, 3, 24), dtype=dtype)
+    y, pullback = jax.vjp(matmul, x, w)
+    dx, dw = pullback(dy)
+    x32, w32, dy32 = (np.asarray(value, np.float32) for value in (x, w, dy))
+    close(y, reference.matmul(x32, w32), dtype)
+    close(dx, dy32 @ w32.T, dtype)
+    close(dw, x32.reshape(-1, 16).T @ dy32.reshape(-1, 24), dtype)
+    assert y.dtype == dx.dtype == x.dtype
+    assert dw.dtype == w.dtype
+    assert matmul(x, w, "float32").dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradient(backend: str, case: str, dtype: str) -> None:
+    lead, d, f, block, double_quant, transposed = CASES[case]
+    x, w, dy = draw((*lead, d), (f, d) if transposed else (d, f), (*lead, f), dtype=dtype)
+    t = quantize(w, block_size=block, double_quant=double_quant)
+    t = t.mT if transposed else t
+    values = np.asarray(dequantize(t), np.float32)
+    y, dx = compiled(backend)(x, t, dy)
+    assert (y.dtype, dx.dtype) == (x.dtype, x.dtype)
+    assert (y.shape, dx.shape) == (dy.shape, x.shape)
+    close(y, reference.matmul(np.asarray(x), values), dtype)
+    close(dx, np.asarray(dy, np.float32) @ values.T, dtype)
+
+
+@pytest.mark.parametrize("dtype", RELATIVE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bits_are_those_of_layer_weights(backend: str, dtype: str) -> None:
+    """A row that is a unit vector reads a row of the weights."""
+    d, f = 192, 320
+    t = quantize(draw((f, d), dtype="bfloat16")[0], block_size=32).mT
+    expected = np.asarray(layer_weights(t, dtype), np.float32)
+    rows, columns = np.array([0, 63, 64, 191, 5]), np.array([0, 319, 31, 32, 255])
+    x, dy = jax.nn.one_hot(rows, d, dtype=dtype), jax.nn.one_hot(columns, f, dtype=dtype)
+    y, dx = compiled(backend)(x, t, dy)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), expected[rows])
+    np.testing.assert_array_equal(np.asarray(dx, np.float32), expected.T[columns])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_values(backend: str) -> None:
+    shapes = [(1, 32, 96), (33, 64, 32)]  # few, since each is a compilation
+
+    @settings(max_examples=15, deadline=None)
+    @given(st.sampled_from(shapes), st.integers(0, 2**31), st.floats(-12, 12))
+    def check(shape: tuple[int, int, int], seed: int, magnitude: float) -> None:
+        rows, d, f = shape
+        rng = np.random.default_rng(seed)
+        x, w, dy = (rng.standard_normal(size).astype(np.float32) for size in ((rows, d), (f, d), (rows, f)))
+        t = quantize(jnp.asarray(w * 10.0**magnitude, jnp.float32), block_size=32).mT
+        values = np.asarray(dequantize(t), np.float32)
+        y, dx = compiled(backend)(jnp.asarray(x), t, jnp.asarray(dy))
+        close(y, reference.matmul(x, values), "float32")
+        close(dx, dy @ values.T, "float32")
+
+    check()
+
+
+@pytest.mark.parametrize("width", [128, 50])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_blocks_that_straddle_rows(transposed: bool, width: int) -> None:
+    """Only XLA takes them; a named backend does not fall back, the platform's best does."""
+    x, w, dy = draw((5, 96), (width, 96) if transposed else (96, width), (5, width))
+    t = quantize(w).mT if transposed else quantize(w)
+    values = np.asarray(dequantize(t))
+    y, dx = compiled("xla")(x, t, dy)
+    close(y, reference.matmul(np.asarray(x), values), "float32")
+    close(dx, np.asarray(dy) @ values.T, "float32")
+    if transposed or width == 50:
+        with pytest.raises(NotImplementedError, match="nf4_matmul backend 'triton': NF4 weights stored as"):
+            matmul(x, t, backend="triton")
+        for platform in ("gpu", "tpu"):
+            with backends.use(platform=platform), backends.recording() as picked:
+                jax.eval_shape(lambda x: matmul(x, t), x)
+            assert picked.to_dict() == {"nf4_matmul": ["xla"]}
+
+
+def test_refusals() -> None:
+    x, w = draw((5, 8), (9, 4))
+    with pytest.raises((ValueError, TypeError)):
+        matmul(x, w)
+    with pytest.raises(ValueError, match="Unknown nf4_matmul backend 'fastest'; choose one of mosaic_tpu, triton, xla"):
+        matmul(x, quantize(jnp.ones((8, 64))), backend="fastest")

@@ -1,0 +1,166 @@
+"""What JAX does to a function changes no operation: jit, vmap, scan, remat and shard_map, forward and gradients.
+
+Every operation stands here as a function of rows [24, 32] to rows [24, 32], on each of its backends. A new backend is
+in its operation's BACKENDS and thereby here.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.attention import attention
+from bimedix_jax.kernels.grouped_low_rank import api as grouped_low_rank
+from bimedix_jax.kernels.grouped_matmul import api as grouped_matmul
+from bimedix_jax.kernels.nf4 import quantize
+from bimedix_jax.kernels.nf4_matmul import api as nf4_matmul
+from bimedix_jax.kernels.permute import combine, dispatch, sort_by_expert
+
+ROWS, WIDTH, EXPERTS, RANK = 24, 32, 3, 4
+GROUPS = ([4, 0, 20], [10, 9, 1])
+"""Two divisions of the rows among the experts."""
+INTERPRETED = ("triton", "mosaic_tpu")
+"""JAX's interpreter of Pallas kernels has no types for what varies over a mesh; compilers do (test_codegen_*.py)."""
+
+Operation = Callable[[jax.Array, Any, Any, jax.Array], jax.Array]
+"""(x, trained weights, frozen weights, group sizes) -> y like x."""
+
+
+def owners(groups_E: jax.Array) -> jax.Array:
+    return jnp.repeat(jnp.arange(EXPERTS, dtype=jnp.int32), groups_E, total_repeat_length=ROWS)
+
+
+def permuted(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+    owners_M = owners(groups_E)
+    permutation = sort_by_expert(jnp.stack([owners_M, (owners_M + 1) % EXPERTS], axis=1), EXPERTS)
+    return combine(jnp.tanh(dispatch(x, permutation)), trained[0, :ROWS, :2], permutation)
+
+
+def mixed(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+    ids = owners(groups_E)[None]
+    k, v = ((x @ trained[i, :, :16]).reshape(1, ROWS, 2, 8) for i in range(2))
+    return attention(x.reshape(1, ROWS, 4, 8), k, v, ids, ids, window=9).reshape(ROWS, WIDTH)
+
+
+def operations() -> dict[str, Operation]:
+    found: dict[str, Operation] = {"permute": permuted, "attention": mixed}
+    found["dense matmul"] = lambda x, trained, frozen, groups: nf4_matmul.matmul(x, trained[0])
+    for name in grouped_matmul.BACKENDS:
+        grouped = functools.partial(grouped_matmul.grouped_matmul, backend=name)
+        found[f"grouped_matmul {name}"] = lambda x, trained, frozen, groups, f=grouped: f(x, trained, groups)
+        found[f"grouped_matmul nf4 {name}"] = lambda x, trained, frozen, groups, f=grouped: f(x, frozen, groups)
+    for name in nf4_matmul.BACKENDS:
+        single = functools.partial(nf4_matmul.matmul, backend=name)
+        found[f"nf4_matmul {name}"] = lambda x, trained, frozen, groups, f=single: f(x, frozen[1])
+    for name in grouped_low_rank.BACKENDS:
+        delta = functools.partial(grouped_low_rank.grouped_low_rank, backend=name)
+        found[f"grouped_low_rank {name}"] = lambda x, trained, frozen, groups, f=delta: f(
+            x, trained[:, :, :RANK], trained[:, :RANK], groups
+        )
+    return found
+
+
+OPERATIONS = operations()
+
+
+def draw(layers: int) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
+    """(x of two divisions, trained and frozen weights of each layer, group sizes of the divisions)."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, ROWS, WIDTH)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal((layers, EXPERTS, WIDTH, WIDTH)), jnp.float32) / 4
+    return x, w, quantize(w, block_size=32, batch_dims=2), jnp.asarray(GROUPS, jnp.int32)
+
+
+def gradients(operation: Operation, x: jax.Array, trained: Any, frozen: Any, groups: jax.Array) -> tuple:
+    """(y, (dx, dtrained)) of a loss that is not linear in y."""
+    y, pullback = jax.vjp(lambda x, trained: operation(x, trained, frozen, groups), x, trained)
+    return y, pullback(jnp.cos(y))
+
+
+def assert_equal(got: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(float(jnp.abs(b).max()), 1e-3), rtol=0)
+
+
+@functools.cache
+def one_by_one(name: str) -> list[tuple]:
+    """`gradients` of each division on its own, compiled: what all else must equal."""
+    x, trained, frozen, groups = draw(1)
+    run = jax.jit(functools.partial(gradients, OPERATIONS[name]))
+    return [run(x[i], trained[0], frozen[0], groups[i]) for i in range(2)]
+
+
+# an interpreted kernel is compiled in either case
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if not any(backend in name for backend in INTERPRETED)])
+def test_jit_changes_nothing(name: str) -> None:
+    x, trained, frozen, groups = draw(1)
+    assert_equal(OPERATIONS[name](x[0], trained[0], frozen[0], groups[0]), one_by_one(name)[0][0])
+
+
+# JAX has no rule to batch the gradient of lax.ragged_dot
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if "ragged_dot" not in name])
+def test_vmap_over_rows_and_groups(name: str) -> None:
+    x, trained, frozen, groups = draw(1)
+    run = jax.vmap(functools.partial(gradients, OPERATIONS[name]), in_axes=(0, None, None, 0))
+    expected = jax.tree.map(lambda *parts: jnp.stack(parts), *one_by_one(name))
+    assert_equal(jax.jit(run)(x, trained[0], frozen[0], groups), expected)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_scan_over_layers_with_remat(name: str) -> None:
+    x, trained, frozen, groups = draw(2)
+    operation = OPERATIONS[name]
+
+    def scanned(x: jax.Array, trained: Any, frozen: Any, groups: jax.Array) -> jax.Array:
+        body = jax.checkpoint(lambda x, layer: (operation(x, layer[0], layer[1], groups), None))
+        return lax.scan(body, x, (trained, frozen))[0]
+
+    def looped(x: jax.Array, trained: Any, frozen: Any, groups: jax.Array) -> jax.Array:
+        for layer in range(2):
+            x = operation(x, trained[layer], frozen[layer], groups)
+        return x
+
+    got, expected = (
+        jax.jit(functools.partial(gradients, f))(x[0], trained, frozen, groups[0]) for f in (scanned, looped)
+    )
+    assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_shard_map_with_shared_weights(name: str, check_vma: bool) -> None:
+    """Two devices with their own rows and groups and the same weights, whose gradient is the sum of both devices'.
+
+    JAX sums it where it checks what varies; otherwise the caller does.
+    """
+    if jax.device_count() < 2:
+        pytest.skip("needs two devices")
+    if check_vma and any(backend in name for backend in INTERPRETED) and backends.platform() == "cpu":
+        pytest.skip("not interpreted with types of what varies")
+    x, trained, frozen, groups = draw(1)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard(x: jax.Array, trained: Any, frozen: Any, groups: jax.Array) -> tuple:
+        y, (dx, dtrained) = gradients(OPERATIONS[name], x[0], trained, frozen, groups[0])
+        return y[None], (dx[None], dtrained if check_vma else lax.psum(dtrained, "data"))
+
+    rows = P("data")
+    sharded = jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(rows, P(), P(), rows),
+        out_specs=(rows, (rows, P())),
+        check_vma=check_vma,
+    )
+    y, (dx, dtrained) = jax.jit(sharded)(x, trained[0], frozen[0], groups)
+    each = one_by_one(name)
+    for i in range(2):
+        assert_equal((y[i], dx[i]), (each[i][0], each[i][1][0]))
+    assert_equal(dtrained, each[0][1][1] + each[1][1][1])
