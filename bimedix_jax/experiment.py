@@ -18,6 +18,10 @@ Base = Literal["nf4", "bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float32"]
 Scope = Literal["sequence", "micro_batch", "global"]
 TrackingMode = Literal["disabled", "offline", "online"]
+ExpertMlp = Literal["xla", "composed"]
+GroupedMatmul = Literal["xla", "ragged_dot", "triton", "mosaic_tpu"]
+Nf4Matmul = Literal["xla", "triton", "mosaic_tpu"]
+GroupedLowRank = Literal["masked", "grouped"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -123,8 +127,12 @@ class OptimiserConfig:
     """Decoupled decay of matrices; norms are not decayed."""
     clip_norm: float | None = 1.0
     """Largest norm of the whole gradient; None does not clip."""
+    state_dtype: Dtype = "float32"
+    """Storage of both moments; bfloat16 halves their memory and rounds them stochastically, so that small changes
+    accumulate instead of vanishing."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(self.learning_rate > 0, f"optimiser.learning_rate must be positive, got {self.learning_rate}.")
         require(
             self.router_learning_rate is None or self.router_learning_rate > 0,
@@ -162,6 +170,49 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelChoice:
+    """Backends of the kernels by operation; null is the platform's best that takes the operands.
+
+    A named one never falls back: the run ends where it cannot take them. run.json says which ones ran.
+    """
+
+    expert_mlp: ExpertMlp | None = None
+    """The experts from dispatch to combine: in one piece for CPUs, or composed of the operations below."""
+    grouped_matmul: GroupedMatmul | None = None
+    """Products of the experts; ragged_dot is JAX's own, which computes every expert for every row except on TPUs."""
+    nf4_matmul: Nf4Matmul | None = None
+    """Products of the attention's 4-bit projections."""
+    grouped_low_rank: GroupedLowRank | None = None
+    """The experts' adapters: all experts at once and masked, or two grouped products."""
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+
+    def named(self) -> dict[str, str]:
+        """The choices, as `kernels.backends.use` takes them."""
+        return {operation: name for operation, name in dataclasses.asdict(self).items() if name is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; the sizes multiply to their number. All but tensor divide the rows of a batch."""
+
+    data: int = 1
+    """Copies of the model."""
+    fsdp: int | None = None
+    """Devices that share the storage of every matrix; null: all that the other axes leave."""
+    expert: int = 1
+    """Devices that share the experts and exchange tokens."""
+    tensor: int = 1
+    """Devices that share heads and feed-forward columns."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "expert", "tensor"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"mesh.{name} must be at least 1, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tracking:
     """The mirror of metrics.jsonl in Weights & Biases. It receives numbers and this configuration, never text."""
 
@@ -193,12 +244,15 @@ class Experiment:
     """AdamW and its schedule."""
     batch: BatchConfig = BatchConfig()
     """Rows of a step."""
+    mesh: MeshConfig | None = None
+    """Devices of the run, of all its processes together; null: one device."""
     steps: int | None = None
     """Optimiser steps; None follows from `epochs`."""
     epochs: int | None = None
     """Passes over the data; the last batch is filled up with empty rows. None: `steps` decides and the data repeat."""
     remat: Remat = "layer"
-    """What the backward pass recomputes: each layer from its input, or nothing (faster, more memory)."""
+    """What the backward pass recomputes: each layer from its input (layer), the same without the products of its
+    experts (experts: a quarter less work, more memory), or nothing (none)."""
     seed: int = 0
     """Of the adapters' initial values and of the order of the rows."""
     eval_every: int = 0
@@ -209,6 +263,8 @@ class Experiment:
     """Checkpoints kept, the newest ones."""
     tracking: Tracking = Tracking()
     """Weights & Biases."""
+    kernels: KernelChoice = KernelChoice()
+    """Which backend of each kernel runs."""
 
     def __post_init__(self) -> None:
         require_choices(self)

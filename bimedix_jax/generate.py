@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.models import decoding
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.padding import bucket, pad_left
@@ -85,13 +86,13 @@ class State:
     """Where decoding stands.
 
     Attributes:
-      cache: keys and values of the prompt and of every token chosen so far but the last.
+      cache: keys and values of the prompt and of every token chosen so far but the last; a KVCache, or LayerCaches.
       token_B: the tokens chosen last.
       seen_BV: which tokens occurred in prompt or answer; None without a repetition penalty.
       step: int32, tokens chosen so far.
     """
 
-    cache: KVCache
+    cache: Any
     token_B: jax.Array
     seen_BV: jax.Array | None
     step: jax.Array
@@ -130,7 +131,7 @@ def generate(
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
     answers: list[list[int]] = [[] for _ in prompts]
     going, stop = set(range(len(prompts))), frozenset(map(int, stop_tokens))
-    for tokens in _decode(model, prompts, max_new_tokens, sampling, seed):
+    for tokens in decode(model, prompts, max_new_tokens, sampling, seed):
         for row in sorted(going):
             if tokens[row] in stop:
                 going.remove(row)
@@ -159,7 +160,7 @@ def stream(
         raise BimedixError("stream takes one prompt; call generate for a batch")
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
     stop = frozenset(map(int, stop_tokens))
-    for (token,) in _decode(model, prompts, max_new_tokens, sampling, seed):
+    for (token,) in decode(model, prompts, max_new_tokens, sampling, seed):
         if token in stop:
             return
         yield token
@@ -185,10 +186,14 @@ def as_prompts(prompt_tokens: Any, segment_ids: Any = None) -> tuple[list[np.nda
     return rows, single
 
 
-def _decode(
+def decode(
     model: Mixtral, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling, seed: int
 ) -> Iterator[list[int]]:
-    """One list of tokens a step, a token for each prompt; runs to `max_new_tokens` unless the caller stops."""
+    """One list of tokens a step, a token for each prompt; runs to `max_new_tokens` unless the caller stops.
+
+    Raises:
+      BimedixError: an id outside the vocabulary, or more tokens than the model's context holds.
+    """
     config = model.config
     longest, context = max(map(len, prompts)), config.max_position_embeddings
     if max_new_tokens < 1:
@@ -210,10 +215,14 @@ def _decode(
     graph, weights = nnx.split(model)
     key = jax.random.key(seed)
     state = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, slots)
-    yield state.token_B.tolist()
+    if max_new_tokens > 1 and decoding.suits(model, len(prompts)):
+        graph, weights = decoding.separate(model)
+        state = dataclasses.replace(state, cache=jax.jit(decoding.separate_caches)(state.cache))
     for _ in range(max_new_tokens - 1):
-        state = _step(graph, weights, state, sampling, key)
-        yield state.token_B.tolist()
+        token_B = state.token_B
+        state = _step(graph, weights, token_B, state.step, (state.cache, state.seen_BV), sampling, key)
+        yield token_B.tolist()  # while the next step runs already
+    yield state.token_B.tolist()
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "slots"))
@@ -235,27 +244,43 @@ def _prefill(
     if sampling.repetition_penalty is not None:
         seen_BV = jnp.zeros((batch, model.config.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(batch)[:, None], tokens_BT].max(segment_ids_BT != 0)
-    return _choose(model, out.hidden_BTD[:, -1], out.cache, seen_BV, jnp.zeros((), jnp.int32), sampling, key)
+    logits_BV = model.head(out.hidden_BTD[:, -1])
+    return _choose(logits_BV, out.cache, seen_BV, jnp.zeros((), jnp.int32), sampling, key)
 
 
-@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
-def _step(graph: nnx.GraphDef, weights: nnx.State, state: State, sampling: Sampling, key: jax.Array) -> State:
-    """Runs the tokens chosen last and chooses the next ones."""
-    model = nnx.merge(graph, weights)
-    out = model.hidden(state.token_B[:, None], cache=state.cache)
-    return _choose(model, out.hidden_BTD[:, -1], out.cache, state.seen_BV, state.step, sampling, key)
+@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("donated",))
+def _step(
+    graph: Any,
+    weights: Any,
+    token_B: jax.Array,
+    step: jax.Array,
+    donated: tuple[Any, jax.Array | None],
+    sampling: Sampling,
+    key: jax.Array,
+) -> State:
+    """Runs the tokens chosen last and chooses the next ones; graph and weights of a model, or of `separate`.
+
+    `donated` is the rest of the state, cache and seen tokens, which the new state takes over in place.
+    """
+    cache, seen_BV = donated
+    if isinstance(weights, decoding.Separate):
+        logits_BV, cache = decoding.step(graph, weights, token_B, cache)
+    else:
+        model = nnx.merge(graph, weights)
+        out = model.hidden(token_B[:, None], cache=cache)
+        logits_BV, cache = model.head(out.hidden_BTD[:, -1]), out.cache
+    return _choose(logits_BV, cache, seen_BV, step, sampling, key)
 
 
 def _choose(
-    model: Mixtral,
-    hidden_BD: jax.Array,
-    cache: KVCache,
+    logits_BV: jax.Array,
+    cache: Any,
     seen_BV: jax.Array | None,
     step: jax.Array,
     sampling: Sampling,
     key: jax.Array,
 ) -> State:
-    token_B = sample(model.head(hidden_BD), seen_BV, sampling, jax.random.fold_in(key, step))
+    token_B = sample(logits_BV, seen_BV, sampling, jax.random.fold_in(key, step))
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), token_B].set(True)
     return State(cache, token_B, seen_BV, step + 1)

@@ -39,6 +39,19 @@ def prepare() -> None:
         _load_cuda_quietly(Path(plugin.origin).parent)
 
 
+def reuse_memory() -> None:
+    """Keep freed memory for the next allocation instead of returning it to the system: for work that repeats.
+
+    A step's large temporaries would otherwise be mapped anew each time, and a CPU spends as long on filling them with
+    zeros, page by page, as on computing them: logits of 1,024 tokens over 32,000 words took 89 ms that way and 46
+    this way. The price is that the process keeps the memory of its largest moment. Only glibc has these settings.
+    """
+    one_arena, no_mapping, never_trim, grow_by = (-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)  # <malloc.h>
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in (one_arena, no_mapping, never_trim, grow_by):
+            libc.mallopt(parameter, value)
+
+
 def _load_cuda_quietly(plugin: Path) -> None:
     """Load now, with the chatter held back, the libraries that JAX loads later: it finds them loaded."""
     with _without_lines(_CUDA_CHATTER), suppress(ImportError, OSError):  # JAX itself says which one it cannot use

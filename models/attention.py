@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels.attention import attention
 from bimedix_jax.kernels.pytree import Leaf
+from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EMBED, HEADS, KV_HEADS, LAYERS
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import Linear, placeholder
@@ -66,12 +67,20 @@ def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"
     return index_BT - lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
 
 
-def rotate(x_BTQH: Float[Array, "B T Q H"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T Q H"]:
-    """Rotary embedding in Hugging Face's layout: element i pairs with i + H/2 (RoFormer, arXiv 2104.09864)."""
-    half = x_BTQH.shape[-1] // 2
+def rotations(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Float[Array, "B T width"]:
+    """Cosines, then sines, of each position's angle for each pair of a head of this width.
+
+    Computed once for all heads and layers: XLA:CPU would fuse them into every use, and they cost more than the use.
+    """
+    half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
-    cos, sin = jnp.cos(angles_BTH)[:, :, None], jnp.sin(angles_BTH)[:, :, None]
+    return lax.optimization_barrier(jnp.concatenate([jnp.cos(angles_BTH), jnp.sin(angles_BTH)], axis=-1))
+
+
+def rotate(x_BTQH: Float[Array, "B T Q H"], rotations_BTH: Float[Array, "B T H"]) -> Float[Array, "B T Q H"]:
+    """Rotary embedding in Hugging Face's layout: element i pairs with i + H/2 (RoFormer, arXiv 2104.09864)."""
+    cos, sin = jnp.split(rotations_BTH[:, :, None], 2, axis=-1)
     low, high = jnp.split(x_BTQH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BTQH.dtype)
 
@@ -91,7 +100,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
+        rotations_BTH: Float[Array, "B T H"],
         segment_ids_BT: Int[Array, "B T"],
         key_ids_BS: Int[Array, "B S"],
         cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
@@ -99,11 +108,11 @@ class Attention(nnx.Module):
         """The mixed values and, given a cache (k_BSGH, v_BSGH, length), its keys and values with ours written in."""
         config = self.config
         batch, length, _ = x_BTD.shape
-        q_BTQH = self.q(x_BTD).reshape(batch, length, config.num_heads, config.head_dim)
-        k_BTGH = self.k(x_BTD).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        v_BTGH = self.v(x_BTD).reshape(batch, length, config.num_kv_heads, config.head_dim)
-        q_BTQH = rotate(q_BTQH, positions_BT, config.rope_theta)
-        k_BTGH = rotate(k_BTGH, positions_BT, config.rope_theta)
+        q_BTQH, k_BTGH, v_BTGH = (  # this shard's heads
+            layer(x_BTD).reshape(batch, length, -1, config.head_dim) for layer in (self.q, self.k, self.v)
+        )
+        q_BTQH = rotate(q_BTQH, rotations_BTH)
+        k_BTGH = rotate(k_BTGH, rotations_BTH)
         updated = offset = None
         if cache is not None:
             k_cache, v_cache, offset = cache
@@ -119,4 +128,4 @@ class Attention(nnx.Module):
             offset=offset,
             window=config.sliding_window,
         )
-        return self.o(mixed.reshape(batch, length, -1)), updated
+        return shards.sum_over(HEADS, self.o(mixed.reshape(batch, length, -1))), updated

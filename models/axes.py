@@ -23,6 +23,8 @@ An array's name ends in its dimensions: `x_BTD` is [batch, query tokens, model w
 Parameters carry their logical axes as metadata (`axes=` of the variable); bimedix_jax/sharding.py maps them to a mesh.
 """
 
+BATCH = "batch"
+LENGTH = "length"
 LAYERS = "layers"
 EXPERTS = "experts"
 EMBED = "embed"
@@ -31,4 +33,4 @@ HEADS = "heads"
 KV_HEADS = "kv_heads"
 VOCAB = "vocab"
 RANK = "rank"
-"""Logical axis names of parameters."""
+"""Logical axis names: of parameters, and batch and length of activations."""

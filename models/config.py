@@ -184,5 +184,6 @@ MIXTRAL_8X7B = MixtralConfig(
 ARCHITECTURES = {"mixtral-8x7b": MIXTRAL_8X7B}
 """Named sizes, for planning and counting without weights."""
 
-Remat = Literal["none", "layer"]
-"""What the backward pass recomputes: nothing, or each layer from its input."""
+Remat = Literal["none", "experts", "layer"]
+"""What the backward pass recomputes: nothing; each layer but the products of its experts, which are most of its work;
+or each layer from its input."""

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.nf4_matmul import matmul
+from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EXPERTS, LAYERS, RANK
 
 
@@ -66,12 +67,16 @@ def fill_slots(layers: nnx.Module) -> None:
         if not isinstance(layer, Linear | ExpertLinear) or layer.lora is None or layer.lora.slots is None:
             continue
         lora = layer.lora
-        lead = layer.w.get_value().shape[:-2]
+        axes = layer.w.get_metadata("axes")[:-2]  # slots count the experts of all shards
+        lead = [size * shards.count(axis) for axis, size in zip(axes, layer.w.get_value().shape, strict=False)]
         for factor in (lora.a, lora.b):
             some = factor.get_value()
             every = jnp.zeros((math.prod(lead), *some.shape[1:]), some.dtype)
             every = every.at[jnp.asarray(lora.slots)].set(some, unique_indices=True)
-            factor.set_value(every.reshape(*lead, *some.shape[1:]))
+            every = every.reshape(*lead, *some.shape[1:])
+            for dimension, axis in enumerate(axes):
+                every = shards.own_part(axis, every, dimension)
+            factor.set_value(every)
         lora.slots = None
 
 
@@ -112,6 +117,18 @@ class ExpertLinear(nnx.Module):
     def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype | str):
         self.w = placeholder(shape, axes, dtype)
         self.lora: Lora | None = nnx.data(None)
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapter drops some of its inputs in this call."""
+        return self.lora is not None and self.lora.key is not None
+
+    def factors(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
+        """(a [E, in, R], scale * b [E, R, out]) in `dtype`."""
+        if self.lora is None:
+            return None
+        a, b = (factor.astype(dtype) for factor in (self.lora.a[...], self.lora.b[...]))
+        return a, b * jnp.asarray(self.lora.scale, dtype)
 
     def __call__(self, x_MD: Float[Array, "M D"], group_sizes_E: Int[Array, "E"]) -> Float[Array, "M F"]:
         y_MF = grouped_matmul(x_MD, self.w.get_value(), group_sizes_E)

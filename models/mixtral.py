@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,17 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
+from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
 from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.kernels.pytree import Leaf
-from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments
-from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
+from bimedix_jax.models import shards
+from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments, rotations
+from bimedix_jax.models.axes import BATCH, EMBED, LAYERS, VOCAB
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
 from bimedix_jax.models.linear import Linear, fill_slots, placeholder
 from bimedix_jax.models.moe import MoE
-from bimedix_jax.models.routers import Routing, RoutingPlan, load_balancing_loss, router_z_loss
+from bimedix_jax.models.routers import Routing, RoutingPlan, load_balancing_loss, load_of, router_z_loss
+from bimedix_jax.models.stack import run_stack
 
 
 @jax.tree_util.register_dataclass
@@ -57,13 +60,15 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
+        rotations_BTH: Float[Array, "B T H"],
         segment_ids_BT: Int[Array, "B T"],
         key_ids_BS: Int[Array, "B S"],
         plan: RoutingPlan,
         cache: tuple[jax.Array, jax.Array, jax.Array] | None,
     ) -> tuple[Float[Array, "B T D"], Routing, tuple[jax.Array, jax.Array] | None]:
-        mixed_BTD, updated = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, key_ids_BS, cache)
+        mixed_BTD, updated = self.attention(
+            self.attention_norm(x_BTD), rotations_BTH, segment_ids_BT, key_ids_BS, cache
+        )
         x_BTD = x_BTD + mixed_BTD
         experts_BTD, routing = self.moe(self.moe_norm(x_BTD), segment_ids_BT != 0, plan)
         return x_BTD + experts_BTD, routing, updated
@@ -74,6 +79,44 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: MixtralConfig, dtype: jnp.dtype | str):
         self.table = placeholder((config.vocab_size, config.hidden_size), (VOCAB, EMBED), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The output head: a layer of its own, or the table of the embeddings."""
+
+    embed: Embedding
+    layer: Linear | None
+
+    def __call__(self, hidden_BTD: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """float32 logits of final hidden states."""
+        if self.layer is not None:
+            return self.layer(hidden_BTD, jnp.float32)
+        return matmul(hidden_BTD, self.embed.table[...].T, jnp.float32)
+
+    @property
+    def weight_DV(self) -> jax.Array | None:
+        """The matrix of a head that is nothing else; None where it carries an adapter."""
+        if self.layer is None:
+            return self.embed.table[...].T
+        return self.layer.w[...] if self.layer.lora is None else None
+
+
+class Placement(Protocol):
+    """How a model's parameters lie on several devices (bimedix_jax/sharding.py); hashable, equal if alike."""
+
+    def run(
+        self,
+        graph: Any,
+        state: Any,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        plan: RoutingPlan,
+        cache: KVCache | None,
+        remat: Remat,
+    ) -> Output:
+        """`Mixtral.run` of the model (graph, state) on every shard."""
+        ...
 
 
 class Origin:
@@ -97,6 +140,7 @@ class Mixtral(nnx.Module):
         self.config = config
         self.dtype = str(jnp.dtype(dtype))
         self.lora: LoraConfig | None = None  # of the adapters, if `add_lora` has put any on
+        self.placement: Placement | None = None  # of the parameters on several devices, if `sharding.place` did so
         self._origin = Origin(None)
         self.embed = Embedding(config, dtype)
         self.layers = Block(config, dtype)
@@ -142,18 +186,17 @@ class Mixtral(nnx.Module):
         """`hidden` with every operand checked and present."""
         valid_BT = segment_ids_BT != 0
         positions_BT, key_ids_BS = self.locate(segment_ids_BT, cache)
-        x_BTD = self.embed.table[...][tokens_BT].astype(self.dtype)
+        x_BTD = shards.whole("embed.table", self.embed.table[...])[tokens_BT].astype(self.dtype)
         x_BTD, routing, kv = self.run_layers(x_BTD, positions_BT, segment_ids_BT, key_ids_BS, plan, cache, remat)
         if cache is not None and kv is not None:
             cache = KVCache(*kv, key_ids_BS, cache.length + tokens_BT.shape[1])
-        return Output(
-            self.norm(x_BTD),
-            None,  # pyright: ignore[reportArgumentType]
-            routing,
-            load_balancing_loss(routing, valid_BT),
-            router_z_loss(routing.logits_LBTE, valid_BT),
-            cache,
-        )
+        load = shards.sum_over(BATCH, load_of(routing, valid_BT))
+        aux_loss = shards.sum_over(BATCH, load_balancing_loss(routing, valid_BT, "global", load))
+        tokens = jnp.sum(valid_BT, dtype=jnp.float32)
+        z_loss = shards.sum_over(BATCH, router_z_loss(routing.logits_LBTE, valid_BT) * tokens)
+        z_loss = z_loss / jnp.maximum(shards.sum_over(BATCH, tokens), 1)
+        none: Any = None  # the logits, see Output
+        return Output(self.norm(x_BTD), none, routing, aux_loss, z_loss, cache)
 
     def locate(self, segment_ids_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, jax.Array]:
         """(positions_BT within segments, key_ids_BS with these tokens' ids written in)."""
@@ -178,23 +221,39 @@ class Mixtral(nnx.Module):
         fill_slots(self.layers)
         graph, state = nnx.split(self.layers)
 
-        def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
+        def body(constants: tuple, x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
+            rotations_BTH, segment_ids_BT, key_ids_BS, length = constants
             state, plan, kv = layer
-            cached = None if cache is None else (*kv, cache.length)
-            x, routing, updated = nnx.merge(graph, state)(x, positions_BT, segment_ids_BT, key_ids_BS, plan, cached)
+            state = shards.whole_state("layers", state)
+            cached = None if kv is None else (*kv, length)
+            x, routing, updated = nnx.merge(graph, state)(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, cached)
             return x, (routing, updated)
 
         if remat == "layer":
             body = jax.checkpoint(body, prevent_cse=False)
-        kv = None if cache is None else (cache.k_LBSGH, cache.v_LBSGH)
-        x_BTD, (routing, updated) = lax.scan(body, x_BTD, (state, plan, kv))
+        elif remat == "experts":
+            kept = jax.checkpoint_policies.save_only_these_names(PRODUCTS)
+            body = jax.checkpoint(body, prevent_cse=False, policy=kept)
+        elif shards.active():  # gathered parameters of all layers at once would be the whole model on each device
+            kept = jax.checkpoint_policies.save_anything_except_these_names(shards.GATHERED)
+            body = jax.checkpoint(body, prevent_cse=False, policy=kept)
+        kv, length = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
+        turned_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta)
+        constants = (turned_BTH, segment_ids_BT, key_ids_BS, length)
+        x_BTD, (routing, updated) = run_stack(body, constants, x_BTD, (state, plan, kv))
         return x_BTD, routing, updated
 
-    def head(self, hidden_BTD: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """float32 logits of final hidden states."""
+    def gather_head(self) -> None:
+        """On a shard: puts the output head together, in place, before `head` is called again and again."""
         if self.lm_head is not None:
-            return self.lm_head(hidden_BTD, jnp.float32)
-        return matmul(hidden_BTD, self.embed.table[...].T, jnp.float32)
+            nnx.update(self.lm_head, shards.whole_state("lm_head", nnx.state(self.lm_head)))
+        else:
+            self.embed.table.set_value(shards.whole("embed.table", self.embed.table[...]))
+
+    @property
+    def head(self) -> "Head":
+        """What turns final hidden states [..., D] into float32 logits [..., V]."""
+        return Head(self.embed, self.lm_head)
 
     def __call__(
         self,
@@ -232,7 +291,10 @@ def forward(
     remat: Remat,
 ) -> Output:
     """`Mixtral.run`, compiled once for each shape and structure, so that a call outside of any jit is fast too."""
-    return nnx.merge(graph, state).run(tokens_BT, segment_ids_BT, plan, cache, remat)
+    model = nnx.merge(graph, state)
+    if model.placement is None or shards.active():
+        return model.run(tokens_BT, segment_ids_BT, plan, cache, remat)
+    return model.placement.run(graph, state, tokens_BT, segment_ids_BT, plan, cache, remat)
 
 
 def init_random(config: MixtralConfig, seed: int = 0, dtype: jnp.dtype | str = "float32", std: float = 0.02) -> Mixtral:

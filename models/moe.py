@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from bimedix_jax.kernels.permute import combine, dispatch, sort_by_expert
-from bimedix_jax.models.axes import EMBED, EXPERTS, LAYERS, MLP
+from bimedix_jax.kernels.expert_mlp import expert_mlp
+from bimedix_jax.kernels.permute import Permutation, combine, dispatch, sort_by_expert
+from bimedix_jax.models import shards
+from bimedix_jax.models.axes import BATCH, EMBED, EXPERTS, LAYERS, MLP
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import ExpertLinear, Linear
 from bimedix_jax.models.routers import Routing, RoutingPlan, route
@@ -29,13 +31,58 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The mixture, and what the router did. Padding is routed in the record but to no expert: its output is 0."""
         routing = route(self.router(x_BTD.astype(jnp.float32)), self.config, plan)
-        experts, top_k = self.config.num_experts, self.config.top_k
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        owners_BTK = jnp.where(valid_BT[..., None], routing.experts_LBTK, experts)
-        permutation = sort_by_expert(owners_BTK.reshape(-1, top_k), experts)
-        x_MD = dispatch(x_ND, permutation)
-        gate_MF = self.w1(x_MD, permutation.group_sizes_E)
-        up_MF = self.w3(x_MD, permutation.group_sizes_E)
-        y_MD = self.w2(jax.nn.silu(gate_MF) * up_MF, permutation.group_sizes_E)
-        y_ND = combine(y_MD, routing.weights_LBTK.reshape(-1, top_k), permutation)
+        top_k = self.config.top_k
+        owners_BTK = jnp.where(valid_BT[..., None], routing.experts_LBTK, self.config.num_experts)
+        y_ND = self.mix(
+            x_BTD.reshape(-1, x_BTD.shape[-1]),
+            owners_BTK.reshape(-1, top_k),
+            routing.weights_LBTK.reshape(-1, top_k),
+        )
         return y_ND.reshape(x_BTD.shape), routing
+
+    def mix(
+        self, x_ND: Float[Array, "N D"], owners_NK: Int[Array, "N K"], weights_NK: Float[Array, "N K"]
+    ) -> Float[Array, "N D"]:
+        """Each token's weighted sum over its experts; an owner of num_experts is no expert.
+
+        Where experts are split over shards, every shard takes the tokens of all, computes what its experts owe them,
+        and the sums return to the tokens' own shards. Rows are counted for the worst case, so none is ever dropped.
+        """
+        exchanged = shards.is_split_like(EXPERTS, BATCH)  # otherwise these shards hold the same tokens already
+        if exchanged:
+            x_ND, owners_NK, weights_NK = (shards.gather(EXPERTS, x) for x in (x_ND, owners_NK, weights_NK))
+        experts = self.config.num_experts // shards.count(EXPERTS)
+        owners_NK, weights_NK = own_choices(owners_NK, weights_NK, shards.index(EXPERTS) * experts, experts)
+        permutation = sort_by_expert(owners_NK, experts)
+        y_ND = self.feed_forward(x_ND, weights_NK, permutation)
+        y_ND = shards.sum_and_scatter(EXPERTS, y_ND) if exchanged else shards.sum_over(EXPERTS, y_ND)
+        return shards.sum_over(MLP, y_ND)
+
+    def feed_forward(
+        self, x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], permutation: Permutation
+    ) -> Float[Array, "N D"]:
+        """The experts of this shard, as one operation where nothing comes between its parts."""
+        layers = (self.w1, self.w3, self.w2)
+        if not any(layer.drops for layer in layers):
+            base, deltas = zip(*((layer.w.get_value(), layer.factors(x_ND.dtype)) for layer in layers), strict=True)
+            return expert_mlp(x_ND, weights_NK, permutation, base, deltas)
+        x_MD, sizes_E = dispatch(x_ND, permutation), permutation.group_sizes_E
+        y_MD = self.w2(jax.nn.silu(self.w1(x_MD, sizes_E)) * self.w3(x_MD, sizes_E), sizes_E)
+        return combine(y_MD, weights_NK, permutation)
+
+
+def own_choices(
+    owners_NK: Int[Array, "N K"], weights_NK: Float[Array, "N K"], first: Int[Array, ""], count: int
+) -> tuple[Int[Array, "N C"], Float[Array, "N C"]]:
+    """(owners, weights) of the `count` experts from `first` on, numbered from 0; `count` is the owner of other slots.
+
+    A token chooses an expert at most once, so C = min(K, count) slots are enough.
+    """
+    if shards.count(EXPERTS) == 1:
+        return owners_NK, weights_NK
+    own_NK = (owners_NK >= first) & (owners_NK < first + count)
+    local_NK = jnp.where(own_NK, owners_NK - first, count)
+    if count >= owners_NK.shape[1]:
+        return local_NK, weights_NK
+    slots_NC = jnp.argsort(~own_NK, axis=1, stable=True)[:, :count]
+    return jnp.take_along_axis(local_NK, slots_NC, axis=1), jnp.take_along_axis(weights_NK, slots_NC, axis=1)

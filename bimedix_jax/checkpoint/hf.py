@@ -13,8 +13,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from bimedix_jax import sharding
 from bimedix_jax.checkpoint import bnb_read, buffers, hub, table
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed, stated_dtypes
 from bimedix_jax.checkpoint.bnb_format import PackedTensor, assemble
@@ -44,7 +46,11 @@ QUANTISED = frozenset(
 
 
 def load_hf(
-    folder: Path, base: Base | None = None, dtype: str | None = None, ignore_config_keys: Collection[str] = ()
+    folder: Path,
+    base: Base | None = None,
+    dtype: str | None = None,
+    ignore_config_keys: Collection[str] = (),
+    mesh: Mesh | None = None,
 ) -> Mixtral:
     """A Mixtral from a folder in Hugging Face layout, hub (per expert) or transformers 5 (fused), packed or not.
 
@@ -55,6 +61,7 @@ def load_hf(
         bfloat16 for every other folder.
       dtype: of the computation; by default that of the base. For "nf4" it is bfloat16, and for a packed folder the
         dtype that its config.json names.
+      mesh: where the model will lie: NumPy arrays are returned, without the experts of other processes.
     Raises:
       BimedixError: the folder is damaged, incomplete, or asks for what is not implemented; weights that are to be
         packed are not finite.
@@ -75,6 +82,9 @@ def load_hf(
         row.path: buffers.allocate(abstract_leaf(row, config, base, compute, kept.get(row.path)))
         for row in table.rows_of(config)
     }
+    if mesh is not None:
+        own = sharding.own_experts(mesh, config.router.num_experts)
+        units = [unit for unit in units if len(unit.index) < 2 or unit.index[1] in own]
     total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
     flushed = 0
     # the delay keeps short loads silent; disable=None does the same where stderr is not a terminal
@@ -91,7 +101,8 @@ def load_hf(
     if flushed:
         log.warning("%d 4-bit blocks hold denormal weights, which became zeros.", flushed)
     for path, variable in parameters(model).items():
-        variable.set_value(jax.device_put(leaves.pop(path)))
+        leaf = leaves.pop(path)
+        variable.set_value(jax.device_put(leaf) if mesh is None else leaf)
     return model
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from bimedix_jax import sharding
 from bimedix_jax.checkpoint import hub, store
 from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
 from bimedix_jax.checkpoint.peft import is_peft
@@ -31,6 +32,9 @@ def load(
       base: storage of the weights; "nf4" packs attention and experts to 4 bits on the way in. None: bfloat16, and of a
         native checkpoint or one that bitsandbytes packed what it holds.
       adapter: folder of an adapter to put on, ours or PEFT's.
+      mesh: devices to put it on, see bimedix_jax/sharding.py. A process reads of a native checkpoint what its own
+        devices hold, and of another folder its own experts and everything else (the scales of a 4-bit matrix are
+        quantised together).
       dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint has its own,
         and one that bitsandbytes packed names it in config.json.
       revision: of a hub id.
@@ -38,8 +42,23 @@ def load(
     Raises:
       BimedixError: what was asked for cannot be read, with the remedy.
     """
-    if mesh is not None:
-        raise BimedixError("loading onto a mesh is not available in this version; leave mesh out.")
+    if mesh is None:
+        return read_model(path, base, adapter, None, dtype, revision, ignore_config_keys)
+    with sharding.host_memory():
+        model = read_model(path, base, adapter, mesh, dtype, revision, ignore_config_keys)
+    return sharding.place(model, mesh)
+
+
+def read_model(
+    path: str | Path,
+    base: Base | None,
+    adapter: str | Path | None,
+    mesh: Mesh | None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    ignore_config_keys: Collection[str] = (),
+) -> Mixtral:
+    """`load` without the last step: for a mesh, arrays in host memory that hold what this process's devices need."""
     if adapter is not None and not is_peft(adapter):
         store.read_config(Path(adapter) / store.ADAPTER_CONFIG, store.ADAPTER_FORMAT)  # said before the base is read
     folder = hub.resolve(path, revision)
@@ -48,18 +67,18 @@ def load(
             raise BimedixError(
                 f"{folder} is a native checkpoint, which has no revision and no config.json to overlook."
             )
-        model = restored(folder, base, dtype)
+        model = restored(folder, base, dtype, mapped=mesh is not None)
     else:
-        model = load_hf(folder, base, dtype, ignore_config_keys)
+        model = load_hf(folder, base, dtype, ignore_config_keys, mesh)
     if adapter is not None:
         model = load_peft(model, adapter) if is_peft(adapter) else store.load_adapter(model, adapter)
     model.origin = str(folder)
     return model
 
 
-def restored(folder: Path, base: Base | None, dtype: str | None) -> Mixtral:
+def restored(folder: Path, base: Base | None, dtype: str | None, mapped: bool) -> Mixtral:
     """A native checkpoint as it was saved; raises BimedixError where another storage or dtype is asked for."""
-    model = store.restore(folder)
+    model = store.restore(folder, mapped=mapped)
     values = [variable.get_value() for variable in parameters(model).values()]
     packed = any(isinstance(value, NF4Tensor) for value in values)
     held = "nf4" if packed else str(jax.tree.leaves(values)[0].dtype)

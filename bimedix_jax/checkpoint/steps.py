@@ -7,6 +7,7 @@ checkpoints/00000120/manifest.json    SHA-256 of every file, written last
 
 import json
 import logging
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from bimedix_jax import distributed
 from bimedix_jax.checkpoint.integrity import find_damage, write_manifest
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import new_folder
@@ -45,15 +47,43 @@ def save_step(folder: Path, step: int, state: Any, position: dict[str, Any], kee
       BimedixError: the folder cannot be written.
     """
     target = step_folder(folder, step)
-    with new_folder(target, overwrite=True) as partial:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial.resolve() / STATE, state)
-        record = {"step": step, **position, "leaves": shapes_of(state)}
-        (partial / POSITION).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        write_manifest(partial)
-    for old in [other for other in steps_in(folder) if other != step][: -(keep - 1) or None]:
-        remove(step_folder(folder, old))
+    if distributed.several():
+        save_together(target, step, state, position)
+    else:
+        with new_folder(target, overwrite=True) as partial:
+            save_arrays(partial, state)
+            finish(partial, step, state, position)
+    if distributed.leader():
+        for old in [other for other in steps_in(folder) if other != step][: -(keep - 1) or None]:
+            remove(step_folder(folder, old))
     return target
+
+
+def save_arrays(partial: Path, state: Any) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(partial.resolve() / STATE, state)
+
+
+def finish(partial: Path, step: int, state: Any, position: dict[str, Any]) -> None:
+    """What makes a folder with arrays a checkpoint."""
+    record = {"step": step, **position, "leaves": shapes_of(state)}
+    (partial / POSITION).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    write_manifest(partial)
+
+
+def save_together(target: Path, step: int, state: Any, position: dict[str, Any]) -> None:
+    """`save_step` by several processes, which share the file system: each writes its arrays, process 0 the rest."""
+    partial = target.with_name(f".{target.name}.{distributed.shared_token(secrets.token_hex(4))}.partial")
+    distributed.by_leader(lambda: partial.mkdir(parents=True))
+    save_arrays(partial, state)
+
+    def complete() -> None:
+        finish(partial, step, state, position)
+        if target.exists():
+            remove(target)
+        partial.rename(target)
+
+    distributed.by_leader(complete)
 
 
 def shapes_of(state: Any) -> dict[str, str]:

@@ -28,6 +28,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from bimedix_jax import distributed
 from bimedix_jax.adapters import add_lora, is_trainable
 from bimedix_jax.checkpoint import buffers, hub
 from bimedix_jax.checkpoint.integrity import verify_manifest, write_manifest
@@ -96,11 +97,12 @@ def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
     return Path(folder)
 
 
-def restore(folder: str | Path, verify: bool = True) -> Mixtral:
+def restore(folder: str | Path, verify: bool = True, mapped: bool = False) -> Mixtral:
     """The model that `save` wrote, in the memory of the model itself.
 
     Args:
       verify: compare every file with the manifest first; reads the files once more.
+      mapped: leave the arrays in the files, as NumPy arrays that are read where they are used.
 
     Raises:
       BimedixError: the folder is not one of ours, is damaged, or its tensors do not fit its configuration.
@@ -108,11 +110,11 @@ def restore(folder: str | Path, verify: bool = True) -> Mixtral:
     folder = Path(folder)
     config = read_config(folder / MODEL_CONFIG, MODEL_FORMAT)
     if verify:
-        verify_manifest(folder)
+        distributed.by_leader(lambda: verify_manifest(folder))
     model = Mixtral(parse(MixtralConfig, config["config"], f"config in {folder}"), config["dtype"])
     lora = parse(LoraConfig | None, config["lora"], f"lora in {folder}")
     model = model if lora is None else add_lora(model, lora)
-    fill(model, read_folder(folder), config["nf4"], str(folder))
+    fill(model, read_folder(folder), config["nf4"], str(folder), mapped=mapped)
     model.origin = str(folder)
     return model
 
@@ -268,6 +270,7 @@ def fill(
     layouts: dict[str, Any],
     source: str,
     only: Collection[str] | None = None,
+    mapped: bool = False,
 ) -> None:
     """Reads every parameter, or those at the paths `only`, into `model`, one leaf at a time.
 
@@ -283,14 +286,15 @@ def fill(
         if name in layouts:
             layout = layouts[name] | {"unit_shape": tuple(layouts[name]["unit_shape"])}
             parts = {
-                part: take(left, f"{name}.{part}", source) if f"{name}.{part}" in left else None for part in NF4_PARTS
+                part: take(left, f"{name}.{part}", source, mapped) if f"{name}.{part}" in left else None
+                for part in NF4_PARTS
             }
             if parts["packed"] is None or parts["absmax"] is None:
                 raise BimedixError(f"{source} lacks parts of the 4-bit weight {name}; save the model again.")
             value = NF4Tensor(**parts, **layout)
             fits = value.shape == tuple(expected.shape)
         else:
-            value = take(left, name, source)
+            value = take(left, name, source, mapped)
             fits = (value.shape, value.dtype) == (tuple(expected.shape), expected.dtype)
         if not fits:
             raise BimedixError(
@@ -306,11 +310,13 @@ def fill(
         )
 
 
-def take(left: dict[str, StoredTensor], name: str, source: str) -> jax.Array:
-    """The tensor `name`, removed from `left`, as a jax array on memory that it is read into directly."""
+def take(left: dict[str, StoredTensor], name: str, source: str, mapped: bool) -> Any:
+    """The tensor `name`, removed from `left`, as a jax array on memory that it is read into, or left in the file."""
     if name not in left:
         raise BimedixError(f"{source} lacks the tensor {name}; save it again.")
     tensor = left.pop(name)
+    if mapped:
+        return np.memmap(tensor.path, tensor.dtype, "r", tensor.start, tensor.shape)
     return jax.device_put(tensor.read(out=buffers.aligned_empty(tensor.shape, tensor.dtype)))
 
 

@@ -59,7 +59,7 @@ class Config:
     """Weight of the load-balancing loss."""
     aux_scope: Literal["sequence", "micro_batch", "global"] | None = None
     """Tokens over which load is balanced."""
-    remat: Literal["none", "layer"] | None = None
+    remat: Literal["none", "experts", "layer"] | None = None
     """What the backward pass recomputes."""
     seed: int | None = None
     """Of the adapters' initial values and of the order of the rows."""
@@ -71,6 +71,8 @@ class Config:
     """Mode of the mirror in Weights & Biases."""
     set: tuple[str, ...] = ()
     """Any other field by its dotted name and a JSON value, such as optimiser.weight_decay=0.1 or lora=null."""
+    distributed: bool = False
+    """Join the other processes of this run, each started with the same options; needs a mesh and a shared --out."""
     dry_run: bool = False
     """Print the resolved experiment and leave."""
 
@@ -140,10 +142,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.dry_run:
         console.print_json(experiment.to_json())
         return {"experiment": experiment.to_dict()}
+    from bimedix_jax import distributed
     from bimedix_jax.training.loop import train
 
     progress = console if console.stderr else Console(stderr=True)
-    result = train(experiment, config.out, resume=config.resume, console=progress)
+    with distributed.joined(config.distributed):
+        result = train(experiment, config.out, resume=config.resume, console=progress)
     console.print(f"trained {result.steps} steps; {result.trained.name} in {result.trained}", highlight=False)
     return {
         "folder": str(result.folder),

@@ -1,28 +1,34 @@
 """The training loop: everything around the compiled step."""
 
+import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
-from bimedix_jax.adapters import add_lora
-from bimedix_jax.checkpoint.load import load
+from bimedix_jax import distributed
+from bimedix_jax.adapters import add_lora, coverage
+from bimedix_jax.checkpoint.load import read_model
 from bimedix_jax.checkpoint.steps import save_step
 from bimedix_jax.checkpoint.store import save, save_adapter
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
+from bimedix_jax.kernels import backends
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base
+from bimedix_jax.sharding import BATCH_AXES, COMPILER_OPTIONS, host_memory, make_mesh, place, take_back
+from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, is_finite, plain, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.progress import TrainingProgress, duration
-from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, micro_batches, open_rows
+from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
 from bimedix_jax.training.state import Params, Structure, TrainState, init_state, put_back, take_apart
 from bimedix_jax.training.step import make_eval_step, make_train_step
@@ -70,43 +76,80 @@ def train(
       BimedixError: something asked for is impossible, or the loss stopped being a number; nothing is saved then.
       Interrupted: Ctrl-C or SIGTERM, after the step in progress was saved.
     """
-    console = console or Console(stderr=True)
+    console = (console or Console(stderr=True)) if distributed.leader() else Console(quiet=True)
     folder = Path(out)
-    check_folder(folder, experiment, resume)
-    model = prepare_model(experiment, model)
-    rows = open_rows(experiment, model.config.vocab_size)
-    experiment = dataclasses.replace(experiment, steps=rows.steps)
-    check_fit(experiment, model)
+    distributed.by_leader(lambda: check_folder(folder, experiment, resume))
+    mesh = mesh_of(experiment)
+    with host_memory() if mesh else contextlib.nullcontext():
+        model = prepare_model(experiment, model, mesh)
+        rows = open_rows(experiment, model.config.vocab_size)
+        experiment = dataclasses.replace(experiment, steps=rows.steps)
+        check_fit(experiment, model)
+        covered = coverage(model).to_dict()
+    model = model if mesh is None else place(model, mesh)
     structure, params, frozen = take_apart(model)
     check_router_rate(experiment, params)
+    same = identity(frozen, rows.fingerprint, rows.steps)
+    feed = Feed(rows, experiment.batch, experiment.data.sequence_length, structure.layout)
     optimiser = make_optimiser(experiment.optimiser, rows.steps)
     state = init_state(params, optimiser)
-    begin(folder, experiment)
+    distributed.by_leader(lambda: begin(folder, experiment))
     if resume:
         state = resume_state(folder, state, console)
-    same = identity(frozen, rows.fingerprint, rows.steps)
     if int(state.step):
         check_identity(folder, same)
     if int(state.step) == rows.steps:
         console.print(f"all {rows.steps} steps are done already", highlight=False)
         last = read_metrics(folder)[-1]
     else:
-        step = make_train_step(structure, experiment, rows.steps, optimiser)
-        compiled, cost = compile_step(step, state, frozen, experiment, console)
-        write_run(folder, model, same, int(state.step), cost)
-        say_start(experiment, rows, int(state.step), console)
-        command = resume_command or f"bimedix train --resume --out {folder}"
-        state, last = run_steps(experiment, folder, rows, compiled, structure, state, frozen, console, command)
+        done, step = int(state.step), make_train_step(structure, experiment, rows.steps, optimiser)
+        with backends.use(**experiment.kernels.named()):
+            compiled, cost = compile_step(step, state, frozen, feed, console)
+            distributed.by_leader(lambda: write_run(folder, covered, same, done, cost))
+            say_start(experiment, rows, done, console)
+            command = resume_command or f"bimedix train --resume --out {folder}"
+            state, last = run_steps(experiment, folder, feed, compiled, structure, state, frozen, console, command)
     put_back(model, state.params)
-    if model.lora is not None:
-        trained = save_adapter(model, folder / "adapter", overwrite=True)
-    else:
-        trained = save(model, folder / "model", overwrite=True)
-    return TrainResult(model, folder, trained, rows.steps, last)
+    return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
 
 
-def prepare_model(experiment: Experiment, model: Mixtral | None) -> Mixtral:
-    """The base that the experiment names, or the given one, with the adapters that the experiment asks for."""
+def mesh_of(experiment: Experiment) -> Mesh | None:
+    """The devices that the experiment asks for.
+
+    Raises:
+      BimedixError: they are not these, or cannot divide the rows.
+    """
+    wanted = experiment.mesh
+    if wanted is None:
+        if distributed.several():
+            raise BimedixError("Several processes need a mesh over their devices; give mesh.fsdp, for example.")
+        return None
+    mesh = make_mesh(wanted.data, wanted.fsdp, wanted.expert, wanted.tensor)
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if experiment.batch.rows % parts:
+        raise BimedixError(
+            f"{experiment.batch.rows} rows of a micro-batch cannot be divided among the {parts} parts of this mesh; "
+            f"make batch.rows a multiple of {parts}, or mesh.tensor larger."
+        )
+    return mesh
+
+
+def save_trained(model: Mixtral, folder: Path) -> Path:
+    """Writes what was trained: the adapters, or the model where every parameter was."""
+    whole = take_back(model)  # by all processes, since each has a part
+    trained = folder / ("model" if model.lora is None else "adapter")
+    write = save if model.lora is None else save_adapter
+    distributed.by_leader(lambda: write(whole, trained, overwrite=True))
+    return trained
+
+
+def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | None) -> Mixtral:
+    """The base that the experiment names, or the given one, with the adapters that the experiment asks for.
+
+    For a mesh: in host memory, with what this process's devices need.
+    """
+    if model is not None and model.placement is not None:
+        raise BimedixError("The model lies on a mesh already; give train one that lies on one device.")
     source = experiment.model
     if model is None and source.random is not None:
         dtype = source.dtype or ("bfloat16" if source.base == "nf4" else source.base)
@@ -115,7 +158,7 @@ def prepare_model(experiment: Experiment, model: Mixtral | None) -> Mixtral:
     elif model is None:
         if source.path is None:
             raise BimedixError("The experiment names no model; give model.path, a folder or a hub id.")
-        model = load(source.path, base=source.base, dtype=source.dtype, revision=source.revision)
+        model = read_model(source.path, source.base, None, mesh, source.dtype, source.revision)
     wanted, found = experiment.lora, model.lora
     if found is None:
         return model if wanted is None else add_lora(model, wanted, experiment.seed)
@@ -145,15 +188,13 @@ def check_router_rate(experiment: Experiment, params: Params) -> None:
 
 
 def compile_step(
-    step: Any, state: TrainState, frozen: dict[str, Any], experiment: Experiment, console: Console
+    step: Any, state: TrainState, frozen: dict[str, Any], feed: Feed, console: Console
 ) -> tuple[Step, dict[str, Any]]:
-    """The compiled step, and its time and memory, which are printed once."""
-    shape = (experiment.batch.accumulation, experiment.batch.rows, experiment.data.sequence_length)
-    kinds = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
-    batch = {name: jax.ShapeDtypeStruct(shape, kind) for name, kind in kinds.items()}
-    with console.status("compiling the training step"):
+    """The compiled step, and its time and memory, which are printed once, and the backends of its kernels."""
+    with console.status("compiling the training step"), backends.recording() as picked:
         began = time.perf_counter()
-        compiled = step.lower(state, frozen, batch).compile()
+        options = None if feed.layout is None else COMPILER_OPTIONS.get(backends.platform())
+        compiled = step.lower(state, frozen, feed.abstract()).compile(compiler_options=options)
         seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     held, extra = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -162,7 +203,8 @@ def compile_step(
         f"{extra / 2**30:.2f} GiB working space",
         highlight=False,
     )
-    return compiled, {"compile_seconds": seconds, "argument_bytes": held, "temporary_bytes": extra}
+    cost = {"compile_seconds": seconds, "argument_bytes": held, "temporary_bytes": extra}
+    return compiled, {**cost, "kernels": picked.to_dict()}
 
 
 def say_start(experiment: Experiment, rows: Rows, step: int, console: Console) -> None:
@@ -177,7 +219,7 @@ def say_start(experiment: Experiment, rows: Rows, step: int, console: Console) -
 def run_steps(
     experiment: Experiment,
     folder: Path,
-    rows: Rows,
+    feed: Feed,
     step: Step,
     structure: Structure,
     state: TrainState,
@@ -186,18 +228,18 @@ def run_steps(
     resume_command: str,
 ) -> tuple[TrainState, dict[str, Any]]:
     """All steps that are left; returns the last state and line of metrics."""
-    evaluate = make_eval_step(structure)
+    evaluate, rows, speaks = make_eval_step(structure), feed.rows, distributed.leader()
     done, line = int(state.step), {}
     with (
         StopRequest(console) as stop,
-        MetricsLog(folder) as log,
-        Mirror(experiment, folder, done) as mirror,
+        MetricsLog(folder if speaks else None) as log,
+        Mirror(experiment if speaks else None, folder, done) as mirror,
         TrainingProgress(console, done, rows.steps) as progress,
     ):
         while done < rows.steps:
             began = time.perf_counter()
-            batch = micro_batches(checked(rows.batch(done), structure.vocab_size, done), experiment.batch.accumulation)
-            state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, batch))
+            batch = feed.put(checked(feed.read(done), structure.vocab_size, done))
+            state, metrics = step(state, frozen, batch)
             line = {"step": done + 1, **plain(metrics)}
             if not is_finite(line):
                 raise BimedixError(diverged(line, experiment, done))
@@ -205,14 +247,15 @@ def run_steps(
             seconds = time.perf_counter() - began
             line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
             if experiment.eval_every and done % experiment.eval_every == 0:
-                line |= measure_heldout(experiment, evaluate, state, frozen)
+                line |= measure_heldout(experiment, evaluate, state, frozen, feed)
             log.write(line)
             mirror.write(line)
             progress.update(line)
-            if stop.asked or done % experiment.checkpoint_every == 0 or done == rows.steps:
+            stopping = distributed.agree(stop.asked)
+            if stopping or done % experiment.checkpoint_every == 0 or done == rows.steps:
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
                 save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)
-            if stop.asked and done < rows.steps:
+            if stopping and done < rows.steps:
                 raise Interrupted(f"step {done} of {rows.steps} is saved; continue with `{resume_command}`")
     return state, line
 
@@ -238,11 +281,11 @@ def diverged(line: dict[str, Any], experiment: Experiment, done: int) -> str:
 
 
 def measure_heldout(
-    experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any]
+    experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any], feed: Feed
 ) -> dict[str, float]:
     """Held-out loss in nats per target."""
     nll, targets = 0.0, 0.0
     for batch in heldout_batches(experiment):
-        nll_sum, count = evaluate(state.params, frozen, jax.tree.map(jnp.asarray, batch))
+        nll_sum, count = evaluate(state.params, frozen, feed.put_whole(batch))
         nll, targets = nll + float(nll_sum), targets + float(count)
     return {"heldout_nll": nll / max(targets, 1.0), "heldout_targets": targets}

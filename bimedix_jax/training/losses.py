@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.cross_entropy import cross_entropy
+from bimedix_jax.models import mixtral, shards
+from bimedix_jax.models.axes import LENGTH
+
 Head = Callable[[jax.Array], jax.Array]
 """`model.head`: final hidden states [..., D] -> float32 logits [..., V]."""
 
@@ -35,10 +40,15 @@ def token_losses(
 ) -> Float[Array, "B T"]:
     """float32 -log p(target) in nats of every position.
 
-    `head` runs over chunks of the sequence and again in the backward pass, so that float32 logits exist for about
-    `chunk_tokens` tokens at a time.
+    On a CPU a model's own head runs over tiles of the vocabulary (kernels/cross_entropy). Otherwise `head` runs over
+    chunks of the sequence and again in the backward pass, so that float32 logits exist for about `chunk_tokens` tokens
+    at a time.
     """
     batch, length, _ = hidden_BTD.shape
+    weight_DV = head.weight_DV if isinstance(head, mixtral.Head) else None
+    if weight_DV is not None and backends.platform() == "cpu" and not shards.active():
+        states_ND = hidden_BTD.reshape(batch * length, -1)
+        return cross_entropy(states_ND, weight_DV, targets_BT.reshape(-1)).reshape(batch, length)
     width = min(length, max(1, chunk_tokens // batch))
     chunks = -(-length // width)
 
@@ -68,7 +78,7 @@ def next_token_loss(
     loss_mask_BT: Bool[Array, "B T"],
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(summed NLL in nats, number of targets), float32.
+    """(summed NLL in nats, number of targets), float32; on a shard, its own part of both.
 
     Args:
       hidden_BTD: `model.hidden(...).hidden_BTD`.
@@ -76,5 +86,7 @@ def next_token_loss(
       loss_mask_BT: True where the token is a learned target (not where one is predicted).
     """
     targets_BT, learned_BT = targets_of(tokens_BT, segment_ids_BT, loss_mask_BT)
+    # shards that hold the same rows take a part of each
+    hidden_BTD, targets_BT, learned_BT = (shards.own_part(LENGTH, x, 1) for x in (hidden_BTD, targets_BT, learned_BT))
     nll_BT = token_losses(head, hidden_BTD, targets_BT, chunk_tokens)
     return jnp.sum(jnp.where(learned_BT, nll_BT, 0.0)), jnp.sum(learned_BT, dtype=jnp.float32)

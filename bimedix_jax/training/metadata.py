@@ -13,10 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bimedix_jax.adapters import coverage
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import write_text
-from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.kernels.nf4 import NF4Tensor
 
 RUN = "run.json"
 PACKAGES = ("bimedix_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -24,18 +23,20 @@ PACKAGES = ("bimedix_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 @functools.partial(jax.jit, static_argnames="width")
 def weighted_sum(words: jax.Array, width: int) -> jax.Array:
-    """uint32 sum of the words, each times its odd position so that a swap shows too; fused, without a copy."""
-    bits = jax.lax.bitcast_convert_type(words, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).reshape(-1)
-    places = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2) + jnp.uint32(1)
-    return jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32)
+    """uint32 sum of the words, each times the odd number of its layer (its first axis); fused, without a copy."""
+    bits = jax.lax.bitcast_convert_type(words, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
+    sums_L = jnp.sum(bits.reshape(bits.shape[0], -1), axis=1, dtype=jnp.uint32)
+    places_L = jax.lax.iota(jnp.uint32, sums_L.size) * jnp.uint32(2) + jnp.uint32(1)
+    return jnp.sum(sums_L * places_L, dtype=jnp.uint32)
 
 
 def fingerprint(values: dict[str, Any]) -> str:
-    """Checksum of named arrays and NF4Tensors at the speed of memory: tells bases apart, no defence against malice."""
-    sums = {
-        name: [int(weighted_sum(leaf, leaf.dtype.itemsize)) for leaf in jax.tree.leaves(value)]
-        for name, value in sorted(values.items())
-    }
+    """Checksum of named arrays and NF4Tensors at the speed of memory: tells bases apart, no defence against malice.
+
+    It is the same on every mesh: of a 4-bit weight only the nibbles count, since cutting units re-codes their scales.
+    """
+    words = {name: v.packed if isinstance(v, NF4Tensor) else v for name, v in sorted(values.items())}
+    sums = {name: int(weighted_sum(leaf, leaf.dtype.itemsize)) for name, leaf in words.items()}
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
@@ -85,15 +86,16 @@ def check_identity(folder: Path, same: dict[str, Any]) -> None:
         )
 
 
-def write_run(folder: Path, model: Mixtral, same: dict[str, Any], step: int, cost: dict[str, Any]) -> None:
+def write_run(folder: Path, covered: dict[str, Any], same: dict[str, Any], step: int, cost: dict[str, Any]) -> None:
     """Writes run.json; a resumed run adds its start to those before.
 
     Args:
+      covered: the model's coverage table as a document.
       same: from `identity`.
       step: steps done at this start.
       cost: what compiling the step told.
     """
     earlier = json.loads((folder / RUN).read_text("utf-8"))["starts"] if (folder / RUN).exists() else []
     starts = [*earlier, {"step": step, **surroundings(), **cost}]
-    run = {**same, "coverage": coverage(model).to_dict(), "starts": starts}
+    run = {**same, "coverage": covered, "starts": starts}
     write_text(folder / RUN, json.dumps(run, indent=2) + "\n")

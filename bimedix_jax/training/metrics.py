@@ -41,15 +41,17 @@ def is_finite(metrics: dict[str, Any]) -> bool:
 
 
 class MetricsLog:
-    """Appends lines; each is on its way to the disk when `write` returns."""
+    """Appends lines; each is on its way to the disk when `write` returns. Without a folder it does nothing."""
 
-    def __init__(self, folder: Path):
-        self._file = (folder / METRICS).open("a", encoding="utf-8", newline="\n")
+    def __init__(self, folder: Path | None):
+        self._file = None if folder is None else (folder / METRICS).open("a", encoding="utf-8", newline="\n")
 
     def write(self, line: dict[str, Any]) -> None:
         """Raises ValueError for NaN and infinity, which JSON does not have."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps(line, allow_nan=False) + "\n"
+        if self._file is not None:
+            self._file.write(text)
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +59,8 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -32,7 +32,11 @@ def schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """AdamW on a flat {name: array}; the caller clips. Its state is two arrays a parameter and a count."""
+    optimiser = make_adamw(config, steps)
+    return optimiser if config.state_dtype == "float32" else stored_in_bfloat16(optimiser)
 
+
+def make_adamw(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
         # norms are stacked over layers, so their number of axes does not tell them from matrices; names do
         return {name: not name.endswith(".scale") for name in params}
@@ -54,6 +58,37 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
         return {name: update * ratio if ".router." in name else update for name, update in updates.items()}
 
     return optax.chain(adamw, optax.stateless(scale_router))
+
+
+def stored_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same optimiser, which computes in float32 and keeps its moments in bfloat16 between updates."""
+
+    def is_moment(leaf: Any) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if is_moment(x) else x, inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        exact = jax.tree.map(lambda x: x.astype(jnp.float32) if is_moment(x) else x, state)
+        updates, exact = inner.update(updates, exact, params)
+        count = next(leaf for leaf in jax.tree.leaves(exact) if jnp.issubdtype(leaf.dtype, jnp.integer))
+        return updates, jax.tree.map(lambda x: round_stochastically(x, count) if is_moment(x) else x, exact)
+
+    return optax.GradientTransformation(init, update)
+
+
+def round_stochastically(x: jax.Array, count: jax.Array) -> jax.Array:
+    """float32 as bfloat16, up or down with the probability that makes the mean exact.
+
+    A decay of 0.1 % a step is below half of bfloat16's spacing: rounded to nearest, a moment would never decay. The
+    choice is a hash of the value and of the number of the update, so a repeated run repeats it.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    mixed = (bits ^ (count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    up = jax.lax.bitcast_convert_type((bits + (mixed >> 16)) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
 
 
 def clip(gradients: dict[str, jax.Array], largest: float | None) -> tuple[dict[str, jax.Array], jax.Array]:

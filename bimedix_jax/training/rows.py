@@ -3,13 +3,11 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
-from bimedix_jax.files import sha256
 
 NumpyBatch = dict[str, np.ndarray]
 
@@ -19,12 +17,13 @@ class Rows:
     """What a run learns from.
 
     Attributes:
-      batch: step (from 0) -> tokens_BT, segment_ids_BT, loss_mask_BT with B = rows of a whole optimiser step.
+      batch: (step from 0, positions of rows in the batch of a whole optimiser step) -> tokens_BT, segment_ids_BT and
+        loss_mask_BT of these rows.
       steps: steps of the run.
       fingerprint: of the data; a resumed run must have the same.
     """
 
-    batch: Callable[[int], NumpyBatch]
+    batch: Callable[[int, np.ndarray], NumpyBatch]
     steps: int
     fingerprint: str
 
@@ -41,13 +40,13 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
         rows = synthetic(data.synthetic_rows, data.sequence_length, vocab_size, experiment.seed)
         digest = hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest()
         return Rows(
-            lambda step: {name: x[np.arange(step * size, (step + 1) * size) % len(x)] for name, x in rows.items()},
+            lambda step, positions: {name: x[(step * size + positions) % len(x)] for name, x in rows.items()},
             steps,
             digest,
         )
     if data.path is None:
         raise BimedixError("The experiment names no data; give a packed folder (`bimedix data pack` writes one).")
-    from bimedix_jax.data import loader, pack
+    from bimedix_jax.data import loader
 
     check_length(data.path, data.sequence_length)
     batches = loader.batches(data.path, size, experiment.seed, epochs=experiment.epochs)
@@ -57,7 +56,7 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
             f"{steps} steps are more than the {len(batches)} that {experiment.epochs} epochs of {data.path} have; "
             "lower steps, or leave epochs out so that the data repeat."
         )
-    return Rows(batches.__getitem__, steps, sha256(Path(data.path) / pack.ROWS))
+    return Rows(batches.at, steps, loader.fingerprint(data.path))
 
 
 def check_length(folder: str, sequence_length: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bimedix_jax import distributed
 from bimedix_jax.checkpoint.steps import newest_valid, restore_step, steps_in
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, differences, read
@@ -63,7 +64,7 @@ def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainStat
     else:
         console.print(f"{folder} has no checkpoint yet: starting from the beginning", highlight=False)
     step = int(state.step)
-    side = rewind(folder, step)
+    side = rewind(folder, step) if distributed.leader() else None
     if side is not None:
         console.print(
             f"metrics of steps after {step} were moved to {side.name}; those steps are taken again", highlight=False

@@ -11,6 +11,7 @@ from flax import nnx
 
 from bimedix_jax.adapters import is_trainable
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.sharding import Layout
 
 Params = dict[str, jax.Array]
 
@@ -36,6 +37,7 @@ class Structure:
     """Everything of a model but its values: what a jitted function closes over without holding any array."""
 
     vocab_size: int
+    layout: Layout | None
     graph: nnx.GraphDef
     variables: tuple[tuple[tuple, nnx.Variable], ...]
 
@@ -59,7 +61,8 @@ def take_apart(model: Mixtral) -> tuple[Structure, Params, dict[str, Any]]:
     parts = [list(nnx.to_flat_state(part)) for part in (trained, rest)]
     params, frozen = ({dotted(path): variable.get_value() for path, variable in part} for part in parts)
     hollow = tuple((path, variable.replace(None)) for part in parts for path, variable in part)
-    return Structure(model.config.vocab_size, graph, hollow), params, frozen
+    placement: Any = model.placement  # sharding.place put it there
+    return Structure(model.config.vocab_size, placement, graph, hollow), params, frozen
 
 
 def init_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:

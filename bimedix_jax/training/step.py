@@ -15,12 +15,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.experiment import Experiment, RouterTraining
+from bimedix_jax.models import shards
+from bimedix_jax.models.axes import BATCH, LENGTH
 from bimedix_jax.models.config import Remat
 from bimedix_jax.models.linear import with_dropout
 from bimedix_jax.models.mixtral import Output
 from bimedix_jax.models.routers import Load, Routing, load_balancing_loss, load_of, router_z_loss
+from bimedix_jax.sharding import AXES, BATCH_AXES, Layout
 from bimedix_jax.training.losses import next_token_loss, targets_of
 from bimedix_jax.training.optimiser import clip, schedule
 from bimedix_jax.training.state import Params, Structure, TrainState
@@ -49,13 +53,16 @@ class Totals:
 
 
 def totals_of(batch_A: Batch, load: Load | None) -> Totals:
+    """Of the rows on all shards."""
     _, learned = jax.vmap(targets_of)(batch_A["tokens_BT"], batch_A["segment_ids_BT"], batch_A["loss_mask_BT"])
     valid = batch_A["segment_ids_BT"] != 0
 
     def count(x: jax.Array) -> jax.Array:
-        return jnp.sum(x, dtype=jnp.float32)
+        return shards.sum_over(BATCH, jnp.sum(x, dtype=jnp.float32))
 
-    return Totals(count(learned), count(valid), count(valid.any(-1)), count(valid.any((-1, -2))), load)
+    # a micro-batch with a token on any shard is one part
+    parts = shards.sum_over(BATCH, valid.any((-1, -2)).astype(jnp.int32)) > 0
+    return Totals(count(learned), count(valid), count(valid.any(-1)), jnp.sum(parts, dtype=jnp.float32), load)
 
 
 def share(part: jax.Array, whole: jax.Array) -> jax.Array:
@@ -64,20 +71,23 @@ def share(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 
 def expert_counts(routing: Routing, valid_BT: jax.Array) -> jax.Array:
-    """float32 [L, E]: times each expert was chosen in each layer, padding excluded."""
+    """float32 [L, E]: times each expert was chosen in each layer on all shards, padding excluded."""
     experts = routing.logits_LBTE.shape[-1]
     chosen_LBTE = jnp.sum(jax.nn.one_hot(routing.experts_LBTK, experts, dtype=jnp.float32), axis=-2)
-    return jnp.sum(chosen_LBTE * valid_BT.astype(jnp.float32)[None, :, :, None], axis=(1, 2))
+    counts_LE = jnp.sum(chosen_LBTE * valid_BT.astype(jnp.float32)[None, :, :, None], axis=(1, 2))
+    return shards.sum_over(BATCH, counts_LE)
 
 
 def balance_part(out: Output, valid_BT: jax.Array, scope: str, totals: Totals) -> jax.Array:
-    """A micro-batch's share of the step's load-balancing loss: the shares add up to it."""
-    if scope == "global":
-        total = totals.load or load_of(out.routing, valid_BT)
-        return load_balancing_loss(out.routing, valid_BT, "global", total)
+    """A micro-batch's share, on this shard, of the step's load-balancing loss: the shares add up to it."""
     if scope == "sequence":
         return load_balancing_loss(out.routing, valid_BT, "sequence") * share(jnp.sum(valid_BT.any(-1)), totals.rows)
-    return load_balancing_loss(out.routing, valid_BT, "micro_batch") * share(valid_BT.any(), totals.parts)
+    # choices and number of tokens are those of all shards, the probabilities those of this one
+    load = jax.lax.stop_gradient(shards.sum_over(BATCH, load_of(out.routing, valid_BT)))
+    if scope == "global":
+        return load_balancing_loss(out.routing, valid_BT, "global", totals.load or load)
+    part = load_balancing_loss(out.routing, valid_BT, "global", load)
+    return part * share((load.tokens > 0).astype(jnp.float32), totals.parts)
 
 
 def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[jax.Array, dict]]:
@@ -91,14 +101,16 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
     ) -> tuple[jax.Array, dict]:
         model = structure.merge(params, frozen)
         if key is not None:
-            with_dropout(model, key)
+            with_dropout(model, jax.random.fold_in(key, shards.index(BATCH)) if shards.active() else key)
         tokens_BT, segment_ids_BT = micro["tokens_BT"], micro["segment_ids_BT"]
         out = model.hidden(tokens_BT, segment_ids_BT, remat=remat)
         valid_BT = segment_ids_BT != 0
+        model.gather_head()
         nll_sum, _ = next_token_loss(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
         nll = share(nll_sum, totals.targets)
-        aux = balance_part(out, valid_BT, router.aux_scope, totals)
-        z = router_z_loss(out.routing.logits_LBTE, valid_BT) * share(jnp.sum(valid_BT), totals.tokens)
+        copies = shards.count(LENGTH)  # shards of the same rows: each takes its tokens' NLL, all compute these
+        aux = balance_part(out, valid_BT, router.aux_scope, totals) / copies
+        z = router_z_loss(out.routing.logits_LBTE, valid_BT) * share(jnp.sum(valid_BT), totals.tokens) / copies
         loss = nll + router.aux_loss_coef * aux + router.z_loss_coef * z
         counts_LE = expert_counts(out.routing, valid_BT)
         return loss, {"loss": loss, "nll": nll, "aux_loss": aux, "z_loss": z, "counts_LE": counts_LE}
@@ -109,16 +121,17 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
 def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[Params, dict]]:
     """gradient(params, frozen, batch_A, key) -> (float32 gradients by name, sums for the metrics) of a whole step.
 
-    `key` turns on the adapters' dropout, which every micro-batch draws anew.
+    `key` turns on the adapters' dropout, which every micro-batch draws anew. On a mesh, parameters and gradients
+    lie as the model's layout says, the rows of a micro-batch are divided, and what comes out is that of all devices.
     """
     differentiate = jax.grad(make_objective(structure, router, remat), has_aux=True)
 
     def load_of_part(params: Params, frozen: dict[str, Any], micro: Batch, key: jax.Array | None) -> Load:
         model = structure.merge(params, frozen)
         if key is not None:
-            with_dropout(model, key)
+            with_dropout(model, jax.random.fold_in(key, shards.index(BATCH)) if shards.active() else key)
         out = model.hidden(micro["tokens_BT"], micro["segment_ids_BT"])
-        return load_of(out.routing, micro["segment_ids_BT"] != 0)
+        return shards.sum_over(BATCH, load_of(out.routing, micro["segment_ids_BT"] != 0))
 
     def gradient(
         params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None = None
@@ -143,7 +156,35 @@ def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) ->
             )
         return gradients, {**sums, "targets": totals.targets, "tokens": totals.tokens}
 
-    return gradient
+    layout = structure.layout
+    return gradient if layout is None else on_mesh(gradient, layout)
+
+
+def on_mesh(gradient: Callable[..., tuple[Params, dict]], layout: Layout) -> Callable[..., tuple[Params, dict]]:
+    """`gradient` over the shards of a placed model, summed over devices."""
+    every = tuple(name for name in AXES if layout.mesh.shape[name] > 1)
+
+    def on_shard(params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None) -> tuple[Params, dict]:
+        gradients, sums = gradient(params, frozen, batch_A, key)
+        for name, spec in layout.specs(params).items():
+            divided = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
+            alike = tuple(axis for axis in every if axis not in divided)  # devices that hold the same parameter
+            gradients[name] = jax.lax.psum(gradients[name], alike) if alike else gradients[name]
+        local = ("loss", "nll", "aux_loss", "z_loss")
+        summed = jax.lax.psum({name: sums[name] for name in local}, every)
+        return gradients, sums | summed
+
+    def sharded(
+        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None = None
+    ) -> tuple[Params, dict]:
+        specs = layout.specs(params)
+        rows = jax.tree.map(lambda _: P(None, BATCH_AXES), batch_A)
+        run = layout.over_shards(
+            on_shard, (specs, layout.specs(frozen), rows, None if key is None else P()), (specs, P())
+        )
+        return run(params, frozen, batch_A, key)
+
+    return sharded
 
 
 def load_spread(counts_LE: jax.Array) -> dict[str, jax.Array]:
@@ -186,8 +227,19 @@ def make_eval_step(structure: Structure) -> Callable[[Params, dict[str, Any], Ba
     def evaluate(params: Params, frozen: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = structure.merge(params, frozen)
         out = model.hidden(batch["tokens_BT"], batch["segment_ids_BT"])
-        return next_token_loss(
+        model.gather_head()
+        sums = next_token_loss(
             model.head, out.hidden_BTD, batch["tokens_BT"], batch["segment_ids_BT"], batch["loss_mask_BT"]
         )
+        return shards.sum_over(LENGTH, shards.sum_over(BATCH, sums))
 
-    return jax.jit(evaluate)
+    layout = structure.layout
+    if layout is None:
+        return jax.jit(evaluate)
+
+    def sharded(params: Params, frozen: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        rows = jax.tree.map(lambda _: P(BATCH_AXES), batch)
+        run = layout.over_shards(evaluate, (layout.specs(params), layout.specs(frozen), rows), P())
+        return run(params, frozen, batch)
+
+    return jax.jit(sharded)

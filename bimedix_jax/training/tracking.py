@@ -13,14 +13,16 @@ from bimedix_jax.experiment import Experiment
 
 
 class Mirror:
-    """Logs each line of metrics.jsonl; does nothing in mode "disabled".
+    """Logs each line of metrics.jsonl; does nothing in mode "disabled", and without an experiment.
 
     Raises:
       BimedixError: wandb was asked for and cannot start.
     """
 
-    def __init__(self, experiment: Experiment, folder: Path, step: int):
-        self.run = None if experiment.tracking.mode == "disabled" else start(experiment, folder, step)
+    def __init__(self, experiment: Experiment | None, folder: Path, step: int):
+        self.run = None
+        if experiment is not None and experiment.tracking.mode != "disabled":
+            self.run = start(experiment, folder, step)
 
     def write(self, line: dict[str, Any]) -> None:
         if self.run is not None:

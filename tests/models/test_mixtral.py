@@ -163,8 +163,9 @@ def test_remat_changes_no_gradient(model: Mixtral, tokens: np.ndarray) -> None:
     def spread(state: nnx.State, remat: Remat) -> jax.Array:
         return nnx.merge(graph, state)(tokens, remat=remat).logits_BTV.std()
 
-    grads = [jax.jit(jax.grad(spread), static_argnums=1)(state, remat) for remat in get_args(Remat)]
-    jax.tree.map(lambda a, b: close(a, b), *grads)
+    first, *others = (jax.jit(jax.grad(spread), static_argnums=1)(state, remat) for remat in get_args(Remat))
+    for other in others:
+        jax.tree.map(close, other, first)
 
 
 def test_nf4_base_is_the_dequantised_base(model: Mixtral, tokens: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import OptimiserConfig
-from bimedix_jax.training.optimiser import clip, make_optimiser, schedule
+from bimedix_jax.training.optimiser import clip, make_optimiser, round_stochastically, schedule
 
 
 def test_schedule():
@@ -84,3 +84,41 @@ def test_the_routers_have_a_rate_of_their_own():
     np.testing.assert_array_equal(both[other], moved(slow)[other])
     with pytest.raises(BimedixError, match="leave them out"):
         OptimiserConfig(router_learning_rate=0.0)
+
+
+def test_rounding_is_exact_on_average():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=256).astype(np.float32)) * 1e-3
+    counts = jnp.arange(4096)
+    rounded = jax.jit(jax.vmap(lambda count: round_stochastically(x, count)))(counts).astype(jnp.float32)
+    spacing = jnp.abs(x) * 2**-7
+    assert bool(jnp.all(jnp.abs(rounded - x[None]) <= spacing[None])), "a neighbour, up or down"
+    np.testing.assert_allclose(jnp.mean(rounded - x[None], axis=0) / spacing, 0, atol=0.04)
+    special = jnp.asarray([0.0, jnp.inf, -jnp.inf, 1.5])
+    np.testing.assert_array_equal(round_stochastically(special, jnp.int32(7)).astype(jnp.float32), special)
+    assert bool(jnp.isnan(round_stochastically(jnp.float32(jnp.nan), jnp.int32(7))))
+
+
+def test_moments_in_bfloat16_take_half_the_memory_and_still_decay():
+    """With beta2 0.999 a step changes the second moment by less than bfloat16 resolves."""
+    start = {"w": jnp.zeros((16, 16))}
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(50, 16, 16)).astype(np.float32))
+
+    def run(dtype):
+        optimiser = make_optimiser(OptimiserConfig(learning_rate=1e-3, warmup_steps=0, state_dtype=dtype), 1000)
+
+        def step(carry, gradient):
+            params, state = carry
+            updates, state = optimiser.update({"w": gradient}, state, params)
+            return (jax.tree.map(jnp.add, params, updates), state), None
+
+        gradients = jnp.concatenate([noise, jnp.zeros((650, 16, 16))])
+        (params, state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, gradients))((start, optimiser.init(start)))
+        return params["w"], state
+
+    (exact, full), (close, half) = run("float32"), run("bfloat16")
+    moments, halves = ([x for x in jax.tree.leaves(state) if x.ndim == 2] for state in (full, half))
+    assert [x.dtype for x in halves] == [jnp.bfloat16] * 2
+    assert sum(x.nbytes for x in halves) * 2 == sum(x.nbytes for x in moments)
+    second, rounded = moments[1], halves[1].astype(jnp.float32)
+    assert float(jnp.mean(rounded) / jnp.mean(second)) == pytest.approx(1, abs=0.02)
+    assert float(jnp.linalg.norm(close - exact) / jnp.linalg.norm(exact)) < 0.05

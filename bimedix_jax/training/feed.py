@@ -1,0 +1,79 @@
+"""Rows of a run on its devices; each process reads the rows of its own devices only."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bimedix_jax.experiment import BatchConfig
+from bimedix_jax.sharding import BATCH_AXES, Layout
+from bimedix_jax.training.rows import NumpyBatch, Rows, micro_batches
+
+KINDS = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Where the rows of a step go.
+
+    Attributes:
+      layout: of the model on a mesh; None on one device.
+    """
+
+    rows: Rows
+    batch: BatchConfig
+    length: int
+    layout: Layout | None
+
+    def sharding(self, *lead: None) -> NamedSharding | None:
+        """Of rows with these axes before them."""
+        return None if self.layout is None else NamedSharding(self.layout.mesh, P(*lead, BATCH_AXES))
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The batch of a step, as the compiler needs it: [A, B, T]."""
+        shape = (self.batch.accumulation, self.batch.rows, self.length)
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(None)) for name, kind in KINDS.items()}
+
+    def own_rows(self) -> np.ndarray:
+        """Rows of a micro-batch that this process's devices hold, ascending."""
+        sharding = self.sharding()
+        if sharding is None:
+            return np.arange(self.batch.rows)
+        indices = sharding.addressable_devices_indices_map((self.batch.rows, self.length)).values()
+        return np.unique(np.concatenate([np.arange(self.batch.rows)[index[0]] for index in indices if index]))
+
+    def read(self, step: int) -> NumpyBatch:
+        """This process's rows of all micro-batches of a step, [A * own, T]."""
+        starts = np.arange(self.batch.accumulation) * self.batch.rows
+        return self.rows.batch(step, (starts[:, None] + self.own_rows()[None]).reshape(-1))
+
+    def put(self, batch: NumpyBatch) -> dict[str, jax.Array]:
+        """What `read` gave, on the devices: [A, B, T] in all."""
+        parts, sharding = micro_batches(batch, self.batch.accumulation), self.sharding(None)
+        if sharding is None:
+            return jax.tree.map(jnp.asarray, parts)
+        place = {row: number for number, row in enumerate(self.own_rows().tolist())}
+
+        def own(x: np.ndarray, index: Any) -> np.ndarray:
+            return x[:, [place[row] for row in range(self.batch.rows)[index[1]]]]
+
+        return {
+            name: jax.make_array_from_callback(
+                (self.batch.accumulation, self.batch.rows, self.length), sharding, lambda index, x=x: own(x, index)
+            )
+            for name, x in parts.items()
+        }
+
+    def put_whole(self, batch: NumpyBatch) -> dict[str, jax.Array]:
+        """Rows [B, T] that every process has read, on the devices."""
+        sharding = self.sharding()
+        if sharding is None:
+            return jax.tree.map(jnp.asarray, batch)
+        return {
+            name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+            for name, x in batch.items()
+        }

@@ -1,0 +1,127 @@
+"""A stack of equal layers as one loop, in the form that XLA:CPU runs fast.
+
+XLA:CPU moves 16-bit floats as float32: in a loop, every dynamic slice of a stack of bfloat16 weights converts the whole
+stack first, and every update of a stack of bfloat16 residuals rewrites all of it. Integers of 16 bits move as they are,
+so whatever is stacked (weights, and what the backward pass keeps of each layer) is stacked as its bits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.products import from_bits, to_bits
+from bimedix_jax.models import shards
+
+Body = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+"""body(constants, x, layer) -> (next x, what is stacked over layers)."""
+
+
+def run_stack(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    """`x` through all layers, whose arrays are stacked on their leading axes.
+
+    Differentiable in x and in floating-point arrays of `layers`; not in `constants`, which `body` must not close over
+    either.
+    """
+    if backends.platform() != "cpu" or shards.active():
+        return lax.scan(lambda x, layer: body(constants, x, layer), x, layers)
+    return scan_bits(body, constants, x, layers)
+
+
+def all_to_bits(tree: Any) -> Any:
+    return jax.tree.map(to_bits, tree)
+
+
+def all_from_bits(bits: Any, like: Any) -> Any:
+    """Inverse of `all_to_bits`; `like` is a tree of the same structure with the dtypes."""
+    return jax.tree.map(lambda leaf, model: from_bits(leaf, model.dtype), bits, like)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scan_bits(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    """lax.scan over bits."""
+
+    def step(x: jax.Array, bits: Any) -> tuple[jax.Array, Any]:
+        x, out = body(constants, x, all_from_bits(bits, layers))
+        return x, all_to_bits(out)
+
+    x, outs = lax.scan(step, x, all_to_bits(layers))
+    _, like = jax.eval_shape(lambda: body(constants, x, jax.tree.map(lambda leaf: leaf[0], layers)))
+    return x, all_from_bits(outs, like)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What the backward pass needs of all layers.
+
+    Attributes:
+      own: arrays that the layers computed, stacked, as bits.
+      constants, layers: as they were given.
+      dtypes: of `own` before they became bits.
+      sources: of each array that one layer's backward pass reads, ("own" | "constants" | "layers", place there).
+      tree: how that backward pass is put together from these.
+    """
+
+    own: list[Any]
+    constants: Any
+    layers: Any
+    dtypes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    sources: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})
+    tree: Any = dataclasses.field(metadata={"static": True})
+
+
+def forward(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[tuple[jax.Array, Any], Kept]:
+    notes: dict[str, Any] = {}
+
+    def step(x: jax.Array, bits: Any) -> tuple[jax.Array, Any]:
+        layer = all_from_bits(bits, layers)
+        (x, out), pull = jax.vjp(lambda x, layer: body(constants, x, layer), x, layer)
+        leaves, notes["tree"] = jax.tree.flatten(pull)
+        given = {id(leaf): ("constants", i) for i, leaf in enumerate(jax.tree.leaves(constants))}
+        given |= {id(leaf): ("layers", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
+        own = [leaf for leaf in leaves if id(leaf) not in given]
+        places = {id(leaf): ("own", i) for i, leaf in enumerate(own)} | given
+        notes["sources"] = tuple(places[id(leaf)] for leaf in leaves)
+        notes["dtypes"] = tuple(str(leaf.dtype) for leaf in own)
+        notes["out"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), out)
+        return x, (all_to_bits(out), all_to_bits(own))
+
+    x, (outs, own) = lax.scan(step, x, all_to_bits(layers))
+    kept = Kept(own, constants, layers, notes["dtypes"], notes["sources"], notes["tree"])
+    return (x, all_from_bits(outs, notes["out"])), kept
+
+
+def backward(body: Body, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple[Any, jax.Array, Any]:
+    del body
+    dx, douts = cotangents
+    like, structure = jax.tree.flatten(kept.layers)
+    differentiable = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in like]
+
+    def step(dx: jax.Array, bits: Any) -> tuple[jax.Array, Any]:
+        own, layer, dout = bits
+        found = {
+            "own": [from_bits(leaf, jnp.dtype(dtype)) for leaf, dtype in zip(own, kept.dtypes, strict=True)],
+            "constants": jax.tree.leaves(kept.constants),
+            "layers": all_from_bits(jax.tree.leaves(layer), like),
+        }
+        pull = jax.tree.unflatten(kept.tree, [found[where][place] for where, place in kept.sources])
+        dx, dlayer = pull((dx, dout))
+        return dx, [g for g, keep in zip(jax.tree.leaves(dlayer), differentiable, strict=True) if keep]
+
+    dx, floating = lax.scan(step, dx, (kept.own, all_to_bits(kept.layers), douts), reverse=True)
+    rest = iter(floating)
+    dlayers = [
+        next(rest) if keep else np.zeros(leaf.shape, jax.dtypes.float0)
+        for leaf, keep in zip(like, differentiable, strict=True)
+    ]
+    return None, dx, jax.tree.unflatten(structure, dlayers)
+
+
+scan_bits.defvjp(forward, backward)

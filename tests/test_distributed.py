@@ -1,0 +1,123 @@
+"""Several processes on the loopback: the losses of one, a death that the others notice, launchers, wrong settings."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | more
+
+
+def command(folder: Path, steps: int, *more: str) -> list[str]:
+    words = [sys.executable, "-m", "bimedix_jax", "train", "smoke", "--out", str(folder), "--steps", str(steps)]
+    words += ["--rows", "2", "--wandb", "disabled", "--checkpoint-every", "2"]
+    return [*words, "--set", 'mesh={"fsdp": 2}', "batch.accumulation=2", *more]
+
+
+def start_two(folder: Path, steps: int, *more: str) -> list[subprocess.Popen]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    started = []
+    for number in range(2):
+        own = {"BIMEDIX_COORDINATOR": address, "BIMEDIX_PROCESSES": "2", "BIMEDIX_PROCESS": str(number)}
+        with (folder.parent / f"{number}.log").open("w") as log:
+            words = [*command(folder, steps, *more), "--distributed"]
+            started.append(subprocess.Popen(words, env=environment(1, **own), stderr=log))
+    return started
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_as_one_and_resume(tmp_path):
+    subprocess.run(command(tmp_path / "one", 4), env=environment(2), check=True, capture_output=True)
+    running = start_two(tmp_path / "two", 4)
+    codes = [process.wait(timeout=300) for process in running]
+    assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert (tmp_path / "two" / "adapter" / "manifest.json").is_file()
+    assert not list((tmp_path / "two").rglob("*.partial")), "nothing half-written is left"
+    # what two processes saved, one continues
+    subprocess.run(
+        [sys.executable, "-m", "bimedix_jax", "train", "--out", str(tmp_path / "two"), "--resume"],
+        env=environment(2),
+        check=True,
+        capture_output=True,
+    )
+
+
+def test_when_a_process_dies_the_others_stop_and_say_so(tmp_path):
+    running = start_two(tmp_path / "run", 100_000)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 240
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert time.monotonic() < deadline
+            assert running[0].poll() is None
+            time.sleep(0.2)
+        running[1].send_signal(signal.SIGKILL)
+        code = running[0].wait(timeout=120)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    words = (tmp_path / "0.log").read_text()
+    assert code != 0
+    assert "another process of this run has stopped" in words or "coordination service" in words.lower(), words[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"BIMEDIX_COORDINATOR": "127.0.0.1:1"}, "BIMEDIX_PROCESSES, BIMEDIX_PROCESS is not"),
+        (
+            {"BIMEDIX_COORDINATOR": "127.0.0.1:1", "BIMEDIX_PROCESSES": "2", "BIMEDIX_PROCESS": "2"},
+            "There is no process 2 of 2",
+        ),
+    ],
+)
+def test_settings_that_cannot_be(settings, message, monkeypatch):
+    from bimedix_jax import distributed
+    from bimedix_jax.errors import BimedixError
+
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BimedixError, match=message):
+        distributed.start()
+
+
+def test_the_ssh_launcher_starts_every_host(tmp_path):
+    """A stand-in for ssh writes down what it was asked to run."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')
+    ssh.chmod(0o755)
+    subprocess.run(
+        ["bash", str(ROOT / "scripts/launch/ssh.sh"), "alpha beta", "smoke", "--out", "a folder"],
+        env=os.environ | {"BIMEDIX_SSH": str(ssh)},
+        check=True,
+    )
+    lines = sorted((tmp_path / "ssh.log").read_text().splitlines())
+    assert [line.split()[0] for line in lines] == ["alpha", "beta"]
+    for number, line in enumerate(lines):
+        assert "BIMEDIX_COORDINATOR=alpha:7733" in line
+        assert f"BIMEDIX_PROCESS={number} " in line
+        assert line.endswith(r"bimedix train smoke --out a\ folder --distributed")
+
+
+@pytest.mark.parametrize("name", ["slurm", "tpu_pod", "ssh"])
+def test_a_launcher_without_arguments_says_how(name):
+    ran = subprocess.run(["bash", str(ROOT / f"scripts/launch/{name}.sh")], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "sbatch" in ran.stderr or f"scripts/launch/{name}.sh" in ran.stderr

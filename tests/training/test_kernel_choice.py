@@ -1,0 +1,28 @@
+"""An experiment names backends of kernels, and a run says which ones ran."""
+
+import json
+
+import pytest
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import KernelChoice, from_dict
+from bimedix_jax.training.loop import train
+
+
+def test_the_named_backend_runs_and_is_recorded(experiment, tmp_path):
+    plan = experiment(steps=2, kernels=KernelChoice(grouped_matmul="ragged_dot", grouped_low_rank="grouped"))
+    train(plan, tmp_path / "run")
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    picked = facts["starts"][0]["kernels"]
+    assert picked["grouped_matmul"] == ["ragged_dot"]
+    assert picked["grouped_low_rank"] == ["grouped"]
+    assert json.loads((tmp_path / "run/config.json").read_text())["kernels"]["grouped_matmul"] == "ragged_dot"
+
+
+def test_a_name_that_does_not_exist_is_refused(experiment):
+    plain = experiment().to_dict()
+    plain["kernels"]["grouped_matmul"] = "fastest"
+    with pytest.raises(BimedixError, match=r"kernels\.grouped_matmul is 'fastest'; choose one of xla, ragged_dot, tri"):
+        from_dict(plain)
+    del plain["kernels"]
+    assert from_dict(plain).kernels == KernelChoice()
