@@ -11,21 +11,29 @@ from typing import Any
 
 from bimedix_jax.errors import BimedixError
 
-A100_80GB = (
-    "gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
-    "shared_memory_per_core: 167936 threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64 "
+GPU = (
+    "gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
+    "shared_memory_per_core: {shared} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: {fpus} "
     "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 "
-    "memory_bandwidth: 2039000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41 device_memory_size: 84929347584 "
-    "shared_memory_per_block_optin: 166912 cuda_compute_capability { major: 8 minor: 0 } "
-    "registers_per_core_limit: 65536 registers_per_block_limit: 65536 } "
-    'platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } '
-    'device_description_str: "NVIDIA A100-SXM4-80GB"'
+    "memory_bandwidth: {bandwidth} l2_cache_size: {cache} clock_rate_ghz: {clock} device_memory_size: {memory} "
+    "shared_memory_per_block_optin: {block} cuda_compute_capability {{ major: {capability} minor: 0 }} "
+    "registers_per_core_limit: 65536 registers_per_block_limit: 65536 }} "
+    'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 patch: 0 }} '
+    'device_description_str: "{name}"'
 )
-"""What XLA asks to know of an A100-SXM4-80GB (numbers: NVIDIA A100 data sheet and CUDA C++ Programming Guide, compute
-capability 8.0)."""
+"""What XLA asks to know of a GPU."""
 
-TARGETS = {"a100-80gb": A100_80GB}
-"""GPUs by name."""
+A100 = {"shared": 167936, "cores": 108, "fpus": 64, "cache": 41943040, "clock": 1.41, "block": 166912, "capability": 8}
+"""NVIDIA A100 data sheet and CUDA C++ Programming Guide, compute capability 8.0."""
+H100 = {"shared": 233472, "cores": 132, "fpus": 128, "cache": 52428800, "clock": 1.98, "block": 232448, "capability": 9}
+"""NVIDIA H100 data sheet and CUDA C++ Programming Guide, compute capability 9.0."""
+
+TARGETS = {
+    "a100-80gb": GPU.format(name="NVIDIA A100-SXM4-80GB", bandwidth=2039000000000, memory=84929347584, **A100),
+    "a100-40gb": GPU.format(name="NVIDIA A100-SXM4-40GB", bandwidth=1555200000000, memory=42331013120, **A100),
+    "h100-80gb": GPU.format(name="NVIDIA H100 80GB HBM3", bandwidth=3352320000000, memory=84942979072, **H100),
+}
+"""GPUs by name; bytes of memory as their drivers report them (openxla/xla, xla/backends/gpu/target_config/specs)."""
 
 TOPOLOGIES = {
     "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},

@@ -21,7 +21,7 @@ def test_the_smallest_slice_is_taken() -> None:
 
 
 def test_what_is_not_known() -> None:
-    with pytest.raises(BimedixError, match="No description of v4; known are a100-80gb, v5e, v5p"):
+    with pytest.raises(BimedixError, match="No description of v4; known are a100-80gb, a100-40gb, h100-80gb, v5e, v5p"):
         devices("v4")
     with pytest.raises(BimedixError, match="largest v5e slice known has 256 chips, fewer than 257"):
         devices("v5e", 257)

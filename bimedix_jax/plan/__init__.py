@@ -1,0 +1,1 @@
+"""`bimedix plan`: compiles the real steps for absent hardware, and says what they need and how long they take."""

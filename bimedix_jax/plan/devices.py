@@ -1,0 +1,134 @@
+"""Facts of the devices that can be planned for, with their sources, and what of them is assumed to be reached."""
+
+import dataclasses
+import re
+from typing import Any
+
+from bimedix_jax.errors import BimedixError
+
+GIB = 2**30
+NVIDIA_A100 = "NVIDIA A100 data sheet (2021); DGX A100: 8 GPUs on NVSwitch, eight 200 Gb/s InfiniBand ports"
+NVIDIA_H100 = "NVIDIA H100 data sheet (2022); DGX H100: 8 GPUs on NVSwitch, eight 400 Gb/s InfiniBand ports"
+GOOGLE_V5E = "Google Cloud TPU documentation, TPU v5e: 197 TFLOP/s, 16 GB at 819 GB/s, 1,600 Gb/s ICI over 4 links"
+GOOGLE_V5P = "Google Cloud TPU documentation, TPU v5p: 459 TFLOP/s, 95 GB at 2,765 GB/s, 4,800 Gb/s ICI over 6 links"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+      platform: "gpu" or "tpu".
+      memory_bytes: that a program may use: of a GPU 95 % (the rest is for the CUDA context, NCCL and cuBLAS; JAX must
+        be told so by XLA_PYTHON_CLIENT_MEM_FRACTION=0.95), of a TPU what its compiler allows.
+      bfloat16_flops, float32_flops: peak FLOP/s of dense matrix products. float32: TF32 on GPUs; on TPUs six passes of
+        bfloat16 (JAX's precision HIGHEST).
+      bandwidth: of its memory, bytes/s.
+      link_bandwidth: bytes/s that it sends to the others of its node (GPU: NVLink, one direction) or slice (TPU: a ring
+        over the two links of one axis).
+      node: devices that `link_bandwidth` holds among.
+      node_bandwidth: bytes/s that each device sends beyond its node.
+      launch_seconds: between the end of one kernel and the start of the next.
+    """
+
+    name: str
+    platform: str
+    memory_bytes: int
+    bfloat16_flops: float
+    float32_flops: float
+    bandwidth: float
+    link_bandwidth: float
+    node: int
+    node_bandwidth: float
+    launch_seconds: float
+    source: str
+
+
+A100: dict[str, Any] = {
+    "platform": "gpu",
+    "bfloat16_flops": 312e12,
+    "float32_flops": 156e12,
+    "link_bandwidth": 3e11,
+    "node": 8,
+}
+A100 |= {"node_bandwidth": 25e9, "launch_seconds": 2e-6, "source": NVIDIA_A100}
+H100: dict[str, Any] = {
+    "platform": "gpu",
+    "bfloat16_flops": 989e12,
+    "float32_flops": 494e12,
+    "link_bandwidth": 4.5e11,
+    "node": 8,
+}
+H100 |= {"node_bandwidth": 50e9, "launch_seconds": 2e-6, "source": NVIDIA_H100}
+V5E: dict[str, Any] = {
+    "platform": "tpu",
+    "bfloat16_flops": 197e12,
+    "float32_flops": 197e12 / 6,
+    "link_bandwidth": 1e11,
+    "node": 256,
+}
+V5E |= {"node_bandwidth": 3.1e9, "launch_seconds": 5e-7, "source": GOOGLE_V5E}
+V5P: dict[str, Any] = {
+    "platform": "tpu",
+    "bfloat16_flops": 459e12,
+    "float32_flops": 459e12 / 6,
+    "link_bandwidth": 2e11,
+    "node": 8960,
+}
+V5P |= {"node_bandwidth": 6.2e9, "launch_seconds": 5e-7, "source": GOOGLE_V5P}
+
+DEVICES = {
+    "a100-80gb": Device("a100-80gb", memory_bytes=int(0.95 * 84929347584), bandwidth=2.039e12, **A100),
+    "a100-40gb": Device("a100-40gb", memory_bytes=int(0.95 * 42331013120), bandwidth=1.555e12, **A100),
+    "h100-80gb": Device("h100-80gb", memory_bytes=int(0.95 * 84942979072), bandwidth=3.35e12, **H100),
+    "v5e": Device("v5e", memory_bytes=int(15.75 * GIB), bandwidth=8.19e11, **V5E),
+    "v5p": Device("v5p", memory_bytes=95 * GIB, bandwidth=2.765e12, **V5P),
+}
+"""What `--devices NAME:COUNT` knows. `hardware.py` holds what the compilers are told of the same devices."""
+
+MATMUL_SHARE = 0.7
+"""Of the peak FLOP/s that dense products reach: large 16-bit GEMMs of cuBLAS and of XLA:TPU reach 0.7 to 0.85."""
+KERNEL_SHARE = 0.5
+"""Of the peak FLOP/s that our kernels on packed weights reach. Not measured on any of these devices."""
+MEMORY_SHARE = 0.8
+"""Of the bandwidth of HBM that kernels reach."""
+NETWORK_SHARE = 0.75
+"""Of the bandwidth of links that collectives reach: NCCL's rings come to about 230 of 300 GB/s on A100s."""
+
+
+def assumptions(device: Device) -> dict[str, float | str]:
+    """What every predicted time rests on, as it is printed beside it."""
+    return {
+        "dense products reach, of peak FLOP/s": MATMUL_SHARE,
+        "our kernels reach, of peak FLOP/s (never measured on this device)": KERNEL_SHARE,
+        "kernels reach, of memory bandwidth": MEMORY_SHARE,
+        "collectives reach, of link bandwidth": NETWORK_SHARE,
+        "seconds between two kernels": device.launch_seconds,
+        "overlap": "a kernel takes the longer of its FLOPs and its bytes, kernels follow one another; a collective "
+        "runs beside them only where the compiled schedule starts it earlier than it waits for it",
+        "peaks and bandwidths": device.source,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """So many devices of a kind."""
+
+    device: Device
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.device.name}:{self.count}"
+
+
+def target(text: str) -> Target:
+    """`a100-80gb:8` as a target; one device where no number is given.
+
+    Raises:
+      BimedixError: an unknown device, or no number behind the colon.
+    """
+    match = re.fullmatch(r"([\w-]+?)(?::(\d+))?", text)
+    if match is None or match[1] not in DEVICES or match[2] == "0":
+        raise BimedixError(f"{text} is no target; write NAME:COUNT with a NAME among {', '.join(DEVICES)}.")
+    return Target(DEVICES[match[1]], int(match[2] or 1))

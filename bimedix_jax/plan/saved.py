@@ -1,0 +1,45 @@
+"""What the forward pass of a compiled training step keeps for the backward pass."""
+
+from bimedix_jax.plan.hlo import Computation, Instruction, Program, trip_count, unwrapped
+
+
+def saved_bytes(program: Program, layers: int) -> int:
+    """Bytes of the arrays with an entry for each layer that the forward pass's loop over layers fills, one at a time.
+
+    They exist until the backward pass has used them: the inputs of rematerialised layers, or what is kept of others.
+    """
+    found = 0
+    for computation in program.computations.values():
+        for loop in computation.instructions.values():
+            if loop.opcode == "while" and is_forward(loop) and trip_count(program, computation, loop) == layers:
+                found = max(found, stacked_bytes(program, program.callee(loop, "body"), layers))
+    return found
+
+
+def is_forward(loop: Instruction) -> bool:
+    """Whether a loop belongs to a forward pass that is differentiated: JAX writes both into the name."""
+    return "jvp(" in loop.op_name and "transpose(" not in loop.op_name
+
+
+def stacked_bytes(program: Program, body: Computation, layers: int) -> int:
+    carried = unwrapped(body, body.root)
+    total = 0
+    for name in dict.fromkeys(carried.operands):
+        element = unwrapped(body, body.instructions[name])
+        if len(element.shapes) == 1 and element.shapes[0].dims[:1] == (layers,) and is_update(program, body, element):
+            total += element.shapes[0].nbytes
+    return total
+
+
+def is_update(program: Program, computation: Computation, value: Instruction) -> bool:
+    """Whether it is an array with a part replaced, perhaps inside of a fusion."""
+    value = unwrapped(computation, value)
+    if value.opcode == "dynamic-update-slice":
+        return True
+    if value.opcode == "fusion":
+        inside = program.callee(value)
+        return is_update(program, inside, inside.root)
+    if value.opcode == "get-tuple-element" and computation.operand(value, 0).opcode == "fusion":
+        inside = program.callee(computation.operand(value, 0))
+        return is_update(program, inside, inside.operand(inside.root, int(value.attribute("index") or 0)))
+    return False

@@ -1,0 +1,189 @@
+"""The real steps, compiled for devices that are not there: training, prefill and decoding."""
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import Experiment, MeshConfig
+from bimedix_jax.generate import Sampling, State, _prefill, _step
+from bimedix_jax.kernels import backends
+from bimedix_jax.models.attention import KVCache
+from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.padding import bucket
+from bimedix_jax.quantise import quantise_base
+from bimedix_jax.sharding import BATCH_AXES, COMPILER_OPTIONS, make_mesh, place
+from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.state import TrainState, take_apart
+from bimedix_jax.training.step import make_train_step
+
+STEPS = 10_000
+"""Of a run; the schedule's length does not change the program."""
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|exceeds the memory|Ran out of memory")
+USED = re.compile(r"Used (?P<size>[\d.]+)(?P<unit>[KMGT]?)i?B? of")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One step for one device of a target.
+
+    Attributes:
+      text: of the compiled program; None where the compiler ran out of the device's memory.
+      held: bytes of the arguments on each device, by what they are.
+      peak_bytes: arguments, results and temporaries at their highest; where the compiler gave up, what it said it
+        needs, if it said it.
+      seconds: that lowering and compiling took.
+    """
+
+    text: str | None
+    held: dict[str, int]
+    peak_bytes: int | None
+    seconds: float
+
+    @property
+    def compiles(self) -> bool:
+        return self.text is not None
+
+
+def abstract_model(config: MixtralConfig, experiment: Experiment) -> Mixtral:
+    """The experiment's model without storage: base, precision and adapters."""
+    source = experiment.model
+    model = Mixtral(config, source.dtype or ("bfloat16" if source.base == "nf4" else source.base))
+    model = quantise_base(model) if source.base == "nf4" else model
+    return model if experiment.lora is None else add_lora(model, experiment.lora)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of abstract arrays on each device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """An abstract model on absent devices, and how arrays that every device holds lie there."""
+
+    model: Mixtral
+    everywhere: Any
+    rows: Any
+
+
+def on_devices(model: Mixtral, experiment: Experiment, devices: list[Any]) -> Placed:
+    """The model on the mesh that the experiment asks for; on a single device without a mesh, as training does it.
+
+    Raises:
+      BimedixError: the mesh does not fit the devices, the rows or the model.
+    """
+    if len(devices) == 1 and experiment.mesh is None:
+        single = SingleDeviceSharding(devices[0])
+        graph, state = nnx.split(model)
+        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), state)
+        return Placed(nnx.merge(graph, whole), single, single)
+    sizes = experiment.mesh or MeshConfig()  # all devices share the storage of everything
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.expert, sizes.tensor, devices)
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if experiment.batch.rows % parts:
+        raise BimedixError(
+            f"{experiment.batch.rows} rows of a micro-batch cannot be divided among {parts} devices; set batch.rows to "
+            f"a multiple of {parts} (and batch.accumulation to match), or give a mesh.tensor."
+        )
+    return Placed(place(model, mesh), NamedSharding(mesh, P()), NamedSharding(mesh, P(None, BATCH_AXES)))
+
+
+def optimiser_state(optimiser: optax.GradientTransformation, params: dict[str, Any], everywhere: Any) -> Any:
+    """The abstract state of an optimiser; what it keeps for a parameter lies as the parameter does."""
+
+    def shard(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in params), None)
+        same = name is not None and params[name].shape == leaf.shape
+        sharding = params[name].sharding if name is not None and same else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(shard, jax.eval_shape(optimiser.init, params))
+
+
+def training_arguments(
+    config: MixtralConfig, experiment: Experiment, devices: list[Any]
+) -> tuple[tuple[TrainState, dict[str, Any], dict[str, Any]], Any]:
+    """((state, frozen parameters, batch), the jitted step that takes them), all without storage."""
+    lying = on_devices(abstract_model(config, experiment), experiment, devices)
+    structure, params, frozen = take_apart(lying.model)
+    optimiser = make_optimiser(experiment.optimiser, STEPS)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=lying.everywhere)
+    state = TrainState(params, optimiser_state(optimiser, params, lying.everywhere), count)
+    shape = (experiment.batch.accumulation, experiment.batch.rows, experiment.data.sequence_length)
+    kinds = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=lying.rows) for name, kind in kinds.items()}
+    return (state, frozen, batch), make_train_step(structure, experiment, STEPS, optimiser)
+
+
+def training_step(config: MixtralConfig, experiment: Experiment, devices: list[Any], platform: str) -> Compiled:
+    """The optimiser step of an experiment on so many devices."""
+    (state, frozen, batch), step = training_arguments(config, experiment, devices)
+    held = {"base": frozen, "adapters": state.params, "optimiser": state.optimiser, "batch": batch}
+    return compile_for(platform, held, step, state, frozen, batch)
+
+
+def inference_steps(
+    config: MixtralConfig, experiment: Experiment, devices: list[Any], platform: str, rows: int, length: int
+) -> tuple[Compiled, Compiled]:
+    """(prefill of `rows` prompts of `length` tokens, one decoding step behind them), greedy, with the adapters on."""
+    lying = on_devices(abstract_model(config, experiment), experiment, devices)
+    model, everywhere = lying.model, lying.everywhere
+    graph, weights = nnx.split(model)
+    sampling, slots = Sampling.of(), bucket(length + 1)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=everywhere)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=everywhere)
+    cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, model.dtype))
+    token, count = jax.eval_shape(lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32)))
+    state: Any = State(cache, token, None, count)
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
+    held = {"base": weights}
+    prefill = compile_for(platform, held, _prefill, graph, weights, ids, ids, sampling, key, slots)
+    decode = compile_for(platform, held | {"cache": state.cache}, _step, graph, weights, state, sampling, key)
+    return prefill, decode
+
+
+def compile_for(platform: str, held: dict[str, Any], function: Any, *arguments: Any) -> Compiled:
+    """The compiled program, or what its compiler says of memory that does not suffice."""
+    began = time.perf_counter()
+    sizes = {name: local_bytes(tree) for name, tree in held.items()}
+    with backends.use(platform=platform):
+        lowered = function.lower(*arguments)
+        try:
+            compiled = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform))
+        except jax.errors.JaxRuntimeError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            used = USED.search(str(error))
+            needed = int(float(used["size"]) * UNITS[used["unit"]]) if used else None
+            return Compiled(None, sizes, needed, time.perf_counter() - began)
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise BimedixError("XLA says nothing of the memory of this program, so that nothing can be planned.")
+    # a TPU's compiler has checked its own sum; ours would count what it keeps in other memories
+    needed = memory.peak_memory_in_bytes if platform == "tpu" else peak(memory)
+    return Compiled(compiled.as_text(), sizes, needed, time.perf_counter() - began)
+
+
+def peak(memory: Any) -> int:
+    """Bytes at the highest; results that take the place of donated arguments count once."""
+    whole = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return int(whole)

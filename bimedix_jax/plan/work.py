@@ -1,0 +1,260 @@
+"""FLOPs and bytes of HBM of one instruction of a compiled program.
+
+FLOPs are those of matrix products: `dot`, the `convolution` that a TPU's compiler makes of it, and the grids of our own
+kernels. Everything else (norms, softmax, dequantisation outside of kernels) counts by the bytes that it moves.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+
+from bimedix_jax.codegen_gpu import GRADIENT, TILE, kernel_flops
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
+
+KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
+ROW_TYPES = ("bf16", "f16", "f32")
+OPAQUE_PRODUCTS = re.compile(r"cublas|cudnn|onednn|gemm|conv", re.IGNORECASE)
+"""Custom calls of libraries that multiply matrices; XLA uses none of them where it cannot time them first."""
+GRID = re.compile(r"grid_x = (\d+) : i32, grid_y = (\d+)")
+MOSAIC_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+WINDOW = re.compile(r"(\w+)=([\w-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one run of an instruction.
+
+    Attributes:
+      total: of all tiles, whether rows fill them or not.
+      filled: of the rows and columns that the operands have.
+      single: those of `total` whose operands are float32.
+      kernel: whether they are those of a kernel of ours.
+    """
+
+    total: float = 0.0
+    filled: float = 0.0
+    single: float = 0.0
+    kernel: bool = False
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(
+            self.total + other.total,
+            self.filled + other.filled,
+            self.single + other.single,
+            self.kernel or other.kernel,
+        )
+
+
+def flops_of(program: Program, computation: Computation, instruction: Instruction) -> Flops:
+    """FLOPs of one run, those of a fusion's inside included.
+
+    Raises:
+      BimedixError: it is a kernel that nothing is known of.
+    """
+    if instruction.opcode == "dot":
+        return dense(computation, instruction, dot_flops(computation, instruction))
+    if instruction.opcode == "convolution":
+        return dense(computation, instruction, convolution_flops(computation, instruction))
+    if instruction.opcode == "custom-call":
+        return kernel_call(instruction)
+    if instruction.opcode == "fusion":
+        inside = program.callee(instruction)
+        return sum((flops_of(program, inside, i) for i in inside.instructions.values()), Flops())
+    return Flops()
+
+
+def dense(computation: Computation, instruction: Instruction, flops: float) -> Flops:
+    kind = computation.operand(instruction, 0).shapes[0].dtype
+    return Flops(flops, flops, flops if kind in ("f32", "f64") else 0.0)
+
+
+def dot_flops(computation: Computation, instruction: Instruction) -> float:
+    left = computation.operand(instruction, 0).shapes[0].dims
+    axes = instruction.attribute("lhs_contracting_dims") or ""
+    return 2.0 * instruction.shapes[0].size * math.prod(left[int(i)] for i in axes.split(",") if i)
+
+
+def convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    """2 * outputs * inputs of each, without the positions of the window that lie in the padding.
+
+    A TPU's compiler writes products with several batch or output axes as convolutions whose windows are mostly padding.
+    """
+    left, right, out = (
+        computation.operand(instruction, 0).shapes[0].dims,
+        computation.operand(instruction, 1).shapes[0].dims,
+        instruction.shapes[0].dims,
+    )
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels") or "")
+    if labels is None:
+        raise BimedixError(f"The convolution {instruction.name} has no dim_labels; XLA prints another format.")
+    window = dict(WINDOW.findall(instruction.attribute("window") or ""))
+    positions = 1
+    for axis in sorted(set(labels[1]) - {"b", "f"}):
+        place = int(axis)
+        operands = ((left, labels[1]), (right, labels[2]), (out, labels[3]))
+        size, kernel, outputs = (dims[names.index(axis)] for dims, names in operands)
+        positions *= window_positions(size, kernel, outputs, *window_axis(window, place))
+    batch, features = out[labels[3].index("b")], out[labels[3].index("f")]
+    inputs = right[labels[2].index("i")]
+    groups = int(instruction.attribute("batch_group_count") or 1)
+    return 2.0 * batch * features * inputs * positions / groups
+
+
+def window_axis(window: dict[str, str], place: int) -> tuple[int, int, int, int]:
+    """(stride, low padding, dilation of the left operand, dilation of the window) of one axis."""
+
+    def value(name: str, default: str) -> str:
+        return window[name].split("x")[place] if name in window else default
+
+    low = int(value("pad", "0_0").rpartition("_")[0])
+    return int(value("stride", "1")), low, int(value("lhs_dilate", "1")), int(value("rhs_dilate", "1"))
+
+
+def window_positions(size: int, kernel: int, out: int, stride: int, low: int, spread: int, step: int) -> int:
+    """Pairs of an output and a window position that meet an element of the left operand."""
+    found = 0
+    for k in range(kernel):
+        # the place read is o * stride + k * step - low; it must be a multiple of `spread` within the operand
+        first = k * step - low
+        if stride == 1 and spread == 1:
+            found += max(0, min(out, size - first) - max(0, -first))
+        else:
+            places = (o * stride + first for o in range(out))
+            found += sum(place % spread == 0 and 0 <= place < size * spread for place in places)
+    return found
+
+
+def kernel_call(instruction: Instruction) -> Flops:
+    """FLOPs of a custom call: by its grid where it is a kernel of ours, none where it multiplies nothing."""
+    target = instruction.attribute("custom_call_target") or ""
+    target = target.strip('"')
+    if target == MOSAIC:
+        estimate = MOSAIC_FLOPS.search(instruction.attributes)
+        if estimate is None:
+            raise BimedixError(f"The kernel {instruction.op_name} states no FLOPs; give it a cost_estimate.")
+        total = float(estimate[1])
+        return Flops(total, min(total, mosaic_filled(instruction)), kernel=True) if total else Flops()
+    if target == TRITON:
+        return triton_call(instruction)
+    if OPAQUE_PRODUCTS.search(target):
+        raise BimedixError(f"The compiled program calls {target}, whose FLOPs are not counted.")
+    return Flops()
+
+
+def kernel_operands(instruction: Instruction) -> list[Shape]:
+    listed = re.search(r"operand_layout_constraints=\{((?:[^{}]|\{[^{}]*\})*)\}", instruction.attributes)
+    return list(parse_shapes(listed[1])) if listed else []
+
+
+def triton_call(instruction: Instruction) -> Flops:
+    part, grid = TILE.search(instruction.op_name), GRID.search(instruction.attributes)
+    if part is None or grid is None:
+        raise BimedixError(f"The compiled program calls {instruction.op_name}, whose FLOPs are not counted.")
+    # the first operand that is no tile's row or expert is x: [rows, contracted columns]
+    x = next(shape for shape in kernel_operands(instruction) if shape.dtype in ("bf16", "f16", "f32"))
+    rows, columns = x.dims
+    out = instruction.shapes[0].dims
+    is_gradient = part["kernel"] == GRADIENT
+    tile = (int(part["m"]), int(part["n"]), int(part["k"]))
+    total = float(kernel_flops(part["kernel"], tile, (int(grid[1]), int(grid[2])), rows if is_gradient else columns))
+    filled = 2.0 * rows * columns * out[-1]
+    return Flops(total, min(total, filled), total if x.dtype == "f32" else 0.0, kernel=True)
+
+
+def mosaic_filled(instruction: Instruction) -> float:
+    """FLOPs of the rows that a grouped product of mosaic_tpu.py has: x [M, K] times [E, K, N], or its gradient."""
+    x = next(shape for shape in kernel_operands(instruction) if len(shape.dims) == 2 and shape.dtype in ("bf16", "f32"))
+    out = instruction.shapes[0].dims
+    return 2.0 * x.dims[0] * x.dims[1] * out[-1]
+
+
+READ_IN_PART = ("dynamic-slice", "slice", "gather")
+FREE = ("bitcast", "tuple", "get-tuple-element", "reshape")
+
+
+def bytes_of(program: Program, computation: Computation, instruction: Instruction) -> float:
+    """Bytes of HBM that one run reads and writes, each operand once; slices and updates in place by what they touch."""
+    if instruction.opcode in ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"):
+        return started(instruction) if len(instruction.shapes) > 1 else 2.0 * sum(map(nbytes, instruction.shapes))
+    if instruction.opcode == "copy-start":
+        return started(instruction)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * nbytes(computation.operand(instruction, 1).shapes[0])
+    if (
+        instruction.opcode == "custom-call"
+        and (instruction.attribute("custom_call_target") or "").strip('"') in KERNELS
+    ):
+        operands = [computation.instructions[name].shapes[0] for name in instruction.operands]
+        return kernel_read(operands) + written(program, instruction)
+    if instruction.opcode in ("broadcast", "iota", "rng-bit-generator"):
+        return written(program, instruction)
+    read = sum(
+        read_bytes(program, computation.instructions[name], instruction, place)
+        for place, name in enumerate(instruction.operands)
+    )
+    return read + written(program, instruction)
+
+
+def kernel_read(operands: list[Shape]) -> float:
+    """Bytes of its operands that a kernel of ours reads: with fewer rows than experts, those of as many experts."""
+    rows = next((shape.dims[0] for shape in operands if len(shape.dims) == 2 and shape.dtype in ROW_TYPES), 1)
+    return float(sum(nbytes(x) * (min(1.0, rows / x.dims[0]) if len(x.dims) > 2 else 1.0) for x in operands))
+
+
+def nbytes(shape: Shape) -> int:
+    """Bytes of HBM; what lies in another memory counts nothing."""
+    return shape.nbytes if shape.space == MAIN_MEMORY else 0
+
+
+def started(instruction: Instruction) -> float:
+    """Bytes of a transfer between memories, of (source, target, context) or (target, source, context)."""
+    moved = min((shape.nbytes for shape in instruction.shapes[:2]), default=0)
+    return float(sum(moved for shape in instruction.shapes[:2] if shape.space == MAIN_MEMORY))
+
+
+def read_bytes(program: Program, operand: Instruction, user: Instruction, place: int) -> float:
+    """Bytes that `user` reads of its operand `place`."""
+    whole = float(sum(map(nbytes, operand.shapes)))
+    if user.opcode != "fusion" or not whole or len(operand.shapes) != 1:
+        return whole
+    inside = program.callee(user)
+    return min(whole, part_read(program, inside, inside.parameters[place], whole))
+
+
+def part_read(program: Program, computation: Computation, value: Instruction, whole: float) -> float:
+    """Bytes that a fused computation reads of a value of `whole` bytes: slices of it where all its users slice."""
+    total = 0.0
+    for user in computation.users[value.name]:
+        if user.opcode in READ_IN_PART and user.operands[0] == value.name:
+            total += sum(shape.nbytes for shape in user.shapes)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue  # updated in place
+        elif user.opcode in FREE:
+            total += 0.0 if user.is_root and user.opcode == "tuple" else part_read(program, computation, user, whole)
+        elif user.opcode == "fusion":
+            inside = program.callee(user)
+            places = [place for place, name in enumerate(user.operands) if name == value.name]
+            total += sum(part_read(program, inside, inside.parameters[place], whole) for place in places)
+        else:
+            return whole
+    return min(total, whole)
+
+
+def written(program: Program, instruction: Instruction) -> float:
+    """Bytes of the results; of an update in place, of what it updates."""
+    if instruction.opcode != "fusion":
+        return float(sum(map(nbytes, instruction.shapes)))
+    inside = program.callee(instruction)
+    root = inside.root
+    parts = [inside.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = 0.0
+    for part, shape in itertools.zip_longest(parts, instruction.shapes):
+        while part is not None and part.opcode in ("bitcast", "reshape"):
+            part = inside.operand(part, 0)
+        if part is not None and part.opcode == "dynamic-update-slice" and shape is not None:
+            total += min(inside.operand(part, 1).shapes[0].nbytes, nbytes(shape))
+        elif shape is not None:
+            total += nbytes(shape)
+    return total

@@ -1,0 +1,105 @@
+"""Compiling the real steps: what each device holds, what fits, and what the command prints."""
+
+import json
+
+import jax
+import pytest
+
+from bimedix_jax import cli
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import override
+from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.plan import hlo, saved, step
+from bimedix_jax.presets import smoke
+
+CPUS = jax.devices()[:2]
+
+
+def architecture(experiment) -> MixtralConfig:
+    assert experiment.model.random is not None
+    return experiment.model.random
+
+
+def test_what_each_device_holds_and_what_the_forward_pass_keeps():
+    """Two devices hold half of everything that can be divided; the kept inputs of layers are those of one row."""
+    experiment = override(smoke(), {"batch.rows": 2, "batch.accumulation": 1})
+    config = architecture(experiment)
+    one, two = (step.training_step(config, experiment, CPUS[:count], "cpu") for count in (1, 2))
+    for part in ("base", "adapters", "optimiser"):
+        assert 0.5 * one.held[part] <= two.held[part] < 0.62 * one.held[part]
+    assert one.held["optimiser"] == pytest.approx(2 * one.held["adapters"], abs=16)
+    assert one.peak_bytes is not None
+    assert two.peak_bytes is not None
+    assert sum(one.held.values()) < one.peak_bytes
+    kept = [saved.saved_bytes(hlo.parse(done.text), config.num_layers) for done in (one, two)]
+    inputs = config.num_layers * 64 * config.hidden_size * 4
+    assert inputs <= kept[1] < 1.6 * inputs
+    assert kept[0] == pytest.approx(2 * kept[1], rel=0.01)
+
+
+def test_moments_in_bfloat16_take_half():
+    experiment = override(smoke(), {"optimiser.state_dtype": "bfloat16"})
+    (state, _, _), _ = step.training_arguments(architecture(experiment), experiment, CPUS[:1])
+    assert step.local_bytes(state.optimiser) == pytest.approx(step.local_bytes(state.params), abs=16)
+
+
+def test_rows_that_cannot_be_divided_are_an_error():
+    experiment = override(smoke(), {"batch.rows": 3})
+    with pytest.raises(
+        BimedixError, match=r"3 rows of a micro-batch cannot be divided among 2 devices; set batch\.rows"
+    ):
+        step.training_arguments(architecture(experiment), experiment, CPUS)
+
+
+def test_a_compiler_that_runs_out_of_memory_says_what_it_needs():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+            )
+
+    class Step:
+        def lower(self):
+            return Lowered()
+
+    done = step.compile_for("tpu", {}, Step())
+    assert not done.compiles
+    assert done.peak_bytes == int(20.5 * 2**30)
+
+
+SMALL = {
+    "batch.rows": 1,
+    "batch.accumulation": 1,
+    "model.random.hidden_size": 128,
+    "model.random.intermediate_size": 128,
+    "model.random.num_layers": 2,
+    "model.dtype": "bfloat16",
+}
+
+
+def test_the_command(capsys, tmp_path):
+    (tmp_path / "small.json").write_text(override(smoke(), SMALL).to_json())
+    words = ["plan", str(tmp_path / "small.json"), "--devices", "a100-80gb:1", "--prompt-tokens", "16", "--json"]
+    assert cli.main(words) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is True
+    assert plan["changed"] == []
+    assert sum(plan["parts"].values()) == plan["peak_bytes_per_device"]
+    assert set(plan["parts"]) == {"base", "adapters", "optimiser", "batch", "activations", "temporaries"}
+    named = sum(plan["useful_parts"].values()) + sum(plan["excess_flops"].values())
+    assert named == pytest.approx(plan["flops"])
+    assert plan["flops"] > plan["useful_flops"] > 0
+    assert plan["hours"] == pytest.approx(632e6 * 2 / plan["tokens_per_s"] / 3600)
+    assert plan["step_seconds"] >= plan["roofline"]["compute_seconds"]
+    for name in ("prefill", "decode"):
+        assert plan[name]["fits"]
+        assert plan[name]["flops"] >= 0.9 * plan[name]["useful_flops"] > 0
+
+
+def test_what_is_wrong_is_named(capsys):
+    assert cli.main(["plan", "--devices", "b200:8"]) == 1
+    assert "b200:8 is no target" in capsys.readouterr().err
+    assert cli.main(["plan", "nothing", "--devices", "v5e:8"]) == 1
+    assert "neither a preset" in capsys.readouterr().err
+    assert cli.main(["plan", "--devices", "a100-80gb:8", "--set", "data.sequence_length=65536"]) == 1
+    assert "lower data.sequence_length" in capsys.readouterr().err
