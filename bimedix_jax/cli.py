@@ -31,12 +31,28 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upcycle": ("make a mixture of experts from a dense Llama model", "bimedix_jax.commands.upcycle"),
     "coverage": ("every tensor with its bits, its adapter and what trains", "bimedix_jax.commands.coverage"),
     "data assemble": ("published data sets into checked records", "bimedix_jax.commands.data_assemble"),
+    "data translate": (
+        "English records into Arabic, scored, refined and queued for review",
+        "bimedix_jax.commands.data_translate",
+    ),
+    "data mix": (
+        "records in both languages into one training set at an exact ratio",
+        "bimedix_jax.commands.data_mix",
+    ),
+    "data review": (
+        "translations to reviewers and back, agreement and error bounds",
+        "bimedix_jax.commands.data_review",
+    ),
+    "data chats": ("consultations from exam questions, with their answers kept", "bimedix_jax.commands.data_chats"),
     "data pack": ("records into rows of tokens, ready for training", "bimedix_jax.commands.data_pack"),
     "data stats": ("what a set of records holds, by language, kind and source", "bimedix_jax.commands.data_stats"),
     "eval run": ("held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
     "chat": ("talk with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
+    "plan": ("memory, work and time of a run on devices that need not be here", "bimedix_jax.commands.plan"),
     "bench moe": ("speed of the experts' matrix products on this machine", "bimedix_jax.commands.bench_moe"),
+    "bench train": ("speed of training steps, against transformers + peft", "bimedix_jax.commands.bench_train"),
+    "bench decode": ("speed of prefill and decoding, against transformers", "bimedix_jax.commands.bench_decode"),
 }
 
 GLOBAL_FLAGS = {

@@ -1,0 +1,173 @@
+"""The model that whole-model benchmarks run, and our side of them: a training step, a prefill, a decoding step."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.experiment import DataSource, Experiment, ModelSource, OptimiserConfig, RouterTraining
+from bimedix_jax.generate import Sampling, decode
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
+from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.quantise import quantise_base
+from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.state import init_state, take_apart
+from bimedix_jax.training.step import make_train_step
+
+
+def architecture(vocabulary: int, width: int, hidden: int, layers: int, head_dim: int) -> MixtralConfig:
+    """A Mixtral of 8 experts, 2 of them a token, whose key heads each serve 4 query heads."""
+    heads = width // head_dim
+    return MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=max(1, heads // 4),
+        head_dim=head_dim,
+        router=RouterConfig(num_experts=8, top_k=2),
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        tie_embeddings=False,
+        max_position_embeddings=4096,
+    )
+
+
+MODEL = architecture(vocabulary=32_000, width=512, hidden=1792, layers=4, head_dim=64)
+"""122 M parameters in Mixtral-8x7B's proportions: enough work to fill two cores, little enough to wait for."""
+SMOKE = architecture(vocabulary=128, width=64, hidden=64, layers=2, head_dim=16)
+"""Seconds, compilation included."""
+
+RANK, ALPHA = 16, 32.0
+TARGETS = ("q", "k", "v", "w1", "w2", "w3", "router")
+"""Adapters of the training benchmark, on both sides."""
+BASES = ("bfloat16", "float32", "nf4")
+"""Storage of our weights; without training, the fastest one is ours to choose."""
+AUX_COEF, LEARNING_RATE, CLIP_NORM = 0.02, 1e-4, 1.0
+STEPS = 1000
+"""Length of the schedule, of which a benchmark runs the beginning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+      run: does the work once, the results ready when it returns.
+      dtype: of base and arithmetic, in words; its first word is the base.
+      implementation: which way of several.
+      compile_seconds: until the first result was there, less a warm run; 0 where nothing is compiled.
+    """
+
+    run: Callable[[], Any]
+    dtype: str
+    implementation: str
+    compile_seconds: float = 0.0
+
+
+def threads() -> int:
+    """Cores that this process may use: what XLA takes, and what the peer is given."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def base_model(config: MixtralConfig, base: str) -> Mixtral:
+    """Random weights; computes in bfloat16 unless the base is float32."""
+    model = init_random(config, dtype="float32" if base == "float32" else "bfloat16")
+    return quantise_base(model) if base == "nf4" else model
+
+
+def tokens(config: MixtralConfig, batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
+
+
+def compiled(run: Callable[[], Any]) -> float:
+    """Seconds that the first run took longer than the second."""
+    taken = []
+    for _ in range(2):
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return max(0.0, taken[0] - taken[1])
+
+
+def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length: int) -> Side:
+    """Whole optimiser steps: forward, backward, load balancing, clipping, AdamW."""
+    model = add_lora(base_model(config, base), LoraConfig(RANK, ALPHA, TARGETS))
+    experiment = Experiment(
+        name="bench",
+        model=ModelSource(random=config),
+        lora=model.lora,
+        data=DataSource(sequence_length=length, synthetic_rows=batch),
+        router=RouterTraining(aux_loss_coef=AUX_COEF, aux_scope="micro_batch"),
+        optimiser=OptimiserConfig(learning_rate=LEARNING_RATE, clip_norm=CLIP_NORM),
+        steps=STEPS,
+        remat=remat,
+    )
+    structure, params, frozen = take_apart(model)
+    optimiser = make_optimiser(experiment.optimiser, STEPS)
+    step = make_train_step(structure, experiment, STEPS, optimiser)
+    state = init_state(params, optimiser)
+    tokens_ABT = jnp.asarray(tokens(config, batch, length))[None]
+    data = {
+        "tokens_BT": tokens_ABT,
+        "segment_ids_BT": jnp.ones_like(tokens_ABT),
+        "loss_mask_BT": jnp.ones(tokens_ABT.shape, bool),
+    }
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, frozen, data)
+        jax.block_until_ready(state.params)
+        return float(metrics["loss"])
+
+    implementation = f"adapters of rank {RANK}, remat {remat}"
+    return Side(run, f"{base} base, {model.dtype} arithmetic", implementation, compiled(run))
+
+
+def fastest(make: Callable[[str], Side], base: str | None, runs: int = 3) -> Side:
+    """Our side on that base; None tries all of BASES, as all ways of the peer are tried."""
+    sides = {name: make(name) for name in (BASES if base is None else (base,))}
+    if len(sides) == 1:
+        return sides[base or BASES[0]]
+    seconds: dict[str, float] = {}
+    for name, side in sides.items():
+        began = time.perf_counter()
+        for _ in range(runs):
+            side.run()
+        seconds[name] = time.perf_counter() - began
+    return sides[min(seconds, key=seconds.__getitem__)]
+
+
+def prefill(config: MixtralConfig, base: str, batch: int, length: int) -> Side:
+    """Logits of every position, as a forward call returns them."""
+    model = base_model(config, base)
+    tokens_BT = jnp.asarray(tokens(model.config, batch, length))
+    graph, weights = nnx.split(model)
+    forward = jax.jit(lambda weights, tokens_BT: nnx.merge(graph, weights)(tokens_BT).logits_BTV)
+
+    def run() -> jax.Array:
+        return jax.block_until_ready(forward(weights, tokens_BT))
+
+    return Side(run, f"{base} base, {model.dtype} arithmetic", "logits of all positions", compiled(run))
+
+
+def decoding(config: MixtralConfig, base: str, batch: int, prompt: int, steps: int, runs: int) -> Side:
+    """`steps` greedy tokens a row, going on from where the last run ended; `runs` times at most besides two here."""
+    model = base_model(config, base)
+    prompts = list(tokens(config, batch, prompt))
+    decoded = decode(model, prompts, 1 + steps * (runs + 2), Sampling.of(), seed=0)
+    next(decoded)  # the prefill's own token
+
+    def run() -> list[list[int]]:
+        return [next(decoded) for _ in range(steps)]
+
+    return Side(run, f"{base} base, {model.dtype} arithmetic", "key-value cache, one step a token", compiled(run))

@@ -1,0 +1,157 @@
+"""transformers + peft on the same model, in the fastest of their ways. The one module that may import torch, lazily."""
+
+import gc
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bimedix_jax.bench.model import ALPHA, AUX_COEF, CLIP_NORM, LEARNING_RATE, RANK, Side, threads, tokens
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.config import MixtralConfig
+
+DTYPES = ("float32", "bfloat16")
+EXPERTS = ("eager", "grouped_mm")
+"""transformers' ways to run experts on a CPU."""
+DECODING_EXPERTS = (*EXPERTS, "batched_mm")
+"""The last one copies the experts of every token, which only a few tokens can afford."""
+LINEAR_TARGETS = ["q_proj", "k_proj", "v_proj"]
+FUSED_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+"""What corresponds to ours: transformers 5 keeps all experts of a layer in one parameter each way."""
+
+
+def require_peer() -> str:
+    """Versions of the peer, in words.
+
+    Raises:
+      BimedixError: torch, transformers or peft is not installed.
+    """
+    try:
+        names = ("transformers", "peft", "torch")
+        return ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in names)
+    except ImportError as error:
+        raise BimedixError(
+            f'--against transformers needs torch, transformers and peft ({error}): pip install "bimedix_jax[bench]".'
+        ) from error
+
+
+def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
+    """A random transformers Mixtral in eval mode."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads())
+    torch.manual_seed(0)
+    settings = transformers.MixtralConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_local_experts=config.router.num_experts,
+        num_experts_per_tok=config.router.top_k,
+        max_position_embeddings=config.max_position_embeddings,
+        router_aux_loss_coef=AUX_COEF,
+        pad_token_id=None,
+    )
+    model = transformers.MixtralForCausalLM(settings).to(getattr(torch, dtype)).eval()
+    model.set_experts_implementation(experts)
+    return model
+
+
+def training(config: MixtralConfig, dtype: str, experts: str, batch: int, length: int) -> Side:
+    """The same step: forward, backward, load balancing, clipping, AdamW on adapters that peft keeps in float32."""
+    import peft
+    import torch
+
+    adapters = peft.LoraConfig(
+        r=RANK, lora_alpha=int(ALPHA), target_modules=LINEAR_TARGETS, target_parameters=FUSED_TARGETS
+    )
+    model = peft.get_peft_model(build(config, dtype, experts), adapters)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    ids = torch.tensor(tokens(config, batch, length)).long()
+
+    def run() -> float:
+        adamw.zero_grad()
+        loss = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+        adamw.step()
+        return loss.item()
+
+    return Side(run, dtype, f"{experts} experts, peft adapters of rank {RANK}")
+
+
+def prefill(config: MixtralConfig, dtype: str, experts: str, batch: int, length: int) -> Side:
+    """Logits of every position."""
+    import torch
+
+    model, ids = build(config, dtype, experts), torch.tensor(tokens(config, batch, length)).long()
+
+    @torch.inference_mode()
+    def run() -> Any:
+        return model(input_ids=ids, use_cache=False).logits
+
+    return Side(run, dtype, f"{experts} experts")
+
+
+def decoding(config: MixtralConfig, dtype: str, experts: str, batch: int, prompt: int, steps: int) -> Side:
+    """`steps` greedy tokens a row with the key-value cache, going on from where the last run ended.
+
+    The bare loop: `generate` of transformers adds its own work to each token.
+    """
+    import torch
+    import transformers
+
+    model = build(config, dtype, "eager")
+    cache = transformers.DynamicCache(config=model.config)
+    ids = torch.tensor(tokens(config, batch, prompt)).long()
+
+    @torch.inference_mode()
+    def step(ids: Any) -> Any:
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+    last = step(ids)  # the prompt, for which batched_mm would copy the experts of every token
+    model.set_experts_implementation(experts)
+
+    def run() -> np.ndarray:
+        nonlocal last
+        chosen = []
+        for _ in range(steps):
+            last = step(last)
+            chosen.append(last[:, 0].tolist())
+        return np.array(chosen)
+
+    return Side(run, dtype, f"{experts} experts, DynamicCache")
+
+
+def fastest(
+    make: Callable[[str, str], Side], implementations: Sequence[str], warm_up: int = 2, repetitions: int = 3
+) -> tuple[Side, list[dict[str, Any]]]:
+    """(the fastest side over data types and implementations, seconds of each), from short trials.
+
+    Args:
+      make: side of a dtype and an experts implementation.
+    """
+    trials, best = [], None
+    for dtype in DTYPES:
+        for experts in implementations:
+            side, taken = make(dtype, experts), []
+            for _ in range(warm_up + repetitions):
+                began = time.perf_counter()
+                side.run()
+                taken.append(time.perf_counter() - began)
+            seconds = float(np.median(taken[warm_up:]))
+            trials.append({"dtype": dtype, "experts": experts, "seconds": seconds})
+            if best is None or seconds < best[0]:
+                best = seconds, side
+            del side
+            gc.collect()  # torch's modules refer to each other in circles, and each trial holds gigabytes
+    assert best is not None
+    return best[1], trials
