@@ -23,7 +23,7 @@ from bimedix_jax.kernels.products import dot, from_bits, to_bits
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import Attention, KVCache, rotate, rotations
-from bimedix_jax.models.linear import ExpertLinear, Linear, fill_slots
+from bimedix_jax.models.linear import Linear
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.moe import MoE
 from bimedix_jax.models.routers import RoutingPlan, route
@@ -65,16 +65,15 @@ class LayerCaches:
 
 
 def suits(model: Mixtral, rows: int) -> bool:
-    """Whether `step` is the way to decode this many rows of `model` here."""
+    """Whether `step` is the way to decode this many rows of `model` here; a model with adapters keeps to the loop."""
     config = model.config
-    few = config.num_layers * config.router.num_experts <= MAX_BRANCHES and rows <= MAX_ROWS
+    few = config.num_layers * config.router.num_experts <= MAX_BRANCHES and rows <= MAX_ROWS and model.lora is None
     return few and backends.platform() == "cpu" and model.placement is None and not shards.active()
 
 
 def separate(model: Mixtral) -> tuple[Any, Separate]:
     """(graphs of the rest and of one layer, for `step`; the parameters)."""
     model = nnx.merge(*nnx.split(model))
-    fill_slots(model.layers)
     layer_graph, state = nnx.split(model.layers)
     flat = [(tuple(map(str, path)), path, variable) for path, variable in nnx.to_flat_state(state)]
     layers, experts = [], []
@@ -133,7 +132,9 @@ def step(
         x_BD = x_BD + mixture(block.moe, block.moe_norm(x_BD), experts)
         keys.append(k)
         values.append(v)
-    return head(model, model.norm(x_BD)), LayerCaches(tuple(keys), tuple(values), ids_BS, slot + 1)
+    weight_DV = model.head.weight_DV
+    assert weight_DV is not None  # only a head with an adapter has none
+    return product(model.norm(x_BD), weight_DV, jnp.float32), LayerCaches(tuple(keys), tuple(values), ids_BS, slot + 1)
 
 
 def product(x_ND: jax.Array, w_DF: jax.Array | NF4Tensor, out_dtype: Any = None) -> jax.Array:
@@ -145,20 +146,6 @@ def product(x_ND: jax.Array, w_DF: jax.Array | NF4Tensor, out_dtype: Any = None)
     if x_ND.dtype == jnp.bfloat16 and rows < FEW_ROWS:
         x_ND = jnp.pad(x_ND, ((0, FEW_ROWS - rows), (0, 0)))
     return dot(x_ND, w_DF)[:rows].astype(out_dtype)
-
-
-def linear(layer: Linear | ExpertLinear, x_ND: jax.Array, w_DF: Any, expert: int | None = None) -> jax.Array:
-    """`layer` with the weight given; of an expert where its number is."""
-    y_NF = product(x_ND, w_DF)
-    if layer.lora is None:
-        return y_NF
-    a, b = (factor[...] if expert is None else factor[...][expert] for factor in (layer.lora.a, layer.lora.b))
-    return y_NF + product(product(x_ND, a), b) * jnp.asarray(layer.lora.scale, y_NF.dtype)
-
-
-def head(model: Mixtral, x_BD: jax.Array) -> jax.Array:
-    weight_DV = model.head.weight_DV
-    return model.head(x_BD) if weight_DV is None else product(x_BD, weight_DV, jnp.float32)
 
 
 def attend(
@@ -175,7 +162,7 @@ def attend(
     groups, width = config.num_kv_heads, config.head_dim
 
     def heads(layer: Linear) -> jax.Array:
-        return linear(layer, x_BD, layer.w.get_value()).reshape(batch, 1, -1, width)
+        return product(x_BD, layer.w.get_value()).reshape(batch, 1, -1, width)
 
     q, k = rotate(heads(attention.q), rotations_B1H), rotate(heads(attention.k), rotations_B1H)
     k_BGSH = lax.dynamic_update_slice_in_dim(k_BGSH, to_bits(k.swapaxes(1, 2)), slot, 2)
@@ -185,7 +172,7 @@ def attend(
     scores = jax.vmap(lambda q, k: dot(q, k, 1))(q, k).reshape(batch, config.num_heads, -1)
     weights = jax.nn.softmax(jnp.where(visible_BS[:, None], scores, HIDDEN), axis=-1).astype(v.dtype)
     mixed = jax.vmap(dot)(weights.reshape(*q.shape[:2], -1), v).astype(x_BD.dtype)
-    return linear(attention.o, mixed.reshape(batch, -1), attention.o.w.get_value()), k_BGSH, v_BGSH
+    return product(mixed.reshape(batch, -1), attention.o.w.get_value()), k_BGSH, v_BGSH
 
 
 def mixture(moe: MoE, x_BD: jax.Array, experts: tuple[dict[str, Any], ...]) -> jax.Array:
@@ -197,9 +184,8 @@ def mixture(moe: MoE, x_BD: jax.Array, experts: tuple[dict[str, Any], ...]) -> j
 
     def branch(expert: int, w: dict[str, Any]) -> Callable[[jax.Array], jax.Array]:
         def run(x_BD: jax.Array) -> jax.Array:
-            gate_BF, up_BF = linear(moe.w1, x_BD, w["w1"], expert), linear(moe.w3, x_BD, w["w3"], expert)
-            y_BD = linear(moe.w2, jax.nn.silu(gate_BF) * up_BF, w["w2"], expert)
-            return y_BD.astype(jnp.float32) * weights_BE[:, expert, None]
+            hidden_BF = jax.nn.silu(product(x_BD, w["w1"])) * product(x_BD, w["w3"])
+            return product(hidden_BF, w["w2"], jnp.float32) * weights_BE[:, expert, None]
 
         return run
 

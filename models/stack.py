@@ -34,13 +34,27 @@ def run_stack(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[ja
     return scan_bits(body, constants, x, layers)
 
 
+def is_key(dtype: Any) -> bool:
+    """Random keys have no bits to speak of and move as they are."""
+    return jnp.issubdtype(dtype, jax.dtypes.extended)
+
+
+def bits_of(leaf: Any) -> jax.Array:
+    return leaf if is_key(leaf.dtype) else to_bits(jnp.asarray(leaf))  # also constants, which are NumPy's
+
+
+def as_before(bits: jax.Array, dtype: Any) -> jax.Array:
+    """Inverse of `bits_of`."""
+    return bits if is_key(dtype) else from_bits(bits, jnp.dtype(dtype))
+
+
 def all_to_bits(tree: Any) -> Any:
-    return jax.tree.map(to_bits, tree)
+    return jax.tree.map(bits_of, tree)
 
 
 def all_from_bits(bits: Any, like: Any) -> Any:
     """Inverse of `all_to_bits`; `like` is a tree of the same structure with the dtypes."""
-    return jax.tree.map(lambda leaf, model: from_bits(leaf, model.dtype), bits, like)
+    return jax.tree.map(lambda leaf, model: as_before(leaf, model.dtype), bits, like)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,7 +86,7 @@ class Kept:
     own: list[Any]
     constants: Any
     layers: Any
-    dtypes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     sources: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})
     tree: Any = dataclasses.field(metadata={"static": True})
 
@@ -89,7 +103,7 @@ def forward(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[tupl
         own = [leaf for leaf in leaves if id(leaf) not in given]
         places = {id(leaf): ("own", i) for i, leaf in enumerate(own)} | given
         notes["sources"] = tuple(places[id(leaf)] for leaf in leaves)
-        notes["dtypes"] = tuple(str(leaf.dtype) for leaf in own)
+        notes["dtypes"] = tuple(leaf.dtype for leaf in own)
         notes["out"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), out)
         return x, (all_to_bits(out), all_to_bits(own))
 
@@ -107,7 +121,7 @@ def backward(body: Body, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple
     def step(dx: jax.Array, bits: Any) -> tuple[jax.Array, Any]:
         own, layer, dout = bits
         found = {
-            "own": [from_bits(leaf, jnp.dtype(dtype)) for leaf, dtype in zip(own, kept.dtypes, strict=True)],
+            "own": [as_before(leaf, dtype) for leaf, dtype in zip(own, kept.dtypes, strict=True)],
             "constants": jax.tree.leaves(kept.constants),
             "layers": all_from_bits(jax.tree.leaves(layer), like),
         }

@@ -56,7 +56,7 @@ def test_the_command_line(tmp_path, capsys):
 
 
 def test_feed_forward_in_one_piece_and_in_parts(capsys):
-    words = ["bench", "moe", "--tokens", "16", "--width", "64", "--hidden", "64", "--experts", "2", "--feed-forward"]
+    words = ["bench", "moe", "--tokens", "4", "--width", "64", "--hidden", "64", "--experts", "2", "--feed-forward"]
     assert main([*words, "--rank", "2", "--repetitions", "1", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     for name in ("forward", "forward_adapters", "training"):

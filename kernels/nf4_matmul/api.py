@@ -100,8 +100,8 @@ def matmul(
     """
     if w_DF.ndim != 2 or w_DF.shape[0] != x.shape[-1]:
         raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w_DF.shape}.")
+    result = jnp.dtype(out_dtype or x.dtype)
     if isinstance(w_DF, NF4Tensor):
-        name = pick_backend(backend, x, w_DF)
-        x, t = vary_alike(x, w_DF)
-        return frozen_product(x, t, name).astype(out_dtype or x.dtype)
-    return dense_product(*vary_alike(x, w_DF.astype(x.dtype)), jnp.dtype(out_dtype or x.dtype))
+        y: jax.Array = frozen_product(*vary_alike(x, w_DF), pick_backend(backend, x, w_DF))
+        return y.astype(result)
+    return dense_product(*vary_alike(x, w_DF.astype(x.dtype)), result)

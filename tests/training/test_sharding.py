@@ -153,7 +153,7 @@ def test_packed_bytes_are_gathered_inside_the_layer_loop():
     structure, params, frozen = take_apart(model)
     gradient = jax.jit(make_gradient(structure, RouterTraining(), "layer"))
     compiled = gradient.lower(params, frozen, make_batch(1)).compile()
-    gathers = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", compiled.as_text())
+    gathers = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", compiled.as_text() or "")
     packed = [math.prod(map(int, shape.split(","))) for kind, shape in gathers if kind == "u8"]
     layer = CONFIG.router.num_experts * CONFIG.hidden_size * CONFIG.intermediate_size // 2
     assert max(packed, default=0) == layer, "one matrix of the experts of one layer"
