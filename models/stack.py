@@ -40,7 +40,7 @@ def is_key(dtype: Any) -> bool:
 
 
 def bits_of(leaf: Any) -> jax.Array:
-    return leaf if is_key(leaf.dtype) else to_bits(jnp.asarray(leaf))  # also constants, which are NumPy's
+    return leaf if is_key(leaf.dtype) else to_bits(leaf)
 
 
 def as_before(bits: jax.Array, dtype: Any) -> jax.Array:
@@ -78,14 +78,16 @@ class Kept:
     Attributes:
       own: arrays that the layers computed, stacked, as bits.
       constants, layers: as they were given.
+      fixed: NumPy constants of one layer, the same for all.
       dtypes: of `own` before they became bits.
-      sources: of each array that one layer's backward pass reads, ("own" | "constants" | "layers", place there).
+      sources: of each array that one layer's backward pass reads, (which field of these, place there).
       tree: how that backward pass is put together from these.
     """
 
     own: list[Any]
     constants: Any
     layers: Any
+    fixed: list[Any]
     dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     sources: tuple[tuple[str, int], ...] = dataclasses.field(metadata={"static": True})
     tree: Any = dataclasses.field(metadata={"static": True})
@@ -100,6 +102,8 @@ def forward(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[tupl
         leaves, notes["tree"] = jax.tree.flatten(pull)
         given = {id(leaf): ("constants", i) for i, leaf in enumerate(jax.tree.leaves(constants))}
         given |= {id(leaf): ("layers", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
+        notes["fixed"] = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
+        given |= {id(leaf): ("fixed", i) for i, leaf in enumerate(notes["fixed"])}
         own = [leaf for leaf in leaves if id(leaf) not in given]
         places = {id(leaf): ("own", i) for i, leaf in enumerate(own)} | given
         notes["sources"] = tuple(places[id(leaf)] for leaf in leaves)
@@ -108,7 +112,7 @@ def forward(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[tupl
         return x, (all_to_bits(out), all_to_bits(own))
 
     x, (outs, own) = lax.scan(step, x, all_to_bits(layers))
-    kept = Kept(own, constants, layers, notes["dtypes"], notes["sources"], notes["tree"])
+    kept = Kept(own, constants, layers, notes["fixed"], notes["dtypes"], notes["sources"], notes["tree"])
     return (x, all_from_bits(outs, notes["out"])), kept
 
 
@@ -123,6 +127,7 @@ def backward(body: Body, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple
         found = {
             "own": [as_before(leaf, dtype) for leaf, dtype in zip(own, kept.dtypes, strict=True)],
             "constants": jax.tree.leaves(kept.constants),
+            "fixed": kept.fixed,
             "layers": all_from_bits(jax.tree.leaves(layer), like),
         }
         pull = jax.tree.unflatten(kept.tree, [found[where][place] for where, place in kept.sources])

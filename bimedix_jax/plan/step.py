@@ -150,8 +150,9 @@ def inference_steps(
     state: Any = State(cache, token, None, count)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
     held = {"base": weights}
+    going_on = (state.token_B, state.step, (state.cache, state.seen_BV))
     prefill = compile_for(platform, held, _prefill, graph, weights, ids, ids, sampling, key, slots)
-    decode = compile_for(platform, held | {"cache": state.cache}, _step, graph, weights, state, sampling, key)
+    decode = compile_for(platform, held | {"cache": state.cache}, _step, graph, weights, *going_on, sampling, key)
     return prefill, decode
 
 

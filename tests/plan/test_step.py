@@ -53,7 +53,8 @@ def test_rows_that_cannot_be_divided_are_an_error():
 
 def test_a_compiler_that_runs_out_of_memory_says_what_it_needs():
     class Lowered:
-        def compile(self):
+        def compile(self, compiler_options):
+            assert compiler_options is None, "only GPUs have any"
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
             )
