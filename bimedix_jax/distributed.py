@@ -19,7 +19,7 @@ from bimedix_jax.errors import BimedixError
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 40
 """Silence after which a process counts as dead; the others are told within about as long again."""
 START_SECONDS = 300
 """How long processes wait for each other at the start."""
