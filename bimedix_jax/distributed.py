@@ -105,7 +105,7 @@ def on_host(value: jax.Array) -> np.ndarray:
     return np.asarray(value)
 
 
-LOST = ("closed by peer", "connection reset", "socket closed", "gloo", "heartbeat", "coordination", "unavailable")
+LOST = ("closed by peer", "connection reset", "socket closed", "gloo", "coordination", "barrier", "unavailable")
 """What JAX's runtime says, in one of many ways, when a process has gone."""
 
 
