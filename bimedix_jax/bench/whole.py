@@ -61,8 +61,9 @@ def decoding_row(options: Options, base: str | None, batch: int, prompt: int, st
     read = bounds.reading(bounds.bytes_of_step(used, batch))
     contestants = {"ours": ours.run, "read": read.run} | ({} if theirs is None else {"peer": theirs[0].run})
     seconds = medians(contestants, options.repetitions)
-    row = compared(f"decode_b{batch}", ours, theirs, seconds, batch * steps, batch / seconds["read"])
-    return row | {"bytes_read_per_step": read.bytes, "read_gbytes_per_s": read.bytes / seconds["read"] / 1e9}
+    once = seconds["read"] / bounds.PASSES
+    row = compared(f"decode_b{batch}", ours, theirs, seconds, batch * steps, batch / once)
+    return row | {"bytes_read_per_step": read.bytes, "read_gbytes_per_s": read.bytes / once / 1e9}
 
 
 Found = tuple[model.Side, list[dict[str, Any]]] | None
