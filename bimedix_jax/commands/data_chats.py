@@ -1,8 +1,5 @@
 """`bimedix data chats`: consultations between patient and doctor from exam questions, checked against their answers."""
 
-import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +10,6 @@ from bimedix_jax.data.llm.config import JudgeConfig, LlmConfig
 
 if TYPE_CHECKING:
     from bimedix_jax.data.chats.job import Forecast, Job
-    from bimedix_jax.data.llm.account import Account
     from bimedix_jax.data.records import Record
 
 
@@ -120,6 +116,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.llm.account import Account, parse_prices
     from bimedix_jax.data.llm.estimate import show
     from bimedix_jax.data.llm.store import open_store
+    from bimedix_jax.data.llm.whole_run import run_to_end
 
     if not config.dry_run:
         files.check_replaceable(config.output, config.overwrite)
@@ -132,7 +129,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         if config.dry_run:
             return {**planned, "estimate": rows}
         account = Account(store, prices, config.budget_usd, config.budget_tokens)
-        unanswered = _write(job, account, forecast.questions, config.give_up, console)
+        give_up = None if config.give_up else "count them as rejected"
+        running = jobs.write_chats(job, account, forecast.questions)
+        unanswered = run_to_end(running, account, forecast.questions, "questions", give_up, console)
         with files.new_folder(config.output, config.overwrite) as folder:
             style = job.settings.style
             report = output.write(folder, jobs.outcomes(job, store), style, forecast.left_out, job.provenance())
@@ -146,6 +145,7 @@ def _job(config: Config, console: Console) -> "Job":
     from bimedix_jax.data.chats.pipeline import JUDGE, STAGE, Settings
     from bimedix_jax.data.chats.plan import Style
     from bimedix_jax.data.llm.prompts import load_prompts
+    from bimedix_jax.data.llm.whole_run import wanted_records
 
     style = Style(config.turns, config.most_turns, config.switch_share, config.language, config.seed)
     settings = Settings(
@@ -160,67 +160,13 @@ def _job(config: Config, console: Console) -> "Job":
     judge = config.judge.over(config.llm)
     if judge.model == config.llm.model:
         console.print(f"[bold yellow]{judge.model} judges its own chats[/]: models favour their own work")
-    return Job(_records(config, console), config.llm, judge, settings)
+    records = wanted_records(config.sources, config.limit, not_a_question, console)
+    return Job(records, config.llm, judge, settings)
 
 
-def _records(config: Config, console: Console) -> "Callable[[], Iterator[Record]]":
-    """Reads the questions of the sources anew at each call; says once what else there was."""
-    from bimedix_jax.data.quarantine import Quarantine
-    from bimedix_jax.data.readers import read
-
-    said = False
-
-    def records() -> "Iterator[Record]":
-        nonlocal said
-        quarantine = Quarantine()
-        others: Counter[str] = Counter()
-        for source in config.sources:
-            questions = 0
-            for record in read(source, quarantine):
-                if questions == config.limit:
-                    break
-                if record.kind == "mcqa":
-                    questions += 1
-                    yield record
-                else:
-                    others[record.kind] += 1
-        if said:
-            return
-        said = True
-        for kind, number in others.items():
-            console.print(f"{number:,} records of kind {kind} are no multiple-choice questions and are left out")
-        if quarantine.rejected:
-            console.print(f"[bold yellow]{len(quarantine.rejected):,} rows could not be read[/]:")
-            for (source, reason), number in quarantine.reasons().most_common(12):
-                console.print(f"  {number:,} of {source}: {reason}", highlight=False, markup=False)
-
-    return records
-
-
-def _write(job: "Job", account: "Account", total: int, give_up: bool, console: Console) -> int:
-    """Write all chats, print the ledger whatever happens, and return how many questions got no answer."""
-    from bimedix_jax.data.chats.job import write_chats
-    from bimedix_jax.data.llm.runner import Interrupted
-    from bimedix_jax.errors import BimedixError
-
-    if account.lost:
-        console.print(
-            f"[bold yellow]{account.lost:,} requests were in flight when an earlier run was killed[/]: they are sent "
-            "again and may have been paid for"
-        )
-    try:
-        progress = asyncio.run(write_chats(job, account, total))
-    except Interrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from stop
-    finally:
-        account.print(console)
-    if progress.unanswered and not give_up:
-        name, why = progress.unanswered[0]
-        raise BimedixError(
-            f"{len(progress.unanswered):,} of {total:,} questions have no answer, {name} for one: {why}; all replies "
-            "are kept: run the same command again, or pass --give-up to count them as rejected"
-        )
-    return len(progress.unanswered)
+def not_a_question(record: "Record") -> str | None:
+    """Why no chat is built on a record, or None."""
+    return None if record.kind == "mcqa" else f"of kind {record.kind} are no multiple-choice questions"
 
 
 def _print_forecast(forecast: "Forecast", console: Console) -> dict[str, Any]:

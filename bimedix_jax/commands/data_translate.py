@@ -1,7 +1,5 @@
 """`bimedix data translate`: English records into Arabic through any OpenAI-compatible endpoint, judged and refined."""
 
-import asyncio
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,6 @@ from rich.console import Console
 from bimedix_jax.data.llm.config import JudgeConfig, LlmConfig
 
 if TYPE_CHECKING:
-    from bimedix_jax.data.llm.account import Account
     from bimedix_jax.data.records import Record
     from bimedix_jax.data.translate.job import Job
 
@@ -107,6 +104,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.llm.account import Account, parse_prices
     from bimedix_jax.data.llm.estimate import show
     from bimedix_jax.data.llm.store import open_store
+    from bimedix_jax.data.llm.whole_run import run_to_end
     from bimedix_jax.data.translate import job as jobs
     from bimedix_jax.data.translate import output
 
@@ -123,7 +121,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             account.print(console)
             counts = {"records": forecast.records, "finished": forecast.finished}
             return {**counts, "estimate": rows, "ledger": account.rows()}
-        unanswered = _translate(job, account, forecast.records, config.give_up, console)
+        give_up = None if config.give_up else "send those records to review"
+        running = jobs.translate(job, account, forecast.records)
+        unanswered = run_to_end(running, account, forecast.records, "records", give_up, console)
         with files.new_folder(config.output, config.overwrite) as folder:
             sampling = output.Sampling(config.review_share, config.seed)
             report = output.write(folder, jobs.outcomes(job, store), sampling, config.threshold, job.provenance())
@@ -135,6 +135,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 def _job(config: Config, console: Console) -> "Job":
     """The job that the options describe; says what of the sources cannot be read."""
     from bimedix_jax.data.llm.prompts import load_prompts
+    from bimedix_jax.data.llm.whole_run import wanted_records
     from bimedix_jax.data.translate.job import Job
     from bimedix_jax.data.translate.pipeline import Settings
 
@@ -152,67 +153,13 @@ def _job(config: Config, console: Console) -> "Job":
     judge = config.judge.over(config.llm)
     if judge.model == config.llm.model:
         console.print(f"[bold yellow]{judge.model} judges its own translations[/]: models favour their own work")
-    return Job(_records(config, console), config.llm, judge, settings)
+    records = wanted_records(config.sources, config.limit, not_english, console)
+    return Job(records, config.llm, judge, settings)
 
 
-def _records(config: Config, console: Console) -> "Callable[[], Iterator[Record]]":
-    """Reads the English records of the sources anew at each call; says once what else there was."""
-    from bimedix_jax.data.quarantine import Quarantine
-    from bimedix_jax.data.readers import read
-
-    said = False
-
-    def records() -> "Iterator[Record]":
-        nonlocal said
-        quarantine = Quarantine()
-        others = 0
-        for source in config.sources:
-            english = 0
-            for record in read(source, quarantine):
-                if english == config.limit:
-                    break
-                if record.language == "en":
-                    english += 1
-                    yield record
-                else:
-                    others += 1
-        if said:
-            return
-        said = True
-        if others:
-            console.print(f"[bold yellow]{others:,} records are not English[/] and are left out")
-        if quarantine.rejected:
-            console.print(f"[bold yellow]{len(quarantine.rejected):,} rows could not be read[/]:")
-            for (source, reason), number in quarantine.reasons().most_common(12):
-                console.print(f"  {number:,} of {source}: {reason}", highlight=False, markup=False)
-
-    return records
-
-
-def _translate(job: "Job", account: "Account", total: int, give_up: bool, console: Console) -> int:
-    """Translate, print the ledger whatever happens, and return how many records got no answer."""
-    from bimedix_jax.data.llm.runner import Interrupted
-    from bimedix_jax.data.translate.job import translate
-    from bimedix_jax.errors import BimedixError
-
-    if account.lost:
-        console.print(
-            f"[bold yellow]{account.lost:,} requests were in flight when an earlier run was killed[/]: they are sent "
-            "again and may have been paid for"
-        )
-    try:
-        progress = asyncio.run(translate(job, account, total))
-    except Interrupted as stop:
-        raise KeyboardInterrupt(str(stop)) from stop
-    finally:
-        account.print(console)
-    if progress.unanswered and not give_up:
-        name, why = progress.unanswered[0]
-        raise BimedixError(
-            f"{len(progress.unanswered):,} of {total:,} records have no answer, {name} for one: {why}; all replies are "
-            "kept: run the same command again, or pass --give-up to send those records to review"
-        )
-    return len(progress.unanswered)
+def not_english(record: "Record") -> str | None:
+    """Why a record is not translated, or None."""
+    return None if record.language == "en" else "are not English"
 
 
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
