@@ -106,7 +106,7 @@ def train(
         with backends.use(**experiment.kernels.named()):
             compiled, cost = compile_step(step, state, frozen, feed, console)
             distributed.by_leader(lambda: write_run(folder, covered, same, done, cost))
-            say_start(experiment, rows, done, console)
+            say_start(experiment, rows, done, cost["kernels"], console)
             command = resume_command or f"bimedix train --resume --out {folder}"
             state, last = run_steps(experiment, folder, feed, compiled, structure, state, frozen, console, command)
     put_back(model, state.params)
@@ -207,13 +207,19 @@ def compile_step(
     return compiled, {**cost, "kernels": picked.to_dict()}
 
 
-def say_start(experiment: Experiment, rows: Rows, step: int, console: Console) -> None:
+def say_start(experiment: Experiment, rows: Rows, step: int, kernels: dict[str, list[str]], console: Console) -> None:
     size, length = experiment.batch.size, experiment.data.sequence_length
     console.print(
         f"{experiment.name}: {rows.steps} steps of {size} x {length} = {size * length:,} tokens"
         + (f", continuing after step {step}" if step else ""),
         highlight=False,
     )
+    if experiment.remat == "experts" and "xla" in kernels.get("expert_mlp", ()):
+        console.print(
+            "[bold yellow]remat experts keeps nothing here[/]: the CPU's experts are one operation, whose products are "
+            "computed again as under remat layer",
+            highlight=False,
+        )
 
 
 def run_steps(

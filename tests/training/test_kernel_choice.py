@@ -1,8 +1,10 @@
 """An experiment names backends of kernels, and a run says which ones ran."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import KernelChoice, from_dict
@@ -26,3 +28,11 @@ def test_a_name_that_does_not_exist_is_refused(experiment):
         from_dict(plain)
     del plain["kernels"]
     assert from_dict(plain).kernels == KernelChoice()
+
+
+@pytest.mark.parametrize(("backend", "warned"), [("xla", True), ("composed", False)])
+def test_products_that_the_fused_experts_do_not_keep_are_announced(backend, warned, experiment, tmp_path):
+    said = io.StringIO()
+    plan = experiment(steps=2, remat="experts", kernels=KernelChoice(expert_mlp=backend))
+    train(plan, tmp_path / "run", console=Console(file=said, width=200))
+    assert ("remat experts keeps nothing here" in said.getvalue()) is warned
