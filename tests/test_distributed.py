@@ -58,24 +58,47 @@ def test_two_processes_train_as_one_and_resume(tmp_path):
     )
 
 
+def wait_for_steps(folder: Path, process: subprocess.Popen, count: int = 2) -> None:
+    """Until the run has taken so many steps."""
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+
+
+def stop_all(running: list[subprocess.Popen]) -> None:
+    for process in running:
+        process.kill()
+        process.wait()
+
+
 def test_when_a_process_dies_the_others_stop_and_say_so(tmp_path):
     running = start_two(tmp_path / "run", 100_000)
-    metrics = tmp_path / "run" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 240
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-            assert time.monotonic() < deadline
-            assert running[0].poll() is None
-            time.sleep(0.2)
+        wait_for_steps(tmp_path / "run", running[0])
         running[1].send_signal(signal.SIGKILL)
         code = running[0].wait(timeout=120)
     finally:
-        for process in running:
-            process.kill()
-            process.wait()
+        stop_all(running)
     words = (tmp_path / "0.log").read_text()
     assert code != 0
     assert "another process of this run has stopped" in words or "coordination service" in words.lower(), words[-2000:]
+
+
+def test_a_request_to_stop_reaches_all_processes(tmp_path):
+    """SIGTERM to one that is not the leader: both save the step in progress and leave."""
+    running = start_two(tmp_path / "run", 100_000)
+    try:
+        wait_for_steps(tmp_path / "run", running[0])
+        running[1].send_signal(signal.SIGTERM)
+        codes = [process.wait(timeout=120) for process in running]
+    finally:
+        stop_all(running)
+    assert codes == [130, 130]
+    assert "is saved; continue with `bimedix train --resume" in (tmp_path / "0.log").read_text()
+    last = len(losses(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / f"{last:08d}" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize(
