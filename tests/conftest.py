@@ -16,6 +16,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # the tests of kernels also run where the kernels are for (docs/kernels.md); everything else is tested on a CPU
 PLATFORM = os.environ.get("BIMEDIX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(PLATFORM, PLATFORM)
+if PLATFORM != "cpu":  # accelerators round float32 operands by default, which would hide what a test looks for
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

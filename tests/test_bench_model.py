@@ -26,7 +26,7 @@ FIELDS = {
 
 
 def run(capsys, *words: str) -> dict:
-    assert main(["bench", *words, "--smoke", "--repetitions", "2", "--json"]) == 0
+    assert main(["bench", *words, "--size", "smoke", "--repetitions", "2", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -68,7 +68,7 @@ def test_without_the_peer_one_sentence_says_what_to_install(capsys, monkeypatch)
         return real(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", without_peft)
-    assert main(["bench", "train", "--smoke", "--against", "transformers"]) == 1
+    assert main(["bench", "train", "--size", "smoke", "--against", "transformers"]) == 1
     assert 'pip install "bimedix_jax[bench]"' in capsys.readouterr().err
 
 
@@ -82,7 +82,7 @@ def test_without_the_peer_one_sentence_says_what_to_install(capsys, monkeypatch)
     ],
 )
 def test_sizes_that_cannot_be_are_refused(capsys, words, remedy):
-    assert main(["bench", *words, "--smoke"]) == 1
+    assert main(["bench", *words, "--size", "smoke"]) == 1
     assert remedy in capsys.readouterr().err
 
 

@@ -44,8 +44,11 @@ def architecture(vocabulary: int, width: int, hidden: int, layers: int, head_dim
 
 MODEL = architecture(vocabulary=32_000, width=512, hidden=1792, layers=4, head_dim=64)
 """122 M parameters in Mixtral-8x7B's proportions: enough work to fill two cores, little enough to wait for."""
+FULL_WIDTH = architecture(vocabulary=32_000, width=4096, hidden=14_336, layers=4, head_dim=128)
+"""Four of the 32 layers of Mixtral-8x7B: 5.9 G parameters, a model for accelerators."""
 SMOKE = architecture(vocabulary=128, width=64, hidden=64, layers=2, head_dim=16)
 """Seconds, compilation included."""
+SIZES = {"small": MODEL, "full_width": FULL_WIDTH, "smoke": SMOKE}
 
 RANK, ALPHA = 16, 32.0
 TARGETS = ("q", "k", "v", "w1", "w2", "w3", "router")

@@ -75,6 +75,8 @@ def contestants(size: Size) -> dict[str, Callable[[], Any]]:
     first = jnp.copy(w[0])
     dense = jax.jit(lambda x, w: dot(x, w).astype(jnp.bfloat16))
     ours = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes))
+    nf4_gradient = jax.jit(lambda dy, t, sizes: jax.vjp(lambda x: grouped_matmul(x, t, sizes), x)[1](dy))
+    dy = jax.random.normal(key, (size.rows, size.hidden), jnp.bfloat16)
     ragged = jax.jit(
         lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
     )
@@ -85,6 +87,7 @@ def contestants(size: Size) -> dict[str, Callable[[], Any]]:
         "ours_skewed": lambda: ours(x, w, uneven),
         "nf4": lambda: ours(x, t, even),
         "nf4_skewed": lambda: ours(x, t, uneven),
+        "nf4_gradient": lambda: nf4_gradient(dy, t, even),
         "ragged_dot": lambda: ragged(x, w, even),
         "dequant": lambda: dequantise(t),
     }
@@ -99,7 +102,7 @@ def measure(size: Size, repetitions: int) -> dict[str, Any]:
         if name != "dequant":
             row[f"{name}_gflops"] = size.flops / taken / 1e9
     row["dequant_gelems"] = size.experts * size.width * size.hidden / seconds["dequant"] / 1e9
-    for name in ("ours", "ours_skewed", "nf4", "nf4_skewed"):
+    for name in ("ours", "ours_skewed", "nf4", "nf4_skewed", "nf4_gradient"):
         row[f"{name}_over_dense"] = seconds["dense"] / seconds[name]
     row["ours_over_ragged_dot"] = seconds["ragged_dot"] / seconds["ours"]
     return row

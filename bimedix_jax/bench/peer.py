@@ -1,4 +1,7 @@
-"""transformers + peft on the same model, in the fastest of their ways. The one module that may import torch, lazily."""
+"""transformers + peft on the same model, in the fastest of their ways. The one module that may import torch, lazily.
+
+On a machine with a GPU that JAX uses, the peer runs there too.
+"""
 
 import gc
 import importlib
@@ -6,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from bimedix_jax.bench.model import ALPHA, AUX_COEF, CLIP_NORM, LEARNING_RATE, RANK, Side, threads, tokens
@@ -14,7 +18,7 @@ from bimedix_jax.models.config import MixtralConfig
 
 DTYPES = ("float32", "bfloat16")
 EXPERTS = ("eager", "grouped_mm")
-"""transformers' ways to run experts on a CPU."""
+"""transformers' ways to run experts."""
 DECODING_EXPERTS = (*EXPERTS, "batched_mm")
 """The last one copies the experts of every token, which only a few tokens can afford."""
 LINEAR_TARGETS = ["q_proj", "k_proj", "v_proj"]
@@ -35,6 +39,27 @@ def require_peer() -> str:
         raise BimedixError(
             f'--against transformers needs torch, transformers and peft ({error}): pip install "bimedix_jax[bench]".'
         ) from error
+
+
+def place() -> str:
+    """Where torch runs, by its name.
+
+    Raises:
+      BimedixError: JAX has a GPU that torch cannot use.
+    """
+    import torch
+
+    if jax.default_backend() != "gpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise BimedixError("JAX runs on a GPU, for which this torch is not built; install torch with CUDA.")
+    return "cuda"
+
+
+def input_ids(config: MixtralConfig, batch: int, length: int) -> Any:
+    import torch
+
+    return torch.tensor(tokens(config, batch, length)).long().to(place())
 
 
 def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
@@ -58,7 +83,8 @@ def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
         router_aux_loss_coef=AUX_COEF,
         pad_token_id=None,
     )
-    model = transformers.MixtralForCausalLM(settings).to(getattr(torch, dtype)).eval()
+    model: Any = transformers.MixtralForCausalLM(settings)
+    model = model.to(place(), getattr(torch, dtype)).eval()
     model.set_experts_implementation(experts)
     return model
 
@@ -75,7 +101,7 @@ def training(config: MixtralConfig, dtype: str, experts: str, batch: int, length
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    ids = torch.tensor(tokens(config, batch, length)).long()
+    ids = input_ids(config, batch, length)
 
     def run() -> float:
         adamw.zero_grad()
@@ -92,11 +118,14 @@ def prefill(config: MixtralConfig, dtype: str, experts: str, batch: int, length:
     """Logits of every position."""
     import torch
 
-    model, ids = build(config, dtype, experts), torch.tensor(tokens(config, batch, length)).long()
+    model, ids = build(config, dtype, experts), input_ids(config, batch, length)
 
     @torch.inference_mode()
     def run() -> Any:
-        return model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        return logits
 
     return Side(run, dtype, f"{experts} experts")
 
@@ -111,7 +140,7 @@ def decoding(config: MixtralConfig, dtype: str, experts: str, batch: int, prompt
 
     model = build(config, dtype, "eager")
     cache = transformers.DynamicCache(config=model.config)
-    ids = torch.tensor(tokens(config, batch, prompt)).long()
+    ids = input_ids(config, batch, prompt)
 
     @torch.inference_mode()
     def step(ids: Any) -> Any:
@@ -129,6 +158,14 @@ def decoding(config: MixtralConfig, dtype: str, experts: str, batch: int, prompt
         return np.array(chosen)
 
     return Side(run, dtype, f"{experts} experts, DynamicCache")
+
+
+def release() -> None:
+    """Memory of a GPU that torch keeps for itself goes back, so that ours finds it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def fastest(
@@ -153,5 +190,6 @@ def fastest(
                 best = seconds, side
             del side
             gc.collect()  # torch's modules refer to each other in circles, and each trial holds gigabytes
+            release()
     assert best is not None
     return best[1], trials

@@ -35,8 +35,8 @@ class Config:
     """Tokens decoded in each repetition; the cache keeps growing."""
     repetitions: int = 9
     """Repetitions whose median counts."""
-    smoke: bool = False
-    """A tiny model, to see that everything runs."""
+    size: Literal["small", "full_width", "smoke"] = "small"
+    """The model: the one above; four layers of Mixtral-8x7B, for accelerators; or a tiny one, to see that all runs."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if min(sizes) < 1:
         raise BimedixError("All sizes and --repetitions are at least 1.")
     startup.reuse_memory()  # for both sides
-    architecture = model.SMOKE if config.smoke else model.MODEL
+    architecture = model.SIZES[config.size]
     report.check(architecture, max(config.length, config.prompt + config.steps * (config.repetitions + 7) + 1))
     versions = report.versions(config.against is not None)
     options = whole.Options(architecture, config.against is not None, config.repetitions)
@@ -57,4 +57,4 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     ]
     console.print(report.table(rows))
     shape = {"batch": config.batch, "length": config.length, "prompt": config.prompt, "steps": config.steps}
-    return versions | shape | {"smoke": config.smoke, "rows": rows}
+    return versions | shape | {"size": config.size, "rows": rows}

@@ -31,8 +31,8 @@ class Config:
     """Tokens of a row."""
     repetitions: int = 9
     """Repetitions whose median counts."""
-    smoke: bool = False
-    """A tiny model, to see that everything runs."""
+    size: Literal["small", "full_width", "smoke"] = "small"
+    """The model: the one above; four layers of Mixtral-8x7B, for accelerators; or a tiny one, to see that all runs."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -42,10 +42,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if min(config.batch, config.repetitions) < 1 or config.length < 2:
         raise BimedixError("--batch and --repetitions are at least 1, --length at least 2.")
     startup.reuse_memory()  # for both sides
-    architecture = model.SMOKE if config.smoke else model.MODEL
+    architecture = model.SIZES[config.size]
     report.check(architecture, config.length)
     versions = report.versions(config.against is not None)
     options = whole.Options(architecture, config.against is not None, config.repetitions)
     rows = [whole.training_row(options, config.base, config.remat, config.batch, config.length)]
     console.print(report.table(rows))
-    return versions | {"batch": config.batch, "length": config.length, "smoke": config.smoke, "rows": rows}
+    return versions | {"batch": config.batch, "length": config.length, "size": config.size, "rows": rows}

@@ -17,6 +17,9 @@ KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
 ROW_TYPES = ("bf16", "f16", "f32")
 OPAQUE_PRODUCTS = re.compile(r"cublas|cudnn|onednn|gemm|conv", re.IGNORECASE)
 """Custom calls of libraries that multiply matrices; XLA uses none of them where it cannot time them first."""
+CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
+"""Those of them that are counted: what XLA may choose where the GPU is there."""
+CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[((?:"\d+",?)*)\]')
 GRID = re.compile(r"grid_x = (\d+) : i32, grid_y = (\d+)")
 MOSAIC_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 WINDOW = re.compile(r"(\w+)=([\w-]+)")
@@ -58,6 +61,8 @@ def flops_of(program: Program, computation: Computation, instruction: Instructio
     if instruction.opcode == "convolution":
         return dense(computation, instruction, convolution_flops(computation, instruction))
     if instruction.opcode == "custom-call":
+        if (instruction.attribute("custom_call_target") or "").strip('"') in CUBLAS:
+            return dense(computation, instruction, cublas_flops(computation, instruction))
         return kernel_call(instruction)
     if instruction.opcode == "fusion":
         inside = program.callee(instruction)
@@ -74,6 +79,13 @@ def dot_flops(computation: Computation, instruction: Instruction) -> float:
     left = computation.operand(instruction, 0).shapes[0].dims
     axes = instruction.attribute("lhs_contracting_dims") or ""
     return 2.0 * instruction.shapes[0].size * math.prod(left[int(i)] for i in axes.split(",") if i)
+
+
+def cublas_flops(computation: Computation, instruction: Instruction) -> float:
+    left, axes = computation.operand(instruction, 0).shapes[0].dims, CONTRACTED.search(instruction.attributes)
+    if axes is None:
+        raise BimedixError(f"The product {instruction.name} names no contracted axes; XLA prints another format.")
+    return 2.0 * instruction.shapes[0].size * math.prod(left[int(i)] for i in re.findall(r"\d+", axes[1]))
 
 
 def convolution_flops(computation: Computation, instruction: Instruction) -> float:

@@ -216,10 +216,23 @@ ENTRY %main (a: f32[32,1024], b: s32[], c: f32[1,1024]) -> f32[32,1024] {
 def test_kernels_that_nothing_is_known_of_are_an_error():
     call = 'ROOT %c = f32[4,4] custom-call(%a), custom_call_target="TARGET"'
     text = "HloModule m\nENTRY %main (a: f32[4,4]) -> f32[4,4] {\n  %a = f32[4,4] parameter(0)\n  " + call + "\n}\n"
-    for target in ("__cublas$gemm", "__gpu$xla.gpu.triton", "tpu_custom_call"):
-        with pytest.raises(BimedixError, match=r"not counted|states no FLOPs"):
+    for target in ("__cublas$gemm", "__cudnn$conv", "__gpu$xla.gpu.triton", "tpu_custom_call"):
+        with pytest.raises(BimedixError, match=r"not counted|states no FLOPs|names no contracted axes"):
             roofline.costs_of(hlo.parse(text.replace("TARGET", target)), A100)
     assert roofline.costs_of(hlo.parse(text.replace("TARGET", "AllocateBuffer")), A100).total_flops == 0
+
+
+def test_products_of_cublas():
+    """What XLA writes where the GPU is there and it has timed cuBLAS as the fastest; the second result is scratch."""
+    config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["0","2"],"x":["1"]}}}'
+    text = """HloModule m
+ENTRY %main (a: bf16[3,5,7], b: bf16[21,11]) -> (bf16[5,11], s8[1024]) {
+  %a = bf16[3,5,7]{2,1,0} parameter(0)
+  %b = bf16[21,11]{1,0} parameter(1)
+  ROOT %c = (bf16[5,11]{1,0}, s8[1024]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", CONFIG
+}
+""".replace("CONFIG", f"backend_config={config}")
+    assert roofline.costs_of(hlo.parse(text), A100).total_flops == 2 * 5 * 11 * 21
 
 
 def test_a_target_is_a_name_and_a_number():

@@ -1,0 +1,198 @@
+"""Training steps of a model in its full size on the accelerator that is here, beside what `bimedix plan` says of it.
+
+    python scripts/measure_full_size.py                       # Mixtral-8x7B, the paper's recipe, on one device
+    python scripts/measure_full_size.py --layers 4 --json     # a shallower one; one JSON document
+
+The step is the one that `bimedix train` runs, of the preset bimedix-mixtral-8x7b (rank 128 on attention, experts and
+router over an NF4 base, rows of 4,096 tokens, 16 rows a step) with one row at a time and layers recomputed, which is
+what `bimedix plan --fit` finds for one device of 80 GB. Its arrays are real as well: a random layer is quantised and
+stands for all layers, so that routing, products and the optimiser have values as in training. `planned_bytes` is what
+the compiler says of the program, `measured_bytes` the most that the device held while it trained; `planned_seconds` is
+the planner's time for the same compiled program on this kind of device, where it knows the kind.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # the share of the memory that the planner counts on
+
+from bimedix_jax import startup
+
+startup.prepare()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from bimedix_jax.adapters import add_lora  # noqa: E402
+from bimedix_jax.errors import BimedixError  # noqa: E402
+from bimedix_jax.experiment import Experiment, override  # noqa: E402
+from bimedix_jax.kernels import backends  # noqa: E402
+from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig  # noqa: E402
+from bimedix_jax.models.mixtral import init_random  # noqa: E402
+from bimedix_jax.plan import hlo  # noqa: E402
+from bimedix_jax.plan.devices import DEVICES, Device  # noqa: E402
+from bimedix_jax.plan.report import BIMED_TOKENS, EPOCHS  # noqa: E402
+from bimedix_jax.plan.roofline import costs_of  # noqa: E402
+from bimedix_jax.plan.step import STEPS, abstract_model, peak, training_arguments  # noqa: E402
+from bimedix_jax.plan.useful import training_flops  # noqa: E402
+from bimedix_jax.presets import bimedix_mixtral_8x7b  # noqa: E402
+from bimedix_jax.quantise import quantise_base  # noqa: E402
+from bimedix_jax.sharding import COMPILER_OPTIONS  # noqa: E402
+from bimedix_jax.training.optimiser import make_optimiser  # noqa: E402
+from bimedix_jax.training.state import init_state, take_apart  # noqa: E402
+
+LAST_NUMBER = re.compile(r"[._]\d+$")
+"""XLA counts the kernels of a kind, ours included: `grouped_matmul_128x128x64.3`."""
+KINDS = {"NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA H100": "h100-80gb"}
+"""How drivers name devices that the planner knows, by the beginning of the name."""
+
+
+def known(kind: str) -> Device | None:
+    """The planner's facts of the device that is here."""
+    return next((DEVICES[name] for start, name in KINDS.items() if kind.startswith(start)), None)
+
+
+def recipe(options: argparse.Namespace) -> Experiment:
+    changes = {
+        "mesh": None,
+        "batch.rows": options.rows,
+        "batch.accumulation": options.accumulation,
+        "data.sequence_length": options.sequence_length,
+        "remat": options.remat,
+    }
+    return override(bimedix_mixtral_8x7b(), changes)
+
+
+def arrays(config: MixtralConfig, experiment: Experiment, abstract: Any) -> tuple[Any, Any, Any]:
+    """State, frozen parameters and batch: those of a random model of one layer, repeated where more are asked for."""
+    one = quantise_base(init_random(dataclasses.replace(config, num_layers=1), dtype="bfloat16"))
+    assert experiment.lora is not None
+    _, params, frozen = take_apart(add_lora(one, experiment.lora))
+
+    def deepen(value: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        if value.shape == wanted.shape:
+            return value
+        assert value.shape[0] == 1, (value.shape, wanted.shape)
+        return jnp.copy(jnp.broadcast_to(value, wanted.shape))
+
+    state, kept, batch = abstract
+    del one
+    frozen = jax.tree.map(deepen, frozen, kept)
+    params = jax.tree.map(deepen, params, state.params)
+    shape = batch["tokens_BT"].shape
+    rows = {
+        "tokens_BT": jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, shape, dtype=np.int32)),
+        "segment_ids_BT": jnp.ones(shape, jnp.int32),
+        "loss_mask_BT": jnp.ones(shape, bool),
+    }
+    return init_state(params, make_optimiser(experiment.optimiser, STEPS)), frozen, rows
+
+
+@contextlib.contextmanager
+def tracing(found: list[dict[str, Any]]) -> Iterator[None]:
+    """Appends seconds and runs of each kernel of the device that run inside, longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            yield
+        [file] = Path(folder).rglob("*.xplane.pb")
+        spent: Counter[str] = Counter()
+        runs: Counter[str] = Counter()
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for line in plane.lines if plane.name.startswith("/device:") else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    name = LAST_NUMBER.sub("", event.name)
+                    spent[name] += round(event.duration_ns)
+                    runs[name] += 1
+    found += [{"name": name, "seconds": ns / 1e9, "runs": runs[name]} for name, ns in spent.most_common()]
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Compiles, runs one step to warm up and `steps` more."""
+    device, experiment = jax.devices()[0], recipe(options)
+    config = ARCHITECTURES[options.model]
+    config = dataclasses.replace(config, num_layers=options.layers or config.num_layers)
+    abstract, step = training_arguments(config, experiment, [device])
+    with backends.recording() as record:
+        lowered = step.lower(*abstract)
+    began = time.perf_counter()
+    compiled = lowered.compile(compiler_options=COMPILER_OPTIONS.get(device.platform))
+    compile_seconds = time.perf_counter() - began
+    state, frozen, batch = arrays(config, experiment, abstract)
+    seconds, losses = [], []
+    kernels: list[dict[str, Any]] = []
+    for index in range(1 + options.steps + (options.kernels > 0)):
+        with tracing(kernels) if index > options.steps else contextlib.nullcontext():
+            began = time.perf_counter()
+            state, metrics = compiled(state, frozen, batch)
+            losses.append(float(metrics["loss"]))
+            jax.block_until_ready(state.params)
+            seconds.append(time.perf_counter() - began)
+    if not all(map(math.isfinite, losses)):
+        raise BimedixError(f"The losses {losses} are not finite; the step is wrong on this device.")
+    held, taken = (
+        (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        statistics.median(seconds[1 : 1 + options.steps]),
+    )
+    tokens = experiment.batch.size * experiment.data.sequence_length
+    useful = training_flops(abstract_model(config, experiment), tokens, experiment.data.sequence_length)
+    facts = known(device.device_kind)
+    planned = costs_of(hlo.parse(compiled.as_text()), facts) if facts is not None else None
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "model": options.model,
+        "layers": config.num_layers,
+        "experiment": experiment.to_dict(),
+        "backends": record.to_dict(),
+        "losses": losses,
+        "compile_seconds": compile_seconds,
+        "planned_bytes": peak(compiled.memory_analysis()),
+        "measured_bytes": held,
+        "step_seconds": taken,
+        "planned_seconds": None if planned is None else planned.step_seconds,
+        "tokens_per_step": tokens,
+        "tokens_per_s": tokens / taken,
+        "hours_of_bimed": BIMED_TOKENS * EPOCHS * taken / tokens / 3600,
+        "useful_tflops_per_s": sum(useful.values()) / taken / 1e12,
+        "program_tflops_per_s": None if planned is None else planned.total_flops / taken / 1e12,
+        "kernels": kernels[: options.kernels],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="mixtral-8x7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for smaller devices")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=16, help="micro-batches of a step")
+    parser.add_argument("--sequence-length", type=int, default=4096)
+    parser.add_argument("--remat", choices=("none", "experts", "layer"), default="layer")
+    parser.add_argument("--steps", type=int, default=2, help="steps whose median counts, after one to warm up")
+    parser.add_argument("--kernels", type=int, default=0, help="trace one more step and list its longest kernels")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    document = measure(parser.parse_args())
+    if "--json" in sys.argv:
+        print(json.dumps(document, indent=2))
+        return
+    for name in ("planned_bytes", "measured_bytes"):
+        print(f"{name:24}" + ("unknown" if document[name] is None else f"{document[name] / 2**30:.1f} GiB"))
+    for name in ("compile_seconds", "step_seconds", "planned_seconds", "tokens_per_s", "useful_tflops_per_s"):
+        print(f"{name:24}" + ("unknown" if document[name] is None else f"{document[name]:,.1f}"))
+
+
+if __name__ == "__main__":
+    main()
