@@ -35,8 +35,10 @@ CALL = re.compile(
     r'op_name="(?P<name>[^"]*)".*?grid_x = (?P<x>\d+) : i32, grid_y = (?P<y>\d+)'
 )
 """Shapes, matrix products and Triton kernels in the text of a compiled program."""
-GRADIENT = "weight_gradient"
-TILE = re.compile(rf"(?P<kernel>grouped_matmul|nf4_matmul|{GRADIENT})_(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)(__\d+)?")
+GRADIENT, UNPACK = "weight_gradient", "unpack"
+TILE = re.compile(
+    rf"(?P<kernel>grouped_matmul|nf4_matmul|{GRADIENT}|{UNPACK})_(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)(__\d+)?"
+)
 """Name of a Triton kernel of ours: what it does, its tile, and a number where a program has several."""
 
 
@@ -103,12 +105,14 @@ def gpu_kernels(function: Any, *arguments: Any, architecture: str = "sm_80") -> 
 
 
 def kernel_flops(kernel: str, tile: tuple[int, int, int], grid: tuple[int, ...], contracted: int) -> int:
-    """FLOPs of all programs of a Triton kernel that contracts this many columns, or rows (GRADIENT).
+    """FLOPs of all programs of a Triton kernel that contracts this many columns, or rows (GRADIENT); UNPACK has none.
 
     Programs that end at once because their tile has no rows are counted; so are, for GRADIENT, as many masked rows as
     the worst group sizes cause.
     """
     m, n, k = tile
+    if kernel == UNPACK:
+        return 0
     if kernel == GRADIENT:
         return 2 * grid[0] * m * n * (contracted + grid[1] * (k - 1))
     return 2 * grid[0] * m * n * -(-contracted // k) * k
@@ -120,15 +124,17 @@ def more_cases() -> dict[str, Case]:
     for name, each in (("w1 nf4", 2), ("w2 nf4", 2), ("q nf4", 1), ("k nf4", 1)):  # rows of a token
         forward, rows = found[f"{name} forward"], found[f"{name} rows"]
         found[f"{name} forward, 1 token"] = replace(forward, rows=each)
-        found[f"{name} forward, 256 tokens"] = replace(forward, rows=256 * each)
-        found[f"{name} rows, 256 tokens"] = replace(rows, rows=256 * each)
+        for tokens in (256, 1024):
+            found[f"{name} forward, {tokens} tokens"] = replace(forward, rows=tokens * each)
+            found[f"{name} rows, {tokens} tokens"] = replace(rows, rows=tokens * each)
     for name in ("w1 nf4 forward", "w1 nf4 rows", "w1 lora_a forward", "w1 lora_a rows", "w1 lora_a weight"):
         found[f"{name}, float32"] = replace(found[name], dtype="float32")
     return found
 
 
 def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """A row for each case (of those named): ptxas' figures, and `flops_ratio`, FLOPs of the grid over useful ones.
+    """A row for each kernel of each case (of those named): ptxas' figures, and `flops_ratio`, FLOPs of its grid over
+    the case's useful ones.
 
     Raises:
       BimedixError: the extra `aot` is not installed.
@@ -146,24 +152,26 @@ def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, A
         with backends.use(platform="gpu"):
             kernels = gpu_kernels(functools.partial(case.run, "triton"), *case.operands(placed))
         seconds = time.perf_counter() - began
-        [(kernel, part)] = [(kernel, part) for kernel in kernels if (part := TILE.fullmatch(kernel.name))]
-        tile = (int(part["m"]), int(part["n"]), int(part["k"]))
         contracted = {"forward": case.k, "rows": case.n, "weight": case.rows}[case.part]
-        yield {
-            "target": target,
-            "case": name,
-            "kernel": part["kernel"],
-            "shapes": case.shapes,
-            "dtype": case.dtype,
-            "tile": tile,
-            "grid": kernel.grid,
-            "threads": kernel.threads,
-            "registers": kernel.registers,
-            "spill_bytes": kernel.spill_bytes,
-            "shared_bytes": kernel.shared_bytes,
-            "flops_ratio": kernel_flops(part["kernel"], tile, kernel.grid, contracted) / case.useful_flops,
-            "compile_seconds": seconds,
-        }
+        for kernel in kernels:
+            if (part := TILE.fullmatch(kernel.name)) is None:
+                continue
+            tile = (int(part["m"]), int(part["n"]), int(part["k"]))
+            yield {
+                "target": target,
+                "case": name,
+                "kernel": part["kernel"],
+                "shapes": case.shapes,
+                "dtype": case.dtype,
+                "tile": tile,
+                "grid": kernel.grid,
+                "threads": kernel.threads,
+                "registers": kernel.registers,
+                "spill_bytes": kernel.spill_bytes,
+                "shared_bytes": kernel.shared_bytes,
+                "flops_ratio": kernel_flops(part["kernel"], tile, kernel.grid, contracted) / case.useful_flops,
+                "compile_seconds": seconds,
+            }
 
 
 def program_flops(text: str | None) -> int:
@@ -185,6 +193,8 @@ def program_flops(text: str | None) -> int:
         part = TILE.search(match["name"])
         if part is None:
             raise BimedixError(f"The compiled program calls {match['name']}, whose FLOPs are not counted.")
+        if part["kernel"] == UNPACK:
+            continue
         # the first operand that is no tile's row or expert is x: [rows, contracted columns]
         rows, columns = re.findall(r"(?:bf16|f16|f32)\[(\d+),(\d+)\]", match["operands"])[0]
         contracted = int(rows if part["kernel"] == GRADIENT else columns)

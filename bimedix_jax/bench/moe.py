@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bimedix_jax.bench.bounds import product
 from bimedix_jax.bench.timing import medians
 from bimedix_jax.kernels.expert_mlp import expert_mlp
 from bimedix_jax.kernels.expert_mlp.api import BACKENDS as FEED_FORWARD
@@ -17,7 +18,6 @@ from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import planes
 from bimedix_jax.kernels.permute import sort_by_expert
-from bimedix_jax.kernels.products import dot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def contestants(size: Size) -> dict[str, Callable[[], Any]]:
     t = quantize(stored, batch_dims=1).mT  # as PyTorch stores it, (out, in), which is how checkpoints come
     even, uneven = jnp.asarray(balanced(size)), jnp.asarray(skewed(size))
     first = jnp.copy(w[0])
-    dense = jax.jit(lambda x, w: dot(x, w).astype(jnp.bfloat16))
+    dense = jax.jit(lambda x, w: product(x, w).astype(jnp.bfloat16))
     ours = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes))
     nf4_gradient = jax.jit(lambda dy, t, sizes: jax.vjp(lambda x: grouped_matmul(x, t, sizes), x)[1](dy))
     dy = jax.random.normal(key, (size.rows, size.hidden), jnp.bfloat16)

@@ -9,7 +9,7 @@ import itertools
 import math
 import re
 
-from bimedix_jax.codegen_gpu import GRADIENT, TILE, kernel_flops
+from bimedix_jax.codegen_gpu import GRADIENT, TILE, UNPACK, kernel_flops
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
 
@@ -164,6 +164,8 @@ def triton_call(instruction: Instruction) -> Flops:
     part, grid = TILE.search(instruction.op_name), GRID.search(instruction.attributes)
     if part is None or grid is None:
         raise BimedixError(f"The compiled program calls {instruction.op_name}, whose FLOPs are not counted.")
+    if part["kernel"] == UNPACK:
+        return Flops()
     # the first operand that is no tile's row or expert is x: [rows, contracted columns]
     x = next(shape for shape in kernel_operands(instruction) if shape.dtype in ("bf16", "f16", "f32"))
     rows, columns = x.dims
@@ -211,7 +213,8 @@ def bytes_of(program: Program, computation: Computation, instruction: Instructio
 
 def kernel_read(operands: list[Shape]) -> float:
     """Bytes of its operands that a kernel of ours reads: with fewer rows than experts, those of as many experts."""
-    rows = next((shape.dims[0] for shape in operands if len(shape.dims) == 2 and shape.dtype in ROW_TYPES), 1)
+    products = (shape.dims[0] for shape in operands if len(shape.dims) == 2 and shape.dtype in ROW_TYPES)
+    rows = next(products, math.inf)
     return float(sum(nbytes(x) * (min(1.0, rows / x.dims[0]) if len(x.dims) > 2 else 1.0) for x in operands))
 
 

@@ -1,8 +1,10 @@
 """Backend in Pallas kernels that Triton compiles, for NVIDIA GPUs from compute capability 8.0 (A100) on.
 
 A program computes one tile of the output: rows of one expert times columns of its matrix, accumulated in float32
-registers. The grid is static; a tile without rows ends at once. NF4 weights come as packed bytes and become values on
-their way to the tensor cores, one tile at a time. On a CPU the kernels are interpreted.
+registers. The grid is static; a tile without rows ends at once. NF4 weights come as packed bytes. For few rows they
+become values on their way to the tensor cores, one tile at a time, and memory sees the packed bytes alone; for many,
+where every weight would become a value once for each tile of rows, they are written out first, one matrix of all
+experts at a time. On a CPU the kernels are interpreted.
 """
 
 import dataclasses
@@ -22,14 +24,19 @@ from jaxtyping import Array, Float, Int
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul.tiles import Tiles, group_tiles
 from bimedix_jax.kernels.manual_axes import varying
-from bimedix_jax.kernels.nf4 import NF4Tensor, ptx
+from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
-from bimedix_jax.kernels.nf4.tables import NF4_VALUES
+from bimedix_jax.kernels.nf4.triton_tile import dequantised
 
 BLOCK_SIZES = (32, 64, 128)
 """NF4 blocks of which tiles are whole multiples."""
 MULTIPROCESSORS = 108
 """Of an A100."""
+UNPACKED_ROWS = 512
+"""Rows of an expert, on average, from which its NF4 weights are written out first. Writing and reading 2 bytes a weight
+takes an H100 as long as its products on packed weights lose on 300 rows (docs/results/gpu.md)."""
+UNPACKING = (16, 512, 4)
+"""Rows and columns of a tile that is written out, and the warps that do it."""
 SWIZZLE = 8
 """Row tiles that run through all columns together: they and a wave's columns of weights fit into the L2 cache."""
 
@@ -153,44 +160,6 @@ def bound(size: int, tile: int) -> int | None:
     return size if size % tile else None
 
 
-def round_to_bfloat16(x: jax.Array) -> jax.Array:
-    """float32 values rounded to nearest even by their bits: a cast there and back may be optimised away."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    rounded = bits + 0x7FFF + (lax.shift_right_logical(bits, 16) & 1)
-    return lax.bitcast_convert_type(rounded & -0x10000, jnp.float32)
-
-
-def nibble_values(codes: jax.Array) -> jax.Array:
-    """Table look-up as a tree of selects."""
-    is_set = [(codes.astype(jnp.int32) & (1 << bit)) != 0 for bit in range(4)]
-    level: list[Any] = [jnp.float32(value) for value in NF4_VALUES]
-    for bit in is_set:
-        level = [jnp.where(bit, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-    return level[0]
-
-
-def dequantised(packed: jax.Array, scales: jax.Array, recorded: str, dtype: Any, interpret: bool) -> jax.Array:
-    """Values [*shape, 2] of packed bytes [*shape] with float32 scales [*shape]."""
-    if dtype == jnp.bfloat16 and recorded in ("bfloat16", "float32") and not interpret:
-        [words] = plt.elementwise_inline_asm(
-            ptx.dequantize_pairs(),
-            args=[packed, scales],
-            constraints=ptx.CONSTRAINTS,
-            pack=4,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(packed.shape, jnp.int32)],
-        )
-        halves = (words.astype(jnp.uint16), lax.shift_right_logical(words, 16).astype(jnp.uint16))
-        return jnp.stack([lax.bitcast_convert_type(half, jnp.bfloat16) for half in halves], axis=-1)
-
-    def values(codes: jax.Array) -> jax.Array:  # rounded as nf4.api.as_recorded does
-        exact = nibble_values(codes) * scales
-        if recorded == "bfloat16" and dtype != jnp.bfloat16:
-            exact = round_to_bfloat16(exact)
-        return exact.astype(recorded).astype(dtype)
-
-    return jnp.stack([values(packed >> 4), values(packed & 15)], axis=-1)
-
-
 def weight_tile(
     refs: tuple[Any, ...],
     layout: Layout,
@@ -310,6 +279,32 @@ def arrays_of(w_EDF: jax.Array | NF4Tensor, layout: Layout) -> tuple[jax.Array, 
     return w_EDF.packed.reshape(*blocks, layout.block // 2), block_scales(w_EDF).reshape(blocks)
 
 
+def unpack_kernel(packed_ref: Any, scale_ref: Any, w_ref: Any, *, tile: Tile, layout: Layout, interpret: bool) -> None:
+    across = layout.columns // tile.n
+    row, column = lax.div(pl.program_id(0), across) * tile.m, lax.rem(pl.program_id(0), across) * tile.n
+    e = pl.program_id(1)
+    refs, shape = (packed_ref, scale_ref), (tile.m, tile.n)
+    w = weight_tile(refs, layout, e, row, column, shape, w_ref.dtype, interpret)
+    rows, columns = row + jnp.arange(tile.m), column + jnp.arange(tile.n)
+    plt.store(w_ref.at[e, rows[:, None], columns[None]], w, mask=jnp.broadcast_to((rows < layout.rows)[:, None], shape))
+
+
+def unpacked(packed: jax.Array, scales: jax.Array, layout: Layout, dtype: Any) -> jax.Array:
+    """The values [experts, rows, columns] of `arrays_of` NF4 weights, as they lie."""
+    m, n, warps = UNPACKING
+    n = max(layout.block, min(n, layout.columns & -layout.columns))
+    tile = Tile(min(m, pl.next_power_of_2(layout.rows)), n, 1, warps, 1)
+    out = jax.ShapeDtypeStruct((layout.experts, layout.rows, layout.columns), dtype)
+    grid = (-(-layout.rows // tile.m) * (layout.columns // tile.n), layout.experts)
+    return launch(functools.partial(unpack_kernel, layout=layout), "unpack", grid, tile, out, packed, scales)
+
+
+def is_unpacked(rows: int, layout: Layout, itemsize: int) -> bool:
+    """Whether a product of so many rows has its NF4 weights written out first."""
+    fits = layout.experts * layout.rows * layout.columns < 2**31  # 32-bit offsets
+    return layout.block > 0 and itemsize == 2 and fits and rows >= UNPACKED_ROWS * layout.experts
+
+
 def multiply(
     name: str, x_MK: jax.Array, w: jax.Array | NF4Tensor, swapped: bool, cut: Callable[[int], Tiles]
 ) -> jax.Array:
@@ -318,11 +313,15 @@ def multiply(
     out = jax.ShapeDtypeStruct((rows, layout.width), x_MK.dtype)
     if math.prod(out.shape) == 0:
         return jnp.zeros(out.shape, out.dtype)
+    weights = arrays_of(w, layout)
+    if is_unpacked(rows, layout, x_MK.dtype.itemsize):
+        weights = (unpacked(*weights, layout, x_MK.dtype),)
+        layout = dataclasses.replace(layout, block=0)
     tile = product_tile(rows, layout, x_MK.dtype.itemsize)
     tiles = cut(tile.m)
     grid = (tiles.expert.shape[0] * -(-layout.width // tile.n),)
     kernel = functools.partial(product_kernel, layout=layout)
-    return launch(kernel, name, grid, tile, out, *tiles, x_MK, *arrays_of(w, layout))
+    return launch(kernel, name, grid, tile, out, *tiles, x_MK, *weights)
 
 
 def grouped_matmul(

@@ -24,6 +24,8 @@ SHARED_BYTES = 163 * 1024
         "w1 lora_b rows",
         "w1 lora_b weight",
         "w1 nf4 forward, 256 tokens",
+        "w1 nf4 forward, 1024 tokens",
+        "w1 nf4 rows, 1024 tokens",
         "w2 nf4 forward, 1 token",
         "q nf4 forward",
         "k nf4 rows",
@@ -33,12 +35,16 @@ SHARED_BYTES = 163 * 1024
     ],
 )
 def test_an_a100_keeps_every_value_in_registers(name: str) -> None:
-    [row] = codegen_gpu.measure("a100-80gb", [name])
-    assert row["spill_bytes"] == 0
-    assert 0 < row["registers"] <= 255
-    assert 0 < row["shared_bytes"] <= SHARED_BYTES
+    rows = list(codegen_gpu.measure("a100-80gb", [name]))
+    for row in rows:
+        assert row["spill_bytes"] == 0
+        assert 0 < row["registers"] <= 255
+        assert 0 < row["shared_bytes"] <= SHARED_BYTES
     if "token" not in name:
-        assert 1 <= row["flops_ratio"] <= 1.15
+        assert 1 <= sum(row["flops_ratio"] for row in rows) <= 1.15
+    assert [row["kernel"] for row in rows].count("unpack") == (
+        "nf4" in name and "token" not in name and "float32" not in name
+    )
 
 
 def test_a_moe_layer_multiplies_little_beyond_the_useful() -> None:

@@ -121,6 +121,36 @@ def test_nf4_rounds_as_layers_do(backend: str, dtype: str, recorded: str) -> Non
     np.testing.assert_array_equal(np.asarray(got, np.float32), expected[[0, 0, 0, 0, 1, 1], :, columns])
 
 
+@pytest.mark.parametrize("recorded", ["bfloat16", "float32", "float16"])
+def test_weights_that_triton_writes_out_first_round_likewise(monkeypatch: pytest.MonkeyPatch, recorded: str) -> None:
+    from bimedix_jax.kernels.grouped_matmul import triton
+
+    monkeypatch.setattr(triton, "UNPACKED_ROWS", 1)
+    test_nf4_rounds_as_layers_do("triton", "bfloat16", recorded)
+
+
+@pytest.mark.parametrize("storage", ["EDF", "EFD_transposed", "whole"])
+@pytest.mark.parametrize("backend", INTERPRETED)
+def test_nf4_with_many_rows(backend: str, storage: str) -> None:
+    """As many as a training step has, by which a backend may choose another way; rows of no group among them."""
+    d, f, sizes = 64, 128, [0, 700, 900]
+    x, w, dy = draw(1700, d, f, len(sizes), "bfloat16")
+    transposed = storage == "EFD_transposed"
+    t = quantize(w.mT if transposed else w, batch_dims=0 if storage == "whole" else 1)
+    t = t.mT if transposed else t
+    values, groups = np.asarray(dequantize(t), np.float32), jnp.asarray(sizes, jnp.int32)
+
+    @jax.jit
+    def run(x: jax.Array, t: NF4Tensor):
+        y, pullback = jax.vjp(lambda x: grouped_matmul(x, t, groups, backend=backend), x)
+        return y, pullback(dy)[0]
+
+    y, dx = run(x, t)
+    close(y, reference.grouped_matmul(np.asarray(x, np.float32), values, np.array(sizes)), "bfloat16")
+    wanted = reference.grouped_matmul(np.asarray(dy, np.float32), values.swapaxes(1, 2), np.array(sizes))
+    close(dx, wanted, "bfloat16")
+
+
 @functools.cache
 def compiled(backend: str) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple]:
     """(y, (dx, dw)) of x, w, dy and group sizes: compiled once a shape, since sizes are data."""
