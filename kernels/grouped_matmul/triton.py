@@ -108,19 +108,20 @@ def power_of_two(size: int, most: int) -> int:
 
 def product_tile(rows: int, layout: Layout, itemsize: int) -> Tile:
     """The tile of a product, by shapes alone; at Mixtral's none spills on an A100 (tests/kernels/test_codegen.py)."""
-    # at most half an expert's even share of rows, so that the last tile of a group costs at most half as much again
-    m = power_of_two(-(-rows // (2 * layout.experts)), 128)
+    # of dense weights at most half an expert's even share of rows, so that the last tile of a group costs at most half
+    # as much again; packed ones become values once for each tile of rows, so that one holds most groups whole
+    m = power_of_two(-(-rows * (4 if layout.block else 1) // (2 * layout.experts)), 128)
     if itemsize == 4:  # three products of TF32 each, whose operands take twice the registers
         m, n, k, warps, stages = min(m, 32), 64, 32, 4, 2
     elif layout.block:
-        n, k, warps, stages = (128, 64, 8, 3) if m == 128 else (64, 64, 4, 3) if m == 64 else (64, 128, 4, 3)
+        n, k, warps, stages = (128, 64, 8, 3) if m == 128 else (64, 256, 4, 4) if m == 16 else (64, 128, 4, 3)
     elif m == 128 and layout.width >= 1024:
         n, k, warps, stages = 256, 64, 8, 3
     else:  # a narrow output, such as that of an adapter's first factor, has few tiles; lower ones occupy more of a GPU
         m, n, k, warps, stages = min(m, 64), 128, 32, 4, 4
     # few rows only read the weights: every multiprocessor takes part, as many bytes at once as before
     narrows = m == 16 and itemsize == 2 and layout.block > 0 and layout.contract_columns
-    while narrows and n > 16 and n * MULTIPROCESSORS > layout.width:
+    while narrows and n > 32 and n * MULTIPROCESSORS > layout.width:
         n, k = n // 2, k * 2
     n, k = power_of_two(layout.width, n), power_of_two(layout.depth, k)
     if layout.block:  # whole blocks, and as many tiles as the columns have
