@@ -88,8 +88,9 @@ DEVICES = {
 
 MATMUL_SHARE = 0.7
 """Of the peak FLOP/s that dense products reach: large 16-bit GEMMs of cuBLAS and of XLA:TPU reach 0.7 to 0.85."""
-KERNEL_SHARE = 0.5
-"""Of the peak FLOP/s that our kernels on packed weights reach. Not measured on any of these devices."""
+KERNEL_SHARE, PACKED_SHARE = {"gpu": 0.58, "tpu": 0.5}, {"gpu": 0.28, "tpu": 0.5}
+"""Of the peak FLOP/s that our kernels reach, on 16-bit values and where they unpack weights themselves. GPU: measured
+on an H100 (docs/results/gpu.md), not on an A100; TPU: not measured."""
 MEMORY_SHARE = 0.8
 """Of the bandwidth of HBM that kernels reach."""
 NETWORK_SHARE = 0.75
@@ -98,9 +99,11 @@ NETWORK_SHARE = 0.75
 
 def assumptions(device: Device) -> dict[str, float | str]:
     """What every predicted time rests on, as it is printed beside it."""
+    measured = {"gpu": "measured on one H100", "tpu": "never measured on TPUs"}[device.platform]
     return {
         "dense products reach, of peak FLOP/s": MATMUL_SHARE,
-        "our kernels reach, of peak FLOP/s (never measured on this device)": KERNEL_SHARE,
+        f"our kernels reach, of peak FLOP/s ({measured})": KERNEL_SHARE[device.platform],
+        "the same where they unpack weights themselves": PACKED_SHARE[device.platform],
         "kernels reach, of memory bandwidth": MEMORY_SHARE,
         "collectives reach, of link bandwidth": NETWORK_SHARE,
         "seconds between two kernels": device.launch_seconds,

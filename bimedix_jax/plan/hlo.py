@@ -183,7 +183,7 @@ def parse(text: str | None) -> Program:
             if line.endswith("{") and (header := HEADER.fullmatch(line)) and not line.startswith("HloModule"):
                 current = computations.setdefault(header[2], Computation(header[2], {}))
                 entry = header[2] if header[1] else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, "):  # behind it stands which thread runs it, if not the main one
             current = None
         elif (instruction := parse_instruction(line)) is not None:
             current.instructions[instruction.name] = instruction

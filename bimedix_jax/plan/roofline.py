@@ -64,7 +64,9 @@ def network_seconds(collective: Collective, device: Device) -> float:
 
 
 def compute_seconds(flops: Flops, device: Device) -> float:
-    share = devices.KERNEL_SHARE if flops.kernel else devices.MATMUL_SHARE
+    share = devices.MATMUL_SHARE
+    if flops.kernel:
+        share = (devices.PACKED_SHARE if flops.packed else devices.KERNEL_SHARE)[device.platform]
     return ((flops.total - flops.single) / device.bfloat16_flops + flops.single / device.float32_flops) / share
 
 

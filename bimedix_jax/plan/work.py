@@ -33,13 +33,14 @@ class Flops:
       total: of all tiles, whether rows fill them or not.
       filled: of the rows and columns that the operands have.
       single: those of `total` whose operands are float32.
-      kernel: whether they are those of a kernel of ours.
+      kernel: whether they are those of a kernel of ours; packed: one that unpacks weights itself.
     """
 
     total: float = 0.0
     filled: float = 0.0
     single: float = 0.0
     kernel: bool = False
+    packed: bool = False
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(
@@ -47,6 +48,7 @@ class Flops:
             self.filled + other.filled,
             self.single + other.single,
             self.kernel or other.kernel,
+            self.packed or other.packed,
         )
 
 
@@ -147,12 +149,18 @@ def kernel_call(instruction: Instruction) -> Flops:
         if estimate is None:
             raise BimedixError(f"The kernel {instruction.op_name} states no FLOPs; give it a cost_estimate.")
         total = float(estimate[1])
-        return Flops(total, min(total, mosaic_filled(instruction)), kernel=True) if total else Flops()
+        filled = min(total, mosaic_filled(instruction)) if total else 0.0
+        return Flops(total, filled, kernel=True, packed=is_packed(instruction)) if total else Flops()
     if target == TRITON:
         return triton_call(instruction)
     if OPAQUE_PRODUCTS.search(target):
         raise BimedixError(f"The compiled program calls {target}, whose FLOPs are not counted.")
     return Flops()
+
+
+def is_packed(instruction: Instruction) -> bool:
+    """Whether a kernel's weights are bytes of NF4."""
+    return any(shape.dtype == "u8" for shape in kernel_operands(instruction))
 
 
 def kernel_operands(instruction: Instruction) -> list[Shape]:
@@ -174,7 +182,8 @@ def triton_call(instruction: Instruction) -> Flops:
     tile = (int(part["m"]), int(part["n"]), int(part["k"]))
     total = float(kernel_flops(part["kernel"], tile, (int(grid[1]), int(grid[2])), rows if is_gradient else columns))
     filled = 2.0 * rows * columns * out[-1]
-    return Flops(total, min(total, filled), total if x.dtype == "f32" else 0.0, kernel=True)
+    single = total if x.dtype == "f32" else 0.0
+    return Flops(total, min(total, filled), single, kernel=True, packed=is_packed(instruction))
 
 
 def mosaic_filled(instruction: Instruction) -> float:

@@ -13,13 +13,14 @@ from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.permute import Permutation
 
 BACKENDS = ("xla", "composed")
-FUSED_ROWS = 64
-"""Pairs an expert, on average, from which on the fused loop is the faster one on two AVX-512 cores. With fewer, as in
-decoding, its time goes into putting an expert's matrices together."""
+FUSED_SHARE = 1 / 4
+"""Pairs an expert, on average and over the width, from which on the fused loop is the faster one on two AVX-512 cores
+(docs/results/moe_kernels.md). With fewer, as in decoding, its time goes into putting an expert's matrices together."""
 
 
 def pick_backend(name: str | None, pairs: int, weights: Weights) -> str:
-    many = pairs >= FUSED_ROWS * weights[0].shape[0]
+    experts, width, _ = weights[0].shape
+    many = pairs >= FUSED_SHARE * width * experts
     preferred = {"cpu": ("xla", "composed") if many else ("composed",), "gpu": ("composed",), "tpu": ("composed",)}
     refusal = {"xla": xla.refusal(weights), "composed": None}
     return backends.pick("expert_mlp", BACKENDS, preferred, name, refusal.__getitem__)

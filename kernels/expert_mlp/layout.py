@@ -42,14 +42,20 @@ class Expert(NamedTuple):
     b: Any
 
 
+def packed(weights: Weights) -> tuple[NF4Tensor, ...]:
+    """Those of the weights that are in NF4."""
+    return tuple(w for w in weights if isinstance(w, NF4Tensor))
+
+
 def refusal(weights: Weights) -> str | None:
     """Why the fused loop does not take these weights, or None."""
-    if not any(isinstance(w, NF4Tensor) for w in weights):
+    if not (tensors := packed(weights)):
         return None
-    if not all(is_planar(w) and w.transposed and len(w.batch_shape) == 1 for w in weights):  # type: ignore[union-attr]
+    planar = [t for t in tensors if is_planar(t) and t.transposed and len(t.batch_shape) == 1]
+    if len(planar) < len(weights):
         return "it takes all weights dense, or all in NF4 and stored as (out, in)."
-    w1, w3, _ = weights
-    if (w1.block_size, w1.dtype) != (w3.block_size, w3.dtype):  # type: ignore[union-attr]
+    w1, w3, _ = planar
+    if (w1.block_size, w1.dtype) != (w3.block_size, w3.dtype):
         return "gate and up differ in block size or dtype."
     return None
 
@@ -96,9 +102,9 @@ def factors(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> Expert:
 
 def sources(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> tuple[Any, Expert]:
     """What `load` slices an expert from."""
-    if is_packed(weights):
-        return tuple((w.packed, block_scales(w)) for w in weights), factors(weights, deltas, dtype)  # type: ignore[union-attr]
-    return tuple(w.astype(dtype) for w in weights), factors(weights, deltas, dtype)  # type: ignore[union-attr]
+    if tensors := packed(weights):
+        return tuple((t.packed, block_scales(t)) for t in tensors), factors(weights, deltas, dtype)
+    return tuple(jnp.asarray(w, dtype) for w in weights), factors(weights, deltas, dtype)
 
 
 def load(weights: Weights, dtype: jnp.dtype, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:
@@ -107,11 +113,12 @@ def load(weights: Weights, dtype: jnp.dtype, pinned: tuple[Any, Expert], e: jax.
     if not is_packed(weights):
         w1, w3, w2 = (index(w, e) for w in base)
         return Expert(join([join([w1, w3], 1), up], 0), join([w2, down], 1), a, b)
-    hidden, width = weights[0].unit_shape  # type: ignore[union-attr]
-    packed, scales = (
+    w1, _, w2 = packed(weights)
+    hidden, width = w1.unit_shape
+    codes, scales = (
         jnp.concatenate([evens_first(index(w[leaf], e).reshape(hidden, -1), 0) for w in base[:2]]) for leaf in (0, 1)
     )
-    both = dataclasses.replace(weights[0], unit_shape=(2 * hidden, width))  # type: ignore[arg-type]
-    up = join([*planes(packed.reshape(-1), scales.reshape(-1), both, dtype), up], 1)
-    w2 = join(list(planes(index(base[2][0], e), index(base[2][1], e), weights[2], dtype)), 1)  # type: ignore[arg-type]
-    return Expert(up, join([w2, down], 0), a, b)
+    both = dataclasses.replace(w1, unit_shape=(2 * hidden, width))
+    up = join([*planes(codes.reshape(-1), scales.reshape(-1), both, dtype), up], 1)
+    out = join(list(planes(index(base[2][0], e), index(base[2][1], e), w2, dtype)), 1)
+    return Expert(up, join([out, down], 0), a, b)

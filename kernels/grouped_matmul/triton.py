@@ -290,14 +290,14 @@ def unpack_kernel(packed_ref: Any, scale_ref: Any, w_ref: Any, *, tile: Tile, la
     plt.store(w_ref.at[e, rows[:, None], columns[None]], w, mask=jnp.broadcast_to((rows < layout.rows)[:, None], shape))
 
 
-def unpacked(packed: jax.Array, scales: jax.Array, layout: Layout, dtype: Any) -> jax.Array:
+def unpacked(arrays: tuple[jax.Array, ...], layout: Layout, dtype: Any) -> jax.Array:
     """The values [experts, rows, columns] of `arrays_of` NF4 weights, as they lie."""
     m, n, warps = UNPACKING
     n = max(layout.block, min(n, layout.columns & -layout.columns))
     tile = Tile(min(m, pl.next_power_of_2(layout.rows)), n, 1, warps, 1)
     out = jax.ShapeDtypeStruct((layout.experts, layout.rows, layout.columns), dtype)
     grid = (-(-layout.rows // tile.m) * (layout.columns // tile.n), layout.experts)
-    return launch(functools.partial(unpack_kernel, layout=layout), "unpack", grid, tile, out, packed, scales)
+    return launch(functools.partial(unpack_kernel, layout=layout), "unpack", grid, tile, out, *arrays)
 
 
 def is_unpacked(rows: int, layout: Layout, itemsize: int) -> bool:
@@ -316,7 +316,7 @@ def multiply(
         return jnp.zeros(out.shape, out.dtype)
     weights = arrays_of(w, layout)
     if is_unpacked(rows, layout, x_MK.dtype.itemsize):
-        weights = (unpacked(*weights, layout, x_MK.dtype),)
+        weights = (unpacked(weights, layout, x_MK.dtype),)
         layout = dataclasses.replace(layout, block=0)
     tile = product_tile(rows, layout, x_MK.dtype.itemsize)
     tiles = cut(tile.m)

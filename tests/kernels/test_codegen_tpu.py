@@ -1,5 +1,6 @@
 """Every TPU kernel compiles for v5e and v5p at the shapes of Mixtral-8x7B, by the compiler that libtpu brings."""
 
+import dataclasses
 import re
 
 import jax
@@ -26,6 +27,14 @@ def test_compiles_tight(target: str, name: str) -> None:
     assert all(0 <= kernel.vmem_bytes <= VMEM_LIMIT for kernel in kernels)
     assert 1 <= codegen_tpu.program_flops(compiled) / case.useful_flops <= 1.15
     assert not re.search(r"= \S+ (dot|convolution|gather)\(", compiled.as_text())  # XLA adds no product, no look-up
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", ["q nf4 forward", "w2 nf4 forward"])
+def test_a_token_alone_compiles_too(name: str, rows: int) -> None:
+    """As decoding has it."""
+    compiled = codegen_tpu.compile_case(dataclasses.replace(cases()[name], rows=rows), codegen_tpu.TARGETS[0])
+    assert codegen_tpu.tpu_kernels(compiled)[-1].name == "grouped_nf4"
 
 
 def test_rows_for_the_script() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bimedix_jax.kernels.expert_mlp import expert_mlp, reference
-from bimedix_jax.kernels.expert_mlp.api import BACKENDS, FUSED_ROWS, pick_backend
+from bimedix_jax.kernels.expert_mlp.api import BACKENDS, FUSED_SHARE, pick_backend
 from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
 from bimedix_jax.kernels.nf4 import dequantize, quantize
 from bimedix_jax.kernels.permute import sort_by_expert
@@ -134,8 +134,9 @@ def test_dense_weights_train() -> None:
 
 def test_many_rows_an_expert_are_fused_on_cpus() -> None:
     weights = draw("float32", False, RANKS["no deltas"])[2]
-    assert pick_backend(None, FUSED_ROWS * EXPERTS, weights) == "xla"
-    assert pick_backend(None, FUSED_ROWS * EXPERTS - 1, weights) == "composed"
+    least = int(FUSED_SHARE * weights[0].shape[1]) * EXPERTS
+    assert pick_backend(None, least, weights) == "xla"
+    assert pick_backend(None, least - 1, weights) == "composed"
 
 
 def test_orders_are_inverse() -> None:

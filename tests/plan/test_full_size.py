@@ -1,4 +1,4 @@
-"""The full-size training step compiles for eight A100s, within a bound on memory.
+"""The full-size training step compiles for eight A100s and for eight TPU v5e, within bounds on memory.
 
 The paper's recipe on Mixtral-8x7B: rank 128, 4,096 tokens a row, 8 devices with a row each. Whatever breaks the layout
 at full size, hoists gathers out of the loop over layers, or keeps dequantised weights, breaks these bounds.
@@ -13,8 +13,8 @@ from bimedix_jax.plan.report import Planned, described, plan_training
 from bimedix_jax.presets import bimedix_mixtral_8x7b
 
 GIB = 2**30
-BOUND = 18.0 * GIB
-"""Bytes of each A100 when whole layers are recomputed."""
+BOUND, TPU_BOUND = 19.0 * GIB, 14.0 * GIB
+"""Bytes of each A100 and of each v5e when whole layers are recomputed."""
 
 
 def planned(devices: str, **changes) -> Planned:
@@ -34,3 +34,13 @@ def test_eight_a100s() -> None:
     assert gathered <= 2 * (22.9 + 7.1) * GIB
     assert plan["flops"] <= 1.75 * plan["useful_flops"]
     assert abs(plan["excess_flops"]["other"]) <= 0.02 * plan["useful_flops"]
+
+
+def test_eight_v5es() -> None:
+    found = planned("v5e:8", remat="layer")
+    plan = described(found)
+    assert plan["fits"], "the TPU's compiler ran out of the 15.75 GiB that a chip has"
+    assert plan["peak_bytes_per_device"] <= TPU_BOUND
+    gathered = plan["collective_bytes"]["all-gather"] / found.experiment.batch.accumulation
+    assert gathered <= 2 * (22.9 + 7.1) * GIB
+    assert plan["flops"] <= 1.75 * plan["useful_flops"]
