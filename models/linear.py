@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels.expert_mlp import out_of_stacks
 from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.nf4_matmul import matmul
@@ -131,7 +132,8 @@ class ExpertLinear(nnx.Module):
         return a, b * jnp.asarray(self.lora.scale, dtype)
 
     def __call__(self, x_MD: Float[Array, "M D"], group_sizes_E: Int[Array, "E"]) -> Float[Array, "M F"]:
-        y_MF = grouped_matmul(x_MD, self.w.get_value(), group_sizes_E)
+        [w] = out_of_stacks((self.w.get_value(),))
+        y_MF = grouped_matmul(x_MD, w, group_sizes_E)
         if self.lora is None:
             return y_MF
         delta_MF = grouped_low_rank(self.lora.dropped(x_MD), self.lora.a[...], self.lora.b[...], group_sizes_E)

@@ -20,7 +20,7 @@ from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_
 from bimedix_jax.models.axes import BATCH, EMBED, LAYERS, VOCAB
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
 from bimedix_jax.models.linear import Linear, fill_slots, placeholder
-from bimedix_jax.models.moe import MoE
+from bimedix_jax.models.moe import MoE, is_expert_matrix
 from bimedix_jax.models.routers import Routing, RoutingPlan, load_balancing_loss, load_of, router_z_loss
 from bimedix_jax.models.stack import run_stack
 
@@ -240,7 +240,7 @@ class Mixtral(nnx.Module):
         kv, length = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
         turned_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta)
         constants = (turned_BTH, segment_ids_BT, key_ids_BS, length)
-        x_BTD, (routing, updated) = run_stack(body, constants, x_BTD, (state, plan, kv))
+        x_BTD, (routing, updated) = run_stack(body, constants, x_BTD, (state, plan, kv), is_expert_matrix)
         return x_BTD, routing, updated
 
     def gather_head(self) -> None:

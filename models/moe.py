@@ -1,5 +1,8 @@
 """The sparse mixture of experts: route, dispatch, experts, combine. No pair of a valid token is dropped."""
 
+import re
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -69,6 +72,14 @@ class MoE(nnx.Module):
         x_MD, sizes_E = dispatch(x_ND, permutation), permutation.group_sizes_E
         y_MD = self.w2(jax.nn.silu(self.w1(x_MD, sizes_E)) * self.w3(x_MD, sizes_E), sizes_E)
         return combine(y_MD, weights_NK, permutation)
+
+
+EXPERT_MATRIX = re.compile(r"\['moe'\]\['w[123]'\]\['w'\]\.value")
+
+
+def is_expert_matrix(path: Any, array: Any) -> bool:
+    """Whether this leaf of a state of layers is a dense weight of the experts, which may come as a LayerOf."""
+    return EXPERT_MATRIX.search(jax.tree_util.keystr(path)) is not None and array.ndim == 4
 
 
 def own_choices(

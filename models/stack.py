@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.expert_mlp import LayerOf
 from bimedix_jax.kernels.products import from_bits, to_bits
 from bimedix_jax.models import shards
 
@@ -23,15 +24,26 @@ Body = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 """body(constants, x, layer) -> (next x, what is stacked over layers)."""
 
 
-def run_stack(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+InPlace = Callable[[Any, Any], bool]
+"""in_place(path, array): whether `body` takes this array of `layers` as a LayerOf."""
+
+
+def nowhere(path: Any, array: Any) -> bool:
+    del path, array
+    return False
+
+
+def run_stack(
+    body: Body, constants: Any, x: jax.Array, layers: Any, in_place: InPlace = nowhere
+) -> tuple[jax.Array, Any]:
     """`x` through all layers, whose arrays are stacked on their leading axes.
 
     Differentiable in x and in floating-point arrays of `layers`; not in `constants`, which `body` must not close over
-    either.
+    either. On a CPU and without gradients, arrays for which `in_place` holds are not taken out of their stacks.
     """
     if backends.platform() != "cpu" or shards.active():
         return lax.scan(lambda x, layer: body(constants, x, layer), x, layers)
-    return scan_bits(body, constants, x, layers)
+    return scan_bits(body, in_place, constants, x, layers)
 
 
 def is_key(dtype: Any) -> bool:
@@ -57,15 +69,25 @@ def all_from_bits(bits: Any, like: Any) -> Any:
     return jax.tree.map(lambda leaf, model: as_before(leaf, model.dtype), bits, like)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def scan_bits(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def scan_bits(body: Body, in_place: InPlace, constants: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
     """lax.scan over bits."""
+    named, tree = jax.tree_util.tree_flatten_with_path(layers)
+    stays = [in_place(path, leaf) for path, leaf in named]
+    stacks = [leaf if stay else bits_of(leaf) for (_, leaf), stay in zip(named, stays, strict=True)]
 
-    def step(x: jax.Array, bits: Any) -> tuple[jax.Array, Any]:
-        x, out = body(constants, x, all_from_bits(bits, layers))
+    def step(x: jax.Array, place: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, Any]:
+        layer, moved = place[0], iter(place[1])
+        leaves = [
+            LayerOf(stack, layer) if stay else as_before(next(moved), leaf.dtype)
+            for stack, stay, (_, leaf) in zip(stacks, stays, named, strict=True)
+        ]
+        x, out = body(constants, x, tree.unflatten(leaves))
         return x, all_to_bits(out)
 
-    x, outs = lax.scan(step, x, all_to_bits(layers))
+    moving = [stack for stack, stay in zip(stacks, stays, strict=True) if not stay]
+    depth = stacks[0].shape[0]
+    x, outs = lax.scan(step, x, (jnp.arange(depth, dtype=jnp.int32), moving))
     _, like = jax.eval_shape(lambda: body(constants, x, jax.tree.map(lambda leaf: leaf[0], layers)))
     return x, all_from_bits(outs, like)
 
@@ -93,7 +115,10 @@ class Kept:
     tree: Any = dataclasses.field(metadata={"static": True})
 
 
-def forward(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[tuple[jax.Array, Any], Kept]:
+def forward(
+    body: Body, in_place: InPlace, constants: Any, x: jax.Array, layers: Any
+) -> tuple[tuple[jax.Array, Any], Kept]:
+    del in_place  # the backward pass reads these arrays in other ways
     notes: dict[str, Any] = {}
 
     def step(x: jax.Array, bits: Any) -> tuple[jax.Array, Any]:
@@ -116,8 +141,10 @@ def forward(body: Body, constants: Any, x: jax.Array, layers: Any) -> tuple[tupl
     return (x, all_from_bits(outs, notes["out"])), kept
 
 
-def backward(body: Body, kept: Kept, cotangents: tuple[jax.Array, Any]) -> tuple[Any, jax.Array, Any]:
-    del body
+def backward(
+    body: Body, in_place: InPlace, kept: Kept, cotangents: tuple[jax.Array, Any]
+) -> tuple[Any, jax.Array, Any]:
+    del body, in_place
     dx, douts = cotangents
     like, structure = jax.tree.flatten(kept.layers)
     differentiable = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in like]

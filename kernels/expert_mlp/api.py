@@ -74,7 +74,7 @@ def expert_mlp(
     Args:
       weights_NK: what each pair counts, as routed; a pair of no expert counts nothing.
       permutation: of the pairs, by `sort_by_expert`.
-      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors.
+      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors; without gradients also LayerOf.
       deltas: for each, the factors (a, b) of what is added to it, or None; b times any scale.
       backend: one of BACKENDS; None takes the one of `backends.use`, else the platform's best for the size that takes
         the operands. A named one never falls back.

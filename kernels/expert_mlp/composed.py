@@ -3,7 +3,7 @@
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, out_of_stacks
 from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.permute import Permutation, combine, dispatch
@@ -15,10 +15,10 @@ PRODUCTS = "expert_products"
 def expert_mlp(
     x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: Deltas
 ) -> jax.Array:
-    sizes = permutation.group_sizes_E
+    sizes, matrices = permutation.group_sizes_E, out_of_stacks(weights)
 
     def linear(x: jax.Array, i: int) -> jax.Array:
-        y, pair = grouped_matmul(x, weights[i], sizes), deltas[i]
+        y, pair = grouped_matmul(x, matrices[i], sizes), deltas[i]
         return y if pair is None else y + grouped_low_rank(x, *pair, sizes)
 
     x_MD = dispatch(x_ND, permutation)

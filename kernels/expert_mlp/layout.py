@@ -14,13 +14,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from bimedix_jax.kernels.grouped_matmul.xla import index
+from bimedix_jax.kernels.grouped_matmul.xla import index, pin
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import is_planar, planes
 from bimedix_jax.kernels.products import from_bits, to_bits
 
-Weights = tuple[jax.Array | NF4Tensor, ...]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerOf:
+    """Dense weights [E, in, out] of one layer, left in the stack of all layers.
+
+    A loop over experts reads each out of the stack, where a loop over layers would first copy all experts of a layer.
+
+    Attributes:
+      stack: [L, E, in, out].
+      layer: int32, which one.
+    """
+
+    stack: jax.Array
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    def array(self) -> jax.Array:
+        return index(*pin(self.stack, self.layer))
+
+    def expert(self, e: jax.Array) -> jax.Array:
+        """[in, out]; the stack is pinned."""
+        return index(self.stack.reshape(-1, *self.stack.shape[2:]), self.layer * self.stack.shape[1] + e)
+
+
+Weights = tuple[jax.Array | NF4Tensor | LayerOf, ...]
 """(w1 [E, D, F], w3 [E, D, F], w2 [E, F, D])."""
 Deltas = tuple[tuple[jax.Array, jax.Array] | None, ...]
 """Factors (a [E, in, R], b [E, R, out]) of what is added to each, or None."""
@@ -30,7 +58,7 @@ class Expert(NamedTuple):
     """One expert, or all of them on a leading axis. S = R1 + R3 columns of factors; [out, in] where `inward` is 1.
 
     Attributes:
-      up: [w1 w3; b1 0; 0 b3], [D + S, 2 F].
+      up: [w1 w3; b1 0; 0 b3], [D + S, 2 F]; or (w1, w3).
       down: [w2 a2], [F, D + R].
       a: [a1 a3], [D, S].
       b: b2, [R, D].
@@ -104,14 +132,28 @@ def sources(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> tuple[Any, Ex
     """What `load` slices an expert from."""
     if tensors := packed(weights):
         return tuple((t.packed, block_scales(t)) for t in tensors), factors(weights, deltas, dtype)
-    return tuple(jnp.asarray(w, dtype) for w in weights), factors(weights, deltas, dtype)
+    return tuple(as_dtype(w, dtype) for w in weights), factors(weights, deltas, dtype)
 
 
-def load(weights: Weights, dtype: jnp.dtype, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:
+def as_dtype(w: Any, dtype: jnp.dtype) -> Any:
+    """Dense weights in the rows' dtype; what has to be converted leaves the stack."""
+    if isinstance(w, LayerOf):
+        return w if w.stack.dtype == dtype else w.array().astype(dtype)
+    return w.astype(dtype)
+
+
+def out_of_stacks(weights: Weights) -> tuple[jax.Array | NF4Tensor, ...]:
+    return tuple(w.array() if isinstance(w, LayerOf) else w for w in weights)
+
+
+def load(weights: Weights, dtype: jnp.dtype, apart: bool, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:
+    """One expert. `apart`: dense matrices that nothing is joined to may stay as they are, w1 and w3 a pair in `up`."""
     base, adapters = pinned
     up, down, a, b = (index(part, e) for part in adapters)
     if not is_packed(weights):
-        w1, w3, w2 = (index(w, e) for w in base)
+        w1, w3, w2 = (w.expert(e) if isinstance(w, LayerOf) else index(w, e) for w in base)
+        if apart and not (up.shape[0] or down.shape[1]):
+            return Expert((w1, w3), w2, a, b)
         return Expert(join([join([w1, w3], 1), up], 0), join([w2, down], 1), a, b)
     w1, _, w2 = packed(weights)
     hidden, width = w1.unit_shape

@@ -55,8 +55,12 @@ def gate_and_up(x_BD: jax.Array, expert: Expert, inward: int) -> jax.Array:
     return dot(x_BD, expert.up, inward)
 
 
-def swiglu(both_B2F: jax.Array) -> jax.Array:
-    gate, up = jnp.split(both_B2F, 2, axis=1)
+def swiglu(x_BD: jax.Array, expert: Expert, inward: int) -> jax.Array:
+    """float32 [B, F]."""
+    if isinstance(expert.up, tuple):
+        gate, up = (dot(x_BD, w) for w in expert.up)
+    else:
+        gate, up = jnp.split(gate_and_up(x_BD, expert, inward), 2, axis=1)
     return jax.nn.silu(gate) * up
 
 
@@ -86,8 +90,8 @@ def forward(
 
     def step(y: jax.Array, e: jax.Array, start: jax.Array, stop: jax.Array, size: int, expert: Expert) -> jax.Array:
         del e, stop
-        both = gate_and_up(from_bits(gather(x_bits, cut(token_M, start, size)), dtype), expert, inward)
-        out = dot(swiglu(both).astype(dtype), expert.down, inward)
+        hidden = swiglu(from_bits(gather(x_bits, cut(token_M, start, size)), dtype), expert, inward)
+        out = dot(hidden.astype(dtype), expert.down, inward)
         out_BD = out[:, :width]
         if expert.b.shape[0]:
             out_BD = out_BD + dot(out[:, width:].astype(dtype), expert.b)
@@ -97,7 +101,7 @@ def forward(
         permutation.group_sizes_E,
         blocks,
         sources(weights, deltas, dtype),
-        functools.partial(load, weights, dtype),
+        functools.partial(load, weights, dtype, True),
         step,
         jnp.zeros((rows + spare, width), x_bits.dtype),
     )
@@ -173,7 +177,7 @@ def backward(
     sums = tuple(jnp.zeros((experts, *shape), jnp.float32) for shape in shapes)
     start = (jnp.zeros((rows + spare, width), x_bits.dtype), jnp.zeros(rows + spare, jnp.float32), sums)
     dx, dscale, sums = for_each_block(
-        permutation.group_sizes_E, blocks, source, functools.partial(load, weights, dtype), step, start
+        permutation.group_sizes_E, blocks, source, functools.partial(load, weights, dtype, False), step, start
     )
     dx_ND = sum_pairs(dx, permutation, jnp.ones(weights_NK.shape, jnp.float32), dtype)
     owned_M = permutation.inverse_M < jnp.sum(permutation.group_sizes_E)

@@ -28,8 +28,10 @@ MAX_BLOCK = 512
 """Rows of one product: from 256 on, products on two AVX-512 cores are within 5 % of their plateau, and at 512 what
 passes between the operations still fits the caches."""
 EIGHTHS = (1, 2, 3, 4, 5, 6, 8)
-"""Sizes of blocks, of the largest. A call costs as much as about 30 rows more, so that steps finer than those at
-MAX_BLOCK gain nothing; each costs 40 ms of compile time."""
+"""Sizes of blocks, of the largest. A call costs as much as about 30 rows more, and each size 40 ms of compile time."""
+NEAR = (30, 33, 34, 35, 36)
+"""Sizes in 32nds of an expert's even share, which most groups are close to where load is balanced: finer steps there
+take a tenth off a feed-forward of 2,048 pairs."""
 
 
 def pick_blocks(rows: int, experts: int) -> tuple[int, ...]:
@@ -37,8 +39,10 @@ def pick_blocks(rows: int, experts: int) -> tuple[int, ...]:
 
     All are multiples of 8: with fewer rows XLA:CPU takes a matrix-vector path at a tenth of the bandwidth.
     """
+    share = -(-rows // experts)
     top = min(MAX_BLOCK, max(8, 1 << (-(-2 * rows // experts) - 1).bit_length()), -(-rows // 8) * 8)
-    return tuple(sorted({8, *(-(-top * part // 64) * 8 for part in EIGHTHS)}))
+    near = (-(-share * part // 256) * 8 for part in NEAR)
+    return tuple(sorted({8, *(-(-top * part // 64) * 8 for part in EIGHTHS), *(size for size in near if size < top)}))
 
 
 def overrun(blocks: tuple[int, ...]) -> int:

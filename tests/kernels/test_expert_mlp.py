@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bimedix_jax.kernels.expert_mlp import expert_mlp, reference
+from bimedix_jax.kernels.expert_mlp import LayerOf, expert_mlp, reference
 from bimedix_jax.kernels.expert_mlp.api import BACKENDS, FUSED_SHARE, pick_backend
 from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
 from bimedix_jax.kernels.nf4 import dequantize, quantize
@@ -137,6 +137,18 @@ def test_many_rows_an_expert_are_fused_on_cpus() -> None:
     least = int(FUSED_SHARE * weights[0].shape[1]) * EXPERTS
     assert pick_backend(None, least, weights) == "xla"
     assert pick_backend(None, least - 1, weights) == "composed"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_in_the_stack_of_all_layers(backend: str, dtype: str) -> None:
+    x, pairs, weights, deltas = draw(dtype, False, RANKS["all deltas"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+    for kept in (deltas, (None, None, None)):
+        expected = expert_mlp(x, pairs, permutation, weights, kept, backend=backend)
+        lying = tuple(LayerOf(jnp.stack([jnp.zeros_like(w), w]), jnp.int32(1)) for w in weights)
+        got = jax.jit(expert_mlp, static_argnames="backend")(x, pairs, permutation, lying, kept, backend=backend)
+        close(got, expected, dtype)
 
 
 def test_orders_are_inverse() -> None:
