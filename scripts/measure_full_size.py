@@ -143,10 +143,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
     if not all(map(math.isfinite, losses)):
         raise BimedixError(f"The losses {losses} are not finite; the step is wrong on this device.")
-    held, taken = (
-        (device.memory_stats() or {}).get("peak_bytes_in_use"),
-        statistics.median(seconds[1 : 1 + options.steps]),
-    )
+    held = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    taken = statistics.median(seconds[1 : 1 + options.steps])
     tokens = experiment.batch.size * experiment.data.sequence_length
     useful = training_flops(abstract_model(config, experiment), tokens, experiment.data.sequence_length)
     facts = known(device.device_kind)
@@ -192,6 +190,8 @@ def main() -> None:
         print(f"{name:24}" + ("unknown" if document[name] is None else f"{document[name] / 2**30:.1f} GiB"))
     for name in ("compile_seconds", "step_seconds", "planned_seconds", "tokens_per_s", "useful_tflops_per_s"):
         print(f"{name:24}" + ("unknown" if document[name] is None else f"{document[name]:,.1f}"))
+    for kernel in document["kernels"]:
+        print(f"{kernel['seconds']:10.4f} s {kernel['runs']:8,} x {kernel['name']}")
 
 
 if __name__ == "__main__":
