@@ -1,5 +1,8 @@
 """The one exception that means "the user can fix this"."""
 
+import sys
+from collections.abc import Callable
+
 
 class BimedixError(Exception):
     """Something the user asked for cannot be done.
@@ -7,3 +10,11 @@ class BimedixError(Exception):
     The message is one clear sentence that names what is wrong and how to put it right: the command line prints it as
     `error: <message>` and exits with 1. Anything that is a bug here must stay an ordinary exception.
     """
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script as the command line runs commands: of a BimedixError only its sentence is printed, exit code 1."""
+    try:
+        main()
+    except BimedixError as error:
+        sys.exit(f"error: {error}")

@@ -33,6 +33,7 @@ from bimedix_jax.data.readers import read
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.translate import job as translate
 from bimedix_jax.data.translate.pipeline import Settings
+from bimedix_jax.errors import run_script
 
 TRANSLATED = {"qa": 155_600, "mcqa": 224_500, "chat": 64_900}
 """Samples by kind: the paper's bilingual set less its English one (tables 7 and 8), 445.0 K in all."""
@@ -179,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bimedix_jax import startup
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, run_script
 from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig, MixtralConfig
 
 ADAPTERS = {
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from bimedix_jax import startup
 from bimedix_jax.checkpoint import table
 from bimedix_jax.checkpoint.hf_config import write_config
 from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
+from bimedix_jax.errors import run_script
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 
 SLACK = 1 << 29
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

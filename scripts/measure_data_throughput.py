@@ -34,6 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from bimedix_jax.errors import run_script
+
 SEQUENCE = 4096
 BAR_RSS, BAR_USED, BAR_RATIO = 1.5 * 2**30, 0.98, 0.8
 
@@ -394,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,33 +26,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # the share of the memory that the planner counts on
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from bimedix_jax import startup
-
-startup.prepare()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from bimedix_jax.adapters import add_lora  # noqa: E402
-from bimedix_jax.errors import BimedixError  # noqa: E402
-from bimedix_jax.experiment import Experiment, override  # noqa: E402
-from bimedix_jax.kernels import backends  # noqa: E402
-from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig  # noqa: E402
-from bimedix_jax.models.mixtral import init_random  # noqa: E402
-from bimedix_jax.plan import hlo  # noqa: E402
-from bimedix_jax.plan.devices import DEVICES, Device  # noqa: E402
-from bimedix_jax.plan.report import BIMED_TOKENS, EPOCHS  # noqa: E402
-from bimedix_jax.plan.roofline import costs_of  # noqa: E402
-from bimedix_jax.plan.step import STEPS, abstract_model, peak, training_arguments  # noqa: E402
-from bimedix_jax.plan.useful import training_flops  # noqa: E402
-from bimedix_jax.presets import bimedix_mixtral_8x7b  # noqa: E402
-from bimedix_jax.quantise import quantise_base  # noqa: E402
-from bimedix_jax.sharding import COMPILER_OPTIONS  # noqa: E402
-from bimedix_jax.training.optimiser import make_optimiser  # noqa: E402
-from bimedix_jax.training.state import init_state, take_apart  # noqa: E402
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.experiment import Experiment, override
+from bimedix_jax.kernels import backends
+from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig
+from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.plan import hlo
+from bimedix_jax.plan.devices import DEVICES, Device
+from bimedix_jax.plan.report import BIMED_TOKENS, EPOCHS
+from bimedix_jax.plan.roofline import costs_of
+from bimedix_jax.plan.step import STEPS, abstract_model, peak, training_arguments
+from bimedix_jax.plan.useful import training_flops
+from bimedix_jax.presets import bimedix_mixtral_8x7b
+from bimedix_jax.quantise import quantise_base
+from bimedix_jax.sharding import COMPILER_OPTIONS
+from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.state import init_state, take_apart
 
 LAST_NUMBER = re.compile(r"[._]\d+$")
 """XLA counts the kernels of a kind, ours included: `grouped_matmul_128x128x64.3`."""
@@ -171,19 +164,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="mixtral-8x7b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for smaller devices")
-    parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=16, help="micro-batches of a step")
-    parser.add_argument("--sequence-length", type=int, default=4096)
+    parser.add_argument("--layers", type=positive, help="fewer layers than the model has, for smaller devices")
+    parser.add_argument("--rows", type=positive, default=1, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=positive, default=16, help="micro-batches of a step")
+    parser.add_argument("--sequence-length", type=positive, default=4096)
     parser.add_argument("--remat", choices=("none", "experts", "layer"), default="layer")
-    parser.add_argument("--steps", type=int, default=2, help="steps whose median counts, after one to warm up")
+    parser.add_argument("--steps", type=positive, default=2, help="steps whose median counts, after one to warm up")
     parser.add_argument("--kernels", type=int, default=0, help="trace one more step and list its longest kernels")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    document = measure(parser.parse_args())
-    if "--json" in sys.argv:
+    options = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # what the planner counts on; read with the device
+    if jax.default_backend() == "cpu" and options.layers is None:
+        parser.error("JAX finds no GPU or TPU here; give a CPU fewer layers than the model has, such as --layers 1")
+    document = measure(options)
+    if options.json:
         print(json.dumps(document, indent=2))
         return
     for name in ("planned_bytes", "measured_bytes"):
@@ -195,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bimedix_jax import codegen_gpu, codegen_layer, codegen_tpu, startup
+from bimedix_jax.errors import run_script
 
 MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     target: module.measure for module in (codegen_gpu, codegen_tpu) for target in module.TARGETS
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

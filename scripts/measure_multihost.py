@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bimedix_jax.errors import run_script
+
 DEVICES = 4
 STEPS = 6
 LIMIT = 600.0
@@ -120,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

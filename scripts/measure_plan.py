@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax import startup
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, run_script
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.presets import smoke
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

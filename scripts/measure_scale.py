@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bimedix_jax import startup
+from bimedix_jax.errors import run_script
 from bimedix_jax.experiment import override
 from bimedix_jax.files import write_text
 from bimedix_jax.models.config import MIXTRAL_8X7B
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

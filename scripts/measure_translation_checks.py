@@ -19,7 +19,7 @@ from typing import Any
 
 from bimedix_jax.data.checks import damage
 from bimedix_jax.data.checks.api import FLAG_NAMES, Batch, check_text
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, run_script
 
 
 def read_pairs(path: Path) -> list[damage.Pair]:
@@ -145,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -29,6 +29,7 @@ from loopback_llm import Server, some_faults
 
 from bimedix_jax.data.llm.store import open_store
 from bimedix_jax.data.records import sample, write_jsonl
+from bimedix_jax.errors import run_script
 
 CONCURRENCY = 4  # of the translator and of the judge each
 LATENCY = 0.04
@@ -133,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,14 +1,30 @@
 """A stack of layers computes what lax.scan does, forward and backward, without moving 16-bit floats as float32."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.expert_mlp import LayerOf
 from bimedix_jax.models import stack
+from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.moe import is_expert_matrix
+from bimedix_jax.presets import smoke
+from bimedix_jax.quantise import quantise_base
 
 LAYERS, WIDTH = 3, 8
+
+
+def config() -> MixtralConfig:
+    tiny = smoke().model.random
+    assert tiny is not None
+    return replace(tiny, num_layers=LAYERS)
 
 
 def body(constants, x, layer):
@@ -69,3 +85,31 @@ def test_no_stack_becomes_float32():
     assert f"[{LAYERS},{WIDTH},{WIDTH}]" in text
     assert f"f32[{LAYERS},{WIDTH},{WIDTH}]" not in text
     assert f"f32[{LAYERS},5,{WIDTH}]" not in text
+
+
+@pytest.mark.parametrize("base", ["bfloat16", "float32"])
+def test_experts_stay_in_the_stack_only_without_gradients(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many rows as the fused experts take; the layers differ, so that reading a wrong one shows."""
+    model = init_random(config(), dtype=base)
+    graph, weights = nnx.split(model)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 64)))
+    seen = []
+    monkeypatch.setattr(stack, "LayerOf", lambda *place: seen.append(place) or LayerOf(*place))
+
+    def logits(weights: nnx.State) -> jax.Array:
+        return nnx.merge(graph, weights)(tokens).logits_BTV
+
+    with backends.use(expert_mlp="xla"):
+        in_place = jax.jit(logits)(weights)
+        assert len(seen) % 3 == 0, "w1, w2 and w3 of a layer"
+        assert seen, "a dense model's experts are read where they lie"
+        found = len(seen)
+        copied, _ = jax.vjp(logits, weights)
+    assert len(seen) == found, "the backward pass takes them out"
+    off = jnp.linalg.norm(in_place - copied) / jnp.linalg.norm(copied)
+    assert off < (1e-5 if base == "float32" else 1e-2)
+
+
+def test_packed_experts_have_no_place_in_a_stack() -> None:
+    layers = nnx.split(quantise_base(init_random(config(), dtype="bfloat16")).layers)[1]
+    assert not any(is_expert_matrix(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path((layers, None)))
