@@ -6,6 +6,10 @@ Nothing that is said here is written to disk.
 import dataclasses
 import time
 from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
 
 from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.data.records import Turn
@@ -13,6 +17,7 @@ from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.generate import stream
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
 REPLACEMENT = "\ufffd"
 """What bytes that are no UTF-8, or not yet, decode to."""
@@ -41,6 +46,8 @@ class Reply:
       seconds: from the question to the last token, compilation included.
       finished: False where max_new_tokens or an interruption cut it.
       dropped_turns: oldest turns that the model was not shown, since the context was full.
+      routing: what the routers did with every token that the model read, those of the prompt first, as NumPy arrays
+        [L, 1, T, ...]; None unless recorded.
     """
 
     text: str
@@ -48,6 +55,7 @@ class Reply:
     seconds: float
     finished: bool
     dropped_turns: int
+    routing: Routing | None = None
 
 
 class Detokenizer:
@@ -120,11 +128,19 @@ class Chat:
     """A conversation with its history."""
 
     def __init__(
-        self, model: Mixtral, tokenizer: Tokenizer, system: str | None = None, options: ChatOptions | None = None
+        self,
+        model: Mixtral,
+        tokenizer: Tokenizer,
+        system: str | None = None,
+        options: ChatOptions | None = None,
+        plan: RoutingPlan | None = None,
+        record: Record = "none",
     ):
+        """`plan` steers the routers in every reply, `record` keeps what they did in `Reply.routing`; see `generate`."""
         self.model = model
         self.tokenizer = tokenizer
         self.options = options or ChatOptions()
+        self.plan, self.record = plan, record
         self.turns: list[Turn] = []
         self.system = None
         self.last: Reply | None = None
@@ -155,8 +171,15 @@ class Chat:
                 f"{context}; ask for fewer"
             )
         prompt, dropped = fit(self.tokenizer, turns, context - options.max_new_tokens)
-        start, said, tokens, finished = time.perf_counter(), "", _Count(), False
-        answer = stream(self.model, prompt, stop_tokens=self.tokenizer.stop_ids, **dataclasses.asdict(options))
+        start, said, tokens, finished = time.perf_counter(), "", _Answer(self.record), False
+        answer = stream(
+            self.model,
+            prompt,
+            stop_tokens=self.tokenizer.stop_ids,
+            plan=self.plan,
+            record=self.record,
+            **dataclasses.asdict(options),
+        )
         try:
             for piece in pieces_of(self.tokenizer, tokens.of(answer)):
                 shown = piece if said else piece.lstrip()  # some templates open an answer with a space
@@ -166,7 +189,8 @@ class Chat:
             finished = tokens.count < options.max_new_tokens
         finally:
             said = said.rstrip()
-            self.last = Reply(said, tokens.count, time.perf_counter() - start, finished, dropped)
+            seconds = time.perf_counter() - start
+            self.last = Reply(said, tokens.count, seconds, finished, dropped, tokens.routing)
             if said:
                 self.turns = [*turns, Turn(speaker="gpt", value=said)]
 
@@ -178,16 +202,30 @@ class Chat:
         return self.last
 
 
-class _Count:
-    """Counts what passes through."""
+class _Answer:
+    """Counts the tokens of an answer as they pass, and keeps what the routers did."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: Record) -> None:
+        self.record = record
         self.count = 0
+        self.parts: list[Routing] = []
 
-    def of(self, tokens: Iterable[int]) -> Iterator[int]:
-        for token in tokens:
+    def of(self, answer: Iterable[Any]) -> Iterator[int]:
+        for item in answer:
             self.count += 1
-            yield token
+            if self.record == "none":
+                yield item
+            else:
+                token, routing = item
+                self.parts.append(routing)
+                yield token
+
+    @property
+    def routing(self) -> Routing | None:
+        """Of all parts, one after the other."""
+        if not self.parts:
+            return None
+        return jax.tree.map(lambda *parts: np.concatenate(parts, axis=2), *self.parts)
 
 
 def reply(
@@ -196,6 +234,7 @@ def reply(
     question: str,
     system: str | None = None,
     options: ChatOptions | None = None,
+    plan: RoutingPlan | None = None,
 ) -> str:
     """The answer to one question."""
-    return Chat(model, tokenizer, system, options).ask(question).text
+    return Chat(model, tokenizer, system, options, plan).ask(question).text

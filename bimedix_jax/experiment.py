@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
 
 Base = Literal["nf4", "bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float32"]
@@ -98,11 +98,32 @@ class RouterTraining:
     (exact under accumulation, at the price of one more forward pass when there is any)."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
+    variant: str | None = None
+    """Router by its name in models/routers.py (topk, softmax_topk, sigmoid_bias); null keeps the model's own."""
+    scale: float | None = None
+    """What multiplies the weights of softmax_topk and sigmoid_bias; null keeps the model's own."""
+    bias_rate: float | None = None
+    """Step of sigmoid_bias's balancing bias after each optimiser step; null keeps the model's own."""
+    languages: tuple[str, ...] = ()
+    """Languages, such as en and ar, whose load, entropy, margin and z are reported apart; needs a packed folder."""
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require(len(set(self.languages)) == len(self.languages), "router.languages names a language twice.")
         for name in ("aux_loss_coef", "z_loss_coef"):
             require(getattr(self, name) >= 0, f"router.{name} cannot be negative, got {getattr(self, name)}.")
+
+    def applied(self, config: RouterConfig) -> RouterConfig:
+        """A model's router with the variant and parameters that are asked for.
+
+        Raises:
+          BimedixError: a parameter out of range.
+        """
+        asked = {name: getattr(self, name) for name in ("variant", "scale", "bias_rate")}
+        try:
+            return dataclasses.replace(config, **{name: value for name, value in asked.items() if value is not None})
+        except ValueError as error:
+            raise BimedixError(f"router: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

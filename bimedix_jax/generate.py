@@ -17,10 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bimedix_jax import separate
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.models import decoding
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import NO_EXPERT, Record, Routing, RoutingPlan
 from bimedix_jax.padding import bucket, pad_left
 
 
@@ -86,16 +87,18 @@ class State:
     """Where decoding stands.
 
     Attributes:
-      cache: keys and values of the prompt and of every token chosen so far but the last; a KVCache, or LayerCaches.
+      cache: keys and values of the prompt and of every token chosen so far but the last; None where it is donated.
       token_B: the tokens chosen last.
       seen_BV: which tokens occurred in prompt or answer; None without a repetition penalty.
       step: int32, tokens chosen so far.
+      lengths_B: int32, tokens of each prompt.
     """
 
-    cache: Any
+    cache: KVCache | None
     token_B: jax.Array
     seen_BV: jax.Array | None
     step: jax.Array
+    lengths_B: jax.Array
 
 
 def generate(
@@ -110,7 +113,9 @@ def generate(
     stop_tokens: Collection[int] = (),
     seed: int = 0,
     segment_ids: Any = None,
-) -> list[Any]:
+    plan: RoutingPlan | None = None,
+    record: Record = "none",
+) -> Any:
     """The tokens that follow one prompt, or each prompt of a batch: new tokens only, without the stop token.
 
     Args:
@@ -119,27 +124,64 @@ def generate(
       stop_tokens: ids that end a sequence.
       seed: of the sampling; a draw depends on seed, row and step.
       segment_ids: for prompts in one padded array, an array of its shape that is 0 at padding.
+      plan: what the routers are told to do. Its B is 1 or the number of prompts; its T is 1 or the longest prompt +
+        max_new_tokens, where 0 is the first token of each prompt, whatever padding stands before it.
+      record: "choices" or "full" returns what the routers did as well.
 
     Returns:
-      A list of token ids for one prompt, a list of such lists for a batch.
+      A list of token ids for one prompt, a list of such lists for a batch. With a record, (that, Routing): NumPy arrays
+      over prompt and answer, with the axes of a plan, -1 as the expert and weight 0 where a row has no token.
 
     Raises:
       BimedixError: an empty prompt, an id outside the vocabulary, a number out of range, or more tokens than the
         model's context holds.
+      ValueError: a plan that does not fit.
     """
     prompts, single = as_prompts(prompt_tokens, segment_ids)
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
     answers: list[list[int]] = [[] for _ in prompts]
     going, stop = set(range(len(prompts))), frozenset(map(int, stop_tokens))
-    for tokens in decode(model, prompts, max_new_tokens, sampling, seed):
-        for row in sorted(going):
+    read: list[Routing] = []
+    for tokens, routing in decode(model, prompts, max_new_tokens, sampling, seed, plan, record, read_last=True):
+        if routing is not None:
+            read.append(routing)
+        for row in sorted(going) if tokens else ():
             if tokens[row] in stop:
                 going.remove(row)
             else:
                 answers[row].append(tokens[row])
         if not going:
             break
-    return answers[0] if single else answers
+    found = answers[0] if single else answers
+    if record == "none":
+        return found
+    length = max(map(len, prompts)) + max_new_tokens
+    return found, aligned(read, list(map(len, prompts)), list(map(len, answers)), length)
+
+
+def aligned(read: Sequence[Routing], prompts: Sequence[int], answers: Sequence[int], length: int) -> Routing:
+    """The record of left-padded prompts and of each token after them as one, in which every row begins at index 0.
+
+    Args:
+      read: of the prompts [L, B, T, ...], then of one token a row each.
+      prompts, answers: tokens of each row.
+      length: T of the result.
+    """
+
+    def join(name: str, empty: float) -> np.ndarray | None:
+        parts = [getattr(routing, name) for routing in read]
+        if parts[0] is None:
+            return None
+        whole = np.concatenate([np.asarray(part) for part in parts], axis=2)
+        layers, batch, _, width = whole.shape
+        columns = np.asarray(parts[0]).shape[2]
+        out = np.full((layers, batch, length, width), empty, whole.dtype)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            out[:, row, : prompt + answer] = whole[:, row, columns - prompt : columns + answer]
+        return out
+
+    experts = join("experts_LBTK", NO_EXPERT)
+    return Routing(experts, join("weights_LBTK", 0), join("logits_LBTE", 0))  # pyright: ignore[reportArgumentType]
 
 
 def stream(
@@ -153,17 +195,27 @@ def stream(
     repetition_penalty: float | None = None,
     stop_tokens: Collection[int] = (),
     seed: int = 0,
-) -> Iterator[int]:
-    """The same tokens as `generate` for one prompt, each as soon as it is chosen."""
+    plan: RoutingPlan | None = None,
+    record: Record = "none",
+) -> Iterator[Any]:
+    """The same tokens as `generate` for one prompt, each as soon as it is chosen.
+
+    With a record, (token, Routing) instead: what the routers did with the tokens that were read to choose this one,
+    which are those of the prompt at first and then the one before it. A stop token ends the stream without a record.
+    """
     prompts, single = as_prompts(prompt_tokens)
     if not single:
         raise BimedixError("stream takes one prompt; call generate for a batch")
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
     stop = frozenset(map(int, stop_tokens))
-    for (token,) in decode(model, prompts, max_new_tokens, sampling, seed):
-        if token in stop:
+    for tokens, routing in decode(model, prompts, max_new_tokens, sampling, seed, plan, record):
+        if tokens[0] in stop:
             return
-        yield token
+        if routing is None:
+            yield tokens[0]
+        else:
+            columns = len(prompts[0]) if routing.experts_LBTK.shape[2] > 1 else 1
+            yield tokens[0], jax.tree.map(lambda x, columns=columns: np.asarray(x)[:, :, -columns:], routing)
 
 
 def as_prompts(prompt_tokens: Any, segment_ids: Any = None) -> tuple[list[np.ndarray], bool]:
@@ -187,12 +239,23 @@ def as_prompts(prompt_tokens: Any, segment_ids: Any = None) -> tuple[list[np.nda
 
 
 def decode(
-    model: Mixtral, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling, seed: int
-) -> Iterator[list[int]]:
-    """One list of tokens a step, a token for each prompt; runs to `max_new_tokens` unless the caller stops.
+    model: Mixtral,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    plan: RoutingPlan | None = None,
+    record: Record = "none",
+    read_last: bool = False,
+) -> Iterator[tuple[list[int], Routing | None]]:
+    """(a token for each prompt, the record of what was read to choose them) for each step.
+
+    It runs to `max_new_tokens` unless the caller stops. With `read_last` and a record, the tokens chosen last are read
+    as well: one more item, without tokens.
 
     Raises:
       BimedixError: an id outside the vocabulary, or more tokens than the model's context holds.
+      ValueError: a plan that does not fit.
     """
     config = model.config
     longest, context = max(map(len, prompts)), config.max_position_embeddings
@@ -209,23 +272,27 @@ def decode(
         raise BimedixError(
             f"token id {wrong} is outside the vocabulary of {config.vocab_size}; use the model's tokenizer"
         )
+    plan = plan or RoutingPlan()
+    plan.check(config, len(prompts), longest + max_new_tokens)
     length = min(bucket(longest), context - max_new_tokens)
     slots = min(bucket(length + max_new_tokens), context)
     tokens_BT, segment_ids_BT = pad_left(prompts, length)
     graph, weights = nnx.split(model)
     key = jax.random.key(seed)
-    state = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, slots)
-    if max_new_tokens > 1 and decoding.suits(model, len(prompts)):
-        graph, weights = decoding.separate(model)
-        state = dataclasses.replace(state, cache=jax.jit(decoding.separate_caches)(state.cache))
-    for _ in range(max_new_tokens - 1):
-        token_B = state.token_B
-        state = _step(graph, weights, token_B, state.step, (state.cache, state.seen_BV), sampling, key)
-        yield token_B.tolist()  # while the next step runs already
-    yield state.token_B.tolist()
+    state, routing = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, plan, slots, record)
+    if max_new_tokens > 1 and separate.suits(model, len(prompts)):
+        graph, weights = separate.parameters(model)
+        state = dataclasses.replace(state, cache=separate.cache(state.cache))
+    steps = max_new_tokens - (not (read_last and record != "none"))
+    for _ in range(steps):
+        token_B, read = state.token_B, routing
+        rest = dataclasses.replace(state, cache=None, seen_BV=None)
+        state, routing = _step(graph, weights, rest, (state.cache, state.seen_BV), sampling, key, plan, record)
+        yield token_B.tolist(), read  # while the next step runs already
+    yield ([], routing) if steps == max_new_tokens else (state.token_B.tolist(), routing)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "slots"))
+@functools.partial(jax.jit, static_argnames=("graph", "slots", "record"))
 def _prefill(
     graph: nnx.GraphDef,
     weights: nnx.State,
@@ -233,57 +300,58 @@ def _prefill(
     segment_ids_BT: jax.Array,
     sampling: Sampling,
     key: jax.Array,
+    plan: RoutingPlan,
     slots: int,
-) -> State:
+    record: Record,
+) -> tuple[State, Routing | None]:
     """Runs left-padded prompts and chooses the first token of each."""
     model = nnx.merge(graph, weights)
-    batch = tokens_BT.shape[0]
+    batch, length = tokens_BT.shape
     cache = KVCache.zeros(model.config, batch, slots, model.dtype)
-    out = model.hidden(tokens_BT, segment_ids_BT, cache=cache)
+    lengths_B = jnp.sum(segment_ids_BT != 0, axis=1, dtype=jnp.int32)
+    positions_BT = jnp.arange(length)[None] - (length - lengths_B)[:, None]
+    own = plan.at(jnp.arange(batch)[:, None], positions_BT)
+    out = model.hidden(tokens_BT, segment_ids_BT, own, cache, record=record)
+    assert out.cache is not None
     seen_BV = None
     if sampling.repetition_penalty is not None:
         seen_BV = jnp.zeros((batch, model.config.vocab_size), bool)
         seen_BV = seen_BV.at[jnp.arange(batch)[:, None], tokens_BT].max(segment_ids_BT != 0)
     logits_BV = model.head(out.hidden_BTD[:, -1])
-    return _choose(logits_BV, out.cache, seen_BV, jnp.zeros((), jnp.int32), sampling, key)
+    start = State(out.cache, tokens_BT[:, -1], seen_BV, jnp.zeros((), jnp.int32), lengths_B)
+    return _choose(logits_BV, start, sampling, key), out.routing
 
 
-@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("donated",))
+@functools.partial(jax.jit, static_argnames=("graph", "record"), donate_argnames=("donated",))
 def _step(
     graph: Any,
     weights: Any,
-    token_B: jax.Array,
-    step: jax.Array,
-    donated: tuple[Any, jax.Array | None],
+    state: State,
+    donated: tuple[KVCache, jax.Array | None],
     sampling: Sampling,
     key: jax.Array,
-) -> State:
-    """Runs the tokens chosen last and chooses the next ones; graph and weights of a model, or of `separate`.
+    plan: RoutingPlan,
+    record: Record,
+) -> tuple[State, Routing | None]:
+    """Runs the tokens chosen last and chooses the next ones.
 
-    `donated` is the rest of the state, cache and seen tokens, which the new state takes over in place.
+    `donated` is the rest of the state, cache and seen tokens, whose memory the new state takes over.
     """
-    cache, seen_BV = donated
-    if isinstance(weights, decoding.Separate):
-        logits_BV, cache = decoding.step(graph, weights, token_B, cache)
-    else:
-        model = nnx.merge(graph, weights)
-        out = model.hidden(token_B[:, None], cache=cache)
-        logits_BV, cache = model.head(out.hidden_BTD[:, -1]), out.cache
-    return _choose(logits_BV, cache, seen_BV, step, sampling, key)
+    model, (cache, seen_BV) = nnx.merge(graph, weights), donated
+    rows_B = jnp.arange(state.token_B.shape[0])
+    own = plan.at(rows_B[:, None], (state.lengths_B + state.step - 1)[:, None])
+    out = model.hidden(state.token_B[:, None], None, own, cache, record=record)
+    assert out.cache is not None
+    logits_BV = model.head(out.hidden_BTD[:, -1])
+    return _choose(logits_BV, dataclasses.replace(state, cache=out.cache, seen_BV=seen_BV), sampling, key), out.routing
 
 
-def _choose(
-    logits_BV: jax.Array,
-    cache: Any,
-    seen_BV: jax.Array | None,
-    step: jax.Array,
-    sampling: Sampling,
-    key: jax.Array,
-) -> State:
-    token_B = sample(logits_BV, seen_BV, sampling, jax.random.fold_in(key, step))
+def _choose(logits_BV: jax.Array, state: State, sampling: Sampling, key: jax.Array) -> State:
+    token_B = sample(logits_BV, state.seen_BV, sampling, jax.random.fold_in(key, state.step))
+    seen_BV = state.seen_BV
     if seen_BV is not None:
         seen_BV = seen_BV.at[jnp.arange(seen_BV.shape[0]), token_B].set(True)
-    return State(cache, token_B, seen_BV, step + 1)
+    return State(state.cache, token_B, seen_BV, state.step + 1, state.lengths_B)
 
 
 def sample(

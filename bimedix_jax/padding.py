@@ -111,3 +111,19 @@ def _lay_out(
             places.append((index, line, start))
             start = end
     return places, tokens_BT, segment_ids_BT
+
+
+def packed_places(
+    shape: tuple[int, ...], places: Sequence[tuple[int, int, int]], lengths: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(item, position within it) of every token of a packed batch, int32 [B, T]; item 0, position 0 at padding.
+
+    Args:
+      places: (index of an item, line, start) as `packed` gives them.
+      lengths: tokens of each item, by index.
+    """
+    items_BT, positions_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for index, line, start in places:
+        span = slice(start, start + lengths[index])
+        items_BT[line, span], positions_BT[line, span] = index, np.arange(lengths[index])
+    return items_BT, positions_BT

@@ -29,9 +29,10 @@ from bimedix_jax.kernels.nf4.units import split_units
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.axes import BATCH, EMBED, EXPERTS, HEADS, KV_HEADS, LENGTH, MLP, VOCAB
-from bimedix_jax.models.config import MixtralConfig, Remat
+from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import TrainedParam
-from bimedix_jax.models.mixtral import Mixtral, Output
+from bimedix_jax.models.mixtral import Call, Mixtral, Output, recorded
+from bimedix_jax.models.moe import RouterState
 from bimedix_jax.models.routers import Routing, RoutingPlan
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -173,18 +174,9 @@ class Layout:
 
         return jax.shard_map(on_shard, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def run(
-        self,
-        graph: Any,
-        state: Any,
-        tokens_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        plan: RoutingPlan,
-        cache: KVCache | None,
-        remat: Remat,
-    ) -> Output:
+    def run(self, graph: Any, state: Any, call: Call) -> Output:
         """`Mixtral.run` on every shard; rows that the mesh cannot divide are computed on several devices alike."""
-        batch_axes = self.batch_axes(tokens_BT.shape[0])
+        batch_axes = self.batch_axes(call.tokens_BT.shape[0])
         rows: Any = P(batch_axes)
         by_layer: Any = P(None, batch_axes)
         flat = nnx.to_flat_state(state)
@@ -192,17 +184,28 @@ class Layout:
         values = dict(zip(names, [variable.get_value() for _, variable in flat], strict=True))
         scalar: Any = P()
         keys: Any = P(None, batch_axes, None, "tensor")
-        cached = cache and KVCache(keys, keys, rows, scalar)
-        plans = jax.tree.map(lambda x: P(None, batch_axes if x.shape[1] > 1 else None), plan)
+        cached = call.cache and KVCache(keys, keys, rows, scalar)
+        plans = plan_specs(call.plan, batch_axes)
+        groups = None if call.group_BT is None else rows
+        calls = dataclasses.replace(
+            call, tokens_BT=rows, segment_ids_BT=rows, plan=plans, cache=cached, group_BT=groups
+        )
 
-        def function(values: dict[str, Any], *operands: Any) -> Output:
+        def function(values: dict[str, Any], call: Call) -> Output:
             variables = [(path, v.replace(values[name])) for name, (path, v) in zip(names, flat, strict=True)]
-            return nnx.merge(graph, nnx.from_flat_state(variables)).run(*operands, remat)
+            out = nnx.merge(graph, nnx.from_flat_state(variables)).run(call)
+            return dataclasses.replace(out, sums=shards.sum_over(BATCH, out.sums))
 
         none: Any = None
-        out = Output(rows, none, Routing(by_layer, by_layer, by_layer), scalar, scalar, cached)
-        run = self.over_shards(function, (self.specs(values), rows, rows, plans, cached), out, batch_axes)
-        return run(values, tokens_BT, segment_ids_BT, plan, cache)
+        record = recorded(Routing(by_layer, by_layer, by_layer), call.record)
+        out = Output(rows, none, record, scalar if call.groups else none, cached)
+        return self.over_shards(function, (self.specs(values), calls), out, batch_axes)(values, call)
+
+
+def plan_specs(plan: RoutingPlan, batch_axes: tuple[str, ...], lead: tuple[None, ...] = ()) -> RoutingPlan:
+    """PartitionSpecs of a plan, whose fields may have axes `lead` before L: rows are divided where each has its own."""
+    row = 1 + len(lead)
+    return jax.tree.map(lambda x: P(*lead, None, batch_axes if x.shape[row] > 1 else None), plan)
 
 
 def divide(
@@ -367,5 +370,5 @@ def take_back(model: Mixtral) -> Mixtral:
 
 def is_identifying(path: tuple, variable: nnx.Variable, model: Mixtral) -> bool:
     name = ".".join(map(str, path))
-    trained = model.lora is None or isinstance(variable, nnx.LoRAParam | TrainedParam)
+    trained = model.lora is None or isinstance(variable, nnx.LoRAParam | TrainedParam | RouterState)
     return trained or name in ("embed.table", "layers.moe.router.w") or name.endswith(".scale")

@@ -23,6 +23,10 @@ class RouterConfig:
     """Experts that each token uses."""
     variant: str = "topk"
     """Name in the table of models/routers.py."""
+    scale: float = 1.0
+    """Multiplies the weights of the variants softmax_topk and sigmoid_bias."""
+    bias_rate: float = 1e-3
+    """Step of the balancing bias of the variant sigmoid_bias after each optimiser step."""
 
     def __post_init__(self) -> None:
         require(self.num_experts >= 1, f"num_experts must be at least 1, got {self.num_experts}.")
@@ -30,6 +34,8 @@ class RouterConfig:
             1 <= self.top_k <= self.num_experts,
             f"top_k must be between 1 and num_experts={self.num_experts}, got {self.top_k}.",
         )
+        require(self.scale > 0, f"scale must be positive, got {self.scale}.")
+        require(self.bias_rate >= 0, f"bias_rate cannot be negative, got {self.bias_rate}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import zlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,41 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
+from bimedix_jax.kernels.layer_scan import layer_scan
 from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments, rotations
-from bimedix_jax.models.axes import BATCH, EMBED, LAYERS, VOCAB
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
+from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
 from bimedix_jax.models.linear import Linear, fill_slots, placeholder
-from bimedix_jax.models.moe import MoE, is_expert_matrix
-from bimedix_jax.models.routers import Routing, RoutingPlan, load_balancing_loss, load_of, router_z_loss
-from bimedix_jax.models.stack import run_stack
+from bimedix_jax.models.moe import ROUTES, MoE
+from bimedix_jax.models.router_sums import RouterSums, load_balancing_loss, router_z_loss, sums_of
+from bimedix_jax.models.routers import Decision, Record, Routing, RoutingPlan, router_of
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of the model: what it reads, and what is asked of it.
+
+    Attributes:
+      plan: what the routers are told to do.
+      cache: keys and values of earlier tokens.
+      group_BT: int32, group of each token whose routers' sums are asked for; outside of [0, groups) it is in none.
+      remat: what the backward pass recomputes.
+      record: how much the result says about each token's routing.
+      groups: number of groups; 0 asks for no sums.
+    """
+
+    tokens_BT: Leaf
+    segment_ids_BT: Leaf
+    plan: RoutingPlan
+    cache: KVCache | None
+    group_BT: Leaf | None
+    remat: Remat = dataclasses.field(metadata={"static": True})
+    record: Record = dataclasses.field(metadata={"static": True})
+    groups: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -33,18 +59,38 @@ class Output:
     Attributes:
       hidden_BTD: states after the final norm, in the compute dtype.
       logits_BTV: float32; None from `Mixtral.hidden`, which the type leaves out so that other callers need not narrow.
-      routing: what every router did.
-      aux_loss: Hugging Face's load-balancing loss of this batch, unscaled, padding excluded.
-      z_loss: router z-loss of this batch, unscaled, padding excluded.
+      routing: what every router did, as far as it was recorded; None with record "none".
+      sums: the routers' sums over tokens; None unless they were asked for.
       cache: the updated cache, if one was given.
     """
 
     hidden_BTD: Leaf
     logits_BTV: Leaf
-    routing: Routing
-    aux_loss: Leaf
-    z_loss: Leaf
+    routing: Routing | None
+    sums: RouterSums | None
     cache: KVCache | None
+
+    @property
+    def aux_loss(self) -> jax.Array:
+        """Hugging Face's load-balancing loss of this batch, unscaled, padding excluded; needs `groups`."""
+        return load_balancing_loss(self._sums())
+
+    @property
+    def z_loss(self) -> jax.Array:
+        """Router z-loss of this batch, unscaled, padding excluded; needs `groups`."""
+        return router_z_loss(self._sums())
+
+    def _sums(self) -> RouterSums:
+        if self.sums is None:
+            raise ValueError("This call made no sums over its tokens; pass groups=1.")
+        return self.sums
+
+
+def recorded(routing: Routing, record: Record) -> Routing | None:
+    """As much of what a router did as was asked for."""
+    if record == "none":
+        return None
+    return routing if record == "full" else dataclasses.replace(routing, logits_LBTE=None)
 
 
 class Block(nnx.Module):
@@ -65,13 +111,13 @@ class Block(nnx.Module):
         key_ids_BS: Int[Array, "B S"],
         plan: RoutingPlan,
         cache: tuple[jax.Array, jax.Array, jax.Array] | None,
-    ) -> tuple[Float[Array, "B T D"], Routing, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[Float[Array, "B T D"], Decision, tuple[jax.Array, jax.Array] | None]:
         mixed_BTD, updated = self.attention(
             self.attention_norm(x_BTD), rotations_BTH, segment_ids_BT, key_ids_BS, cache
         )
         x_BTD = x_BTD + mixed_BTD
-        experts_BTD, routing = self.moe(self.moe_norm(x_BTD), segment_ids_BT != 0, plan)
-        return x_BTD + experts_BTD, routing, updated
+        experts_BTD, decision = self.moe(self.moe_norm(x_BTD), segment_ids_BT != 0, plan)
+        return x_BTD + experts_BTD, decision, updated
 
 
 class Embedding(nnx.Module):
@@ -105,16 +151,7 @@ class Head:
 class Placement(Protocol):
     """How a model's parameters lie on several devices (bimedix_jax/sharding.py); hashable, equal if alike."""
 
-    def run(
-        self,
-        graph: Any,
-        state: Any,
-        tokens_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        plan: RoutingPlan,
-        cache: KVCache | None,
-        remat: Remat,
-    ) -> Output:
+    def run(self, graph: Any, state: Any, call: Call) -> Output:
         """`Mixtral.run` of the model (graph, state) on every shard."""
         ...
 
@@ -165,8 +202,11 @@ class Mixtral(nnx.Module):
         plan: RoutingPlan | None = None,
         cache: KVCache | None = None,
         remat: Remat = "none",
+        record: Record = "none",
+        groups: int = 0,
+        group_BT: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Output:
-        """Everything but the output head; see `__call__`."""
+        """Everything but the output head, and no record unless asked; see `__call__`."""
         batch, length = tokens_BT.shape
         slots = length if cache is None else cache.segment_ids_BS.shape[1]
         if slots > self.config.max_position_embeddings:
@@ -174,29 +214,27 @@ class Mixtral(nnx.Module):
                 f"{slots} positions are more than this model's max_position_embeddings "
                 f"{self.config.max_position_embeddings}; use shorter sequences."
             )
+        if record not in get_args(Record):
+            raise ValueError(f"Unknown record {record!r}; choose one of {', '.join(get_args(Record))}.")
         plan = plan or RoutingPlan()
         plan.check(self.config, batch, length)
         segment_ids_BT = jnp.ones((batch, length), jnp.int32) if segment_ids_BT is None else segment_ids_BT
         tokens_BT, segment_ids_BT = jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segment_ids_BT, jnp.int32)
-        return forward(*nnx.split(self), tokens_BT, segment_ids_BT, plan, cache, remat)
+        if groups:
+            group_BT = jnp.zeros_like(tokens_BT) if group_BT is None else jnp.asarray(group_BT, jnp.int32)
+        call = Call(tokens_BT, segment_ids_BT, plan, cache, group_BT if groups else None, remat, record, groups)
+        return forward(*nnx.split(self), call)
 
-    def run(
-        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array, plan: RoutingPlan, cache: KVCache | None, remat: Remat
-    ) -> Output:
-        """`hidden` with every operand checked and present."""
-        valid_BT = segment_ids_BT != 0
-        positions_BT, key_ids_BS = self.locate(segment_ids_BT, cache)
-        x_BTD = shards.whole("embed.table", self.embed.table[...])[tokens_BT].astype(self.dtype)
-        x_BTD, routing, kv = self.run_layers(x_BTD, positions_BT, segment_ids_BT, key_ids_BS, plan, cache, remat)
-        if cache is not None and kv is not None:
-            cache = KVCache(*kv, key_ids_BS, cache.length + tokens_BT.shape[1])
-        load = shards.sum_over(BATCH, load_of(routing, valid_BT))
-        aux_loss = shards.sum_over(BATCH, load_balancing_loss(routing, valid_BT, "global", load))
-        tokens = jnp.sum(valid_BT, dtype=jnp.float32)
-        z_loss = shards.sum_over(BATCH, router_z_loss(routing.logits_LBTE, valid_BT) * tokens)
-        z_loss = z_loss / jnp.maximum(shards.sum_over(BATCH, tokens), 1)
+    def run(self, call: Call) -> Output:
+        """`hidden` with every operand checked and present; on a shard, the sums are those of its own tokens."""
+        positions_BT, key_ids_BS = self.locate(call.segment_ids_BT, call.cache)
+        x_BTD = shards.whole("embed.table", self.embed.table[...])[call.tokens_BT].astype(self.dtype)
+        x_BTD, routing, sums, kv = self.run_layers(x_BTD, positions_BT, key_ids_BS, call)
+        cache = call.cache
+        if cache is not None:
+            cache = KVCache(*kv, key_ids_BS, cache.length + call.tokens_BT.shape[1])
         none: Any = None  # the logits, see Output
-        return Output(self.norm(x_BTD), none, routing, aux_loss, z_loss, cache)
+        return Output(self.norm(x_BTD), none, routing, sums, cache)
 
     def locate(self, segment_ids_BT: jax.Array, cache: KVCache | None) -> tuple[jax.Array, jax.Array]:
         """(positions_BT within segments, key_ids_BS with these tokens' ids written in)."""
@@ -209,39 +247,59 @@ class Mixtral(nnx.Module):
         return positions_BT + earlier_BT, key_ids_BS
 
     def run_layers(
-        self,
-        x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        key_ids_BS: jax.Array,
-        plan: RoutingPlan,
-        cache: KVCache | None,
-        remat: Remat,
-    ) -> tuple[jax.Array, Routing, tuple[jax.Array, jax.Array] | None]:
+        self, x_BTD: jax.Array, positions_BT: jax.Array, key_ids_BS: jax.Array, call: Call
+    ) -> tuple[jax.Array, Routing | None, RouterSums | None, Any]:
         fill_slots(self.layers)
+        self.layers.moe.read_in_place()
         graph, state = nnx.split(self.layers)
+        group_BT = None if call.group_BT is None else jnp.where(call.segment_ids_BT != 0, call.group_BT, -1)
 
-        def body(constants: tuple, x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
-            rotations_BTH, segment_ids_BT, key_ids_BS, length = constants
-            state, plan, kv = layer
-            state = shards.whole_state("layers", state)
+        def body(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
+            rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, length = constants
+            state, plan = layer
+            block = nnx.merge(graph, shards.whole_state("layers", state))
             cached = None if kv is None else (*kv, length)
-            x, routing, updated = nnx.merge(graph, state)(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, cached)
-            return x, (routing, updated)
+            x, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, cached)
+            sums = sums_of(decision, group_BT, call.groups) if call.groups else None
+            return x, (recorded(decision.routing, call.record), sums), kv
 
-        if remat == "layer":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif remat == "experts":
-            kept = jax.checkpoint_policies.save_only_these_names(PRODUCTS)
-            body = jax.checkpoint(body, prevent_cse=False, policy=kept)
-        elif shards.active():  # gathered parameters of all layers at once would be the whole model on each device
-            kept = jax.checkpoint_policies.save_anything_except_these_names(shards.GATHERED)
-            body = jax.checkpoint(body, prevent_cse=False, policy=kept)
+        cache = call.cache
         kv, length = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
         turned_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta)
-        constants = (turned_BTH, segment_ids_BT, key_ids_BS, length)
-        x_BTD, (routing, updated) = run_stack(body, constants, x_BTD, (state, plan, kv), is_expert_matrix)
-        return x_BTD, routing, updated
+        constants = (turned_BTH, call.segment_ids_BT, key_ids_BS, group_BT, length)
+        x_BTD, (routing, sums), kv = layer_scan(
+            checkpointed(body, call.remat),
+            constants,
+            x_BTD,
+            (state, call.plan),
+            kv,
+            backend="scan" if shards.active() else None,  # the other forms know no collectives
+        )
+        return x_BTD, routing, sums, kv
+
+    def with_router(self, router: RouterConfig) -> "Mixtral":
+        """This model with another router variant or other parameters of it; the parameters are shared.
+
+        Raises:
+          ValueError: an unknown variant or another number of experts, or the model is sharded already.
+        """
+        router_of(router)
+        if self.placement is not None:
+            raise ValueError("The model is sharded already; choose its router first.")
+        if router.num_experts != self.config.router.num_experts:
+            raise ValueError(f"This model has {self.config.router.num_experts} experts, not {router.num_experts}.")
+        other = nnx.merge(*nnx.split(self), copy=True)
+        other.config = dataclasses.replace(self.config, router=router)
+        other.layers.attention.config = other.config
+        if router != self.config.router:
+            other.layers.moe.set_router(other.config)
+            other.reset_router_state()
+        return other
+
+    def reset_router_state(self) -> None:
+        """Sets what a router variant learns outside of the gradient to its start, zero."""
+        if (state := self.layers.moe.state) is not None:
+            state.set_value(jnp.zeros(state.get_value().shape, jnp.float32))
 
     def gather_head(self) -> None:
         """On a shard: puts the output head together, in place, before `head` is called again and again."""
@@ -262,6 +320,9 @@ class Mixtral(nnx.Module):
         plan: RoutingPlan | None = None,
         cache: KVCache | None = None,
         remat: Remat = "none",
+        record: Record = "full",
+        groups: int = 0,
+        group_BT: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Output:
         """Runs the model.
 
@@ -271,37 +332,53 @@ class Mixtral(nnx.Module):
             either side. None: one document a row, no padding.
           plan: what the routers are told to do.
           cache: keys and values of earlier tokens; these tokens continue them.
-          remat: what the backward pass recomputes.
+          remat: what the backward pass recomputes; never what the routers decided.
+          record: how much of that `routing` holds: "none", "choices" (experts and weights) or "full" (logits too).
+          groups: how many groups of tokens `sums` tells apart; 0 for no sums, from which the router losses follow.
+          group_BT: int32 group of each token, from 0; None puts all tokens into group 0.
 
         Raises:
           ValueError: more positions than the model has, or a plan that does not fit.
         """
-        out = self.hidden(tokens_BT, segment_ids_BT, plan, cache, remat)
+        out = self.hidden(tokens_BT, segment_ids_BT, plan, cache, remat, record, groups, group_BT)
         return dataclasses.replace(out, logits_BTV=self.head(out.hidden_BTD))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "remat"))
-def forward(
-    graph: Any,  # nnx.GraphDef, whose annotation the run-time type checker of the tests does not take
-    state: Any,  # nnx.State of the same model
-    tokens_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    plan: RoutingPlan,
-    cache: KVCache | None,
-    remat: Remat,
-) -> Output:
-    """`Mixtral.run`, compiled once for each shape and structure, so that a call outside of any jit is fast too."""
+def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The body of the loop over layers, which keeps for the backward pass what `remat` says.
+
+    What routers decided is kept in each case. A recomputation rounds differently, and one token that changed its expert
+    would give the gradient of another function than the one that gave the loss.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "layer":
+        policy = policies.save_only_these_names(ROUTES)
+    elif remat == "experts":
+        policy = policies.save_only_these_names(ROUTES, PRODUCTS)
+    elif shards.active():  # gathered parameters of all layers at once would be the whole model on each device
+        policy = policies.save_anything_except_these_names(shards.GATHERED)
+    else:
+        return body
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def forward(graph: Any, state: Any, call: Call) -> Output:
+    """`Mixtral.run` of the model (graph, state), compiled once for each shape and structure.
+
+    A call outside of any jit is fast too.
+    """
     model = nnx.merge(graph, state)
     if model.placement is None or shards.active():
-        return model.run(tokens_BT, segment_ids_BT, plan, cache, remat)
-    return model.placement.run(graph, state, tokens_BT, segment_ids_BT, plan, cache, remat)
+        return model.run(call)
+    return model.placement.run(graph, state, call)
 
 
 def init_random(config: MixtralConfig, seed: int = 0, dtype: jnp.dtype | str = "float32", std: float = 0.02) -> Mixtral:
     """A Mixtral with normal weights of this std and unit norms; each parameter's draw depends on its name alone."""
     model = Mixtral(config, dtype)
     key = jax.random.key(seed)
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = ".".join(map(str, path))
         shape = variable.get_value().shape
         if path[-1] == "scale":
@@ -310,4 +387,5 @@ def init_random(config: MixtralConfig, seed: int = 0, dtype: jnp.dtype | str = "
             draw = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), shape, jnp.float32)
             value = (std * draw).astype(dtype)
         variable.set_value(value)
+    model.reset_router_state()
     return model

@@ -1,20 +1,30 @@
 """The sparse mixture of experts: route, dispatch, experts, combine. No pair of a valid token is dropped."""
 
-import re
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.kernels.expert_mlp import expert_mlp
+from bimedix_jax.kernels.layer_scan import InPlace
 from bimedix_jax.kernels.permute import Permutation, combine, dispatch, sort_by_expert
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import BATCH, EMBED, EXPERTS, LAYERS, MLP
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import ExpertLinear, Linear
-from bimedix_jax.models.routers import Routing, RoutingPlan, route
+from bimedix_jax.models.plans import RoutingPlan, token_keys
+from bimedix_jax.models.routers import NO_EXPERT, Decision, Routing, decide, router_of
+
+ROUTES = "routes"
+"""Name in checkpoint policies of what routers decided. The backward pass must not recompute it: rounding differs there,
+and one token that flips to another expert would differentiate another function than the one that gave the loss."""
+
+
+class RouterState(nnx.Variable):
+    """What a router variant learns outside of the gradient, float32 [L, E]."""
 
 
 class MoE(nnx.Module):
@@ -23,25 +33,44 @@ class MoE(nnx.Module):
     def __init__(self, config: MixtralConfig, dtype: jnp.dtype | str):
         layers, experts = config.num_layers, config.router.num_experts
         width, hidden = config.hidden_size, config.intermediate_size
-        self.config = config.router
         self.router = Linear((layers, width, experts), (LAYERS, EMBED, None), dtype)
+        self.set_router(config)
         self.w1 = ExpertLinear((layers, experts, width, hidden), (LAYERS, EXPERTS, EMBED, MLP), dtype)
         self.w2 = ExpertLinear((layers, experts, hidden, width), (LAYERS, EXPERTS, MLP, EMBED), dtype)
         self.w3 = ExpertLinear((layers, experts, width, hidden), (LAYERS, EXPERTS, EMBED, MLP), dtype)
 
+    def set_router(self, config: MixtralConfig) -> None:
+        """Takes the variant of this configuration, whose state has no storage yet."""
+        self.config = config.router
+        shape = (config.num_layers, config.router.num_experts)
+        state = RouterState(jax.ShapeDtypeStruct(shape, jnp.float32), axes=(LAYERS, None))
+        self.state: RouterState | None = nnx.data(state if router_of(config.router).update else None)
+
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], plan: RoutingPlan
-    ) -> tuple[Float[Array, "B T D"], Routing]:
-        """The mixture, and what the router did. Padding is routed in the record but to no expert: its output is 0."""
-        routing = route(self.router(x_BTD.astype(jnp.float32)), self.config, plan)
-        top_k = self.config.top_k
-        owners_BTK = jnp.where(valid_BT[..., None], routing.experts_LBTK, self.config.num_experts)
+    ) -> tuple[Float[Array, "B T D"], Decision]:
+        """The mixture, and what the router decided. Padding gets no expert: its output is 0."""
+        decision = self.decide(x_BTD, valid_BT, plan)
+        owners_BTK = jnp.where(
+            decision.routing.experts_LBTK == NO_EXPERT, self.config.num_experts, decision.routing.experts_LBTK
+        )
         y_ND = self.mix(
             x_BTD.reshape(-1, x_BTD.shape[-1]),
-            owners_BTK.reshape(-1, top_k),
-            routing.weights_LBTK.reshape(-1, top_k),
+            owners_BTK.reshape(-1, self.config.top_k),
+            decision.routing.weights_LBTK.reshape(-1, self.config.top_k),
         )
-        return y_ND.reshape(x_BTD.shape), routing
+        return y_ND.reshape(x_BTD.shape), decision
+
+    def decide(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], plan: RoutingPlan) -> Decision:
+        """What the router does with these states; kept for the backward pass in every checkpoint policy."""
+        logits_BTE = checkpoint_name(self.router(x_BTD.astype(jnp.float32)), ROUTES)
+        state_E = None if self.state is None else self.state.get_value()
+        decision = decide(logits_BTE, self.config, plan, valid_BT, state_E, noise_keys(plan, valid_BT))
+        routing = decision.routing
+        kept = Routing(
+            checkpoint_name(routing.experts_LBTK, ROUTES), checkpoint_name(routing.weights_LBTK, ROUTES), logits_BTE
+        )
+        return dataclasses.replace(decision, routing=kept)
 
     def mix(
         self, x_ND: Float[Array, "N D"], owners_NK: Int[Array, "N K"], weights_NK: Float[Array, "N K"]
@@ -56,10 +85,16 @@ class MoE(nnx.Module):
             x_ND, owners_NK, weights_NK = (shards.gather(EXPERTS, x) for x in (x_ND, owners_NK, weights_NK))
         experts = self.config.num_experts // shards.count(EXPERTS)
         owners_NK, weights_NK = own_choices(owners_NK, weights_NK, shards.index(EXPERTS) * experts, experts)
-        permutation = sort_by_expert(owners_NK, experts)
+        permutation = checkpoint_name(sort_by_expert(owners_NK, experts), ROUTES)
         y_ND = self.feed_forward(x_ND, weights_NK, permutation)
         y_ND = shards.sum_and_scatter(EXPERTS, y_ND) if exchanged else shards.sum_over(EXPERTS, y_ND)
         return shards.sum_over(MLP, y_ND)
+
+    def read_in_place(self) -> None:
+        """Lets the loop over layers leave dense experts where they are, in place; to be called on stacked layers."""
+        for layer in (self.w1, self.w2, self.w3):
+            if isinstance(w := layer.w.get_value(), jax.Array):
+                layer.w.set_value(InPlace(w))
 
     def feed_forward(
         self, x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], permutation: Permutation
@@ -74,12 +109,14 @@ class MoE(nnx.Module):
         return combine(y_MD, weights_NK, permutation)
 
 
-EXPERT_MATRIX = re.compile(r"\['moe'\]\['w[123]'\]\['w'\]\.value")
-
-
-def is_expert_matrix(path: Any, array: Any) -> bool:
-    """Whether this leaf of a state of layers is a dense weight of the experts, which may come as a LayerOf."""
-    return EXPERT_MATRIX.search(jax.tree_util.keystr(path)) is not None and array.ndim == 4
+def noise_keys(plan: RoutingPlan, valid_BT: Bool[Array, "B T"]) -> jax.Array | None:
+    """A key for each token of one layer, where the plan has noise."""
+    keys = plan.keys_LBT
+    if keys is None or keys.shape == valid_BT.shape:
+        return keys
+    batch, length = valid_BT.shape
+    rows_B = shards.index(BATCH) * batch + jnp.arange(batch)
+    return token_keys(keys, rows_B[:, None], jnp.arange(length)[None])
 
 
 def own_choices(

@@ -1,7 +1,11 @@
 """Routing: which experts a token uses, with what weights. The one seam for variants, interventions and replay.
 
-`route` is a pure function of the router's logits, its configuration and a plan; it returns everything that the rest of
-the model and any analysis needs. A new variant is a function here and a line in ROUTERS.
+    steer -> score -> choose -> weigh
+
+`steer` changes the router's logits as a plan says: noise, bias, temperature. `score` turns them into scores. `choose`
+takes the best experts, never a banned one and always a forced one. `weigh` turns the scores of the chosen experts into
+weights, which a plan may overrule. Steering, bans and forced slots are shared by all variants, so that each of them obeys
+every plan. A new variant is a row of ROUTERS.
 """
 
 import dataclasses
@@ -10,192 +14,229 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.kernels.pytree import Leaf
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
+from bimedix_jax.models.config import RouterConfig
+from bimedix_jax.models.plans import RoutingPlan
 
+__all__ = ["ROUTERS", "Router", "Routing", "RoutingPlan", "route"]
+
+BANNED = -1e8
+"""An expert whose steered logit is below this is never chosen, unless the plan forces it."""
+NO_EXPERT = -1
+"""What a slot of the record holds at padding, and where a plan bans so many experts that fewer than k are left."""
 FORCED = 1e6
-"""Selection score of a forced expert, above any logit."""
+"""Rank of a forced expert, above that of any other."""
+
+Record = Literal["none", "choices", "full"]
+"""How much a call records of what its routers did: nothing; experts and weights; the logits as well."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router did. Inside the layer scan the leading L is not there yet; the scan stacks it.
+    """What the routers did. For one layer the leading L is absent; the loop over layers stacks it.
 
     Attributes:
-      experts_LBTK: int32, chosen experts in the order of choice.
-      weights_LBTK: float32, how much of each expert's output is used; they sum to 1 unless the plan says otherwise.
-      logits_LBTE: float32, the router's own logits, before the plan's bias and temperature.
+      experts_LBTK: int32, chosen experts in the order of choice; NO_EXPERT (-1) at padding and where none was left.
+      weights_LBTK: float32, weight of each expert's output; 0 where there is no expert.
+      logits_LBTE: float32, the router's own logits, before the plan's noise, bias and temperature; None where only the
+        choices were recorded.
     """
 
     experts_LBTK: Leaf
     weights_LBTK: Leaf
-    logits_LBTE: Leaf
+    logits_LBTE: Leaf | None
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RoutingPlan:
-    """What the router is told to do. B and T may be 1 to mean every sequence, every token; None leaves the router free.
-
-    Values are data: changing them never recompiles; setting a field that was None does so once.
+class Router:
+    """A variant: the pieces in which routers differ, and what it declares about itself.
 
     Attributes:
-      bias_LBTE: float32 added to the logits; a large negative one bans an expert.
-      temperature_LBT: float32 that divides the logits; 1 is neutral.
-      experts_LBTK: int32 experts to use; -1 leaves a slot to the router's best expert that is not forced already.
-      weights_LBTK: float32 weights to use; -1 leaves a slot its own.
+      score: (steered logits [B, T, E], config) -> scores [B, T, E], from which weights are made.
+      rank: (scores, state [E] or None) -> ranks [B, T, E]; the k best are chosen. No gradient passes through.
+      weigh: (scores of the chosen [B, T, K], which of them exist, config) -> weights [B, T, K].
+      update: (state [L, E], times each expert was chosen [L, E], config) -> state after an optimiser step; None for a
+        variant without state. The state starts at zero and gets no gradient.
+      reads: fields of RouterConfig that it reads besides num_experts, top_k and variant.
+      normalised: whether the weights of a token's experts sum to `config.scale`; otherwise to at most that.
+      shift_invariant: whether a number added to all logits of a token changes nothing.
     """
 
-    bias_LBTE: Leaf | None = None
-    temperature_LBT: Leaf | None = None
-    experts_LBTK: Leaf | None = None
-    weights_LBTK: Leaf | None = None
-
-    @classmethod
-    def neutral(cls, config: MixtralConfig, batch: int = 1, length: int = 1) -> "RoutingPlan":
-        """A plan with every field set that changes nothing: start from it to vary any field without recompiling."""
-        lead = (config.num_layers, batch, length)
-        return cls(
-            jnp.zeros((*lead, config.router.num_experts), jnp.float32),
-            jnp.ones(lead, jnp.float32),
-            jnp.full((*lead, config.router.top_k), -1, jnp.int32),
-            jnp.full((*lead, config.router.top_k), -1.0, jnp.float32),
-        )
-
-    def check(self, config: MixtralConfig, batch: int, length: int) -> None:
-        """Raises ValueError if a field does not fit the model or the batch."""
-        last = {"bias_LBTE": config.router.num_experts, "temperature_LBT": None}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            width = last.get(field.name, config.router.top_k)
-            tail = () if width is None else (width,)
-            fits = value.shape[:1] == (config.num_layers,) and value.shape[3:] == tail and value.ndim == 3 + len(tail)
-            if not (fits and value.shape[1] in (1, batch) and value.shape[2] in (1, length)):
-                raise ValueError(
-                    f"RoutingPlan.{field.name} has shape {value.shape}; this model and batch need "
-                    f"{(config.num_layers, batch, length, *tail)}, where batch and length may be 1."
-                )
+    score: Callable[[jax.Array, RouterConfig], jax.Array]
+    weigh: Callable[[jax.Array, jax.Array, RouterConfig], jax.Array]
+    rank: Callable[[jax.Array, jax.Array | None], jax.Array] = lambda scores_BTE, _: scores_BTE
+    update: Callable[[jax.Array, jax.Array, RouterConfig], jax.Array] | None = None
+    reads: tuple[str, ...] = ()
+    normalised: bool = True
+    shift_invariant: bool = True
 
 
-def route_topk(logits_BTE: Float[Array, "B T E"], config: RouterConfig, plan: RoutingPlan) -> Routing:
-    """Mixtral's router: softmax over all experts, top-k, renormalised to sum to 1, all in float32.
+def masked_softmax(scores_BTK: jax.Array, exists_BTK: jax.Array, config: RouterConfig) -> jax.Array:
+    """Mixtral's weights: softmax over the logits of the chosen experts.
 
-    The softmax over the chosen experts' logits equals the renormalised top-k of the softmax over all (arXiv 2401.04088,
-    section 2.1), and stays finite where the others' probabilities underflow.
+    It equals the renormalised top-k of the softmax over all experts (arXiv 2401.04088, section 2.1), and stays finite
+    where the other experts' probabilities underflow.
     """
-    logits_BTE = logits_BTE.astype(jnp.float32)
-    steered_BTE = logits_BTE
-    if plan.bias_LBTE is not None:
-        steered_BTE = steered_BTE + plan.bias_LBTE
-    if plan.temperature_LBT is not None:
-        steered_BTE = steered_BTE / plan.temperature_LBT[..., None]
-    scores_BTE = jax.lax.stop_gradient(steered_BTE)
-    if plan.experts_LBTK is not None:
-        forced_BTKE = jax.nn.one_hot(plan.experts_LBTK, config.num_experts, dtype=jnp.float32)
-        # earlier slots score higher, so that a fully forced token keeps the order of the plan
-        order_K = jnp.arange(config.top_k, 0, -1, dtype=jnp.float32)
-        rank_BTE = jnp.max(forced_BTKE * order_K[None, None, :, None], axis=-2)
-        scores_BTE = jnp.where(rank_BTE > 0, FORCED + rank_BTE, scores_BTE)
-    _, experts_BTK = jax.lax.top_k(scores_BTE, config.top_k)
-    weights_BTK = jax.nn.softmax(jnp.take_along_axis(steered_BTE, experts_BTK, axis=-1), axis=-1)
-    if plan.weights_LBTK is not None:
-        weights_BTK = jnp.where(plan.weights_LBTK >= 0, plan.weights_LBTK, weights_BTK)
-    return Routing(experts_BTK.astype(jnp.int32), weights_BTK, logits_BTE)
+    del config
+    return jax.nn.softmax(jnp.where(exists_BTK, scores_BTK, 2 * BANNED), axis=-1)
 
 
-RouterFunction = Callable[[jax.Array, RouterConfig, RoutingPlan], Routing]
-ROUTERS: dict[str, RouterFunction] = {"topk": route_topk}
+def scaled(scores_BTK: jax.Array, exists_BTK: jax.Array, config: RouterConfig) -> jax.Array:
+    """The scores themselves, times `scale`."""
+    del exists_BTK  # `route` gives a slot without an expert the weight 0
+    return config.scale * scores_BTK
 
 
-def route(logits_BTE: Float[Array, "B T E"], config: RouterConfig, plan: RoutingPlan) -> Routing:
-    """Decides for one layer; `plan` holds that layer's fields, without L.
+def scaled_shares(scores_BTK: jax.Array, exists_BTK: jax.Array, config: RouterConfig) -> jax.Array:
+    """Shares of the chosen experts' scores, times `scale`."""
+    scores_BTK = jnp.where(exists_BTK, scores_BTK, 0.0)
+    total_BT1 = jnp.sum(scores_BTK, axis=-1, keepdims=True)
+    return config.scale * scores_BTK / jnp.maximum(total_BT1, jnp.finfo(jnp.float32).tiny)
+
+
+def biased_ranks(scores_BTE: jax.Array, state_E: jax.Array | None) -> jax.Array:
+    return scores_BTE if state_E is None else scores_BTE + state_E[None, None]
+
+
+def balancing_bias(state_LE: jax.Array, chosen_LE: jax.Array, config: RouterConfig) -> jax.Array:
+    """b + u * sign(mean load - load): experts that were used too little become more attractive (arXiv 2412.19437)."""
+    mean_L1 = jnp.mean(chosen_LE, axis=-1, keepdims=True)
+    return state_LE + config.bias_rate * jnp.sign(mean_L1 - chosen_LE)
+
+
+ROUTERS: dict[str, Router] = {
+    # Mixtral (arXiv 2401.04088)
+    "topk": Router(score=lambda logits_BTE, _: logits_BTE, weigh=masked_softmax),
+    # scale * softmax over all experts, at the chosen ones: Switch (arXiv 2101.03961, eq. 2), OLMoE (arXiv 2409.02060)
+    "softmax_topk": Router(
+        score=lambda logits_BTE, _: jax.nn.softmax(logits_BTE, axis=-1),
+        weigh=scaled,
+        reads=("scale",),
+        normalised=False,
+    ),
+    # DeepSeek-V3 (arXiv 2412.19437, eqs. 12-16): chosen by sigmoid + bias, weighed without the bias
+    "sigmoid_bias": Router(
+        score=lambda logits_BTE, _: jax.nn.sigmoid(logits_BTE),
+        weigh=scaled_shares,
+        rank=biased_ranks,
+        update=balancing_bias,
+        reads=("scale", "bias_rate"),
+        shift_invariant=False,
+    ),
+}
+
+
+def router_of(config: RouterConfig) -> Router:
+    """The variant that a configuration names.
 
     Raises:
-      ValueError: unknown `config.variant`.
+      ValueError: unknown `config.variant`, or a parameter set that this variant does not read.
     """
     if config.variant not in ROUTERS:
         raise ValueError(f"Unknown router variant {config.variant!r}; choose one of {', '.join(sorted(ROUTERS))}.")
-    return ROUTERS[config.variant](logits_BTE, config, plan)
+    router = ROUTERS[config.variant]
+    for field in dataclasses.fields(RouterConfig):
+        if field.default is dataclasses.MISSING or field.name in ("variant", *router.reads):
+            continue
+        if getattr(config, field.name) != field.default:
+            raise ValueError(
+                f"Router variant {config.variant!r} does not read {field.name}; leave it at {field.default}."
+            )
+    return router
 
 
-@jax.tree_util.register_dataclass
+def steer(logits_BTE: Float[Array, "B T E"], plan: RoutingPlan, keys_BT: Array | None = None) -> Float[Array, "B T E"]:
+    """The logits with the plan's noise, bias and temperature, in this order.
+
+    A temperature softens no ban, and bans nothing.
+    """
+    if plan.noise_LBT is not None:
+        if keys_BT is None:
+            raise ValueError("A plan with noise needs a key for each token; RoutingPlan.noisy makes one.")
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, logits_BTE.shape[-1:], jnp.float32)))
+        logits_BTE = logits_BTE + plan.noise_LBT[..., None] * draw(keys_BT)
+    if plan.bias_LBTE is not None:
+        logits_BTE = logits_BTE + plan.bias_LBTE
+    if plan.temperature_LBT is not None:
+        heated_BTE = jnp.maximum(logits_BTE / plan.temperature_LBT[..., None], BANNED)
+        logits_BTE = jnp.where(logits_BTE < BANNED, logits_BTE, heated_BTE)
+    return logits_BTE
+
+
+def choose(
+    ranks_BTE: Float[Array, "B T E"],
+    allowed_BTE: Bool[Array, "B T E"],
+    forced_BTK: Int[Array, "#B #T K"] | None,
+    top_k: int,
+) -> tuple[Int[Array, "B T K"], Bool[Array, "B T K"]]:
+    """(the k experts of highest rank, whether each of them exists): forced ones first, then allowed ones."""
+    ranks_BTE = lax.stop_gradient(jnp.where(allowed_BTE, ranks_BTE, -jnp.inf))
+    if forced_BTK is not None:
+        # earlier slots rank higher, so that a fully forced token keeps the order of the plan
+        order_K = FORCED + jnp.arange(top_k, 0, -1, dtype=jnp.float32)
+        experts_E = jnp.arange(ranks_BTE.shape[-1])
+        placed_BTKE = forced_BTK[..., None] == experts_E[None, None, None]
+        places_BTE = jnp.max(jnp.where(placed_BTKE, order_K[None, None, :, None], 0), axis=-2)
+        ranks_BTE = jnp.where(places_BTE > 0, places_BTE, ranks_BTE)
+    best_BTK, experts_BTK = lax.top_k(ranks_BTE, top_k)
+    return experts_BTK.astype(jnp.int32), best_BTK != -jnp.inf  # NaN counts as a rank
+
+
 @dataclasses.dataclass(frozen=True)
-class Load:
-    """Sums over tokens and layers from which a load-balancing loss follows; loads of parts add up.
+class Decision:
+    """What `decide` found for one layer: the record, and the ranks by which experts were chosen (bans are -inf)."""
 
-    Attributes:
-      counts_E: times each expert was chosen (one-hot, so without gradient).
-      mass_E: router probability that each expert received.
-      tokens: number of token-layer pairs summed over, padding excluded.
-    """
-
-    counts_E: Leaf
-    mass_E: Leaf
-    tokens: Leaf
+    routing: Routing
+    ranks_BTE: jax.Array
 
 
-def load_of(routing: Routing, valid_BT: Bool[Array, "B T"], per_sequence: bool = False) -> Load:
-    """Load over all layers and valid tokens; with `per_sequence` every field keeps a leading B."""
-    axes = (0, 2) if per_sequence else (0, 1, 2)
-    layers, _, _, experts = routing.logits_LBTE.shape
-    valid = valid_BT.astype(jnp.float32)
-    chosen_LBTE = jnp.sum(jax.nn.one_hot(routing.experts_LBTK, experts, dtype=jnp.float32), axis=-2)
-    probabilities_LBTE = jax.nn.softmax(routing.logits_LBTE, axis=-1)
-    return Load(
-        jax.lax.stop_gradient(jnp.sum(chosen_LBTE * valid[None, :, :, None], axis=axes)),
-        jnp.sum(probabilities_LBTE * valid[None, :, :, None], axis=axes),
-        layers * jnp.sum(valid, axis=1 if per_sequence else None),
-    )
+def decide(
+    logits_BTE: Float[Array, "B T E"],
+    config: RouterConfig,
+    plan: RoutingPlan,
+    valid_BT: Bool[Array, "B T"] | None = None,
+    state_E: Float[Array, "E"] | None = None,
+    keys_BT: Array | None = None,
+) -> Decision:
+    """`route`, with the ranks."""
+    router, logits_BTE = router_of(config), logits_BTE.astype(jnp.float32)
+    steered_BTE = steer(logits_BTE, plan, keys_BT)
+    allowed_BTE = ~(steered_BTE < BANNED)  # NaN is allowed: it must not vanish
+    scores_BTE = router.score(steered_BTE, config)
+    ranks_BTE = router.rank(scores_BTE, state_E)
+    experts_BTK, exists_BTK = choose(ranks_BTE, allowed_BTE, plan.experts_LBTK, config.top_k)
+    weights_BTK = router.weigh(jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1), exists_BTK, config)
+    if plan.weights_LBTK is not None:
+        weights_BTK = jnp.where(plan.weights_LBTK >= 0, plan.weights_LBTK, weights_BTK)
+    if valid_BT is not None:
+        exists_BTK = exists_BTK & valid_BT[..., None]
+    experts_BTK = jnp.where(exists_BTK, experts_BTK, NO_EXPERT)
+    weights_BTK = jnp.where(exists_BTK, weights_BTK, 0.0)
+    return Decision(Routing(experts_BTK, weights_BTK, logits_BTE), jnp.where(allowed_BTE, ranks_BTE, -jnp.inf))
 
 
-def balance(counts_E: jax.Array, mass_E: jax.Array, tokens: jax.Array) -> jax.Array:
-    """E * sum_e (share of choices) * (share of probability), over the last axis (arXiv 2101.03961, eq. 4).
-
-    It is top_k when balanced.
-    """
-    tokens = jnp.maximum(tokens, 1)[..., None]
-    return counts_E.shape[-1] * jnp.sum((counts_E / tokens) * (mass_E / tokens), axis=-1)
-
-
-AuxScope = Literal["sequence", "micro_batch", "global"]
-
-
-def load_balancing_loss(
-    routing: Routing, valid_BT: Bool[Array, "B T"], scope: AuxScope = "micro_batch", total: Load | None = None
-) -> Float[Array, ""]:
-    """Load-balancing loss with an explicit scope; it is not linear in the batch, so the scope changes it.
+def route(
+    logits_BTE: Float[Array, "B T E"],
+    config: RouterConfig,
+    plan: RoutingPlan,
+    valid_BT: Bool[Array, "B T"] | None = None,
+    state: Float[Array, "E"] | None = None,
+    key: Array | None = None,
+) -> Routing:
+    """Decides for one layer, in float32.
 
     Args:
-      valid_BT: False at padding, which counts nowhere.
-      scope: "micro_batch" pools all layers and tokens of this batch, as Hugging Face does; "sequence" averages the loss
-        of each row that has a valid token; "global" uses the choices and token count of `total`, the load of the whole
-        optimiser step, so that the sum of this value over the step's micro-batches is the loss of the step.
+      logits_BTE: the router's own logits.
+      plan: that layer's fields, without L.
+      valid_BT: False at padding, which gets no expert; None: all tokens are valid.
+      state: what the variant has learned outside of the gradient; None: none.
+      key: PRNG key of each token [B, T], for the plan's noise.
 
     Raises:
-      ValueError: scope "global" without `total`, or an unknown scope.
+      ValueError: unknown `config.variant`, a parameter that it does not read, or noise without keys.
     """
-    if scope == "global":
-        if total is None:
-            raise ValueError('Scope "global" needs the load of the whole optimiser step in `total`.')
-        return balance(total.counts_E, load_of(routing, valid_BT).mass_E, total.tokens)
-    if scope == "sequence":
-        load = load_of(routing, valid_BT, per_sequence=True)
-        present_B = (load.tokens > 0).astype(jnp.float32)
-        losses_B = balance(load.counts_E, load.mass_E, load.tokens)
-        return jnp.sum(losses_B * present_B) / jnp.maximum(jnp.sum(present_B), 1)
-    if scope == "micro_batch":
-        load = load_of(routing, valid_BT)
-        return balance(load.counts_E, load.mass_E, load.tokens)
-    raise ValueError(f'Unknown aux-loss scope {scope!r}; choose "sequence", "micro_batch" or "global".')
-
-
-def router_z_loss(logits_LBTE: Float[Array, "L B T E"], valid_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """Mean over layers and valid tokens of logsumexp(logits) squared (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    valid = valid_BT.astype(jnp.float32)
-    squares_LBT = jax.nn.logsumexp(logits_LBTE, axis=-1) ** 2
-    return jnp.sum(squares_LBT * valid[None]) / jnp.maximum(logits_LBTE.shape[0] * jnp.sum(valid), 1)
+    return decide(logits_BTE, config, plan, valid_BT, state, key).routing

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from bimedix_jax.adapters import add_lora
+from bimedix_jax.checkpoint.load import check_router_name
 from bimedix_jax.experiment import DataSource, Experiment, ModelSource, OptimiserConfig, RouterTraining
 from bimedix_jax.generate import Sampling, decode
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
@@ -82,6 +83,17 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def with_variant(config: MixtralConfig, variant: str | None) -> MixtralConfig:
+    """The architecture with this router.
+
+    Raises:
+      BimedixError: there is no such router.
+    """
+    check_router_name(variant)
+    router = config.router if variant is None else dataclasses.replace(config.router, variant=variant)
+    return dataclasses.replace(config, router=router)
+
+
 def base_model(config: MixtralConfig, base: str) -> Mixtral:
     """Random weights; computes in bfloat16 unless the base is float32."""
     model = init_random(config, dtype="float32" if base == "float32" else "bfloat16")
@@ -118,7 +130,7 @@ def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length:
     structure, params, frozen = take_apart(model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
     step = make_train_step(structure, experiment, STEPS, optimiser)
-    state = init_state(params, optimiser)
+    state = init_state(params, optimiser, structure.router_state(frozen))
     tokens_ABT = jnp.asarray(tokens(config, batch, length))[None]
     data = {
         "tokens_BT": tokens_ABT,
@@ -167,7 +179,7 @@ def decoding(config: MixtralConfig, base: str, batch: int, prompt: int, steps: i
     """`steps` greedy tokens a row, going on from where the last run ended; `runs` times at most besides two here."""
     model = base_model(config, base)
     prompts = list(tokens(config, batch, prompt))
-    decoded = decode(model, prompts, 1 + steps * (runs + 2), Sampling.of(), seed=0)
+    decoded = (tokens for tokens, _ in decode(model, prompts, 1 + steps * (runs + 2), Sampling.of(), seed=0))
     next(decoded)  # the prefill's own token
 
     def run() -> list[list[int]]:

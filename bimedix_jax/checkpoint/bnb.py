@@ -26,7 +26,7 @@ from tqdm import tqdm
 from bimedix_jax.checkpoint import table
 from bimedix_jax.checkpoint.bnb_config import settings_for
 from bimedix_jax.checkpoint.bnb_format import BLOCK_SIZES, STATE, QuantState
-from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, stored_pieces, write_beside
+from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, require_topk, stored_pieces, write_beside
 from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, listed
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import new_folder
@@ -73,6 +73,7 @@ def export_bnb(
     """
     if layout not in LAYOUTS:
         raise BimedixError(f"layout {layout!r} is unknown; choose {', '.join(LAYOUTS)}.")
+    require_topk(model, "A checkpoint for bitsandbytes")
     if model.lora is not None:
         raise BimedixError(
             "the model carries adapters, which a 4-bit checkpoint of the base cannot hold; export the base without "

@@ -27,7 +27,7 @@ from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pie
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
-from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
 
 __all__ = ["export_hf", "load_hf", "read_config", "resolve"]
@@ -103,6 +103,7 @@ def load_hf(
     for path, variable in parameters(model).items():
         leaf = leaves.pop(path)
         variable.set_value(jax.device_put(leaf) if mesh is None else leaf)
+    model.reset_router_state()
     return model
 
 
@@ -170,6 +171,15 @@ def parameters(model: Mixtral) -> dict[str, nnx.Variable]:
     return found
 
 
+def require_topk(model: Mixtral, what: str) -> None:
+    """Raises BimedixError for a router that the format `what` cannot name: readers would run another function."""
+    if (router := model.config.router) != RouterConfig(router.num_experts, router.top_k):
+        raise BimedixError(
+            f"{what} has Mixtral's router, topk; this model's is {router.variant}. Keep it in our own format "
+            '(bmx.save), or load the model with router="topk" if its weights alone are wanted.'
+        )
+
+
 def export_hf(
     model: Mixtral,
     folder: str | Path,
@@ -185,6 +195,7 @@ def export_hf(
     Raises:
       BimedixError: the model carries adapters, or a folder cannot be read or written.
     """
+    require_topk(model, "A Hugging Face checkpoint of a Mixtral")
     adapters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     if adapters:
         raise BimedixError(

@@ -1,19 +1,28 @@
 """One `load` for everything that holds a model: what the folder contains decides who reads it."""
 
+import dataclasses
+import json
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
+from bimedix_jax import experiment as experiments
 from bimedix_jax import sharding
 from bimedix_jax.checkpoint import hub, store
 from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
 from bimedix_jax.checkpoint.peft import is_peft
 from bimedix_jax.checkpoint.peft_read import load_peft
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import Experiment
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.routers import ROUTERS
+from bimedix_jax.quantise import quantise_base
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -24,13 +33,15 @@ def load(
     dtype: str | None = None,
     revision: str | None = None,
     ignore_config_keys: Collection[str] = (),
+    router: str | None = None,
 ) -> Mixtral:
     """A Mixtral, ready to run; it remembers the folder (`model.origin`) for exports.
 
     Args:
-      path: folder in Hugging Face layout, hub id, or native checkpoint.
-      base: storage of the weights; "nf4" packs attention and experts to 4 bits on the way in. None: bfloat16, and of a
-        native checkpoint or one that bitsandbytes packed what it holds.
+      path: folder in Hugging Face layout, hub id, native checkpoint, or the folder of a finished training run, whose
+        base is loaded or made anew and gets what the run trained.
+      base: storage of the weights; "nf4" packs attention and experts to 4 bits on the way in. None: bfloat16, of a
+        native checkpoint or one that bitsandbytes packed what it holds, and of a run what it trained over.
       adapter: folder of an adapter to put on, ours or PEFT's.
       mesh: devices to put it on, see bimedix_jax/sharding.py. A process reads of a native checkpoint what its own
         devices hold, and of another folder its own experts and everything else (the scales of a 4-bit matrix are
@@ -39,13 +50,15 @@ def load(
         and one that bitsandbytes packed names it in config.json.
       revision: of a hub id.
       ignore_config_keys: keys of config.json to overlook although they are unknown.
+      router: variant by its name in models/routers.py; None is the one that the adapter, run or checkpoint was trained
+        with. Another one is another function, and a warning names both.
     Raises:
       BimedixError: what was asked for cannot be read, with the remedy.
     """
     if mesh is None:
-        return read_model(path, base, adapter, None, dtype, revision, ignore_config_keys)
+        return read_model(path, base, adapter, None, dtype, revision, ignore_config_keys, router)
     with sharding.host_memory():
-        model = read_model(path, base, adapter, mesh, dtype, revision, ignore_config_keys)
+        model = read_model(path, base, adapter, mesh, dtype, revision, ignore_config_keys, router)
     return sharding.place(model, mesh)
 
 
@@ -57,12 +70,16 @@ def read_model(
     dtype: str | None = None,
     revision: str | None = None,
     ignore_config_keys: Collection[str] = (),
+    router: str | None = None,
 ) -> Mixtral:
     """`load` without the last step: for a mesh, arrays in host memory that hold what this process's devices need."""
+    check_router_name(router)
     if adapter is not None and not is_peft(adapter):
-        store.read_config(Path(adapter) / store.ADAPTER_CONFIG, store.ADAPTER_FORMAT)  # said before the base is read
+        store.read_adapter_config(adapter)  # fails before the base is read
     folder = hub.resolve(path, revision)
-    if store.is_native(folder):
+    if is_run(folder):
+        model = read_run(folder, base, mesh, dtype)
+    elif store.is_native(folder):
         if revision is not None or ignore_config_keys:
             raise BimedixError(
                 f"{folder} is a native checkpoint, which has no revision and no config.json to overlook."
@@ -72,8 +89,87 @@ def read_model(
         model = load_hf(folder, base, dtype, ignore_config_keys, mesh)
     if adapter is not None:
         model = load_peft(model, adapter) if is_peft(adapter) else store.load_adapter(model, adapter)
-    model.origin = str(folder)
-    return model
+    if not is_run(folder):
+        model.origin = str(folder)
+    return model if router is None else rerouted(model, router, str(adapter or folder))
+
+
+def check_router_name(router: str | None) -> None:
+    """Raises BimedixError for a name that is no variant."""
+    if router is not None and router not in ROUTERS:
+        raise BimedixError(f"there is no router {router}; choose one of {', '.join(sorted(ROUTERS))}")
+
+
+def rerouted(model: Mixtral, variant: str, source: str) -> Mixtral:
+    """The model with this router variant; a warning where that is not the one of its source."""
+    own = model.config.router
+    if variant == own.variant:
+        return model
+    log.warning("%s has the router %s and runs with %s, which makes it another function.", source, own.variant, variant)
+    return model.with_router(type(own)(own.num_experts, own.top_k, variant))
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether `bimedix train` wrote this folder."""
+    try:
+        return "optimiser" in json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | None) -> Mixtral:
+    """The model of a finished training run: its base, with what it trained.
+
+    Raises:
+      BimedixError: the run has not finished, or was given its base in memory.
+    """
+    run = experiments.read(folder / "config.json")
+    if base is not None and base != run.model.base:
+        log.warning("%s trained over a base in %s; it is loaded over %s.", folder, run.model.base, base)
+    if store.is_native(folder / "model"):
+        return restored(folder / "model", base, dtype, mapped=mesh is not None)
+    if not store.is_adapter(folder / "adapter"):
+        raise BimedixError(
+            f"{folder} has not finished training; continue it with `bimedix train --resume --out {folder}`."
+        )
+    source = dataclasses.replace(run.model, base=base or run.model.base, dtype=dtype or run.model.dtype)
+    return store.load_adapter(read_base(dataclasses.replace(run, model=source), mesh), folder / "adapter")
+
+
+def read_base(run: Experiment, mesh: Mesh | None) -> Mixtral:
+    """The base model that an experiment names, with the router that it asks for.
+
+    Raises:
+      BimedixError: it names none, or its router does not fit.
+    """
+    source = run.model
+    check_router_name(run.router.variant)
+    if source.random is not None:
+        config = dataclasses.replace(source.random, router=run.router.applied(source.random.router))
+        dtype = source.dtype or ("bfloat16" if source.base == "nf4" else source.base)
+        model = init_random(config, run.seed, dtype)
+        return quantise_base(model) if source.base == "nf4" else model
+    if source.path is None:
+        raise BimedixError("The experiment names no model; give model.path, a folder or a hub id.")
+    model = read_model(source.path, source.base, None, mesh, source.dtype, source.revision)
+    return with_router_of(run, model, source.path)
+
+
+def with_router_of(run: Experiment, model: Mixtral, source: str) -> Mixtral:
+    """`model` with the router that an experiment asks for; a warning where that is another variant than its own."""
+    check_router_name(run.router.variant)
+    own, asked = model.config.router, run.router.applied(model.config.router)
+    if asked.variant != own.variant:
+        log.warning(
+            "%s has the router %s and trains with %s, which makes it another function.",
+            source,
+            own.variant,
+            asked.variant,
+        )
+    try:
+        return model if asked == own else model.with_router(asked)
+    except ValueError as error:
+        raise BimedixError(f"router: {error}") from error
 
 
 def restored(folder: Path, base: Base | None, dtype: str | None, mapped: bool) -> Mixtral:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bimedix_jax.adapters import linears, places
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.bnb_config import is_packed
-from bimedix_jax.checkpoint.hf import companion_folder, parameters, stored_pieces, write_beside
+from bimedix_jax.checkpoint.hf import companion_folder, parameters, require_topk, stored_pieces, write_beside
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json
 from bimedix_jax.checkpoint.rewrite import DTYPES
 from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
@@ -93,6 +93,7 @@ def export_merged(
     Raises:
       BimedixError: the model has no adapters, `original` is not its unquantised base, or a folder cannot be written.
     """
+    require_topk(model, "A merged checkpoint in Hugging Face's layout")
     if model.lora is None:
         raise BimedixError("The model carries no adapters to merge; load it with adapter=FOLDER.")
     layers = {".".join(path): layer for path, layer in linears(model).items()}

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bimedix_jax.adapters import linears, places
+from bimedix_jax.checkpoint.hf import require_topk
 from bimedix_jax.checkpoint.peft import (
     ATTENTION,
     CONFIG_NAME,
@@ -102,6 +103,7 @@ def export_peft(model: Mixtral, folder: str | Path, layout: Layout = "per_expert
     """
     if layout not in LAYOUTS:
         raise BimedixError(f"layout {layout!r} is unknown; choose {' or '.join(LAYOUTS)}.")
+    require_topk(model, "The base of a PEFT adapter")
     config = model.lora
     if config is None:
         raise BimedixError("This model carries no adapters; load it with some, or export the model itself.")

@@ -9,9 +9,10 @@ A model folder restores to exactly the model that was saved:
 
 An adapter folder holds what was trained and names the base that it fits:
 
-    adapter_config.json    rank, alpha, targets, and the identity of the base
+    adapter_config.json    rank, alpha, targets, router variant and its parameters, and the identity of the base
     adapter.safetensors    `<linear>.lora.a` [..., in, R] and `<linear>.lora.b` [..., R, out], float32; where a target
-                           means some matrices only, their factors in row-major order; routers that trained in full
+                           means some matrices only, their factors in row-major order; routers that trained in full;
+                           what the router variant learned outside of the gradient, layers.moe.state
     manifest.json
 """
 
@@ -44,11 +45,13 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import parse
 from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.models.config import LoraConfig, MixtralConfig
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.moe import RouterState
 
 MODEL_CONFIG, MODEL_FORMAT = "bimedix.json", "bimedix model 2"
-ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter_config.json", "bimedix adapter 2"
+ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter_config.json", "bimedix adapter 3"
+OLDER_ADAPTER = "bimedix adapter 2"  # names no router
 ADAPTER_WEIGHTS = "adapter.safetensors"
 SAMPLED_ROWS = 64
 """Embedding rows that identify a base: the whole table would take seconds for nothing."""
@@ -63,7 +66,8 @@ def is_native(folder: str | Path) -> bool:
 def is_adapter(folder: str | Path) -> bool:
     """Whether `save_adapter` wrote this folder (PEFT's folders have a file of the same name)."""
     try:
-        return json.loads((Path(folder) / ADAPTER_CONFIG).read_text("utf-8")).get("format") == ADAPTER_FORMAT
+        found = json.loads((Path(folder) / ADAPTER_CONFIG).read_text("utf-8")).get("format")
+        return found in (ADAPTER_FORMAT, OLDER_ADAPTER)
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -131,9 +135,10 @@ def save_adapter(model: Mixtral, folder: str | Path, overwrite: bool = False) ->
     record = {
         "format": ADAPTER_FORMAT,
         **dataclasses.asdict(config),
+        "router": dataclasses.asdict(model.config.router),
         "base": {**base_identity(model), "config": dataclasses.asdict(model.config)},
     }
-    trained = {path: np.asarray(value) for path, value in leaves_of(model, is_trainable(model)).items()}
+    trained = {path: np.asarray(value) for path, value in leaves_of(model, saved_beside_base(model)).items()}
     with new_folder(folder, overwrite) as partial:
         save_file(trained, partial / ADAPTER_WEIGHTS)
         (partial / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -151,10 +156,11 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
     folder = Path(folder)
     config = adapter_config(model, folder)
     verify_manifest(folder)
-    adapted = add_lora(model, config)
-    trained = list(leaves_of(adapted, is_trainable(adapted)))
+    adapted = add_lora(model.with_router(adapter_router(model, folder)), config)
+    trained = list(leaves_of(adapted, saved_beside_base(adapted)))
     fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), trained)
-    broken = [path for path, value in leaves_of(adapted, is_trainable(adapted)).items() if not np.isfinite(value).all()]
+    found = leaves_of(adapted, saved_beside_base(adapted))
+    broken = [path for path, value in found.items() if not np.isfinite(value).all()]
     if broken:
         raise BimedixError(f"{folder} holds NaN or infinity in {', '.join(broken[:3])}; take an earlier checkpoint.")
     return adapted
@@ -166,10 +172,28 @@ def adapter_config(model: Mixtral, folder: Path) -> LoraConfig:
     Raises:
       BimedixError: not one of our folders, or made for another base.
     """
-    record = read_config(folder / ADAPTER_CONFIG, ADAPTER_FORMAT)
+    record = read_adapter_config(folder)
     check_base(record["base"], model, folder)
     fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
     return parse(LoraConfig, fields, str(folder / ADAPTER_CONFIG))
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json of a folder that `save_adapter` wrote."""
+    return read_config(Path(folder) / ADAPTER_CONFIG, ADAPTER_FORMAT, OLDER_ADAPTER)
+
+
+def adapter_router(model: Mixtral, folder: Path) -> RouterConfig:
+    """The router that an adapter was trained with; that of `model` where the folder names none."""
+    record = read_adapter_config(folder)
+    if "router" not in record:
+        return model.config.router
+    return parse(RouterConfig, record["router"], f"router in {folder / ADAPTER_CONFIG}")
+
+
+def saved_beside_base(model: Mixtral) -> Any:
+    """Filter for what an adapter folder holds: all that trains, and what the router learns outside of the gradient."""
+    return nnx.filterlib.Any(is_trainable(model), RouterState)
 
 
 def check_base(theirs: dict[str, Any], model: Mixtral, folder: Path) -> None:
@@ -179,10 +203,8 @@ def check_base(theirs: dict[str, Any], model: Mixtral, folder: Path) -> None:
       BimedixError: it is another one.
     """
     ours = base_identity(model)
-    here = dataclasses.asdict(model.config)
-    differing = [
-        f"{k} {theirs['config'].get(k)!r} there, {v!r} here" for k, v in here.items() if theirs["config"].get(k) != v
-    ]
+    here, there = dataclasses.asdict(model.config), theirs["config"]
+    differing = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
     if theirs["architecture"] != ours["architecture"]:
         what = "; ".join(differing) or "other parameter shapes"
         raise BimedixError(f"The adapter {folder} was trained on another base ({what}); load that one.")
@@ -202,9 +224,13 @@ def base_identity(model: Mixtral) -> dict[str, str | None]:
     `architecture`: configuration and parameter shapes. `weights`: norms and 64 embedding rows in bfloat16, which no
     storage packs; `router`: likewise the routers. None where the model has shapes only, or its routers train.
     """
-    values = {path: value for path, value in leaves_of(model).items() if ".lora." not in path}
+    values = {path: value for path, value in leaves_of(model, nnx.Param).items() if ".lora." not in path}
     shapes = {path: list(value.shape) for path, value in values.items()}
-    text = json.dumps({"config": dataclasses.asdict(model.config), "shapes": shapes}, sort_keys=True)
+    router = model.config.router
+    # the variant is a choice on top of a base, and no part of it
+    own = {"num_experts": router.num_experts, "top_k": router.top_k, "variant": "topk"}
+    config = {**dataclasses.asdict(model.config), "router": own}
+    text = json.dumps({"config": config, "shapes": shapes}, sort_keys=True)
     identity: dict[str, str | None] = {"architecture": hashlib.sha256(text.encode()).hexdigest()}
     table = values["embed.table"]
     if isinstance(table, jax.ShapeDtypeStruct):
@@ -227,8 +253,11 @@ def digest(values: dict[str, jax.Array]) -> str:
     return parts.hexdigest()
 
 
-def leaves_of(model: Mixtral, kind: Any = nnx.Param) -> dict[str, Any]:
-    """Every parameter of this kind (a filter of nnx) by dotted path: arrays and NF4Tensors."""
+STORED = nnx.filterlib.Any(nnx.Param, RouterState)
+
+
+def leaves_of(model: Mixtral, kind: Any = STORED) -> dict[str, Any]:
+    """Every variable of this kind (a filter of nnx) by dotted path: arrays and NF4Tensors."""
     flat = nnx.to_flat_state(nnx.state(model, kind))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
@@ -278,7 +307,7 @@ def fill(
       BimedixError: tensors are missing, left over, or of another shape or dtype than the model's.
     """
     left = dict(tensors)
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(model, STORED)):
         name = ".".join(map(str, path))
         if only is not None and name not in only:
             continue
@@ -320,8 +349,8 @@ def take(left: dict[str, StoredTensor], name: str, source: str, mapped: bool) ->
     return jax.device_put(tensor.read(out=buffers.aligned_empty(tensor.shape, tensor.dtype)))
 
 
-def read_config(path: Path, expected: str) -> dict[str, Any]:
-    """The JSON object at `path`, of the format `expected`."""
+def read_config(path: Path, *expected: str) -> dict[str, Any]:
+    """The JSON object at `path`, of one of the formats `expected`."""
     try:
         config = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -329,6 +358,6 @@ def read_config(path: Path, expected: str) -> dict[str, Any]:
     except ValueError as error:
         raise BimedixError(f"{path} cannot be read (not JSON: {error}); copy the folder again.") from error
     found = config.get("format") if isinstance(config, dict) else None
-    if found != expected:
-        raise BimedixError(f"{path} has format {found!r}, expected {expected!r}; name a folder that bimedix wrote.")
+    if found not in expected:
+        raise BimedixError(f"{path} has format {found!r}, expected {expected[0]!r}; name a folder that bimedix wrote.")
     return config

@@ -37,6 +37,8 @@ class Config:
     """Repetitions whose median counts."""
     size: Literal["small", "full_width", "smoke"] = "small"
     """The model: the one above; four layers of Mixtral-8x7B, for accelerators; or a tiny one, to see that all runs."""
+    router: str | None = None
+    """Router variant of our side (topk, softmax_topk, sigmoid_bias); the peer has topk."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if min(sizes) < 1:
         raise BimedixError("All sizes and --repetitions are at least 1.")
     startup.reuse_memory()  # for both sides
-    architecture = model.SIZES[config.size]
+    architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, max(config.length, config.prompt + config.steps * (config.repetitions + 7) + 1))
     versions = report.versions(config.against is not None)
     options = whole.Options(architecture, config.against is not None, config.repetitions)

@@ -33,6 +33,8 @@ class Config:
     """Repetitions whose median counts."""
     size: Literal["small", "full_width", "smoke"] = "small"
     """The model: the one above; four layers of Mixtral-8x7B, for accelerators; or a tiny one, to see that all runs."""
+    router: str | None = None
+    """Router variant of our side (topk, softmax_topk, sigmoid_bias); the peer has topk."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if min(config.batch, config.repetitions) < 1 or config.length < 2:
         raise BimedixError("--batch and --repetitions are at least 1, --length at least 2.")
     startup.reuse_memory()  # for both sides
-    architecture = model.SIZES[config.size]
+    architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, config.length)
     versions = report.versions(config.against is not None)
     options = whole.Options(architecture, config.against is not None, config.repetitions)

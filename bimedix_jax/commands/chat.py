@@ -36,6 +36,8 @@ class Config:
     """Chat template by name (mixtral, chatml, plain, ...) instead of the model's own."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
     """How the weights are stored; by default bfloat16, and a native checkpoint as it was saved."""
+    router: str | None = None
+    """Router variant (topk, softmax_topk, sigmoid_bias) instead of the one that the model was trained with."""
     revision: str | None = None
     """Revision of a hub id."""
     prompt: tuple[str, ...] = ()
@@ -77,7 +79,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
     _ = tokenizer.template  # an unknown template is said before the weights load
-    model = load(folder, base=config.base, adapter=config.adapter)
+    model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     options = ChatOptions(
         config.max_new_tokens,
         config.temperature,

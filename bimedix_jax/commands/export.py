@@ -59,6 +59,8 @@ class Config:
     """Largest safetensors file in GB (10^9 bytes); a bigger model is sharded with an index."""
     overwrite: bool = False
     """Replace the destination if it is not empty."""
+    router: str | None = None
+    """Router variant (topk, softmax_topk, sigmoid_bias) instead of the one that the model was trained with."""
     ignore_config_key: tuple[str, ...] = ()
     """Keys of config.json to overlook although they are unknown or not implemented."""
 
@@ -70,7 +72,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     check(config)
     base = config.base or ("nf4" if config.format == "bitsandbytes" else None)
     model = load(
-        config.source, base, config.adapter, revision=config.revision, ignore_config_keys=config.ignore_config_key
+        config.source,
+        base,
+        config.adapter,
+        revision=config.revision,
+        ignore_config_keys=config.ignore_config_key,
+        router=config.router,
     )
     result = write(config, model, console)
     files = sorted(path.name for path in config.destination.iterdir())

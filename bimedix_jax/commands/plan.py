@@ -33,6 +33,8 @@ class Config:
     experiment's random model, if it has one, otherwise mixtral-8x7b."""
     set: tuple[str, ...] = ()
     """Fields of the experiment by dotted name and JSON value, such as data.sequence_length=2048 batch.rows=16."""
+    router: str | None = None
+    """Router variant (topk, softmax_topk, sigmoid_bias) instead of the experiment's."""
     fit: bool = False
     """Where it does not fit, change the setting until it does, and say what was changed."""
     inference: bool = True
@@ -83,7 +85,8 @@ def resolve(config: Config) -> Experiment:
         experiment = read(name)
     else:
         raise BimedixError(f"{name} is neither a preset ({', '.join(PRESETS)}) nor a file; correct it.")
-    return override(experiment, dict(map(parse_assignment, config.set)))
+    asked = {} if config.router is None else {"router.variant": config.router}
+    return override(experiment, asked | dict(map(parse_assignment, config.set)))
 
 
 def architecture_of(model: str | None, experiment: Experiment) -> MixtralConfig:

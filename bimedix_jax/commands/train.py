@@ -143,11 +143,14 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         console.print_json(experiment.to_json())
         return {"experiment": experiment.to_dict()}
     from bimedix_jax import distributed
+    from bimedix_jax.routing.plans import read_plan
     from bimedix_jax.training.loop import train
 
     progress = console if console.stderr else Console(stderr=True)
+    kept = config.out / "plan.safetensors"
+    plan = read_plan(kept) if config.resume and kept.is_file() else None
     with distributed.joined(config.distributed):
-        result = train(experiment, config.out, resume=config.resume, console=progress)
+        result = train(experiment, config.out, resume=config.resume, console=progress, plan=plan)
     console.print(f"trained {result.steps} steps; {result.trained.name} in {result.trained}", highlight=False)
     return {
         "folder": str(result.folder),

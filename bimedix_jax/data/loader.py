@@ -7,7 +7,7 @@ repeated at the end of an epoch.
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,9 +66,12 @@ class Batches:
         share = self.batch_size // self.process_count
         return self._rows_at(step, range(self.process_index * share, (self.process_index + 1) * share))
 
-    def at(self, step: int, positions: Iterable[int]) -> dict[str, np.ndarray]:
-        """Rows of the global batch of `step` at these positions, for processes that hold no even shares."""
-        return pack.batch(self._rows_at(step, positions))
+    def at(self, step: int, positions: Iterable[int], languages: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """Rows of the global batch of `step` at these positions, for processes that hold no even shares.
+
+        With `languages`, each token's language as well; see `pack.batch`.
+        """
+        return pack.batch(self._rows_at(step, positions), languages)
 
     def _rows_at(self, step: int, positions: Iterable[int]) -> list[Row]:
         if step < 0 or (self.epochs is not None and step >= len(self)):

@@ -161,13 +161,26 @@ def pack(
         yield _row(contents.pop(row), sequence_length, pad_id, report)
 
 
-def batch(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Rows as the training batch: tokens_BT and segment_ids_BT int32, loss_mask_BT bool (True at learned targets)."""
-    return {
+def batch(rows: Sequence[Row], languages: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Rows as the training batch: tokens_BT and segment_ids_BT int32, loss_mask_BT bool (True at learned targets).
+
+    With `languages`, also language_BT int32: the index of each token's language, their number for any other.
+    """
+    found = {
         "tokens_BT": np.stack([row.tokens for row in rows]),
         "segment_ids_BT": np.stack([row.segment_ids for row in rows]),
         "loss_mask_BT": np.stack([row.loss_mask for row in rows]),
     }
+    return found | ({"language_BT": np.stack([languages_of(row, languages) for row in rows])} if languages else {})
+
+
+def languages_of(row: Row, languages: Sequence[str]) -> np.ndarray:
+    """int32 [T]: the index in `languages` of each token's language, their number for padding and others."""
+    of_segment = np.full(len(row.segments) + 1, len(languages), np.int32)
+    for segment in row.segments:
+        if segment.language in languages:
+            of_segment[segment.segment] = languages.index(segment.language)
+    return of_segment[row.segment_ids]
 
 
 def shuffled_lines(path: str | Path, seed: int) -> Iterator[tuple[int, bytes]]:

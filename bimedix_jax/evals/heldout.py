@@ -18,9 +18,11 @@ from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals.scoring import target_logprobs
+from bimedix_jax.evals.scoring import part_of, target_logprobs
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.padding import packed
+from bimedix_jax.models.routers import Record as RecordKind
+from bimedix_jax.models.routers import Routing, RoutingPlan
+from bimedix_jax.padding import packed, packed_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class HeldoutLoss:
       bits_per_byte: -log2 p of all supervised tokens, ends of turns included, over UTF-8 bytes of the assistant's text.
       tokens, text_bytes, records: what the means are over.
       too_long: records left out because they exceed the longest length allowed; empty when all were scored.
+      routing: by index of a record, what the routers did with its tokens [L, 1, T, ...]; None unless recorded.
     """
 
     nats_per_token: dict[str, float]
@@ -50,10 +53,12 @@ class HeldoutLoss:
     text_bytes: dict[str, int]
     records: dict[str, int]
     too_long: dict[str, int]
+    routing: dict[int, Routing] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+        """For JSON; without the record of the routers."""
+        fields = [field.name for field in dataclasses.fields(self) if field.name != "routing"]
+        return {name: getattr(self, name) for name in fields}
 
 
 def groups_of(record: Record) -> tuple[str, str]:
@@ -74,41 +79,57 @@ def heldout_loss(
     records: Iterable[Record],
     max_length: int | None = None,
     batch_tokens: int = 4096,
+    plan: RoutingPlan | None = None,
+    record: RecordKind = "none",
 ) -> HeldoutLoss:
     """Scores every record.
 
     Args:
       max_length: longest record in tokens, by default the model's context; longer ones are counted, not cut.
       batch_tokens: tokens run at a time; it changes speed and memory, not the result.
+      plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
+        longest one that is scored.
+      record: "choices" or "full" keeps what the routers did with every token, in `routing`.
 
     Raises:
       BimedixError: there is no record, or none fits.
+      ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     nats: dict[str, float] = defaultdict(float)
     tokens, sizes, counts, too_long = (defaultdict(int) for _ in range(4))
-    examples = []
-    for record in records:
-        example = example_of(record, tokenizer)
+    examples: list[Example] = []
+    numbers, total = [], 0
+    for number, one in enumerate(records):
+        total += 1
+        example = example_of(one, tokenizer)
         if len(example.ids) > longest:
             for group in example.groups:
                 too_long[group] += 1
             continue
         examples.append(example)
+        numbers.append(number)
     if not examples:
         raise BimedixError(
             f"there is no record of at most {longest} tokens to score; give others or a longer max_length"
         )
+    plan, lengths = plan or RoutingPlan(), [len(example.ids) for example in examples]
+    plan.check(model.config, total, max(lengths))
+    routings: dict[int, Routing] = {}
     graph, weights = nnx.split(model)
     with tqdm(total=len(examples), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
         for places, tokens_BT, ids_BT in packed([example.ids for example in examples], batch_tokens, longest):
             learned_BT = np.zeros(tokens_BT.shape, bool)
             for index, line, start in places:
-                learned_BT[line, start : start + len(examples[index].ids)] = examples[index].learned
-            logprobs_BT = target_logprobs(graph, weights, tokens_BT, ids_BT, learned_BT)
+                learned_BT[line, start : start + lengths[index]] = examples[index].learned
+            items_BT, positions_BT = packed_places(tokens_BT.shape, places, lengths)
+            own = plan.at(np.asarray(numbers, np.int32)[items_BT], positions_BT)
+            logprobs_BT, routing = target_logprobs(graph, weights, tokens_BT, ids_BT, learned_BT, own, record)
             for index, line, start in places:
                 example = examples[index]
-                loss = -float(logprobs_BT[line, start : start + len(example.ids)].sum())
+                if routing is not None:
+                    routings[numbers[index]] = part_of(routing, line, start, lengths[index])
+                loss = -float(logprobs_BT[line, start : start + lengths[index]].sum())
                 for group in example.groups:
                     nats[group] += loss
                     tokens[group] += sum(example.learned)
@@ -123,4 +144,5 @@ def heldout_loss(
         {name: sizes[name] for name in names},
         {name: counts[name] for name in names},
         dict(sorted(too_long.items())),
+        None if record == "none" else routings,
     )

@@ -23,8 +23,10 @@ from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Turn
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals.scoring import run_continuations, run_prompts
+from bimedix_jax.evals.scoring import part_of, run_continuations, run_prompts
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import Record as RecordKind
+from bimedix_jax.models.routers import Routing, RoutingPlan
 from bimedix_jax.padding import bucket, by_length, pad_left, pad_right
 
 
@@ -72,6 +74,19 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuestionRouting:
+    """What the routers did for one question, NumPy arrays [L, 1, T, ...].
+
+    Attributes:
+      prompt: with the tokens that all candidates share.
+      candidates: with those of each candidate; the last token of a candidate is not run, nor one that is alone.
+    """
+
+    prompt: Routing
+    candidates: tuple[Routing | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Accuracy:
     """`correct` of `total`, with Wilson's 95 % interval (Wilson 1927), which holds for few questions too."""
 
@@ -107,6 +122,7 @@ class MultipleChoice:
       scores_by_text: accuracy by the option's text per byte.
       chance: expected accuracy of guessing, by group.
       too_long: questions left out because they exceed the longest length allowed, by group; empty when all were scored.
+      routing: what the routers did, in the order of `predictions`; None unless recorded.
     """
 
     scores: dict[str, Accuracy]
@@ -114,6 +130,7 @@ class MultipleChoice:
     chance: dict[str, float]
     too_long: dict[str, int]
     predictions: list[Prediction]
+    routing: list[QuestionRouting] | None = None
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -177,6 +194,8 @@ def multiple_choice(
     records: Iterable[Record],
     max_length: int | None = None,
     batch_tokens: int = 4096,
+    plan: RoutingPlan | None = None,
+    record: RecordKind = "none",
 ) -> MultipleChoice:
     """Answers every question and counts.
 
@@ -184,57 +203,102 @@ def multiple_choice(
       records: with choices; others are an error.
       max_length: longest question in tokens, by default the model's context; longer ones are counted, not cut.
       batch_tokens: tokens run at a time; it changes speed and memory, not the result.
+      plan: what the routers are told to do. Its B is 1 or the number of records; its T is 1 or the most tokens that a
+        question with one of its candidates has.
+      record: "choices" or "full" keeps what the routers did, in `routing`.
 
     Raises:
       BimedixError: a record without choices, no question at all, or none that fits.
+      ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    questions = [question_of(record, tokenizer) for record in records]
-    fitting = [question for question in questions if question.length <= longest]
+    questions = [question_of(one, tokenizer) for one in records]
+    numbered = [(number, question) for number, question in enumerate(questions) if question.length <= longest]
     too_long = _count([group for question in questions if question.length > longest for group in question.groups])
-    if not fitting:
+    if not numbered:
         raise BimedixError(f"there is no question of at most {longest} tokens; give others or a longer max_length")
-    graph, weights = nnx.split(model)
+    fitting = [question for _, question in numbered]
+    plan = plan or RoutingPlan()
+    plan.check(model.config, len(questions), max(question.length for question in fitting))
+    scorer = _Scorer(*nnx.split(model), plan, record, longest)
     predictions: dict[int, Prediction] = {}
-    numbered = list(enumerate(fitting))
+    routings: dict[int, QuestionRouting | None] = {}
     with tqdm(total=len(fitting), desc="multiple choice", unit="question", delay=2, disable=None) as bar:
         for batch, rows, columns in by_length(numbered, lambda item: item[1].length, batch_tokens, longest):
-            found = _score(graph, weights, [question for _, question in batch], rows, columns, longest)
-            for (index, question), scores in zip(batch, found, strict=True):
-                predictions[index] = _predict(question, scores)
+            for (number, question), (scores, routing) in zip(batch, scorer.score(batch, rows, columns), strict=True):
+                predictions[number] = _predict(question, scores)
+                routings[number] = routing
             bar.update(len(batch))
-    return _tally(fitting, [predictions[index] for index in range(len(fitting))], too_long)
+    found = [routing for number, _ in numbered if (routing := routings[number]) is not None]
+    return _tally(
+        fitting, [predictions[number] for number, _ in numbered], too_long, None if record == "none" else found
+    )
 
 
-def _score(
-    graph: nnx.GraphDef, weights: nnx.State, batch: Sequence[Question], rows: int, columns: int, longest: int
-) -> list[list[float]]:
-    """log p of each candidate of each question. A prompt runs once; candidates of one token need nothing more."""
-    width = bucket(max(len(ids) for question in batch for ids in question.candidates), smallest=4)
-    columns = min(columns, longest - width)
-    if max(len(question.prompt) for question in batch) > columns:  # at the context's end nothing can be rounded up
-        if len(batch) > 1:
-            return [_score(graph, weights, [question], 1, columns, longest)[0] for question in batch]
-        columns = len(batch[0].prompt)
-        width = batch[0].length - columns
-    filled = [question.prompt for question in batch] + [[]] * (rows - len(batch))
-    cache, first_BV = run_prompts(graph, weights, *pad_left(filled, columns), slots=columns + width)
-    first = np.asarray(first_BV, np.float64)
-    scores = [[float(first[row, ids[0]]) for ids in question.candidates] for row, question in enumerate(batch)]
-    longer = [
-        (row, index, ids)
-        for row, question in enumerate(batch)
-        for index, ids in enumerate(question.candidates)
-        if len(ids) > 1
-    ]
-    for start in range(0, len(longer), rows):
-        part = longer[start : start + rows]
-        rows_R = np.array([row for row, *_ in part] + [0] * (rows - len(part)), np.int32)
-        tokens_RT, ids_RT = pad_right([ids for *_, ids in part] + [[]] * (rows - len(part)), width)
-        rest = np.asarray(run_continuations(graph, weights, cache, rows_R, tokens_RT, ids_RT), np.float64)
-        for place, (row, index, ids) in enumerate(part):
-            scores[row][index] += float(rest[place, : len(ids) - 1].sum())
-    return scores
+Scored = tuple[list[float], QuestionRouting | None]
+"""log p of each candidate, and what the routers did."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    """A model that scores questions. A prompt runs once; candidates of one token need nothing more."""
+
+    graph: nnx.GraphDef
+    weights: nnx.State
+    plan: RoutingPlan
+    record: RecordKind
+    longest: int
+
+    def score(self, batch: Sequence[tuple[int, Question]], rows: int, columns: int) -> list[Scored]:
+        """For each (number in the plan, question) of a batch that is padded to `rows` and about `columns`."""
+        questions = [question for _, question in batch]
+        width = bucket(max(len(ids) for question in questions for ids in question.candidates), smallest=4)
+        columns = min(columns, self.longest - width)
+        if max(len(question.prompt) for question in questions) > columns:  # nothing is rounded up at the context's end
+            if len(batch) > 1:
+                return [self.score([item], 1, columns)[0] for item in batch]
+            columns = len(questions[0].prompt)
+            width = questions[0].length - columns
+        filled = [question.prompt for question in questions] + [[]] * (rows - len(batch))
+        numbers_B = np.array([number for number, _ in batch] + [0] * (rows - len(batch)), np.int32)
+        lengths_B = np.array([len(ids) for ids in filled], np.int32)
+        own = self.plan.at(numbers_B[:, None], np.arange(columns)[None] - (columns - lengths_B)[:, None])
+        cache, first_BV, routing = run_prompts(
+            self.graph, self.weights, *pad_left(filled, columns), own, columns + width, self.record
+        )
+        first = np.asarray(first_BV, np.float64)
+        scores = [[float(first[row, ids[0]]) for ids in question.candidates] for row, question in enumerate(questions)]
+        routings: list[list[Routing | None]] = [[None] * len(question.candidates) for question in questions]
+        longer = [
+            (row, index, ids)
+            for row, question in enumerate(questions)
+            for index, ids in enumerate(question.candidates)
+            if len(ids) > 1
+        ]
+        for start in range(0, len(longer), rows):
+            part = longer[start : start + rows]
+            rows_R = np.array([row for row, *_ in part] + [0] * (rows - len(part)), np.int32)
+            tokens_RT, ids_RT = pad_right([ids for *_, ids in part] + [[]] * (rows - len(part)), width)
+            own = self.plan.at(numbers_B[rows_R][:, None], lengths_B[rows_R][:, None] + np.arange(width)[None])
+            logprobs_RT, read = run_continuations(
+                self.graph, self.weights, cache, rows_R, tokens_RT, ids_RT, own, self.record
+            )
+            rest = np.asarray(logprobs_RT, np.float64)
+            for place, (row, index, ids) in enumerate(part):
+                scores[row][index] += float(rest[place, : len(ids) - 1].sum())
+                routings[row][index] = None if read is None else part_of(read, place, 0, len(ids) - 1)
+        return [
+            (scores[row], self._routing(routing, row, columns, lengths_B, routings[row])) for row in range(len(batch))
+        ]
+
+    @staticmethod
+    def _routing(
+        routing: Routing | None, row: int, columns: int, lengths_B: np.ndarray, candidates: list[Routing | None]
+    ) -> QuestionRouting | None:
+        if routing is None:
+            return None
+        length = int(lengths_B[row])
+        return QuestionRouting(part_of(routing, row, columns - length, length), tuple(candidates))
 
 
 def _predict(question: Question, scores: list[float]) -> Prediction:
@@ -246,7 +310,12 @@ def _predict(question: Question, scores: list[float]) -> Prediction:
     return Prediction(question.id, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))
 
 
-def _tally(questions: Sequence[Question], predictions: list[Prediction], too_long: dict[str, int]) -> MultipleChoice:
+def _tally(
+    questions: Sequence[Question],
+    predictions: list[Prediction],
+    too_long: dict[str, int],
+    routing: list[QuestionRouting] | None,
+) -> MultipleChoice:
     totals = _count([group for question in questions for group in question.groups])
     correct, correct_by_text, guesses = dict.fromkeys(totals, 0), dict.fromkeys(totals, 0), dict.fromkeys(totals, 0.0)
     for question, prediction in zip(questions, predictions, strict=True):
@@ -260,6 +329,7 @@ def _tally(questions: Sequence[Question], predictions: list[Prediction], too_lon
         {group: guesses[group] / total for group, total in totals.items()},
         too_long,
         predictions,
+        routing,
     )
 
 

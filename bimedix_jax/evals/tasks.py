@@ -15,6 +15,7 @@ from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.multiple_choice import Accuracy, MultipleChoice, multiple_choice
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import RoutingPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,9 @@ def run_tasks(
     limit: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 4096,
+    plan: RoutingPlan | None = None,
 ) -> dict[str, TaskResult]:
-    """Scores tasks; `limit` takes the first questions of each, and the result says so.
+    """Scores tasks; `limit` takes the first questions of each, and the result says so. The plan's B and T are 1.
 
     All files are read before the first question is scored, so that a missing one costs nothing.
     """
@@ -134,7 +136,7 @@ def run_tasks(
     results = {}
     for name, (records, rejected) in read.items():
         chosen = list(itertools.islice(records, limit))
-        choice = multiple_choice(model, tokenizer, chosen, max_length, batch_tokens)
+        choice = multiple_choice(model, tokenizer, chosen, max_length, batch_tokens, plan)
         results[name] = TaskResult(TASKS[name], choice, len(records), len(chosen) < len(records), rejected)
     return results
 

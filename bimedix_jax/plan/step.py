@@ -21,6 +21,7 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.padding import bucket
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding import BATCH_AXES, COMPILER_OPTIONS, make_mesh, place
@@ -59,7 +60,8 @@ class Compiled:
 
 def abstract_model(config: MixtralConfig, experiment: Experiment) -> Mixtral:
     """The experiment's model without storage: base, precision and adapters."""
-    source = experiment.model
+    source, router = experiment.model, experiment.router.applied(config.router)
+    config = dataclasses.replace(config, router=router)
     model = Mixtral(config, source.dtype or ("bfloat16" if source.base == "nf4" else source.base))
     model = quantise_base(model) if source.base == "nf4" else model
     return model if experiment.lora is None else add_lora(model, experiment.lora)
@@ -121,7 +123,8 @@ def training_arguments(
     structure, params, frozen = take_apart(lying.model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=lying.everywhere)
-    state = TrainState(params, optimiser_state(optimiser, params, lying.everywhere), count)
+    router = structure.router_state(frozen)
+    state = TrainState(params, optimiser_state(optimiser, params, lying.everywhere), count, router)
     shape = (experiment.batch.accumulation, experiment.batch.rows, experiment.data.sequence_length)
     kinds = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=lying.rows) for name, kind in kinds.items()}
@@ -147,12 +150,24 @@ def inference_steps(
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=everywhere)
     cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, model.dtype))
     token, count = jax.eval_shape(lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32)))
-    state: Any = State(cache, token, None, count)
+    state: Any = State(cache, token, None, count, token)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
     held = {"base": weights}
-    going_on = (state.token_B, state.step, (state.cache, state.seen_BV))
-    prefill = compile_for(platform, held, _prefill, graph, weights, ids, ids, sampling, key, slots)
-    decode = compile_for(platform, held | {"cache": state.cache}, _step, graph, weights, *going_on, sampling, key)
+    rest, plan = dataclasses.replace(state, cache=None), RoutingPlan()
+    prefill = compile_for(platform, held, _prefill, graph, weights, ids, ids, sampling, key, plan, slots, "none")
+    decode = compile_for(
+        platform,
+        held | {"cache": state.cache},
+        _step,
+        graph,
+        weights,
+        rest,
+        (state.cache, None),
+        sampling,
+        key,
+        plan,
+        "none",
+    )
     return prefill, decode
 
 

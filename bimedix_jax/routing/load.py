@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -19,7 +18,9 @@ from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.padding import packed
+from bimedix_jax.models.router_sums import RouterSums
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.padding import packed, packed_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,60 +63,60 @@ def expert_load(
     records: Iterable[Record],
     max_length: int | None = None,
     batch_tokens: int = 4096,
+    plan: RoutingPlan | None = None,
 ) -> ExpertLoad:
     """Runs the model over records and counts.
 
     Args:
       max_length: longest record in tokens, by default the model's context; longer ones are counted, not cut.
       batch_tokens: tokens run at a time; it changes speed and memory, not the result.
+      plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
+        longest one that is run.
 
     Raises:
       BimedixError: there is no record, or none fits.
+      ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    rows, kinds, too_long = [], [], 0
-    for record in records:
+    rows, kinds, numbers, total, too_long = [], [], [], 0, 0
+    for number, record in enumerate(records):
+        total += 1
         ids, _ = encode_chat(tokenizer, record.conversations)
         if len(ids) > longest:
             too_long += 1
             continue
         rows.append(ids)
         kinds.append(f"{record.language}/{record.kind}")
+        numbers.append(number)
     if not rows:
         raise BimedixError(f"there is no record of at most {longest} tokens; give others or a longer max_length")
-    names = sorted(set(kinds))
+    plan, lengths, names = plan or RoutingPlan(), list(map(len, rows)), sorted(set(kinds))
+    plan.check(model.config, total, max(lengths))
+    kind_R = np.array([names.index(kind) for kind in kinds], np.int32)
     sums = None
     graph, weights = nnx.split(model)
     with tqdm(total=len(rows), desc="expert load", unit="record", delay=2, disable=None) as bar:
         for places, tokens_BT, ids_BT in packed(rows, batch_tokens, longest):
-            group_BT = np.full(tokens_BT.shape, -1, np.int32)
-            for index, line, start in places:
-                group_BT[line, start : start + len(rows[index])] = names.index(kinds[index])
-            found = _sums(graph, weights, tokens_BT, ids_BT, group_BT, len(names))
-            found = [np.asarray(value, np.float64) for value in found]
-            sums = found if sums is None else [total + value for total, value in zip(sums, found, strict=True)]
+            items_BT, positions_BT = packed_places(tokens_BT.shape, places, lengths)
+            own = plan.at(np.asarray(numbers, np.int32)[items_BT], positions_BT)
+            found = _sums(graph, weights, tokens_BT, ids_BT, kind_R[items_BT], own, len(names))
+            found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+            sums = found if sums is None else jax.tree.map(np.add, sums, found)
             bar.update(len(places))
     assert sums is not None  # there is at least one row
-    return _by_group(names, *sums, too_long=too_long)
+    return _by_group(names, sums, too_long)
 
 
-def _by_group(
-    names: list[str],
-    counts_GLE: np.ndarray,
-    entropy_GL: np.ndarray,
-    top_GL: np.ndarray,
-    tokens_G: np.ndarray,
-    too_long: int,
-) -> ExpertLoad:
+def _by_group(names: list[str], sums: RouterSums, too_long: int) -> ExpertLoad:
     """Means for each language and each of its kinds from the sums for each kind."""
     counts, entropy, top_weight, tokens = {}, {}, {}, {}
     for group in sorted({name.split("/")[0] for name in names} | set(names)):
         own = [index for index, name in enumerate(names) if name == group or name.startswith(f"{group}/")]
-        total = tokens_G[own].sum()
-        counts[group] = counts_GLE[own].sum(axis=0).astype(np.int64)
-        entropy[group] = entropy_GL[own].sum(axis=0) / total
-        top_weight[group] = top_GL[own].sum(axis=0) / total
-        tokens[group] = int(total)
+        total_L = sums.tokens_LX[:, own].sum(axis=1)
+        counts[group] = sums.chosen_LXE[:, own].sum(axis=1).round().astype(np.int64)
+        entropy[group] = sums.entropy_LX[:, own].sum(axis=1) / total_L
+        top_weight[group] = sums.top_weight_LX[:, own].sum(axis=1) / total_L
+        tokens[group] = int(total_L[0])
     return ExpertLoad(counts, entropy, top_weight, tokens, too_long)
 
 
@@ -126,19 +127,10 @@ def _sums(
     tokens_BT: jax.Array,
     ids_BT: jax.Array,
     group_BT: jax.Array,
+    plan: RoutingPlan,
     groups: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(choices [G, L, E], entropy [G, L], largest weight [G, L], tokens [G]) summed over the tokens of each group."""
-    model = nnx.merge(graph, weights)
-    routing = model.hidden(tokens_BT, ids_BT).routing
-    experts = routing.logits_LBTE.shape[-1]
-    member_GBT = (group_BT[None] == jnp.arange(groups)[:, None, None]).astype(jnp.float32)
-    chosen_LBTE = jnp.sum(jax.nn.one_hot(routing.experts_LBTK, experts, dtype=jnp.float32), axis=-2)
-    logp_LBTE = jax.nn.log_softmax(routing.logits_LBTE, axis=-1)
-    entropy_LBT = -jnp.sum(jnp.exp(logp_LBTE) * logp_LBTE, axis=-1)
-    return (
-        jnp.einsum("gbt,lbte->gle", member_GBT, chosen_LBTE),
-        jnp.einsum("gbt,lbt->gl", member_GBT, entropy_LBT),
-        jnp.einsum("gbt,lbt->gl", member_GBT, jnp.max(routing.weights_LBTK, axis=-1)),
-        jnp.sum(member_GBT, axis=(1, 2)),
-    )
+) -> RouterSums:
+    """The routers' sums over the tokens of each group."""
+    sums = nnx.merge(graph, weights).hidden(tokens_BT, ids_BT, plan, groups=groups, group_BT=group_BT).sums
+    assert sums is not None  # there is at least one group
+    return sums

@@ -22,12 +22,14 @@ class Feed:
 
     Attributes:
       layout: of the model on a mesh; None on one device.
+      languages: whether the rows say which language each token is in.
     """
 
     rows: Rows
     batch: BatchConfig
     length: int
     layout: Layout | None
+    languages: bool = False
 
     def sharding(self, *lead: None) -> NamedSharding | None:
         """Of rows with these axes before them."""
@@ -36,7 +38,8 @@ class Feed:
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The batch of a step, as the compiler needs it: [A, B, T]."""
         shape = (self.batch.accumulation, self.batch.rows, self.length)
-        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(None)) for name, kind in KINDS.items()}
+        kinds = KINDS | ({"language_BT": jnp.int32} if self.languages else {})
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(None)) for name, kind in kinds.items()}
 
     def own_rows(self) -> np.ndarray:
         """Rows of a micro-batch that this process's devices hold, ascending."""

@@ -14,14 +14,14 @@ from rich.console import Console
 
 from bimedix_jax import distributed
 from bimedix_jax.adapters import add_lora, coverage
-from bimedix_jax.checkpoint.load import read_model
+from bimedix_jax.checkpoint.load import read_base, with_router_of
 from bimedix_jax.checkpoint.steps import save_step
 from bimedix_jax.checkpoint.store import save, save_adapter
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.kernels import backends
-from bimedix_jax.models.mixtral import Mixtral, init_random
-from bimedix_jax.quantise import quantise_base
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.sharding import BATCH_AXES, COMPILER_OPTIONS, host_memory, make_mesh, place, take_back
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
@@ -29,13 +29,13 @@ from bimedix_jax.training.metrics import MetricsLog, is_finite, plain, read_metr
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, open_rows
-from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
+from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, check_plan, resume_state
 from bimedix_jax.training.state import Params, Structure, TrainState, init_state, put_back, take_apart
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 from bimedix_jax.training.tracking import Mirror
 
-Step = Callable[[TrainState, dict[str, Any], dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ def train(
     model: Mixtral | None = None,
     console: Console | None = None,
     resume_command: str | None = None,
+    plan: RoutingPlan | None = None,
 ) -> TrainResult:
     """Runs an experiment into the folder `out` (its files: training/run_folder.py).
 
@@ -70,6 +71,8 @@ def train(
       model: the base in memory already, with or without adapters; None loads what the experiment names. Go on with
         the result's model: adapters may have been added to a copy that shares the base.
       console: for progress; stderr by default.
+      plan: what the routers are told to do in every step and in the held-out loss. Its B is 1 or the rows of a step,
+        its T is 1 or the tokens of a row. The folder keeps it, and a resumed run must be given the same.
       resume_command: what to tell the user on an interruption; `bimedix train --resume --out OUT` by default.
 
     Raises:
@@ -85,15 +88,17 @@ def train(
         rows = open_rows(experiment, model.config.vocab_size)
         experiment = dataclasses.replace(experiment, steps=rows.steps)
         check_fit(experiment, model)
+        plan = checked_plan(experiment, model, plan, folder if resume else None)
         covered = coverage(model).to_dict()
     model = model if mesh is None else place(model, mesh)
     structure, params, frozen = take_apart(model)
     check_router_rate(experiment, params)
-    same = identity(frozen, rows.fingerprint, rows.steps)
-    feed = Feed(rows, experiment.batch, experiment.data.sequence_length, structure.layout)
+    same = identity(frozen, rows.fingerprint, rows.steps, plan)
+    languages = bool(experiment.router.languages)
+    feed = Feed(rows, experiment.batch, experiment.data.sequence_length, structure.layout, languages)
     optimiser = make_optimiser(experiment.optimiser, rows.steps)
-    state = init_state(params, optimiser)
-    distributed.by_leader(lambda: begin(folder, experiment))
+    state = init_state(params, optimiser, structure.router_state(frozen))
+    distributed.by_leader(lambda: begin(folder, experiment, plan))
     if resume:
         state = resume_state(folder, state, console)
     if int(state.step):
@@ -104,12 +109,14 @@ def train(
     else:
         done, step = int(state.step), make_train_step(structure, experiment, rows.steps, optimiser)
         with backends.use(**experiment.kernels.named()):
-            compiled, cost = compile_step(step, state, frozen, feed, console)
+            compiled, cost = compile_step(step, state, frozen, feed, plan, console)
             distributed.by_leader(lambda: write_run(folder, covered, same, done, cost))
             say_start(experiment, rows, done, cost["kernels"], console)
             command = resume_command or f"bimedix train --resume --out {folder}"
-            state, last = run_steps(experiment, folder, feed, compiled, structure, state, frozen, console, command)
-    put_back(model, state.params)
+            state, last = run_steps(
+                experiment, folder, feed, compiled, structure, state, frozen, plan, console, command
+            )
+    put_back(model, {**state.params, **state.router})
     return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
 
 
@@ -150,15 +157,10 @@ def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | No
     """
     if model is not None and model.placement is not None:
         raise BimedixError("The model lies on a mesh already; give train one that lies on one device.")
-    source = experiment.model
-    if model is None and source.random is not None:
-        dtype = source.dtype or ("bfloat16" if source.base == "nf4" else source.base)
-        model = init_random(source.random, experiment.seed, dtype)
-        model = quantise_base(model) if source.base == "nf4" else model
-    elif model is None:
-        if source.path is None:
-            raise BimedixError("The experiment names no model; give model.path, a folder or a hub id.")
-        model = read_model(source.path, source.base, None, mesh, source.dtype, source.revision)
+    if model is None:
+        model = read_base(experiment, mesh)
+    else:
+        model = with_router_of(experiment, model, "the given model")
     wanted, found = experiment.lora, model.lora
     if found is None:
         return model if wanted is None else add_lora(model, wanted, experiment.seed)
@@ -179,6 +181,29 @@ def check_fit(experiment: Experiment, model: Mixtral) -> None:
         )
 
 
+def checked_plan(
+    experiment: Experiment, model: Mixtral, plan: RoutingPlan | None, resumed: Path | None
+) -> RoutingPlan | None:
+    """The plan, None where it tells the routers nothing.
+
+    Args:
+      resumed: folder of the run that goes on, which must have the same plan.
+    Raises:
+      BimedixError: it does not fit the model or the rows, or is not the one that the run began with.
+    """
+    plan = None if plan is None or plan.is_free else plan
+    if plan is not None:
+        try:
+            plan.check(model.config, experiment.batch.size, experiment.data.sequence_length)
+        except ValueError as error:
+            raise BimedixError(f"The plan does not fit this run: {error}") from error
+        if experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
+            raise BimedixError("A plan for the rows of a step says nothing of held-out rows; set eval_every to 0.")
+    if resumed is not None:
+        check_plan(resumed, plan)
+    return plan
+
+
 def check_router_rate(experiment: Experiment, params: Params) -> None:
     if experiment.optimiser.router_learning_rate is not None and not any(".router." in name for name in params):
         raise BimedixError(
@@ -188,13 +213,13 @@ def check_router_rate(experiment: Experiment, params: Params) -> None:
 
 
 def compile_step(
-    step: Any, state: TrainState, frozen: dict[str, Any], feed: Feed, console: Console
+    step: Any, state: TrainState, frozen: dict[str, Any], feed: Feed, plan: RoutingPlan | None, console: Console
 ) -> tuple[Step, dict[str, Any]]:
     """The compiled step, and its time and memory, which are printed once, and the backends of its kernels."""
     with console.status("compiling the training step"), backends.recording() as picked:
         began = time.perf_counter()
         options = None if feed.layout is None else COMPILER_OPTIONS.get(backends.platform())
-        compiled = step.lower(state, frozen, feed.abstract()).compile(compiler_options=options)
+        compiled = step.lower(state, frozen, feed.abstract(), plan).compile(compiler_options=options)
         seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     held, extra = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -230,6 +255,7 @@ def run_steps(
     structure: Structure,
     state: TrainState,
     frozen: dict[str, Any],
+    plan: RoutingPlan | None,
     console: Console,
     resume_command: str,
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -245,7 +271,7 @@ def run_steps(
         while done < rows.steps:
             began = time.perf_counter()
             batch = feed.put(checked(feed.read(done), structure.vocab_size, done))
-            state, metrics = step(state, frozen, batch)
+            state, metrics = step(state, frozen, batch, plan)
             line = {"step": done + 1, **plain(metrics)}
             if not is_finite(line):
                 raise BimedixError(diverged(line, experiment, done))
@@ -253,7 +279,7 @@ def run_steps(
             seconds = time.perf_counter() - began
             line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
             if experiment.eval_every and done % experiment.eval_every == 0:
-                line |= measure_heldout(experiment, evaluate, state, frozen, feed)
+                line |= measure_heldout(experiment, evaluate, state, frozen, feed, plan)
             log.write(line)
             mirror.write(line)
             progress.update(line)
@@ -287,11 +313,16 @@ def diverged(line: dict[str, Any], experiment: Experiment, done: int) -> str:
 
 
 def measure_heldout(
-    experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any], feed: Feed
+    experiment: Experiment,
+    evaluate: Any,
+    state: TrainState,
+    frozen: dict[str, Any],
+    feed: Feed,
+    plan: RoutingPlan | None,
 ) -> dict[str, float]:
     """Held-out loss in nats per target."""
     nll, targets = 0.0, 0.0
     for batch in heldout_batches(experiment):
-        nll_sum, count = evaluate(state.params, frozen, feed.put_whole(batch))
+        nll_sum, count = evaluate(state.params, {**frozen, **state.router}, feed.put_whole(batch), plan)
         nll, targets = nll + float(nll_sum), targets + float(count)
     return {"heldout_nll": nll / max(targets, 1.0), "heldout_targets": targets}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import write_text
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.models.routers import RoutingPlan
 
 RUN = "run.json"
 PACKAGES = ("bimedix_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -70,15 +71,18 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def identity(frozen: dict[str, Any], data_fingerprint: str, steps: int) -> dict[str, Any]:
+def identity(
+    frozen: dict[str, Any], data_fingerprint: str, steps: int, plan: RoutingPlan | None = None
+) -> dict[str, Any]:
     """What must be the same each time a run is continued, besides its experiment."""
-    return {"base_fingerprint": fingerprint(frozen), "data_fingerprint": data_fingerprint, "steps": steps}
+    same = {"base_fingerprint": fingerprint(frozen), "data_fingerprint": data_fingerprint, "steps": steps}
+    return {**same, "plan": None if plan is None else plan.digest()}
 
 
 def check_identity(folder: Path, same: dict[str, Any]) -> None:
     """Raises BimedixError where base weights, data or length differ from those that a run began with."""
     earlier = json.loads((folder / RUN).read_text("utf-8"))
-    changed = [name for name, value in same.items() if earlier[name] != value]
+    changed = [name for name, value in same.items() if earlier.get(name) != value]
     if changed:
         raise BimedixError(
             f"{', '.join(changed)} differs from what {folder} began with: its model or data files have changed; "

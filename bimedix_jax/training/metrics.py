@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from bimedix_jax.files import write_text
@@ -24,15 +25,19 @@ ORDER = (
     "supervised_tokens",
     "load_entropy",  # by layer, over its maximum: 1 is even
     "load_max_share",  # by layer: of the busiest expert
+    "router_entropy",  # by layer: of the router's probabilities, nats a token
+    "router_margin",  # by layer: rank of the last chosen expert minus that of the best refused one
 )
 """What the step reports, in the order of a line."""
+OPTIONAL = ("by_language",)  # load, entropy, margin and z by language, where the experiment names languages
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
     """Device scalars and vectors as Python numbers, the exact values."""
-    if set(metrics) != set(ORDER):
-        raise ValueError(f"metrics without a place in a line, or missing: {sorted(set(metrics) ^ set(ORDER))}")
-    return {name: np.asarray(metrics[name]).tolist() for name in ORDER}
+    if (wrong := set(metrics) ^ set(ORDER)) - set(OPTIONAL):
+        raise ValueError(f"metrics without a place in a line, or missing: {sorted(wrong)}")
+    names = [name for name in (*ORDER, *OPTIONAL) if name in metrics]
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), {name: metrics[name] for name in names})
 
 
 def is_finite(metrics: dict[str, Any]) -> bool:

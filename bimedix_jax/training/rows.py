@@ -18,7 +18,7 @@ class Rows:
 
     Attributes:
       batch: (step from 0, positions of rows in the batch of a whole optimiser step) -> tokens_BT, segment_ids_BT and
-        loss_mask_BT of these rows.
+        loss_mask_BT of these rows, and language_BT where the experiment names languages.
       steps: steps of the run.
       fingerprint: of the data; a resumed run must have the same.
     """
@@ -35,7 +35,10 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
       BimedixError: no data is named, the folder is not a packed one, or its rows have another length.
     """
     data, size = experiment.data, experiment.batch.size
+    languages = experiment.router.languages
     if data.synthetic_rows:
+        if languages:
+            raise BimedixError("Made-up rows have no language; name a packed folder, or leave router.languages out.")
         steps = experiment.steps or -(-(experiment.epochs or 1) * data.synthetic_rows // size)
         rows = synthetic(data.synthetic_rows, data.sequence_length, vocab_size, experiment.seed)
         digest = hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest()
@@ -49,6 +52,12 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
     from bimedix_jax.data import loader
 
     check_length(data.path, data.sequence_length)
+    held = {group["language"] for group in loader.read_index(data.path)["groups"]}
+    if missing := [language for language in languages if language not in held]:
+        raise BimedixError(
+            f"{data.path} has no record in {', '.join(missing)}, it has {', '.join(sorted(held))}; correct "
+            "router.languages."
+        )
     batches = loader.batches(data.path, size, experiment.seed, epochs=experiment.epochs)
     steps = experiment.steps or len(batches)
     if experiment.epochs is not None and steps > len(batches):
@@ -56,7 +65,7 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
             f"{steps} steps are more than the {len(batches)} that {experiment.epochs} epochs of {data.path} have; "
             "lower steps, or leave epochs out so that the data repeat."
         )
-    return Rows(batches.at, steps, loader.fingerprint(data.path))
+    return Rows(lambda step, rows: batches.at(step, rows, languages), steps, loader.fingerprint(data.path))
 
 
 def check_length(folder: str, sequence_length: int) -> None:

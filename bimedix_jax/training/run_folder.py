@@ -1,6 +1,7 @@
 """The folder of a run: opened once, continued only by the experiment that began it.
 
 config.json                     the experiment, resolved
+plan.safetensors                what the routers are told to do, where that is anything
 run.json                        versions, devices, coverage table, fingerprints, every start
 metrics.jsonl                   one line a step: the truth
 metrics.superseded-N.jsonl      lines of steps that a resumed run took again
@@ -19,10 +20,12 @@ from bimedix_jax.checkpoint.steps import newest_valid, restore_step, steps_in
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, differences, read
 from bimedix_jax.files import write_text
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.routing.plans import read_plan, write_plan
 from bimedix_jax.training.metrics import rewind
 from bimedix_jax.training.state import TrainState
 
-CONFIG, CHECKPOINTS = "config.json", "checkpoints"
+CONFIG, PLAN, CHECKPOINTS = "config.json", "plan.safetensors", "checkpoints"
 
 
 def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
@@ -44,11 +47,25 @@ def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
         )
 
 
-def begin(folder: Path, experiment: Experiment) -> None:
-    """Creates the folder and records the experiment."""
+def check_plan(folder: Path, plan: RoutingPlan | None) -> None:
+    """Raises BimedixError unless the run in `folder` began with this very routing plan."""
+    began = read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
+    if (began and began.digest()) == (plan and plan.digest()):
+        return
+    here, there = ("no routing plan" if one is None else f"plan {one.digest()[:12]}" for one in (plan, began))
+    raise BimedixError(
+        f"{folder} began with {there}, and is resumed with {here}; pass the plan of the run "
+        f"(bimedix_jax.routing.plans.read_plan reads its {PLAN}), or start a new run."
+    )
+
+
+def begin(folder: Path, experiment: Experiment, plan: RoutingPlan | None = None) -> None:
+    """Creates the folder and records the experiment and the plan."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, experiment.to_json())
+        if plan is not None:
+            write_plan(plan, folder / PLAN)
     except OSError as error:
         raise BimedixError(
             f"cannot write into {folder} ({error.strerror}); name a folder that can be written."

@@ -10,7 +10,10 @@ import optax
 from flax import nnx
 
 from bimedix_jax.adapters import is_trainable
+from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.moe import RouterState
+from bimedix_jax.models.routers import router_of
 from bimedix_jax.sharding import Layout
 
 Params = dict[str, jax.Array]
@@ -25,11 +28,13 @@ class TrainState:
       params: trained parameters by dotted path, float32.
       optimiser: state of the optimiser, for these parameters only.
       step: int32, optimiser steps done; also the position in the data, whose batches are indexed by step.
+      router: what the router variant learns outside of the gradient, by dotted path; empty for most variants.
     """
 
     params: dict[str, Any]  # not Params: JAX also builds this with placeholders for leaves
     optimiser: optax.OptState
     step: Any
+    router: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Structure:
     """Everything of a model but its values: what a jitted function closes over without holding any array."""
 
     vocab_size: int
+    router: RouterConfig
     layout: Layout | None
     graph: nnx.GraphDef
     variables: tuple[tuple[tuple, nnx.Variable], ...]
@@ -46,6 +52,17 @@ class Structure:
         values = {**frozen, **params}
         flat = [(path, variable.replace(values[dotted(path)])) for path, variable in self.variables]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+    def router_state(self, frozen: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Those of the values that the router variant learns outside of the gradient."""
+        names = [dotted(path) for path, variable in self.variables if isinstance(variable, RouterState)]
+        return {name: frozen[name] for name in names}
+
+    def update_router_state(self, state_LE: jax.Array, chosen_LE: jax.Array) -> jax.Array:
+        """The router state after a step in which each expert was chosen `chosen_LE` times."""
+        update = router_of(self.router).update
+        assert update is not None  # only such variants have a state
+        return update(state_LE, chosen_LE, self.router)
 
 
 def dotted(path: tuple) -> str:
@@ -62,18 +79,21 @@ def take_apart(model: Mixtral) -> tuple[Structure, Params, dict[str, Any]]:
     params, frozen = ({dotted(path): variable.get_value() for path, variable in part} for part in parts)
     hollow = tuple((path, variable.replace(None)) for part in parts for path, variable in part)
     placement: Any = model.placement  # sharding.place put it there
-    return Structure(model.config.vocab_size, placement, graph, hollow), params, frozen
+    return Structure(model.config.vocab_size, model.config.router, placement, graph, hollow), params, frozen
 
 
-def init_state(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
-    """Step 0, on copies of `params`: the step donates its state, and the model's own arrays must survive that."""
-    own = {name: jnp.array(value, copy=True) for name, value in params.items()}
-    return TrainState(own, optimiser.init(own), jnp.zeros((), jnp.int32))
+def init_state(
+    params: Params, optimiser: optax.GradientTransformation, router: Mapping[str, jax.Array] | None = None
+) -> TrainState:
+    """Step 0, on copies of `params` and `router` (from `Structure.router_state`).
+
+    The step donates its state, and the model's own arrays must survive that.
+    """
+    own, state = ({name: jnp.array(x, copy=True) for name, x in values.items()} for values in (params, router or {}))
+    return TrainState(own, optimiser.init(own), jnp.zeros((), jnp.int32), state)
 
 
-def put_back(model: Mixtral, params: Mapping[str, jax.Array]) -> None:
-    """Sets the trained values of `model`, in place."""
-    trained = nnx.to_flat_state(nnx.state(model, is_trainable(model)))
-    nnx.update(
-        model, nnx.from_flat_state([(path, variable.replace(params[dotted(path)])) for path, variable in trained])
-    )
+def put_back(model: Mixtral, values: Mapping[str, jax.Array]) -> None:
+    """Sets values of `model` by dotted path, in place."""
+    flat = [(path, variable) for path, variable in nnx.to_flat_state(nnx.state(model)) if dotted(path) in values]
+    nnx.update(model, nnx.from_flat_state([(path, v.replace(values[dotted(path)])) for path, v in flat]))

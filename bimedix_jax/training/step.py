@@ -9,7 +9,7 @@ of the objective; only the load balance of scope "micro_batch" depends on how th
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +22,17 @@ from bimedix_jax.models import shards
 from bimedix_jax.models.axes import BATCH, LENGTH
 from bimedix_jax.models.config import Remat
 from bimedix_jax.models.linear import with_dropout
-from bimedix_jax.models.mixtral import Output
-from bimedix_jax.models.routers import Load, Routing, load_balancing_loss, load_of, router_z_loss
-from bimedix_jax.sharding import AXES, BATCH_AXES, Layout
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.router_sums import Load, RouterSums, load_balancing_loss, load_of, router_z_loss
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.sharding import AXES, BATCH_AXES, Layout, plan_specs
 from bimedix_jax.training.losses import next_token_loss, targets_of
 from bimedix_jax.training.optimiser import clip, schedule
 from bimedix_jax.training.state import Params, Structure, TrainState
 
 Batch = dict[str, jax.Array]
-"""tokens_BT, segment_ids_BT int32 and loss_mask_BT bool; those of a step have a leading axis A of micro-batches."""
+"""tokens_BT, segment_ids_BT int32 and loss_mask_BT bool, and language_BT int32 where languages are told apart; those
+of a step have a leading axis A of micro-batches."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,102 +72,222 @@ def share(part: jax.Array, whole: jax.Array) -> jax.Array:
     return part / jnp.maximum(whole, 1.0)
 
 
-def expert_counts(routing: Routing, valid_BT: jax.Array) -> jax.Array:
-    """float32 [L, E]: times each expert was chosen in each layer on all shards, padding excluded."""
-    experts = routing.logits_LBTE.shape[-1]
-    chosen_LBTE = jnp.sum(jax.nn.one_hot(routing.experts_LBTK, experts, dtype=jnp.float32), axis=-2)
-    counts_LE = jnp.sum(chosen_LBTE * valid_BT.astype(jnp.float32)[None, :, :, None], axis=(1, 2))
-    return shards.sum_over(BATCH, counts_LE)
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """How tokens are divided for the routers' sums: by row where the aux loss needs it, and by language on request.
+
+    Attributes:
+      by_row: whether rows are told apart.
+      languages: number of languages that are told apart; what is none of them is one group more. 0: no division.
+    """
+
+    by_row: bool
+    languages: int
+
+    @classmethod
+    def of(cls, router: RouterTraining) -> "Grouping":
+        return cls(router.aux_scope == "sequence", len(router.languages))
+
+    @property
+    def parts(self) -> int:
+        """Groups of a row."""
+        return self.languages + 1 if self.languages else 1
+
+    def rows(self, micro: Batch) -> int:
+        return micro["tokens_BT"].shape[0] if self.by_row else 1
+
+    def ask(self, micro: Batch) -> dict[str, Any]:
+        """Arguments `groups` and `group_BT` of the model."""
+        rows_B = jnp.arange(micro["tokens_BT"].shape[0]) * self.parts if self.by_row else jnp.zeros(1, jnp.int32)
+        group_BT = jnp.broadcast_to(rows_B[:, None], micro["tokens_BT"].shape)
+        if self.languages:
+            group_BT = group_BT + micro["language_BT"]
+        return {"groups": self.rows(micro) * self.parts, "group_BT": group_BT}
+
+    def each_row(self, sums: RouterSums, micro: Batch) -> RouterSums:
+        """Sums of all languages, by row (or of all rows, where these are not told apart)."""
+        return self._pool(sums, micro, 2)
+
+    def each_language(self, sums: RouterSums, micro: Batch) -> RouterSums:
+        """Sums of all rows, by language."""
+        return self._pool(sums, micro, 1)
+
+    def _pool(self, sums: RouterSums, micro: Batch, axis: int) -> RouterSums:
+        shape = (self.rows(micro), self.parts)
+        return jax.tree.map(lambda x: jnp.sum(x.reshape(x.shape[0], *shape, *x.shape[2:]), axis=axis), sums)
 
 
-def balance_part(out: Output, valid_BT: jax.Array, scope: str, totals: Totals) -> jax.Array:
-    """A micro-batch's share, on this shard, of the step's load-balancing loss: the shares add up to it."""
+def balance_part(sums: RouterSums, scope: str, totals: Totals) -> jax.Array:
+    """A micro-batch's share, on this shard, of the step's load-balancing loss: the shares add up to it.
+
+    `sums` are by row for scope "sequence".
+    """
     if scope == "sequence":
-        return load_balancing_loss(out.routing, valid_BT, "sequence") * share(jnp.sum(valid_BT.any(-1)), totals.rows)
+        rows = jnp.sum(sums.tokens_LX[0] > 0).astype(jnp.float32)
+        return load_balancing_loss(sums, "sequence") * share(rows, totals.rows)
     # choices and number of tokens are those of all shards, the probabilities those of this one
-    load = jax.lax.stop_gradient(shards.sum_over(BATCH, load_of(out.routing, valid_BT)))
+    load = jax.lax.stop_gradient(shards.sum_over(BATCH, load_of(sums)))
     if scope == "global":
-        return load_balancing_loss(out.routing, valid_BT, "global", totals.load or load)
-    part = load_balancing_loss(out.routing, valid_BT, "global", load)
-    return part * share((load.tokens > 0).astype(jnp.float32), totals.parts)
+        return load_balancing_loss(sums, "global", totals.load or load)
+    return load_balancing_loss(sums, "global", load) * share((load.tokens > 0).astype(jnp.float32), totals.parts)
+
+
+def model_of(structure: Structure, params: Params, frozen: dict[str, Any], key: jax.Array | None) -> Mixtral:
+    """The model with these values; `key` turns on the adapters' dropout."""
+    model = structure.merge(params, frozen)
+    if key is not None:
+        with_dropout(model, jax.random.fold_in(key, shards.index(BATCH)) if shards.active() else key)
+    return model
 
 
 def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[jax.Array, dict]]:
-    """objective(params, frozen, micro_batch, totals, key) -> (its part of the step's objective, sums for the metrics).
+    """objective(params, frozen, micro_batch, totals, key, plan) -> (its part of the step's objective, sums).
 
-    `key` turns on the adapters' dropout.
+    `key` turns on the adapters' dropout; the routers follow `plan`.
     """
+    grouping = Grouping.of(router)
 
     def objective(
-        params: Params, frozen: dict[str, Any], micro: Batch, totals: Totals, key: jax.Array | None = None
+        params: Params,
+        frozen: dict[str, Any],
+        micro: Batch,
+        totals: Totals,
+        key: jax.Array | None = None,
+        plan: RoutingPlan | None = None,
     ) -> tuple[jax.Array, dict]:
-        model = structure.merge(params, frozen)
-        if key is not None:
-            with_dropout(model, jax.random.fold_in(key, shards.index(BATCH)) if shards.active() else key)
+        model = model_of(structure, params, frozen, key)
         tokens_BT, segment_ids_BT = micro["tokens_BT"], micro["segment_ids_BT"]
-        out = model.hidden(tokens_BT, segment_ids_BT, remat=remat)
-        valid_BT = segment_ids_BT != 0
+        out = model.hidden(tokens_BT, segment_ids_BT, plan, remat=remat, **grouping.ask(micro))
+        assert out.sums is not None  # there is at least one group
         model.gather_head()
         nll_sum, _ = next_token_loss(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
         nll = share(nll_sum, totals.targets)
         copies = shards.count(LENGTH)  # shards of the same rows: each takes its tokens' NLL, all compute these
-        aux = balance_part(out, valid_BT, router.aux_scope, totals) / copies
-        z = router_z_loss(out.routing.logits_LBTE, valid_BT) * share(jnp.sum(valid_BT), totals.tokens) / copies
+        rows = grouping.each_row(out.sums, micro)
+        aux = balance_part(rows, router.aux_scope, totals) / copies
+        z = router_z_loss(rows) * share(jnp.sum(segment_ids_BT != 0), totals.tokens) / copies
         loss = nll + router.aux_loss_coef * aux + router.z_loss_coef * z
-        counts_LE = expert_counts(out.routing, valid_BT)
-        return loss, {"loss": loss, "nll": nll, "aux_loss": aux, "z_loss": z, "counts_LE": counts_LE}
+        sums = jax.lax.stop_gradient(shards.sum_over(BATCH, grouping.each_language(out.sums, micro)))
+        return loss, {"loss": loss, "nll": nll, "aux_loss": aux, "z_loss": z, "router": sums}
 
     return objective
 
 
 def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[Params, dict]]:
-    """gradient(params, frozen, batch_A, key) -> (float32 gradients by name, sums for the metrics) of a whole step.
+    """gradient(params, frozen, batch_A, key, plan) -> (float32 gradients by name, sums) of a whole step.
 
-    `key` turns on the adapters' dropout, which every micro-batch draws anew. On a mesh, parameters and gradients
-    lie as the model's layout says, the rows of a micro-batch are divided, and what comes out is that of all devices.
+    `key` turns on the adapters' dropout, which every micro-batch draws anew. A plan's B is 1 or all rows of the step.
+    On a mesh, parameters and gradients are sharded as the model's layout says, the rows of a micro-batch are divided,
+    and the result is that of all devices.
     """
     differentiate = jax.grad(make_objective(structure, router, remat), has_aux=True)
 
-    def load_of_part(params: Params, frozen: dict[str, Any], micro: Batch, key: jax.Array | None) -> Load:
-        model = structure.merge(params, frozen)
-        if key is not None:
-            with_dropout(model, jax.random.fold_in(key, shards.index(BATCH)) if shards.active() else key)
-        out = model.hidden(micro["tokens_BT"], micro["segment_ids_BT"])
-        return shards.sum_over(BATCH, load_of(out.routing, micro["segment_ids_BT"] != 0))
+    def load_of_part(params: Params, frozen: dict[str, Any], micro: Batch, key: Any, plan: RoutingPlan) -> Load:
+        model = model_of(structure, params, frozen, key)
+        out = model.hidden(micro["tokens_BT"], micro["segment_ids_BT"], plan, groups=1)
+        assert out.sums is not None
+        return shards.sum_over(BATCH, load_of(out.sums))
 
     def gradient(
-        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None = None
+        params: Params,
+        frozen: dict[str, Any],
+        batch_A: Batch,
+        key: jax.Array | None = None,
+        plan: PartedPlan | None = None,
     ) -> tuple[Params, dict]:
-        load, keys_A = None, None if key is None else jax.random.split(key, batch_A["tokens_BT"].shape[0])
-        if router.aux_scope == "global" and batch_A["tokens_BT"].shape[0] > 1:
-            loads_A = jax.lax.map(lambda part: load_of_part(params, frozen, *part), (batch_A, keys_A))
+        plan, count = plan or PartedPlan(RoutingPlan(), RoutingPlan()), batch_A["tokens_BT"].shape[0]
+        keys_A = None if key is None else jax.random.split(key, count)
+        parts_A = (batch_A, keys_A, plan.own_A, jnp.arange(count))
+        load = None
+        if router.aux_scope == "global" and count > 1:
+
+            def load_part(part: tuple) -> Load:
+                micro, key, own, number = part
+                return load_of_part(params, frozen, micro, key, plan.of(own, number))
+
+            loads_A = jax.lax.map(load_part, parts_A)
             load = jax.tree.map(lambda x: jax.lax.stop_gradient(jnp.sum(x, axis=0)), loads_A)
         totals = totals_of(batch_A, load)
 
-        def part(micro: Batch, key: jax.Array | None) -> tuple[Params, dict]:
-            gradients, sums = differentiate(params, frozen, micro, totals, key)
+        def part(micro: Batch, key: jax.Array | None, own: RoutingPlan, number: jax.Array) -> tuple[Params, dict]:
+            gradients, sums = differentiate(params, frozen, micro, totals, key, plan.of(own, number))
             return jax.tree.map(lambda g: g.astype(jnp.float32), gradients), sums
 
-        if batch_A["tokens_BT"].shape[0] == 1:
-            gradients, sums = part(*jax.tree.map(lambda x: x[0], (batch_A, keys_A)))
+        first = jax.tree.map(lambda x: x[0], parts_A)
+        if count == 1:
+            gradients, sums = part(*first)
         else:
-            first = jax.tree.map(lambda x: x[0], (batch_A, keys_A))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, *first))
             (gradients, sums), _ = jax.lax.scan(
-                lambda total, micro: (jax.tree.map(jnp.add, total, part(*micro)), None), zeros, (batch_A, keys_A)
+                lambda total, micro: (jax.tree.map(jnp.add, total, part(*micro)), None), zeros, parts_A
             )
         return gradients, {**sums, "targets": totals.targets, "tokens": totals.tokens}
 
     layout = structure.layout
-    return gradient if layout is None else on_mesh(gradient, layout)
+    run = gradient if layout is None else on_mesh(gradient, layout)
+
+    def planned(
+        params: Params,
+        frozen: dict[str, Any],
+        batch_A: Batch,
+        key: jax.Array | None = None,
+        plan: RoutingPlan | None = None,
+    ) -> tuple[Params, dict]:
+        parts = None if plan is None else parted(plan, *batch_A["tokens_BT"].shape[:2])
+        return run(params, frozen, batch_A, key, parts)
+
+    return planned
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PartedPlan:
+    """A plan for the micro-batches of a step.
+
+    Attributes:
+      own_A: fields in which each row has its own values, [A, L, B, ...].
+      shared: the other fields, [L, 1, ...].
+    """
+
+    own_A: RoutingPlan
+    shared: RoutingPlan
+
+    def of(self, own: RoutingPlan, number: jax.Array) -> RoutingPlan:
+        """The plan of one micro-batch, given its fields out of `own_A` and its number."""
+        fields = [field.name for field in dataclasses.fields(RoutingPlan)]
+        shared = self.shared.fold_in(number)  # rows are numbered within a micro-batch, and each needs its own noise
+        joined = {name: getattr(shared if getattr(own, name) is None else own, name) for name in fields}
+        return RoutingPlan(**joined)
+
+
+def parted(plan: RoutingPlan, parts: int, rows: int) -> PartedPlan:
+    """A plan for `parts` micro-batches of `rows` rows.
+
+    Raises:
+      ValueError: a field has as many rows as neither 1 nor the step.
+    """
+    own, shared = {}, {}
+    for field in dataclasses.fields(RoutingPlan):
+        x = getattr(plan, field.name)
+        if x is None or x.shape[1] == 1:
+            shared[field.name] = x
+        elif x.shape[1] == parts * rows:
+            own[field.name] = jnp.moveaxis(x.reshape(x.shape[0], parts, rows, *x.shape[2:]), 1, 0)
+        else:
+            raise ValueError(
+                f"RoutingPlan.{field.name} has {x.shape[1]} rows, a step has {parts * rows}; give 1 or as many."
+            )
+    return PartedPlan(RoutingPlan(**own), RoutingPlan(**shared))
 
 
 def on_mesh(gradient: Callable[..., tuple[Params, dict]], layout: Layout) -> Callable[..., tuple[Params, dict]]:
     """`gradient` over the shards of a placed model, summed over devices."""
     every = tuple(name for name in AXES if layout.mesh.shape[name] > 1)
 
-    def on_shard(params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None) -> tuple[Params, dict]:
-        gradients, sums = gradient(params, frozen, batch_A, key)
+    def on_shard(
+        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None, plan: PartedPlan | None
+    ) -> tuple[Params, dict]:
+        gradients, sums = gradient(params, frozen, batch_A, key, plan)
         for name, spec in layout.specs(params).items():
             divided = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
             alike = tuple(axis for axis in every if axis not in divided)  # devices that hold the same parameter
@@ -175,58 +297,89 @@ def on_mesh(gradient: Callable[..., tuple[Params, dict]], layout: Layout) -> Cal
         return gradients, sums | summed
 
     def sharded(
-        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None = None
+        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None, plan: PartedPlan | None
     ) -> tuple[Params, dict]:
         specs = layout.specs(params)
         rows = jax.tree.map(lambda _: P(None, BATCH_AXES), batch_A)
+        plans = plan and PartedPlan(plan_specs(plan.own_A, BATCH_AXES, (None,)), plan_specs(plan.shared, BATCH_AXES))
         run = layout.over_shards(
-            on_shard, (specs, layout.specs(frozen), rows, None if key is None else P()), (specs, P())
+            on_shard, (specs, layout.specs(frozen), rows, None if key is None else P(), plans), (specs, P())
         )
-        return run(params, frozen, batch_A, key)
+        return run(params, frozen, batch_A, key, plan)
 
     return sharded
 
 
-def load_spread(counts_LE: jax.Array) -> dict[str, jax.Array]:
+def load_spread(chosen_LE: jax.Array) -> dict[str, jax.Array]:
     """How evenly each layer's experts are used: entropy over its maximum (1 is even), and the largest share."""
-    shares_LE = counts_LE / jnp.maximum(jnp.sum(counts_LE, axis=-1, keepdims=True), 1.0)
+    shares_LE = chosen_LE / jnp.maximum(jnp.sum(chosen_LE, axis=-1, keepdims=True), 1.0)
     entropy_L = -jnp.sum(jax.scipy.special.xlogy(shares_LE, shares_LE), axis=-1)
-    most = jnp.log(float(max(counts_LE.shape[-1], 2)))
+    most = jnp.log(float(max(chosen_LE.shape[-1], 2)))
     return {"load_entropy": entropy_L / most, "load_max_share": jnp.max(shares_LE, axis=-1)}
+
+
+def router_metrics(sums: RouterSums, languages: Sequence[str]) -> dict[str, Any]:
+    """Load, entropy and margin by layer over all tokens, and under `by_language` for each language."""
+    total = jax.tree.map(lambda x: jnp.sum(x, axis=1), sums)
+    metrics: dict[str, Any] = load_spread(total.chosen_LXE)
+    metrics |= {"router_entropy": share(total.entropy_LX, total.tokens_LX)}
+    metrics |= {"router_margin": share(total.margin_LX, total.tokens_LX)}
+    if languages:
+        metrics["by_language"] = {}
+    for x, language in enumerate(languages):
+        own = jax.tree.map(lambda leaf, x=x: leaf[:, x], sums)
+        means = {name: share(getattr(own, f"{name}_LX"), own.tokens_LX) for name in ("entropy", "margin", "z")}
+        load = share(own.chosen_LXE, jnp.sum(own.chosen_LXE, axis=-1, keepdims=True))
+        metrics["by_language"][language] = {"tokens": own.tokens_LX[0], "load": load, **means}
+    return metrics
 
 
 def make_train_step(
     structure: Structure, experiment: Experiment, steps: int, optimiser: optax.GradientTransformation
-) -> Callable[[TrainState, dict[str, Any], Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step(state, frozen, batch_A) -> (state, metrics). The state is donated, the frozen base an argument.
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """The jitted step(state, frozen, batch_A, plan=None) -> (state, metrics).
 
-    A step whose loss or gradient is not finite still returns: the caller looks at the metrics and must drop the state.
+    The state is donated, the frozen base an argument. A step whose loss or gradient is not finite still returns: the
+    caller looks at the metrics and must drop the state.
     """
     gradient = make_gradient(structure, experiment.router, experiment.remat)
     rate = schedule(experiment.optimiser, steps)
 
     dropout = experiment.lora is not None and experiment.lora.dropout > 0
 
-    def step(state: TrainState, frozen: dict[str, Any], batch_A: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, frozen: dict[str, Any], batch_A: Batch, plan: RoutingPlan | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        if set(structure.router_state(frozen)) != set(state.router):
+            raise ValueError("This router learns outside of the gradient; give init_state the router's state.")
         key = jax.random.fold_in(jax.random.key(experiment.seed), state.step) if dropout else None
-        gradients, sums = gradient(state.params, frozen, batch_A, key)
+        plan = None if plan is None else plan.fold_in(state.step)
+        gradients, sums = gradient(state.params, {**frozen, **state.router}, batch_A, key, plan)
         gradients, norm = clip(gradients, experiment.optimiser.clip_norm)
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = {name: sums[name] for name in ("loss", "nll", "aux_loss", "z_loss")}
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
         metrics |= {"tokens": sums["tokens"], "supervised_tokens": sums["targets"]}
-        return TrainState(params, optimiser_state, state.step + 1), metrics | load_spread(sums["counts_LE"])
+        metrics |= router_metrics(sums["router"], experiment.router.languages)
+        chosen_LE = jnp.sum(sums["router"].chosen_LXE, axis=1)
+        router = {name: structure.update_router_state(x, chosen_LE) for name, x in state.router.items()}
+        return TrainState(params, optimiser_state, state.step + 1, router), metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(structure: Structure) -> Callable[[Params, dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted evaluate(params, frozen, batch) -> (summed NLL, number of targets)."""
+def make_eval_step(structure: Structure) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted evaluate(params, frozen, batch, plan=None) -> (summed NLL, number of targets).
 
-    def evaluate(params: Params, frozen: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+    The plan's B is 1.
+    """
+
+    def evaluate(
+        params: Params, frozen: dict[str, Any], batch: Batch, plan: RoutingPlan | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         model = structure.merge(params, frozen)
-        out = model.hidden(batch["tokens_BT"], batch["segment_ids_BT"])
+        out = model.hidden(batch["tokens_BT"], batch["segment_ids_BT"], plan)
         model.gather_head()
         sums = next_token_loss(
             model.head, out.hidden_BTD, batch["tokens_BT"], batch["segment_ids_BT"], batch["loss_mask_BT"]
@@ -237,9 +390,12 @@ def make_eval_step(structure: Structure) -> Callable[[Params, dict[str, Any], Ba
     if layout is None:
         return jax.jit(evaluate)
 
-    def sharded(params: Params, frozen: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def sharded(
+        params: Params, frozen: dict[str, Any], batch: Batch, plan: RoutingPlan | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         rows = jax.tree.map(lambda _: P(BATCH_AXES), batch)
-        run = layout.over_shards(evaluate, (layout.specs(params), layout.specs(frozen), rows), P())
-        return run(params, frozen, batch)
+        plans = plan and plan_specs(plan, BATCH_AXES)
+        run = layout.over_shards(evaluate, (layout.specs(params), layout.specs(frozen), rows, plans), P())
+        return run(params, frozen, batch, plan)
 
     return jax.jit(sharded)

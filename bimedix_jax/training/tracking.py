@@ -75,14 +75,17 @@ def start(experiment: Experiment, folder: Path, step: int) -> Any:
 
 
 def flat_numbers(line: dict[str, Any]) -> dict[str, float]:
-    """Scalars as they are; of a list over layers its mean, lowest and highest."""
+    """Scalars unchanged; of a list over layers its mean, lowest and highest; what is nested under joined names."""
     flat: dict[str, float] = {}
     for name, value in line.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            flat |= {f"{name}/{key}": number for key, number in flat_numbers(value).items()}
+        elif isinstance(value, list):
+            numbers = [x for row in value for x in (row if isinstance(row, list) else [row])]
             flat |= {
-                f"{name}/mean": math.fsum(value) / len(value),
-                f"{name}/min": min(value),
-                f"{name}/max": max(value),
+                f"{name}/mean": math.fsum(numbers) / len(numbers),
+                f"{name}/min": min(numbers),
+                f"{name}/max": max(numbers),
             }
         elif name != "step":
             flat[name] = value

@@ -37,7 +37,7 @@ def batch(vocab: int, length: int = 17) -> tuple[np.ndarray, np.ndarray]:
 
 
 def next_token_loss(model: Mixtral, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    out = model(tokens, mask)
+    out = model(tokens, mask, groups=1)
     target = mask[:, 1:] * mask[:, :-1]
     logp = jax.nn.log_softmax(out.logits_BTV[:, :-1])
     nll = -jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -64,7 +64,7 @@ def test_logits_aux_loss_and_gradients(make_pair, name: str) -> None:
 
     @jax.jit
     def evaluate(state):
-        out = nnx.merge(graph, state)(tokens, mask)
+        out = nnx.merge(graph, state)(tokens, mask, groups=1)
         grads = jax.grad(
             lambda state: next_token_loss(nnx.merge(graph, state), jnp.asarray(tokens), jnp.asarray(mask))
         )(state)

@@ -1,7 +1,6 @@
-"""Properties that every router variant has, and the load-balancing loss's scopes."""
+"""What every router variant declares about itself, and that each obeys every field of a plan."""
 
-import functools
-import operator
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,42 +8,242 @@ import numpy as np
 import pytest
 
 from bimedix_jax.models.config import RouterConfig
-from bimedix_jax.models.routers import (
-    ROUTERS,
-    Load,
-    Routing,
-    RoutingPlan,
-    load_balancing_loss,
-    load_of,
-    route,
-    router_z_loss,
-)
+from bimedix_jax.models.plans import token_keys
+from bimedix_jax.models.routers import NO_EXPERT, ROUTERS, Routing, RoutingPlan, route, router_of
+
+B, T, E = 3, 6, 4
+SCALES = {name: 1.7 if "scale" in router.reads else 1.0 for name, router in ROUTERS.items()}
+"""A scale that shows, where the variant reads one."""
+
+every_variant = pytest.mark.parametrize("variant", ROUTERS)
 
 
-def logits(experts: int = 4, layers: int | None = None) -> jax.Array:
-    lead = (3, 6) if layers is None else (layers, 3, 6)
-    return jnp.asarray(np.random.default_rng(0).standard_normal((*lead, experts)), jnp.float32)
+def logits(experts: int = E, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((B, T, experts)), jnp.float32)
 
 
-@pytest.mark.parametrize("variant", ROUTERS)
+def config(variant: str, top_k: int = 2, experts: int = E) -> RouterConfig:
+    return RouterConfig(experts, top_k, variant, scale=SCALES[variant])
+
+
+def state(variant: str, experts: int = E) -> jax.Array | None:
+    """Large enough to change choices."""
+    return None if ROUTERS[variant].update is None else jnp.linspace(-0.5, 0.5, experts)
+
+
+def run(variant: str, plan: RoutingPlan | None = None, top_k: int = 2, experts: int = E, **given) -> Routing:
+    return route(
+        logits(experts), config(variant, top_k, experts), plan or RoutingPlan(), state=state(variant, experts), **given
+    )
+
+
+def oracle(x: np.ndarray, chosen: np.ndarray, router: RouterConfig) -> np.ndarray:
+    """float64 weights of the chosen experts [K] of one token with logits x [E], from the papers' formulas."""
+    exp = np.exp(x - x.max())
+    if router.variant == "topk":
+        return exp[chosen] / exp[chosen].sum()
+    if router.variant == "softmax_topk":
+        return router.scale * exp[chosen] / exp.sum()
+    sigmoid = 1 / (1 + np.exp(-x))
+    return router.scale * sigmoid[chosen] / sigmoid[chosen].sum()
+
+
+@every_variant
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_invariants(variant: str, top_k: int) -> None:
-    routing = route(logits(), RouterConfig(4, top_k, variant), RoutingPlan())
-    experts = np.asarray(routing.experts_LBTK)
-    assert experts.shape == (3, 6, top_k)
-    assert routing.weights_LBTK.dtype == jnp.float32
-    assert ((experts >= 0) & (experts < 4)).all()
+def test_declared_properties(variant: str, top_k: int) -> None:
+    routing = run(variant, top_k=top_k)
+    experts, weights = np.asarray(routing.experts_LBTK), np.asarray(routing.weights_LBTK)
+    assert experts.shape == weights.shape == (B, T, top_k)
+    assert experts.dtype == np.int32
+    assert weights.dtype == np.float32
+    assert ((experts >= 0) & (experts < E)).all()
     assert all(len(set(chosen)) == top_k for chosen in experts.reshape(-1, top_k))
-    assert np.allclose(routing.weights_LBTK.sum(-1), 1, atol=1e-6)
-    assert (routing.weights_LBTK >= 0).all()
-    assert np.array_equal(routing.logits_LBTE, logits())
+    assert (weights > 0).all()
+    total = weights.sum(-1)
+    if ROUTERS[variant].normalised:
+        np.testing.assert_allclose(total, SCALES[variant], rtol=1e-6)
+    else:
+        assert (total <= SCALES[variant] * (1 + 1e-6)).all()
+        assert top_k == E or (total < SCALES[variant]).all(), "the refused experts keep their share"
+    np.testing.assert_array_equal(routing.logits_LBTE, logits())
 
 
-def test_weights_equal_the_renormalised_softmax_over_all() -> None:
-    routing = route(logits(8), RouterConfig(8, 2), RoutingPlan())
-    probabilities = jax.nn.softmax(logits(8), axis=-1)
-    chosen = jnp.take_along_axis(probabilities, routing.experts_LBTK, axis=-1)
-    assert np.allclose(routing.weights_LBTK, chosen / chosen.sum(-1, keepdims=True), atol=1e-6)
+@every_variant
+def test_weights_and_gradients_are_those_of_a_float64_oracle(variant: str) -> None:
+    experts = np.asarray(run(variant).experts_LBTK)
+    mix = np.random.default_rng(1).standard_normal(experts.shape)
+
+    def loss(x: jax.Array) -> jax.Array:
+        routing = route(x, config(variant), RoutingPlan(), state=state(variant))
+        return jnp.sum(routing.weights_LBTK * mix)
+
+    def expected(x: np.ndarray) -> float:
+        pairs = [(b, t) for b in range(B) for t in range(T)]
+        return sum(float(oracle(x[p], experts[p], config(variant)) @ mix[p]) for p in pairs)
+
+    x = np.asarray(logits(), np.float64)
+    value, gradient = jax.value_and_grad(loss)(logits())
+    np.testing.assert_allclose(value, expected(x), rtol=1e-6)
+    for index in np.ndindex(B, 2, E):
+        step = np.zeros_like(x)
+        step[index] = 1e-5
+        slope = (expected(x + step) - expected(x - step)) / 2e-5
+        np.testing.assert_allclose(gradient[index], slope, rtol=1e-4, atol=1e-6)
+
+
+@every_variant
+def test_a_token_is_routed_by_its_own_logits_alone(variant: str) -> None:
+    before = run(variant)
+    changed = logits().at[1, 2].set(-logits()[1, 2])
+    after = route(changed, config(variant), RoutingPlan(), state=state(variant))
+    differs = np.asarray(before.weights_LBTK != after.weights_LBTK).any(-1)
+    assert differs[1, 2]
+    assert differs.sum() == 1
+
+
+@every_variant
+def test_shift_invariance_is_as_declared(variant: str) -> None:
+    shifted = route(logits() + 3.0, config(variant), RoutingPlan(), state=state(variant))
+    same = np.allclose(shifted.weights_LBTK, run(variant).weights_LBTK, rtol=1e-5)
+    assert same == ROUTERS[variant].shift_invariant
+
+
+@every_variant
+def test_a_ban_is_obeyed(variant: str) -> None:
+    bias = jnp.zeros((1, 1, E)).at[..., 3].set(-1e9)
+    routing = run(variant, RoutingPlan(bias_LBTE=bias))
+    experts = np.asarray(routing.experts_LBTK)
+    assert (experts != 3).all()
+    assert (run(variant).experts_LBTK == 3).any(), "without the ban it is chosen"
+    # it is as if the expert did not exist: what is left is renormalised
+    three = route(
+        logits()[..., :3],
+        config(variant, experts=3),
+        RoutingPlan(),
+        state=None if state(variant) is None else state(variant)[:3],
+    )
+    np.testing.assert_array_equal(experts, three.experts_LBTK)
+    np.testing.assert_allclose(routing.weights_LBTK, three.weights_LBTK, rtol=1e-5)
+
+
+@every_variant
+@pytest.mark.parametrize("temperature", [1e-9, 1e9])
+def test_no_temperature_softens_a_ban_or_bans(variant: str, temperature: float) -> None:
+    plan = RoutingPlan(
+        bias_LBTE=jnp.zeros((1, 1, E)).at[..., 1].set(-1e9), temperature_LBT=jnp.full((1, 1), temperature)
+    )
+    experts = np.asarray(run(variant, plan).experts_LBTK)
+    assert (experts != 1).all()
+    assert (experts != NO_EXPERT).all()
+
+
+@every_variant
+def test_bans_that_leave_too_few_experts_leave_slots_empty(variant: str) -> None:
+    bias = jnp.full((1, 1, E), -1e9).at[..., 2].set(0.0)
+    routing = run(variant, RoutingPlan(bias_LBTE=bias))
+    assert (np.asarray(routing.experts_LBTK) == [2, NO_EXPERT]).all()
+    assert (routing.weights_LBTK[..., 1] == 0).all()
+    assert (routing.weights_LBTK[..., 0] > 0).all()
+    nothing = run(variant, RoutingPlan(bias_LBTE=jnp.full((1, 1, E), -1e9)))
+    assert (nothing.experts_LBTK == NO_EXPERT).all()
+    assert (nothing.weights_LBTK == 0).all()
+    gradient = jax.grad(
+        lambda x: jnp.sum(route(x, config(variant), RoutingPlan(bias_LBTE=bias), state=state(variant)).weights_LBTK)
+    )(logits())
+    assert np.isfinite(gradient).all()
+
+
+@every_variant
+def test_forced_experts_are_used_in_their_order(variant: str) -> None:
+    forced = jnp.asarray(
+        np.random.default_rng(0).permuted(np.tile(np.arange(E), (B, T, 1)), axis=-1)[..., :2], jnp.int32
+    )
+    routing = run(variant, RoutingPlan(experts_LBTK=forced))
+    np.testing.assert_array_equal(routing.experts_LBTK, forced)
+    for place in np.ndindex(B, T):
+        expected = oracle(np.asarray(logits(), np.float64)[place], np.asarray(forced)[place], config(variant))
+        np.testing.assert_allclose(routing.weights_LBTK[place], expected, rtol=1e-5)
+    half = run(variant, RoutingPlan(experts_LBTK=jnp.asarray([[[2, -1]]], jnp.int32)))
+    best = np.where(
+        np.asarray(run(variant, top_k=1).experts_LBTK[..., 0]) == 2, -2, run(variant, top_k=1).experts_LBTK[..., 0]
+    )
+    assert (half.experts_LBTK[..., 0] == 2).all()
+    assert ((best == -2) | (half.experts_LBTK[..., 1] == best)).all(), "the other slot is the router's best"
+
+
+@every_variant
+def test_forced_weights_are_used(variant: str) -> None:
+    routing = run(variant, RoutingPlan(weights_LBTK=jnp.asarray([[[0.25, -1.0]]])))
+    assert (routing.weights_LBTK[..., 0] == 0.25).all()
+    np.testing.assert_array_equal(routing.weights_LBTK[..., 1], run(variant).weights_LBTK[..., 1])
+
+
+@every_variant
+def test_bias_then_temperature_act_on_the_logits(variant: str) -> None:
+    bias, temperature = jnp.asarray([[[0.5, -0.25, 0.0, 1.0]]]), jnp.asarray([[0.5]])
+    steered = (logits() + bias) / temperature[..., None]
+    direct = route(steered, config(variant), RoutingPlan(), state=state(variant))
+    planned = run(variant, RoutingPlan(bias_LBTE=bias, temperature_LBT=temperature))
+    np.testing.assert_array_equal(planned.experts_LBTK, direct.experts_LBTK)
+    np.testing.assert_allclose(planned.weights_LBTK, direct.weights_LBTK, rtol=1e-5)
+    np.testing.assert_array_equal(planned.logits_LBTE, logits(), "the record has the router's own")
+
+
+@every_variant
+def test_noise_depends_on_key_row_and_position_alone(variant: str) -> None:
+    keys = token_keys(jax.random.key(5).reshape(1, 1), jnp.arange(B)[:, None], jnp.arange(T)[None])
+    plan = RoutingPlan(noise_LBT=jnp.full((1, 1), 2.0))
+    noisy = run(variant, plan, key=keys)
+    assert not np.array_equal(noisy.weights_LBTK, run(variant).weights_LBTK)
+    np.testing.assert_array_equal(noisy.weights_LBTK, run(variant, plan, key=keys).weights_LBTK)
+    rows = route(logits()[1:, 2:], config(variant), plan, state=state(variant), key=keys[1:, 2:])
+    np.testing.assert_array_equal(rows.weights_LBTK, noisy.weights_LBTK[1:, 2:])
+    with pytest.raises(ValueError, match="needs a key for each token"):
+        run(variant, plan)
+
+
+def test_noise_has_the_standard_deviation_that_is_asked_for() -> None:
+    rows, columns = jnp.arange(50)[:, None], jnp.arange(40)[None]
+    keys = token_keys(jax.random.key(0).reshape(1, 1), rows, columns)
+    plan = RoutingPlan(noise_LBT=jnp.full((1, 1), 3.0), bias_LBTE=jnp.asarray([[[0.0, 0, -1e9, -1e9]]]))
+    routing = route(jnp.zeros((50, 40, E)), RouterConfig(E, 2), plan, key=keys)
+    difference = jnp.log(routing.weights_LBTK[..., 0] / routing.weights_LBTK[..., 1])  # |N(0, 2 * 9)|
+    np.testing.assert_allclose(jnp.mean(difference), 3 * 2 / np.sqrt(np.pi), rtol=0.05)
+
+
+@every_variant
+def test_padding_gets_no_expert(variant: str) -> None:
+    valid = jnp.ones((B, T), bool).at[0, :3].set(False)
+    plan = RoutingPlan(experts_LBTK=jnp.asarray([[[1, -1]]], jnp.int32), weights_LBTK=jnp.asarray([[[0.5, 0.5]]]))
+    for plan in (RoutingPlan(), plan):
+        routing = run(variant, plan, valid_BT=valid)
+        assert (routing.experts_LBTK[0, :3] == NO_EXPERT).all()
+        assert (routing.weights_LBTK[0, :3] == 0).all()
+        assert (routing.experts_LBTK[valid] != NO_EXPERT).all()
+
+
+def test_nan_is_not_hidden() -> None:
+    routing = route(logits().at[0, 0, 0].set(jnp.nan), RouterConfig(E, 2), RoutingPlan())
+    assert np.isnan(routing.weights_LBTK[0, 0]).any()
+
+
+def test_the_balancing_bias_changes_choices_and_no_weights() -> None:
+    router = config("sigmoid_bias")
+    plain = route(logits(), router, RoutingPlan(), state=jnp.zeros(E))
+    pushed = route(logits(), router, RoutingPlan(), state=jnp.asarray([2.0, 0, 0, 0]))
+    assert (pushed.experts_LBTK == 0).any(-1).all(), "an expert whose bias exceeds every score is always chosen"
+    assert not (plain.experts_LBTK == 0).any(-1).all()
+    for place in np.ndindex(B, T):
+        chosen = np.asarray(pushed.experts_LBTK)[place]
+        expected = oracle(np.asarray(logits(), np.float64)[place], chosen, router)
+        np.testing.assert_allclose(pushed.weights_LBTK[place], expected, rtol=1e-5)
+
+
+def test_the_balancing_bias_moves_against_the_load() -> None:
+    update = ROUTERS["sigmoid_bias"].update
+    assert update is not None
+    moved = update(jnp.zeros((2, 4)), jnp.asarray([[10.0, 2, 4, 8], [5, 5, 5, 5]]), RouterConfig(4, 2, "sigmoid_bias"))
+    np.testing.assert_allclose(moved, [[-1e-3, 1e-3, 1e-3, -1e-3], [0, 0, 0, 0]])
 
 
 def test_unknown_variant() -> None:
@@ -52,51 +251,45 @@ def test_unknown_variant() -> None:
         route(logits(), RouterConfig(4, 2, "best"), RoutingPlan())
 
 
-def routed(layers: int = 2, top_k: int = 2) -> Routing:
-    x = logits(layers=layers)
-    experts = jax.lax.top_k(x, top_k)[1].astype(jnp.int32)
-    return Routing(experts, jnp.full(experts.shape, 1 / top_k, jnp.float32), x)
+def test_a_parameter_that_the_variant_does_not_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="'topk' does not read scale"):
+        router_of(RouterConfig(4, 2, scale=2.0))
+    with pytest.raises(ValueError, match="'softmax_topk' does not read bias_rate"):
+        router_of(RouterConfig(4, 2, "softmax_topk", bias_rate=0.1))
 
 
-def test_balanced_routing_costs_top_k() -> None:
-    x = jnp.zeros((1, 1, 4, 4))
-    experts = jnp.array([[[[0, 1], [2, 3], [1, 0], [3, 2]]]], jnp.int32)
-    valid = jnp.ones((1, 4), bool)
-    for scope in ("micro_batch", "sequence"):
-        assert np.isclose(load_balancing_loss(Routing(experts, experts * 0.5, x), valid, scope), 2.0)
+def test_experts_that_do_not_exist_are_refused(base_config) -> None:
+    with pytest.raises(ValueError, match=r"outside of -1 .. 3"):
+        RoutingPlan(experts_LBTK=jnp.full((2, 1, 1, 2), 4)).check(base_config, 1, 1)
+    with pytest.raises(ValueError, match="same expert twice"):
+        RoutingPlan(experts_LBTK=jnp.full((2, 1, 1, 2), 1)).check(base_config, 1, 1)
+    with pytest.raises(ValueError, match="above 0"):
+        RoutingPlan(temperature_LBT=jnp.zeros((2, 1, 1))).check(base_config, 1, 1)
+    with pytest.raises(ValueError, match="NaN"):
+        RoutingPlan(bias_LBTE=jnp.full((2, 1, 1, 4), jnp.nan)).check(base_config, 1, 1)
+    with pytest.raises(ValueError, match="go together"):
+        RoutingPlan(noise_LBT=jnp.ones((2, 1, 1))).check(base_config, 1, 1)
 
 
-def test_padding_counts_nowhere() -> None:
-    routing = routed()
-    valid = jnp.ones((3, 6), bool).at[1, 2:].set(False).at[2].set(False)
-    for scope in ("micro_batch", "sequence"):
-        flat = [x.at[:, 1, 2:].set(x[:, :1, :1][:, 0]).at[:, 2].set(0) for x in jax.tree.leaves(routing)]
-        changed = jax.tree.unflatten(jax.tree.structure(routing), flat)
-        assert np.isclose(load_balancing_loss(changed, valid, scope), load_balancing_loss(routing, valid, scope))
-    assert np.isclose(router_z_loss(changed.logits_LBTE, valid), router_z_loss(routing.logits_LBTE, valid))
-
-
-def test_global_scope_adds_up_over_micro_batches_and_its_gradient_is_exact() -> None:
-    routing, valid = routed(), jnp.ones((3, 6), bool).at[0, 4:].set(False)
-
-    def part(x: jax.Array, rows: slice) -> Routing:
-        return Routing(routing.experts_LBTK[:, rows], routing.weights_LBTK[:, rows], x[:, rows])
-
-    def whole(x: jax.Array) -> jax.Array:
-        return load_balancing_loss(part(x, slice(None)), valid, "micro_batch")
-
-    def summed(x: jax.Array) -> jax.Array:
-        slices = [slice(i, i + 1) for i in range(3)]
-        loads = [load_of(part(routing.logits_LBTE, rows), valid[rows]) for rows in slices]
-        total = jax.tree.map(lambda *parts: sum(parts), *loads)
-        assert isinstance(total, Load)
-        losses = [load_balancing_loss(part(x, rows), valid[rows], "global", total) for rows in slices]
-        return functools.reduce(operator.add, losses)
-
-    got, expected = (jax.value_and_grad(f)(routing.logits_LBTE) for f in (summed, whole))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got, expected)
-
-
-def test_global_scope_needs_the_total() -> None:
-    with pytest.raises(ValueError, match="whole optimiser step"):
-        load_balancing_loss(routed(), jnp.ones((3, 6), bool), "global")
+def test_a_plan_reads_each_token_at_its_own_place(base_config) -> None:
+    rng = np.random.default_rng(0)
+    plan = RoutingPlan(
+        bias_LBTE=jnp.asarray(rng.standard_normal((2, 3, 5, 4)), jnp.float32),
+        temperature_LBT=jnp.asarray(rng.random((2, 1, 5)) + 0.5, jnp.float32),
+        experts_LBTK=jnp.asarray(rng.integers(-1, 0, (2, 3, 1, 2)), jnp.int32),
+        weights_LBTK=jnp.full((2, 1, 1, 2), -1.0),
+        noise_LBT=jnp.ones((2, 1, 1)),
+        keys_LBT=RoutingPlan.noisy(base_config, 1.0).keys_LBT,
+    )
+    rows, positions = np.array([[2], [0]]), np.array([[-3, 0, 1, 4], [3, 4, 9, 0]])
+    own = plan.at(rows, positions)
+    within = np.clip(positions, 0, 4)
+    np.testing.assert_array_equal(own.bias_LBTE, np.asarray(plan.bias_LBTE)[:, rows, within])
+    np.testing.assert_array_equal(own.temperature_LBT, np.asarray(plan.temperature_LBT)[:, 0, within])
+    assert own.experts_LBTK.shape == (2, 2, 1, 2)
+    assert own.weights_LBTK.shape == (2, 1, 1, 2)
+    whole = token_keys(plan.keys_LBT, np.arange(3)[:, None], np.arange(5)[None])
+    assert (own.keys_LBT[:, 0, 1:] == whole[:, 2, np.array([0, 1, 4])]).all()
+    again = RoutingPlan.from_numpy(plan.to_numpy())
+    assert again.digest() == plan.digest() != own.digest()
+    assert dataclasses.replace(plan, noise_LBT=plan.noise_LBT * 2).digest() != plan.digest()

@@ -63,7 +63,7 @@ def test_counts_are_the_models_own(model, tokenizer, records):
     found = expert_load(model, tokenizer, records)
     assert sorted(found.counts) == ["ar", "ar/qa", "en", "en/chat", "en/qa"]
     ids, _ = encode_chat(tokenizer, records[2].conversations)
-    routing = model.hidden(np.array([ids])).routing
+    routing = model.hidden(np.array([ids]), record="full").routing
     experts = np.asarray(routing.experts_LBTK).reshape(3, -1)
     np.testing.assert_array_equal(found.counts["ar"], [np.bincount(row, minlength=4) for row in experts])
     np.testing.assert_allclose(found.top_weight["ar"], np.asarray(routing.weights_LBTK).max(-1).mean((1, 2)), rtol=1e-5)

@@ -1,0 +1,28 @@
+"""Routing plans on disk: safetensors, a tensor a field."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.plans import RoutingPlan
+
+
+def write_plan(plan: RoutingPlan, path: Path) -> None:
+    """Writes the fields that are set; `path` appears when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(plan.to_numpy(), partial)
+    partial.rename(path)
+
+
+def read_plan(path: str | Path) -> RoutingPlan:
+    """The plan that `write_plan` wrote.
+
+    Raises:
+      BimedixError: the file cannot be read, or holds something else.
+    """
+    try:
+        return RoutingPlan.from_numpy(load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise BimedixError(f"{path} cannot be read as a routing plan ({error}); name another file.") from error

@@ -1,0 +1,150 @@
+"""What routers did, as sums over tokens, and the losses that follow from them.
+
+Each layer sums over its own tokens, so no array over both layers and tokens is made. Sums of parts add up: those of
+micro-batches, shards and layers.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from bimedix_jax.kernels.pytree import Leaf
+from bimedix_jax.models.routers import Decision
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterSums:
+    """Sums over the tokens of each group X (all tokens, rows, languages), padding excluded; [L, ...] once stacked.
+
+    `mass_LXE` and `z_LX` carry gradients, the others do not.
+
+    Attributes:
+      chosen_LXE: times each expert was chosen.
+      mass_LXE: probability that the softmax of the router's logits gives each expert.
+      entropy_LX: entropy of these probabilities in nats.
+      margin_LX: rank of the last chosen expert minus that of the best one that was allowed and not chosen.
+      top_weight_LX: largest weight of a token.
+      z_LX: logsumexp of the logits, squared.
+      tokens_LX: tokens.
+    """
+
+    chosen_LXE: Leaf
+    mass_LXE: Leaf
+    entropy_LX: Leaf
+    margin_LX: Leaf
+    top_weight_LX: Leaf
+    z_LX: Leaf
+    tokens_LX: Leaf
+
+
+def sums_of(decision: Decision, group_BT: Int[Array, "B T"], groups: int) -> RouterSums:
+    """Sums of one layer, without L. `group_BT` numbers each token's group; outside of [0, groups) it is in none."""
+    routing, logits_BTE = decision.routing, decision.routing.logits_LBTE
+    assert logits_BTE is not None  # a decision has them
+    experts = logits_BTE.shape[-1]
+    chosen_BTE = jnp.zeros(logits_BTE.shape, bool)
+    for k in range(routing.experts_LBTK.shape[-1]):  # a token chooses an expert once at most
+        chosen_BTE = chosen_BTE | (routing.experts_LBTK[..., k, None] == jnp.arange(experts)[None, None])
+    log_mass_BTE = jax.nn.log_softmax(logits_BTE, axis=-1)
+    mass_BTE, z_BT = jnp.exp(log_mass_BTE), jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
+    per_token = {
+        "entropy_LX": lax.stop_gradient(-jnp.sum(mass_BTE * log_mass_BTE, axis=-1)),
+        "margin_LX": lax.stop_gradient(margins(decision.ranks_BTE, chosen_BTE)),
+        "top_weight_LX": lax.stop_gradient(jnp.max(routing.weights_LBTK, axis=-1)),
+        "z_LX": z_BT,
+        "tokens_LX": jnp.ones(z_BT.shape, jnp.float32),
+    }
+    columns_BTC = jnp.concatenate(
+        [chosen_BTE.astype(jnp.float32), mass_BTE, jnp.stack(list(per_token.values()), axis=-1)], axis=-1
+    )
+    sums_XC = sum_by_group(columns_BTC, group_BT, groups)
+    singles = dict(zip(per_token, jnp.moveaxis(sums_XC[:, 2 * experts :], -1, 0), strict=True))
+    return RouterSums(sums_XC[:, :experts], sums_XC[:, experts : 2 * experts], **singles)
+
+
+def sum_by_group(x_BTC: Float[Array, "B T C"], group_BT: Int[Array, "B T"], groups: int) -> Float[Array, "X C"]:
+    member_BTX = (group_BT[..., None] == jnp.arange(groups)[None, None]).astype(jnp.float32)
+    return jnp.einsum("btx,btc->xc", member_BTX, x_BTC, precision=lax.Precision.HIGHEST)
+
+
+def margins(ranks_BTE: jax.Array, chosen_BTE: jax.Array) -> jax.Array:
+    """[B, T]; 0 where no expert was refused, or a banned one was forced."""
+    last_BT = jnp.min(jnp.where(chosen_BTE, ranks_BTE, jnp.inf), axis=-1)
+    refused_BT = jnp.max(jnp.where(chosen_BTE, -jnp.inf, ranks_BTE), axis=-1)
+    return jnp.where(jnp.isfinite(last_BT) & jnp.isfinite(refused_BT), last_BT - refused_BT, 0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What the load-balancing loss pools: sums over layers, for all tokens [E] or for each group [X, E].
+
+    Attributes:
+      chosen_E: times each expert was chosen, without gradient.
+      mass_E: probability that each expert received.
+      tokens: token-layer pairs.
+    """
+
+    chosen_E: Leaf
+    mass_E: Leaf
+    tokens: Leaf
+
+
+def load_of(sums: RouterSums, by_group: bool = False) -> Load:
+    """Pools layers, and groups unless `by_group`."""
+    axes = (0,) if by_group else (0, 1)
+    return Load(
+        lax.stop_gradient(jnp.sum(sums.chosen_LXE, axis=axes)),
+        jnp.sum(sums.mass_LXE, axis=axes),
+        jnp.sum(sums.tokens_LX, axis=axes),
+    )
+
+
+def balance(chosen_E: jax.Array, mass_E: jax.Array, tokens: jax.Array) -> jax.Array:
+    """E * sum_e (share of choices) * (share of probability), over the last axis (arXiv 2101.03961, eq. 4).
+
+    It is top_k when balanced.
+    """
+    tokens = jnp.maximum(tokens, 1)[..., None]
+    return chosen_E.shape[-1] * jnp.sum((chosen_E / tokens) * (mass_E / tokens), axis=-1)
+
+
+AuxScope = Literal["sequence", "micro_batch", "global"]
+
+
+def load_balancing_loss(
+    sums: RouterSums, scope: AuxScope = "micro_batch", total: Load | None = None
+) -> Float[Array, ""]:
+    """Load-balancing loss with an explicit scope; it is not linear in the batch, so the scope changes it.
+
+    Args:
+      scope: "micro_batch" pools all layers and tokens, as Hugging Face does; "sequence" averages the loss of each
+        group that has a token, which must be rows; "global" uses the choices and token count of `total`, the load of
+        the whole optimiser step, so that the sum of this value over the step's micro-batches is the loss of the step.
+
+    Raises:
+      ValueError: scope "global" without `total`, or an unknown scope.
+    """
+    if scope == "global":
+        if total is None:
+            raise ValueError('Scope "global" needs the load of the whole optimiser step in `total`.')
+        return balance(total.chosen_E, load_of(sums).mass_E, total.tokens)
+    if scope == "sequence":
+        load = load_of(sums, by_group=True)
+        present_X = (load.tokens > 0).astype(jnp.float32)
+        losses_X = balance(load.chosen_E, load.mass_E, load.tokens)
+        return jnp.sum(losses_X * present_X) / jnp.maximum(jnp.sum(present_X), 1)
+    if scope == "micro_batch":
+        load = load_of(sums)
+        return balance(load.chosen_E, load.mass_E, load.tokens)
+    raise ValueError(f'Unknown aux-loss scope {scope!r}; choose "sequence", "micro_batch" or "global".')
+
+
+def router_z_loss(sums: RouterSums) -> Float[Array, ""]:
+    """Mean over layers and tokens of logsumexp(logits) squared (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return jnp.sum(sums.z_LX) / jnp.maximum(jnp.sum(sums.tokens_LX), 1)

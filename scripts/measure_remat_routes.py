@@ -1,0 +1,177 @@
+"""What a recomputation that routes differently does to the gradient: nothing, since routes are kept.
+
+    python scripts/measure_remat_routes.py --json
+    python scripts/measure_remat_routes.py --devices 8      # the same on a mesh of 8 CPU devices
+
+In each remat mode the router's logits get an addition from the host. It is zero in the forward pass and noise of 1e-6
+in every later call, which only a recomputation makes; the experts are tied in threes, so that this much changes the
+choice of many tokens. `flips_injected` counts the tokens (of each layer) whose experts would change, `gradient_change`
+is the relative change of all gradients together, aux and z-loss included. `unprotected` is the same with a policy that
+keeps no routes: what would happen otherwise. Mode none recomputes nothing and is the control.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+MODES = ("none", "experts", "layer")
+NOISE = 1e-6
+ROWS, LENGTH = 8, 32
+
+
+class Host:
+    """What the router's logits get from the host; counts calls and the tokens whose experts would change."""
+
+    def __init__(self, forward_calls: int, noise: float):
+        self.forward_calls, self.noise = forward_calls, noise
+        self.calls = self.flips = 0
+
+    def __call__(self, logits_BTE: "np.ndarray") -> "np.ndarray":
+        import numpy as np
+
+        self.calls += 1
+        logits_BTE = np.asarray(logits_BTE)
+        if self.calls <= self.forward_calls:
+            return np.zeros_like(logits_BTE)
+        draw = np.random.default_rng(self.calls).standard_normal(logits_BTE.shape)
+        added = (self.noise * draw).astype(logits_BTE.dtype)
+        # stable sorts of the negated logits: equal ones in the order of their numbers, as lax.top_k has them
+        before, after = (np.argsort(-x, axis=-1, kind="stable")[..., :2] for x in (logits_BTE, logits_BTE + added))
+        self.flips += int((np.sort(before) != np.sort(after)).any(-1).sum())
+        return added
+
+
+def disturbed(host: Host) -> Any:
+    """x + what the host says. Its backward pass needs the addition, so that a recomputation must ask for it again."""
+    import jax
+
+    @jax.custom_vjp
+    def add(x: "jax.Array") -> "jax.Array":
+        return forward(x)[0]
+
+    def forward(x: "jax.Array") -> tuple["jax.Array", "jax.Array"]:
+        added = jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+        return x + added, added
+
+    def backward(added: "jax.Array", dx: "jax.Array") -> tuple["jax.Array"]:
+        return (dx + 0.0 * added,)
+
+    add.defvjp(forward, backward)
+    return add
+
+
+@contextlib.contextmanager
+def without_kept_routes() -> Iterator[None]:
+    """A policy that names nothing a router decides."""
+    from bimedix_jax.models import mixtral
+
+    kept, mixtral.ROUTES = mixtral.ROUTES, "nothing has this name"
+    try:
+        yield
+    finally:
+        mixtral.ROUTES = kept
+
+
+def gradient(mode: str, noise: float, devices: int) -> tuple[dict[str, Any], Host]:
+    """(gradients by name, the host's counts) of one step of a model whose experts are tied in threes."""
+    import dataclasses
+
+    import jax.numpy as jnp
+    import numpy as np
+
+    from bimedix_jax.experiment import RouterTraining
+    from bimedix_jax.models.config import RouterConfig
+    from bimedix_jax.models.linear import Linear
+    from bimedix_jax.models.mixtral import init_random
+    from bimedix_jax.presets import smoke
+    from bimedix_jax.sharding import make_mesh, place
+    from bimedix_jax.training.state import take_apart
+    from bimedix_jax.training.step import make_gradient
+
+    tiny = smoke().model.random
+    assert tiny is not None
+    config = dataclasses.replace(tiny, num_layers=4, router=RouterConfig(num_experts=8, top_k=2))
+    model = init_random(config, dtype="float32", std=0.1)
+    router = model.layers.moe.router
+    router.w.set_value(router.w.get_value()[..., jnp.array([0, 0, 0, 3, 3, 3, 6, 6])])
+    host = Host(config.num_layers * devices, noise)
+    add = disturbed(host)
+
+    class Disturbed(Linear):
+        def __call__(self, x: Any, out_dtype: Any = None) -> Any:
+            return add(super().__call__(x, out_dtype))
+
+    router.__class__ = Disturbed
+    if devices > 1:
+        model = place(model, make_mesh(fsdp=devices))
+    structure, params, frozen = take_apart(model)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, config.vocab_size, (1, ROWS, LENGTH), dtype=np.int32)
+    batch = {"tokens_BT": tokens, "segment_ids_BT": np.ones_like(tokens), "loss_mask_BT": np.ones(tokens.shape, bool)}
+    losses = RouterTraining(aux_loss_coef=0.1, z_loss_coef=0.1)
+    import jax
+
+    found, _ = jax.jit(make_gradient(structure, losses, mode))(params, frozen, batch)  # pyright: ignore[reportArgumentType]
+    return {name: np.asarray(value) for name, value in found.items()}, host
+
+
+def change(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Norm of the difference over the norm, of all gradients as one vector."""
+    import numpy as np
+
+    def norm(values: Any) -> float:
+        return float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in values)))
+
+    return norm(ours[name] - theirs[name] for name in theirs) / norm(theirs.values())
+
+
+@functools.cache
+def measure(devices: int = 1) -> dict[str, Any]:
+    """The document that is printed."""
+    rows: dict[str, dict[str, Any]] = {"flips_injected": {}, "gradient_change": {}, "recomputations": {}}
+    unprotected: dict[str, float] = {}
+    for mode in MODES:
+        still, _ = gradient(mode, 0.0, devices)
+        moved, host = gradient(mode, NOISE, devices)
+        rows["flips_injected"][mode] = host.flips
+        rows["recomputations"][mode] = host.calls - host.forward_calls
+        rows["gradient_change"][mode] = change(moved, still)
+        if mode != "none":
+            with without_kept_routes():
+                unprotected[mode] = change(gradient(mode, NOISE, devices)[0], still)
+    return {"modes": list(MODES), "devices": devices, "noise": NOISE, **rows, "unprotected": unprotected}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of a mesh")
+    parser.add_argument("--json", action="store_true", help="print exactly one JSON document")
+    options = parser.parse_args()
+    if options.devices > 1:
+        count = f"--xla_force_host_platform_device_count={options.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+    found = measure(options.devices)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for mode in found["modes"]:
+        print(
+            f"{mode:8} {found['recomputations'][mode]:3} recomputations, {found['flips_injected'][mode]:5} flips, "
+            f"gradients change by {found['gradient_change'][mode]:.1e}"
+            + (f" (unprotected {found['unprotected'][mode]:.1e})" if mode in found["unprotected"] else "")
+        )
+
+
+if __name__ == "__main__":
+    from bimedix_jax import startup
+
+    startup.prepare()
+    main()
