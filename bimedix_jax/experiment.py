@@ -194,9 +194,10 @@ class BatchConfig:
 class KernelChoice:
     """Backends of the kernels by operation; null is the platform's best that takes the operands.
 
-    A named one never falls back: the run ends where it cannot take them. run.json says which ones ran.
-    """
+    A named one never falls back: the run ends where it cannot take them. run.json says which ones ran."""
 
+    layer_scan: Literal["scan", "bits", "unrolled"] | None = None
+    """The loop over layers: lax.scan, the same over bits for CPUs, or no loop, which compiles every layer by itself."""
     expert_mlp: ExpertMlp | None = None
     """The experts from dispatch to combine: in one piece for CPUs, or composed of the operations below."""
     grouped_matmul: GroupedMatmul | None = None

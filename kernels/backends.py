@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 
-OPERATIONS = ("expert_mlp", "grouped_matmul", "nf4_matmul", "grouped_low_rank")
+OPERATIONS = ("layer_scan", "expert_mlp", "grouped_matmul", "nf4_matmul", "grouped_low_rank")
 """Operations with more than one backend; each has its table in its api.py."""
 
 

@@ -7,7 +7,7 @@ import pytest
 OWN = {"gpu": {"triton", "grouped"}, "tpu": {"mosaic_tpu", "grouped"}}
 """Backends that are tested on an accelerator: its own, and what is made of them. XLA's are tested on CPUs, in float32
 with its full precision, which products on accelerators do not have by default."""
-EVERY = {"xla", "ragged_dot", "triton", "mosaic_tpu", "masked", "grouped"}
+EVERY = {"xla", "ragged_dot", "triton", "mosaic_tpu", "masked", "grouped", "bits", "few_rows"}
 
 if jax.default_backend() != "cpu":
     collect_ignore_glob = ["test_codegen*.py"]  # for absent devices, which JAX offers only beside a CPU

@@ -11,6 +11,7 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.expert_mlp import api as expert_mlp
 from bimedix_jax.kernels.grouped_low_rank import api as grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import api as grouped_matmul
+from bimedix_jax.kernels.layer_scan import api as layer_scan
 from bimedix_jax.kernels.nf4 import quantize
 from bimedix_jax.kernels.nf4_matmul import api as nf4_matmul
 
@@ -64,6 +65,7 @@ def test_several_backends_of_one_operation_are_all_recorded() -> None:
 @pytest.mark.parametrize("operation", backends.OPERATIONS)
 def test_every_operation_can_be_chosen_by_configuration(operation: str) -> None:
     tables = {
+        "layer_scan": layer_scan,
         "expert_mlp": expert_mlp,
         "grouped_matmul": grouped_matmul,
         "nf4_matmul": nf4_matmul,

@@ -19,6 +19,7 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.attention import attention
 from bimedix_jax.kernels.grouped_low_rank import api as grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import api as grouped_matmul
+from bimedix_jax.kernels.layer_scan import api as layer_scan
 from bimedix_jax.kernels.nf4 import quantize
 from bimedix_jax.kernels.nf4_matmul import api as nf4_matmul
 from bimedix_jax.kernels.permute import combine, dispatch, sort_by_expert
@@ -49,6 +50,16 @@ def mixed(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.A
     return attention(x.reshape(1, ROWS, 4, 8), k, v, ids, ids, window=9).reshape(ROWS, WIDTH)
 
 
+def layered(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+    """As many layers as there are experts; the groups are what all of them read."""
+
+    def body(rows: jax.Array, x: jax.Array, layer: Any, slot: Any) -> tuple[jax.Array, None, Any]:
+        return jnp.tanh(x @ layer + rows[:, None]), None, slot
+
+    rows = owners(groups_E).astype(jnp.float32) / 8
+    return layer_scan.layer_scan(body, rows, x, trained, backend=backend)[0]
+
+
 def operations() -> dict[str, Operation]:
     found: dict[str, Operation] = {"permute": permuted, "attention": mixed}
     found["dense matmul"] = lambda x, trained, frozen, groups: nf4_matmul.matmul(x, trained[0])
@@ -64,6 +75,8 @@ def operations() -> dict[str, Operation]:
         found[f"grouped_low_rank {name}"] = lambda x, trained, frozen, groups, f=delta: f(
             x, trained[:, :, :RANK], trained[:, :RANK], groups
         )
+    for name in layer_scan.BACKENDS:
+        found[f"layer_scan {name}"] = functools.partial(layered, name)
     return found
 
 

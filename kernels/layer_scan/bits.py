@@ -1,0 +1,170 @@
+"""The loop in the form that XLA:CPU runs fast: whatever is stacked is stacked as its bits.
+
+XLA:CPU computes on 16-bit floats as float32. In a loop, every dynamic slice of a stack of bfloat16 weights converts the
+whole stack first, and every update of a stack of bfloat16 residuals rewrites all of it. Integers of 16 bits are copied
+unchanged. `lax.scan` stacks residuals itself, so the gradient is written out here: one loop forward, one backward.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.expert_mlp.layout import LayerOf
+from bimedix_jax.kernels.layer_scan.layers import Body, InPlace, is_in_place, refuse_unstacked, unmarked
+from bimedix_jax.kernels.products import from_bits, to_bits
+
+
+def refusal(layers: Any, memory: Any) -> str | None:
+    if backends.platform() != "cpu":
+        return "it is for CPUs."
+    return refuse_unstacked(layers, memory)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """A pytree whose 16-bit floats are held as integers; PRNG keys and all other arrays are as they were."""
+
+    leaves: list[Any]
+    dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    tree: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, value: Any) -> "Bits":
+        leaves, tree = jax.tree.flatten(value)
+        return cls([to_bits(leaf) for leaf in leaves], tuple(leaf.dtype for leaf in leaves), tree)
+
+    def value(self) -> Any:
+        floats = {jnp.dtype("bfloat16"), jnp.dtype("float16")}
+        return self.tree.unflatten(
+            from_bits(leaf, dtype) if dtype in floats else leaf
+            for leaf, dtype in zip(self.leaves, self.dtypes, strict=True)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fixed:
+    """A constant of the program among the residuals, the same for all layers: part of the structure, not stacked."""
+
+    value: Any
+
+
+jax.tree_util.register_static(Fixed)
+
+
+def layer_scan(
+    body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any, depth: int
+) -> tuple[jax.Array, Any, Any]:
+    if memory is not None:  # no custom gradient: JAX differentiates the loop itself
+        return run(body, constants, x, layers, memory, depth)
+    found: tuple[jax.Array, Any] = differentiable(body, depth, constants, x, layers)
+    return *found, None
+
+
+def run(body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any, depth: int) -> tuple[jax.Array, Any, Any]:
+    """The loop as it runs without gradients: arrays that InPlace marks stay in their stacks."""
+    sliced = jax.tree.map(lambda leaf: None if is_in_place(leaf) else leaf, layers, is_leaf=is_in_place)
+
+    def step(x: jax.Array, given: tuple[jax.Array, Bits, Bits]) -> tuple[jax.Array, tuple[Bits, Bits]]:
+        index, own, slot = given
+        layer = jax.tree.map(
+            lambda leaf, value: LayerOf(leaf.stack, index) if is_in_place(leaf) else value,
+            layers,
+            own.value(),
+            is_leaf=is_in_place,
+        )
+        x, out, slot = body(constants, x, layer, slot.value())
+        return x, (Bits.of(out), Bits.of(slot))
+
+    x, (outs, memory) = lax.scan(step, x, (jnp.arange(depth, dtype=jnp.int32), Bits.of(sliced), Bits.of(memory)))
+    return x, outs.value(), memory.value()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def differentiable(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    x, outs, _ = run(body, constants, x, layers, None, depth)
+    return x, outs
+
+
+def is_argument(node: Any) -> bool:
+    """Whether a node of a VJP's `args_res`, nested tuples, is an argument or the note that it is not needed."""
+    return not isinstance(node, tuple)
+
+
+def without_values(args_res: Any) -> Any:
+    """The nested tuples alone, with None for each argument."""
+    return jax.tree.map(lambda _: None, args_res, is_leaf=is_argument)
+
+
+def with_values(args_res: Any, arguments: Any) -> Any:
+    """Inverse of `without_values`: every argument is back, needed or not."""
+    return jax.tree.unflatten(jax.tree.structure(args_res, is_leaf=is_argument), jax.tree.leaves(arguments))
+
+
+def forward(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -> tuple[tuple[jax.Array, Any], Any]:
+    """(outputs, residuals): of each layer, stacked, only x and what the layer computed.
+
+    jax.vjp tells argument values from computed ones (https://docs.jax.dev/en/latest/301/vjp-objects.html). Constants
+    and weights are the arguments of this function already, and are not stacked a second time.
+    """
+    del depth
+
+    def call(constants: Any, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        x, out, _ = body(constants, x, layer, None)
+        return x, out
+
+    def step(x: jax.Array, layer: Bits) -> tuple[jax.Array, tuple[Bits, Bits]]:
+        pull: Any
+        (x, out), pull = jax.vjp(call, constants, x, layer.value())
+        for_constants, for_x, for_layer = pull.args_res
+        pull.args_res = [without_values(for_constants), for_x, without_values(for_layer)]
+        pull.opaque_residuals = [r if isinstance(r, Tracer) else Fixed(r) for r in pull.opaque_residuals]
+        return x, (Bits.of(out), Bits.of(pull))
+
+    x, (outs, pulls) = lax.scan(step, x, Bits.of(unmarked(layers)))
+    return (x, outs.value()), (pulls, constants, layers)
+
+
+def backward(body: Body, depth: int, residuals: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, jax.Array, Any]:
+    """Gradients of x and of the floating-point arrays of `layers`; XLA removes those that nothing uses."""
+    del body, depth
+    pulls, constants, marked = residuals
+    layers, (dx, douts) = unmarked(marked), cotangents
+
+    def step(dx: jax.Array, given: tuple[Bits, Bits, Bits]) -> tuple[jax.Array, Bits]:
+        pull, layer, dout = (bits.value() for bits in given)
+        dout = jax.tree.map(lambda whole, own: no_cotangent(whole.shape[1:]) if own is None else own, douts, dout)
+        for_constants, for_x, for_layer = pull.args_res
+        pull.args_res = [with_values(for_constants, constants), for_x, with_values(for_layer, layer)]
+        pull.opaque_residuals = [r.value if isinstance(r, Fixed) else r for r in pull.opaque_residuals]
+        _, dx, dlayer = pull((dx, dout))
+        return dx, Bits.of(jax.tree.map(lambda leaf, g: g if is_float(leaf) else None, layer, dlayer))
+
+    existing = jax.tree.map(lambda leaf: None if leaf.dtype == jax.dtypes.float0 else leaf, douts)
+    dx, dlayers = lax.scan(step, dx, (pulls, Bits.of(layers), Bits.of(existing)), reverse=True)
+    return (
+        None,
+        dx,
+        jax.tree.map(
+            lambda leaf, g: InPlace(g) if is_in_place(leaf) else g, marked, dlayers.value(), is_leaf=is_in_place
+        ),
+    )
+
+
+def no_cotangent(shape: tuple[int, ...]) -> np.ndarray:
+    """What JAX takes as the cotangent of integers and keys."""
+    return np.zeros(shape, jax.dtypes.float0)
+
+
+def is_float(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+differentiable.defvjp(forward, backward)
