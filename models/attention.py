@@ -79,8 +79,11 @@ def rotations(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Floa
 
 
 def rotate(x_BTQH: Float[Array, "B T Q H"], rotations_BTH: Float[Array, "B T H"]) -> Float[Array, "B T Q H"]:
-    """Rotary embedding in Hugging Face's layout: element i pairs with i + H/2 (RoFormer, arXiv 2104.09864)."""
-    cos, sin = jnp.split(rotations_BTH[:, :, None], 2, axis=-1)
+    """Rotary embedding in Hugging Face's layout: element i pairs with i + H/2 (RoFormer, arXiv 2104.09864).
+
+    Angles get no gradient, which would keep every layer's queries and keys for nothing.
+    """
+    cos, sin = jnp.split(lax.stop_gradient(rotations_BTH)[:, :, None], 2, axis=-1)
     low, high = jnp.split(x_BTQH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x_BTQH.dtype)
 

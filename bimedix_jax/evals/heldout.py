@@ -144,5 +144,5 @@ def heldout_loss(
         {name: sizes[name] for name in names},
         {name: counts[name] for name in names},
         dict(sorted(too_long.items())),
-        None if record == "none" else routings,
+        None if record == "none" else dict(sorted(routings.items())),
     )

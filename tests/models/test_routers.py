@@ -214,8 +214,8 @@ def test_noise_has_the_standard_deviation_that_is_asked_for() -> None:
 @every_variant
 def test_padding_gets_no_expert(variant: str) -> None:
     valid = jnp.ones((B, T), bool).at[0, :3].set(False)
-    plan = RoutingPlan(experts_LBTK=jnp.asarray([[[1, -1]]], jnp.int32), weights_LBTK=jnp.asarray([[[0.5, 0.5]]]))
-    for plan in (RoutingPlan(), plan):
+    forced = RoutingPlan(experts_LBTK=jnp.asarray([[[1, -1]]], jnp.int32), weights_LBTK=jnp.asarray([[[0.5, 0.5]]]))
+    for plan in (RoutingPlan(), forced):
         routing = run(variant, plan, valid_BT=valid)
         assert (routing.experts_LBTK[0, :3] == NO_EXPERT).all()
         assert (routing.weights_LBTK[0, :3] == 0).all()

@@ -1,0 +1,208 @@
+"""Routers in training: a plan is followed in every step, and what learns outside of the gradient is kept."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.checkpoint.load import load
+from bimedix_jax.checkpoint.peft_write import export_peft
+from bimedix_jax.checkpoint.store import load_adapter
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import RouterTraining
+from bimedix_jax.generate import generate
+from bimedix_jax.kernels import backends
+from bimedix_jax.models.config import RouterConfig
+from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.routing.plans import read_plan
+from bimedix_jax.sharding import make_mesh, place
+from bimedix_jax.training.loop import prepare_model, train
+from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.rows import micro_batches
+from bimedix_jax.training.state import init_state, take_apart
+from bimedix_jax.training.step import Grouping, make_gradient, make_train_step
+
+BIAS = "layers.moe.state"
+SIGMOID = RouterTraining(variant="sigmoid_bias", bias_rate=0.05)
+
+
+@pytest.fixture(autouse=True)
+def quick_kernels():
+    """Kernels that compile fast; what they compute is tested elsewhere."""
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+        yield
+
+
+def stacked(data: dict, parts: int) -> dict:
+    return jax.tree.map(jnp.asarray, micro_batches(data, parts))
+
+
+@pytest.mark.parametrize("variant", ["topk", "softmax_topk"])
+def test_a_step_under_a_ban_is_that_of_a_model_without_the_expert(config, batch, variant) -> None:
+    """Every gradient of every parameter; the router losses are off, since they look at the expert's own logits."""
+    banned, kept = 1, jnp.array([0, 2, 3])
+    router = RouterConfig(4, 2, variant)
+    whole = init_random(dataclasses.replace(config, router=router), std=0.4)
+    smaller = init_random(dataclasses.replace(config, router=dataclasses.replace(router, num_experts=3)))
+    _, params, _ = take_apart(whole)
+
+    def without(name: str, x: jax.Array) -> jax.Array:
+        if name == "layers.moe.router.w":
+            return x[..., kept]
+        return x[:, kept] if ".moe.w" in name else x
+
+    fewer = {name: without(name, x) for name, x in params.items()}
+    losses = RouterTraining(aux_loss_coef=0.0)
+    data = stacked(batch(4, 12, seed=2), 2)
+    gradient = jax.jit(make_gradient(take_apart(whole)[0], losses, "layer"))
+    ours, sums = gradient(params, {}, data, None, RoutingPlan.ban(whole.config, banned))
+    theirs, expected = jax.jit(make_gradient(take_apart(smaller)[0], losses, "layer"))(fewer, {}, data)
+    np.testing.assert_allclose(sums["nll"], expected["nll"], rtol=1e-5)
+    for name, other in theirs.items():
+        np.testing.assert_allclose(without(name, ours[name]), other, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (ours["layers.moe.w1.w"][:, banned] == 0).all()
+    free, _ = gradient(params, {}, data, None, RoutingPlan())
+    assert (free["layers.moe.w1.w"][:, banned] != 0).any()
+
+
+def test_a_plan_may_name_every_row_of_a_step(config, batch) -> None:
+    model = init_random(config, std=0.4)
+    structure, params, frozen = take_apart(model)
+    bias = np.zeros((2, 4, 1, 4), np.float32)
+    bias[:, 1, 0, 3] = bias[:, 2, 0, 0] = -1e9
+    plan, data = RoutingPlan(bias_LBTE=jnp.asarray(bias)), batch(4, 12, seed=2)
+    gradient = jax.jit(make_gradient(structure, RouterTraining(), "none"))
+    _, once = gradient(params, frozen, stacked(data, 1), None, plan)
+    _, parts = gradient(params, frozen, stacked(data, 4), None, plan)
+    np.testing.assert_allclose(once["nll"], parts["nll"], rtol=1e-5)
+    np.testing.assert_allclose(once["router"].chosen_LXE, parts["router"].chosen_LXE)
+    with pytest.raises(ValueError, match="3 rows, a step has 4"):
+        gradient(params, frozen, stacked(data, 1), None, RoutingPlan(bias_LBTE=jnp.asarray(bias[:, :3])))
+
+
+def test_the_balancing_bias_follows_the_load_of_the_whole_step(config, batch, experiment) -> None:
+    """On one device and on a mesh, with micro-batches and padding."""
+    router = RouterConfig(4, 2, "sigmoid_bias", bias_rate=0.05)
+    model = init_random(dataclasses.replace(config, router=router), std=0.4)
+    data, plan = batch(8, 12, seed=2), experiment(lora=None)
+    out = model(data["tokens_BT"], data["segment_ids_BT"], record="choices")
+    counts = np.stack([np.bincount(layer[layer >= 0], minlength=4) for layer in np.asarray(out.routing.experts_LBTK)])
+    expected = 0.05 * np.sign(counts.mean(1, keepdims=True) - counts)
+    for placed in (model, place(model, make_mesh(fsdp=2, devices=jax.devices()[:2]))):
+        structure, params, frozen = take_apart(placed)
+        optimiser = make_optimiser(plan.optimiser, 6)
+        state = init_state(params, optimiser, structure.router_state(frozen))
+        state, _ = make_train_step(structure, plan, 6, optimiser)(state, frozen, stacked(data, 2))
+        np.testing.assert_allclose(state.router[BIAS], expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="learns outside of the gradient"):
+        make_train_step(structure, plan, 6, optimiser)(init_state(params, optimiser), frozen, stacked(data, 2))
+
+
+def test_a_run_keeps_variant_parameters_and_bias(tmp_path, experiment) -> None:
+    """Interrupted and resumed, the bias is the same to the bit, and `load` builds the model of the folder anew."""
+    run = experiment(router=SIGMOID, steps=4, checkpoint_every=2)
+    whole = train(run, tmp_path / "whole")
+    train(run, tmp_path / "parts")
+    for folder in ("checkpoints/00000004", "adapter"):  # as if the run had ended after its second step
+        target = tmp_path / "parts" / folder
+        target.rename(target.with_name(f"gone-{target.name}"))
+    train(run, tmp_path / "parts", resume=True)
+    trained = whole.model.layers.moe.state.get_value()
+    assert len(np.unique(trained)) > 1
+    assert np.abs(trained).max() <= 4 * 0.05 + 1e-6
+    for folder in ("whole", "parts"):
+        model = load(tmp_path / folder)
+        assert model.config.router == RouterConfig(4, 2, "sigmoid_bias", bias_rate=0.05)
+        np.testing.assert_array_equal(model.layers.moe.state.get_value(), trained)
+    tokens = np.arange(1, 9)[None]
+    np.testing.assert_allclose(model(tokens).logits_BTV, whole.model(tokens).logits_BTV, rtol=1e-5, atol=1e-6)
+    answer, routing = generate(model, [3, 4, 5], 4, plan=RoutingPlan.ban(model.config, 2), record="choices")
+    assert len(answer) == 4
+    assert (routing.experts_LBTK != 2).all()
+
+
+def test_an_adapter_brings_its_router(tmp_path, config, experiment, caplog) -> None:
+    result = train(experiment(router=SIGMOID, steps=2), tmp_path / "run")
+    assert "has the router" not in caplog.text, "model.random has no function yet that could change"
+    for export in (export_hf, export_peft):
+        with pytest.raises(BimedixError, match="this model's is sigmoid_bias"):
+            export(result.model, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+    base = init_random(config, seed=0)
+    adapted = load_adapter(base, result.trained)
+    assert adapted.config.router.variant == "sigmoid_bias"
+    assert base.config.router.variant == "topk"
+    np.testing.assert_array_equal(adapted.layers.moe.state.get_value(), result.model.layers.moe.state.get_value())
+    plain = load(tmp_path / "run", router="topk")
+    assert "has the router sigmoid_bias and runs with topk" in caplog.text
+    assert plain.layers.moe.state is None
+    with pytest.raises(BimedixError, match="there is no router best"):
+        load(tmp_path / "run", router="best")
+
+
+def test_the_given_model_takes_the_experiments_router(config, experiment, caplog) -> None:
+    model = prepare_model(experiment(router=SIGMOID), init_random(config), None)
+    assert model.config.router.variant == "sigmoid_bias"
+    assert "the given model has the router topk and trains with sigmoid_bias" in caplog.text
+    with pytest.raises(BimedixError, match="'topk' does not read scale"):
+        prepare_model(experiment(router=RouterTraining(scale=2.0)), init_random(config), None)
+
+
+def test_a_run_keeps_its_plan_and_refuses_another(tmp_path, config, experiment) -> None:
+    run, plan = experiment(steps=4, checkpoint_every=2), RoutingPlan.ban(config, 3)
+    train(run, tmp_path / "run", plan=plan)
+    assert read_plan(tmp_path / "run/plan.safetensors").digest() == plan.digest()
+    assert json.loads((tmp_path / "run/run.json").read_text("utf-8"))["plan"] == plan.digest()
+    free, banned = (train(run, tmp_path / "free"), read_metrics(tmp_path / "run"))
+    assert free.metrics["nll"] != banned[-1]["nll"]
+    assert max(line["load_entropy"][0] for line in banned) < np.log(3) / np.log(4) + 1e-6, "only three experts are used"
+    for other in (None, RoutingPlan.ban(config, 1)):
+        with pytest.raises(BimedixError, match=r"began with plan .*, and is resumed with"):
+            train(run, tmp_path / "run", plan=other, resume=True)
+    with pytest.raises(BimedixError, match="began with no routing plan"):
+        train(run, tmp_path / "free", plan=plan, resume=True)
+    train(run, tmp_path / "run", plan=plan, resume=True)
+
+
+def test_a_plan_that_does_not_fit_starts_nothing(tmp_path, config, experiment) -> None:
+    with pytest.raises(BimedixError, match="does not fit this run"):
+        train(experiment(), tmp_path / "run", plan=RoutingPlan(temperature_LBT=jnp.ones((2, 1, 5))))
+    assert not (tmp_path / "run").exists()
+
+
+def test_languages_are_told_apart_in_the_sums(config, batch) -> None:
+    """Sums by language add up to those of all tokens, with rows told apart for the aux loss or not."""
+    structure, params, frozen = take_apart(init_random(config, std=0.4))
+    data = batch(4, 12, seed=2)
+    plain = {**data, "language_BT": np.random.default_rng(0).integers(0, 3, (4, 12), dtype=np.int32)}
+    for scope in ("sequence", "global"):
+        router = RouterTraining(aux_scope=scope, languages=("en", "ar"))
+        _, found = jax.jit(make_gradient(structure, router, "none"))(params, frozen, stacked(plain, 2))
+        _, expected = jax.jit(make_gradient(structure, RouterTraining(aux_scope=scope), "none"))(
+            params, frozen, stacked(data, 2)
+        )
+        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
+        assert found["router"].chosen_LXE.shape == (2, 3, 4)
+        for x in range(3):
+            tokens = ((plain["language_BT"] == x) & (data["segment_ids_BT"] != 0)).sum()
+            assert found["router"].tokens_LX[0, x] == tokens
+        np.testing.assert_allclose(found["router"].chosen_LXE.sum(1), expected["router"].chosen_LXE[:, 0])
+    assert Grouping.of(RouterTraining(languages=("en",))).parts == 2
+
+
+def test_noise_is_drawn_anew_for_every_step_and_micro_batch(config, batch) -> None:
+    plan, data = RoutingPlan.noisy(config, 3.0), batch(2, 12)
+    twice = {name: np.concatenate([x, x]) for name, x in data.items()}  # the same rows in both micro-batches
+    structure, params, frozen = take_apart(init_random(config, std=0.4))
+    gradient = jax.jit(make_gradient(structure, RouterTraining(), "none"))
+    _, one = gradient(params, frozen, stacked(data, 1), None, plan)
+    _, two = gradient(params, frozen, stacked(twice, 2), None, plan)
+    assert not np.allclose(2 * one["router"].chosen_LXE, two["router"].chosen_LXE)
+    _, other = gradient(params, frozen, stacked(data, 1), None, plan.fold_in(1))
+    assert not np.allclose(one["router"].chosen_LXE, other["router"].chosen_LXE)
