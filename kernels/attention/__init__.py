@@ -1,5 +1,6 @@
 """Softmax attention of grouped query heads over packed segments."""
 
 from bimedix_jax.kernels.attention.api import attention
+from bimedix_jax.kernels.attention.cache import HeadMajor, write
 
-__all__ = ["attention"]
+__all__ = ["HeadMajor", "attention", "write"]

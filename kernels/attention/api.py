@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.attention.cache import HeadMajor, heads_of
 from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
 
 MASKED = -1e30
@@ -119,8 +120,8 @@ def visible(
 @jax.named_scope("attention_products")  # by which bimedix_jax/plan recognises them in a compiled program
 def attention(
     q_BTQH: Float[Array, "B T Q H"],
-    k_BSGH: Float[Array, "B S G H"],
-    v_BSGH: Float[Array, "B S G H"],
+    k_BSGH: Float[Array, "B S G H"] | HeadMajor,
+    v_BSGH: Float[Array, "B S G H"] | HeadMajor,
     query_ids_BT: Int[Array, "B T"],
     key_ids_BS: Int[Array, "B S"],
     *,
@@ -131,6 +132,7 @@ def attention(
 
     Args:
       q_BTQH: queries; Q is a multiple of the number G of key heads, and query head h reads key head h // (Q / G).
+      k_BSGH, v_BSGH: keys and values, cast to the dtype of q; from a cache also HeadMajor, which gets no gradient.
       query_ids_BT, key_ids_BS: segment of each query and key.
       offset: slot of the first query among the keys, when decoding with a cache; None where queries and keys are the
         same tokens.
@@ -141,7 +143,7 @@ def attention(
     """
     batch, length, heads, width = q_BTQH.shape
     slots, groups = k_BSGH.shape[1:3]
-    k, v = (x.swapaxes(1, 2).reshape(batch * groups, slots, width) for x in (k_BSGH, v_BSGH))
+    k, v = (heads_of(x, q_BTQH.dtype) for x in (k_BSGH, v_BSGH))
     q_BGRTH = (q_BTQH * width**-0.5).reshape(batch, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     chunk = length if offset is not None else max(MIN_CHUNK, -(-length // MAX_CHUNKS))
     parts = []

@@ -6,24 +6,32 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.expert_mlp import composed, xla
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, is_packed
+from bimedix_jax.kernels.expert_mlp import composed, few_rows, xla
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, GivenDeltas, GivenWeights, Weights, is_packed
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.permute import Permutation
+from bimedix_jax.kernels.unstacked import is_unstacked, stack
 
-BACKENDS = ("xla", "composed")
+BACKENDS = ("xla", "composed", "few_rows")
 FUSED_SHARE = 1 / 4
 """Pairs an expert, on average and over the width, from which on the fused loop is the faster one on two AVX-512 cores
 (docs/results/moe_kernels.md). With fewer, as in decoding, its time goes into putting an expert's matrices together."""
 
 
-def pick_backend(name: str | None, pairs: int, weights: Weights) -> str:
+def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights) -> str:
     experts, width, _ = weights[0].shape
-    many = pairs >= FUSED_SHARE * width * experts
-    preferred = {"cpu": ("xla", "composed") if many else ("composed",), "gpu": ("composed",), "tpu": ("composed",)}
-    refusal = {"xla": xla.refusal(weights), "composed": None}
-    return backends.pick("expert_mlp", BACKENDS, preferred, name, refusal.__getitem__)
+    cpu = ("xla", "composed") if pairs >= FUSED_SHARE * width * experts else ("composed",)
+    if any(map(is_unstacked, weights)):
+        cpu = ("few_rows", *cpu)
+    preferred = {"cpu": cpu, "gpu": ("composed",), "tpu": ("composed",)}
+
+    def refusal(backend: str) -> str | None:
+        if backend == "few_rows":
+            return few_rows.refusal(rows, weights)
+        return xla.refusal(jax.eval_shape(stack, weights)) if backend == "xla" else None
+
+    return backends.pick("expert_mlp", BACKENDS, preferred, name, refusal)
 
 
 @jax.custom_vjp
@@ -61,8 +69,8 @@ def expert_mlp(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     permutation: Permutation,
-    weights: Weights,
-    deltas: Deltas = (None, None, None),
+    weights: GivenWeights,
+    deltas: GivenDeltas = (None, None, None),
     *,
     backend: str | None = None,
 ) -> Float[Array, "N D"]:
@@ -75,7 +83,8 @@ def expert_mlp(
       weights_NK: what each pair counts, as routed; a pair of no expert counts nothing.
       permutation: of the pairs, by `sort_by_expert`.
       weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors; without gradients also LayerOf.
-      deltas: for each, the factors (a, b) of what is added to it, or None; b times any scale.
+        Experts may be Unstacked, for `few_rows`; the other backends stack them first, which copies all of them.
+      deltas: for each, the factors (a [E, in, R], b [E, R, out]) of what is added to it, or None; b times any scale.
       backend: one of BACKENDS; None takes the one of `backends.use`, else the platform's best for the size that takes
         the operands. A named one never falls back.
 
@@ -93,6 +102,9 @@ def expert_mlp(
             f"{w1.shape}, {w3.shape}, {w2.shape} for x {x_ND.shape}, weights {weights_NK.shape} and "
             f"{experts} groups of {permutation.order_M.shape[0]} pairs."
         )
-    name = pick_backend(backend, weights_NK.size, weights)
+    name = pick_backend(backend, x_ND.shape[0], weights_NK.size, weights)
     operands = vary_alike(x_ND, weights_NK, permutation, weights, deltas)
+    if name == "few_rows":
+        return few_rows.expert_mlp(*operands)
+    operands = stack(operands)
     return fused(*operands) if name == "xla" else composed.expert_mlp(*operands)

@@ -19,6 +19,8 @@ from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import is_planar, planes
 from bimedix_jax.kernels.products import from_bits, to_bits
+from bimedix_jax.kernels.pytree import Leaf
+from bimedix_jax.kernels.unstacked import Unstacked
 
 
 @jax.tree_util.register_dataclass
@@ -33,8 +35,8 @@ class LayerOf:
       layer: int32, which one.
     """
 
-    stack: jax.Array
-    layer: jax.Array
+    stack: Leaf
+    layer: Leaf
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +54,9 @@ Weights = tuple[jax.Array | NF4Tensor | LayerOf, ...]
 """(w1 [E, D, F], w3 [E, D, F], w2 [E, F, D])."""
 Deltas = tuple[tuple[jax.Array, jax.Array] | None, ...]
 """Factors (a [E, in, R], b [E, R, out]) of what is added to each, or None."""
+GivenWeights = tuple[jax.Array | NF4Tensor | LayerOf | Unstacked, ...]
+GivenDeltas = tuple[tuple[jax.Array | Unstacked, jax.Array | Unstacked] | None, ...]
+"""The same as callers may give them, with experts also Unstacked."""
 
 
 class Expert(NamedTuple):
@@ -70,13 +75,13 @@ class Expert(NamedTuple):
     b: Any
 
 
-def packed(weights: Weights) -> tuple[NF4Tensor, ...]:
+def packed(weights: tuple[Any, ...]) -> tuple[NF4Tensor, ...]:
     """Those of the weights that are in NF4."""
     return tuple(w for w in weights if isinstance(w, NF4Tensor))
 
 
-def refusal(weights: Weights) -> str | None:
-    """Why the fused loop does not take these weights, or None."""
+def refusal(weights: tuple[Any, ...]) -> str | None:
+    """Why the fused loop does not take these weights (or their shapes), or None."""
     if not (tensors := packed(weights)):
         return None
     planar = [t for t in tensors if is_planar(t) and t.transposed and len(t.batch_shape) == 1]

@@ -1,11 +1,13 @@
 """Attention equals NumPy loops and JAX's own gradient of the plain formula."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bimedix_jax.kernels.attention import attention, reference
+from bimedix_jax.kernels.attention import HeadMajor, api, attention, reference, write
 from bimedix_jax.kernels.attention.api import visible
 
 
@@ -57,3 +59,83 @@ def test_chunks_and_gradients(window: int | None) -> None:
     assert np.allclose(ours(q, k, v), plain(q, k, v), atol=2e-6)
     got, expected = (jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1)])
+def test_both_layouts_of_a_cache_give_what_the_reference_does(
+    heads: int, groups: int, length: int, window: int | None
+) -> None:
+    q, k, v = draw(length, 12, heads, groups)
+    ids, start = segments(12), 5
+    end = start + length
+    expected = reference.attention(q, k, v, ids[:, start:end], ids, start, window)
+    for layout in (lambda x: x, HeadMajor.of):
+
+        @jax.jit
+        def run(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, offset: jax.Array, layout: Any = layout):
+            new_k, new_v = (jax.lax.dynamic_slice_in_dim(x, offset, length, 1) for x in (k, v))
+            before_k, before_v = (layout(x.at[:, start:end].set(7)) for x in (k, v))
+            cached = write(before_k, new_k, offset), write(before_v, new_v, offset)
+            return cached, attention(q, *cached, ids[:, start:end], ids, offset=offset, window=window)
+
+        cached, found = run(*map(jnp.asarray, (q, k, v, ids, np.int32(start))))
+        for x, whole in zip(cached, (k, v), strict=True):
+            assert x.shape == whole.shape
+            np.testing.assert_array_equal(x.array() if isinstance(x, HeadMajor) else x, whole)
+        assert np.allclose(found, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("length", [1, 8])
+def test_layouts_agree_in_every_dtype(length: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few scores at a time, so that groups of heads run one after the other."""
+    monkeypatch.setattr(api, "CPU_SCORES", 2 * length * 10)
+    q, k, v = (jnp.asarray(x, dtype) for x in draw(length, 10, 4, 2))
+    ids = jnp.asarray(segments(10))
+    operands = (ids[:, 2 : 2 + length], ids)
+    expected = attention(q, k, v, *operands, offset=jnp.int32(2))
+    found = attention(q, HeadMajor.of(k), HeadMajor.of(v), *operands, offset=jnp.int32(2))
+    assert found.dtype == expected.dtype == dtype
+    np.testing.assert_array_equal(found, expected)
+    assert HeadMajor.of(k).bits_BGSH.dtype == ("float32" if dtype == "float32" else "uint16")
+
+
+def test_a_cache_in_another_dtype_than_the_queries() -> None:
+    q, k, v = map(jnp.asarray, draw(2, 10, 4, 2))
+    ids = jnp.asarray(segments(10))
+    k16, v16 = (x.astype("bfloat16") for x in (k, v))
+    expected = attention(q, k16.astype("float32"), v16.astype("float32"), ids[:, 5:7], ids, offset=jnp.int32(5))
+    for layout in (lambda x: x, HeadMajor.of):
+        found = attention(q, layout(k16), layout(v16), ids[:, 5:7], ids, offset=jnp.int32(5))
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, expected)
+        written = write(layout(k16), k[:, :1], jnp.int32(3))
+        assert written.dtype == "bfloat16"
+
+
+def test_no_cache_becomes_float32_in_decoding() -> None:
+    """One token's attention reads a 16-bit cache as it is stored and writes its own slot in place."""
+    q, k, v = (jnp.asarray(x, "bfloat16") for x in draw(1, 64, 4, 2))
+    ids = jnp.ones((2, 64), jnp.int32)
+
+    def step(k: HeadMajor, v: HeadMajor, q: jax.Array, new: jax.Array, offset: jax.Array) -> tuple:
+        written = write(k, new, offset), write(v, new, offset)
+        return written, attention(q, *written, ids[:, :1], ids, offset=offset)
+
+    operands = (HeadMajor.of(k), HeadMajor.of(v), q, k[:, :1], jnp.int32(9))
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*operands).compile()
+    text, memory = compiled.as_text() or "", compiled.memory_analysis()
+    assert "f32[2,2,64,8]" not in text
+    assert "f32[4,64,8]" not in text
+    assert memory is not None
+    assert memory.alias_size_in_bytes == 2 * k.nbytes
+
+
+def test_layers_of_a_cache_are_its_parts() -> None:
+    k = jnp.asarray(draw(1, 10, 4, 2)[1], "bfloat16")
+    stacked = HeadMajor.of(jnp.stack([k, 2 * k]))
+    assert (stacked.shape, stacked.ndim) == ((2, *k.shape), 5)
+    one = jax.tree.map(lambda leaf: leaf[1], stacked)
+    np.testing.assert_array_equal(one.array(), 2 * k)

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.expert_mlp import LayerOf, expert_mlp, reference
 from bimedix_jax.kernels.expert_mlp.api import BACKENDS, FUSED_SHARE, pick_backend
+from bimedix_jax.kernels.expert_mlp.few_rows import MAX_EXPERTS, MAX_ROWS
 from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
 from bimedix_jax.kernels.nf4 import dequantize, quantize
 from bimedix_jax.kernels.permute import sort_by_expert
+from bimedix_jax.kernels.unstacked import unstack
 
 RELATIVE = {"float32": 3e-5, "bfloat16": 2.5e-2}
 TOKENS, WIDTH, HIDDEN, EXPERTS, RANK = 37, 64, 128, 5, 3
@@ -51,6 +54,21 @@ def draw(dtype: str, packed: bool, ranks: tuple[int, ...]) -> tuple[jax.Array, j
     return x, pairs, weights, deltas
 
 
+def unstacked(factors: Any) -> Any:
+    """Weights or deltas whose experts are separate arrays."""
+    if factors is None:
+        return None
+    return tuple(unstacked(part) for part in factors) if isinstance(factors, tuple) else unstack(factors, 1)
+
+
+def operands_for(backend: str, dtype: str, packed: bool, ranks: tuple[int, ...], kind: str) -> tuple:
+    """(x, pairs, owners, weights, deltas), in the form and with as many rows as the backend takes."""
+    x, pairs, weights, deltas = draw(dtype, packed, ranks)
+    if backend != "few_rows":
+        return x, pairs, jnp.asarray(owners(kind)), weights, deltas
+    return x[:MAX_ROWS], pairs[:MAX_ROWS], jnp.asarray(owners(kind)[:MAX_ROWS]), unstacked(weights), deltas
+
+
 def values(weights: tuple, deltas: tuple) -> tuple[list[np.ndarray], list]:
     dense = [np.asarray(w if isinstance(w, jax.Array) else dequantize(w), np.float32) for w in weights]
     none = [(np.zeros((*w.shape[:2], 1)), np.zeros((w.shape[0], 1, w.shape[2]))) for w in dense]
@@ -86,11 +104,12 @@ def close(got: Any, expected: Any, dtype: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_against_loops(backend: str, packed: bool, dtype: str, kind: str) -> None:
-    x, pairs, weights, deltas = draw(dtype, packed, RANKS["all deltas"])
-    y, _ = compiled(backend)(x, pairs, jnp.asarray(owners(kind)), weights, deltas, x)
-    dense, factors = values(weights, deltas)
+    x, pairs, experts_NK, weights, deltas = operands_for(backend, dtype, packed, RANKS["all deltas"], kind)
+    y, _ = compiled(backend)(x, pairs, experts_NK, weights, deltas, x)
+    dense, factors = values(draw(dtype, packed, RANKS["all deltas"])[2], deltas)
     w1, w3, w2 = dense
-    expected = reference.expert_mlp(np.asarray(x, np.float32), np.asarray(pairs), owners(kind), w1, w3, w2, factors)
+    rows, owned = np.asarray(x, np.float32), np.asarray(experts_NK)
+    expected = reference.expert_mlp(rows, np.asarray(pairs), owned, w1, w3, w2, factors)
     close(y, jnp.asarray(expected, dtype), dtype)
 
 
@@ -98,12 +117,13 @@ def test_forward_against_loops(backend: str, packed: bool, dtype: str, kind: str
     ("packed", "ranks"),
     [(False, "all deltas"), (False, "gate alone"), (True, "no deltas"), (True, "all deltas"), (True, "down alone")],
 )
-def test_gradients_are_those_of_its_parts(packed: bool, ranks: str) -> None:
+@pytest.mark.parametrize("backend", ["xla", "few_rows"])
+def test_gradients_are_those_of_its_parts(backend: str, packed: bool, ranks: str) -> None:
     """`composed` is differentiated by the operations that it is made of, which have parity suites of their own."""
-    x, pairs, weights, deltas = draw("float32", packed, RANKS[ranks])
     for kind in ("some unassigned", "one takes all"):
-        operands = (x, pairs, jnp.asarray(owners(kind)), weights, deltas, jnp.cos(x))
-        close(compiled("xla")(*operands), compiled("composed")(*operands), "float32")
+        operands = operands_for(backend, "float32", packed, RANKS[ranks], kind)
+        dout = jnp.cos(operands[0])
+        close(compiled(backend)(*operands, dout), compiled("composed")(*operands, dout), "float32")
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -127,7 +147,7 @@ def test_dense_weights_train() -> None:
         return jnp.sum(jnp.sin(jax.lax.scan(layer, x, trained)[0]))
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnames="backend")
-    got, expected = (gradients(trained, x, backend=backend) for backend in BACKENDS)
+    got, expected = (gradients(trained, x, backend=backend) for backend in ("xla", "composed"))
     assert float(jnp.abs(expected[0]).max()) > 0
     close(got, expected, "float32")
 
@@ -135,12 +155,56 @@ def test_dense_weights_train() -> None:
 def test_many_rows_an_expert_are_fused_on_cpus() -> None:
     weights = draw("float32", False, RANKS["no deltas"])[2]
     least = int(FUSED_SHARE * weights[0].shape[1]) * EXPERTS
-    assert pick_backend(None, least, weights) == "xla"
-    assert pick_backend(None, least - 1, weights) == "composed"
+    assert pick_backend(None, least, least, weights) == "xla"
+    assert pick_backend(None, least, least - 1, weights) == "composed"
+
+
+def test_few_rows_of_unstacked_experts_have_their_own_backend_on_cpus() -> None:
+    weights = unstacked(draw("float32", True, RANKS["no deltas"])[2])
+    assert pick_backend(None, MAX_ROWS, 2 * MAX_ROWS, weights) == "few_rows"
+    assert pick_backend(None, MAX_ROWS + 1, 2 * MAX_ROWS, weights) == "composed"
+    assert pick_backend(None, 1000, 2000, weights) == "xla"
+    with backends.use("gpu"):
+        assert pick_backend(None, 1, 2, weights) == "composed"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unstacked_experts(backend: str, packed: bool) -> None:
+    """Other backends stack them; the gradients of dense ones and of factors come back in the same form."""
+    operands = operands_for("few_rows", "float32", packed, RANKS["all deltas"], "some unassigned")
+    x, pairs, experts_NK, weights, deltas = operands
+
+    def run(x: jax.Array, weights: Any, deltas: Any) -> jax.Array:
+        return expert_mlp(x, pairs, sort_by_expert(experts_NK, EXPERTS), weights, deltas, backend=backend)
+
+    stacked = draw("float32", packed, RANKS["all deltas"])[2]
+    permutation = sort_by_expert(experts_NK, EXPERTS)
+    expected = expert_mlp(x, pairs, permutation, stacked, deltas, backend="composed")
+    close(jax.jit(run)(x, weights, unstacked(deltas)), expected, "float32")
+    if packed:
+        return
+    trained = (weights, unstacked(deltas))
+    got = jax.jit(jax.grad(lambda trained: jnp.sum(jnp.sin(run(x, *trained)))))(trained)
+    assert jax.tree.structure(got) == jax.tree.structure(trained)
+    plain = jax.grad(lambda trained: jnp.sum(jnp.sin(expert_mlp(x, pairs, permutation, *trained, backend="composed"))))(
+        (stacked, deltas)
+    )
+    close(got, tuple(map(unstacked, plain)), "float32")
+
+
+def test_a_row_that_overflows_in_an_expert_of_others_is_not_affected() -> None:
+    x, pairs, _, weights, deltas = operands_for("few_rows", "float32", False, RANKS["no deltas"], "one takes all")
+    huge = tuple(unstack(w.at[1].multiply(1e30), 1) for w in draw("float32", False, RANKS["no deltas"])[2])
+    experts_NK = jnp.zeros((MAX_ROWS, 2), jnp.int32).at[:, 1].set(2).at[5].set(1)
+    permutation = sort_by_expert(experts_NK, EXPERTS)
+    y, expected = (expert_mlp(x, pairs, permutation, w, deltas, backend="few_rows") for w in (huge, weights))
+    assert not jnp.all(jnp.isfinite(y[5]))
+    np.testing.assert_array_equal(jnp.delete(y, 5, axis=0), jnp.delete(expected, 5, axis=0))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "composed"])
 def test_weights_in_the_stack_of_all_layers(backend: str, dtype: str) -> None:
     x, pairs, weights, deltas = draw(dtype, False, RANKS["all deltas"])
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
@@ -164,6 +228,13 @@ def test_refusals() -> None:
     with pytest.raises(NotImplementedError, match="it takes all weights dense, or all in NF4"):
         expert_mlp(x, pairs, permutation, mixed, deltas, backend="xla")
     assert expert_mlp(x, pairs, permutation, mixed, deltas).shape == x.shape
+    with pytest.raises(NotImplementedError, match="Unstacked, and some of these are stacked"):
+        expert_mlp(x[:1], pairs[:1], sort_by_expert(jnp.zeros((1, 2), jnp.int32), EXPERTS), weights, backend="few_rows")
+    with pytest.raises(NotImplementedError, match=f"{MAX_ROWS} rows or fewer, and these are {TOKENS}"):
+        expert_mlp(x, pairs, permutation, unstacked(weights), backend="few_rows")
+    many = tuple(unstack(jnp.zeros((MAX_EXPERTS + 1, 2, 2)), 1) for _ in range(3))
+    with pytest.raises(NotImplementedError, match=f"{MAX_EXPERTS} experts or fewer, and these are {MAX_EXPERTS + 1}"):
+        pick_backend("few_rows", 1, 2, many)
     with pytest.raises(ValueError, match="needs w1 and w3"):
         expert_mlp(x, pairs, permutation, weights[::-1], deltas)
     with pytest.raises(ValueError, match="Unknown expert_mlp backend 'fastest'"):

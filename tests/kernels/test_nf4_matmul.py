@@ -13,7 +13,7 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
 from bimedix_jax.kernels.nf4_matmul import matmul, reference
-from bimedix_jax.kernels.nf4_matmul.api import BACKENDS
+from bimedix_jax.kernels.nf4_matmul.api import BACKENDS, FEW_ROWS
 
 RELATIVE = {"float32": 2e-5, "bfloat16": 1.6e-2}
 CASES = {  # leading axes of x, D, F, block, double quantisation, whether stored [F, D]
@@ -59,6 +59,33 @@ def test_dense_product_and_gradients(dtype: str) -> None:
     assert y.dtype == dx.dtype == x.dtype
     assert dw.dtype == w.dtype
     assert matmul(x, w, "float32").dtype == jnp.float32
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (2, 3), (FEW_ROWS,), (0,)])
+@pytest.mark.parametrize("dtype", [*RELATIVE, "float16"])
+def test_few_dense_rows(dtype: str, lead: tuple[int, ...]) -> None:
+    """Which a CPU pads in 16 bits: the result and the gradients are those of the rows themselves."""
+    x, w, dy = draw((*lead, 16), (16, 24), (*lead, 24), dtype=dtype)
+    y, pullback = jax.vjp(lambda x, w: matmul(x, w, "float32"), x, w)
+    x32, w32, dy32 = (np.asarray(value, np.float32) for value in (x, w, dy))
+    assert (y.shape, y.dtype) == (dy.shape, jnp.float32)
+    close(y, x32 @ w32, "float32")
+    dx, dw = pullback(dy.astype("float32"))
+    close(dx, dy32 @ w32.T, "bfloat16")
+    close(dw, x32.reshape(-1, 16).T @ dy32.reshape(-1, 24), "bfloat16")
+
+
+def test_only_a_cpu_pads_few_rows_and_only_in_16_bits() -> None:
+    def padded(dtype: str, rows: int) -> bool:
+        x, w = draw((rows, 16), (16, 24), dtype=dtype)
+        return f"[{FEW_ROWS},24]" in str(jax.make_jaxpr(matmul)(x, w))
+
+    assert padded("bfloat16", 1)
+    assert padded("float16", FEW_ROWS - 1)
+    assert not padded("float32", 1)
+    assert not padded("bfloat16", FEW_ROWS + 1)
+    with backends.use("gpu"):
+        assert not padded("bfloat16", 1)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)

@@ -1,0 +1,68 @@
+"""Backend for the few rows that a CPU decodes at once: each row runs through every expert that any row chose.
+
+Experts are branches of the program, and only the chosen ones run. Each multiplies its own arrays, where the other
+backends would first copy an expert's matrices from a stack, which takes longer than one row's products with them.
+Sorting and gathering 16 rows would cost more than the products that it saves.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bimedix_jax.kernels.expert_mlp.layout import GivenDeltas, GivenWeights
+from bimedix_jax.kernels.nf4_matmul import matmul
+from bimedix_jax.kernels.permute import Permutation
+from bimedix_jax.kernels.unstacked import Unstacked, is_unstacked
+
+MAX_ROWS, MAX_EXPERTS = 16, 64
+"""Rows, all of which run through every chosen expert; experts, each of which is compiled by itself."""
+
+
+def refusal(rows: int, weights: GivenWeights) -> str | None:
+    """Why this backend does not take that many rows or these weights, or None."""
+    if not all(map(is_unstacked, weights)):
+        return "it takes weights whose experts are Unstacked, and some of these are stacked."
+    if rows > MAX_ROWS:
+        return f"it takes {MAX_ROWS} rows or fewer, and these are {rows}."
+    if (experts := weights[0].shape[0]) > MAX_EXPERTS:
+        return f"it takes {MAX_EXPERTS} experts or fewer, and these are {experts}."
+    return None
+
+
+def weights_by_expert(weights_NK: jax.Array, permutation: Permutation) -> tuple[jax.Array, jax.Array]:
+    """(float32 weight of each expert for each row, whether the row chose it), both [N, E]."""
+    stops_E = jnp.cumsum(permutation.group_sizes_E)
+    owner_M = jnp.sum(permutation.inverse_M[:, None] >= stops_E[None], axis=1)  # E where the pair has no expert
+    chosen_NKE = owner_M.reshape(*weights_NK.shape, 1) == jnp.arange(stops_E.shape[0])[None, None]
+    weights_NE = jnp.sum(jnp.where(chosen_NKE, weights_NK[..., None].astype(jnp.float32), 0), axis=1)
+    return weights_NE, jnp.any(chosen_NKE, axis=1)
+
+
+def expert_mlp(
+    x_ND: jax.Array,
+    weights_NK: jax.Array,
+    permutation: Permutation,
+    weights: tuple[Unstacked, ...],
+    deltas: GivenDeltas,
+) -> jax.Array:
+    """JAX differentiates it like any function; nothing here is made for that."""
+    weights_NE, chosen_NE = weights_by_expert(weights_NK, permutation)
+
+    def linear(x: jax.Array, i: int, e: int, out_dtype: jnp.dtype) -> jax.Array:
+        y, pair = matmul(x, weights[i][e], out_dtype), deltas[i]
+        return y if pair is None else y + matmul(matmul(x, pair[0][e]), pair[1][e], out_dtype)
+
+    def run(e: int, x_ND: jax.Array) -> jax.Array:
+        hidden_NF = jax.nn.silu(linear(x_ND, 0, e, x_ND.dtype)) * linear(x_ND, 1, e, x_ND.dtype)
+        y_ND = linear(hidden_NF, 2, e, jnp.dtype("float32")) * weights_NE[:, e, None]
+        return jnp.where(chosen_NE[:, e, None], y_ND, 0)  # a row that chose others may overflow here
+
+    def skip(x_ND: jax.Array) -> jax.Array:
+        return jnp.zeros(x_ND.shape, jnp.float32)
+
+    total_ND = skip(x_ND)
+    for e in range(weights[0].shape[0]):
+        total_ND = total_ND + lax.cond(permutation.group_sizes_E[e] > 0, functools.partial(run, e), skip, x_ND)
+    return total_ND.astype(x_ND.dtype)
