@@ -281,8 +281,8 @@ def decode(
     key = jax.random.key(seed)
     state, routing = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, plan, slots, record)
     if max_new_tokens > 1 and separate.suits(model, len(prompts)):
-        graph, weights = separate.parameters(model)
-        state = dataclasses.replace(state, cache=separate.cache(state.cache))
+        graph, weights = nnx.split(separate.separate_model(model))
+        state = dataclasses.replace(state, cache=separate.separate_cache(state.cache))
     steps = max_new_tokens - (not (read_last and record != "none"))
     for _ in range(steps):
         token_B, read = state.token_B, routing

@@ -1,11 +1,54 @@
-"""tmp"""
+"""A model and its cache for decoding few rows on a CPU: layers and experts as separate arrays, in the same memory.
+
+A loop over stacked layers compiles fast and suits many tokens. But XLA:CPU copies what a loop slices, and for a single
+token that takes many times as long as the products. Here only the layout changes: the forward pass is the model's own,
+whose operations take `Unstacked` arrays as well (kernels/layer_scan, kernels/expert_mlp, kernels/attention).
+"""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.attention import HeadMajor
+from bimedix_jax.kernels.expert_mlp.few_rows import MAX_ROWS
+from bimedix_jax.kernels.unstacked import Unstacked, unstack
+from bimedix_jax.models import shards
+from bimedix_jax.models.attention import KVCache
+from bimedix_jax.models.axes import EXPERTS, LAYERS
+from bimedix_jax.models.linear import fill_slots
+from bimedix_jax.models.mixtral import Mixtral
+
+MAX_BRANCHES = 64
+"""Layers times experts, each of which is compiled by itself."""
 
 
-def suits(model, rows):
-    return False
+def suits(model: Mixtral, rows: int) -> bool:
+    """Whether this layout is the faster one for decoding this many rows of `model` here."""
+    config = model.config
+    few = config.num_layers * config.router.num_experts <= MAX_BRANCHES and rows <= MAX_ROWS
+    return few and backends.platform() == "cpu" and model.placement is None and not shards.active()
 
 
-def parameters(model): ...
+def separate_model(model: Mixtral) -> Mixtral:
+    """The model with Unstacked layers and experts, which share its memory where alignment allows."""
+    model = nnx.merge(*nnx.split(model), copy=True)
+    fill_slots(model.layers)
+    for path, variable in nnx.to_flat_state(nnx.state(model.layers)):
+        axes = variable.get_metadata("axes")
+        owner = functools.reduce(getattr, map(str, path[:-1]), model.layers)
+        part = getattr(owner, str(path[-1]))
+        part.set_value(unstack(part.get_value(), 2 if axes[:2] == (LAYERS, EXPERTS) else 1))
+    return model
 
 
-def cache(cache): ...
+@jax.jit
+def separate_cache(cache: KVCache) -> KVCache:
+    """The same cache, layer by layer, with the slots of a head next to each other."""
+
+    def layers(x: Any) -> Unstacked:
+        return Unstacked(tuple(HeadMajor.of(x[layer]) for layer in range(x.shape[0])))
+
+    return KVCache(layers(cache.k_LBSGH), layers(cache.v_LBSGH), cache.segment_ids_BS, cache.length)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bimedix_jax.kernels.attention import attention
+from bimedix_jax.kernels.attention import Cached, attention, write
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EMBED, HEADS, KV_HEADS, LAYERS
@@ -36,7 +36,8 @@ class KVCache:
     """Keys and values of earlier tokens, for decoding.
 
     Attributes:
-      k_LBSGH, v_LBSGH: rotated keys, and values; slots from `length` on are unwritten.
+      k_LBSGH, v_LBSGH: rotated keys, and values; slots from `length` on are unwritten. Arrays, or for decoding on a
+        CPU Unstacked layers of HeadMajor, whose shape is the same.
       segment_ids_BS: segment of each slot, 0 where unwritten or padding.
       length: int32 scalar, slots written so far, the same for all rows (shorter prompts are padded on the left).
     """
@@ -106,9 +107,10 @@ class Attention(nnx.Module):
         rotations_BTH: Float[Array, "B T H"],
         segment_ids_BT: Int[Array, "B T"],
         key_ids_BS: Int[Array, "B S"],
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[jax.Array, jax.Array] | None]:
-        """The mixed values and, given a cache (k_BSGH, v_BSGH, length), its keys and values with ours written in."""
+        cache: tuple[Cached, Cached] | None = None,
+        offset: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Cached, Cached] | None]:
+        """The mixed values and, given a cache of keys and values, that with ours written from slot `offset` on."""
         config = self.config
         batch, length, _ = x_BTD.shape
         q_BTQH, k_BTGH, v_BTGH = (  # this shard's heads
@@ -116,19 +118,16 @@ class Attention(nnx.Module):
         )
         q_BTQH = rotate(q_BTQH, rotations_BTH)
         k_BTGH = rotate(k_BTGH, rotations_BTH)
-        updated = offset = None
-        if cache is not None:
-            k_cache, v_cache, offset = cache
-            k_BTGH = lax.dynamic_update_slice_in_dim(k_cache, k_BTGH.astype(k_cache.dtype), offset, 1)
-            v_BTGH = lax.dynamic_update_slice_in_dim(v_cache, v_BTGH.astype(v_cache.dtype), offset, 1)
-            updated = (k_BTGH, v_BTGH)
+        k_BSGH, v_BSGH = k_BTGH, v_BTGH
+        if cache is not None and offset is not None:
+            cache = k_BSGH, v_BSGH = write(cache[0], k_BTGH, offset), write(cache[1], v_BTGH, offset)
         mixed = attention(
             q_BTQH,
-            k_BTGH.astype(x_BTD.dtype),
-            v_BTGH.astype(x_BTD.dtype),
+            k_BSGH,
+            v_BSGH,
             segment_ids_BT,
             key_ids_BS,
             offset=offset,
             window=config.sliding_window,
         )
-        return shards.sum_over(HEADS, self.o(mixed.reshape(batch, length, -1))), updated
+        return shards.sum_over(HEADS, self.o(mixed.reshape(batch, length, -1))), cache

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,12 +125,13 @@ class ExpertLinear(nnx.Module):
         """Whether the adapter drops some of its inputs in this call."""
         return self.lora is not None and self.lora.key is not None
 
-    def factors(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
+    def factors(self, dtype: jnp.dtype) -> tuple[Any, Any] | None:
         """(a [E, in, R], scale * b [E, R, out]) in `dtype`."""
         if self.lora is None:
             return None
-        a, b = (factor.astype(dtype) for factor in (self.lora.a[...], self.lora.b[...]))
-        return a, b * jnp.asarray(self.lora.scale, dtype)
+        scale = jnp.asarray(self.lora.scale, dtype)
+        a = jax.tree.map(lambda x: x.astype(dtype), self.lora.a.get_value())  # experts may be Unstacked
+        return a, jax.tree.map(lambda x: x.astype(dtype) * scale, self.lora.b.get_value())
 
     def __call__(self, x_MD: Float[Array, "M D"], group_sizes_E: Int[Array, "E"]) -> Float[Array, "M F"]:
         [w] = out_of_stacks((self.w.get_value(),))

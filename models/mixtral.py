@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
+from bimedix_jax.kernels.attention import Cached
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
 from bimedix_jax.kernels.layer_scan import layer_scan
 from bimedix_jax.kernels.nf4_matmul import matmul
@@ -110,14 +111,15 @@ class Block(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         key_ids_BS: Int[Array, "B S"],
         plan: RoutingPlan,
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
-    ) -> tuple[Float[Array, "B T D"], Decision, tuple[jax.Array, jax.Array] | None]:
-        mixed_BTD, updated = self.attention(
-            self.attention_norm(x_BTD), rotations_BTH, segment_ids_BT, key_ids_BS, cache
+        cache: tuple[Cached, Cached] | None,
+        offset: Int[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], Decision, tuple[Cached, Cached] | None]:
+        mixed_BTD, cache = self.attention(
+            self.attention_norm(x_BTD), rotations_BTH, segment_ids_BT, key_ids_BS, cache, offset
         )
         x_BTD = x_BTD + mixed_BTD
         experts_BTD, decision = self.moe(self.moe_norm(x_BTD), segment_ids_BT != 0, plan)
-        return x_BTD + experts_BTD, decision, updated
+        return x_BTD + experts_BTD, decision, cache
 
 
 class Embedding(nnx.Module):
@@ -255,18 +257,17 @@ class Mixtral(nnx.Module):
         group_BT = None if call.group_BT is None else jnp.where(call.segment_ids_BT != 0, call.group_BT, -1)
 
         def body(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
-            rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, length = constants
+            rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, offset = constants
             state, plan = layer
             block = nnx.merge(graph, shards.whole_state("layers", state))
-            cached = None if kv is None else (*kv, length)
-            x, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, cached)
+            x, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, kv, offset)
             sums = sums_of(decision, group_BT, call.groups) if call.groups else None
             return x, (recorded(decision.routing, call.record), sums), kv
 
         cache = call.cache
-        kv, length = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
+        kv, offset = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
         turned_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta)
-        constants = (turned_BTH, call.segment_ids_BT, key_ids_BS, group_BT, length)
+        constants = (turned_BTH, call.segment_ids_BT, key_ids_BS, group_BT, offset)
         x_BTD, (routing, sums), kv = layer_scan(
             checkpointed(body, call.remat),
             constants,
