@@ -56,6 +56,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.evals import tables, tasks
+    from bimedix_jax.vocabulary import require_fit, vocab_size_of
 
     if not config.tasks and config.heldout is None:
         raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")
@@ -69,6 +70,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
     _ = tokenizer.template  # an unknown template is said before the weights load
+    require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
     model = load(folder, base=config.base, adapter=config.adapter)
 
     result: dict[str, Any] = {

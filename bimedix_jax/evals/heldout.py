@@ -21,6 +21,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.scoring import target_logprobs
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.padding import packed
+from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,18 @@ def example_of(record: Record, tokenizer: Tokenizer) -> Example:
     return Example(groups_of(record), ids, [False, *learned[1:]], size)
 
 
+def finite(nats: dict[str, float]) -> list[str]:
+    """The groups, sorted; raises BimedixError where a loss is NaN or infinite."""
+    names = sorted(nats)
+    broken = [name for name in names if not math.isfinite(nats[name])]
+    if broken:
+        raise BimedixError(
+            f"the loss of {', '.join(broken)} is no finite number: the model computes NaN or infinity; check its "
+            "weights, or load it with base float32"
+        )
+    return names
+
+
 def heldout_loss(
     model: Mixtral,
     tokenizer: Tokenizer,
@@ -82,7 +95,7 @@ def heldout_loss(
       batch_tokens: tokens run at a time; it changes speed and memory, not the result.
 
     Raises:
-      BimedixError: there is no record, or none fits.
+      BimedixError: there is no record, none fits, one has a token id that the model lacks, or a loss is no number.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     nats: dict[str, float] = defaultdict(float)
@@ -99,6 +112,7 @@ def heldout_loss(
         raise BimedixError(
             f"there is no record of at most {longest} tokens to score; give others or a longer max_length"
         )
+    require_ids((example.ids for example in examples), model.config.vocab_size)
     graph, weights = nnx.split(model)
     with tqdm(total=len(examples), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
         for places, tokens_BT, ids_BT in packed([example.ids for example in examples], batch_tokens, longest):
@@ -115,7 +129,7 @@ def heldout_loss(
                     sizes[group] += example.text_bytes
                     counts[group] += 1
             bar.update(len(places))
-    names = sorted(nats)
+    names = finite(nats)
     return HeldoutLoss(
         {name: nats[name] / tokens[name] for name in names},
         {name: nats[name] / math.log(2) / sizes[name] for name in names},

@@ -26,6 +26,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.scoring import run_continuations, run_prompts
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.padding import bucket, by_length, pad_left, pad_right
+from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +187,8 @@ def multiple_choice(
       batch_tokens: tokens run at a time; it changes speed and memory, not the result.
 
     Raises:
-      BimedixError: a record without choices, no question at all, or none that fits.
+      BimedixError: a record without choices, no question at all, none that fits, a token id that the model lacks, or
+        a likelihood that is no number.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     questions = [question_of(record, tokenizer) for record in records]
@@ -194,6 +196,8 @@ def multiple_choice(
     too_long = _count([group for question in questions if question.length > longest for group in question.groups])
     if not fitting:
         raise BimedixError(f"there is no question of at most {longest} tokens; give others or a longer max_length")
+    ids = (ids for question in fitting for ids in (question.prompt, *question.candidates))
+    require_ids(ids, model.config.vocab_size)
     graph, weights = nnx.split(model)
     predictions: dict[int, Prediction] = {}
     numbered = list(enumerate(fitting))
@@ -241,6 +245,11 @@ def _predict(question: Question, scores: list[float]) -> Prediction:
     options = len(question.text_bytes)
     letters = scores[:options] if question.lettered else None
     texts = scores[-options:]
+    if np.isnan(scores).any():  # argmax would choose it
+        raise BimedixError(
+            f"a likelihood of question {question.id} is no number: the model computes NaN; check its weights, or load "
+            "it with base float32"
+        )
     per_byte = np.array(texts) / np.array(question.text_bytes)
     chosen = int(np.argmax(texts if letters is None else letters))
     return Prediction(question.id, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))

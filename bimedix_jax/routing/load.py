@@ -20,6 +20,7 @@ from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.padding import packed
+from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def expert_load(
       batch_tokens: tokens run at a time; it changes speed and memory, not the result.
 
     Raises:
-      BimedixError: there is no record, or none fits.
+      BimedixError: there is no record, none fits, or one has a token id that the model lacks.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     rows, kinds, too_long = [], [], 0
@@ -83,6 +84,7 @@ def expert_load(
         kinds.append(f"{record.language}/{record.kind}")
     if not rows:
         raise BimedixError(f"there is no record of at most {longest} tokens; give others or a longer max_length")
+    require_ids(rows, model.config.vocab_size)
     names = sorted(set(kinds))
     sums = None
     graph, weights = nnx.split(model)

@@ -34,6 +34,7 @@ from bimedix_jax.training.state import Params, Structure, TrainState, init_state
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 from bimedix_jax.training.tracking import Mirror
+from bimedix_jax.vocabulary import outside, require_ids
 
 Step = Callable[[TrainState, dict[str, Any], dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -253,7 +254,7 @@ def run_steps(
             seconds = time.perf_counter() - began
             line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
             if experiment.eval_every and done % experiment.eval_every == 0:
-                line |= measure_heldout(experiment, evaluate, state, frozen, feed)
+                line |= measure_heldout(experiment, evaluate, state, frozen, feed, structure.vocab_size)
             log.write(line)
             mirror.write(line)
             progress.update(line)
@@ -268,10 +269,10 @@ def run_steps(
 
 def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:
     """The batch, if its token ids are the model's: JAX would clamp one that is not, and train on another token."""
-    highest = int(batch["tokens_BT"].max())
-    if highest >= vocab_size or int(batch["tokens_BT"].min()) < 0:
+    wrong = outside(batch["tokens_BT"], vocab_size)
+    if wrong is not None:
         raise BimedixError(
-            f"The rows of step {step + 1} hold token id {highest}, the model knows {vocab_size}; "
+            f"The rows of step {step + 1} hold token id {wrong}, the model knows {vocab_size}; "
             "pack the data with this model's tokenizer."
         )
     return batch
@@ -287,11 +288,12 @@ def diverged(line: dict[str, Any], experiment: Experiment, done: int) -> str:
 
 
 def measure_heldout(
-    experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any], feed: Feed
+    experiment: Experiment, evaluate: Any, state: TrainState, frozen: dict[str, Any], feed: Feed, vocab_size: int
 ) -> dict[str, float]:
-    """Held-out loss in nats per target."""
+    """Held-out loss in nats per target; raises BimedixError for a token id that the model lacks."""
     nll, targets = 0.0, 0.0
     for batch in heldout_batches(experiment):
+        require_ids(batch["tokens_BT"], vocab_size)
         nll_sum, count = evaluate(state.params, frozen, feed.put_whole(batch))
         nll, targets = nll + float(nll_sum), targets + float(count)
     return {"heldout_nll": nll / max(targets, 1.0), "heldout_targets": targets}
