@@ -144,5 +144,5 @@ def test_a_model_that_computes_nan_gets_no_result(tokenizer, records):
     broken.norm.scale.set_value(jnp.full_like(broken.norm.scale.get_value(), jnp.nan))
     with pytest.raises(BimedixError, match="loss of en, en/mcqa is no finite number"):
         heldout_loss(broken, tokenizer, records)
-    with pytest.raises(BimedixError, match="likelihood of question 1 is no number"):
+    with pytest.raises(BimedixError, match="likelihood of question 1 is no finite number"):
         multiple_choice(broken, tokenizer, records)

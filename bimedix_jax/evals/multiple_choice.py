@@ -59,17 +59,33 @@ class Prediction:
     """What came out for one question: log p of each option, in nats.
 
     Attributes:
+      groups: as the question's.
       letters: of the letters; None where options have none.
       texts: of the options' whole texts.
       chosen, chosen_by_text: index of the option chosen for the headline accuracy, and by text per byte.
     """
 
     id: str
+    groups: tuple[str, ...]
     answer: int
     letters: list[float] | None
     texts: list[float]
     chosen: int
     chosen_by_text: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "id": self.id,
+            "language": self.groups[0],
+            "groups": list(self.groups),
+            "answer": self.answer,
+            "chosen": self.chosen,
+            "chosen_by_text": self.chosen_by_text,
+            "correct": self.chosen == self.answer,
+            "letter_logprobs": self.letters,
+            "text_logprobs": self.texts,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,14 +261,14 @@ def _predict(question: Question, scores: list[float]) -> Prediction:
     options = len(question.text_bytes)
     letters = scores[:options] if question.lettered else None
     texts = scores[-options:]
-    if np.isnan(scores).any():  # argmax would choose it
+    if not np.isfinite(scores).all():  # argmax would choose NaN
         raise BimedixError(
-            f"a likelihood of question {question.id} is no number: the model computes NaN; check its weights, or load "
-            "it with base float32"
+            f"a likelihood of question {question.id} is no finite number: the model computes NaN or infinity; check "
+            "its weights, or load it with base float32"
         )
     per_byte = np.array(texts) / np.array(question.text_bytes)
     chosen = int(np.argmax(texts if letters is None else letters))
-    return Prediction(question.id, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))
+    return Prediction(question.id, question.groups, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))
 
 
 def _tally(questions: Sequence[Question], predictions: list[Prediction], too_long: dict[str, int]) -> MultipleChoice:
