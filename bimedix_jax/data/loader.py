@@ -155,12 +155,17 @@ def fingerprint(folder: str | Path) -> str:
     return expected[pack.ROWS]["sha256"]
 
 
-def require_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Raise BimedixError unless the rows were made with this tokenizer and template."""
-    index = read_index(folder)
-    for name, ours in (("tokenizer", tokenizer.fingerprint), ("template", tokenizer.template.name)):
-        if index[name] != ours:
-            raise BimedixError(
-                f"{folder} was packed with another {name} ({index[name]}) than that of {tokenizer.folder} ({ours}); "
-                "pack it again with this one"
-            )
+def require_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Raise BimedixError if the rows were made with another tokenizer. Their chat template may be any: base models have
+    none of their own.
+
+    Returns: whether it is known to be the same; rows that a script packed need not name one.
+    """
+    theirs = read_index(folder).get("tokenizer")
+    if theirs not in (None, tokenizer.fingerprint):
+        raise BimedixError(
+            f"{folder} was packed with another tokenizer (fingerprint {theirs[:12]}) than that of {tokenizer.folder} "
+            f"({tokenizer.fingerprint[:12]}); pack the records again with `bimedix data pack --tokenizer "
+            f"{tokenizer.folder}`"
+        )
+    return theirs is not None

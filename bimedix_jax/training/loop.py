@@ -28,7 +28,7 @@ from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, is_finite, plain, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.progress import TrainingProgress, duration
-from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, open_rows
+from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
 from bimedix_jax.training.state import Params, Structure, TrainState, init_state, put_back, take_apart
 from bimedix_jax.training.step import make_eval_step, make_train_step
@@ -80,6 +80,7 @@ def train(
     console = (console or Console(stderr=True)) if distributed.leader() else Console(quiet=True)
     folder = Path(out)
     distributed.by_leader(lambda: check_folder(folder, experiment, resume))
+    say_unchecked(check_tokenizer(experiment), console)
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():
         model = prepare_model(experiment, model, mesh)
@@ -170,6 +171,16 @@ def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | No
     ):
         raise BimedixError(f"The model carries adapters {found}, the experiment asks for {wanted}; make them agree.")
     return model
+
+
+def say_unchecked(folders: int, console: Console) -> None:
+    """One line where rows may have been packed with another tokenizer than the model's."""
+    if folders:
+        console.print(
+            f"[bold yellow]{folders} packed folder{'s' if folders > 1 else ''} not compared[/] with the model's "
+            "tokenizer: one of the two names none; make sure that they belong together",
+            highlight=False,
+        )
 
 
 def check_fit(experiment: Experiment, model: Mixtral) -> None:

@@ -83,14 +83,17 @@ def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path, bytes_tokeni
         batches(tmp_path, 4, seed=0)
     with pytest.raises(BimedixError, match="have no end"):
         len(batches(packed, 4, seed=0))
-    require_tokenizer(packed, bytes_tokenizer)
+    assert require_tokenizer(packed, bytes_tokenizer)
     (tmp_path / "index.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(BimedixError, match="has format 'other'"):
         batches(tmp_path, 4, seed=0)
     index = json.loads((packed / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "tokenizer": "another"}))
-    with pytest.raises(BimedixError, match="packed with another tokenizer"):
+    with pytest.raises(BimedixError, match=r"packed with another tokenizer .*pack the records again"):
         require_tokenizer(tmp_path, bytes_tokenizer)
+    unnamed = {name: value for name, value in index.items() if name != "tokenizer"}
+    (tmp_path / "index.json").write_text(json.dumps(unnamed))
+    assert not require_tokenizer(tmp_path, bytes_tokenizer)
     (tmp_path / "index.json").write_text(json.dumps({**index, "rows": 5}))
     (tmp_path / "rows.array_record").write_bytes((packed / "rows.array_record").read_bytes())
     with pytest.raises(BimedixError, match="11 rows, its index says 5"):
