@@ -5,6 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding import BATCH_AXES, COMPILER_OPTIONS, host_memory, make_mesh, place, take_back
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
-from bimedix_jax.training.metrics import MetricsLog, is_finite, plain, read_metrics
+from bimedix_jax.training.metrics import MetricsLog, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.pipeline import LateLines, ReadAhead
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
@@ -245,37 +247,49 @@ def run_steps(
     console: Console,
     resume_command: str,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """All steps that are left; returns the last state and line of metrics."""
+    """All steps that are left; returns the last state and line of metrics.
+
+    While a step runs, the next batch is read and the line of the step before is written. The state is donated to the
+    next step, so before a checkpoint or a measurement of its own a step is waited for, and its loss looked at.
+    """
     evaluate, rows, speaks = make_eval_step(structure), feed.rows, distributed.leader()
-    done, line = int(state.step), {}
+    done = int(state.step)
+
+    def read(step: int) -> dict[str, jax.Array]:
+        return feed.put(checked(feed.read(step), structure.vocab_size, step))
+
     with (
         StopRequest(console) as stop,
         MetricsLog(folder if speaks else None) as log,
         Mirror(experiment if speaks else None, folder, done) as mirror,
         TrainingProgress(console, done, rows.steps) as progress,
+        ReadAhead(read, done, rows.steps) as batches,
     ):
+        lines = LateLines(experiment, (log.write, mirror.write, progress.update))
+        asked = distributed.agree_later(lambda: stop.asked)
         while done < rows.steps:
-            began = time.perf_counter()
-            batch = feed.put(checked(feed.read(done), structure.vocab_size, done))
+            try:
+                batch = batches.next()
+            except Exception:
+                lines.settle()  # the step before is not to blame
+                raise
             state, metrics = step(state, frozen, batch)
-            line = {"step": done + 1, **plain(metrics)}
-            if not is_finite(line):
-                raise BimedixError(diverged(line, experiment, done))
             done += 1
-            seconds = time.perf_counter() - began
-            line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
-            if experiment.eval_every and done % experiment.eval_every == 0:
-                line |= measure_heldout(experiment, evaluate, state, frozen, feed, structure.vocab_size)
-            log.write(line)
-            mirror.write(line)
-            progress.update(line)
-            stopping = distributed.agree(stop.asked)
-            if stopping or done % experiment.checkpoint_every == 0 or done == rows.steps:
+            lines.add(done, metrics)
+            stopping, asked = asked(), distributed.agree_later(lambda: stop.asked)
+            evaluates = experiment.eval_every > 0 and done % experiment.eval_every == 0
+            saves = stopping or done % experiment.checkpoint_every == 0 or done == rows.steps
+            if not (evaluates or saves):
+                continue
+            measure = partial(measure_heldout, experiment, evaluate, state, frozen, feed, structure.vocab_size)
+            lines.settle(measure if evaluates else None)
+            if saves:
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
                 save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)
             if stopping and done < rows.steps:
                 raise Interrupted(f"step {done} of {rows.steps} is saved; continue with `{resume_command}`")
-    return state, line
+            lines.restart_clock()
+    return state, lines.last
 
 
 def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:
@@ -287,15 +301,6 @@ def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:
             "pack the data with this model's tokenizer."
         )
     return batch
-
-
-def diverged(line: dict[str, Any], experiment: Experiment, done: int) -> str:
-    kept = done // experiment.checkpoint_every * experiment.checkpoint_every
-    since = f"the last checkpoint is that of step {kept}" if kept else "there is no checkpoint before it"
-    return (
-        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops and saves nothing "
-        f"of this step; {since}. Lower optimiser.learning_rate or clip_norm, or look at the rows of this step."
-    )
 
 
 def measure_heldout(

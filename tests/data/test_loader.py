@@ -59,16 +59,10 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(packed: Pat
             assert list(itertools.chain.from_iterable(names(part, step) for part in parts)) == names(whole, step)
 
 
-def test_iterating_from_a_step_is_the_same_as_indexing(packed: Path) -> None:
-    found = batches(packed, 3, seed=2, start_step=10**6)
-    for offset, batch in enumerate(itertools.islice(found, 5)):
-        assert batch["tokens_BT"][:, 0].tolist() == names(found, 10**6 + offset)
-
-
 def test_a_bounded_stream_ends_with_empty_rows(packed: Path) -> None:
     found = batches(packed, 4, seed=0, shuffle=False, epochs=1)
     assert len(found) == 3
-    everything = list(found)
+    everything = [found[step] for step in range(3)]
     assert [batch["tokens_BT"][:, 0].tolist() for batch in everything] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 7]]
     assert everything[2]["segment_ids_BT"][3].sum() == 0
     assert not everything[2]["loss_mask_BT"][3].any()

@@ -1,6 +1,7 @@
 """Runs from end to end: files, interruption, resumption to the bit, refusals."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -44,7 +45,7 @@ def whole(tmp_path_factory, experiment):
 
 
 def at_step(monkeypatch, step, action):
-    """Calls `action` when the batch of `step` (from 0) is fetched."""
+    """Calls `action` when the batch of `step` (from 0) is read."""
     original = loop.checked
 
     def hooked(batch, vocab_size, number):
@@ -53,6 +54,24 @@ def at_step(monkeypatch, step, action):
         return original(batch, vocab_size, number)
 
     monkeypatch.setattr(loop, "checked", hooked)
+
+
+def at_launch(monkeypatch, number, action):
+    """Calls `action` when a process launches its step of this number (from 1)."""
+    original = loop.compile_step
+
+    def compile_step(*arguments):
+        compiled, cost = original(*arguments)
+        launches = itertools.count(1)
+
+        def step(*arguments):
+            if next(launches) == number:
+                action()
+            return compiled(*arguments)
+
+        return step, cost
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
 
 
 def test_a_run_leaves_what_it_promises(whole, experiment):
@@ -111,7 +130,7 @@ def test_resumed_losses_are_those_of_a_run_that_never_stopped(whole, experiment,
         monkeypatch.context() as patch,
         pytest.raises(Interrupted, match="step 5 of 6 is saved; continue with `bimedix train --resume"),
     ):
-        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        at_launch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
         train(plan, folder, resume=True)
     side = (folder / "metrics.superseded-1.jsonl").read_text().splitlines()
     assert json.loads(side[0])["step"] == 5
