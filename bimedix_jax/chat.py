@@ -140,7 +140,8 @@ class Chat:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options or ChatOptions()
-        self.plan, self.record = plan, record
+        self.plan = plan
+        self.record: Record = record
         self.turns: list[Turn] = []
         self.system = None
         self.last: Reply | None = None

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.errors import BimedixError
 
@@ -68,6 +71,20 @@ def several() -> bool:
 def agree(asked: bool) -> bool:
     """Whether any process asks; all must call this at the same point."""
     return bool(np.max(multihost_utils.process_allgather(np.int32(asked)))) if several() else asked
+
+
+def agree_later(asks: Callable[[], bool]) -> Callable[[], bool]:
+    """`agree` without a wait: what it returns gives the answer, and waits no longer than for what was launched before.
+
+    Several processes exchange their answers of now; a single one is asked when the result is called.
+    """
+    if not several():
+        return asks
+    devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+    mesh = Mesh(devices, ("process", "device"))
+    each = multihost_utils.host_local_array_to_global_array(np.array([asks()]), mesh, P("process"))
+    anyone = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))(each)
+    return lambda: bool(anyone.addressable_data(0))
 
 
 def by_leader(action: Callable[[], Any]) -> None:

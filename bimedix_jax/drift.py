@@ -9,6 +9,7 @@ import numpy as np
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ def observe(model: Mixtral, texts: Iterable[tuple[str, Sequence[int]]]) -> Obser
     """Runs each (label, token ids) on its own, padded to a common length.
 
     Raises:
-      BimedixError: there is no text, or one is longer than the model's context.
+      BimedixError: there is no text, one is longer than the model's context, or has a token id that the model lacks.
     """
     examples = [(label, list(ids)) for label, ids in texts if len(ids)]
     longest = max((len(ids) for _, ids in examples), default=0)
@@ -39,6 +40,7 @@ def observe(model: Mixtral, texts: Iterable[tuple[str, Sequence[int]]]) -> Obser
             f"The longest text has {longest} tokens, the model takes 1 to {model.config.max_position_embeddings}; "
             "give other texts."
         )
+    require_ids((ids for _, ids in examples), model.config.vocab_size)
     logits, experts, labels = [], [], []
     for label, ids in examples:
         tokens_BT, segment_ids_BT = np.zeros((2, 1, longest), np.int32)

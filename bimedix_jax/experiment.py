@@ -12,16 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
 
 Base = Literal["nf4", "bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float32"]
 Scope = Literal["sequence", "micro_batch", "global"]
-TrackingMode = Literal["disabled", "offline", "online"]
-ExpertMlp = Literal["xla", "composed", "few_rows"]
-GroupedMatmul = Literal["xla", "ragged_dot", "triton", "mosaic_tpu"]
-Nf4Matmul = Literal["xla", "triton", "mosaic_tpu"]
-GroupedLowRank = Literal["masked", "grouped"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -113,18 +108,6 @@ class RouterTraining:
         for name in ("aux_loss_coef", "z_loss_coef"):
             require(getattr(self, name) >= 0, f"router.{name} cannot be negative, got {getattr(self, name)}.")
 
-    def applied(self, config: RouterConfig) -> RouterConfig:
-        """A model's router with the variant and parameters that are asked for.
-
-        Raises:
-          BimedixError: a parameter out of range.
-        """
-        asked = {name: getattr(self, name) for name in ("variant", "scale", "bias_rate")}
-        try:
-            return dataclasses.replace(config, **{name: value for name, value in asked.items() if value is not None})
-        except ValueError as error:
-            raise BimedixError(f"router: {error}") from error
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
@@ -198,13 +181,13 @@ class KernelChoice:
 
     layer_scan: Literal["scan", "bits", "unrolled"] | None = None
     """The loop over layers: lax.scan, the same over bits for CPUs, or no loop, which compiles every layer by itself."""
-    expert_mlp: ExpertMlp | None = None
+    expert_mlp: Literal["xla", "composed", "few_rows"] | None = None
     """The experts from dispatch to combine: in one piece for CPUs, or composed of the operations below."""
-    grouped_matmul: GroupedMatmul | None = None
+    grouped_matmul: Literal["xla", "ragged_dot", "triton", "mosaic_tpu"] | None = None
     """Products of the experts; ragged_dot is JAX's own, which computes every expert for every row except on TPUs."""
-    nf4_matmul: Nf4Matmul | None = None
+    nf4_matmul: Literal["xla", "triton", "mosaic_tpu"] | None = None
     """Products of the attention's 4-bit projections."""
-    grouped_low_rank: GroupedLowRank | None = None
+    grouped_low_rank: Literal["masked", "grouped"] | None = None
     """The experts' adapters: all experts at once and masked, or two grouped products."""
 
     def __post_init__(self) -> None:
@@ -238,7 +221,7 @@ class MeshConfig:
 class Tracking:
     """The mirror of metrics.jsonl in Weights & Biases. It receives numbers and this configuration, never text."""
 
-    mode: TrackingMode = "offline"
+    mode: Literal["disabled", "offline", "online"] = "offline"
     """offline writes into the run folder only; online also uploads, and fails at the start where it cannot."""
     project: str = "bimedix"
     """Project that the run appears in."""

@@ -23,6 +23,7 @@ from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import NO_EXPERT, Record, Routing, RoutingPlan
 from bimedix_jax.padding import bucket, pad_left
+from bimedix_jax.vocabulary import require_ids
 
 
 @jax.tree_util.register_dataclass
@@ -266,12 +267,7 @@ def decode(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed this model's context of {context}; "
             "shorten the prompt or ask for fewer new tokens"
         )
-    low, high = min(int(row.min()) for row in prompts), max(int(row.max()) for row in prompts)
-    if low < 0 or high >= config.vocab_size:  # JAX would clamp the look-up in silence
-        wrong = low if low < 0 else high
-        raise BimedixError(
-            f"token id {wrong} is outside the vocabulary of {config.vocab_size}; use the model's tokenizer"
-        )
+    require_ids(prompts, config.vocab_size)
     plan = plan or RoutingPlan()
     plan.check(config, len(prompts), longest + max_new_tokens)
     length = min(bucket(longest), context - max_new_tokens)

@@ -40,6 +40,7 @@ from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.picture import draw_run
 from bimedix_jax.training.stopping import Interrupted
+from bimedix_jax.vocabulary import require_fit, vocab_size_of
 
 QUESTIONS = {
     "en": "What are the first steps when someone is having an asthma attack?",
@@ -129,6 +130,7 @@ def run(folder: Path, settings: Settings, resume: bool, console: Console) -> dic
         prepare_folder(folder, settings, resume)
         base = prepare_base(folder, settings, console)
         tokenizer = load_tokenizer(base)
+        require_fit(tokenizer, vocab_size_of(base), settings.base)
         packed = prepare_rows(folder, tokenizer, settings, console)
         experiment = settings.experiment(base, packed)
         lora = experiment.lora

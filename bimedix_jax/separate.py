@@ -48,7 +48,7 @@ def separate_model(model: Mixtral) -> Mixtral:
 def separate_cache(cache: KVCache) -> KVCache:
     """The same cache, layer by layer, with the slots of a head next to each other."""
 
-    def layers(x: Any) -> Unstacked:
+    def layers(x: Any) -> Any:
         return Unstacked(tuple(HeadMajor.of(x[layer]) for layer in range(x.shape[0])))
 
     return KVCache(layers(cache.k_LBSGH), layers(cache.v_LBSGH), cache.segment_ids_BS, cache.length)

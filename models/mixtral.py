@@ -25,7 +25,7 @@ from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterCo
 from bimedix_jax.models.linear import Linear, fill_slots, placeholder
 from bimedix_jax.models.moe import ROUTES, MoE
 from bimedix_jax.models.router_sums import RouterSums, load_balancing_loss, router_z_loss, sums_of
-from bimedix_jax.models.routers import Decision, Record, Routing, RoutingPlan, router_of
+from bimedix_jax.models.routers import Decision, Record, Recorded, Routing, RoutingPlan, router_of
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,7 @@ class Output:
 
     hidden_BTD: Leaf
     logits_BTV: Leaf
-    routing: Routing | None
+    routing: Recorded
     sums: RouterSums | None
     cache: KVCache | None
 
@@ -87,11 +87,12 @@ class Output:
         return self.sums
 
 
-def recorded(routing: Routing, record: Record) -> Routing | None:
+def recorded(routing: Routing, record: Record) -> Recorded:
     """As much of what a router did as was asked for."""
+    none: Any = None
     if record == "none":
-        return None
-    return routing if record == "full" else dataclasses.replace(routing, logits_LBTE=None)
+        return none
+    return routing if record == "full" else dataclasses.replace(routing, logits_LBTE=none)
 
 
 class Block(nnx.Module):
@@ -222,9 +223,10 @@ class Mixtral(nnx.Module):
         plan.check(self.config, batch, length)
         segment_ids_BT = jnp.ones((batch, length), jnp.int32) if segment_ids_BT is None else segment_ids_BT
         tokens_BT, segment_ids_BT = jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segment_ids_BT, jnp.int32)
+        group_of = None
         if groups:
-            group_BT = jnp.zeros_like(tokens_BT) if group_BT is None else jnp.asarray(group_BT, jnp.int32)
-        call = Call(tokens_BT, segment_ids_BT, plan, cache, group_BT if groups else None, remat, record, groups)
+            group_of = jnp.zeros_like(tokens_BT) if group_BT is None else jnp.asarray(group_BT, jnp.int32)
+        call = Call(tokens_BT, segment_ids_BT, plan, cache, group_of, remat, record, groups)
         return forward(*nnx.split(self), call)
 
     def run(self, call: Call) -> Output:
@@ -234,7 +236,8 @@ class Mixtral(nnx.Module):
         x_BTD, routing, sums, kv = self.run_layers(x_BTD, positions_BT, key_ids_BS, call)
         cache = call.cache
         if cache is not None:
-            cache = KVCache(*kv, key_ids_BS, cache.length + call.tokens_BT.shape[1])
+            k, v = kv
+            cache = KVCache(k, v, key_ids_BS, cache.length + call.tokens_BT.shape[1])
         none: Any = None  # the logits, see Output
         return Output(self.norm(x_BTD), none, routing, sums, cache)
 
@@ -250,7 +253,7 @@ class Mixtral(nnx.Module):
 
     def run_layers(
         self, x_BTD: jax.Array, positions_BT: jax.Array, key_ids_BS: jax.Array, call: Call
-    ) -> tuple[jax.Array, Routing | None, RouterSums | None, Any]:
+    ) -> tuple[jax.Array, Recorded, RouterSums | None, Any]:
         fill_slots(self.layers)
         self.layers.moe.read_in_place()
         graph, state = nnx.split(self.layers)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from bimedix_jax.kernels.pytree import Leaf
@@ -91,7 +92,7 @@ class RoutingPlan:
     def _check_values(self, num_experts: int) -> None:
         def known(name: str) -> np.ndarray | None:
             value = getattr(self, name)
-            return None if value is None or isinstance(value, jax.core.Tracer) else np.asarray(value)
+            return None if value is None or isinstance(value, Tracer) else np.asarray(value)
 
         if (experts := known("experts_LBTK")) is not None:
             if ((experts < -1) | (experts >= num_experts)).any():

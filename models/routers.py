@@ -4,13 +4,13 @@
 
 `steer` changes the router's logits as a plan says: noise, bias, temperature. `score` turns them into scores. `choose`
 takes the best experts, never a banned one and always a forced one. `weigh` turns the scores of the chosen experts into
-weights, which a plan may overrule. Steering, bans and forced slots are shared by all variants, so that each of them obeys
+weights, which a plan may overrule. Steering, bans and forced slots are shared by all variants, so each of them obeys
 every plan. A new variant is a row of ROUTERS.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +43,19 @@ class Routing:
       experts_LBTK: int32, chosen experts in the order of choice; NO_EXPERT (-1) at padding and where none was left.
       weights_LBTK: float32, weight of each expert's output; 0 where there is no expert.
       logits_LBTE: float32, the router's own logits, before the plan's noise, bias and temperature; None where only the
-        choices were recorded.
+        choices were recorded, which the type leaves out so that other callers need not narrow.
     """
 
     experts_LBTK: Leaf
     weights_LBTK: Leaf
-    logits_LBTE: Leaf | None
+    logits_LBTE: Leaf
+
+
+if TYPE_CHECKING:
+    Recorded = Routing
+else:
+    Recorded = Any
+"""The type of a field that holds a record or None: callers know whether they asked for one."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
 from bimedix_jax.checkpoint.peft import is_peft
 from bimedix_jax.checkpoint.peft_read import load_peft
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.experiment import Experiment
+from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import ROUTERS
 from bimedix_jax.quantise import quantise_base
@@ -145,7 +146,7 @@ def read_base(run: Experiment, mesh: Mesh | None) -> Mixtral:
     source = run.model
     check_router_name(run.router.variant)
     if source.random is not None:
-        config = dataclasses.replace(source.random, router=run.router.applied(source.random.router))
+        config = dataclasses.replace(source.random, router=asked_router(run.router, source.random.router))
         dtype = source.dtype or ("bfloat16" if source.base == "nf4" else source.base)
         model = init_random(config, run.seed, dtype)
         return quantise_base(model) if source.base == "nf4" else model
@@ -155,10 +156,23 @@ def read_base(run: Experiment, mesh: Mesh | None) -> Mixtral:
     return with_router_of(run, model, source.path)
 
 
+def asked_router(asked: RouterTraining, own: RouterConfig) -> RouterConfig:
+    """A model's router with the variant and parameters that an experiment asks for.
+
+    Raises:
+      BimedixError: a parameter out of range.
+    """
+    fields = {name: getattr(asked, name) for name in ("variant", "scale", "bias_rate")}
+    try:
+        return dataclasses.replace(own, **{name: value for name, value in fields.items() if value is not None})
+    except ValueError as error:
+        raise BimedixError(f"router: {error}") from error
+
+
 def with_router_of(run: Experiment, model: Mixtral, source: str) -> Mixtral:
     """`model` with the router that an experiment asks for; a warning where that is another variant than its own."""
     check_router_name(run.router.variant)
-    own, asked = model.config.router, run.router.applied(model.config.router)
+    own, asked = model.config.router, asked_router(run.router, model.config.router)
     if asked.variant != own.variant:
         log.warning(
             "%s has the router %s and trains with %s, which makes it another function.",

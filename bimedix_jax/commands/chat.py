@@ -71,6 +71,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
+    from bimedix_jax.vocabulary import require_fit, vocab_size_of
 
     if console.stderr and not config.prompt:
         raise BimedixError("--json has no keyboard conversation; give at least one --prompt")
@@ -79,6 +80,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
     _ = tokenizer.template  # an unknown template is said before the weights load
+    require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     options = ChatOptions(
         config.max_new_tokens,

@@ -63,6 +63,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.parallel import workers_of
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.errors import BimedixError
+    from bimedix_jax.vocabulary import require_fit, vocab_size_of
 
     if config.sequence_length < 2 or config.window < 1:
         raise BimedixError(
@@ -70,6 +71,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         )
     workers = workers_of(config.workers)
     tokenizer = load_tokenizer(config.tokenizer, config.template)
+    require_fit(tokenizer, vocab_size_of(config.tokenizer), "the model beside it")
     facts = {
         "tokenizer": tokenizer.fingerprint,
         "template": tokenizer.template.name,

@@ -12,6 +12,7 @@ from bimedix_jax.errors import BimedixError
 if TYPE_CHECKING:
     from bimedix_jax.data.records import Record
     from bimedix_jax.data.tokenizer import Tokenizer
+    from bimedix_jax.evals.multiple_choice import Prediction
     from bimedix_jax.models.mixtral import Mixtral
 
 
@@ -49,7 +50,7 @@ class Config:
     compare: Path | None = None
     """JSON result of an earlier run (--out), to show beside this one."""
     out: Path | None = None
-    """JSON file to write the result to."""
+    """JSON file to write the result to; NAME.predictions.jsonl beside it gets one line for each question."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.evals import tables, tasks
+    from bimedix_jax.vocabulary import require_fit, vocab_size_of
 
     if not config.tasks and config.heldout is None:
         raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")
@@ -71,6 +73,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
     _ = tokenizer.template  # an unknown template is said before the weights load
+    require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
 
     result: dict[str, Any] = {
@@ -82,8 +85,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         "template": tokenizer.template.name,
         "limit": config.limit,
     }
+    predictions: dict[str, list[Prediction]] = {}
     if records:
-        result |= evaluate_records(model, tokenizer, records, config.max_length, config.batch_tokens)
+        assert config.heldout is not None  # no records without it
+        found, predictions[config.heldout] = evaluate_records(
+            model, tokenizer, records, config.max_length, config.batch_tokens
+        )
+        result |= found
     if names:
         assert config.data is not None  # checked above
         scored = tasks.run_tasks(
@@ -91,11 +99,15 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         )
         result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
         result["average"] = tasks.average([outcome.score.value for outcome in scored.values()])
+        predictions |= {name: outcome.choice.predictions for name, outcome in scored.items()}
     for table in result_tables(result, before, tables):
         console.print(table)
     if config.out is not None:
+        result["predictions"] = write_predictions(config.out, predictions)
         write_result(config.out, result)
-        console.print(f"The result is in {config.out}.", highlight=False)
+        console.print(
+            f"The result is in {config.out}, its predictions in {predictions_path(config.out)}.", highlight=False
+        )
     return result
 
 
@@ -115,16 +127,17 @@ def heldout_records(source: str, limit: int | None) -> "list[Record]":
 
 def evaluate_records(
     model: "Mixtral", tokenizer: "Tokenizer", records: "list[Record]", max_length: int | None, batch_tokens: int
-) -> dict[str, Any]:
-    """Held-out loss of all records, and accuracy on those with choices."""
+) -> "tuple[dict[str, Any], list[Prediction]]":
+    """Held-out loss of all records, and accuracy on those with choices, with what was chosen for each."""
     from bimedix_jax.evals.heldout import heldout_loss
     from bimedix_jax.evals.multiple_choice import multiple_choice
 
     result = {"heldout": heldout_loss(model, tokenizer, records, max_length, batch_tokens).to_dict()}
     questions = [record for record in records if record.choices is not None]
-    if questions:
-        result["choice"] = multiple_choice(model, tokenizer, questions, max_length, batch_tokens).to_dict()
-    return result
+    if not questions:
+        return result, []
+    choice = multiple_choice(model, tokenizer, questions, max_length, batch_tokens)
+    return {**result, "choice": choice.to_dict()}, choice.predictions
 
 
 def result_tables(result: dict[str, Any], before: dict[str, Any] | None, tables: Any) -> list[Any]:
@@ -157,3 +170,22 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(result, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def predictions_path(out: Path) -> Path:
+    """Where the predictions of the result `out` go."""
+    return out.with_name(f"{out.name.removesuffix('.json')}.predictions.jsonl")
+
+
+def write_predictions(out: Path, predictions: "dict[str, list[Prediction]]") -> dict[str, Any]:
+    """One JSON object a line for each question that was scored, by set: a task's name, or what --heldout named.
+
+    Returns: what the result says about the file; its name is relative to the result's folder.
+    """
+    from bimedix_jax.files import write_text
+
+    rows = [{"set": name, **row.to_dict()} for name, found in predictions.items() for row in found]
+    path = predictions_path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    return {"file": path.name, "lines": len(rows)}

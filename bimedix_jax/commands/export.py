@@ -70,6 +70,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
 
     check(config)
+    check_tokenizer(config)
     base = config.base or ("nf4" if config.format == "bitsandbytes" else None)
     model = load(
         config.source,
@@ -105,6 +106,17 @@ def check(config: Config) -> None:
         raise BimedixError(
             "--format bitsandbytes writes a 4-bit model without adapters; leave --adapter and --base out."
         )
+
+
+def check_tokenizer(config: Config) -> None:
+    """Raises BimedixError where the tokenizer of --tokenizer-from is not one for this model."""
+    from bimedix_jax.checkpoint.hub import resolve
+    from bimedix_jax.data.tokenizer import has_tokenizer, load_tokenizer
+    from bimedix_jax.vocabulary import require_fit, vocab_size_of
+
+    if config.tokenizer_from is not None and has_tokenizer(config.tokenizer_from):
+        vocab_size = vocab_size_of(resolve(config.source, config.revision))
+        require_fit(load_tokenizer(config.tokenizer_from), vocab_size, config.source)
 
 
 def write(config: Config, model: "Mixtral", console: Console) -> dict[str, Any]:
@@ -169,10 +181,12 @@ def probe_texts(config: Config, model: "Mixtral") -> list[tuple[str, list[int]]]
     from bimedix_jax.data import records
     from bimedix_jax.data.chat_template import encode_chat
     from bimedix_jax.data.tokenizer import load_tokenizer
+    from bimedix_jax.vocabulary import require_fit
 
     if config.probe_records == 0:
         return []
     tokenizer = load_tokenizer(config.tokenizer_from or resolve(config.source, config.revision))
+    require_fit(tokenizer, model.config.vocab_size, config.source)
     found = list(records.sample("heldout") if config.probe == "sample" else records.read_jsonl(config.probe))
     # evenly over the file, which is sorted by language and kind
     chosen = found[:: max(1, len(found) // config.probe_records)][: config.probe_records]

@@ -7,7 +7,7 @@ repeated at the end of an epoch.
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,11 @@ from bimedix_jax.errors import BimedixError
 
 @dataclass(frozen=True)
 class Batches:
-    """This process's part of every global batch. Index it by step, or iterate from `start_step` with read-ahead."""
+    """This process's part of every global batch, by step; a training run reads ahead (training/pipeline.py)."""
 
     folder: Path
     batch_size: int  # rows of the global batch
     seed: int
-    start_step: int
     process_index: int
     process_count: int
     shuffle: bool
@@ -84,11 +83,6 @@ class Batches:
         """The batch of `step`: tokens_BT, segment_ids_BT int32, loss_mask_BT bool."""
         return pack.batch(self.rows(step))
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        stop = sys.maxsize if self.epochs is None else len(self)
-        steps = grain.MapDataset.range(self.start_step, stop).map(self.__getitem__)
-        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
-
     def _row(self, number: int) -> Row:
         # past its end a MapDataset goes on with the next epoch, in that epoch's order
         data: Any = self._rows[number]
@@ -104,7 +98,6 @@ def batches(
     folder: str | Path,
     batch_size: int,
     seed: int,
-    start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     shuffle: bool = True,
@@ -119,7 +112,7 @@ def batches(
         raise BimedixError(f"a batch of {batch_size} rows cannot be divided among {process_count} processes; change it")
     if not 0 <= process_index < process_count:
         raise BimedixError(f"there is no process {process_index} among {process_count}; count from 0")
-    found = Batches(Path(folder), batch_size, seed, start_step, process_index, process_count, shuffle, epochs)
+    found = Batches(Path(folder), batch_size, seed, process_index, process_count, shuffle, epochs)
     if not found.index["rows"]:
         raise BimedixError(f"{folder} holds no rows; pack it again")
     return found
@@ -158,12 +151,17 @@ def fingerprint(folder: str | Path) -> str:
     return expected[pack.ROWS]["sha256"]
 
 
-def require_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Raise BimedixError unless the rows were made with this tokenizer and template."""
-    index = read_index(folder)
-    for name, ours in (("tokenizer", tokenizer.fingerprint), ("template", tokenizer.template.name)):
-        if index[name] != ours:
-            raise BimedixError(
-                f"{folder} was packed with another {name} ({index[name]}) than that of {tokenizer.folder} ({ours}); "
-                "pack it again with this one"
-            )
+def require_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> bool:
+    """Raise BimedixError if the rows were made with another tokenizer. Their chat template may be any: base models have
+    none of their own.
+
+    Returns: whether it is known to be the same; rows that a script packed need not name one.
+    """
+    theirs = read_index(folder).get("tokenizer")
+    if theirs not in (None, tokenizer.fingerprint):
+        raise BimedixError(
+            f"{folder} was packed with another tokenizer (fingerprint {theirs[:12]}) than that of {tokenizer.folder} "
+            f"({tokenizer.fingerprint[:12]}); pack the records again with `bimedix data pack --tokenizer "
+            f"{tokenizer.folder}`"
+        )
+    return theirs is not None

@@ -135,6 +135,11 @@ class Tokenizer:
         return None if text is None else self.engine.token_to_id(text)
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether `load_tokenizer` finds the files of a tokenizer in `folder`."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder. `template` names a chat template instead of recognising the folder's own.
 

@@ -7,7 +7,7 @@ nearly letter by letter), so the same surprise is also given in bits per UTF-8 b
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan
 from bimedix_jax.padding import packed, packed_places
+from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,18 @@ def example_of(record: Record, tokenizer: Tokenizer) -> Example:
     return Example(groups_of(record), ids, [False, *learned[1:]], size)
 
 
+def finite(nats: dict[str, float]) -> list[str]:
+    """The groups, sorted; raises BimedixError where a loss is NaN or infinite."""
+    names = sorted(nats)
+    broken = [name for name in names if not math.isfinite(nats[name])]
+    if broken:
+        raise BimedixError(
+            f"the loss of {', '.join(broken)} is no finite number: the model computes NaN or infinity; check its "
+            "weights, or load it with base float32"
+        )
+    return names
+
+
 def heldout_loss(
     model: Mixtral,
     tokenizer: Tokenizer,
@@ -92,51 +105,34 @@ def heldout_loss(
       record: "choices" or "full" keeps what the routers did with every token, in `routing`.
 
     Raises:
-      BimedixError: there is no record, or none fits.
+      BimedixError: there is no record, none fits, one has a token id that the model lacks, or a loss is no number.
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    nats: dict[str, float] = defaultdict(float)
-    tokens, sizes, counts, too_long = (defaultdict(int) for _ in range(4))
-    examples: list[Example] = []
-    numbers, total = [], 0
-    for number, one in enumerate(records):
-        total += 1
-        example = example_of(one, tokenizer)
-        if len(example.ids) > longest:
-            for group in example.groups:
-                too_long[group] += 1
-            continue
-        examples.append(example)
-        numbers.append(number)
-    if not examples:
+    examples = [example_of(one, tokenizer) for one in records]
+    fitting = {number: example for number, example in enumerate(examples) if len(example.ids) <= longest}
+    too_long: dict[str, int] = defaultdict(int)
+    for example in examples:
+        for group in example.groups if len(example.ids) > longest else ():
+            too_long[group] += 1
+    if not fitting:
         raise BimedixError(
             f"there is no record of at most {longest} tokens to score; give others or a longer max_length"
         )
-    plan, lengths = plan or RoutingPlan(), [len(example.ids) for example in examples]
-    plan.check(model.config, total, max(lengths))
-    routings: dict[int, Routing] = {}
-    graph, weights = nnx.split(model)
-    with tqdm(total=len(examples), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
-        for places, tokens_BT, ids_BT in packed([example.ids for example in examples], batch_tokens, longest):
-            learned_BT = np.zeros(tokens_BT.shape, bool)
-            for index, line, start in places:
-                learned_BT[line, start : start + lengths[index]] = examples[index].learned
-            items_BT, positions_BT = packed_places(tokens_BT.shape, places, lengths)
-            own = plan.at(np.asarray(numbers, np.int32)[items_BT], positions_BT)
-            logprobs_BT, routing = target_logprobs(graph, weights, tokens_BT, ids_BT, learned_BT, own, record)
-            for index, line, start in places:
-                example = examples[index]
-                if routing is not None:
-                    routings[numbers[index]] = part_of(routing, line, start, lengths[index])
-                loss = -float(logprobs_BT[line, start : start + lengths[index]].sum())
-                for group in example.groups:
-                    nats[group] += loss
-                    tokens[group] += sum(example.learned)
-                    sizes[group] += example.text_bytes
-                    counts[group] += 1
-            bar.update(len(places))
-    names = sorted(nats)
+    require_ids((example.ids for example in fitting.values()), model.config.vocab_size)
+    plan = plan or RoutingPlan()
+    plan.check(model.config, len(examples), max(len(example.ids) for example in fitting.values()))
+    nats: dict[str, float] = defaultdict(float)
+    tokens, sizes, counts = (defaultdict(int) for _ in range(3))
+    routings: dict[int, Routing | None] = {}
+    for number, loss, routing in losses(model, fitting, batch_tokens, longest, plan, record):
+        routings[number] = routing
+        for group in fitting[number].groups:
+            nats[group] += loss
+            tokens[group] += sum(fitting[number].learned)
+            sizes[group] += fitting[number].text_bytes
+            counts[group] += 1
+    names = finite(nats)
     return HeldoutLoss(
         {name: nats[name] / tokens[name] for name in names},
         {name: nats[name] / math.log(2) / sizes[name] for name in names},
@@ -144,5 +140,31 @@ def heldout_loss(
         {name: sizes[name] for name in names},
         {name: counts[name] for name in names},
         dict(sorted(too_long.items())),
-        None if record == "none" else dict(sorted(routings.items())),
+        None if record == "none" else {number: part for number, part in sorted(routings.items()) if part is not None},
     )
+
+
+def losses(
+    model: Mixtral,
+    examples: dict[int, Example],
+    batch_tokens: int,
+    longest: int,
+    plan: RoutingPlan,
+    record: RecordKind,
+) -> Iterator[tuple[int, float, Routing | None]]:
+    """(number, summed NLL in nats, record) of each example, several packed into a row; numbers are rows of the plan."""
+    numbers, ids = np.array(list(examples), np.int32), [example.ids for example in examples.values()]
+    lengths = list(map(len, ids))
+    graph, weights = nnx.split(model)
+    with tqdm(total=len(ids), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
+        for places, tokens_BT, ids_BT in packed(ids, batch_tokens, longest):
+            learned_BT = np.zeros(tokens_BT.shape, bool)
+            for index, line, start in places:
+                learned_BT[line, start : start + lengths[index]] = examples[int(numbers[index])].learned
+            items_BT, positions_BT = packed_places(tokens_BT.shape, places, lengths)
+            own = plan.at(numbers[items_BT], positions_BT)
+            logprobs_BT, routing = target_logprobs(graph, weights, tokens_BT, ids_BT, learned_BT, own, record)
+            for index, line, start in places:
+                part = None if routing is None else part_of(routing, line, start, lengths[index])
+                yield int(numbers[index]), -float(logprobs_BT[line, start : start + lengths[index]].sum()), part
+            bar.update(len(places))

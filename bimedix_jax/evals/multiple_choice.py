@@ -28,6 +28,7 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan
 from bimedix_jax.padding import bucket, by_length, pad_left, pad_right
+from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +61,33 @@ class Prediction:
     """What came out for one question: log p of each option, in nats.
 
     Attributes:
+      groups: as the question's.
       letters: of the letters; None where options have none.
       texts: of the options' whole texts.
       chosen, chosen_by_text: index of the option chosen for the headline accuracy, and by text per byte.
     """
 
     id: str
+    groups: tuple[str, ...]
     answer: int
     letters: list[float] | None
     texts: list[float]
     chosen: int
     chosen_by_text: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "id": self.id,
+            "language": self.groups[0],
+            "groups": list(self.groups),
+            "answer": self.answer,
+            "chosen": self.chosen,
+            "chosen_by_text": self.chosen_by_text,
+            "correct": self.chosen == self.answer,
+            "letter_logprobs": self.letters,
+            "text_logprobs": self.texts,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +225,8 @@ def multiple_choice(
       record: "choices" or "full" keeps what the routers did, in `routing`.
 
     Raises:
-      BimedixError: a record without choices, no question at all, or none that fits.
+      BimedixError: a record without choices, no question at all, none that fits, a token id that the model lacks, or
+        a likelihood that is no number.
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
@@ -218,6 +236,8 @@ def multiple_choice(
     if not numbered:
         raise BimedixError(f"there is no question of at most {longest} tokens; give others or a longer max_length")
     fitting = [question for _, question in numbered]
+    ids = (ids for question in fitting for ids in (question.prompt, *question.candidates))
+    require_ids(ids, model.config.vocab_size)
     plan = plan or RoutingPlan()
     plan.check(model.config, len(questions), max(question.length for question in fitting))
     scorer = _Scorer(*nnx.split(model), plan, record, longest)
@@ -305,9 +325,14 @@ def _predict(question: Question, scores: list[float]) -> Prediction:
     options = len(question.text_bytes)
     letters = scores[:options] if question.lettered else None
     texts = scores[-options:]
+    if not np.isfinite(scores).all():  # argmax would choose NaN
+        raise BimedixError(
+            f"a likelihood of question {question.id} is no finite number: the model computes NaN or infinity; check "
+            "its weights, or load it with base float32"
+        )
     per_byte = np.array(texts) / np.array(question.text_bytes)
     chosen = int(np.argmax(texts if letters is None else letters))
-    return Prediction(question.id, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))
+    return Prediction(question.id, question.groups, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))
 
 
 def _tally(

@@ -21,6 +21,7 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.router_sums import RouterSums
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.padding import packed, packed_places
+from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ def expert_load(
         longest one that is run.
 
     Raises:
-      BimedixError: there is no record, or none fits.
+      BimedixError: there is no record, none fits, or one has a token id that the model lacks.
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
@@ -90,6 +91,7 @@ def expert_load(
         numbers.append(number)
     if not rows:
         raise BimedixError(f"there is no record of at most {longest} tokens; give others or a longer max_length")
+    require_ids(rows, model.config.vocab_size)
     plan, lengths, names = plan or RoutingPlan(), list(map(len, rows)), sorted(set(kinds))
     plan.check(model.config, total, max(lengths))
     kind_R = np.array([names.index(kind) for kind in kinds], np.int32)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bimedix_jax.experiment import BatchConfig
+from bimedix_jax.experiment import BatchConfig, Experiment
 from bimedix_jax.sharding import BATCH_AXES, Layout
 from bimedix_jax.training.rows import NumpyBatch, Rows, micro_batches
 
@@ -30,6 +30,10 @@ class Feed:
     length: int
     layout: Layout | None
     languages: bool = False
+
+    @classmethod
+    def of(cls, experiment: Experiment, rows: Rows, layout: Layout | None) -> "Feed":
+        return cls(rows, experiment.batch, experiment.data.sequence_length, layout, bool(experiment.router.languages))
 
     def sharding(self, *lead: None) -> NamedSharding | None:
         """Of rows with these axes before them."""

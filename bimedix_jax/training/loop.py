@@ -2,19 +2,17 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from bimedix_jax import distributed
-from bimedix_jax.adapters import add_lora, coverage
-from bimedix_jax.checkpoint.load import read_base, with_router_of
+from bimedix_jax.adapters import coverage
 from bimedix_jax.checkpoint.steps import save_step
 from bimedix_jax.checkpoint.store import save, save_adapter
 from bimedix_jax.errors import BimedixError
@@ -22,18 +20,21 @@ from bimedix_jax.experiment import Experiment
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
-from bimedix_jax.sharding import BATCH_AXES, COMPILER_OPTIONS, host_memory, make_mesh, place, take_back
+from bimedix_jax.sharding import COMPILER_OPTIONS, host_memory, place, take_back
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
-from bimedix_jax.training.metrics import MetricsLog, is_finite, plain, read_metrics
+from bimedix_jax.training.metrics import MetricsLog, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.pipeline import LateLines, ReadAhead
+from bimedix_jax.training.prepare import check_router_rate, checked_plan, mesh_of, prepare_model
 from bimedix_jax.training.progress import TrainingProgress, duration
-from bimedix_jax.training.rows import NumpyBatch, Rows, heldout_batches, open_rows
-from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, check_plan, resume_state
-from bimedix_jax.training.state import Params, Structure, TrainState, init_state, put_back, take_apart
+from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
+from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
+from bimedix_jax.training.state import Structure, TrainState, init_state, put_back, take_apart
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 from bimedix_jax.training.tracking import Mirror
+from bimedix_jax.vocabulary import outside, require_ids
 
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 
@@ -82,20 +83,19 @@ def train(
     console = (console or Console(stderr=True)) if distributed.leader() else Console(quiet=True)
     folder = Path(out)
     distributed.by_leader(lambda: check_folder(folder, experiment, resume))
+    say_unchecked(check_tokenizer(experiment), console)
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():
         model = prepare_model(experiment, model, mesh)
         rows = open_rows(experiment, model.config.vocab_size)
         experiment = dataclasses.replace(experiment, steps=rows.steps)
-        check_fit(experiment, model)
         plan = checked_plan(experiment, model, plan, folder if resume else None)
         covered = coverage(model).to_dict()
     model = model if mesh is None else place(model, mesh)
     structure, params, frozen = take_apart(model)
     check_router_rate(experiment, params)
     same = identity(frozen, rows.fingerprint, rows.steps, plan)
-    languages = bool(experiment.router.languages)
-    feed = Feed(rows, experiment.batch, experiment.data.sequence_length, structure.layout, languages)
+    feed = Feed.of(experiment, rows, structure.layout)
     optimiser = make_optimiser(experiment.optimiser, rows.steps)
     state = init_state(params, optimiser, structure.router_state(frozen))
     distributed.by_leader(lambda: begin(folder, experiment, plan))
@@ -120,27 +120,6 @@ def train(
     return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
 
 
-def mesh_of(experiment: Experiment) -> Mesh | None:
-    """The devices that the experiment asks for.
-
-    Raises:
-      BimedixError: they are not these, or cannot divide the rows.
-    """
-    wanted = experiment.mesh
-    if wanted is None:
-        if distributed.several():
-            raise BimedixError("Several processes need a mesh over their devices; give mesh.fsdp, for example.")
-        return None
-    mesh = make_mesh(wanted.data, wanted.fsdp, wanted.expert, wanted.tensor)
-    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
-    if experiment.batch.rows % parts:
-        raise BimedixError(
-            f"{experiment.batch.rows} rows of a micro-batch cannot be divided among the {parts} parts of this mesh; "
-            f"make batch.rows a multiple of {parts}, or mesh.tensor larger."
-        )
-    return mesh
-
-
 def save_trained(model: Mixtral, folder: Path) -> Path:
     """Writes what was trained: the adapters, or the model where every parameter was."""
     whole = take_back(model)  # by all processes, since each has a part
@@ -150,65 +129,13 @@ def save_trained(model: Mixtral, folder: Path) -> Path:
     return trained
 
 
-def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | None) -> Mixtral:
-    """The base that the experiment names, or the given one, with the adapters that the experiment asks for.
-
-    For a mesh: in host memory, with what this process's devices need.
-    """
-    if model is not None and model.placement is not None:
-        raise BimedixError("The model lies on a mesh already; give train one that lies on one device.")
-    if model is None:
-        model = read_base(experiment, mesh)
-    else:
-        model = with_router_of(experiment, model, "the given model")
-    wanted, found = experiment.lora, model.lora
-    if found is None:
-        return model if wanted is None else add_lora(model, wanted, experiment.seed)
-    if (
-        wanted is None
-        or dataclasses.replace(wanted, targets=found.targets) != found
-        or set(wanted.targets) != set(found.targets)
-    ):
-        raise BimedixError(f"The model carries adapters {found}, the experiment asks for {wanted}; make them agree.")
-    return model
-
-
-def check_fit(experiment: Experiment, model: Mixtral) -> None:
-    if experiment.data.sequence_length > model.config.max_position_embeddings:
-        raise BimedixError(
-            f"Rows of {experiment.data.sequence_length} tokens exceed the model's "
-            f"{model.config.max_position_embeddings} positions; pack the data with a smaller sequence length."
-        )
-
-
-def checked_plan(
-    experiment: Experiment, model: Mixtral, plan: RoutingPlan | None, resumed: Path | None
-) -> RoutingPlan | None:
-    """The plan, None where it tells the routers nothing.
-
-    Args:
-      resumed: folder of the run that goes on, which must have the same plan.
-    Raises:
-      BimedixError: it does not fit the model or the rows, or is not the one that the run began with.
-    """
-    plan = None if plan is None or plan.is_free else plan
-    if plan is not None:
-        try:
-            plan.check(model.config, experiment.batch.size, experiment.data.sequence_length)
-        except ValueError as error:
-            raise BimedixError(f"The plan does not fit this run: {error}") from error
-        if experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
-            raise BimedixError("A plan for the rows of a step says nothing of held-out rows; set eval_every to 0.")
-    if resumed is not None:
-        check_plan(resumed, plan)
-    return plan
-
-
-def check_router_rate(experiment: Experiment, params: Params) -> None:
-    if experiment.optimiser.router_learning_rate is not None and not any(".router." in name for name in params):
-        raise BimedixError(
-            "optimiser.router_learning_rate is set, but the routers are frozen; add router to lora.targets, set "
-            "lora.train_router, or leave the rate out."
+def say_unchecked(folders: int, console: Console) -> None:
+    """One line where rows may have been packed with another tokenizer than the model's."""
+    if folders:
+        console.print(
+            f"[bold yellow]{folders} packed folder{'s' if folders > 1 else ''} not compared[/] with the model's "
+            "tokenizer: one of the two names none; make sure that they belong together",
+            highlight=False,
         )
 
 
@@ -241,7 +168,7 @@ def say_start(experiment: Experiment, rows: Rows, step: int, kernels: dict[str, 
     )
     if experiment.remat == "experts" and "xla" in kernels.get("expert_mlp", ()):
         console.print(
-            "[bold yellow]remat experts keeps nothing here[/]: the CPU's experts are one operation, whose products are "
+            "[bold yellow]remat experts keeps no products here[/]: the CPU's experts are one operation, which is "
             "computed again as under remat layer",
             highlight=False,
         )
@@ -259,57 +186,60 @@ def run_steps(
     console: Console,
     resume_command: str,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """All steps that are left; returns the last state and line of metrics."""
+    """All steps that are left; returns the last state and line of metrics.
+
+    While a step runs, the next batch is read and the line of the step before is written. The state is donated to the
+    next step, so before a checkpoint or a measurement of its own a step is waited for, and its loss looked at.
+    """
     evaluate, rows, speaks = make_eval_step(structure), feed.rows, distributed.leader()
-    done, line = int(state.step), {}
+    done, vocab_size = int(state.step), structure.vocab_size
+
+    def read(step: int) -> dict[str, jax.Array]:
+        return feed.put(checked(feed.read(step), vocab_size, step))
+
     with (
         StopRequest(console) as stop,
         MetricsLog(folder if speaks else None) as log,
         Mirror(experiment if speaks else None, folder, done) as mirror,
         TrainingProgress(console, done, rows.steps) as progress,
+        ReadAhead(read, done, rows.steps) as batches,
     ):
+        lines = LateLines(experiment, (log.write, mirror.write, progress.update))
+        asked = distributed.agree_later(lambda: stop.asked)
         while done < rows.steps:
-            began = time.perf_counter()
-            batch = feed.put(checked(feed.read(done), structure.vocab_size, done))
+            try:
+                batch = batches.next()
+            except Exception:
+                lines.settle()  # the step before is not to blame
+                raise
             state, metrics = step(state, frozen, batch, plan)
-            line = {"step": done + 1, **plain(metrics)}
-            if not is_finite(line):
-                raise BimedixError(diverged(line, experiment, done))
             done += 1
-            seconds = time.perf_counter() - began
-            line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
-            if experiment.eval_every and done % experiment.eval_every == 0:
-                line |= measure_heldout(experiment, evaluate, state, frozen, feed, plan)
-            log.write(line)
-            mirror.write(line)
-            progress.update(line)
-            stopping = distributed.agree(stop.asked)
-            if stopping or done % experiment.checkpoint_every == 0 or done == rows.steps:
+            lines.add(done, metrics)
+            stopping, asked = asked(), distributed.agree_later(lambda: stop.asked)
+            evaluates = experiment.eval_every > 0 and done % experiment.eval_every == 0
+            saves = stopping or done % experiment.checkpoint_every == 0 or done == rows.steps
+            if not (evaluates or saves):
+                continue
+            measure = partial(measure_heldout, experiment, evaluate, state, frozen, feed, vocab_size, plan)
+            lines.settle(measure if evaluates else None)
+            if saves:
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
                 save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)
             if stopping and done < rows.steps:
                 raise Interrupted(f"step {done} of {rows.steps} is saved; continue with `{resume_command}`")
-    return state, line
+            lines.restart_clock()
+    return state, lines.last
 
 
 def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:
     """The batch, if its token ids are the model's: JAX would clamp one that is not, and train on another token."""
-    highest = int(batch["tokens_BT"].max())
-    if highest >= vocab_size or int(batch["tokens_BT"].min()) < 0:
+    wrong = outside(batch["tokens_BT"], vocab_size)
+    if wrong is not None:
         raise BimedixError(
-            f"The rows of step {step + 1} hold token id {highest}, the model knows {vocab_size}; "
+            f"The rows of step {step + 1} hold token id {wrong}, the model knows {vocab_size}; "
             "pack the data with this model's tokenizer."
         )
     return batch
-
-
-def diverged(line: dict[str, Any], experiment: Experiment, done: int) -> str:
-    kept = done // experiment.checkpoint_every * experiment.checkpoint_every
-    since = f"the last checkpoint is that of step {kept}" if kept else "there is no checkpoint before it"
-    return (
-        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops and saves nothing "
-        f"of this step; {since}. Lower optimiser.learning_rate or clip_norm, or look at the rows of this step."
-    )
 
 
 def measure_heldout(
@@ -318,11 +248,13 @@ def measure_heldout(
     state: TrainState,
     frozen: dict[str, Any],
     feed: Feed,
-    plan: RoutingPlan | None,
+    vocab_size: int,
+    plan: RoutingPlan | None = None,
 ) -> dict[str, float]:
-    """Held-out loss in nats per target."""
+    """Held-out loss in nats per target; raises BimedixError for a token id that the model lacks."""
     nll, targets = 0.0, 0.0
     for batch in heldout_batches(experiment):
+        require_ids(batch["tokens_BT"], vocab_size)
         nll_sum, count = evaluate(state.params, {**frozen, **state.router}, feed.put_whole(batch), plan)
         nll, targets = nll + float(nll_sum), targets + float(count)
     return {"heldout_nll": nll / max(targets, 1.0), "heldout_targets": targets}

@@ -79,6 +79,30 @@ def check_length(folder: str, sequence_length: int) -> None:
         )
 
 
+def check_tokenizer(experiment: Experiment) -> int:
+    """Refuses packed rows of another tokenizer than the model's: their ids mean other words to it.
+
+    Returns: folders that could not be compared, since the model has no tokenizer files or the rows name no tokenizer.
+
+    Raises:
+      BimedixError: a folder was packed with another tokenizer.
+    """
+    from bimedix_jax.checkpoint.hub import resolve
+    from bimedix_jax.data import loader
+    from bimedix_jax.data.tokenizer import has_tokenizer, load_tokenizer
+
+    folders = [experiment.data.path, experiment.data.heldout if experiment.eval_every else None]
+    packed = [folder for folder in folders if folder is not None]
+    source = experiment.model
+    if not packed or source.path is None:
+        return len(packed)
+    model = resolve(source.path, source.revision)
+    if not has_tokenizer(model):
+        return len(packed)
+    tokenizer = load_tokenizer(model)
+    return sum(not loader.require_tokenizer(folder, tokenizer) for folder in packed)
+
+
 def heldout_batches(experiment: Experiment) -> Iterator[NumpyBatch]:
     """Every held-out row once, in order, as micro-batches; the last is filled up with empty rows."""
     from bimedix_jax.data import loader

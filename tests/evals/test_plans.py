@@ -47,7 +47,7 @@ def models():
         ours.router.w.set_value(theirs.router.w.get_value()[..., kept])
         for one, other in ((ours.w1, theirs.w1), (ours.w2, theirs.w2), (ours.w3, theirs.w3)):
             one.w.set_value(other.w.get_value()[:, kept])
-        if theirs.state is not None:
+        if theirs.state is not None and ours.state is not None:
             ours.state.set_value(theirs.state.get_value()[:, kept])
         return smaller
 

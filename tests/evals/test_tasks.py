@@ -8,7 +8,7 @@ from rich.console import Console
 
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
-from bimedix_jax.commands.eval_run import heldout_records
+from bimedix_jax.commands.eval_run import heldout_records, predictions_path, write_predictions
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals import tables, tasks
 from bimedix_jax.evals.heldout import heldout_loss
@@ -128,8 +128,31 @@ def test_the_command_gives_one_json_document_and_the_same_file(folder, data, mix
     assert set(result["choice"]["by_group"]) >= {"en", "ar"}
     assert list(result["tasks"]) == ["medqa", "pubmedqa"]
     assert result["average"] is None
+    assert result["predictions"] == {"file": "run.predictions.jsonl", "lines": 4 + 3 + 2}
+    lines = (out.parent / "run.predictions.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert sorted(out.parent.iterdir()) == [out, out.parent / "run.predictions.jsonl"], "nothing half-written is left"
+    assert [row["set"] for row in rows] == [str(path)] * 4 + ["medqa"] * 3 + ["pubmedqa"] * 2
+    assert [row["id"] for row in rows[:4]] == ["q1", "q2", "q3", "q4"]
+    assert rows[2]["groups"] == ["ar", "ar/endocrinology"]
+    assert rows[2]["language"] == "ar"
+    for row in rows:
+        logprobs = row["text_logprobs"] if row["letter_logprobs"] is None else row["letter_logprobs"]
+        assert logprobs[row["chosen"]] == max(logprobs)
+        assert row["correct"] == (row["chosen"] == row["answer"])
+        assert 0 <= row["chosen_by_text"] < len(row["text_logprobs"])
+    for name, group in {"medqa": result["tasks"]["medqa"], str(path): result["choice"]["by_group"]["en"]}.items():
+        own = [row["correct"] for row in rows if row["set"] == name and row["language"] == "en"]
+        assert (sum(own), len(own)) == (group["correct"], group["n"])
     assert cli.main([*words[:-2], "--compare", str(out)]) == 0
     assert "before -> after" in capsys.readouterr().err
+
+
+def test_predictions_lie_beside_the_result_under_its_name(tmp_path):
+    assert predictions_path(tmp_path / "a.json") == tmp_path / "a.predictions.jsonl"
+    assert predictions_path(tmp_path / "a.v2") == tmp_path / "a.v2.predictions.jsonl"
+    assert write_predictions(tmp_path / "new/a.json", {"sample": []}) == {"file": "a.predictions.jsonl", "lines": 0}
+    assert (tmp_path / "new/a.predictions.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(

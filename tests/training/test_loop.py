@@ -1,24 +1,30 @@
 """Runs from end to end: files, interruption, resumption to the bit, refusals."""
 
 import dataclasses
+import itertools
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from bimedix_jax.adapters import add_lora
+from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.store import load_adapter
 from bimedix_jax.data import pack
+from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.experiment import BatchConfig, DataSource, OptimiserConfig, Tracking, read
+from bimedix_jax.experiment import BatchConfig, DataSource, ModelSource, OptimiserConfig, Tracking, read
 from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.rows import check_tokenizer
 from bimedix_jax.training.state import take_apart
 from bimedix_jax.training.stopping import Interrupted
 
@@ -39,7 +45,7 @@ def whole(tmp_path_factory, experiment):
 
 
 def at_step(monkeypatch, step, action):
-    """Calls `action` when the batch of `step` (from 0) is fetched."""
+    """Calls `action` when the batch of `step` (from 0) is read."""
     original = loop.checked
 
     def hooked(batch, vocab_size, number):
@@ -48,6 +54,24 @@ def at_step(monkeypatch, step, action):
         return original(batch, vocab_size, number)
 
     monkeypatch.setattr(loop, "checked", hooked)
+
+
+def at_launch(monkeypatch, number, action):
+    """Calls `action` when a process launches its step of this number (from 1)."""
+    original = loop.compile_step
+
+    def compile_step(*arguments):
+        compiled, cost = original(*arguments)
+        launches = itertools.count(1)
+
+        def step(*arguments):
+            if next(launches) == number:
+                action()
+            return compiled(*arguments)
+
+        return step, cost
+
+    monkeypatch.setattr(loop, "compile_step", compile_step)
 
 
 def test_a_run_leaves_what_it_promises(whole, experiment):
@@ -106,7 +130,7 @@ def test_resumed_losses_are_those_of_a_run_that_never_stopped(whole, experiment,
         monkeypatch.context() as patch,
         pytest.raises(Interrupted, match="step 5 of 6 is saved; continue with `bimedix train --resume"),
     ):
-        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        at_launch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
         train(plan, folder, resume=True)
     side = (folder / "metrics.superseded-1.jsonl").read_text().splitlines()
     assert json.loads(side[0])["step"] == 5
@@ -148,7 +172,7 @@ def test_a_loss_that_is_no_number_stops_the_run(experiment, config, tmp_path):
     assert not read_metrics(tmp_path / "run")
 
 
-def packed(folder, rows, length, seed, highest=61):
+def packed(folder, rows, length, seed, highest=61, **facts):
     random = np.random.default_rng(seed)
     examples = [
         pack.Example(str(i), "en", "qa", "test", random.integers(1, highest, n, dtype=np.int32), np.arange(n) >= 2)
@@ -156,7 +180,9 @@ def packed(folder, rows, length, seed, highest=61):
     ]
     folder.mkdir()
     report = pack.PackReport()
-    pack.write(folder, pack.pack(examples, length, packing="none", report=report), report, length, {"pad_id": 0})
+    pack.write(
+        folder, pack.pack(examples, length, packing="none", report=report), report, length, {"pad_id": 0, **facts}
+    )
     return str(folder)
 
 
@@ -187,6 +213,41 @@ def test_data_that_does_not_fit_is_refused(experiment, tmp_path):
     assert not any((tmp_path / name).exists() for name in "abc")
     with pytest.raises(BimedixError, match="model's tokenizer"):
         loop.checked({"tokens_BT": np.asarray([[61]])}, 61, 0)
+
+
+def test_rows_of_another_tokenizer_are_refused(experiment, config, tmp_path, capsys):
+    """Train and held-out rows, before the model loads; what cannot be compared is counted in one line."""
+    model = export_hf(init_random(dataclasses.replace(config, vocab_size=304)), tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    ours = byte_tokenizer(tmp_path / "bytes")
+    own, other = (
+        packed(tmp_path / name, 4, 16, 0, tokenizer=fingerprint)
+        for name, fingerprint in (("own", ours.fingerprint), ("other", "f" * 64))
+    )
+
+    def run(path, heldout, name):
+        data = DataSource(path, heldout, 16)
+        source = ModelSource(str(model), base="float32")
+        train(experiment(lora=LORA, data=data, model=source, eval_every=2), tmp_path / name)
+
+    with pytest.raises(BimedixError, match="holds neither model"):
+        run(other, own, "a")
+    assert "2 packed folders not compared with the model's tokenizer" in " ".join(capsys.readouterr().err.split())
+    shutil.copyfile(ours.folder / "tokenizer.json", model / "tokenizer.json")
+    for pair in ((other, own), (own, other)):
+        with pytest.raises(BimedixError, match=r"other was packed with another tokenizer .*--tokenizer .*model"):
+            run(*pair, "b")
+    with pytest.raises(BimedixError, match="holds neither model"):
+        run(own, own, "c")
+    assert "not compared" not in capsys.readouterr().err
+    assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_made_up_rows_need_no_tokenizer(experiment, tmp_path, capsys):
+    loop.say_unchecked(check_tokenizer(experiment()), Console(stderr=True))
+    data = DataSource(packed(tmp_path / "rows", 4, 16, 0), sequence_length=16)
+    loop.say_unchecked(check_tokenizer(experiment(data=data)), Console(stderr=True, width=200))
+    assert capsys.readouterr().err.startswith("1 packed folder not compared")
 
 
 def test_a_rate_for_routers_that_are_frozen_is_refused(experiment, tmp_path):

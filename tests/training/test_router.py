@@ -17,16 +17,18 @@ from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.generate import generate
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import RouterConfig
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.plans import read_plan
 from bimedix_jax.sharding import make_mesh, place
-from bimedix_jax.training.loop import prepare_model, train
+from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.prepare import prepare_model
+from bimedix_jax.training.routing import Grouping
 from bimedix_jax.training.rows import micro_batches
 from bimedix_jax.training.state import init_state, take_apart
-from bimedix_jax.training.step import Grouping, make_gradient, make_train_step
+from bimedix_jax.training.step import make_gradient, make_train_step
 
 BIAS = "layers.moe.state"
 SIGMOID = RouterTraining(variant="sigmoid_bias", bias_rate=0.05)
@@ -37,6 +39,12 @@ def quick_kernels():
     """Kernels that compile fast; what they compute is tested elsewhere."""
     with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
         yield
+
+
+def state_of(model: Mixtral) -> np.ndarray:
+    """What the router learned outside of the gradient."""
+    assert model.layers.moe.state is not None
+    return np.asarray(model.layers.moe.state.get_value())
 
 
 def stacked(data: dict, parts: int) -> dict:
@@ -113,13 +121,13 @@ def test_a_run_keeps_variant_parameters_and_bias(tmp_path, experiment) -> None:
         target = tmp_path / "parts" / folder
         target.rename(target.with_name(f"gone-{target.name}"))
     train(run, tmp_path / "parts", resume=True)
-    trained = whole.model.layers.moe.state.get_value()
+    trained = state_of(whole.model)
     assert len(np.unique(trained)) > 1
     assert np.abs(trained).max() <= 4 * 0.05 + 1e-6
     for folder in ("whole", "parts"):
         model = load(tmp_path / folder)
         assert model.config.router == RouterConfig(4, 2, "sigmoid_bias", bias_rate=0.05)
-        np.testing.assert_array_equal(model.layers.moe.state.get_value(), trained)
+        np.testing.assert_array_equal(state_of(model), trained)
     tokens = np.arange(1, 9)[None]
     np.testing.assert_allclose(model(tokens).logits_BTV, whole.model(tokens).logits_BTV, rtol=1e-5, atol=1e-6)
     answer, routing = generate(model, [3, 4, 5], 4, plan=RoutingPlan.ban(model.config, 2), record="choices")
@@ -138,7 +146,7 @@ def test_an_adapter_brings_its_router(tmp_path, config, experiment, caplog) -> N
     adapted = load_adapter(base, result.trained)
     assert adapted.config.router.variant == "sigmoid_bias"
     assert base.config.router.variant == "topk"
-    np.testing.assert_array_equal(adapted.layers.moe.state.get_value(), result.model.layers.moe.state.get_value())
+    np.testing.assert_array_equal(state_of(adapted), state_of(result.model))
     plain = load(tmp_path / "run", router="topk")
     assert "has the router sigmoid_bias and runs with topk" in caplog.text
     assert plain.layers.moe.state is None

@@ -1,5 +1,6 @@
 """What the gradient of a step is, and what it does not depend on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,11 +16,12 @@ from bimedix_jax.models.config import LoraConfig, Remat
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.optimiser import make_optimiser
+from bimedix_jax.training.routing import load_spread
 from bimedix_jax.training.rows import micro_batches
 from bimedix_jax.training.state import init_state, put_back, take_apart
-from bimedix_jax.training.step import load_spread, make_gradient, make_train_step
+from bimedix_jax.training.step import make_gradient, make_train_step
 
-ROUTER = {"aux_loss_coef": 0.5, "z_loss_coef": 0.1}
+ROUTER = RouterTraining(aux_loss_coef=0.5, z_loss_coef=0.1)
 """Large, so that a wrong share shows."""
 
 
@@ -34,7 +36,7 @@ def adapted(config, spread=0.3, targets=("q", "w2", "router")):
 
 def gradients_of(model, batch, accumulation, scope, remat: Remat = "none"):
     structure, params, frozen = take_apart(model)
-    gradient = jax.jit(make_gradient(structure, RouterTraining(aux_scope=scope, **ROUTER), remat))
+    gradient = jax.jit(make_gradient(structure, dataclasses.replace(ROUTER, aux_scope=scope), remat))
     return gradient(params, frozen, jax.tree.map(jnp.asarray, micro_batches(batch, accumulation)))
 
 
@@ -176,7 +178,7 @@ def test_dropout_is_drawn_anew_in_every_step(config, batch, experiment):
     model = add_lora(init_random(config, std=0.4), LoraConfig(2, 4.0, ("q", "w2"), dropout=0.5))
     structure, params, frozen = take_apart(model)
     data = jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 2))
-    gradient = jax.jit(make_gradient(structure, RouterTraining(aux_scope="global", **ROUTER), "layer"))
+    gradient = jax.jit(make_gradient(structure, dataclasses.replace(ROUTER, aux_scope="global"), "layer"))
     plain, _ = gradient(params, frozen, data)
     one, _ = gradient(params, frozen, data, jax.random.key(1))
     again, _ = gradient(params, frozen, data, jax.random.key(1))

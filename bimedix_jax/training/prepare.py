@@ -1,0 +1,103 @@
+"""What a run needs before its first step: devices, a model that fits the experiment, and a plan that fits the model."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from bimedix_jax import distributed
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.checkpoint.load import read_base, with_router_of
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import Experiment
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.sharding import BATCH_AXES, make_mesh
+from bimedix_jax.training.run_folder import check_plan
+from bimedix_jax.training.state import Params
+
+
+def mesh_of(experiment: Experiment) -> Mesh | None:
+    """The devices that the experiment asks for.
+
+    Raises:
+      BimedixError: they are not these, or cannot divide the rows.
+    """
+    wanted = experiment.mesh
+    if wanted is None:
+        if distributed.several():
+            raise BimedixError("Several processes need a mesh over their devices; give mesh.fsdp, for example.")
+        return None
+    mesh = make_mesh(wanted.data, wanted.fsdp, wanted.expert, wanted.tensor)
+    parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if experiment.batch.rows % parts:
+        raise BimedixError(
+            f"{experiment.batch.rows} rows of a micro-batch cannot be divided among the {parts} parts of this mesh; "
+            f"make batch.rows a multiple of {parts}, or mesh.tensor larger."
+        )
+    return mesh
+
+
+def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | None) -> Mixtral:
+    """The base that the experiment names, or the given one, with the adapters that the experiment asks for.
+
+    For a mesh: in host memory, with what this process's devices need.
+    """
+    if model is not None and model.placement is not None:
+        raise BimedixError("The model lies on a mesh already; give train one that lies on one device.")
+    if model is None:
+        model = read_base(experiment, mesh)
+    else:
+        model = with_router_of(experiment, model, "the given model")
+    check_fit(experiment, model)
+    wanted, found = experiment.lora, model.lora
+    if found is None:
+        return model if wanted is None else add_lora(model, wanted, experiment.seed)
+    if (
+        wanted is None
+        or dataclasses.replace(wanted, targets=found.targets) != found
+        or set(wanted.targets) != set(found.targets)
+    ):
+        raise BimedixError(f"The model carries adapters {found}, the experiment asks for {wanted}; make them agree.")
+    return model
+
+
+def check_fit(experiment: Experiment, model: Mixtral) -> None:
+    if experiment.data.sequence_length > model.config.max_position_embeddings:
+        raise BimedixError(
+            f"Rows of {experiment.data.sequence_length} tokens exceed the model's "
+            f"{model.config.max_position_embeddings} positions; pack the data with a smaller sequence length."
+        )
+
+
+def checked_plan(
+    experiment: Experiment, model: Mixtral, plan: RoutingPlan | None, resumed: Path | None
+) -> RoutingPlan | None:
+    """The plan, None where it tells the routers nothing.
+
+    Args:
+      resumed: folder of the run that goes on, which must have the same plan.
+    Raises:
+      BimedixError: it does not fit the model or the rows, or is not the one that the run began with.
+    """
+    plan = None if plan is None or plan.is_free else plan
+    if plan is not None:
+        try:
+            plan.check(model.config, experiment.batch.size, experiment.data.sequence_length)
+        except ValueError as error:
+            raise BimedixError(f"The plan does not fit this run: {error}") from error
+        if experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
+            raise BimedixError("A plan for the rows of a step says nothing of held-out rows; set eval_every to 0.")
+    if resumed is not None:
+        check_plan(resumed, plan)
+    return plan
+
+
+def check_router_rate(experiment: Experiment, params: Params) -> None:
+    if experiment.optimiser.router_learning_rate is not None and not any(".router." in name for name in params):
+        raise BimedixError(
+            "optimiser.router_learning_rate is set, but the routers are frozen; add router to lora.targets, set "
+            "lora.train_router, or leave the rate out."
+        )

@@ -1,0 +1,77 @@
+"""Where tokenizers and models meet: a token id that the model has no row for is an error.
+
+JAX clamps such a look-up without a word, so that another token's row is used, and a loss over it comes out as NaN.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bimedix_jax.errors import BimedixError
+
+if TYPE_CHECKING:
+    from bimedix_jax.data.tokenizer import Tokenizer
+
+
+def vocab_size_of(folder: str | Path) -> int | None:
+    """Rows of the embedding of the model in `folder`, from its configuration alone.
+
+    None where no configuration says so: what is wrong with one is for the loader to say.
+    """
+    for name, parents in (("bimedix.json", ("config",)), ("config.json", ())):  # ours, then Hugging Face's
+        try:
+            value: Any = json.loads(Path(folder, name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        for key in (*parents, "vocab_size"):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if type(value) is int else None
+    return None
+
+
+def require_fit(tokenizer: "Tokenizer", vocab_size: int | None, model: str | Path) -> None:
+    """Checks that every id of the tokenizer is a row of the model's embedding. A smaller tokenizer fits: many
+    vocabularies are padded.
+
+    Args:
+      vocab_size: rows of the embedding; None, where there is no model to compare with, passes.
+      model: what the message calls the model.
+
+    Raises:
+      BimedixError: an id, added tokens and those that end a reply included, is not below `vocab_size`.
+    """
+    # stop tokens may come from generation_config.json, and then need not be in the vocabulary
+    highest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids, -1)
+    if vocab_size is None or highest < vocab_size:
+        return
+    ids = {role: tokenizer.token_id(text) for role, text in tokenizer.special.items()}
+    lost = [role for role, number in ids.items() if number is not None and number >= vocab_size]
+    lost += [f"stop token {number}" for number in tokenizer.stop_ids if number >= vocab_size and "eos" not in lost]
+    raise BimedixError(
+        f"The tokenizer in {tokenizer.folder} has token ids up to {highest}"
+        + (f" ({', '.join(lost)} included)" if lost else "")
+        + f", but {model} has {vocab_size} embedding rows; use tokenizer and weights of the same model."
+    )
+
+
+def outside(rows: Iterable[Sequence[int] | np.ndarray], vocab_size: int) -> int | None:
+    """The first token id of `rows` that a model of `vocab_size` lacks; None if it has all."""
+    for row in rows:
+        ids = np.asarray(row)
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if wrong.size:
+            return int(wrong.flat[0])
+    return None
+
+
+def require_ids(rows: Iterable[Sequence[int] | np.ndarray], vocab_size: int) -> None:
+    """Raises BimedixError for a token id that a model of `vocab_size` lacks."""
+    wrong = outside(rows, vocab_size)
+    if wrong is not None:
+        raise BimedixError(
+            f"token id {wrong} is outside the vocabulary of {vocab_size}; use the tokenizer that this model was "
+            "trained with"
+        )

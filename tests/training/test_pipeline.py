@@ -1,0 +1,147 @@
+"""Reading ahead and writing late: the order of things, what is never saved, and what a step's seconds are."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from bimedix_jax.checkpoint.steps import steps_in
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.config import LoraConfig
+from bimedix_jax.training import loop, pipeline
+from bimedix_jax.training.loop import train
+from bimedix_jax.training.metrics import ORDER, MetricsLog, read_metrics
+from bimedix_jax.training.pipeline import LateLines, ReadAhead
+
+LORA = LoraConfig(2, 4.0, ("q", "w2", "router"))
+
+
+@pytest.fixture
+def around_steps(monkeypatch):
+    """Calls `before(step)` when a step (from 1) is launched, and passes its metrics through `change`."""
+
+    def install(before=lambda step: None, change=lambda step, metrics: metrics):
+        original = loop.compile_step
+
+        def compile_step(function, state, *rest):
+            compiled, cost = original(function, state, *rest)
+            number = int(state.step)
+
+            def step(*arguments):
+                nonlocal number
+                number += 1
+                before(number)
+                state, metrics = compiled(*arguments)
+                return state, change(number, metrics)
+
+            return step, cost
+
+        monkeypatch.setattr(loop, "compile_step", compile_step)
+
+    return install
+
+
+def test_the_next_batch_is_read_and_the_last_line_written_while_a_step_runs(
+    experiment, tmp_path, monkeypatch, around_steps
+):
+    events, reading = [], [threading.Event() for _ in range(6)]
+    checked, write, save_step = loop.checked, MetricsLog.write, loop.save_step
+
+    def read(batch, vocab_size, step):
+        assert threading.current_thread() is not threading.main_thread()
+        reading[step].set()
+        return checked(batch, vocab_size, step)
+
+    def before(step):
+        events.append(f"step {step}")
+        assert all(event.wait(30) for event in reading[: step + 1]), "the batch of the next step"
+        assert not any(event.is_set() for event in reading[step + 1 :]), "no more than one batch waits"
+
+    def log(self, line):
+        write(self, line)
+        events.append(f"line {line['step']}")
+
+    def save(folder, step, *rest):
+        assert [line["step"] for line in read_metrics(folder.parent)] == list(range(1, step + 1))
+        events.append(f"save {step}")
+        return save_step(folder, step, *rest)
+
+    around_steps(before)
+    monkeypatch.setattr(loop, "checked", read)
+    monkeypatch.setattr(MetricsLog, "write", log)
+    monkeypatch.setattr(loop, "save_step", save)
+    train(experiment(lora=LORA, checkpoint_every=4), tmp_path / "run")
+    assert ", ".join(events) == (
+        "step 1, step 2, line 1, step 3, line 2, step 4, line 3, line 4, save 4, step 5, step 6, line 5, line 6, save 6"
+    )
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_divergence_that_is_seen_one_step_late_saves_nothing(experiment, tmp_path, around_steps, stopped, every):
+    """Step 3 diverges. Step 4, a checkpoint in its own right or by SIGTERM, is launched before it is seen."""
+    launched = []
+
+    def before(step):
+        launched.append(step)
+        if stopped and step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    around_steps(before, lambda step, metrics: metrics | ({"loss": np.float32(np.nan)} if step == 3 else {}))
+    since = "the last checkpoint is that of step 2" if every == 2 else "there is no checkpoint before it"
+    with pytest.raises(BimedixError, match=f"Step 3: loss nan.*{since}"):
+        train(experiment(lora=LORA, checkpoint_every=every), tmp_path / "run")
+    assert launched == [1, 2, 3, 4]
+    assert steps_in(tmp_path / "run/checkpoints") == ([2] if every == 2 else [])
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_batches_come_in_order_and_errors_at_their_step():
+    def read(step):
+        if step == 5:
+            raise OSError("the disk is gone")
+        return step
+
+    with ReadAhead(read, 3, 7) as batches:
+        assert [batches.next(), batches.next()] == [3, 4]
+        for _ in range(2):
+            with pytest.raises(OSError, match="the disk is gone"):
+                batches.next()
+    with ReadAhead(read, 6, 7) as batches:
+        assert batches.next() == 6
+        with pytest.raises(IndexError, match="no step 7"):
+            batches.next()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_seconds_run_from_the_end_of_a_step_to_the_end_of_the_next(experiment, monkeypatch):
+    """Measuring held-out loss and saving are not a step's; two steps in flight share no time."""
+    now, written = [0.0], []
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: now[0])
+    lines = LateLines(experiment(), [written.append])
+
+    def pass_time(seconds):
+        now[0] += seconds
+        return {"heldout_nll": 1.0}
+
+    metrics = dict.fromkeys(ORDER, 1.0) | {"tokens": 12.0}
+    lines.add(1, metrics)
+    pass_time(2)
+    lines.add(2, metrics)  # the first step's line
+    pass_time(3)
+    lines.settle(lambda: pass_time(100))
+    pass_time(1000)
+    lines.restart_clock()
+    lines.add(3, metrics)
+    pass_time(4)
+    lines.settle()
+    lines.settle()
+    assert [(line["step"], line["seconds"], line["tokens_per_second"]) for line in written] == [
+        (1, 2.0, 6.0),
+        (2, 3.0, 4.0),
+        (3, 4.0, 3.0),
+    ]
+    assert ["heldout_nll" in line for line in written] == [False, True, False]
+    assert lines.last is written[-1]
