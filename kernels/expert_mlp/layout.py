@@ -20,7 +20,7 @@ from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import is_planar, planes
 from bimedix_jax.kernels.products import from_bits, to_bits
 from bimedix_jax.kernels.pytree import Leaf
-from bimedix_jax.kernels.unstacked import Unstacked
+from bimedix_jax.kernels.unstacked import Unstacked, stack
 
 
 @jax.tree_util.register_dataclass
@@ -147,8 +147,9 @@ def as_dtype(w: Any, dtype: jnp.dtype) -> Any:
     return w.astype(dtype)
 
 
-def out_of_stacks(weights: Weights) -> tuple[jax.Array | NF4Tensor, ...]:
-    return tuple(w.array() if isinstance(w, LayerOf) else w for w in weights)
+def out_of_stacks(weights: GivenWeights) -> tuple[jax.Array | NF4Tensor, ...]:
+    """Each as one array or NF4Tensor [E, in, out]: a LayerOf is sliced, Unstacked experts are stacked."""
+    return tuple(w.array() if isinstance(w, LayerOf) else stack(w) for w in weights)
 
 
 def load(weights: Weights, dtype: jnp.dtype, apart: bool, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:

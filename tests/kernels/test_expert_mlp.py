@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.expert_mlp import LayerOf, expert_mlp, reference
+from bimedix_jax.kernels.expert_mlp import LayerOf, expert_mlp, out_of_stacks, reference
 from bimedix_jax.kernels.expert_mlp.api import BACKENDS, FUSED_SHARE, pick_backend
 from bimedix_jax.kernels.expert_mlp.few_rows import MAX_EXPERTS, MAX_ROWS
 from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
@@ -213,6 +213,12 @@ def test_weights_in_the_stack_of_all_layers(backend: str, dtype: str) -> None:
         lying = tuple(LayerOf(jnp.stack([jnp.zeros_like(w), w]), jnp.int32(1)) for w in weights)
         got = jax.jit(expert_mlp, static_argnames="backend")(x, pairs, permutation, lying, kept, backend=backend)
         close(got, expected, dtype)
+
+
+def test_every_form_of_weights_becomes_one_array() -> None:
+    w = draw("float32", False, RANKS["no deltas"])[2][0]
+    forms = (w, unstack(w, 1), LayerOf(jnp.stack([-w, w]), jnp.int32(1)))
+    assert all(isinstance(found, jax.Array) and jnp.array_equal(found, w) for found in out_of_stacks(forms))
 
 
 def test_orders_are_inverse() -> None:

@@ -64,7 +64,7 @@ def test_dense_product_and_gradients(dtype: str) -> None:
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (FEW_ROWS,), (0,)])
 @pytest.mark.parametrize("dtype", [*RELATIVE, "float16"])
 def test_few_dense_rows(dtype: str, lead: tuple[int, ...]) -> None:
-    """Which a CPU pads in 16 bits: the result and the gradients are those of the rows themselves."""
+    """Which a CPU pads in bfloat16: the result and the gradients are those of the rows themselves."""
     x, w, dy = draw((*lead, 16), (16, 24), (*lead, 24), dtype=dtype)
     y, pullback = jax.vjp(lambda x, w: matmul(x, w, "float32"), x, w)
     x32, w32, dy32 = (np.asarray(value, np.float32) for value in (x, w, dy))
@@ -75,13 +75,14 @@ def test_few_dense_rows(dtype: str, lead: tuple[int, ...]) -> None:
     close(dw, x32.reshape(-1, 16).T @ dy32.reshape(-1, 24), "bfloat16")
 
 
-def test_only_a_cpu_pads_few_rows_and_only_in_16_bits() -> None:
+def test_only_a_cpu_pads_few_rows_and_only_in_bfloat16() -> None:
     def padded(dtype: str, rows: int) -> bool:
         x, w = draw((rows, 16), (16, 24), dtype=dtype)
         return f"[{FEW_ROWS},24]" in str(jax.make_jaxpr(matmul)(x, w))
 
     assert padded("bfloat16", 1)
-    assert padded("float16", FEW_ROWS - 1)
+    assert padded("bfloat16", FEW_ROWS - 1)
+    assert not padded("float16", 1)
     assert not padded("float32", 1)
     assert not padded("bfloat16", FEW_ROWS + 1)
     with backends.use("gpu"):
