@@ -14,9 +14,7 @@ from typing import Any, Literal
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
 
-Base = Literal["nf4", "bfloat16", "float32"]
 Dtype = Literal["bfloat16", "float32"]
-Scope = Literal["sequence", "micro_batch", "global"]
 
 
 def require(condition: bool, message: str) -> None:
@@ -43,7 +41,7 @@ class ModelSource:
     """Folder with a model, or a hub id (owner/name)."""
     revision: str | None = None
     """Revision of a hub id."""
-    base: Base = "nf4"
+    base: Literal["nf4", "bfloat16", "float32"] = "nf4"
     """Storage of the base weights; nf4 packs attention and experts to 4 bits with double quantisation."""
     dtype: Dtype | None = None
     """Compute dtype; None takes the base's own, bfloat16 for nf4."""
@@ -87,10 +85,9 @@ class RouterTraining:
 
     aux_loss_coef: float = 0.001
     """Weight of the load-balancing loss; 0 turns it off, and it is reported all the same."""
-    aux_scope: Scope = "micro_batch"
-    """Tokens over which load is balanced. The loss is not linear in them: sequence averages over rows, micro_batch
-    pools one micro-batch as Hugging Face does (so accumulation changes it), global pools the whole optimiser step
-    (exact under accumulation, at the price of one more forward pass when there is any)."""
+    aux_scope: Literal["sequence", "micro_batch", "global"] = "micro_batch"
+    """Tokens over which load is balanced: sequence averages over rows; micro_batch pools one micro-batch as Hugging
+    Face does, so accumulation changes it; global pools the step, for one more forward pass under accumulation."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
     variant: str | None = None
@@ -98,7 +95,7 @@ class RouterTraining:
     scale: float | None = None
     """What multiplies the weights of softmax_topk and sigmoid_bias; null keeps the model's own."""
     bias_rate: float | None = None
-    """Step of sigmoid_bias's balancing bias after each optimiser step; null keeps the model's own."""
+    """Change of sigmoid_bias's balancing bias after an optimiser step; null keeps the model's own."""
     languages: tuple[str, ...] = ()
     """Languages, such as en and ar, whose load, entropy, margin and z are reported apart; needs a packed folder."""
 
@@ -380,8 +377,7 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(ours: Experiment, theirs: Experiment) -> list[str]:
     """What differs, as 'batch.rows: 4 here, 2 there', in the order of the fields."""
     here, there = flatten(ours.to_dict()), flatten(theirs.to_dict())
-    names = [*here, *(name for name in there if name not in here)]
-    changed = [name for name in names if here.get(name) != there.get(name)]
+    changed = [name for name in dict.fromkeys((*here, *there)) if here.get(name) != there.get(name)]
     return [f"{name}: {here.get(name)!r} here, {there.get(name)!r} there" for name in changed]
 
 

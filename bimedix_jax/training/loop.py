@@ -69,8 +69,7 @@ def train(
 
     Args:
       resume: continue from the newest valid checkpoint; the losses are to the bit those of a run that never stopped.
-      model: the base in memory already, with or without adapters; None loads what the experiment names. Go on with
-        the result's model: adapters may have been added to a copy that shares the base.
+      model: the base in memory already, with or without adapters; None loads it. The result's model is the trained one.
       console: for progress; stderr by default.
       plan: what the routers are told to do in every step and in the held-out loss. Its B is 1 or the rows of a step,
         its T is 1 or the tokens of a row. The folder keeps it, and a resumed run must be given the same.
@@ -101,20 +100,19 @@ def train(
     distributed.by_leader(lambda: begin(folder, experiment, plan))
     if resume:
         state = resume_state(folder, state, console)
-    if int(state.step):
+    if (done := int(state.step)) > 0:
         check_identity(folder, same)
-    if int(state.step) == rows.steps:
+    if done == rows.steps:
         console.print(f"all {rows.steps} steps are done already", highlight=False)
         last = read_metrics(folder)[-1]
     else:
-        done, step = int(state.step), make_train_step(structure, experiment, rows.steps, optimiser)
+        step = make_train_step(structure, experiment, rows.steps, optimiser)
         with backends.use(**experiment.kernels.named()):
             compiled, cost = compile_step(step, state, frozen, feed, plan, console)
             distributed.by_leader(lambda: write_run(folder, covered, same, done, cost))
             say_start(experiment, rows, done, cost["kernels"], console)
-            command = resume_command or f"bimedix train --resume --out {folder}"
             state, last = run_steps(
-                experiment, folder, feed, compiled, structure, state, frozen, plan, console, command
+                experiment, folder, feed, compiled, structure, state, frozen, plan, console, resume_command
             )
     put_back(model, {**state.params, **state.router})
     return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
@@ -184,7 +182,7 @@ def run_steps(
     frozen: dict[str, Any],
     plan: RoutingPlan | None,
     console: Console,
-    resume_command: str,
+    resume_command: str | None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """All steps that are left; returns the last state and line of metrics.
 
@@ -193,6 +191,7 @@ def run_steps(
     """
     evaluate, rows, speaks = make_eval_step(structure), feed.rows, distributed.leader()
     done, vocab_size = int(state.step), structure.vocab_size
+    command = resume_command or f"bimedix train --resume --out {folder}"
 
     def read(step: int) -> dict[str, jax.Array]:
         return feed.put(checked(feed.read(step), vocab_size, step))
@@ -226,7 +225,7 @@ def run_steps(
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
                 save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)
             if stopping and done < rows.steps:
-                raise Interrupted(f"step {done} of {rows.steps} is saved; continue with `{resume_command}`")
+                raise Interrupted(f"step {done} of {rows.steps} is saved; continue with `{command}`")
             lines.restart_clock()
     return state, lines.last
 
