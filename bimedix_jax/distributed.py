@@ -76,7 +76,7 @@ def agree(asked: bool) -> bool:
 def agree_later(asks: Callable[[], bool]) -> Callable[[], bool]:
     """`agree` without a wait: what it returns gives the answer, and waits no longer than for what was launched before.
 
-    Several processes exchange their answers of now; a single one is asked when the result is called.
+    Several processes exchange their present answers; a single one is asked when the result is called.
     """
     if not several():
         return asks

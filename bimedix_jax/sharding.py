@@ -29,9 +29,10 @@ from bimedix_jax.kernels.nf4.units import split_units
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.axes import BATCH, EMBED, EXPERTS, HEADS, KV_HEADS, LENGTH, MLP, VOCAB
+from bimedix_jax.models.call import Call, Output, recorded
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import TrainedParam
-from bimedix_jax.models.mixtral import Call, Mixtral, Output, recorded
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.moe import RouterState
 from bimedix_jax.models.routers import Routing, RoutingPlan
 

@@ -17,82 +17,15 @@ from bimedix_jax.kernels.attention import Cached
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
 from bimedix_jax.kernels.layer_scan import layer_scan
 from bimedix_jax.kernels.nf4_matmul import matmul
-from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, positions_in_segments, rotations
 from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
+from bimedix_jax.models.call import Call, Output, recorded
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
 from bimedix_jax.models.linear import Linear, fill_slots, placeholder
 from bimedix_jax.models.moe import ROUTES, MoE
-from bimedix_jax.models.router_sums import RouterSums, load_balancing_loss, router_z_loss, sums_of
-from bimedix_jax.models.routers import Decision, Record, Recorded, Routing, RoutingPlan, router_of
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """One call of the model: what it reads, and what is asked of it.
-
-    Attributes:
-      plan: what the routers are told to do.
-      cache: keys and values of earlier tokens.
-      group_BT: int32, group of each token whose routers' sums are asked for; outside of [0, groups) it is in none.
-      remat: what the backward pass recomputes.
-      record: how much the result says about each token's routing.
-      groups: number of groups; 0 asks for no sums.
-    """
-
-    tokens_BT: Leaf
-    segment_ids_BT: Leaf
-    plan: RoutingPlan
-    cache: KVCache | None
-    group_BT: Leaf | None
-    remat: Remat = dataclasses.field(metadata={"static": True})
-    record: Record = dataclasses.field(metadata={"static": True})
-    groups: int = dataclasses.field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """What one call of the model returns.
-
-    Attributes:
-      hidden_BTD: states after the final norm, in the compute dtype.
-      logits_BTV: float32; None from `Mixtral.hidden`, which the type leaves out so that other callers need not narrow.
-      routing: what every router did, as far as it was recorded; None with record "none".
-      sums: the routers' sums over tokens; None unless they were asked for.
-      cache: the updated cache, if one was given.
-    """
-
-    hidden_BTD: Leaf
-    logits_BTV: Leaf
-    routing: Recorded
-    sums: RouterSums | None
-    cache: KVCache | None
-
-    @property
-    def aux_loss(self) -> jax.Array:
-        """Hugging Face's load-balancing loss of this batch, unscaled, padding excluded; needs `groups`."""
-        return load_balancing_loss(self._sums())
-
-    @property
-    def z_loss(self) -> jax.Array:
-        """Router z-loss of this batch, unscaled, padding excluded; needs `groups`."""
-        return router_z_loss(self._sums())
-
-    def _sums(self) -> RouterSums:
-        if self.sums is None:
-            raise ValueError("This call made no sums over its tokens; pass groups=1.")
-        return self.sums
-
-
-def recorded(routing: Routing, record: Record) -> Recorded:
-    """As much of what a router did as was asked for."""
-    none: Any = None
-    if record == "none":
-        return none
-    return routing if record == "full" else dataclasses.replace(routing, logits_LBTE=none)
+from bimedix_jax.models.router_sums import RouterSums, sums_of
+from bimedix_jax.models.routers import Decision, Record, Recorded, RoutingPlan, router_of
 
 
 class Block(nnx.Module):

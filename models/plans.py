@@ -52,10 +52,14 @@ class RoutingPlan:
 
     @classmethod
     def ban(cls, config: MixtralConfig, experts: Any, layers: Any = None) -> "RoutingPlan":
-        """A plan that bans experts (one number or several) in some layers, by default in all."""
+        """A plan that bans experts (one number, several or none) in some layers, by default in all.
+
+        Raises:
+          IndexError: a number that the model does not have.
+        """
         banned = np.zeros((config.num_layers, 1, 1, config.router.num_experts), np.float32)
-        rows = np.arange(config.num_layers) if layers is None else np.atleast_1d(layers)
-        banned[rows[:, None], 0, 0, np.atleast_1d(experts)[None]] = -1e9
+        rows = np.arange(config.num_layers) if layers is None else np.atleast_1d(np.asarray(layers, int))
+        banned[rows[:, None], 0, 0, np.atleast_1d(np.asarray(experts, int))[None]] = -1e9
         return cls(bias_LBTE=jnp.asarray(banned))
 
     @classmethod

@@ -12,10 +12,9 @@ keeps no routes: what would happen otherwise. Mode none recomputes nothing and i
 
 import argparse
 import contextlib
-import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,9 +29,13 @@ ROWS, LENGTH = 8, 32
 class Host:
     """What the router's logits get from the host; counts calls and the tokens whose experts would change."""
 
-    def __init__(self, forward_calls: int, noise: float):
-        self.forward_calls, self.noise = forward_calls, noise
-        self.calls = self.flips = 0
+    def __init__(self, forward_calls: int):
+        self.forward_calls = forward_calls
+        self.start(0.0)
+
+    def start(self, noise: float) -> None:
+        """Before a step, in which all calls but those of the forward pass add noise of this standard deviation."""
+        self.noise, self.calls, self.flips = noise, 0, 0
 
     def __call__(self, logits_BTE: "np.ndarray") -> "np.ndarray":
         import numpy as np
@@ -80,10 +83,11 @@ def without_kept_routes() -> Iterator[None]:
         mixtral.ROUTES = kept
 
 
-def gradient(mode: str, noise: float, devices: int) -> tuple[dict[str, Any], Host]:
-    """(gradients by name, the host's counts) of one step of a model whose experts are tied in threes."""
+def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Host]:
+    """(gradients of one step by name, given the noise; the host) of a model whose experts are tied in threes."""
     import dataclasses
 
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -102,7 +106,7 @@ def gradient(mode: str, noise: float, devices: int) -> tuple[dict[str, Any], Hos
     model = init_random(config, dtype="float32", std=0.1)
     router = model.layers.moe.router
     router.w.set_value(router.w.get_value()[..., jnp.array([0, 0, 0, 3, 3, 3, 6, 6])])
-    host = Host(config.num_layers * devices, noise)
+    host = Host(config.num_layers * devices)
     add = disturbed(host)
 
     class Disturbed(Linear):
@@ -111,16 +115,19 @@ def gradient(mode: str, noise: float, devices: int) -> tuple[dict[str, Any], Hos
 
     router.__class__ = Disturbed
     if devices > 1:
-        model = place(model, make_mesh(fsdp=devices))
+        model = place(model, make_mesh(fsdp=devices, devices=jax.devices()[:devices]))
     structure, params, frozen = take_apart(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, config.vocab_size, (1, ROWS, LENGTH), dtype=np.int32)
     batch = {"tokens_BT": tokens, "segment_ids_BT": np.ones_like(tokens), "loss_mask_BT": np.ones(tokens.shape, bool)}
     losses = RouterTraining(aux_loss_coef=0.1, z_loss_coef=0.1)
-    import jax
+    gradient = jax.jit(make_gradient(structure, losses, mode))  # pyright: ignore[reportArgumentType]
 
-    found, _ = jax.jit(make_gradient(structure, losses, mode))(params, frozen, batch)  # pyright: ignore[reportArgumentType]
-    return {name: np.asarray(value) for name, value in found.items()}, host
+    def run(noise: float) -> dict[str, Any]:
+        host.start(noise)
+        return {name: np.asarray(value) for name, value in gradient(params, frozen, batch)[0].items()}
+
+    return run, host
 
 
 def change(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
@@ -133,21 +140,31 @@ def change(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return norm(ours[name] - theirs[name] for name in theirs) / norm(theirs.values())
 
 
-@functools.cache
+def compare(mode: str, devices: int = 1) -> dict[str, Any]:
+    """One mode: the calls and flips of its recomputation, and the change of the gradients that they cause."""
+    run, host = step(mode, devices)
+    still, moved = run(0.0), run(NOISE)
+    return {
+        "flips_injected": host.flips,
+        "recomputations": host.calls - host.forward_calls,
+        "gradient_change": change(moved, still),
+    }
+
+
+def unprotected(mode: str, devices: int = 1) -> float:
+    """The change of the gradients where nothing keeps the routes."""
+    with without_kept_routes():
+        run, _ = step(mode, devices)
+        still, moved = run(0.0), run(NOISE)
+    return change(moved, still)
+
+
 def measure(devices: int = 1) -> dict[str, Any]:
     """The document that is printed."""
-    rows: dict[str, dict[str, Any]] = {"flips_injected": {}, "gradient_change": {}, "recomputations": {}}
-    unprotected: dict[str, float] = {}
-    for mode in MODES:
-        still, _ = gradient(mode, 0.0, devices)
-        moved, host = gradient(mode, NOISE, devices)
-        rows["flips_injected"][mode] = host.flips
-        rows["recomputations"][mode] = host.calls - host.forward_calls
-        rows["gradient_change"][mode] = change(moved, still)
-        if mode != "none":
-            with without_kept_routes():
-                unprotected[mode] = change(gradient(mode, NOISE, devices)[0], still)
-    return {"modes": list(MODES), "devices": devices, "noise": NOISE, **rows, "unprotected": unprotected}
+    rows = {mode: compare(mode, devices) for mode in MODES}
+    by_column = {column: {mode: row[column] for mode, row in rows.items()} for column in rows["none"]}
+    without = {mode: unprotected(mode, devices) for mode in MODES if mode != "none"}
+    return {"modes": list(MODES), "devices": devices, "noise": NOISE, **by_column, "unprotected": without}
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | No
     For a mesh: in host memory, with what this process's devices need.
     """
     if model is not None and model.placement is not None:
-        raise BimedixError("The model lies on a mesh already; give train one that lies on one device.")
+        raise BimedixError("The model is sharded already; give train one that is not.")
     if model is None:
         model = read_base(experiment, mesh)
     else:
@@ -89,7 +89,10 @@ def checked_plan(
         except ValueError as error:
             raise BimedixError(f"The plan does not fit this run: {error}") from error
         if experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
-            raise BimedixError("A plan for the rows of a step says nothing of held-out rows; set eval_every to 0.")
+            raise BimedixError(
+                "This plan is for the rows of a step, and held-out rows are others; set eval_every to 0, or give a plan "
+                "whose B is 1."
+            )
     if resumed is not None:
         check_plan(resumed, plan)
     return plan

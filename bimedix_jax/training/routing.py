@@ -1,4 +1,4 @@
-"""Routers in a step: which tokens their sums tell apart, what is reported of them, and plans for micro-batches."""
+"""Routers in a step: groups of tokens for their sums, what is reported of them, and plans for micro-batches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from bimedix_jax.models.router_sums import RouterSums
 from bimedix_jax.models.routers import RoutingPlan
 
 Batch = dict[str, jax.Array]
-"""tokens_BT, segment_ids_BT int32 and loss_mask_BT bool, and language_BT int32 where languages are told apart; those
-of a step have a leading axis A of micro-batches."""
+"""tokens_BT, segment_ids_BT int32 and loss_mask_BT bool, and language_BT int32 where languages are distinguished;
+those of a step have a leading axis A of micro-batches."""
 
 
 def share(part: jax.Array, whole: jax.Array) -> jax.Array:
@@ -26,8 +26,8 @@ class Grouping:
     """How tokens are divided for the routers' sums: by row where the aux loss needs it, and by language on request.
 
     Attributes:
-      by_row: whether rows are told apart.
-      languages: number of languages that are told apart; what is none of them is one group more. 0: no division.
+      by_row: whether each row is a group.
+      languages: number of languages that are groups, beside one group for all others; 0 for no such groups.
     """
 
     by_row: bool
@@ -54,11 +54,11 @@ class Grouping:
         return {"groups": self.rows(micro) * self.parts, "group_BT": group_BT}
 
     def each_row(self, sums: RouterSums, micro: Batch) -> RouterSums:
-        """Sums of all languages, by row (or of all rows, where these are not told apart)."""
+        """Sums over languages, by row (over all rows as well, unless each is a group)."""
         return self._pool(sums, micro, 2)
 
     def each_language(self, sums: RouterSums, micro: Batch) -> RouterSums:
-        """Sums of all rows, by language."""
+        """Sums over rows, by language."""
         return self._pool(sums, micro, 1)
 
     def _pool(self, sums: RouterSums, micro: Batch, axis: int) -> RouterSums:

@@ -13,8 +13,9 @@ from flax import nnx
 from bimedix_jax.adapters import linears
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.attention import KVCache, positions_in_segments
+from bimedix_jax.models.call import Output
 from bimedix_jax.models.config import MIXTRAL_8X7B, MixtralConfig, Remat, RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, Output, init_random
+from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
 

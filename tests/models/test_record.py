@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bimedix_jax.models.call import Output
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, Output, init_random
+from bimedix_jax.models.mixtral import Mixtral, init_random
 
 L, B, T, K, E = 7, 2, 19, 3, 11
 """No product of some of them is another one, so that an axis can be told from its size."""

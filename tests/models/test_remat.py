@@ -1,10 +1,16 @@
 """What the backward pass recomputes changes its memory and nothing else."""
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import MixtralConfig, Remat, RouterConfig
 from bimedix_jax.models.mixtral import init_random
 
@@ -34,3 +40,33 @@ def test_three_policies_give_the_same_gradients_in_ever_less_memory() -> None:
     kept = WIDE.num_layers * 2 * 256 * (2 * WIDE.intermediate_size + WIDE.hidden_size) * 4
     assert most > some > least
     assert some - least > 0.6 * kept, "both wide products of every layer, and the narrow one"
+
+
+@pytest.fixture(scope="module")
+def routes() -> Any:
+    """scripts/measure_remat_routes.py"""
+    path = Path(__file__).resolve().parents[2] / "scripts/measure_remat_routes.py"
+    spec = importlib.util.spec_from_file_location("measure_remat_routes", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("mode", "devices"), [("none", 1), ("experts", 1), ("layer", 1), ("layer", 2)])
+def test_a_recomputation_that_routes_differently_changes_no_gradient(routes, mode: str, devices: int) -> None:
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):  # they compile fast
+        found = routes.compare(mode, devices)
+    assert found["gradient_change"] <= 1e-6
+    if mode == "none":
+        assert found["recomputations"] == 0
+    else:
+        assert found["recomputations"] > 0
+        assert found["flips_injected"] >= 100
+
+
+def test_without_kept_routes_the_gradient_is_another_one(routes) -> None:
+    """What the test above would find."""
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+        assert routes.unprotected("layer") > 0.01

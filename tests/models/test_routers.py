@@ -38,15 +38,21 @@ def run(variant: str, plan: RoutingPlan | None = None, top_k: int = 2, experts: 
     )
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+FORMULAS = {
+    "topk": lambda x, chosen, scale: np.exp(x)[chosen] / np.exp(x)[chosen].sum(),
+    "softmax_topk": lambda x, chosen, scale: scale * np.exp(x)[chosen] / np.exp(x).sum(),
+    "sigmoid_bias": lambda x, chosen, scale: scale * sigmoid(x)[chosen] / sigmoid(x)[chosen].sum(),
+}
+"""Weights of the chosen experts [K] of one token with logits x [E], from the papers; a new variant adds its own."""
+
+
 def oracle(x: np.ndarray, chosen: np.ndarray, router: RouterConfig) -> np.ndarray:
-    """float64 weights of the chosen experts [K] of one token with logits x [E], from the papers' formulas."""
-    exp = np.exp(x - x.max())
-    if router.variant == "topk":
-        return exp[chosen] / exp[chosen].sum()
-    if router.variant == "softmax_topk":
-        return router.scale * exp[chosen] / exp.sum()
-    sigmoid = 1 / (1 + np.exp(-x))
-    return router.scale * sigmoid[chosen] / sigmoid[chosen].sum()
+    """The formula of a variant in float64."""
+    return FORMULAS[router.variant](np.asarray(x, np.float64), chosen, router.scale)
 
 
 @every_variant

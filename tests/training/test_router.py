@@ -184,8 +184,8 @@ def test_a_plan_that_does_not_fit_starts_nothing(tmp_path, config, experiment) -
     assert not (tmp_path / "run").exists()
 
 
-def test_languages_are_told_apart_in_the_sums(config, batch) -> None:
-    """Sums by language add up to those of all tokens, with rows told apart for the aux loss or not."""
+def test_sums_by_language(config, batch) -> None:
+    """Sums by language add up to those of all tokens, whether rows are groups for the aux loss or not."""
     structure, params, frozen = take_apart(init_random(config, std=0.4))
     data = batch(4, 12, seed=2)
     plain = {**data, "language_BT": np.random.default_rng(0).integers(0, 3, (4, 12), dtype=np.int32)}
