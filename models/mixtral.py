@@ -292,8 +292,8 @@ def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
         policy = policies.save_only_these_names(ROUTES)
     elif remat == "experts":
         policy = policies.save_only_these_names(ROUTES, PRODUCTS)
-    elif shards.active():  # gathered parameters of all layers at once would be the whole model on each device
-        policy = policies.save_anything_except_these_names(shards.GATHERED)
+    elif shards.active():
+        policy = shards.keep_all_but_parameters
     else:
         return body
     return jax.checkpoint(body, prevent_cse=False, policy=policy)

@@ -20,6 +20,8 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from bimedix_jax.models.axes import EXPERTS
+
 GATHERED = "gathered"
 """Name of gathered parameters in checkpoint policies: the backward pass gathers them again instead of keeping them."""
 
@@ -127,6 +129,20 @@ def whole(path: str, value: Any) -> Any:
         gathered.append(checkpoint_name(leaf, GATHERED) if steps else leaf)
     value = jax.tree.unflatten(tree, gathered)
     return value[(slice(None),) * (len(value.batch_shape) - 1) + (0,)] if storage.units else value
+
+
+def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Checkpoint policy that keeps every value but gathered parameters, which the backward pass gathers again.
+
+    Kept, the gathered parameters of all layers would be the whole model on each device. JAX 0.10's own
+    `save_anything_except_these_names` ignores its names. Slices are not kept either, since a gathered one would be.
+    """
+    if primitive.name == "name":
+        return params["name"] != GATHERED
+    if primitive.name == "all_gather":  # tokens are gathered over the axes of the experts, parameters over others
+        names = params["axis_name"]
+        return set(names if isinstance(names, tuple) else (names,)) <= set(mesh_axes(EXPERTS))
+    return primitive.name not in ("slice", "squeeze")
 
 
 def whole_state(prefix: str, state: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,7 +27,6 @@ from bimedix_jax.plan import collectives, hlo
 AOT = "is not installed; `pip install bimedix_jax[aot]` brings it (Linux only)"
 needs_cuda = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason=f"XLA's CUDA plugin {AOT}")
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason=f"the TPU compiler {AOT}")
-IGNORED = pytest.mark.xfail(raises=AssertionError, reason="JAX 0.10.2 ignores the names, and keeps everything")
 MESH = Mesh(np.array(jax.devices()[:2]), ("x",))
 
 
@@ -144,21 +144,41 @@ def test_float0():
     assert [*dx.tolist(), *dpair.scales.tolist()] == [2.0, 2.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    ("name", "kept"),
-    [("save_only_these_names", {2, 3}), pytest.param("save_anything_except_these_names", {4}, marks=IGNORED)],
-)
-def test_checkpoint_policies(name: str, kept: set[int]):
-    """checkpoint_name of a pytree, and policies that keep it or all but it (models/mixtral.py, models/shards.py)."""
-    from jax.ad_checkpoint import checkpoint_name
+def sizes_kept(function: Any, policy: Any, size: int) -> set[int]:
+    pull = jax.vjp(jax.checkpoint(function, prevent_cse=False, policy=policy), jnp.ones(size))[1]
+    return {leaf.size for leaf in jax.tree.leaves(pull)}
+
+
+def test_checkpoint_policies():
+    """checkpoint_name of a pytree, and a policy that keeps the named values alone (models/mixtral.py)."""
 
     def function(x: Any) -> Any:
         named = checkpoint_name(Packed(x @ jnp.ones((5, 2)), x @ jnp.ones((5, 3))), "routes")
         return sum(jnp.sum(y * y) for y in (named.codes, named.scales, x @ jnp.ones((5, 4))))
 
-    policy = getattr(jax.checkpoint_policies, name)("others", "routes")
-    pull = jax.vjp(jax.checkpoint(function, prevent_cse=False, policy=policy), jnp.ones(5))[1]
-    assert {leaf.size for leaf in jax.tree.leaves(pull)} & {2, 3, 4} == kept
+    policy = jax.checkpoint_policies.save_only_these_names("others", "routes")
+    assert sizes_kept(function, policy, 5) & {2, 3, 4} == {2, 3}
+
+
+def test_arguments_of_a_policy():
+    """A policy is asked (primitive, values, parameters); gathers tell their axis, names theirs (models/shards.py)."""
+    asked = {}
+
+    def policy(primitive: Any, *_: Any, **params: Any) -> bool:
+        asked[primitive.name] = params
+        return False
+
+    def function(x: Any) -> Any:
+        gathered = checkpoint_name(lax.all_gather(x, "x", axis=0, tiled=True), "gathered")
+        return jnp.sum(gathered[1:] ** 2)
+
+    def gradient(x: Any) -> Any:
+        return jax.grad(jax.checkpoint(function, prevent_cse=False, policy=policy))(x)
+
+    jax.make_jaxpr(jax.shard_map(gradient, mesh=MESH, in_specs=P("x"), out_specs=P("x"), check_vma=False))(jnp.ones(4))
+    assert asked["all_gather"]["axis_name"] in ("x", ("x",))
+    assert asked["name"]["name"] == "gathered"
+    assert asked.keys() & {"slice", "squeeze", "dynamic_slice"}
 
 
 def test_optimization_barrier():

@@ -90,8 +90,8 @@ def checked_plan(
             raise BimedixError(f"The plan does not fit this run: {error}") from error
         if experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
             raise BimedixError(
-                "This plan is for the rows of a step, and held-out rows are others; set eval_every to 0, or give a plan "
-                "whose B is 1."
+                "This plan is for the rows of a step, and held-out rows are others; set eval_every to 0, or give a plan"
+                " whose B is 1."
             )
     if resumed is not None:
         check_plan(resumed, plan)

@@ -100,6 +100,28 @@ def test_experts_on_devices_of_their_own(experts):
     assert_alike(gradients, expected)
 
 
+def gathers(jaxpr) -> int:
+    """all_gather operations of a program, inner ones too."""
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.primitive.name == "all_gather"
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            found += gathers(inner) if hasattr(inner, "eqns") else 0
+    return found
+
+
+def test_gathered_parameters_are_not_kept_for_the_backward_pass():
+    """Without rematerialisation too: the backward loop gathers again the parameters of a layer that it needs."""
+    structure, params, frozen = take_apart(place(make_model(True), make_mesh(fsdp=8)))
+    batch = make_batch(1)
+    evaluation = jax.make_jaxpr(make_eval_step(structure))(params, frozen, {name: x[0] for name, x in batch.items()})
+    gradient = jax.make_jaxpr(make_gradient(structure, RouterTraining(), "none"))(params, frozen, batch)
+    once = gathers(evaluation.jaxpr)
+    assert once > 10
+    assert gathers(gradient.jaxpr) > 1.5 * once
+
+
 def test_adapters_on_some_matrices_only():
     """Their slots count the experts of all devices."""
     model = make_model(False, LoraConfig(2, 4.0, (r"layers\.1\.moe\.experts\.[13]\.w[12]", "router")))
