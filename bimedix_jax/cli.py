@@ -55,6 +55,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench decode": ("speed of prefill and decoding, against transformers", "bimedix_jax.commands.bench_decode"),
 }
 
+REPEATING = frozenset({"train", "quickstart"})
+"""Commands that take the same large temporaries step after step: they keep freed memory (startup.reuse_memory)."""
+
 GLOBAL_FLAGS = {
     "--json": "print the result as one JSON document on stdout, everything else on stderr",
     "--debug": "show the traceback of an error",
@@ -152,6 +155,8 @@ def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
         description=f"{module.Config.__doc__ or help_line}\n\nEvery command also takes {flags}.",
         args=options,
     )
+    if name in REPEATING:
+        startup.reuse_memory()
     startup.prepare()
     return module.run(config, Console(stderr=as_json))
 

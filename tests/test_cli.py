@@ -143,6 +143,25 @@ def test_every_option_says_what_it_is(name):
             assert isinstance(following.value, ast.Constant)
 
 
+def test_what_trains_keeps_freed_memory_and_asks_for_it_before_jax():
+    code = """
+        import importlib, sys
+        from bimedix_jax import cli, startup
+        asked = []
+        startup.reuse_memory = lambda: asked.append("jax" in sys.modules)
+        for words in (["train", "smoke", "--out", "x"], ["quickstart"], ["chat", "--model", "x"], ["plan"]):
+            module = importlib.import_module(cli.COMMANDS[words[0]][1])
+            module.run = lambda config, console: {}
+            before = len(asked)
+            cli.main(words)
+            assert len(asked) - before == (words[0] in cli.REPEATING), words
+        assert asked == [False, False], asked
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(cli.COMMANDS) >= cli.REPEATING
+
+
 def test_version():
     done = real_bimedix("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"bimedix_jax {bimedix_jax.__version__}\n", "")
