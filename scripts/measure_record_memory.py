@@ -14,19 +14,11 @@ from typing import Any
 LAYERS, EXPERTS, TOP_K, TOKENS, WIDTH = 48, 128, 8, 4096, 512
 
 
-def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, tokens: int = TOKENS) -> dict[str, Any]:
-    """Bytes of each program, and its share of the one without a record."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from bimedix_jax.kernels.layer_scan import layer_scan
-    from bimedix_jax.models.attention import rotations
+def architecture(layers: int, experts: int, top_k: int, tokens: int) -> Any:
+    """A narrow Mixtral of these sizes."""
     from bimedix_jax.models.config import MixtralConfig, RouterConfig
-    from bimedix_jax.models.mixtral import Mixtral
-    from bimedix_jax.models.routers import RoutingPlan
 
-    config = MixtralConfig(
+    return MixtralConfig(
         vocab_size=256,
         hidden_size=WIDTH,
         intermediate_size=WIDTH,
@@ -41,6 +33,20 @@ def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, to
         tie_embeddings=True,
         max_position_embeddings=tokens,
     )
+
+
+def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, tokens: int = TOKENS) -> dict[str, Any]:
+    """Bytes of each program, and its share of the one without a record."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from bimedix_jax.kernels.layer_scan import layer_scan
+    from bimedix_jax.models.attention import rotations
+    from bimedix_jax.models.mixtral import Mixtral
+    from bimedix_jax.models.routers import RoutingPlan
+
+    config = architecture(layers, experts, top_k, tokens)
     graph, state = nnx.split(Mixtral(config, "bfloat16"))
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
 

@@ -70,10 +70,9 @@ def train(
     Args:
       resume: continue from the newest valid checkpoint; the losses are to the bit those of a run that never stopped.
       model: the base in memory already, with or without adapters; None loads it. The result's model is the trained one.
-      console: for progress; stderr by default.
       plan: what the routers are told to do in every step and in the held-out loss. Its B is 1 or the rows of a step,
         its T is 1 or the tokens of a row. The folder keeps it, and a resumed run must be given the same.
-      resume_command: what to tell the user on an interruption; `bimedix train --resume --out OUT` by default.
+      console, resume_command: where progress is printed (stderr), and the command that an interruption names.
 
     Raises:
       BimedixError: something asked for is impossible, or the loss stopped being a number; nothing is saved then.
