@@ -159,8 +159,8 @@ class RoutingPlan:
         }
 
     @classmethod
-    def from_numpy(cls, fields: dict[str, np.ndarray]) -> "RoutingPlan":
-        """Inverse of `to_numpy`.
+    def from_numpy(cls, fields: dict[str, Any]) -> "RoutingPlan":
+        """Inverse of `to_numpy`; arrays of JAX stay where they are.
 
         Raises:
           ValueError: a name that is no field.

@@ -26,7 +26,7 @@ from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
-from bimedix_jax.training.prepare import check_router_rate, checked_plan, mesh_of, prepare_model
+from bimedix_jax.training.prepare import check_router_rate, checked_plan, mesh_of, prepare_model, replicated_plan
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
@@ -105,7 +105,7 @@ def train(
         console.print(f"all {rows.steps} steps are done already", highlight=False)
         last = read_metrics(folder)[-1]
     else:
-        step = make_train_step(structure, experiment, rows.steps, optimiser)
+        step, plan = make_train_step(structure, experiment, rows.steps, optimiser), replicated_plan(plan, feed.layout)
         with backends.use(**experiment.kernels.named()):
             compiled, cost = compile_step(step, state, frozen, feed, plan, console)
             distributed.by_leader(lambda: write_run(folder, covered, same, done, cost))

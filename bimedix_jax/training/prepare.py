@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bimedix_jax import distributed
 from bimedix_jax.adapters import add_lora
@@ -14,7 +14,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
-from bimedix_jax.sharding import BATCH_AXES, make_mesh
+from bimedix_jax.sharding import BATCH_AXES, Layout, make_mesh, put
 from bimedix_jax.training.run_folder import check_plan
 from bimedix_jax.training.state import Params
 
@@ -96,6 +96,14 @@ def checked_plan(
     if resumed is not None:
         check_plan(resumed, plan)
     return plan
+
+
+def replicated_plan(plan: RoutingPlan | None, layout: Layout | None) -> RoutingPlan | None:
+    """The plan on every device of the model's mesh."""
+    if plan is None or layout is None:
+        return plan
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    return RoutingPlan.from_numpy({name: put(value, everywhere) for name, value in plan.to_numpy().items()})
 
 
 def check_router_rate(experiment: Experiment, params: Params) -> None:

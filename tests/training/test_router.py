@@ -24,7 +24,7 @@ from bimedix_jax.sharding import make_mesh, place
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
-from bimedix_jax.training.prepare import prepare_model
+from bimedix_jax.training.prepare import prepare_model, replicated_plan
 from bimedix_jax.training.routing import Grouping
 from bimedix_jax.training.rows import micro_batches
 from bimedix_jax.training.state import init_state, take_apart
@@ -92,6 +92,27 @@ def test_a_plan_may_name_every_row_of_a_step(config, batch) -> None:
     np.testing.assert_allclose(once["router"].chosen_LXE, parts["router"].chosen_LXE)
     with pytest.raises(ValueError, match="3 rows, a step has 4"):
         gradient(params, frozen, stacked(data, 1), None, RoutingPlan(bias_LBTE=jnp.asarray(bias[:, :3])))
+
+
+def test_a_mesh_changes_nothing_of_a_plan(config, batch) -> None:
+    """A ban, other temperatures for each row and position, and noise, which follows the row and not the device."""
+    model, data = init_random(config, std=0.4), stacked(batch(8, 12, seed=2), 2)
+    heat = np.random.default_rng(0).uniform(0.5, 2.0, (2, 8, 12))
+    plan = dataclasses.replace(
+        RoutingPlan.noisy(config, 1.0),
+        bias_LBTE=RoutingPlan.ban(config, 1).bias_LBTE,
+        temperature_LBT=jnp.asarray(heat, jnp.float32),
+    )
+    structure, params, frozen = take_apart(model)
+    expected, sums = jax.jit(make_gradient(structure, RouterTraining(), "none"))(params, frozen, data, None, plan)
+    mesh = make_mesh(fsdp=2, expert=2, devices=jax.devices()[:4])
+    structure, params, frozen = take_apart(place(model, mesh))
+    plan = replicated_plan(plan, structure.layout)
+    found, sharded = jax.jit(make_gradient(structure, RouterTraining(), "none"))(params, frozen, data, None, plan)
+    np.testing.assert_allclose(sharded["router"].chosen_LXE, sums["router"].chosen_LXE)
+    np.testing.assert_allclose(sharded["loss"], sums["loss"], rtol=1e-5)
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(found[name], gradient, rtol=2e-4, atol=2e-6, err_msg=name)
 
 
 def test_the_balancing_bias_follows_the_load_of_the_whole_step(config, batch, experiment) -> None:
