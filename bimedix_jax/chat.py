@@ -6,7 +6,7 @@ Nothing that is said here is written to disk.
 import dataclasses
 import time
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -140,6 +140,10 @@ class Chat:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options or ChatOptions()
+        if record not in get_args(Record):
+            raise BimedixError(f"record is {record!r}; choose one of {', '.join(get_args(Record))}")
+        if not isinstance(plan, RoutingPlan | None):
+            raise BimedixError(f"plan is {plan!r}; give a RoutingPlan or None")
         self.plan = plan
         self.record: Record = record
         self.turns: list[Turn] = []

@@ -21,7 +21,7 @@ from bimedix_jax import separate
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.models.routers import NO_EXPERT, Record, Routing, RoutingPlan
+from bimedix_jax.models.routers import NO_EXPERT, Record, Routing, RoutingPlan, checked_plan
 from bimedix_jax.padding import bucket, pad_left
 from bimedix_jax.vocabulary import require_ids
 
@@ -260,7 +260,7 @@ def decode(
     """
     config = model.config
     longest, context = max(map(len, prompts)), config.max_position_embeddings
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise BimedixError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
     if longest + max_new_tokens > context:
         raise BimedixError(
@@ -268,8 +268,7 @@ def decode(
             "shorten the prompt or ask for fewer new tokens"
         )
     require_ids(prompts, config.vocab_size)
-    plan = plan or RoutingPlan()
-    plan.check(config, len(prompts), longest + max_new_tokens)
+    plan = checked_plan(plan, config, len(prompts), longest + max_new_tokens)
     length = min(bucket(longest), context - max_new_tokens)
     slots = min(bucket(length + max_new_tokens), context)
     tokens_BT, segment_ids_BT = pad_left(prompts, length)

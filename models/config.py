@@ -34,8 +34,8 @@ class RouterConfig:
             1 <= self.top_k <= self.num_experts,
             f"top_k must be between 1 and num_experts={self.num_experts}, got {self.top_k}.",
         )
-        require(self.scale > 0, f"scale must be positive, got {self.scale}.")
-        require(self.bias_rate >= 0, f"bias_rate cannot be negative, got {self.bias_rate}.")
+        require(0 < self.scale < float("inf"), f"scale must be positive and finite, got {self.scale}.")
+        require(0 <= self.bias_rate < float("inf"), f"bias_rate must be finite and not negative, got {self.bias_rate}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Integer
 
 from bimedix_jax.kernels.attention import Cached
@@ -25,7 +26,7 @@ from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterCo
 from bimedix_jax.models.linear import Linear, fill_slots, placeholder
 from bimedix_jax.models.moe import ROUTES, MoE
 from bimedix_jax.models.router_sums import RouterSums, sums_of
-from bimedix_jax.models.routers import Decision, Record, Recorded, RoutingPlan, router_of
+from bimedix_jax.models.routers import Decision, Record, Recorded, RoutingPlan, checked_plan, router_of
 
 
 class Block(nnx.Module):
@@ -143,6 +144,7 @@ class Mixtral(nnx.Module):
         group_BT: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> Output:
         """Everything but the output head, and no record unless asked; see `__call__`."""
+        tokens_BT = checked_tokens(tokens_BT, self.config.vocab_size)
         batch, length = tokens_BT.shape
         slots = length if cache is None else cache.segment_ids_BS.shape[1]
         if slots > self.config.max_position_embeddings:
@@ -152,8 +154,7 @@ class Mixtral(nnx.Module):
             )
         if record not in get_args(Record):
             raise ValueError(f"Unknown record {record!r}; choose one of {', '.join(get_args(Record))}.")
-        plan = plan or RoutingPlan()
-        plan.check(self.config, batch, length)
+        plan = checked_plan(plan, self.config, batch, length)
         segment_ids_BT = jnp.ones((batch, length), jnp.int32) if segment_ids_BT is None else segment_ids_BT
         tokens_BT, segment_ids_BT = jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segment_ids_BT, jnp.int32)
         group_of = None
@@ -279,6 +280,23 @@ class Mixtral(nnx.Module):
         """
         out = self.hidden(tokens_BT, segment_ids_BT, plan, cache, remat, record, groups, group_BT)
         return dataclasses.replace(out, logits_BTV=self.head(out.hidden_BTD))
+
+
+def checked_tokens(tokens_BT: Any, vocab_size: int) -> Any:
+    """Token ids, looked at where they are known: JAX would clamp one that the model does not have.
+
+    Raises:
+      ValueError: not [B, T], or an id outside of the vocabulary.
+    """
+    if isinstance(tokens_BT, Tracer):
+        return tokens_BT
+    ids = np.asarray(tokens_BT)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(f"tokens have shape {ids.shape} and type {ids.dtype}; give integers [batch, length].")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"token id {wrong} is outside of the vocabulary of {vocab_size}; use the model's tokenizer.")
+    return tokens_BT if hasattr(tokens_BT, "shape") else ids
 
 
 def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

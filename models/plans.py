@@ -28,8 +28,10 @@ class RoutingPlan:
       keys_LBT: PRNG keys of the noise; where B and T are 1, each token's key follows from its row and position.
       bias_LBTE: float32 added to the logits; below -1e8 it bans an expert.
       temperature_LBT: float32 that divides the logits; 1 is neutral.
-      experts_LBTK: int32 experts to use; -1 leaves a slot to the router's best expert that is not forced already.
-      weights_LBTK: float32 weights to use; -1 leaves a slot its own.
+      experts_LBTK: int32 experts to use, banned or not; -1 leaves a slot to the router's best expert that is not forced
+        already.
+      weights_LBTK: float32 weights to use; -1 leaves a slot its own. A replay needs experts and weights, since a slot
+        that was empty has the weight 0.
     """
 
     bias_LBTE: Leaf | None = None
@@ -55,11 +57,12 @@ class RoutingPlan:
         """A plan that bans experts (one number, several or none) in some layers, by default in all.
 
         Raises:
-          IndexError: a number that the model does not have.
+          ValueError: a number that the model does not have, or no whole number.
         """
         banned = np.zeros((config.num_layers, 1, 1, config.router.num_experts), np.float32)
-        rows = np.arange(config.num_layers) if layers is None else np.atleast_1d(np.asarray(layers, int))
-        banned[rows[:, None], 0, 0, np.atleast_1d(np.asarray(experts, int))[None]] = -1e9
+        experts_X = whole_numbers("expert", experts, config.router.num_experts)
+        layers_L = np.arange(config.num_layers) if layers is None else whole_numbers("layer", layers, config.num_layers)
+        banned[layers_L[:, None], 0, 0, experts_X[None]] = -1e9
         return cls(bias_LBTE=jnp.asarray(banned))
 
     @classmethod
@@ -78,37 +81,27 @@ class RoutingPlan:
         """
         last = {"bias_LBTE": config.router.num_experts, "experts_LBTK": config.router.top_k}
         last["weights_LBTK"] = config.router.top_k
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            tail = (last[field.name],) if field.name in last else ()
+        for name, value in self.present().items():
+            tail = (last[name],) if name in last else ()
             fits = value.shape[:1] == (config.num_layers,) and value.shape[3:] == tail and value.ndim == 3 + len(tail)
             if not (fits and value.shape[1] in (1, batch) and value.shape[2] in (1, length)):
                 raise ValueError(
-                    f"RoutingPlan.{field.name} has shape {value.shape}; this model and batch need "
+                    f"RoutingPlan.{name} has shape {value.shape}; this model and batch need "
                     f"{(config.num_layers, batch, length, *tail)}, where batch and length may be 1."
                 )
         if (self.noise_LBT is None) != (self.keys_LBT is None):
             raise ValueError("RoutingPlan.noise_LBT and keys_LBT go together; RoutingPlan.noisy makes both.")
-        self._check_values(config.router.num_experts)
+        for name, value in self.present().items():
+            if name != "keys_LBT" and not isinstance(value, Tracer):
+                check_values(name, np.asarray(value), config.router.num_experts)
 
-    def _check_values(self, num_experts: int) -> None:
-        def known(name: str) -> np.ndarray | None:
-            value = getattr(self, name)
-            return None if value is None or isinstance(value, Tracer) else np.asarray(value)
+    def canonical(self) -> "RoutingPlan":
+        """The same plan as arrays of JAX in float32 and int32, from any arrays or nested lists.
 
-        if (experts := known("experts_LBTK")) is not None:
-            if ((experts < -1) | (experts >= num_experts)).any():
-                raise ValueError(f"RoutingPlan.experts_LBTK holds numbers outside of -1 .. {num_experts - 1}.")
-            ordered = np.sort(experts, axis=-1)
-            if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
-                raise ValueError("RoutingPlan.experts_LBTK forces the same expert twice on one token; name it once.")
-        if (temperature := known("temperature_LBT")) is not None and not (temperature > 0).all():
-            raise ValueError("RoutingPlan.temperature_LBT must be above 0; to leave a token alone give it 1.")
-        for name in ("bias_LBTE", "weights_LBTK", "noise_LBT"):
-            if (value := known(name)) is not None and np.isnan(value).any():
-                raise ValueError(f"RoutingPlan.{name} holds NaN; give numbers.")
+        Raises:
+          ValueError: a field that holds no numbers, or fractions where whole numbers belong.
+        """
+        return dataclasses.replace(self, **{name: as_field(name, value) for name, value in self.present().items()})
 
     def at(self, rows: Int[Array | np.ndarray, "B #T"], positions_BT: Int[Array | np.ndarray, "B T"]) -> "RoutingPlan":
         """The plan for tokens that stand elsewhere: each one's row and position in this plan.
@@ -126,7 +119,7 @@ class RoutingPlan:
             position = 0 if length == 1 else jnp.clip(positions_BT, 0, length - 1)
             return jnp.asarray(x)[:, row, position]
 
-        fields = {name: None if x is None else take(x) for name, x in self._fields().items()}
+        fields = {name: take(x) for name, x in self.present().items()}
         if self.keys_LBT is not None and self.keys_LBT.shape[1:] == (1, 1):
             fields["keys_LBT"] = token_keys(self.keys_LBT, rows, positions_BT)
         return RoutingPlan(**fields)
@@ -141,21 +134,20 @@ class RoutingPlan:
     @property
     def is_free(self) -> bool:
         """Whether it tells the routers nothing."""
-        return all(value is None for value in self._fields().values())
+        return not self.present()
 
     def digest(self) -> str:
         """SHA-256 of the fields that are set, their shapes and values."""
         parts = hashlib.sha256()
-        for name, value in self.to_numpy().items():
+        for name, value in self.canonical().to_numpy().items():
             parts.update(f"{name} {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
         return parts.hexdigest()
 
     def to_numpy(self) -> dict[str, np.ndarray]:
         """The fields that are set, by name; keys as their uint32 data."""
-        found = {name: value for name, value in self._fields().items() if value is not None}
         return {
             name: np.asarray(jax.random.key_data(value) if name == "keys_LBT" else value)
-            for name, value in found.items()
+            for name, value in self.present().items()
         }
 
     @classmethod
@@ -175,8 +167,70 @@ class RoutingPlan:
             }
         )
 
-    def _fields(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    def present(self) -> dict[str, Any]:
+        """The fields that are set, by name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def checked_plan(plan: Any, config: MixtralConfig, batch: int, length: int) -> RoutingPlan:
+    """`plan`, or a free one for None, with arrays of JAX in its fields.
+
+    Raises:
+      ValueError: it is no RoutingPlan, does not fit, or holds what no router can do.
+    """
+    if plan is None:
+        return RoutingPlan()
+    if not isinstance(plan, RoutingPlan):
+        raise ValueError(f"plan is {plan!r}; give a RoutingPlan, such as RoutingPlan.ban(model.config, 3), or None.")
+    plan = plan.canonical()
+    plan.check(config, batch, length)
+    return plan
+
+
+def as_field(name: str, value: Any) -> Any:
+    """A field's value as an array of JAX in its dtype."""
+    if name == "keys_LBT":
+        if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+            raise ValueError("RoutingPlan.keys_LBT holds no PRNG keys; RoutingPlan.noisy makes them.")
+        return value
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    kinds = "iu" if name == "experts_LBTK" else "iuf"
+    if jnp.dtype(array.dtype).kind not in kinds and not (kinds == "iuf" and array.dtype == jnp.bfloat16):
+        what = "whole numbers" if kinds == "iu" else "real numbers"
+        raise ValueError(f"RoutingPlan.{name} holds values of type {array.dtype}; give {what}.")
+    with np.errstate(over="ignore"):  # -1e300 bans as well as -inf
+        return jnp.asarray(array, jnp.int32 if kinds == "iu" else jnp.float32)
+
+
+def check_values(name: str, value: np.ndarray, num_experts: int) -> None:
+    """Raises ValueError for values of a field that mean nothing to a router."""
+    if name == "experts_LBTK":
+        if ((value < -1) | (value >= num_experts)).any():
+            raise ValueError(f"RoutingPlan.{name} holds numbers outside of -1 .. {num_experts - 1}.")
+        ordered = np.sort(value, axis=-1)
+        if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
+            raise ValueError(f"RoutingPlan.{name} forces the same expert twice on one token; name it once.")
+        return
+    allowed = {
+        "bias_LBTE": (value < np.inf, "numbers, or -inf for a ban"),
+        "temperature_LBT": ((value > 0) & (value < np.inf), "finite numbers above 0, and 1 to leave a token alone"),
+        "weights_LBTK": (((value >= 0) & (value < np.inf)) | (value == -1), "finite numbers from 0, or -1 for its own"),
+        "noise_LBT": ((value >= 0) & (value < np.inf), "finite standard deviations from 0"),
+    }
+    good, wanted = allowed[name]
+    if not good.all():
+        raise ValueError(f"RoutingPlan.{name} holds {value[~good].flat[0]}; give {wanted}.")
+
+
+def whole_numbers(what: str, values: Any, count: int) -> np.ndarray:
+    """One number, several or none of what a model has `count` of, as an int array."""
+    array = np.atleast_1d(np.asarray(sorted(values) if isinstance(values, set) else values))
+    if array.size == 0:
+        return np.zeros(0, int)
+    if array.dtype.kind not in "iu" or array.ndim != 1 or not ((array >= 0) & (array < count)).all():
+        raise ValueError(f"{values!r} is no {what} of this model; give numbers from 0 to {count - 1}.")
+    return array.astype(int)
 
 
 def token_keys(keys: Array, rows: Any, positions: Any) -> Array:

@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models.config import RouterConfig
-from bimedix_jax.models.plans import RoutingPlan
+from bimedix_jax.models.plans import RoutingPlan, checked_plan
 
-__all__ = ["ROUTERS", "Router", "Routing", "RoutingPlan", "route"]
+__all__ = ["ROUTERS", "Router", "Routing", "RoutingPlan", "checked_plan", "route"]
 
 BANNED = -1e8
 """An expert whose steered logit is below this is never chosen, unless the plan forces it."""

@@ -7,6 +7,10 @@ before JAX is imported, which is why it stands above the imports.
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 assert "jax" not in sys.modules, "a pytest plugin imported JAX before tests/conftest.py could configure it"
 
@@ -30,6 +34,26 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning about threads when 
 
 from jaxtyping import install_import_hook  # noqa: E402
 
+LARGE = 3 << 30
+"""Bytes of a worker from which on compiled programs are freed between files."""
+
 # Every annotated function and dataclass of the two layers about arrays is checked by beartype at each call. The third
 # is left to pyright: its pytrees also hold JAX's placeholders, and beartype cannot decorate a lone `-> typing.Self`.
 install_import_hook(["bimedix_jax.kernels", "bimedix_jax.models"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_compiled_programs() -> Iterator[None]:
+    """Frees what was compiled once a worker has grown: kept, programs fill 10 GiB and run out of memory mappings."""
+    yield
+    pages = Path("/proc/self/statm")
+    if not pages.exists() or int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE:
+        import ctypes
+        import gc
+
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)

@@ -75,7 +75,7 @@ def test_logits_start_as_the_dense_ones(tmp_path: Path, experts: int, top_k: int
 
 @nnx.jit
 def run(model: Mixtral) -> Output:
-    return model.hidden(TOKENS)
+    return model.hidden(TOKENS, record="choices")
 
 
 def logits(model: Mixtral) -> np.ndarray:

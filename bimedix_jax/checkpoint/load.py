@@ -20,7 +20,7 @@ from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
-from bimedix_jax.models.routers import ROUTERS
+from bimedix_jax.models.routers import ROUTERS, router_of
 from bimedix_jax.quantise import quantise_base
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ def rerouted(model: Mixtral, variant: str, source: str) -> Mixtral:
     if variant == own.variant:
         return model
     log.warning("%s has the router %s and runs with %s, which makes it another function.", source, own.variant, variant)
-    return model.with_router(type(own)(own.num_experts, own.top_k, variant))
+    kept = {name: getattr(own, name) for name in ROUTERS[variant].reads}
+    return model.with_router(RouterConfig(own.num_experts, own.top_k, variant, **kept))
 
 
 def is_run(folder: str | Path) -> bool:
@@ -133,6 +134,8 @@ def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | No
         raise BimedixError(
             f"{folder} has not finished training; continue it with `bimedix train --resume --out {folder}`."
         )
+    if (folder / "plan.safetensors").is_file():
+        log.warning("%s trained under a routing plan; pass plan= to run the model under it as well.", folder)
     source = dataclasses.replace(run.model, base=base or run.model.base, dtype=dtype or run.model.dtype)
     return store.load_adapter(read_base(dataclasses.replace(run, model=source), mesh), folder / "adapter")
 
@@ -160,11 +163,14 @@ def asked_router(asked: RouterTraining, own: RouterConfig) -> RouterConfig:
     """A model's router with the variant and parameters that an experiment asks for.
 
     Raises:
-      BimedixError: a parameter out of range.
+      BimedixError: no such variant, or a parameter that is out of range or that it does not read.
     """
+    check_router_name(asked.variant)
     fields = {name: getattr(asked, name) for name in ("variant", "scale", "bias_rate")}
     try:
-        return dataclasses.replace(own, **{name: value for name, value in fields.items() if value is not None})
+        found = dataclasses.replace(own, **{name: value for name, value in fields.items() if value is not None})
+        router_of(found)
+        return found
     except ValueError as error:
         raise BimedixError(f"router: {error}") from error
 

@@ -21,7 +21,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.scoring import part_of, target_logprobs
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
-from bimedix_jax.models.routers import Routing, RoutingPlan
+from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
 from bimedix_jax.padding import packed, packed_places
 from bimedix_jax.vocabulary import require_ids
 
@@ -120,8 +120,7 @@ def heldout_loss(
             f"there is no record of at most {longest} tokens to score; give others or a longer max_length"
         )
     require_ids((example.ids for example in fitting.values()), model.config.vocab_size)
-    plan = plan or RoutingPlan()
-    plan.check(model.config, len(examples), max(len(example.ids) for example in fitting.values()))
+    plan = checked_plan(plan, model.config, len(examples), max(len(example.ids) for example in fitting.values()))
     nats: dict[str, float] = defaultdict(float)
     tokens, sizes, counts = (defaultdict(int) for _ in range(3))
     routings: dict[int, Routing | None] = {}

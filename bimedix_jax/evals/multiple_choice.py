@@ -26,7 +26,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.scoring import part_of, run_continuations, run_prompts
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
-from bimedix_jax.models.routers import Routing, RoutingPlan
+from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
 from bimedix_jax.padding import bucket, by_length, pad_left, pad_right
 from bimedix_jax.vocabulary import require_ids
 
@@ -238,8 +238,7 @@ def multiple_choice(
     fitting = [question for _, question in numbered]
     ids = (ids for question in fitting for ids in (question.prompt, *question.candidates))
     require_ids(ids, model.config.vocab_size)
-    plan = plan or RoutingPlan()
-    plan.check(model.config, len(questions), max(question.length for question in fitting))
+    plan = checked_plan(plan, model.config, len(questions), max(question.length for question in fitting))
     scorer = _Scorer(*nnx.split(model), plan, record, longest)
     predictions: dict[int, Prediction] = {}
     routings: dict[int, QuestionRouting | None] = {}

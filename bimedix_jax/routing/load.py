@@ -19,7 +19,7 @@ from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.router_sums import RouterSums
-from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.models.routers import RoutingPlan, checked_plan
 from bimedix_jax.padding import packed, packed_places
 from bimedix_jax.vocabulary import require_ids
 
@@ -92,8 +92,8 @@ def expert_load(
     if not rows:
         raise BimedixError(f"there is no record of at most {longest} tokens; give others or a longer max_length")
     require_ids(rows, model.config.vocab_size)
-    plan, lengths, names = plan or RoutingPlan(), list(map(len, rows)), sorted(set(kinds))
-    plan.check(model.config, total, max(lengths))
+    lengths, names = list(map(len, rows)), sorted(set(kinds))
+    plan = checked_plan(plan, model.config, total, max(lengths))
     kind_R = np.array([names.index(kind) for kind in kinds], np.int32)
     sums = None
     graph, weights = nnx.split(model)

@@ -26,7 +26,7 @@ from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
-from bimedix_jax.training.prepare import check_router_rate, checked_plan, mesh_of, prepare_model, replicated_plan
+from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model, replicated_plan
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
@@ -87,7 +87,7 @@ def train(
         model = prepare_model(experiment, model, mesh)
         rows = open_rows(experiment, model.config.vocab_size)
         experiment = dataclasses.replace(experiment, steps=rows.steps)
-        plan = checked_plan(experiment, model, plan, folder if resume else None)
+        plan = plan_of_run(experiment, model, plan, folder if resume else None)
         covered = coverage(model).to_dict()
     model = model if mesh is None else place(model, mesh)
     structure, params, frozen = take_apart(model)

@@ -13,7 +13,7 @@ from bimedix_jax.checkpoint.load import read_base, with_router_of
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.models.routers import RoutingPlan, checked_plan
 from bimedix_jax.sharding import BATCH_AXES, Layout, make_mesh, put
 from bimedix_jax.training.run_folder import check_plan
 from bimedix_jax.training.state import Params
@@ -72,7 +72,7 @@ def check_fit(experiment: Experiment, model: Mixtral) -> None:
         )
 
 
-def checked_plan(
+def plan_of_run(
     experiment: Experiment, model: Mixtral, plan: RoutingPlan | None, resumed: Path | None
 ) -> RoutingPlan | None:
     """The plan, None where it tells the routers nothing.
@@ -82,17 +82,16 @@ def checked_plan(
     Raises:
       BimedixError: it does not fit the model or the rows, or is not the one that the run began with.
     """
-    plan = None if plan is None or plan.is_free else plan
-    if plan is not None:
-        try:
-            plan.check(model.config, experiment.batch.size, experiment.data.sequence_length)
-        except ValueError as error:
-            raise BimedixError(f"The plan does not fit this run: {error}") from error
-        if experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
-            raise BimedixError(
-                "This plan is for the rows of a step, and held-out rows are others; set eval_every to 0, or give a plan"
-                " whose B is 1."
-            )
+    try:
+        checked = checked_plan(plan, model.config, experiment.batch.size, experiment.data.sequence_length)
+    except ValueError as error:
+        raise BimedixError(f"The plan does not fit this run: {error}") from error
+    plan = None if checked.is_free else checked
+    if plan is not None and experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
+        raise BimedixError(
+            "This plan is for the rows of a step, and held-out rows are others; set eval_every to 0, or give a plan"
+            " whose B is 1."
+        )
     if resumed is not None:
         check_plan(resumed, plan)
     return plan

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bimedix_jax.models.config import RouterConfig
-from bimedix_jax.models.plans import token_keys
+from bimedix_jax.models.plans import checked_plan, token_keys
 from bimedix_jax.models.routers import NO_EXPERT, ROUTERS, Routing, RoutingPlan, route, router_of
 
 B, T, E = 3, 6, 4
@@ -266,10 +266,49 @@ def test_experts_that_do_not_exist_are_refused(base_config) -> None:
         RoutingPlan(experts_LBTK=jnp.full((2, 1, 1, 2), 1)).check(base_config, 1, 1)
     with pytest.raises(ValueError, match="above 0"):
         RoutingPlan(temperature_LBT=jnp.zeros((2, 1, 1))).check(base_config, 1, 1)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="bias_LBTE holds nan"):
         RoutingPlan(bias_LBTE=jnp.full((2, 1, 1, 4), jnp.nan)).check(base_config, 1, 1)
     with pytest.raises(ValueError, match="go together"):
         RoutingPlan(noise_LBT=jnp.ones((2, 1, 1))).check(base_config, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bias_LBTE", np.inf),
+        ("weights_LBTK", -0.5),
+        ("weights_LBTK", np.inf),
+        ("temperature_LBT", np.inf),
+        ("noise_LBT", -1.0),
+    ],
+)
+def test_values_without_meaning_are_refused(base_config, field: str, value: float) -> None:
+    plan = RoutingPlan.neutral(base_config)
+    fields = {"noise_LBT": np.zeros((2, 1, 1)), "keys_LBT": RoutingPlan.noisy(base_config, 1.0).keys_LBT}
+    plan = dataclasses.replace(plan, **fields)
+    changed = np.full(np.shape(getattr(plan, field)), value)
+    with pytest.raises(ValueError, match=f"RoutingPlan.{field} holds {value}; give"):
+        checked_plan(dataclasses.replace(plan, **{field: changed}), base_config, 1, 1)
+
+
+@pytest.mark.parametrize("wrong", [{"experts_LBTK": [0.5, 1]}, {"bias_LBTE": ["a"] * 4}, {"keys_LBT": [1]}, False, {}])
+def test_what_is_no_plan_is_refused(base_config, wrong: Any) -> None:
+    plan = RoutingPlan(**wrong) if wrong else wrong
+    with pytest.raises(ValueError, match="RoutingPlan"):
+        checked_plan(plan, base_config, 1, 1)
+
+
+def test_a_plan_may_be_lists_or_float64(base_config) -> None:
+    lists: Any = [[[[0.0, 1.0, -1e300, 0.0]]]] * 2
+    plan = checked_plan(RoutingPlan(bias_LBTE=lists), base_config, 1, 1)
+    wide: Any = np.asarray(lists)
+    assert plan.digest() == RoutingPlan(bias_LBTE=wide).digest() == RoutingPlan.from_numpy(plan.to_numpy()).digest()
+
+
+@pytest.mark.parametrize("experts", [-1, 4, 1.5, True, [True, False, False, True], "1", [[1]], None])
+def test_a_ban_names_experts_of_the_model(base_config, experts: Any) -> None:
+    with pytest.raises(ValueError, match="is no expert of this model; give numbers from 0 to 3"):
+        RoutingPlan.ban(base_config, experts)
 
 
 def test_a_plan_reads_each_token_at_its_own_place(base_config) -> None:

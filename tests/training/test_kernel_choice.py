@@ -35,4 +35,4 @@ def test_products_that_the_fused_experts_do_not_keep_are_announced(backend, warn
     said = io.StringIO()
     plan = experiment(steps=2, remat="experts", kernels=KernelChoice(expert_mlp=backend))
     train(plan, tmp_path / "run", console=Console(file=said, width=200))
-    assert ("remat experts keeps nothing here" in said.getvalue()) is warned
+    assert ("remat experts keeps no products here" in said.getvalue()) is warned
