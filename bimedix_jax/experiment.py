@@ -41,7 +41,7 @@ class ModelSource:
     """Folder with a model, or a hub id (owner/name)."""
     revision: str | None = None
     """Revision of a hub id."""
-    base: Literal["nf4", "bfloat16", "float32"] = "nf4"
+    base: Literal["bfloat16", "float32", "nf4"] = "nf4"
     """Storage of the base weights; nf4 packs attention and experts to 4 bits with double quantisation."""
     dtype: Dtype | None = None
     """Compute dtype; None takes the base's own, bfloat16 for nf4."""

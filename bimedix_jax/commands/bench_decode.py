@@ -21,7 +21,7 @@ class Config:
 
     against: Literal["transformers"] | None = None
     """Peer to measure as well; needs torch, transformers and peft."""
-    base: Literal["nf4", "bfloat16", "float32"] | None = None
+    base: Literal["bfloat16", "float32", "nf4"] | None = None
     """Storage of our weights; None takes the fastest in a short trial for each row, as it does for the peer."""
     batch: int = 2
     """Rows of the prefill."""

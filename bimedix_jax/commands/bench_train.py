@@ -21,7 +21,7 @@ class Config:
 
     against: Literal["transformers"] | None = None
     """Peer to measure as well; needs torch, transformers and peft."""
-    base: Literal["nf4", "bfloat16", "float32"] = "nf4"
+    base: Literal["bfloat16", "float32", "nf4"] = "nf4"
     """Storage of our base weights."""
     remat: Literal["none", "experts", "layer"] = "none"
     """What our backward pass recomputes."""

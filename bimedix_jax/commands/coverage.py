@@ -32,7 +32,7 @@ class Config:
     targets: tuple[str, ...] | None = None
     """Linear layers that get an adapter: q k v o w1 w2 w3 router lm_head, or patterns such as layers\\.0\\..*\\.w2; by
     default the paper's, which are all but o and lm_head."""
-    base: Literal["nf4", "bfloat16", "float32"] | None = None
+    base: Literal["bfloat16", "float32", "nf4"] | None = None
     """Storage of the base weights. By default nf4, and of a native checkpoint its own."""
     adapter: Path | None = None
     """Folder of a trained adapter, which is checked against the model and counted instead of a new one."""

@@ -39,7 +39,7 @@ class Config:
     """Folder of adapters (native or PEFT) to merge, or to write as PEFT's."""
     merge: Literal["original", "dequantised"] | None = None
     """Weights that the adapters are added to: the 16-bit ones of --source, or the dequantised 4-bit ones."""
-    base: Literal["nf4", "bfloat16", "float32"] | None = None
+    base: Literal["bfloat16", "float32", "nf4"] | None = None
     """Storage that --source is loaded in, nf4 where adapters were trained over 4 bits; by default bfloat16 (nf4 for
     bitsandbytes), and of a native checkpoint its own."""
     dtype: Literal["bfloat16", "float32"] | None = None

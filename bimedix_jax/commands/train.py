@@ -35,7 +35,7 @@ class Config:
     """Folder or hub id of the base model."""
     revision: str | None = None
     """Revision of a hub id."""
-    base: Literal["nf4", "bfloat16", "float32"] | None = None
+    base: Literal["bfloat16", "float32", "nf4"] | None = None
     """Storage of the base weights."""
     sequence_length: int | None = None
     """Tokens a row."""
