@@ -34,6 +34,7 @@ from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import TrainedParam
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.moe import RouterState
+from bimedix_jax.models.router_sums import RouterSums
 from bimedix_jax.models.routers import Routing, RoutingPlan
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -199,7 +200,8 @@ class Layout:
 
         none: Any = None
         record = recorded(Routing(by_layer, by_layer, by_layer), call.record)
-        out = Output(rows, none, record, scalar if call.groups else none, cached)
+        sums = RouterSums(*[scalar] * len(dataclasses.fields(RouterSums))) if call.groups else None
+        out = Output(rows, none, record, sums, cached)
         return self.over_shards(function, (self.specs(values), calls), out, batch_axes)(values, call)
 
 
