@@ -11,13 +11,15 @@ import numpy as np
 from bimedix_jax.bench.bounds import product
 from bimedix_jax.bench.timing import medians
 from bimedix_jax.kernels.expert_mlp import expert_mlp
-from bimedix_jax.kernels.expert_mlp.api import BACKENDS as FEED_FORWARD
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.grouped_matmul.xla import index
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import planes
 from bimedix_jax.kernels.permute import sort_by_expert
+
+FEED_FORWARD = ("xla", "composed")
+"""Backends of the feed-forward that are compared; the third is for decoding a few rows."""
 
 
 @dataclasses.dataclass(frozen=True)
