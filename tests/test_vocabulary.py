@@ -53,7 +53,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def folder(small, tokenizer, tmp_path_factory):
-    """The small model beside the tokenizer, without weights: what is wrong is said before they would load."""
+    """The small model beside the tokenizer, without weights: errors are raised before they would load."""
     place = export_hf(small, tmp_path_factory.mktemp("model") / "hf", tokenizer_from=tokenizer.folder)
     (place / "model.safetensors").unlink()
     return place
