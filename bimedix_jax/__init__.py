@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bimedix_jax.checkpoint.peft_write import export_peft as export_peft
     from bimedix_jax.checkpoint.store import save as save
     from bimedix_jax.errors import BimedixError as BimedixError
-    from bimedix_jax.generate import generate as generate
+    from bimedix_jax.inference.generate import generate as generate
     from bimedix_jax.models.config import LoraConfig as LoraConfig
     from bimedix_jax.models.config import LoraOverride as LoraOverride
     from bimedix_jax.models.config import MixtralConfig as MixtralConfig
@@ -37,7 +37,7 @@ _PUBLIC = {
     "coverage": "bimedix_jax.adapters",
     "export_hf": "bimedix_jax.checkpoint.hf",
     "export_peft": "bimedix_jax.checkpoint.peft_write",
-    "generate": "bimedix_jax.generate",
+    "generate": "bimedix_jax.inference.generate",
     "load": "bimedix_jax.checkpoint.load",
     "save": "bimedix_jax.checkpoint.store",
 }

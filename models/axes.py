@@ -20,7 +20,8 @@ An array's name ends in its dimensions: `x_BTD` is [batch, query tokens, model w
 | H | head | width of a head |
 | R | rank | rank of an adapter |
 
-Parameters carry their logical axes as metadata (`axes=` of the variable); bimedix_jax/sharding.py maps them to a mesh.
+Parameters carry their logical axes as metadata (`axes=` of the variable). bimedix_jax/sharding/rules.py maps them to a
+mesh.
 """
 
 BATCH = "batch"

@@ -2,7 +2,7 @@
 
 Inside `split`, a module holds its part of the heads, of the experts, of the feed-forward columns and of the rows of the
 batch, and asks by logical name for what it lacks. Outside, everything here is the identity, so that the code of a layer
-is the same on one device and on many. Which mesh axes a logical name means is decided in bimedix_jax/sharding.py.
+is the same on one device and on many. Which mesh axes a logical name means is decided in bimedix_jax/sharding/rules.py.
 
 Gradients: each device differentiates its own share of the objective, and the shares of all devices sum to it. Then a
 sum over devices transposes to a sum and a gather to a summed scatter, whatever is computed in between; what several

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax.commands import data_chats, data_translate
-from bimedix_jax.data.chats import job as chats
-from bimedix_jax.data.chats import pipeline as chat_pipeline
-from bimedix_jax.data.chats.plan import Style
-from bimedix_jax.data.llm.account import Price, parse_prices
-from bimedix_jax.data.llm.config import LlmConfig
-from bimedix_jax.data.llm.estimate import Estimate
-from bimedix_jax.data.llm.prompts import load_prompts
-from bimedix_jax.data.llm.request import Usage, likely_tokens
-from bimedix_jax.data.llm.store import open_store
-from bimedix_jax.data.quarantine import Quarantine
-from bimedix_jax.data.readers import read
+from bimedix_jax.curation.chats import job as chats
+from bimedix_jax.curation.chats import pipeline as chat_pipeline
+from bimedix_jax.curation.chats.shapes import Style
+from bimedix_jax.curation.llm.account import Price, parse_prices
+from bimedix_jax.curation.llm.config import LlmConfig
+from bimedix_jax.curation.llm.estimate import Estimate
+from bimedix_jax.curation.llm.prompts import load_prompts
+from bimedix_jax.curation.llm.request import Usage, likely_tokens
+from bimedix_jax.curation.llm.store import open_store
+from bimedix_jax.curation.quarantine import Quarantine
+from bimedix_jax.curation.readers import read
+from bimedix_jax.curation.translate import job as translate
+from bimedix_jax.curation.translate.pipeline import Settings
 from bimedix_jax.data.records import Record
-from bimedix_jax.data.translate import job as translate
-from bimedix_jax.data.translate.pipeline import Settings
 from bimedix_jax.errors import run_script
 
 TRANSLATED = {"qa": 155_600, "mcqa": 224_500, "chat": 64_900}

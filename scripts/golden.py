@@ -96,7 +96,7 @@ def steps(remat: Any) -> list[dict[str, float]]:
 
 def tokens() -> str:
     """Greedy tokens of a random model, for one prompt and for a batch of prompts of different lengths."""
-    from bimedix_jax.generate import generate
+    from bimedix_jax.inference.generate import generate
     from bimedix_jax.models.mixtral import init_random
     from bimedix_jax.quantise import quantise_base
 

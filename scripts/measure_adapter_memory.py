@@ -58,8 +58,8 @@ def compiled_memory(
 
     from bimedix_jax.adapters import add_lora
     from bimedix_jax.experiment import RouterTraining
-    from bimedix_jax.hardware import devices
     from bimedix_jax.models.mixtral import Mixtral
+    from bimedix_jax.plan.hardware import devices
     from bimedix_jax.quantise import quantise_base
     from bimedix_jax.training.state import take_apart
     from bimedix_jax.training.step import make_gradient

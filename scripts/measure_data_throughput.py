@@ -93,7 +93,7 @@ class Maker:
     """Made-up records of one language as lines of JSON, and what was planted among them."""
 
     def __init__(self, language: str, seed: int, tokenizer: Path, shrink: float) -> None:
-        from bimedix_jax.data.counts import TokenCounter
+        from bimedix_jax.curation.counts import TokenCounter
         from bimedix_jax.data.tokenizer import load_tokenizer
 
         self.language = language

@@ -18,11 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bimedix_jax import codegen_gpu, codegen_layer, codegen_tpu, startup
+from bimedix_jax import startup
 from bimedix_jax.errors import run_script
+from bimedix_jax.plan.codegen import layer
 
 MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
-    target: module.measure for module in (codegen_gpu, codegen_tpu) for target in module.TARGETS
+    target: module.measure for module in (gpu, tpu) for target in module.TARGETS
 }
 """What compiles the cases for each target."""
 FIGURES = ("registers", "spill_bytes", "shared_bytes", "vmem_bytes", "flops_ratio")
@@ -44,7 +45,7 @@ def main() -> None:
     ]
     if not rows:
         parser.error("none of these cases exists; without --cases all are measured and named")
-    layers = [codegen_layer.measure(target) for target in options.targets]
+    layers = [layer.measure(target) for target in options.targets]
     if options.json:
         print(json.dumps({"rows": rows, "moe_layers": layers}))
         return

@@ -3,7 +3,7 @@
     python scripts/measure_translation_checks.py --pairs tico19_en_ar.jsonl --json
 
 `--pairs` is a JSONL file with the fields `en` and `ar` (TICO-19: 3,071 sentences). Every damage of
-bimedix_jax/data/checks/damage.py is applied to every pair that it can be applied to. A pair passes when no flag is
+bimedix_jax/curation/checks/damage.py is applied to every pair that it can be applied to. A pair passes when no flag is
 raised; a damage counts as caught when a flag is raised that the undamaged pair does not raise. `halves` are the pairs
 in even and odd places, counted from 0: numeric thresholds were chosen on the even ones.
 """
@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.data.checks import damage
-from bimedix_jax.data.checks.api import FLAG_NAMES, Batch, check_text
+from bimedix_jax.curation.checks import damage
+from bimedix_jax.curation.checks.api import FLAG_NAMES, Batch, check_text
 from bimedix_jax.errors import BimedixError, run_script
 
 

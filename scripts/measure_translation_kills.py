@@ -27,7 +27,7 @@ from typing import Any
 
 from loopback_llm import Server, some_faults
 
-from bimedix_jax.data.llm.store import open_store
+from bimedix_jax.curation.llm.store import open_store
 from bimedix_jax.data.records import sample, write_jsonl
 from bimedix_jax.errors import run_script
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +58,11 @@ def free_compiled_programs() -> Iterator[None]:
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
+
+
+@pytest.fixture(scope="session")
+def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Tokenizer of bytes with ChatML."""
+    from bimedix_jax.data.tokenizer import byte_tokenizer
+
+    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))

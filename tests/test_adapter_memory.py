@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bimedix_jax import hardware
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.plan import hardware
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.state import take_apart
 from bimedix_jax.training.step import make_gradient

@@ -21,8 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from bimedix_jax import hardware
-from bimedix_jax.plan import collectives, hlo
+from bimedix_jax.plan import collectives, hardware, hlo
 
 AOT = "is not installed; `pip install bimedix_jax[aot]` brings it (Linux only)"
 needs_cuda = pytest.mark.skipif(not importlib.util.find_spec("jax_cuda12_plugin"), reason=f"XLA's CUDA plugin {AOT}")
@@ -234,7 +233,7 @@ def test_may_alias():
 
 @pytest.mark.parametrize("options", [{"donate_argnames": ("cache",)}, {"donate_argnums": 0}])
 def test_donation(options: dict[str, Any]):
-    """A donated array is updated where it is in memory (bimedix_jax/generate.py, bimedix_jax/training/step.py)."""
+    """A donated array is updated in place (bimedix_jax/inference/generate.py, bimedix_jax/training/step.py)."""
     step = jax.jit(lambda cache, x: lax.dynamic_update_slice_in_dim(cache, x, 1, 0), **options)
     cache = jnp.arange(64.0).reshape(2, 32)
     pointer = cache.unsafe_buffer_pointer()
@@ -242,7 +241,7 @@ def test_donation(options: dict[str, Any]):
 
 
 def test_default_device():
-    """Within jax.default_device(jax.local_devices(backend=...)[i]), arrays are made there (bimedix_jax/sharding.py)."""
+    """Within jax.default_device(jax.local_devices(backend=...)[i]), arrays are made there (bimedix_jax/sharding)."""
     device = jax.local_devices(backend="cpu")[1]
     with jax.default_device(device):
         assert {device} == jnp.ones(2).devices() == jax.jit(lambda: jnp.ones(2))().devices()
@@ -470,8 +469,8 @@ def test_absent_gpu(tmp_path: Path):
     """Text and files of a loop over a Triton kernel, compiled for a GPU (hardware.py, plan/work.py, codegen_gpu.py)."""
     from jax.experimental import topologies
 
-    from bimedix_jax.codegen_gpu import LAUNCH
     from bimedix_jax.plan import work
+    from bimedix_jax.plan.codegen.gpu import LAUNCH
 
     target = {"target_config": hardware.TARGETS["a100-80gb"], "topology_name": "a100-80gb", "topology": "1x1x1"}
     [device] = topologies.get_topology_desc(platform="cuda", **target).devices
@@ -491,7 +490,7 @@ def test_absent_tpu(monkeypatch: pytest.MonkeyPatch):
     """FLOPs, VMEM and mesh of a Mosaic kernel, compiled for a TPU (hardware.py, codegen_tpu.py, sharding.py)."""
     from jax.experimental import mesh_utils, topologies
 
-    from bimedix_jax.codegen_tpu import KERNEL
+    from bimedix_jax.plan.codegen.tpu import KERNEL
 
     for name, value in hardware.NO_TPU.items():
         monkeypatch.setenv(name, value)

@@ -7,9 +7,9 @@ multiplied, their gradients float32.
 
 import dataclasses
 
-from bimedix_jax.codegen import BLOCK, RANK
 from bimedix_jax.kernels.nf4.tables import NESTED_BLOCK_SIZE
 from bimedix_jax.models.config import MIXTRAL_8X7B
+from bimedix_jax.plan.codegen.cases import BLOCK, RANK
 
 ITEM = 2
 """Bytes of a bfloat16."""

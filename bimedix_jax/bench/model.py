@@ -14,7 +14,7 @@ from flax import nnx
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.load import check_router_name
 from bimedix_jax.experiment import DataSource, Experiment, ModelSource, OptimiserConfig, RouterTraining
-from bimedix_jax.generate import Sampling, decode
+from bimedix_jax.inference.generate import Sampling, decode
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from bimedix_jax import sharding
 from bimedix_jax.checkpoint import bnb_read, buffers, hub, table
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed, stated_dtypes
 from bimedix_jax.checkpoint.bnb_format import PackedTensor, assemble
@@ -29,6 +28,7 @@ from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.sharding import placement
 
 __all__ = ["export_hf", "load_hf", "read_config", "resolve"]
 
@@ -83,7 +83,7 @@ def load_hf(
         for row in table.rows_of(config)
     }
     if mesh is not None:
-        own = sharding.own_experts(mesh, config.router.num_experts)
+        own = placement.own_experts(mesh, config.router.num_experts)
         units = [unit for unit in units if len(unit.index) < 2 or unit.index[1] in own]
     total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
     flushed = 0

@@ -10,7 +10,6 @@ import jax
 from jax.sharding import Mesh
 
 from bimedix_jax import experiment as experiments
-from bimedix_jax import sharding
 from bimedix_jax.checkpoint import hub, store
 from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
 from bimedix_jax.checkpoint.peft import is_peft
@@ -22,6 +21,7 @@ from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import ROUTERS, router_of
 from bimedix_jax.quantise import quantise_base
+from bimedix_jax.sharding import placement
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def load(
       base: storage of the weights; "nf4" packs attention and experts to 4 bits on the way in. None: bfloat16, of a
         native checkpoint or one that bitsandbytes packed what it holds, and of a run what it trained over.
       adapter: folder of an adapter to put on, ours or PEFT's.
-      mesh: devices to put it on, see bimedix_jax/sharding.py. A process reads of a native checkpoint what its own
-        devices hold, and of another folder its own experts and everything else (the scales of a 4-bit matrix are
+      mesh: devices to shard it over, see bimedix_jax/sharding. Of a native checkpoint a process reads what its own
+        devices hold; of another folder it reads its own experts and everything else (the scales of a 4-bit matrix are
         quantised together).
       dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint has its own,
         and one that bitsandbytes packed names it in config.json.
@@ -58,9 +58,9 @@ def load(
     """
     if mesh is None:
         return read_model(path, base, adapter, None, dtype, revision, ignore_config_keys, router)
-    with sharding.host_memory():
+    with placement.host_memory():
         model = read_model(path, base, adapter, mesh, dtype, revision, ignore_config_keys, router)
-    return sharding.place(model, mesh)
+    return placement.place(model, mesh)
 
 
 def read_model(

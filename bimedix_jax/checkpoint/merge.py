@@ -2,8 +2,8 @@
 
 Over a 4-bit base there are two honest choices: the original 16-bit weights, closer to the base model but not what the
 adapters saw in training, and the dequantised ones, which they saw. Either way 16-bit weights round small deltas away,
-and routers may choose otherwise. `Merged` and `bimedix_jax.drift` say how much: a merge that loses the fine-tune must
-not look like one that keeps it.
+and routers may choose otherwise. `Merged` and `bimedix_jax.routing.drift` say how much: a merge that loses the
+fine-tune must not look like one that keeps it.
 """
 
 import dataclasses

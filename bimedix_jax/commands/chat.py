@@ -14,7 +14,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 
 if TYPE_CHECKING:
-    from bimedix_jax.chat import Chat
+    from bimedix_jax.inference.chat import Chat
 
 COMMANDS_HELP = "/reset forgets the conversation, /system TEXT sets a system prompt and starts anew, /quit leaves."
 
@@ -67,11 +67,11 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the conversation. Returns the replies where prompts were given, else counts only."""
-    from bimedix_jax.chat import Chat, ChatOptions
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
-    from bimedix_jax.vocabulary import require_fit, vocab_size_of
+    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
+    from bimedix_jax.inference.chat import Chat, ChatOptions
 
     if console.stderr and not config.prompt:
         raise BimedixError("--json has no keyboard conversation; give at least one --prompt")

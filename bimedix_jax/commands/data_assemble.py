@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from bimedix_jax.data.recipe import Plan
+    from bimedix_jax.curation.assembly.recipe import Plan
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Config:
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Assemble, or do one shard of it, and report."""
     from bimedix_jax import files
-    from bimedix_jax.data import assemble
-    from bimedix_jax.data.recipe import describe
+    from bimedix_jax.curation.assembly import assemble
+    from bimedix_jax.curation.assembly.recipe import describe
 
     plan = _plan(config)
     if plan.left_out:
@@ -103,7 +103,7 @@ def _plan(config: Config) -> "Plan":
     """What is to be read, from recipe or sources."""
     import dataclasses
 
-    from bimedix_jax.data import recipe as recipes
+    from bimedix_jax.curation.assembly import recipe as recipes
     from bimedix_jax.errors import BimedixError
 
     if (config.recipe is None) == (not config.sources):
@@ -128,7 +128,7 @@ def _plan(config: Config) -> "Plan":
 
 def _shard(config: Config, plan: "Plan", parent: Path, console: Console) -> dict[str, Any]:
     from bimedix_jax import files
-    from bimedix_jax.data.shard import write_shard
+    from bimedix_jax.curation.assembly.shard import write_shard
     from bimedix_jax.errors import BimedixError
 
     number, _, size = (config.shard or "").partition("/")
@@ -160,7 +160,7 @@ def _print_plan(result: dict[str, Any], console: Console) -> None:
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     from rich.table import Table
 
-    from bimedix_jax.data.assemble import QUARANTINE
+    from bimedix_jax.curation.assembly.assemble import QUARANTINE
 
     table = Table("source", title=f"records in {config.output}")
     for name in ("train", "heldout"):

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from bimedix_jax.data.llm.config import JudgeConfig, LlmConfig
+from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
 
 if TYPE_CHECKING:
-    from bimedix_jax.data.chats.job import Forecast, Job
+    from bimedix_jax.curation.chats.job import Forecast, Job
     from bimedix_jax.data.records import Record
 
 
@@ -111,12 +111,12 @@ class Config:
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Estimate, write, check."""
     from bimedix_jax import files
-    from bimedix_jax.data.chats import job as jobs
-    from bimedix_jax.data.chats import output
-    from bimedix_jax.data.llm.account import Account, parse_prices
-    from bimedix_jax.data.llm.estimate import show
-    from bimedix_jax.data.llm.store import open_store
-    from bimedix_jax.data.llm.whole_run import run_to_end
+    from bimedix_jax.curation.chats import job as jobs
+    from bimedix_jax.curation.chats import output
+    from bimedix_jax.curation.llm.account import Account, parse_prices
+    from bimedix_jax.curation.llm.estimate import show
+    from bimedix_jax.curation.llm.store import open_store
+    from bimedix_jax.curation.llm.whole_run import run_to_end
 
     if not config.dry_run:
         files.check_replaceable(config.output, config.overwrite)
@@ -141,11 +141,11 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _job(config: Config, console: Console) -> "Job":
-    from bimedix_jax.data.chats.job import Job
-    from bimedix_jax.data.chats.pipeline import JUDGE, STAGE, Settings
-    from bimedix_jax.data.chats.plan import Style
-    from bimedix_jax.data.llm.prompts import load_prompts
-    from bimedix_jax.data.llm.whole_run import wanted_records
+    from bimedix_jax.curation.chats.job import Job
+    from bimedix_jax.curation.chats.pipeline import JUDGE, STAGE, Settings
+    from bimedix_jax.curation.chats.shapes import Style
+    from bimedix_jax.curation.llm.prompts import load_prompts
+    from bimedix_jax.curation.llm.whole_run import wanted_records
 
     style = Style(config.turns, config.most_turns, config.switch_share, config.language, config.seed)
     settings = Settings(

@@ -67,9 +67,9 @@ class Config:
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Mix and report."""
     from bimedix_jax import files
-    from bimedix_jax.data.decontaminate import benchmark_sources
-    from bimedix_jax.data.mix import plan
-    from bimedix_jax.data.mix.build import Settings, mix
+    from bimedix_jax.curation.mix import targets
+    from bimedix_jax.curation.mix.build import Settings, mix
+    from bimedix_jax.curation.mix.decontaminate import benchmark_sources
     from bimedix_jax.data.parallel import workers_of
     from bimedix_jax.errors import BimedixError
 
@@ -83,7 +83,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     settings = Settings(
         sources=config.sources,
         evaluation=(*config.evaluation, *benchmarks),
-        ratio=plan.parse_ratio(config.ratio),
+        ratio=targets.parse_ratio(config.ratio),
         preset=config.preset,
         scale=config.scale,
         near_duplicates=config.near_duplicates,
@@ -105,8 +105,8 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     from rich.table import Table
 
     from bimedix_jax.commands.data_stats import print_tables
-    from bimedix_jax.data.counts import shown_ratio
-    from bimedix_jax.data.mix.candidates import MEANING, Fate
+    from bimedix_jax.curation.counts import shown_ratio
+    from bimedix_jax.curation.mix.candidates import MEANING, Fate
 
     print_tables(report["tables"], config.tokenizer is not None, console)
     measures = {"samples": "by samples", "tokens": "by tokens", "learned_tokens": "by supervised tokens"}

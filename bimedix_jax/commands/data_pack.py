@@ -62,8 +62,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data import pack
     from bimedix_jax.data.parallel import workers_of
     from bimedix_jax.data.tokenizer import load_tokenizer
+    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.errors import BimedixError
-    from bimedix_jax.vocabulary import require_fit, vocab_size_of
 
     if config.sequence_length < 2 or config.window < 1:
         raise BimedixError(

@@ -9,8 +9,8 @@ import tyro
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from bimedix_jax.data.review.items import ReviewItem, Verdict
-    from bimedix_jax.data.review.verdicts import Settled
+    from bimedix_jax.curation.review.items import ReviewItem, Verdict
+    from bimedix_jax.curation.review.verdicts import Settled
 
 TRANSLATED, VERDICTS, REPORT = "translated.jsonl", "verdicts.jsonl", "report.json"
 
@@ -78,7 +78,7 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Do the action."""
-    from bimedix_jax.data.review.items import read_items
+    from bimedix_jax.curation.review.items import read_items
     from bimedix_jax.errors import BimedixError
 
     items = {item.id: item for item in read_items(config.items)}
@@ -94,7 +94,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 def _export(config: Config, items: "list[ReviewItem]", console: Console) -> dict[str, Any]:
     from bimedix_jax import files
-    from bimedix_jax.data.review import export
+    from bimedix_jax.curation.review import export
     from bimedix_jax.errors import BimedixError
 
     if config.output is None:
@@ -113,7 +113,7 @@ def _export(config: Config, items: "list[ReviewItem]", console: Console) -> dict
 
 
 def _verdicts(config: Config, items: "dict[str, ReviewItem]") -> "list[Verdict]":
-    from bimedix_jax.data.review.verdicts import read
+    from bimedix_jax.curation.review.verdicts import read
 
     return [verdict for path in config.verdicts for verdict in read(path, items)]
 
@@ -121,7 +121,7 @@ def _verdicts(config: Config, items: "dict[str, ReviewItem]") -> "list[Verdict]"
 def _statistics(
     config: Config, items: "dict[str, ReviewItem]", verdicts: "list[Verdict]", console: Console
 ) -> dict[str, Any]:
-    from bimedix_jax.data.review.statistics import statistics
+    from bimedix_jax.curation.review.statistics import statistics
 
     result = statistics(items, verdicts, config.seed)
     _print(result, console)
@@ -132,9 +132,9 @@ def _import(
     config: Config, items: "dict[str, ReviewItem]", verdicts: "list[Verdict]", console: Console
 ) -> dict[str, Any]:
     from bimedix_jax import files
+    from bimedix_jax.curation.review.items import dump
+    from bimedix_jax.curation.review.verdicts import counts, latest, merge, settle
     from bimedix_jax.data.records import write_jsonl
-    from bimedix_jax.data.review.items import dump
-    from bimedix_jax.data.review.verdicts import counts, latest, merge, settle
     from bimedix_jax.errors import BimedixError
 
     if config.output is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from bimedix_jax.data.counts import TokenCounter
+    from bimedix_jax.curation.counts import TokenCounter
     from bimedix_jax.data.records import Record
 
 LANGUAGES = {"en": "English", "ar": "العربية"}
@@ -72,9 +72,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     from tqdm import tqdm
 
-    from bimedix_jax.data.counts import TokenCounter
-    from bimedix_jax.data.quarantine import Quarantine
-    from bimedix_jax.data.readers import read
+    from bimedix_jax.curation.counts import TokenCounter
+    from bimedix_jax.curation.quarantine import Quarantine
+    from bimedix_jax.curation.readers import read
     from bimedix_jax.data.tokenizer import load_tokenizer
 
     tokens_of = TokenCounter(load_tokenizer(config.tokenizer)) if config.tokenizer else None
@@ -107,9 +107,9 @@ def _overlap(config: Config, against: Path, console: Console) -> list[dict[str, 
     """Rows of `data.overlap.overlap`; rows that could not be read are counted above already."""
     import itertools
 
-    from bimedix_jax.data.overlap import overlap
-    from bimedix_jax.data.quarantine import Quarantine
-    from bimedix_jax.data.readers import read
+    from bimedix_jax.curation.overlap import overlap
+    from bimedix_jax.curation.quarantine import Quarantine
+    from bimedix_jax.curation.readers import read
     from bimedix_jax.data.records import read_jsonl
 
     unread = Quarantine()
@@ -140,7 +140,7 @@ def _add(count: Count, record: "Record", tokens_of: "TokenCounter | None") -> No
 
 def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str, Any]]:
     """The counts as `data.counts.tables` lays them out."""
-    from bimedix_jax.data import counts as by_kind
+    from bimedix_jax.curation import counts as by_kind
 
     found: dict[tuple[str, str], by_kind.Count] = defaultdict(by_kind.Count)
     for (language, kind, _), count in counts.items():

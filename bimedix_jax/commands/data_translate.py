@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bimedix_jax.data.llm.config import JudgeConfig, LlmConfig
+from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
 
 if TYPE_CHECKING:
+    from bimedix_jax.curation.translate.job import Job
     from bimedix_jax.data.records import Record
-    from bimedix_jax.data.translate.job import Job
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class Config:
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Estimate, translate, write."""
     from bimedix_jax import files
-    from bimedix_jax.data.llm.account import Account, parse_prices
-    from bimedix_jax.data.llm.estimate import show
-    from bimedix_jax.data.llm.store import open_store
-    from bimedix_jax.data.llm.whole_run import run_to_end
-    from bimedix_jax.data.translate import job as jobs
-    from bimedix_jax.data.translate import output
+    from bimedix_jax.curation.llm.account import Account, parse_prices
+    from bimedix_jax.curation.llm.estimate import show
+    from bimedix_jax.curation.llm.store import open_store
+    from bimedix_jax.curation.llm.whole_run import run_to_end
+    from bimedix_jax.curation.translate import job as jobs
+    from bimedix_jax.curation.translate import output
 
     if not config.dry_run:
         files.check_replaceable(config.output, config.overwrite)
@@ -134,10 +134,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 def _job(config: Config, console: Console) -> "Job":
     """The job that the options describe; says what of the sources cannot be read."""
-    from bimedix_jax.data.llm.prompts import load_prompts
-    from bimedix_jax.data.llm.whole_run import wanted_records
-    from bimedix_jax.data.translate.job import Job
-    from bimedix_jax.data.translate.pipeline import Settings
+    from bimedix_jax.curation.llm.prompts import load_prompts
+    from bimedix_jax.curation.llm.whole_run import wanted_records
+    from bimedix_jax.curation.translate.job import Job
+    from bimedix_jax.curation.translate.pipeline import Settings
 
     settings = Settings(
         threshold=config.threshold,

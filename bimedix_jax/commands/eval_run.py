@@ -58,8 +58,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
+    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.evals import tables, tasks
-    from bimedix_jax.vocabulary import require_fit, vocab_size_of
 
     if not config.tasks and config.heldout is None:
         raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")

@@ -112,7 +112,7 @@ def check_tokenizer(config: Config) -> None:
     """Raises BimedixError where the tokenizer of --tokenizer-from is not one for this model."""
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.data.tokenizer import has_tokenizer, load_tokenizer
-    from bimedix_jax.vocabulary import require_fit, vocab_size_of
+    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
 
     if config.tokenizer_from is not None and has_tokenizer(config.tokenizer_from):
         vocab_size = vocab_size_of(resolve(config.source, config.revision))
@@ -145,7 +145,7 @@ def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) 
     """Writes the merged model, loads it again, and compares the two."""
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.checkpoint.merge import export_merged
-    from bimedix_jax.drift import drift, observe
+    from bimedix_jax.routing.drift import drift, observe
 
     assert config.merge is not None  # the caller's condition
     texts = probe_texts(config, model)
@@ -181,7 +181,7 @@ def probe_texts(config: Config, model: "Mixtral") -> list[tuple[str, list[int]]]
     from bimedix_jax.data import records
     from bimedix_jax.data.chat_template import encode_chat
     from bimedix_jax.data.tokenizer import load_tokenizer
-    from bimedix_jax.vocabulary import require_fit
+    from bimedix_jax.data.vocabulary import require_fit
 
     if config.probe_records == 0:
         return []

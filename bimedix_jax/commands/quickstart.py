@@ -38,14 +38,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         raise BimedixError("a resumed run keeps its own settings; leave --steps and --smoke out")
     folder = config.out or (newest_unfinished() if config.resume else RUNS / time.strftime("quickstart-%Y%m%d-%H%M%S"))
 
-    from bimedix_jax import quickstart
+    from bimedix_jax.quickstart import job
 
-    settings = (
-        quickstart.Settings.read(folder)
-        if config.resume
-        else quickstart.Settings.of(config.smoke, config.steps, config.base)
-    )
-    return quickstart.run(folder, settings, config.resume, console)
+    settings = job.Settings.read(folder) if config.resume else job.Settings.of(config.smoke, config.steps, config.base)
+    return job.run(folder, settings, config.resume, console)
 
 
 def newest_unfinished() -> Path:

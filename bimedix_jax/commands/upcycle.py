@@ -39,7 +39,7 @@ class Config:
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    from bimedix_jax import upcycle
+    from bimedix_jax.checkpoint import upcycle
 
     recipe = upcycle.Recipe(
         config.experts, config.top_k, config.drop_rate, config.noise, config.router_init, config.router_std, config.seed

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
+from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals.scoring import part_of, target_logprobs
+from bimedix_jax.inference.padding import packed, packed_places
+from bimedix_jax.inference.scoring import part_of, target_logprobs
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
-from bimedix_jax.padding import packed, packed_places
-from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Turn
 from bimedix_jax.data.tokenizer import Tokenizer
+from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals.scoring import part_of, run_continuations, run_prompts
+from bimedix_jax.inference.padding import bucket, by_length, pad_left, pad_right
+from bimedix_jax.inference.scoring import part_of, run_continuations, run_prompts
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
-from bimedix_jax.padding import bucket, by_length, pad_left, pad_right
-from bimedix_jax.vocabulary import require_ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-from bimedix_jax import hardware
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.models.config import MixtralConfig
-from bimedix_jax.plan import devices, hlo, useful
+from bimedix_jax.plan import devices, hardware, hlo, useful
 from bimedix_jax.plan.devices import Target
 from bimedix_jax.plan.roofline import Costs, costs_of
 from bimedix_jax.plan.saved import saved_bytes

@@ -17,15 +17,15 @@ from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.load import asked_router
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, MeshConfig
-from bimedix_jax.generate import Sampling, State, _prefill, _step
+from bimedix_jax.inference.generate import Sampling, State, _prefill, _step
+from bimedix_jax.inference.padding import bucket
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
-from bimedix_jax.padding import bucket
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.sharding import BATCH_AXES, COMPILER_OPTIONS, make_mesh, place
+from bimedix_jax.sharding.placement import BATCH_AXES, COMPILER_OPTIONS, make_mesh, place
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import TrainState, take_apart
 from bimedix_jax.training.step import make_train_step

@@ -9,8 +9,8 @@ import itertools
 import math
 import re
 
-from bimedix_jax.codegen_gpu import GRADIENT, TILE, UNPACK, kernel_flops
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.plan.codegen.gpu import GRADIENT, TILE, UNPACK, kernel_flops
 from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
 
 KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"

@@ -15,12 +15,13 @@ from bimedix_jax import distributed
 from bimedix_jax.adapters import coverage
 from bimedix_jax.checkpoint.steps import save_step
 from bimedix_jax.checkpoint.store import save, save_adapter
+from bimedix_jax.data.vocabulary import outside, require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
-from bimedix_jax.sharding import COMPILER_OPTIONS, host_memory, place, take_back
+from bimedix_jax.sharding.placement import COMPILER_OPTIONS, host_memory, place, take_back
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, read_metrics
@@ -34,7 +35,6 @@ from bimedix_jax.training.state import Structure, TrainState, init_state, put_ba
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 from bimedix_jax.training.tracking import Mirror
-from bimedix_jax.vocabulary import outside, require_ids
 
 Step = Callable[..., tuple[TrainState, dict[str, Any]]]
 

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul import tiles
-from bimedix_jax.kernels.grouped_matmul.mosaic_plan import (
+from bimedix_jax.kernels.grouped_matmul.mosaic_tiling import (
     HEIGHT,
     VMEM_LIMIT,
     WIDTHS,

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from bimedix_jax.kernels.grouped_matmul import mosaic_plan, mosaic_tpu
+from bimedix_jax.kernels.grouped_matmul import mosaic_tiling, mosaic_tpu
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import one_unit_stack
 
 
 def refusal(x: jax.Array, t: NF4Tensor) -> str | None:
-    return mosaic_plan.refusal(x, one_unit_stack(t))
+    return mosaic_tiling.refusal(x, one_unit_stack(t))
 
 
 def nf4_matmul(x: jax.Array, t: NF4Tensor) -> jax.Array:

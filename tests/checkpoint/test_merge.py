@@ -16,10 +16,10 @@ from bimedix_jax.checkpoint.store import save_adapter
 from bimedix_jax.cli import main
 from bimedix_jax.data.records import Record, conversation
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.drift import Observed, drift, observe
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import LORA_TARGETS, LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.routing.drift import Observed, drift, observe
 
 SOME = LoraConfig(3, 6.0, (r"layers\.1\.moe\.experts\.2\.w[12]", "v"))
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bimedix_jax.chat import Chat, ChatOptions
 from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.evals.heldout import heldout_loss
 from bimedix_jax.evals.multiple_choice import multiple_choice
-from bimedix_jax.generate import generate, stream
+from bimedix_jax.inference.chat import Chat, ChatOptions
+from bimedix_jax.inference.generate import generate, stream
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random

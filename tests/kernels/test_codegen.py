@@ -5,8 +5,8 @@ Some of the cases of `scripts/measure_kernel_codegen.py`, at the shapes of Mixtr
 
 import pytest
 
-from bimedix_jax import codegen_gpu, codegen_layer
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.plan.codegen import gpu, layer
 
 SHARED_BYTES = 163 * 1024
 """That one block may have on an A100 (CUDA C++ Programming Guide, compute capability 8.0)."""
@@ -35,7 +35,7 @@ SHARED_BYTES = 163 * 1024
     ],
 )
 def test_an_a100_keeps_every_value_in_registers(name: str) -> None:
-    rows = list(codegen_gpu.measure("a100-80gb", [name]))
+    rows = list(gpu.measure("a100-80gb", [name]))
     for row in rows:
         assert row["spill_bytes"] == 0
         assert 0 < row["registers"] <= 255
@@ -49,12 +49,12 @@ def test_an_a100_keeps_every_value_in_registers(name: str) -> None:
 
 def test_a_moe_layer_multiplies_little_beyond_the_useful() -> None:
     """No product over all experts: that alone would make it 8 times the useful FLOPs."""
-    assert 1 <= codegen_layer.measure("a100-80gb")["flops_ratio"] <= 1.15
+    assert 1 <= layer.measure("a100-80gb")["flops_ratio"] <= 1.15
 
 
 def test_flops_that_cannot_be_counted_are_an_error() -> None:
     dot = "%a = f32[4,6]{1,0} parameter(0)\n%d = f32[4,5]{1,0} dot(%a, %b), lhs_contracting_dims={1}"
-    assert codegen_gpu.program_flops(dot) == 2 * 4 * 5 * 6
+    assert gpu.program_flops(dot) == 2 * 4 * 5 * 6
     for text in (None, dot + '\n%c = custom-call(%a), custom_call_target="__cublas$gemm"'):
         with pytest.raises(BimedixError, match="counted"):
-            codegen_gpu.program_flops(text)
+            gpu.program_flops(text)

@@ -6,11 +6,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bimedix_jax.hardware import devices
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4_matmul import matmul
+from bimedix_jax.plan.hardware import devices
 
 KERNELS = {"gpu": ("grouped_matmul_", "nf4_matmul_", "weight_gradient_"), "tpu": ("grouped_nf4", "grouped_gradient")}
 """Parts of names in the compiled programs."""

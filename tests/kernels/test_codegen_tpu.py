@@ -7,25 +7,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bimedix_jax import codegen_layer, codegen_tpu
-from bimedix_jax.codegen import cases
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.hardware import devices
-from bimedix_jax.kernels.grouped_matmul.mosaic_plan import VMEM_LIMIT
+from bimedix_jax.kernels.grouped_matmul.mosaic_tiling import VMEM_LIMIT
+from bimedix_jax.plan.codegen import layer, tpu
+from bimedix_jax.plan.codegen.cases import cases
+from bimedix_jax.plan.hardware import devices
 
 
 @pytest.mark.parametrize("name", cases())
-@pytest.mark.parametrize("target", codegen_tpu.TARGETS)
+@pytest.mark.parametrize("target", tpu.TARGETS)
 def test_compiles_tight(target: str, name: str) -> None:
     case = cases()[name]
-    compiled = codegen_tpu.compile_case(case, target)
-    kernels = codegen_tpu.tpu_kernels(compiled)
+    compiled = tpu.compile_case(case, target)
+    kernels = tpu.tpu_kernels(compiled)
     assert kernels[-1].name == {"weight": "grouped_gradient"}.get(case.part, f"grouped_{case.weight}")
     prepared = {("nf4", "forward"): ["decode_scales", "deinterleave"], ("nf4", "rows"): ["decode_scales"]}
     assert [kernel.name for kernel in kernels[:-1]] == prepared.get((case.weight, case.part), [])
     assert kernels[-1].vmem_bytes > 0
     assert all(0 <= kernel.vmem_bytes <= VMEM_LIMIT for kernel in kernels)
-    assert 1 <= codegen_tpu.program_flops(compiled) / case.useful_flops <= 1.15
+    assert 1 <= tpu.program_flops(compiled) / case.useful_flops <= 1.15
     assert not re.search(r"= \S+ (dot|convolution|gather)\(", compiled.as_text())  # XLA adds no product, no look-up
 
 
@@ -33,12 +33,12 @@ def test_compiles_tight(target: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["q nf4 forward", "w2 nf4 forward"])
 def test_a_token_alone_compiles_too(name: str, rows: int) -> None:
     """As decoding has it."""
-    compiled = codegen_tpu.compile_case(dataclasses.replace(cases()[name], rows=rows), codegen_tpu.TARGETS[0])
-    assert codegen_tpu.tpu_kernels(compiled)[-1].name == "grouped_nf4"
+    compiled = tpu.compile_case(dataclasses.replace(cases()[name], rows=rows), tpu.TARGETS[0])
+    assert tpu.tpu_kernels(compiled)[-1].name == "grouped_nf4"
 
 
 def test_rows_for_the_script() -> None:
-    *scales, product = codegen_tpu.measure("v5e", ["w2 nf4 rows"])
+    *scales, product = tpu.measure("v5e", ["w2 nf4 rows"])
     assert [row["kernel"] for row in scales] == ["decode_scales"]
     assert (product["kernel"], product["tile"]) == ("grouped_nf4", (128, 1024, 4096))
     assert product["shapes"] == {"x": (8192, 14_336), "w": (8, 14_336, 4096)}
@@ -47,7 +47,7 @@ def test_rows_for_the_script() -> None:
 
 def test_a_moe_layer_multiplies_little_beyond_the_useful() -> None:
     """No product over all experts: that alone would make it 8 times the useful FLOPs."""
-    assert 1 <= codegen_layer.measure("v5e")["flops_ratio"] <= 1.15
+    assert 1 <= layer.measure("v5e")["flops_ratio"] <= 1.15
 
 
 def test_flops_that_cannot_be_counted_are_an_error() -> None:
@@ -55,4 +55,4 @@ def test_flops_that_cannot_be_counted_are_an_error() -> None:
     x = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=placed)
     looped = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda i, y: jnp.tanh(y @ x), x)).lower(x).compile()
     with pytest.raises(BimedixError, match="counted"):
-        codegen_tpu.program_flops(looped)
+        tpu.program_flops(looped)

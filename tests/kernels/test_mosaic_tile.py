@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from bimedix_jax.kernels.grouped_matmul import mosaic_plan, mosaic_tpu
+from bimedix_jax.kernels.grouped_matmul import mosaic_tiling, mosaic_tpu
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import block_scales, layer_weights
 from bimedix_jax.kernels.nf4.mosaic_tile import as_recorded, dequantise_tile, merge_pairs, split_pairs, value_table
@@ -47,7 +47,7 @@ def test_scales_are_decoded_to_the_bit(shape: tuple[int, ...]) -> None:
     assert (bits(jax.jit(mosaic_tpu.float32_scales)(t)) == bits(jax.jit(block_scales)(t))).all()
 
 
-@pytest.mark.parametrize("block_size", mosaic_plan.BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", mosaic_tiling.BLOCK_SIZES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_tiles_have_the_bits_of_layer_weights(dtype: str, block_size: int) -> None:
     rows, columns = 70, 512
@@ -72,15 +72,15 @@ def test_float32_scales_pass_through() -> None:
 
 def test_tiles_are_as_wide_as_memory_allows() -> None:
     bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
-    assert mosaic_plan.dense_columns(4096, 14_336, bfloat16) == 1024
-    assert mosaic_plan.dense_columns(14_336, 4096, bfloat16) == 512
-    assert mosaic_plan.dense_columns(4096, 14_336, float32) == 512
-    assert mosaic_plan.dense_columns(4096, 128 + 64, bfloat16) == 192  # all columns at once
-    assert mosaic_plan.dense_columns(64, 1024 + 128, bfloat16) == 128  # 1,024 would compute 896 for nothing
-    assert mosaic_plan.packed_columns(14_336, 4096, bfloat16, False, 64) == 512
-    assert mosaic_plan.packed_columns(2**18, 4096, bfloat16, True, 64) is None
-    assert mosaic_plan.gradient_tile(4096, 14_336) == (1024, 1024)
-    assert mosaic_plan.gradient_tile(14_336, 128) == (7168, 128)
+    assert mosaic_tiling.dense_columns(4096, 14_336, bfloat16) == 1024
+    assert mosaic_tiling.dense_columns(14_336, 4096, bfloat16) == 512
+    assert mosaic_tiling.dense_columns(4096, 14_336, float32) == 512
+    assert mosaic_tiling.dense_columns(4096, 128 + 64, bfloat16) == 192  # all columns at once
+    assert mosaic_tiling.dense_columns(64, 1024 + 128, bfloat16) == 128  # 1,024 would compute 896 for nothing
+    assert mosaic_tiling.packed_columns(14_336, 4096, bfloat16, False, 64) == 512
+    assert mosaic_tiling.packed_columns(2**18, 4096, bfloat16, True, 64) is None
+    assert mosaic_tiling.gradient_tile(4096, 14_336) == (1024, 1024)
+    assert mosaic_tiling.gradient_tile(14_336, 128) == (7168, 128)
 
 
 def test_what_is_refused() -> None:

@@ -14,13 +14,13 @@ from bimedix_jax.checkpoint.peft_write import export_peft
 from bimedix_jax.checkpoint.store import load_adapter
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import RouterTraining
-from bimedix_jax.generate import generate
+from bimedix_jax.inference.generate import generate
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.plans import read_plan
-from bimedix_jax.sharding import make_mesh, place
+from bimedix_jax.sharding.placement import make_mesh, place
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser

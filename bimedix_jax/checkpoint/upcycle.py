@@ -1,0 +1,266 @@
+"""A dense Llama-architecture model -> a Mixtral whose experts start from its feed-forward layers (Sparse Upcycling,
+arXiv 2212.05055), optionally pushed apart (Drop-Upcycling, arXiv 2502.19261).
+
+With equal experts and weights that sum to 1 the mixture computes exactly the dense layer, whatever the router says. The
+other side of that: equal experts give the router no language-model gradient, so something has to tell them apart.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from bimedix_jax.checkpoint import gguf, hub, table
+from bimedix_jax.checkpoint.hf_config import read_dense_config, read_json, write_config
+from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, StoredTensor, TensorSpec, pieces, read_folder
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import new_folder
+from bimedix_jax.models.config import MixtralConfig, RouterConfig
+from bimedix_jax.quickstart import base_model
+
+REPORT_NAME = "upcycle.json"
+
+DENSE_NAMES = {
+    "layers.moe.w1.w": table.LAYER + "mlp.gate_proj.weight",
+    "layers.moe.w3.w": table.LAYER + "mlp.up_proj.weight",
+    "layers.moe.w2.w": table.LAYER + "mlp.down_proj.weight",
+}
+"""Expert matrix -> the dense model's."""
+ROUTER = "layers.moe.router.w"
+KEPT_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How experts and routers start."""
+
+    experts: int
+    top_k: int
+    drop_rate: float = 0.0
+    """Share r of the FFN's inner dimensions that each expert draws anew: rows of w1 and w3, columns of w2, normal with
+    mean and standard deviation of what they replace (arXiv 2502.19261, section 3). 0 copies exactly."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on every expert weight, in units of its matrix's own."""
+    router_init: Literal["normal", "zero"] = "normal"
+    router_std: float = 0.02
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise BimedixError(f"top-k must lie between 1 and the {self.experts} experts, got {self.top_k}.")
+        if not 0 <= self.drop_rate <= 1 or self.noise < 0:
+            raise BimedixError(
+                f"drop-rate must lie in [0, 1] and noise be >= 0, got {self.drop_rate} and {self.noise}."
+            )
+        if self.router_init not in ("normal", "zero") or self.router_std <= 0:
+            raise BimedixError(f"router-init must be normal (with a positive std) or zero, got {self.router_init!r}.")
+
+    @property
+    def identical(self) -> bool:
+        return self.experts == 1 or (self.drop_rate == 0 and self.noise == 0)
+
+    def draws(self, name: str) -> np.random.Generator:
+        """Random numbers that depend on the seed and the name alone, not on the order of work."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A dense model on disk and the mixture it becomes."""
+
+    folder: Path
+    config: MixtralConfig
+    tensors: dict[str, StoredTensor]
+
+    def dense(self, row: table.Row, index: tuple[int, ...]) -> StoredTensor:
+        return self.tensors[table.named(DENSE_NAMES.get(row.path, row.name), index)]
+
+
+def open_source(folder: Path, recipe: Recipe, ignore_config_keys: Collection[str] = ()) -> Source:
+    """Reads and checks a dense Hugging Face folder. Raises BimedixError for what cannot be upcycled."""
+    dense = read_dense_config(folder, ignore_config_keys)
+    try:
+        config = dense.with_router(RouterConfig(num_experts=recipe.experts, top_k=recipe.top_k))
+    except ValueError as error:
+        raise BimedixError(f"{folder} cannot become a Mixtral: {error}") from None
+    hub.require_safetensors(folder)
+    source = Source(folder, config, read_folder(folder))
+    expected = {
+        table.named(DENSE_NAMES.get(row.path, row.name), index): table.unit_shape(row, config)
+        for row, index in table.named_entries(config).values()
+        if row.path != ROUTER
+    }
+    table.check_names(source.tensors, expected, str(folder))
+    return source
+
+
+def upcycle(
+    folder: Path,
+    output: str | Path,
+    recipe: Recipe,
+    base: str | None = None,
+    overwrite: bool = False,
+    ignore_config_keys: Collection[str] = (),
+) -> dict[str, Any]:
+    """Writes the mixture as a Hugging Face Mixtral folder, streaming, and returns the report it puts in upcycle.json.
+
+    Args:
+      folder: dense Hugging Face folder (Llama or Mistral architecture, safetensors).
+      base: what the report calls the source; the folder by default.
+    Raises:
+      BimedixError: the source cannot be upcycled or the output not be written; nothing is left behind.
+    """
+    source = open_source(folder, recipe, ignore_config_keys)
+    config = source.config
+    names = table.named_entries(config)
+    router_dtype = source.tensors[table.named(DENSE_NAMES["layers.moe.w1.w"], (0,))].dtype
+    specs = [
+        TensorSpec(
+            name, router_dtype if row.path == ROUTER else source.dense(row, index).dtype, table.unit_shape(row, config)
+        )
+        for name, (row, index) in names.items()
+    ]
+    with new_folder(output, overwrite) as partial:
+        with (
+            ShardedWriter(partial, specs) as writer,
+            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="upcycling", delay=2.0, disable=None) as bar,
+        ):
+            for spec in specs:
+                row, index = names[spec.name]
+                if row.path in DENSE_NAMES:
+                    continue
+                if row.path == ROUTER:
+                    writer.write(spec.name, router_weights(spec, recipe))
+                else:
+                    for first, count in pieces(spec):
+                        writer.write(spec.name, source.dense(row, index).read(first, count), first)
+                bar.update(spec.nbytes)
+            distances = [write_experts(source, layer, recipe, writer, bar) for layer in range(config.num_layers)]
+        raw = read_json(folder)
+        hub.copy_companions(folder, partial)
+        write_config(partial, config, str(router_dtype), {k: raw[k] for k in KEPT_CONFIG_KEYS if k in raw})
+        found = report(base or str(folder), recipe, distances)
+        (partial / REPORT_NAME).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    return found
+
+
+def router_weights(spec: TensorSpec, recipe: Recipe) -> np.ndarray:
+    if recipe.router_init == "zero":
+        return np.zeros(spec.shape, spec.dtype)
+    return (recipe.router_std * recipe.draws(spec.name).standard_normal(spec.shape, np.float32)).astype(spec.dtype)
+
+
+def write_experts(source: Source, layer: int, recipe: Recipe, writer: ShardedWriter, bar: tqdm) -> float:
+    """Writes all experts of a layer; returns their mean pairwise distance, relative to the norm of the dense weights.
+
+    Reads one dense matrix at a time into memory.
+    """
+    experts = range(recipe.experts)
+    dropped = [dropped_dimensions(layer, expert, source.config.intermediate_size, recipe) for expert in experts]
+    gram = np.zeros((recipe.experts, recipe.experts))
+    norm = 0.0
+    for row in (row for row in table.TABLE if row.path in DENSE_NAMES):
+        dense = source.dense(row, (layer,))
+        names = [table.named(row.name, (layer, expert)) for expert in experts]
+        if recipe.identical:
+            for first, count in pieces(dense):
+                rows = dense.read(first, count)
+                for name in names:
+                    writer.write(name, rows, first)
+                    bar.update(rows.nbytes)
+            continue
+        whole = dense.read().astype(np.float32)
+        norm += float(np.vdot(whole, whole))
+        axis = 1 if row.path == "layers.moe.w2.w" else 0
+        streams = [perturbed(whole, dense, dropped[e], axis, names[e], recipe) for e in experts]
+        for parts in zip(*streams, strict=True):
+            first, count = parts[0][0], len(parts[0][1])
+            for name, (_, rows) in zip(names, parts, strict=True):
+                writer.write(name, rows, first)
+                bar.update(rows.nbytes)
+            # Gram matrix of the differences from the dense weights: exact zeros stay exact
+            moved = np.stack([rows.astype(np.float32) - whole[first : first + count] for _, rows in parts])
+            flat = moved.reshape(recipe.experts, -1)
+            gram += flat @ flat.T
+    pairs = list(itertools.combinations(experts, 2))
+    if recipe.identical or not pairs:
+        return 0.0
+    return float(np.mean([np.sqrt(max(gram[i, i] + gram[j, j] - 2 * gram[i, j], 0.0) / norm) for i, j in pairs]))
+
+
+def dropped_dimensions(layer: int, expert: int, width: int, recipe: Recipe) -> np.ndarray:
+    """bool [F]: the inner dimensions this expert draws anew; the same for its w1, w3 and w2."""
+    draws = recipe.draws(f"layers.{layer}.experts.{expert}.dropped")
+    dropped = np.zeros(width, bool)
+    dropped[draws.permutation(width)[: round(recipe.drop_rate * width)]] = True
+    return dropped
+
+
+def perturbed(
+    whole: np.ndarray, spec: TensorSpec, dropped: np.ndarray, axis: int, name: str, recipe: Recipe
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows in the stored dtype) of one expert's matrix: dense rows, with what is dropped along `axis`
+    redrawn."""
+    replaced = np.compress(dropped, whole, axis)
+    mean, std = (replaced.mean(), replaced.std()) if replaced.size else (np.float32(0), np.float32(0))
+    del replaced
+    redraw, jitter = recipe.draws(name), recipe.draws(f"{name}.noise")
+    scale = np.float32(recipe.noise) * whole.std()
+    for first, count in pieces(spec):
+        rows = whole[first : first + count].copy()
+        place = (slice(None), dropped) if axis == 1 else (dropped[first : first + count],)
+        shape = rows[place].shape
+        rows[place] = mean + std * redraw.standard_normal(shape, np.float32)
+        if recipe.noise:
+            rows += scale * jitter.standard_normal(rows.shape, np.float32)
+        yield first, rows.astype(spec.dtype)
+
+
+def report(base: str, recipe: Recipe, distances: list[float]) -> dict[str, Any]:
+    warnings = []
+    if recipe.identical:
+        warnings.append(
+            "the experts are identical: the router gets no language-model gradient, and pictures of expert load show "
+            "the router's random start until training has moved the experts apart (drop_rate or noise separates them "
+            "now)"
+        )
+    if recipe.router_init == "zero":
+        warnings.append("a zero router ties: every token goes to the first experts until training breaks the tie")
+    return {
+        "base": base,
+        **dataclasses.asdict(recipe),
+        "experts_identical": recipe.identical,
+        "expert_distance": float(np.mean(distances)),
+        "expert_distance_by_layer": distances,
+        "expert_distance_is": "mean over pairs of |Wi - Wj| / |W dense|, Frobenius norms over w1, w2 and w3",
+        "warnings": warnings,
+    }
+
+
+@contextmanager
+def dense_source(base: str, revision: str | None, scratch: Path, console: Console) -> Iterator[Path]:
+    """The dense Hugging Face folder that `base` names: smollm2-135m, a folder, a .gguf file, or a hub id.
+
+    A GGUF file is converted to bfloat16 in a folder under `scratch` that is removed afterwards.
+    """
+    if revision is not None and (base == base_model.NAME or base.endswith(".gguf")):
+        raise BimedixError(f"{base} has no revisions; leave --revision out.")
+    if base == base_model.NAME:
+        yield base_model.dense_folder(console)
+        return
+    if not base.endswith(".gguf"):
+        yield hub.resolve(base, revision)
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch) as temporary:
+        yield gguf.convert(base, Path(temporary) / "dense")

@@ -1,0 +1,1 @@
+"""Assembling the records of a recipe's sources."""

@@ -1,0 +1,76 @@
+"""The same Arabic for different sources: a model that answered many texts with one sentence."""
+
+import hashlib
+import zlib
+from array import array
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
+from bimedix_jax.curation.arabic import plain, words
+from bimedix_jax.curation.checks.flags import Flag
+from bimedix_jax.data.records import Record
+
+MIN_WORDS = 4
+"""Shorter translations may rightly be shared: `نعم`, `الإجابة: A. زيادة`."""
+
+ALIKE, ALIKE_SHORT, SHORT = 0.7, 0.5, 8
+"""Share of words in common from which two sources may have one translation (a comma or an article apart); it is lower
+where one of them has fewer than SHORT words, of which a synonym is soon half."""
+
+SKETCHED_WORDS = 64
+
+
+class Batch:
+    """Translations of one run. Add all of them, then check: what is found does not depend on their order.
+
+    Of each translation it keeps a hash, and of the sources that share it the first and the last in a fixed order, as
+    two bytes a word: a few hundred bytes for each different text.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
+        self._sources: dict[bytes, tuple[bytes, bytes]] = {}
+        for source, translation in pairs:
+            self.add(source, translation)
+
+    def add(self, source: str, translation: str) -> None:
+        """Note a translation and what it translates."""
+        key = _key(translation)
+        if key:
+            own = _sketch(source)
+            low, high = self._sources.get(key, (own, own))
+            self._sources[key] = (min(low, own), max(high, own))
+
+    def add_record(self, source: Record, translation: Record) -> None:
+        """Note each turn of a translated record, as `api.check` looks them up."""
+        for before, after in zip(source.conversations, translation.conversations, strict=False):
+            self.add(before.value, after.value)
+
+    def check(self, source: str, translation: str) -> Flag | None:
+        """A flag if a source that says something else has the same translation."""
+        key = _key(translation)
+        if key not in self._sources:
+            return None
+        own = _sketch(source)
+        if all(_alike(own, other) for other in self._sources[key]):
+            return None
+        return Flag(name="same_translation", detail="a source that says something else has the same translation")
+
+
+def _key(translation: str) -> bytes:
+    found = words(plain(translation))
+    if len(found) < MIN_WORDS:
+        return b""
+    return hashlib.blake2b(" ".join(found).encode(), digest_size=16).digest()
+
+
+def _sketch(source: str) -> bytes:
+    hashed = (zlib.crc32(word.encode()) & 0xFFFF for word in words(plain(source))[:SKETCHED_WORDS])
+    return array("H", hashed).tobytes()
+
+
+def _alike(one: bytes, other: bytes) -> bool:
+    if one == other:
+        return True
+    a, b = (array("H", sketch) for sketch in (one, other))
+    wanted = ALIKE_SHORT if min(len(a), len(b)) < SHORT else ALIKE
+    return SequenceMatcher(None, a, b, autojunk=False).ratio() >= wanted

@@ -1,0 +1,153 @@
+"""What the shape of a translation shows: script, length, an end that is missing, English that stayed, repetition.
+
+Thresholds are beyond what professional translations of TICO-19 reach; docs/results/translation.md says how they fare.
+"""
+
+import re
+from collections import Counter
+
+from bimedix_jax.curation.arabic import ARABIC_LETTER, LATIN_LETTER, arabic_share, plain, sentences, words
+from bimedix_jax.curation.checks.doses import is_unit
+from bimedix_jax.curation.checks.flags import Flag
+
+MIN_ARABIC_SHARE = 0.5
+"""Of all letters. The lowest of the even rows is 0.53, a sentence with two company names and a hashtag."""
+
+MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.52, 2.0
+"""Characters of the Arabic to those of the English: 0.58 to 1.8 in TICO-19 above 100 characters."""
+
+SHORT = 12
+"""Characters by which either side may be longer or shorter regardless: a word has no average length."""
+
+UNFINISHED_RATIO = 0.68
+"""Below it, a translation must end with a mark where its source does: what is cut off ends in mid-sentence."""
+
+MAX_ENGLISH_RUN = 6
+"""English words in a row that may stay: names of organisations and titles are kept in brackets."""
+
+MAX_KEPT_WORDS = 3
+"""Different English words in lower case that may stay outside brackets, units apart: some translators keep terms."""
+
+MAX_REPEATED_RUN = 120
+"""Words of the longest run that is looked for right behind itself; whole sentences are found at any distance."""
+
+_END = re.compile(r"[.!?؟:؛;…\"'”»)\]%]\s*$")
+_LINK = re.compile(r"https?://\S+|www\.\S+|\S+@\S+\.\w+|[#@]\w+")
+_SHORT_BRACKET = re.compile(r"[(\[][^()\[\]]{1,120}[)\]]")
+_ENGLISH_RUN = re.compile(r"[A-Za-z][A-Za-z'’\-]*(?:[ ,;:]+[A-Za-z][A-Za-z'’\-]*)*")
+# words of running text: names and terms that are rightly kept hold few of them
+_FUNCTION = frozenset(
+    "the a is are was were be been has have had do does did will would can could may should must not this that these "
+    "those it its they their he she his her you your we our i my which who when where if because but with from by to "
+    "in on at as into than then there and or of for".split()
+)
+
+
+def check(source: str, translation: str) -> list[Flag]:
+    """All of this module. English to Arabic."""
+    source, translation = plain(source), plain(translation)
+    flags = [check_script(source, translation), check_length(source, translation)]
+    flags += [check_untranslated(source, translation), check_repetition(source, translation)]
+    return [flag for flag in flags if flag is not None]
+
+
+def check_script(source: str, translation: str) -> Flag | None:
+    """Too few Arabic letters, links and handles apart. A source that is one name or formula may stay as it is."""
+    share = arabic_share(_LINK.sub(" ", translation))
+    if share is None:
+        return None if arabic_share(_LINK.sub(" ", source)) is None else _flag("arabic_share", "no letters at all")
+    if share >= MIN_ARABIC_SHARE or _is_name(source):
+        return None
+    return _flag("arabic_share", f"{share:.0%} of the letters are Arabic, at least {MIN_ARABIC_SHARE:.0%} are expected")
+
+
+def _is_name(source: str) -> bool:
+    """Whether a text has no more than three words and none of them is an ordinary one in lower case."""
+    found = LATIN_LETTER.findall(source) and re.findall(r"[^\W\d_]+", source)
+    return bool(found) and len(found) <= 3 and not any(word.islower() and len(word) > 3 for word in found)
+
+
+def check_length(source: str, translation: str) -> Flag | None:
+    """Much too short or too long, or shorter than usual and without the mark that ends the source."""
+    long, short = len(_LINK.sub("", source).strip()), len(_LINK.sub("", translation).strip())
+    if long == 0:
+        return None
+    ratio = short / long
+    if short < MIN_LENGTH_RATIO * long - SHORT / 2 or short > MAX_LENGTH_RATIO * long + 2 * SHORT:
+        return _flag("length", f"{ratio:.2f} times the source's characters")
+    if ratio < UNFINISHED_RATIO and _END.search(source) and not _END.search(translation):
+        return _flag("length", f"{ratio:.2f} times the source's characters, and ends in mid-sentence")
+    return None
+
+
+def check_untranslated(source: str, translation: str) -> Flag | None:
+    """English running text that stayed: many Latin words in a row that also stand in the source."""
+    own = set(words(source))
+    text = _LINK.sub(" ", translation)
+    outside = re.findall(r"(?<![\w\-#])[a-z][a-z'’\-]*(?![\w\-])", _SHORT_BRACKET.sub(" ", text))
+    kept = [word for word in dict.fromkeys(outside) if word in own and not is_unit(word)]
+    if len(kept) > MAX_KEPT_WORDS or sum(word in _FUNCTION for word in kept) >= 2:
+        return _flag("untranslated", f"{' '.join(kept[:8])} ...")
+    for match in _ENGLISH_RUN.finditer(text):
+        run = words(match.group())
+        kept = [word for word in run if word in own]
+        capitals = sum(word[:1].isupper() for word in match.group().split())
+        ordinary = 0 if 2 * capitals > len(run) else sum(word in _FUNCTION for word in run)
+        if len(kept) > MAX_ENGLISH_RUN or (len(kept) >= 4 and ordinary >= 2) or (len(run) >= 4 and ordinary >= 3):
+            return _flag("untranslated", f"{' '.join(match.group().split()[:8])} ...")
+    left = LATIN_LETTER.search(translation) and not ARABIC_LETTER.search(translation)
+    if left and not _is_name(source):
+        return _flag("untranslated", "nothing is in Arabic")
+    return None
+
+
+def check_repetition(source: str, translation: str) -> Flag | None:
+    """A sentence that comes again, or a run of words that follows itself, more often than in the source."""
+    expected = _repeats(source)
+    for kind, number in _repeats(translation).items():
+        if number > expected[kind]:
+            return _flag("repetition", f"{kind} {number + 1} times")
+    return None
+
+
+def _repeats(text: str) -> Counter[str]:
+    """How often a sentence of three words or more comes again, and a run of two words or more follows itself."""
+    found = Counter({"a sentence": 0, "a run of words": 0, "a letter": 0})
+    said = Counter(tuple(words(sentence)) for sentence in sentences(text))
+    found["a sentence"] = sum(number - 1 for sentence, number in said.items() if len(sentence) >= 3)
+    # an abbreviation in brackets is often spelled out where its expansion stands just before
+    found["a run of words"] = _stutters(words(_SHORT_BRACKET.sub(" ( ", text)))
+    found["a letter"] = len(re.findall(r"([^\W\d_])\1{5,}", text))
+    return found
+
+
+def _stutters(text: list[str]) -> int:
+    """Places where a run of at least two different words is followed by itself; one word may (جدا جدا), not thrice."""
+    count, place = 0, 0
+    while place < len(text):
+        length = _stutter_at(text, place)
+        count += bool(length)
+        place += length or 1
+    return count
+
+
+def _stutter_at(text: list[str], place: int) -> int:
+    """Length of the run that begins at `place` and follows itself at once; 0 where there is none."""
+    later = place
+    while True:
+        try:
+            later = text.index(text[place], later + 1, place + MAX_REPEATED_RUN + 1)
+        except ValueError:
+            return 0
+        length = later - place
+        if later + length > len(text):
+            return 0
+        if text[place:later] == text[later : later + length]:
+            if length >= 2:
+                return length
+            if text[later + 1 : later + 2] == text[place : place + 1]:
+                return 3
+
+
+def _flag(name: str, detail: str) -> Flag:
+    return Flag.model_validate({"name": name, "detail": detail})

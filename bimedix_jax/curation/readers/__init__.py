@@ -1,0 +1,125 @@
+"""Readers: the files of a data set in, records out, one at a time.
+
+A reader takes a place (a file, a folder, or a set of the hub), a `Quarantine` and options by name. It never repairs a
+malformed row by guessing and never drops one in silence: the row goes to the quarantine with its file, its line and the
+reason. It asks `Quarantine.build` for every row, in a fixed order, which is what makes shards possible, and an id never
+depends on what else was read. To add a data set, write such a function in one of these files and a line in `READERS`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from bimedix_jax.curation.quarantine import LimitReached, Quarantine
+from bimedix_jax.curation.readers import dialogues, exams, hub, instructions, questions, tables
+from bimedix_jax.curation.readers.rows import Place
+from bimedix_jax.data.records import Record
+from bimedix_jax.errors import BimedixError
+
+READERS: dict[str, Callable[..., Iterator[Record]]] = {
+    "sample": tables.bundled_sample,
+    "records": tables.own_records,
+    "table": tables.table,
+    "medqa": exams.medqa,
+    "medmcqa": exams.medmcqa,
+    "mmlu": exams.mmlu,
+    "pubmedqa": exams.pubmedqa,
+    "pubmedqa_artificial": exams.pubmedqa_artificial,
+    "pubmedqa_unlabelled": exams.pubmedqa_unlabelled,
+    "medquad": questions.medquad,
+    "liveqa": questions.liveqa,
+    "medicationqa": questions.medicationqa,
+    "mts_dialog": dialogues.mts_dialog,
+    "chatdoctor": instructions.chatdoctor,
+    "pmc_llama": instructions.pmc_llama,
+    "sharegpt": dialogues.sharegpt,
+    "messages": dialogues.messages,
+    "medqa_usmle_en": exams.medqa_usmle_en,
+    "medmcqa_en": exams.medmcqa_en,
+    "mmlu_medical_en": exams.mmlu_medical_en,
+    "mmlu_medical_en_dev": exams.mmlu_medical_en_dev,
+}
+
+FOLDERS_ONLY = {"mts_dialog", "liveqa", "medqa_usmle_en", "medmcqa_en", "mmlu_medical_en", "mmlu_medical_en_dev"}
+"""Readers of files that only their authors' folders have, in formats that `datasets` does not read."""
+
+
+def read(source: str, quarantine: Quarantine) -> Iterator[Record]:
+    """Records of `NAME=PLACE`, of `sample`, or of a path to a JSONL file of records.
+
+    PLACE is a file or a folder, or `hf:owner/name@revision#config/split` for a set of the hub (`hf:` before a folder
+    reads that with the `datasets` package), and may end in options of the reader, `?name=value&name=value`.
+
+    Raises:
+        BimedixError: no such reader, option or place, or the place is not laid out as the reader expects.
+    """
+    name, place, options = parse(source)
+    yield from read_place(name, place, options, quarantine)
+
+
+def parse(source: str) -> tuple[str, Place, dict[str, str]]:
+    """Reader, place and options of a source as `read` takes it.
+
+    Raises:
+        BimedixError: no such reader, or not of that form.
+    """
+    name, separator, where = source.partition("=")
+    if separator and name not in READERS and Path(source).is_file():
+        name, separator, where = source, "", ""  # a file with = in its path
+    if not separator and name != "sample":
+        if not name.endswith((".jsonl", ".jsonl.gz")):
+            raise BimedixError(
+                f"source {source!r} names no path; write NAME=PATH, with NAME one of {', '.join(READERS)}"
+            )
+        name, where = "records", source
+    if name not in READERS:
+        raise BimedixError(f"there is no reader {name!r}; the readers are {', '.join(READERS)}")
+    where, _, query = where.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if query and not options:
+        raise BimedixError(f"{query!r} in {source!r} is no option; write ?name=value&name=value")
+    return name, place_of(where), options
+
+
+def place_of(text: str) -> Place:
+    """The place that a text names, a set of the hub if it begins with `hf:`."""
+    return hub.parse(text.removeprefix(hub.PREFIX)) if text.startswith(hub.PREFIX) else Path(text).expanduser()
+
+
+def read_place(name: str, place: Place, options: Mapping[str, str], quarantine: Quarantine) -> Iterator[Record]:
+    """Records of a place by the reader `name`; ends where the quarantine's limit is reached.
+
+    Raises:
+        BimedixError: see `read`.
+    """
+    check_options(name, options)
+    if isinstance(place, hub.HubSet):
+        if name in FOLDERS_ONLY or name == "sample":
+            raise BimedixError(f"{name} reads the authors' files only, not the hub; name the folder that holds them")
+    elif name != "sample" and not place.exists():
+        raise BimedixError(f"there is no {place}; name the place of the {name} files")
+    quarantine.start()
+    try:
+        yield from READERS[name](place, quarantine, **options)
+    except LimitReached:
+        return
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """The options that a reader takes, by name."""
+    parameters = inspect.signature(READERS[name]).parameters
+    return {key: value for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_options(name: str, options: Mapping[str, str]) -> None:
+    """Raise BimedixError for an option that the reader does not have, or one that it needs and was not given."""
+    known = options_of(name)
+    unknown = sorted(options.keys() - known.keys())
+    if unknown:
+        raise BimedixError(f"{name} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}")
+    missing = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in options]
+    if missing:
+        raise BimedixError(
+            f"{name} needs {', '.join(f'{key}=...' for key in missing)}; write them after ? in the source"
+        )

@@ -1,0 +1,324 @@
+"""Questions with choices: MedQA, MedMCQA, MMLU and PubMedQA, as their authors and the hub publish them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bimedix_jax.curation.quarantine import Quarantine, WrongSource
+from bimedix_jax.curation.readers import rows as row_files
+from bimedix_jax.curation.readers.rows import Place, Row, build_all, parse_split, row_id, rows, tidy
+from bimedix_jax.data import records
+from bimedix_jax.data.records import Record, Split, conversation
+from bimedix_jax.errors import BimedixError
+
+DECISIONS = ("yes", "no", "maybe")
+
+
+def medqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+    """MedQA (Jin et al. 2020): {question, options {A: ...}, answer, answer_idx, meta_info}, four or five options.
+
+    The split is what the name of the file or hub split says, unless `split` names it.
+    """
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        return _lettered("medqa", "MIT", row, fields, parse_split(split, row))
+
+    yield from build_all("medqa", rows(place), quarantine, make)
+
+
+def medqa_usmle_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+    """MedQA, USMLE, four options: the 1,273 test questions in the layout of MedAgents (`realidx`)."""
+    yield from _test_set("medqa_usmle_en", folder, "medqa_4options_test.jsonl", "Apache-2.0", quarantine)
+
+
+def medmcqa_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+    """MedMCQA (Pal et al. 2022): the single-choice part of the validation questions, which the field tests on."""
+    yield from _test_set("medmcqa_en", folder, "medmcqa_val2816_single.jsonl", "MIT", quarantine)
+
+
+def mmlu_medical_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+    """Six medical subjects of MMLU (Hendrycks et al. 2021): the canonical 1,089 test questions.
+
+    `test/*.csv` of the same folder is an older state (282 instead of 272 of professional medicine) and is not read.
+    """
+    yield from _test_set("mmlu_medical_en", folder, "medagents_mmlu_test.jsonl", "MIT", quarantine)
+
+
+def medmcqa(
+    place: Place, quarantine: Quarantine, *, split: str | None = None, first_option: str | None = None
+) -> Iterator[Record]:
+    """MedMCQA (Pal et al. 2022): {question, opa..opd, cop, exp, subject_name, topic_name, choice_type, id}.
+
+    `cop` counts from 1 in the authors' JSON files and from 0 on the hub and in Parquet files made from it;
+    `first_option` (0 or 1) says so for other copies. A value that the wrong start would have ends the reading.
+    """
+    if first_option not in (None, "0", "1"):
+        raise BimedixError(f"first_option={first_option} is neither 0 nor 1")
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        authors = isinstance(place, Path) and row.file.removesuffix(".gz").endswith((".json", ".jsonl"))
+        first = int(authors) if first_option is None else int(first_option)
+        number = fields["cop"]
+        if number is None or number == -1:
+            raise ValueError("the answer is not published (test questions)")
+        answer = int(number) - first
+        if answer in (-1, 4):
+            raise WrongSource(f"{row.file}:{row.line} has cop {number}: options count from {1 - first} there; "
+                              f"pass first_option={1 - first}")  # fmt: skip
+        explanation = fields.get("exp")
+        return multiple_choice(
+            row_id("medmcqa", row, fields.get("id")),
+            "medmcqa",
+            "Apache-2.0",
+            fields["question"],
+            tuple(tidy(fields[name]) for name in ("opa", "opb", "opc", "opd")),
+            answer,
+            {name: fields[name] for name in ("topic_name", "choice_type") if fields.get(name)},
+            parse_split(split, row),
+            explanation=tidy(explanation) if explanation else "",
+            specialty=fields.get("subject_name") or None,
+        )
+
+    yield from build_all("medmcqa", rows(place), quarantine, make)
+
+
+def mmlu(
+    place: Place, quarantine: Quarantine, *, split: str | None = None, subjects: str | None = None
+) -> Iterator[Record]:
+    """MMLU (Hendrycks et al. 2021): `<subject>_<part>.csv` without header, or hub rows {question, subject, choices,
+    answer}; all held out unless `split` says otherwise.
+
+    `subjects` names those to take, with commas between; rows of others are passed over.
+    """
+    wanted = None if subjects is None else set(subjects.split(","))
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        side = parse_split(split or "heldout", row)
+        if "choices" not in fields:
+            subject, _, part = row.stem.rpartition("/")[2].rpartition("_")
+            return _mmlu_csv(subject, part, row.line, list(fields.values()), "mmlu", side)
+        subject = fields["subject"]
+        return multiple_choice(
+            f"mmlu/{subject}/{row.stem.rpartition('/')[2]}/{row.line}",
+            "mmlu",
+            "MIT",
+            fields["question"],
+            tuple(tidy(choice) for choice in fields["choices"]),
+            int(fields["answer"]),
+            {"subject": subject},
+            side,
+            specialty=subject,
+        )
+
+    def is_wanted(row: Row) -> bool:
+        if wanted is None:
+            return True
+        content = row.content
+        if isinstance(content, dict) and "subject" in content:
+            return content["subject"] in wanted
+        return row.stem.rpartition("/")[2].rpartition("_")[0] in wanted
+
+    yield from build_all("mmlu", filter(is_wanted, rows(place, header=False)), quarantine, make)
+
+
+def mmlu_medical_en_dev(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+    """The development and validation questions of the six medical subjects (CSV), for prompts with examples."""
+    source = "mmlu_medical_en_dev"
+    for part in ("dev", "val"):
+        paths = sorted((folder / part).glob(f"*_{part}.csv"))
+        if not paths:
+            raise BimedixError(f"there is no {part}/*_{part}.csv in {folder}; name the folder of the MMLU CSV files")
+        for path in paths:
+            subject = path.stem.removesuffix(f"_{part}")
+
+            def make(row: Row, fields: dict[str, Any], subject: str = subject, part: str = part) -> Record:
+                return _mmlu_csv(subject, part, row.line, list(fields.values()), source, "heldout")
+
+            yield from build_all(source, rows(path, header=False), quarantine, make)
+
+
+def pubmedqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+    """PubMedQA (Jin et al. 2019), labelled part: abstract and question -> yes, no or maybe, and the long answer.
+
+    In the authors' folder the 500 ids of test_ground_truth.json are `heldout`, the others `train`. A copy without that
+    file (the hub's `pqa_labeled`) is held out whole, since half of it is the test set.
+    """
+    test: dict[str, Any] = {}
+    authors = isinstance(place, Path) and place.is_dir() and (place / "ori_pqal.json").is_file()
+    if isinstance(place, Path) and authors:
+        test = _ground_truth(place)
+        place = place / "ori_pqal.json"
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        pmid = _pmid(row, fields)
+        decision = _field(fields, "final_decision")
+        if pmid in test and test[pmid] != decision:
+            raise ValueError(f"final_decision is {decision!r}, the ground truth says {test[pmid]!r}")
+        side: Split = "train" if authors and pmid not in test else "heldout"
+        return _abstract("pubmedqa", row, fields, parse_split(split, row) if split else side)
+
+    yield from build_all("pubmedqa", rows(place, keyed=True), quarantine, make)
+
+
+def pubmedqa_artificial(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+    """PubMedQA, artificial part (211,269 rows): titles turned into questions, decisions by rule; for training."""
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        return _abstract("pubmedqa_artificial", row, fields, parse_split(split or "train", row))
+
+    yield from build_all("pubmedqa_artificial", rows(place, keyed=True), quarantine, make)
+
+
+def pubmedqa_unlabelled(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+    """PubMedQA, unlabelled part (61,249 rows): no decision, the long answer alone; for training."""
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        return _abstract("pubmedqa_unlabelled", row, fields, parse_split(split or "train", row), decided=False)
+
+    yield from build_all("pubmedqa_unlabelled", rows(place, keyed=True), quarantine, make)
+
+
+def multiple_choice(
+    name: str,
+    source: str,
+    licence: str,
+    question: object,
+    choices: tuple[str, ...],
+    answer: int,
+    provenance: dict[str, Any],
+    split: Split | None,
+    explanation: str = "",
+    specialty: str | None = None,
+    instruction: str = "",
+) -> Record:
+    """A record of an English question with lettered choices; `instruction` stands before the question."""
+    asked = tidy(question)
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer} is not one of {len(choices)} choices")
+    human = records.multiple_choice_question(f"{instruction}\n{asked}" if instruction else asked, choices)
+    return Record(
+        id=name,
+        language="en",
+        kind="mcqa",
+        source=source,
+        licence=licence,
+        specialty=specialty,
+        split=split,
+        conversations=conversation(human, records.multiple_choice_answer(choices, answer, "en", explanation)),
+        choices=choices,
+        answer=answer,
+        provenance={**provenance, "question": asked} if instruction else provenance,
+    )
+
+
+def _test_set(source: str, folder: Path, name: str, licence: str, quarantine: Quarantine) -> Iterator[Record]:
+    """One JSONL file of test questions in the layout of MedAgents, hence all held out."""
+    path = row_files.named_file(folder, name)
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        return _lettered(source, licence, row, fields, "heldout", {"part": "test", "row": fields["realidx"]})
+
+    yield from build_all(source, rows(path), quarantine, make)
+
+
+def _lettered(
+    source: str,
+    licence: str,
+    row: Row,
+    fields: dict[str, Any],
+    split: Split | None,
+    provenance: dict[str, Any] | None = None,
+) -> Record:
+    """A row {question, options, answer, answer_idx}. Options are an object by letter, or a list of {key, value}."""
+    options = fields["options"]
+    if isinstance(options, list):
+        options = {option["key"]: option["value"] for option in options}
+    options = {letter: text for letter, text in options.items() if text is not None}  # Parquet fills gaps with null
+    letters = list(options)
+    if letters != list(records.LETTERS[: len(letters)]):
+        raise ValueError(f"options are lettered {letters}")
+    if options.get(fields["answer_idx"]) != fields["answer"]:
+        raise ValueError(f"option {fields['answer_idx']!r} is not the stated answer")
+    found = dict(provenance or {})
+    for name in ("subject", "meta_info"):
+        if fields.get(name):
+            found[name] = fields[name]
+    own = fields.get("realidx", fields.get("id"))
+    subject = f"{fields['subject']}/" if "subject" in fields else ""
+    return multiple_choice(
+        f"{source}/{subject}{own}" if own is not None else row_id(source, row),
+        source,
+        licence,
+        fields["question"],
+        tuple(tidy(choice) for choice in options.values()),
+        letters.index(fields["answer_idx"]),
+        found,
+        split,
+        specialty=fields.get("subject"),
+    )
+
+
+def _mmlu_csv(subject: str, part: str, number: int, values: list[str], source: str, split: Split | None) -> Record:
+    """A CSV row without header: question, A, B, C, D, letter."""
+    if len(values) != 6:
+        raise ValueError(f"{len(values)} columns, expected question, four choices and a letter")
+    if values[5] not in tuple("ABCD"):
+        raise ValueError(f"answer {values[5]!r} is not one of A, B, C, D")
+    return multiple_choice(
+        f"{source.removesuffix('_dev')}/{subject}/{part}/{number}",
+        source,
+        "MIT",
+        values[0],
+        tuple(tidy(choice) for choice in values[1:5]),
+        "ABCD".index(values[5]),
+        {"part": part, "row": number, "subject": subject},
+        split,
+        specialty=subject,
+    )
+
+
+def _abstract(source: str, row: Row, fields: dict[str, Any], split: Split | None, decided: bool = True) -> Record:
+    """A row of PubMedQA in the authors' spelling (QUESTION, CONTEXTS) or the hub's (question, context.contexts)."""
+    decision = _field(fields, "final_decision") if decided else None
+    if decided and decision not in DECISIONS:
+        raise ValueError(f"final_decision is {decision!r}")
+    contexts = fields["CONTEXTS"] if "CONTEXTS" in fields else fields["context"]["contexts"]
+    abstract = "\n".join(tidy(context) for context in contexts)
+    question, long_answer = tidy(_field(fields, "question")), tidy(_field(fields, "long_answer"))
+    pmid = _pmid(row, fields)
+    return Record(
+        id=f"{source}/{pmid}",
+        language="en",
+        kind="qa",
+        source=source,
+        licence="MIT",
+        split=split,
+        conversations=conversation(
+            f"Abstract: {abstract}\nQuestion: {question}",
+            f"{records.ANSWER_PREFIX['en']}{decision}\n{long_answer}" if decided else long_answer,
+        ),
+        choices=DECISIONS if decided else None,
+        answer=DECISIONS.index(str(decision)) if decided else None,
+        provenance={"pmid": pmid, "question": question},
+    )
+
+
+def _field(fields: dict[str, Any], name: str) -> Any:
+    """A field that the authors' files spell in capitals, except final_decision, and the hub never does."""
+    return fields[name.upper()] if name.upper() in fields else fields[name]
+
+
+def _pmid(row: Row, fields: dict[str, Any]) -> str:
+    return row.key if row.key is not None else str(fields["pubid"])
+
+
+def _ground_truth(folder: Path) -> dict[str, Any]:
+    """The decisions of the official test set, each of which must have a row."""
+    truth = {row.key: row.content for row in rows(row_files.named_file(folder, "test_ground_truth.json"), keyed=True)}
+    known = {row.key for row in rows(folder / "ori_pqal.json", keyed=True)}
+    missing = sorted(str(pmid) for pmid in truth.keys() - known)
+    if missing:
+        raise BimedixError(
+            f"{len(missing)} test ids of {folder} have no row in ori_pqal.json ({missing[0]}); fetch both again"
+        )
+    return {str(pmid): decision for pmid, decision in truth.items()}

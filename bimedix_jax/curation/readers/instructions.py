@@ -1,0 +1,204 @@
+"""Instructions with input and output: ChatDoctor and HealthCareMagic, and PMC-LLaMA's set."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bimedix_jax.curation.quarantine import Quarantine
+from bimedix_jax.curation.readers.exams import DECISIONS, multiple_choice
+from bimedix_jax.curation.readers.rows import Place, Row, build_all, parse_split, row_id, rows, tidy
+from bimedix_jax.curation.readers.tables import parse_language
+from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Split, conversation
+from bimedix_jax.errors import BimedixError
+
+
+def chatdoctor(
+    place: Place,
+    quarantine: Quarantine,
+    *,
+    licence: str = "not stated",
+    source: str = "chatdoctor",
+    language: str = "en",
+    split: str | None = None,
+) -> Iterator[Record]:
+    """ChatDoctor (Li et al. 2023) and sets of its form: {instruction, input, output}; iCliniq's has answer_icliniq.
+
+    The instruction "If you are a doctor, ..." is the same in every row and left out; any other one stands before the
+    input. One question and one answer, hence kind qa, as the paper's Table 1 calls it.
+    """
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        instruction, patient = tidy(fields.get("instruction") or ""), tidy(fields.get("input") or "")
+        if patient and instruction.casefold().startswith("if you are a doctor"):
+            instruction = ""
+        answer = fields["output"] if "output" in fields else fields["answer_icliniq"]
+        return Record(
+            id=row_id(source, row),
+            language=parse_language(language),
+            kind="qa",
+            source=source,
+            licence=licence,
+            split=parse_split(split, row),
+            conversations=conversation("\n".join(text for text in (instruction, patient) if text), tidy(answer)),
+        )
+
+    yield from build_all(source, rows(place), quarantine, make)
+
+
+# `source` field -> part of the record's source: the two UMLS subsets are counted together, as the card does
+PMC_LLAMA = {
+    "medqa_train": "medqa",
+    "medmcqa": "medmcqa",
+    "pubmedqa.ori_pqaa": "pubmedqa",
+    "liveqa": "liveqa",
+    "medicationqa": "medicationqa",
+    "umls": "umls",
+    "umls_relation": "umls",
+}
+
+_SECTION = re.compile(r"###\s*([A-Za-z][A-Za-z ]*?)\s*:")
+_OPTION = re.compile(r"^\s*([A-J])\s*[.):]\s*(.*)$")
+_LETTER = re.compile(r"^\s*OPTION\s+([A-J])\b", re.IGNORECASE)
+
+
+def pmc_llama(
+    place: Place,
+    quarantine: Quarantine,
+    *,
+    licence: str = "openrail",
+    instruction: str = "keep",
+    split: str | None = "train",
+) -> Iterator[Record]:
+    """PMC-LLaMA's instructions (Wu et al. 2023): {source, instruction, input, output, sample_id}, 513,999 rows.
+
+    Inputs and outputs consist of sections such as `###Question:`, `###Options:`, `###Rationale:`, `###Answer:`. Rows
+    with options are mcqa, and so are those of PubMedQA with a decision: only with them do the paper's 413.6 K
+    multiple-choice samples come about. The instruction is worded in many ways and says whether reasons are wanted, so
+    it is kept; `instruction=drop` leaves it out, which makes duplicates of the same question asked twice.
+    """
+    if instruction not in ("keep", "drop"):
+        raise BimedixError(f"instruction={instruction} is neither keep nor drop")
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        subset = PMC_LLAMA[fields["source"]]
+        asked, answered = _sections(fields["input"]), _sections(fields["output"])
+        told = tidy(fields.get("instruction") or "") if instruction == "keep" else ""
+        source, side = f"pmc_llama/{subset}", parse_split(split, row)
+        found = _Parts(row_id(source, row), source, licence, told, asked, answered, side)
+        if "options" in asked:
+            return _with_options(found)
+        return _free(found) if subset != "pubmedqa" else _with_decision(found)
+
+    for row in rows(place):
+        subset = _subset(row)
+        yield from build_all("pmc_llama" if subset is None else f"pmc_llama/{subset}", [row], quarantine, make)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a row of PMC-LLaMA consists of: `asked` and `answered` are the sections of its input and its output."""
+
+    id: str
+    source: str
+    licence: str
+    instruction: str
+    asked: dict[str, str]
+    answered: dict[str, str]
+    split: Split | None
+
+    @property
+    def question(self) -> str:
+        """What is asked, without options or context."""
+        return self.asked.get("question") or self.asked.get("", "")
+
+    @property
+    def reasons(self) -> str:
+        """What is said beside the answer."""
+        return self.answered.get("rationale") or self.answered.get("", "")
+
+    def record(self, human: str, gpt: str, decision: str | None = None) -> Record:
+        """A record without options."""
+        return Record(
+            id=self.id,
+            language="en",
+            kind="qa" if decision is None else "mcqa",
+            source=self.source,
+            licence=self.licence,
+            split=self.split,
+            conversations=conversation(f"{self.instruction}\n{human}" if self.instruction else human, gpt),
+            choices=None if decision is None else DECISIONS,
+            answer=None if decision is None else DECISIONS.index(decision),
+            provenance={"question": self.question},
+        )
+
+
+def _subset(row: Row) -> str | None:
+    """The subset a row is counted under; None where it cannot be told, which `make` then rejects."""
+    try:
+        return PMC_LLAMA.get(row.fields().get("source"))  # pyright: ignore[reportArgumentType] (None is none of them)
+    except (ValueError, TypeError):
+        return None
+
+
+def _with_options(parts: _Parts) -> Record:
+    choices = _options(parts.asked["options"])
+    letter = _LETTER.match(parts.answered.get("answer", ""))
+    if letter is None:
+        raise ValueError(f"the answer names no option: {parts.answered.get('answer', '')[:60]!r}")
+    return multiple_choice(
+        parts.id,
+        parts.source,
+        parts.licence,
+        parts.question,
+        choices,
+        LETTERS.index(letter[1].upper()),
+        {},
+        parts.split,
+        explanation=parts.reasons,
+        instruction=parts.instruction,
+    )
+
+
+def _with_decision(parts: _Parts) -> Record:
+    """PubMedQA: context and question -> yes, no or maybe with reasons; a row without decision is an open question."""
+    context = parts.asked.get("context")
+    human = f"Abstract: {context}\nQuestion: {parts.question}" if context else parts.question
+    decision = parts.answered.get("answer", "").strip(" .").casefold()
+    if decision in DECISIONS:
+        line = f"{ANSWER_PREFIX['en']}{decision}"
+        return parts.record(human, f"{line}\n{parts.reasons}" if parts.reasons else line, decision)
+    return parts.record(human, "\n".join(text for text in parts.answered.values() if text))
+
+
+def _free(parts: _Parts) -> Record:
+    """An open question; sections other than the question keep their names."""
+    others = [f"{name.capitalize()}: {text}" for name, text in parts.asked.items() if name not in ("", "question")]
+    human = "\n".join([text for text in (parts.asked.get(""), parts.asked.get("question")) if text] + others)
+    return parts.record(human, "\n".join(text for text in parts.answered.values() if text))
+
+
+def _sections(text: object) -> dict[str, str]:
+    """Texts by the name of their section in small letters; what stands before the first is named ""."""
+    plain = tidy(text)
+    pieces = _SECTION.split(plain)
+    found = {"": pieces[0].strip()} if pieces[0].strip() else {}
+    for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        if name.casefold() in found:
+            raise ValueError(f"there are two sections {name!r}")
+        found[name.casefold()] = body.strip()
+    return found
+
+
+def _options(text: str) -> tuple[str, ...]:
+    """Lettered options, one a line; a line without a letter goes on with the one before it."""
+    options: list[str] = []
+    for line in text.split("\n"):
+        match = _OPTION.match(line)
+        if match is not None and len(options) < len(LETTERS) and match[1] == LETTERS[len(options)]:
+            options.append(match[2])
+        elif options:
+            options[-1] += f"\n{line}"
+        elif line.strip():
+            raise ValueError(f"options begin with {line[:40]!r}")
+    return tuple(tidy(option) for option in options)

@@ -1,0 +1,161 @@
+"""Open questions of patients and consumers: MedQuAD, LiveQA and MedicationQA."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from bimedix_jax.curation.quarantine import Quarantine
+from bimedix_jax.curation.readers import markup
+from bimedix_jax.curation.readers.rows import Place, Row, build_all, data_files, opened, parse_split, row_id, rows, tidy
+from bimedix_jax.data.records import Record, conversation
+
+MEDQUAD_FILE = "medquad_answered.jsonl.gz"
+
+
+def medquad(place: Place, quarantine: Quarantine) -> Iterator[Record]:
+    """MedQuAD (Ben Abacha and Demner-Fushman 2019): consumer questions with answers of NIH sites.
+
+    Either the authors' folders of XML, where two of three answers were removed for copyright and are quarantined as
+    empty, or gzip JSONL of the answered pairs {id, source, url, focus, qtype, question, answer}. One page gives several
+    questions and pages of different sites treat the same condition, so the provenance carries the condition as
+    `group`: splitting by it keeps the same question out of both sides.
+    """
+    found = rows(place)
+    if isinstance(place, Path) and place.is_dir():
+        found = rows(place / MEDQUAD_FILE) if (place / MEDQUAD_FILE).is_file() else _medquad_pages(place)
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        page = fields["page"] if "page" in fields else f"{fields['source']}/{fields['id']}"
+        return Record(
+            id=f"medquad/{page}/{row.line}",
+            language="en",
+            kind="qa",
+            source="medquad",
+            licence="CC-BY-4.0",
+            conversations=conversation(tidy(fields["question"]).replace(" ?", "?"), tidy(fields["answer"])),
+            provenance={
+                "url": fields["url"],
+                "focus": fields["focus"],
+                "question_type": fields["qtype"],
+                "group": " ".join(tidy(fields["focus"]).casefold().split()),
+            },
+        )
+
+    yield from build_all("medquad", found, quarantine, make)
+
+
+def _medquad_pages(folder: Path) -> Iterator[Row]:
+    """A row for each pair of the authors' files, one page each; `line` is the pair's number in its page.
+
+    Five of the 11,274 pages have another spelling of the same elements.
+    """
+    for path, name in data_files(folder, (".xml",)):
+        with opened(path) as file:
+            for page in markup.elements(file, path, {"Document", "DiseaseFile", "doc"}):
+                about = {
+                    "page": re.sub(r"\.xml$", "", name),
+                    "url": page.get("url"),
+                    "focus": markup.text_of(_first(page, "Focus", "doctitle-focus")),
+                }
+                pairs = [item for item in page.iter() if item.tag in ("QAPair", "pair")]
+                for number, pair in enumerate(pairs, start=1):
+                    question = _first(pair, "Question", "question")
+                    content = {
+                        **about,
+                        "qtype": None if question is None else question.get("qtype"),
+                        "question": markup.text_of(question),
+                        "answer": markup.text_of(_first(pair, "Answer", "answer")),
+                    }
+                    yield Row(name, number, content)
+
+
+def _first(element: Element, *names: str) -> Element | None:
+    return next((found for name in names for found in element.iter(name)), None)
+
+
+def liveqa(place: Path, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+    """LiveQA, medical task of TREC 2017 (Ben Abacha et al. 2017): XML of questions sent to the NLM.
+
+    Each answer of each question is a record; in the training files an answer belongs to a sub-question, whose focus and
+    type stand in the provenance. Message and subject are the patient's words, spelling included.
+    """
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        subject, message = _lines(fields["subject"]), _lines(fields["message"])
+        return Record(
+            id=f"liveqa/{row.stem}/{fields['id']}",
+            language="en",
+            kind="qa",
+            source="liveqa",
+            licence="not stated",
+            split=parse_split(split, row),
+            conversations=conversation(
+                "\n".join(text for text in (subject, message) if text), _lines(fields["answer"])
+            ),
+            provenance={name: fields[name] for name in ("question_id", "focus", "type", "url") if fields[name]}
+            | {"group": f"liveqa/{row.stem}/{fields['question_id']}"},
+        )
+
+    yield from build_all("liveqa", _liveqa_answers(place), quarantine, make)
+
+
+def _liveqa_answers(place: Path) -> Iterator[Row]:
+    for path, name in data_files(place, (".xml",)):
+        with opened(path) as file:
+            number = 0
+            for index, question in enumerate(markup.elements(file, path, {"NLM-QUESTION"}), start=1):
+                for answer in _answers(question):
+                    number += 1
+                    name_of = answer["id"] or f"{index}/{number}"
+                    yield Row(name, number, {**_asked(question, index), **answer, "id": name_of})
+
+
+def _asked(question: Element, index: int) -> dict[str, Any]:
+    own = question.get("qid") or question.get("questionid") or str(index)
+    texts = {tag: markup.text_of(next(question.iter(tag), None)) for tag in ("SUBJECT", "MESSAGE")}
+    return {"question_id": own, "subject": texts["SUBJECT"], "message": texts["MESSAGE"]}
+
+
+def _answers(question: Element) -> Iterator[dict[str, Any]]:
+    """Answers of the training files (SUB-QUESTION/ANSWERS/ANSWER) and of the test file (RefAnswer, ReferenceAnswer)."""
+    parts = list(question.iter("SUB-QUESTION")) or [question]
+    for part in parts:
+        about = {tag.lower(): [tidy(markup.text_of(item)) for item in part.iter(tag)] for tag in ("FOCUS", "TYPE")}
+        holders = [item for tag in ("RefAnswer", "ReferenceAnswer") for item in part.iter(tag)]
+        for holder in holders or [part]:
+            for answer in holder.iter("ANSWER"):
+                own = answer.get("answerid") or answer.get("pairid") or holder.get("aid")
+                url = tidy(markup.text_of(next(holder.iter("AnswerURL"), None))) if holders else ""
+                yield {**about, "id": own, "answer": markup.text_of(answer), "url": url}
+
+
+def _lines(text: str) -> str:
+    """`text` without the indentation that XML gave its lines."""
+    return "\n".join(line for line in (part.strip() for part in tidy(text).split("\n")) if line)
+
+
+def medicationqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+    """MedicationQA (Ben Abacha et al. 2019), 690 rows.
+
+    The columns are Question, Focus (Drug), Question Type, Answer, Section Title and URL. The authors' workbook is read
+    as it is; so is a CSV file of it, or the hub's copies.
+    """
+    columns = {"question_type": "Question Type", "section": "Section Title", "url": "URL"}
+
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        drug = tidy(fields.get("Focus (Drug)") or "")
+        provenance = {name: fields[column] for name, column in columns.items() if fields.get(column)}
+        return Record(
+            id=row_id("medicationqa", row),
+            language="en",
+            kind="qa",
+            source="medicationqa",
+            licence="not stated",
+            split=parse_split(split, row),
+            conversations=conversation(tidy(fields["Question"]), tidy(fields["Answer"])),
+            provenance={**provenance, "drug": drug} if drug else provenance,
+        )
+
+    yield from build_all("medicationqa", rows(place), quarantine, make)

@@ -1,0 +1,95 @@
+"""An item as the texts that a reviewer reads side by side and may change one by one."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from bimedix_jax.curation.review.items import ReviewItem
+from bimedix_jax.curation.translate.structure import Frame, take_apart
+from bimedix_jax.data.records import Record, explain
+from bimedix_jax.errors import BimedixError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One text of an item; `translation` is empty where there is none yet."""
+
+    id: str
+    role: str
+    source: str
+    translation: str
+
+
+def segments(item: ReviewItem) -> list[Segment]:
+    """The item's texts in order. What the structure of the record says (letters, answer key) is not among them.
+
+    Raises:
+        BimedixError: the translation does not have the structure of its source.
+    """
+    frame = take_apart(item.source)
+    texts = {} if item.translation is None else _texts(item.id, frame, item.translation)
+    return [Segment(part.id, part.role, part.text, texts.get(part.id, "")) for part in frame.segments]
+
+
+def digest(item: ReviewItem) -> str:
+    """What a reviewer saw, in 16 digits: an export that belongs to another translation is recognised by it."""
+    seen = "\0".join(f"{part.id}\0{part.source}\0{part.translation}" for part in segments(item))
+    return hashlib.sha256(seen.encode()).hexdigest()[:16]
+
+
+def with_edits(item: ReviewItem, edited: dict[str, str], provenance: dict[str, Any]) -> Record:
+    """The translation with changed segments, rebuilt in the frame of its source.
+
+    Raises:
+        BimedixError: a segment is unknown, or one has no text at all.
+    """
+    parts = segments(item)
+    unknown = sorted(set(edited) - {part.id for part in parts})
+    if unknown:
+        raise BimedixError(
+            f"item {item.id!r} has no segment {unknown[0]!r}; it has {', '.join(part.id for part in parts)}"
+        )
+    texts = {part.id: edited.get(part.id, part.translation).strip() for part in parts}
+    missing = [name for name, text in texts.items() if not text]
+    if missing:
+        raise BimedixError(f"item {item.id!r}: segment {missing[0]!r} has no translation; write one or reject the item")
+    own = {} if item.translation is None else item.translation.provenance
+    try:
+        rebuilt = take_apart(item.source).rebuild(texts, {**own, **provenance})
+    except ValidationError as error:
+        raise BimedixError(f"item {item.id!r}: {explain(error)}; correct the edited text") from error
+    return rebuilt if item.translation is None else rebuilt.model_copy(update={"id": item.translation.id})
+
+
+def _texts(name: str, frame: Frame, translation: Record) -> dict[str, str]:
+    """Segment id -> Arabic text, found by laying the frame over the translated record."""
+    found: dict[str, str] = {}
+    for piece, choice in zip(frame.choices or (), translation.choices or (), strict=False):
+        if piece[0] == "segment":
+            found[piece[1]] = choice
+    for pieces, turn in zip(frame.turns, translation.conversations, strict=True):
+        groups: dict[str, str] = {}
+        pattern = "".join(_pattern(kind, text, found, groups) for kind, text in pieces)
+        match = re.fullmatch(pattern, turn.value, re.DOTALL)
+        if match is None:
+            raise BimedixError(
+                f"item {name!r}: the translation does not have the structure of its source (letters of the choices, "
+                "what stands around them); translate it anew"
+            )
+        found.update({groups[group]: text.strip() for group, text in match.groupdict().items()})
+    return found
+
+
+def _pattern(kind: str, text: str, found: dict[str, str], groups: dict[str, str]) -> str:
+    if kind == "text":
+        return re.escape(text)
+    if text in found:
+        return re.escape(found[text])
+    known = next((group for group, segment in groups.items() if segment == text), None)
+    if known is not None:
+        return f"(?P={known})"
+    groups[f"s{len(groups)}"] = text
+    return f"(?P<s{len(groups) - 1}>.+?)"

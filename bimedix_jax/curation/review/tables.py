@@ -1,0 +1,209 @@
+"""Review without Label Studio: a CSV file for spreadsheets (a row for each segment) or JSONL (a line for each item).
+
+Reviewers fill in `decision` (accept, edit, reject), and where they like `edited`, `score` and `comment`. In CSV an
+item's decision, score and comment stand in any one of its rows.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bimedix_jax.curation.review.items import ReviewItem, Verdict, dump
+from bimedix_jax.curation.review.presentation import changed, machine
+from bimedix_jax.curation.review.segments import digest, segments
+from bimedix_jax.data.records import explain
+from bimedix_jax.errors import BimedixError
+
+COLUMNS: tuple[str, ...] = tuple(
+    "item digest segment role source translation edited decision score comment reviewer time machine".split()
+)
+ONCE_AN_ITEM = ("decision", "score", "comment", "reviewer", "time")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def to_csv(items: Iterable[ReviewItem], reviewer: str | None, blind: bool) -> str:
+    """CSV in UTF-8 with a byte order mark, without which Excel shows Arabic as noise."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, COLUMNS)
+    writer.writeheader()
+    for item in items:
+        for part in segments(item):
+            row = {"item": item.id, "segment": part.id, "role": part.role, "source": part.source}
+            row["machine"] = "" if blind else "; ".join(machine(item))
+            row |= {"translation": part.translation, "digest": digest(item), "reviewer": reviewer or ""}
+            writer.writerow({key: _no_formula(value) for key, value in row.items()})
+    return "\ufeff" + buffer.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """A cell that a spreadsheet takes as text even if a model wrote `=HYPERLINK(...)` into it."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+class JsonSegment(BaseModel):
+    """A segment; `edited` is the reviewer's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    role: str = ""
+    source: str = ""
+    translation: str = ""
+    edited: str | None = None
+
+
+class JsonItem(BaseModel):
+    """A line of the JSONL form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    item: str
+    digest: str
+    segments: list[JsonSegment]
+    decision: str | None = None
+    score: float | None = None
+    comment: str = ""
+    reviewer: str | None = None
+    time: datetime | None = None
+    machine: str = ""
+
+
+def to_jsonl(items: Iterable[ReviewItem], reviewer: str | None, blind: bool) -> str:
+    """A line for each item."""
+    lines = []
+    for item in items:
+        parts = [
+            JsonSegment(id=part.id, role=part.role, source=part.source, translation=part.translation)
+            for part in segments(item)
+        ]
+        said = "" if blind else "; ".join(machine(item))
+        line = JsonItem(item=item.id, digest=digest(item), segments=parts, reviewer=reviewer, machine=said)
+        lines.append(dump(line) + "\n")
+    return "".join(lines)
+
+
+def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: datetime, reviewer: str) -> list[Verdict]:
+    """Verdicts of a CSV file. `saved` and `reviewer` stand in for an empty time and reviewer.
+
+    Raises:
+        BimedixError: a row cannot be read or does not fit its item (the message says which).
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True))
+    except csv.Error as error:
+        raise BimedixError(f"{where} is not a CSV file ({error}); save it as CSV in UTF-8") from error
+    found: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(rows, start=2):
+        place = f"{where}, row {number}"
+        missing = [name for name in ("item", "digest", "segment", "decision") if name not in row]
+        if missing or None in row:
+            what = f"no column {missing[0]!r}" if missing else "more cells than the header"
+            raise BimedixError(f"{place} has {what}; keep the header of the export: {', '.join(COLUMNS)}")
+        cells = {name: (value or "").strip() for name, value in row.items()}
+        if not any(cells.values()):
+            continue
+        item = _item(cells["item"].removeprefix("'"), cells["digest"], place, items)
+        known = found.setdefault(item.id, {"place": place, "texts": {}})
+        if cells.get("edited"):
+            known["texts"][cells["segment"]] = cells["edited"].removeprefix("'")
+        for name in ONCE_AN_ITEM:
+            value = cells.get(name, "").removeprefix("'")
+            if value and known.get(name, value) != value:
+                raise BimedixError(f"{place}: {name} is {value!r} here and {known[name]!r} above; one item has one")
+            known |= {name: value} if value else {}
+    return [
+        verdict
+        for name, given in found.items()
+        if (verdict := _verdict(items[name], given, saved, reviewer)) is not None
+    ]
+
+
+def from_jsonl(text: str, where: str, items: Mapping[str, ReviewItem], saved: datetime, reviewer: str) -> list[Verdict]:
+    """Verdicts of a JSONL file, as `from_csv`; a line may also be a `Verdict`, as `import` writes them."""
+    found = []
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{where}:{number}"
+        verdict = _line(line, place, items, saved, reviewer)
+        if verdict is not None:
+            found.append(verdict)
+    return found
+
+
+def _line(line: str, place: str, items: Mapping[str, ReviewItem], saved: datetime, reviewer: str) -> Verdict | None:
+    try:
+        document = json.loads(line)
+        if isinstance(document, dict) and "segments" not in document:
+            verdict = Verdict.model_validate(document)
+            _item(verdict.item, None, place, items)
+            return verdict
+        row = JsonItem.model_validate(document)
+    except ValidationError as error:
+        raise BimedixError(f"{place}: {explain(error)}; keep the fields of the export") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BimedixError(f"{place} is not JSON ({error}); keep one item a line") from error
+    item = _item(row.item, row.digest, place, items)
+    given: dict[str, Any] = {
+        "place": place,
+        "texts": {part.id: part.edited for part in row.segments if part.edited and part.edited.strip()},
+        "decision": row.decision,
+        "score": row.score,
+        "comment": row.comment,
+        "reviewer": row.reviewer,
+        "time": row.time.isoformat() if row.time else None,
+    }
+    return _verdict(item, given, saved, reviewer)
+
+
+def _item(name: str, seen: str | None, place: str, items: Mapping[str, ReviewItem]) -> ReviewItem:
+    item = items.get(name)
+    if item is None:
+        raise BimedixError(f"{place}: there is no item {name!r} in the review file; give the file that was exported")
+    if seen is not None and seen != digest(item):
+        raise BimedixError(f"{place}: item {name!r} was translated anew since it was exported; export it again")
+    return item
+
+
+def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer: str) -> Verdict | None:
+    """A verdict, or None where nobody decided."""
+    place, texts = given["place"], given["texts"]
+    before = {part.id: part.translation for part in segments(item)}
+    unknown = sorted(set(texts) - set(before))
+    if unknown:
+        raise BimedixError(f"{place}: item {item.id!r} has no segment {unknown[0]!r}; keep the column as it was")
+    edited = changed(texts, before)
+    decision = (given.get("decision") or "").strip().lower()
+    if not decision and not edited:
+        if given.get("score") not in (None, "") or given.get("comment"):
+            raise BimedixError(f"{place}: item {item.id!r} has a score or a comment and no decision; write one")
+        return None
+    if edited and decision in ("", "accept"):
+        decision = "edit"  # a changed text is an edit, whatever stands beside it
+    time = given.get("time") or saved.isoformat()
+    try:
+        return Verdict.model_validate(
+            {
+                "item": item.id,
+                "reviewer": given.get("reviewer") or reviewer,
+                "time": time if _has_zone(time) else f"{time}{saved.strftime('%z')}",
+                "decision": decision,
+                "score": given.get("score") or (0 if given.get("score") == 0 else None),
+                "edited": (edited or None) if decision == "edit" else None,
+                "comment": given.get("comment") or "",
+            }
+        )
+    except ValidationError as error:
+        raise BimedixError(f"{place}: item {item.id!r}: {explain(error)}; correct the row") from error
+
+
+def _has_zone(time: str) -> bool:
+    try:
+        return datetime.fromisoformat(time).tzinfo is not None
+    except ValueError:
+        return True  # the model says what is wrong with it

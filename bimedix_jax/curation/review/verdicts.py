@@ -1,0 +1,129 @@
+"""Reading what came back, whatever its form, and carrying it out: one translation for each item, or none."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from bimedix_jax.curation.checks.api import check
+from bimedix_jax.curation.review import label_studio, tables
+from bimedix_jax.curation.review.items import ReviewItem, Verdict
+from bimedix_jax.curation.review.segments import with_edits
+from bimedix_jax.data.records import Record, read_jsonl
+from bimedix_jax.errors import BimedixError
+
+FORMS = {".json": "label-studio", ".csv": "csv", ".jsonl": "jsonl"}
+
+
+def read(path: Path, items: Mapping[str, ReviewItem], reviewer: str | None = None) -> list[Verdict]:
+    """Verdicts of a file: a Label Studio export (.json), CSV or JSONL.
+
+    `reviewer` names who filled in a file that does not say; its own name without ending does otherwise.
+
+    Raises:
+        BimedixError: the file is missing, is not UTF-8, has another form, or does not fit the items.
+    """
+    form = FORMS.get(path.suffix.lower())
+    if form is None:
+        raise BimedixError(f"{path} is none of {', '.join(FORMS)}; a Label Studio export ends in .json")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise BimedixError(f"cannot read {path} ({error.strerror}); name a file that was exported") from error
+    except UnicodeDecodeError as error:
+        raise BimedixError(f"{path} is not in UTF-8 ({error.reason}); save it as CSV in UTF-8") from error
+    if form == "label-studio":
+        return label_studio.verdicts(text, path.name, items)
+    saved = datetime.fromtimestamp(path.stat().st_mtime).astimezone().replace(microsecond=0)
+    read_table = tables.from_csv if form == "csv" else tables.from_jsonl
+    return read_table(text, path.name, items, saved, reviewer or path.stem)
+
+
+def latest(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Each reviewer's last word on each item, in order of items and reviewers: people change their minds."""
+    last: dict[tuple[str, str], Verdict] = {}
+    for verdict in verdicts:
+        key = (verdict.item, verdict.reviewer)
+        if key not in last or last[key].time <= verdict.time:
+            last[key] = verdict
+    return [last[key] for key in sorted(last)]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of an item: the record that it gives, or why there is none."""
+
+    item: ReviewItem
+    result: Literal["accepted", "edited", "rejected", "undecided", "unreviewed"]
+    record: Record | None
+    differing_edits: bool = False
+
+
+def settle(items: Iterable[ReviewItem], verdicts: Sequence[Verdict]) -> list[Settled]:
+    """Each item's result by majority: more who keep it (accept, edit) than who reject it, or the reverse.
+
+    As many of both leave it undecided, and it gives no record. Of several edits the last one is taken; that they
+    differed is noted. The record's provenance holds each verdict with reviewer, time and decision, and
+    the flags that the final text still raises.
+    """
+    by_item: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in latest(verdicts):
+        by_item[verdict.item].append(verdict)
+    return [_settle(item, by_item[item.id]) for item in items]
+
+
+def _settle(item: ReviewItem, verdicts: list[Verdict]) -> Settled:
+    if not verdicts:
+        return Settled(item, "unreviewed", None)
+    rejecting = sum(verdict.decision == "reject" for verdict in verdicts)
+    keeping = len(verdicts) - rejecting
+    if rejecting == keeping:
+        return Settled(item, "undecided", None)
+    if rejecting > keeping:
+        return Settled(item, "rejected", None)
+    edits = sorted((v for v in verdicts if v.decision == "edit"), key=lambda v: (v.time, v.reviewer))
+    differing = len({tuple(sorted((v.edited or {}).items())) for v in edits}) > 1
+    review = [
+        {
+            "reviewer": v.reviewer,
+            "time": v.time.isoformat(),
+            "decision": v.decision,
+            "score": v.score,
+            "comment": v.comment,
+        }
+        for v in verdicts
+    ]
+    record = with_edits(item, (edits[-1].edited or {}) if edits else {}, {"review": review})
+    flags = [str(flag) for flag in check(item.source, record)]
+    if flags:
+        record = record.model_copy(update={"provenance": {**record.provenance, "flags_after_review": flags}})
+    return Settled(item, "edited" if edits else "accepted", record, differing)
+
+
+def counts(settled: Iterable[Settled]) -> dict[str, Any]:
+    """How many items came to each result, and how many had edits that differ."""
+    rows = list(settled)
+    results = Counter(row.result for row in rows)
+    return {
+        **{name: results[name] for name in ("accepted", "edited", "rejected", "undecided", "unreviewed")},
+        "differing_edits": sum(row.differing_edits for row in rows),
+    }
+
+
+def merge(translated: Path | None, settled: Sequence[Settled]) -> Iterator[Record]:
+    """All accepted translations: those of `translated` with what review changed of them, then what review rescued.
+
+    What was sampled and rejected or left undecided is taken out; what nobody looked at stays as it was.
+    """
+    rows = {row.item.translation.id: row for row in settled if row.item.translation is not None}
+    rescued = {row.record.id: row.record for row in settled if row.record is not None}
+    if translated is not None:
+        for record in read_jsonl(translated):
+            row = rows.get(record.id)
+            if row is None or row.result == "unreviewed":
+                yield record
+            elif row.record is not None:
+                yield rescued.pop(record.id)
+    yield from rescued.values()

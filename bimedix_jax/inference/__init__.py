@@ -1,0 +1,1 @@
+"""Generation, chat, padding and scoring; each takes a routing plan and can return the record."""

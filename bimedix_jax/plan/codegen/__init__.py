@@ -1,0 +1,1 @@
+"""What compilers of accelerators that are absent make of the kernels."""

@@ -1,0 +1,81 @@
+"""One whole MoE layer of Mixtral-8x7B, forward and backward, compiled for accelerators that need not be here."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from bimedix_jax.models.config import MIXTRAL_8X7B
+from bimedix_jax.plan.codegen import gpu, tpu
+from bimedix_jax.plan.codegen.cases import RANK
+
+
+def compile_layer(target: str, tokens: int) -> Any:
+    """The compiled program: NF4 experts with adapters of rank RANK on experts and router.
+
+    Raises:
+      BimedixError: the extra `aot` is not installed.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from bimedix_jax.adapters import add_lora
+    from bimedix_jax.kernels import backends
+    from bimedix_jax.models.config import LoraConfig
+    from bimedix_jax.models.mixtral import Mixtral
+    from bimedix_jax.models.routers import RoutingPlan
+    from bimedix_jax.plan.hardware import devices
+    from bimedix_jax.quantise import quantise_base
+
+    config = replace(MIXTRAL_8X7B, num_layers=1)
+    lora = LoraConfig(rank=RANK, alpha=1.0, targets=("w1", "w2", "w3", "router"))
+    graph, trained, frozen = nnx.split(add_lora(quantise_base(Mixtral(config)), lora).layers.moe, nnx.LoRAParam, ...)
+
+    def output(x_BTD: jax.Array, trained: Any, frozen: Any) -> jax.Array:
+        moe = nnx.merge(graph, *(jax.tree.map(lambda leaf: leaf[0], state) for state in (trained, frozen)))
+        return moe(x_BTD, jnp.ones(x_BTD.shape[:2], bool), RoutingPlan())[0]
+
+    def gradients(x_BTD: jax.Array, dy_BTD: jax.Array, trained: Any, frozen: Any) -> Any:
+        y_BTD, pullback = jax.vjp(lambda x, trained: output(x, trained, frozen), x_BTD, trained)
+        return y_BTD, pullback(dy_BTD)
+
+    x_BTD = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
+    placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (x_BTD, x_BTD, trained, frozen)
+    )
+    with backends.use(platform="gpu" if target in gpu.TARGETS else "tpu"):
+        return jax.jit(gradients).lower(*arguments).compile()
+
+
+def useful_flops(tokens: int) -> int:
+    """Every chosen pair through its expert's three matrices forward and back to the rows, the adapters' products and
+    their gradients, and the router's."""
+    hidden, ffn, experts = MIXTRAL_8X7B.hidden_size, MIXTRAL_8X7B.intermediate_size, MIXTRAL_8X7B.router.num_experts
+    rows = MIXTRAL_8X7B.router.top_k * tokens
+    base = 2 * 2 * rows * 3 * hidden * ffn
+    adapters = 3 * 2 * (rows * 3 * RANK * (hidden + ffn) + tokens * RANK * (hidden + experts))
+    return base + adapters + 2 * 2 * tokens * hidden * experts
+
+
+def measure(target: str, tokens: int = 4096) -> dict[str, Any]:
+    """`flops_ratio`: FLOPs of the compiled program over the useful ones.
+
+    On a GPU those of its matrix products; on a TPU all that the compiler counts, also what is no product.
+
+    Raises:
+      BimedixError: the extra `aot` is not installed, or the program contains what cannot be counted.
+    """
+    began = time.perf_counter()
+    compiled = compile_layer(target, tokens)
+    seconds = time.perf_counter() - began
+    if target in gpu.TARGETS:
+        counted = gpu.program_flops(compiled.as_text())
+    else:
+        counted = tpu.program_flops(compiled)
+    return {
+        "target": target,
+        "case": "MoE layer, forward and backward",
+        "flops_ratio": counted / useful_flops(tokens),
+        "compile_seconds": seconds,
+    }

@@ -1,0 +1,117 @@
+"""What Mosaic, the TPU compiler, makes of the kernels, on a machine without TPUs."""
+
+import functools
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.plan.codegen.cases import BLOCK, Case, cases
+
+TARGETS = ("v5e", "v5p")
+KERNEL = re.compile(
+    r"%(?P<name>\w+?)(?:\.\d+)? = .*custom_call_target=\"tpu_custom_call\".*"
+    r"\"scoped_memory_configs\":\[\{\"memory_space\":\"1\",\"offset\":\"(?P<start>\d+)\".*"
+    r"\"used_scoped_memory_configs\":\[\{\"memory_space\":\"1\",\"offset\":\"0\",\"size\":\"(?P<stop>\d+)\""
+)
+"""One kernel in the text of a compiled program; memory space 1 is VMEM, of which it uses [start, stop)."""
+
+LOOPED = re.compile(r'op_name="[^"]*\bwhile/body\b')
+"""An instruction inside a loop of the program; the loops by which the compiler copies have no such names."""
+
+
+@dataclass(frozen=True)
+class TpuKernel:
+    """A kernel of a compiled program.
+
+    `vmem_bytes`: tiles, their second copies for transfers, scratch and spills; not operands that XLA has put into VMEM
+    itself, of which a kernel needs no copies.
+    """
+
+    name: str
+    vmem_bytes: int
+
+
+def tpu_kernels(compiled: Any) -> list[TpuKernel]:
+    """Mosaic kernels of what `jax.jit(...).lower(...).compile()` returned for a TPU, in order."""
+    found = KERNEL.finditer(compiled.as_text())
+    return [TpuKernel(match["name"], int(match["stop"]) - int(match["start"])) for match in found]
+
+
+def program_flops(compiled: Any) -> float:
+    """FLOPs that the compiler counts in a program; in kernels of ours, all steps of the grid.
+
+    Raises:
+      BimedixError: the program has loops, whose bodies would be counted once.
+    """
+    if LOOPED.search(compiled.as_text()):
+        raise BimedixError("The compiled program has loops, so that its FLOPs cannot be counted.")
+    return compiled.cost_analysis()["flops"]
+
+
+def compile_case(case: Case, target: str) -> Any:
+    """The compiled program of a case for one chip.
+
+    Raises:
+      BimedixError: the extra `aot` is not installed.
+    """
+    import jax
+
+    from bimedix_jax.kernels import backends
+    from bimedix_jax.plan.hardware import devices
+
+    placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    with backends.use(platform="tpu"):
+        return jax.jit(functools.partial(case.run, "mosaic_tpu")).lower(*case.operands(placed)).compile()
+
+
+def tile(case: Case) -> tuple[int, ...]:
+    """Rows, columns and contraction of one step of the grid."""
+    import jax.numpy as jnp
+
+    from bimedix_jax.kernels.grouped_matmul import mosaic_tiling
+
+    if case.part == "weight":
+        return (*mosaic_tiling.gradient_tile(case.k, case.n), mosaic_tiling.HEIGHT)
+    k, n = (case.n, case.k) if case.part == "rows" else (case.k, case.n)
+    if case.weight == "nf4":
+        columns = mosaic_tiling.packed_columns(k, n, jnp.dtype(case.dtype), case.part == "forward", BLOCK)
+    else:
+        columns = mosaic_tiling.dense_columns(k, n, jnp.dtype(case.dtype))
+    return mosaic_tiling.HEIGHT, columns or 0, k
+
+
+def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of each case (of those named): its tile, its VMEM, and `flops_ratio`.
+
+    That is the FLOPs of all steps of the grid, as the compiled program has them for any group sizes, over the useful
+    ones. It and the tile are missing from the rows of kernels that only prepare operands.
+
+    Raises:
+      BimedixError: the extra `aot` is not installed.
+    """
+    for name, case in cases().items():
+        if names is not None and name not in names:
+            continue
+        began = time.perf_counter()
+        compiled = compile_case(case, target)
+        seconds = time.perf_counter() - began
+        *preparing, product = tpu_kernels(compiled)
+        described = {
+            "target": target,
+            "case": name,
+            "shapes": case.shapes,
+            "dtype": case.dtype,
+            "compile_seconds": seconds,
+        }
+        for kernel in preparing:
+            yield {**described, "kernel": kernel.name, "vmem_bytes": kernel.vmem_bytes}
+        yield {
+            **described,
+            "kernel": product.name,
+            "vmem_bytes": product.vmem_bytes,
+            "tile": tile(case),
+            "flops_ratio": program_flops(compiled) / case.useful_flops,
+        }

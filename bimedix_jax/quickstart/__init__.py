@@ -1,0 +1,1 @@
+"""The main job on a laptop: its base model, its tiny model, its report."""

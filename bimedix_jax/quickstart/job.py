@@ -1,0 +1,368 @@
+"""The whole way on a laptop: upcycle, quantise, fine-tune adapters, evaluate before and after, look, ask.
+
+Every stage leaves its result in the run's folder under its final name only when it is complete, so that an interrupted
+run goes on where it stopped.
+"""
+
+import dataclasses
+import hashlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from bimedix_jax import __version__, files
+from bimedix_jax.adapters import add_lora, coverage
+from bimedix_jax.checkpoint import upcycle
+from bimedix_jax.checkpoint.load import load
+from bimedix_jax.data import pack
+from bimedix_jax.data.records import Record, sample
+from bimedix_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.heldout import heldout_loss
+from bimedix_jax.evals.multiple_choice import multiple_choice
+from bimedix_jax.evals.tables import accuracy_table, loss_table
+from bimedix_jax.experiment import Experiment, override
+from bimedix_jax.inference.chat import ChatOptions, reply
+from bimedix_jax.models.config import LoraConfig
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
+from bimedix_jax.presets import PRESETS
+from bimedix_jax.quickstart.base_model import cache_folder
+from bimedix_jax.quickstart.tiny import tiny_dense
+from bimedix_jax.routing.load import ExpertLoad, expert_load
+from bimedix_jax.routing.picture import draw
+from bimedix_jax.training.loop import train
+from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.picture import draw_run
+from bimedix_jax.training.stopping import Interrupted
+
+QUESTIONS = {
+    "en": "What are the first steps when someone is having an asthma attack?",
+    "ar": "ما أعراض انخفاض سكر الدم وكيف يعالج؟",
+}
+"""Asked after training, one in each language."""
+LOAD_EVERY = 4
+"""Expert load is measured on every fourth held-out record: shares settle long before losses do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a quickstart does; kept in its folder so that `--resume` does the same."""
+
+    smoke: bool
+    steps: int
+    base: str
+    recipe: upcycle.Recipe
+    max_new_tokens: int
+
+    @classmethod
+    def of(cls, smoke: bool, steps: int | None, base: str) -> "Settings":
+        recipe = upcycle.Recipe(experts=4, top_k=2)
+        if smoke:
+            return cls(True, steps or 12, "a tiny random model", recipe, 16)
+        return cls(False, steps or PRESETS["quickstart"]().steps or 1, base, recipe, 72)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Settings":
+        try:
+            plain = json.loads((folder / "settings.json").read_text("utf-8"))
+            return cls(**{**plain, "recipe": upcycle.Recipe(**plain["recipe"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise BimedixError(
+                f"{folder} holds no quickstart to continue ({error}); start one without --resume"
+            ) from error
+
+    def experiment(self, base: Path, packed: Path) -> Experiment:
+        """The training run, a delta of the preset."""
+        changes: dict[str, Any] = {"model.path": str(base), "data.path": str(packed), "steps": self.steps}
+        if self.smoke:
+            changes |= {
+                "name": "quickstart-smoke",
+                "data.sequence_length": 512,
+                "batch.rows": 2,
+                "lora.rank": 8,
+                "lora.alpha": 16.0,
+                "optimiser.learning_rate": 1e-2,
+                "optimiser.warmup_steps": 2,
+                "checkpoint_every": 4,
+                "tracking.mode": "disabled",
+            }
+        return override(PRESETS["quickstart"](), changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One evaluation of the held-out sample."""
+
+    heldout: dict[str, Any]
+    choice: dict[str, Any]
+    load: ExpertLoad
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"heldout": self.heldout, "choice": self.choice, "load": self.load.to_dict()}
+
+    @classmethod
+    def read(cls, path: Path) -> "Measured":
+        plain = json.loads(path.read_text("utf-8"))
+        load = plain["load"]
+        arrays = {name: {g: np.array(v) for g, v in load[name].items()} for name in ("counts", "entropy", "top_weight")}
+        return cls(
+            plain["heldout"], plain["choice"], ExpertLoad(**arrays, tokens=load["tokens"], too_long=load["too_long"])
+        )
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """By language."""
+        return {group: score["accuracy"] for group, score in self.choice["by_group"].items() if "/" not in group}
+
+
+def run(folder: Path, settings: Settings, resume: bool, console: Console) -> dict[str, Any]:
+    """Walks the whole way into `folder` and returns the result (also written to result.json)."""
+    began = time.perf_counter()
+    console.print(f"[bold]{NOTICE_EN}[/]\n{NOTICE_AR}\n")
+    try:
+        prepare_folder(folder, settings, resume)
+        base = prepare_base(folder, settings, console)
+        tokenizer = load_tokenizer(base)
+        require_fit(tokenizer, vocab_size_of(base), settings.base)
+        packed = prepare_rows(folder, tokenizer, settings, console)
+        experiment = settings.experiment(base, packed)
+        lora = experiment.lora
+        assert lora is not None  # the preset has adapters
+        before, after, model = tune(folder, base, tokenizer, experiment, lora, settings, resume, console)
+        answers = ask(model, tokenizer, settings, console)
+        result = conclude(folder, base, settings, before, after, answers, time.perf_counter() - began)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"continue with `{resume_command(folder)}`") from stop
+    say_end(result, console)
+    return result
+
+
+def resume_command(folder: Path) -> str:
+    return f"bimedix quickstart --resume --out {folder}"
+
+
+def prepare_folder(folder: Path, settings: Settings, resume: bool) -> None:
+    if resume:
+        return
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise BimedixError(f"{folder} exists already; continue it with --resume, or name another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", dataclasses.asdict(settings))
+
+
+def write_json(path: Path, value: Any) -> None:
+    files.write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def prepare_base(folder: Path, settings: Settings, console: Console) -> Path:
+    """The mixture to start from: cached, since it is the same every time; that of a smoke run is in its own folder."""
+    console.rule("1. Upcycle a dense model into a mixture of experts")
+    key = json.dumps([settings.base, dataclasses.asdict(settings.recipe), __version__])
+    name = f"quickstart-base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    target = folder / "base" if settings.smoke else cache_folder() / name
+    if not target.exists():
+        if settings.smoke:
+            tiny_dense(folder / "dense")
+        source = str(folder / "dense") if settings.smoke else settings.base
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with upcycle.dense_source(source, None, target.parent, console) as dense:
+            upcycle.upcycle(dense, target, settings.recipe, settings.base)
+    facts = json.loads((target / "upcycle.json").read_text("utf-8"))
+    console.print(
+        f"{settings.base}: {settings.recipe.experts} experts, top-{settings.recipe.top_k}, in {target}", highlight=False
+    )
+    for warning in facts["warnings"]:
+        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+    return target
+
+
+def prepare_rows(folder: Path, tokenizer: Tokenizer, settings: Settings, console: Console) -> Path:
+    """The sample's training records, packed."""
+    console.rule("2. Pack the bilingual sample")
+    packed = folder / "packed"
+    length = settings.experiment(folder, packed).data.sequence_length
+    if not packed.exists():
+        records = list(sample("train"))
+        order = np.random.default_rng(0).permutation(len(records))
+        report = pack.PackReport()
+        examples = (pack.encode_record(tokenizer, records[i]) for i in order)
+        rows = pack.pack(examples, length, tokenizer.pad_id, report=report)
+        facts = {
+            "tokenizer": tokenizer.fingerprint,
+            "template": tokenizer.template.name,
+            "vocab_size": tokenizer.vocab_size,
+            "pad_id": tokenizer.pad_id,
+        }
+        with files.new_folder(packed) as place:
+            pack.write(place, rows, report, length, facts)
+    index = json.loads((packed / "index.json").read_text("utf-8"))
+    console.print(
+        f"{index['examples']} records in {index['rows']} rows of {length} tokens, {index['efficiency']:.0%} full; "
+        f"{index['truncated']} longer than a row were cut by {index['truncated_tokens']:,} tokens",
+        highlight=False,
+    )
+    return packed
+
+
+def heldout_records(settings: Settings) -> list[Record]:
+    """The held-out part of the sample; a smoke run takes the shortest record of each language and kind."""
+    records = list(sample("heldout"))
+    if not settings.smoke:
+        return records
+    shortest: dict[tuple[str, str], Record] = {}
+    for record in sorted(records, key=lambda record: len(record.model_dump_json())):
+        shortest.setdefault((record.language, record.kind), record)
+    return list(shortest.values())
+
+
+def measure(model: Mixtral, tokenizer: Tokenizer, settings: Settings, path: Path) -> Measured:
+    """Evaluates, or reads what an interrupted run measured."""
+    if path.exists():
+        return Measured.read(path)
+    records = heldout_records(settings)
+    loss = heldout_loss(model, tokenizer, records).to_dict()
+    choice = multiple_choice(model, tokenizer, [record for record in records if record.choices is not None]).to_dict()
+    load = expert_load(model, tokenizer, records if settings.smoke else records[::LOAD_EVERY])
+    measured = Measured(loss, choice, load)
+    write_json(path, measured.to_dict())
+    return measured
+
+
+def tune(
+    folder: Path,
+    base: Path,
+    tokenizer: Tokenizer,
+    experiment: Experiment,
+    lora: LoraConfig,
+    settings: Settings,
+    resume: bool,
+    console: Console,
+) -> tuple[Measured, Measured, Mixtral]:
+    """Quantises, measures, trains, measures again."""
+    console.rule("3. Load in 4 bits, add adapters")
+    # adapters start at zero, so "before" is the base; attached already, both evaluations share one compilation
+    model = add_lora(load(base, base="nf4"), lora, experiment.seed)
+    console.print(coverage(model).table())
+    console.rule("4. Evaluate before")
+    before = measure(model, tokenizer, settings, folder / "before.json")
+    console.print(loss_table(before.heldout))
+    console.rule("5. Train the adapters")
+    training = folder / "training"
+    outcome = train(
+        experiment,
+        training,
+        resume=resume and (training / "config.json").exists(),
+        model=model,
+        console=console if console.stderr else Console(stderr=True),
+        resume_command=resume_command(folder),
+    )
+    console.rule("6. Evaluate after")
+    after = measure(outcome.model, tokenizer, settings, folder / "after.json")
+    console.print(loss_table(after.heldout, before.heldout))
+    console.print(accuracy_table(after.choice, before.choice))
+    return before, after, outcome.model
+
+
+def ask(model: Mixtral, tokenizer: Tokenizer, settings: Settings, console: Console) -> dict[str, dict[str, str]]:
+    """One question in each language."""
+    console.rule("7. Ask")
+    options = ChatOptions(max_new_tokens=settings.max_new_tokens, temperature=0.0, top_p=None, repetition_penalty=1.15)
+    answers = {}
+    for language, question in QUESTIONS.items():
+        console.print(f"[bold]{question}[/]", highlight=False)
+        answer = reply(model, tokenizer, question, options=options)
+        console.print(answer or "(no answer)", highlight=False, markup=False)
+        answers[language] = {"question": question, "answer": answer}
+    return answers
+
+
+def conclude(
+    folder: Path,
+    base: Path,
+    settings: Settings,
+    before: Measured,
+    after: Measured,
+    answers: dict[str, dict[str, str]],
+    seconds: float,
+) -> dict[str, Any]:
+    """Pictures, report and result."""
+    distance = json.loads((base / "upcycle.json").read_text("utf-8"))["expert_distance"]
+    loads = {"before": before.load, "after": after.load}
+    load_picture = draw(loads, folder / "expert_load.png", expert_distance=distance if distance < 0.05 else None)
+    metrics = read_metrics(folder / "training")
+    bits = [measured.heldout["bits_per_byte"] for measured in (before, after)]
+    title = f"{settings.base}, {settings.recipe.experts} experts top-{settings.recipe.top_k}, 4-bit base, adapters"
+    run_picture = draw_run(metrics, bits[0], bits[1], folder / "run.png", title)
+    result = {
+        "loss_before": before.heldout["nats_per_token"],
+        "loss_after": after.heldout["nats_per_token"],
+        "bits_per_byte_before": bits[0],
+        "bits_per_byte_after": bits[1],
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "answers": answers,
+        "steps": settings.steps,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "seconds": seconds,
+        "base": str(base),
+        "adapter": str(folder / "training" / "adapter"),
+        "expert_load": str(load_picture),
+        "report": str(folder / "report.html"),
+        "folder": str(folder),
+    }
+    write_report(result, title, run_picture, load_picture)
+    write_json(folder / "result.json", result)
+    return result
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far; getrusage counts kibibytes, on a Mac bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_report(result: dict[str, Any], title: str, run_picture: Path, load_picture: Path) -> None:
+    parts = [
+        page.paragraph(f"{title}; {result['steps']} optimiser steps on the sample's training part."),
+        page.picture(run_picture, "Training loss by step, and held-out loss before and after"),
+        page.heading("Held-out loss"),
+        page.before_after("bits per byte", result["bits_per_byte_before"], result["bits_per_byte_after"]),
+        page.before_after("nats per token", result["loss_before"], result["loss_after"]),
+        page.heading("Multiple-choice accuracy, percent"),
+        page.before_after("language", result["accuracy_before"], result["accuracy_after"], scale=100),
+        page.heading("Expert load"),
+        page.picture(load_picture, "Share of router choices by layer, expert and language, before and after"),
+        page.heading("One answer in each language"),
+    ]
+    for language, pair in result["answers"].items():
+        parts.append(page.paragraph(pair["question"], language))
+        parts.append(page.paragraph(pair["answer"] or "-", language, "answer"))
+    parts += [page.heading("Go on"), page.commands(next_commands(result))]
+    page.write_page(result["report"], "bimedix quickstart", parts)
+
+
+def next_commands(result: dict[str, Any]) -> list[str]:
+    return [
+        f"bimedix chat --model {result['base']} --base nf4 --adapter {result['adapter']}",
+        f"bimedix eval run --model {result['base']} --base nf4 --adapter {result['adapter']} --heldout sample",
+    ]
+
+
+def say_end(result: dict[str, Any], console: Console) -> None:
+    console.rule("Done")
+    minutes, gib = result["seconds"] / 60, result["peak_rss_bytes"] / 2**30
+    console.print(f"{minutes:.1f} minutes, at most {gib:.1f} GiB of memory. Everything lies in {result['folder']}:")
+    for name, what in (("report", "the report, with pictures"), ("adapter", "the adapter"), ("base", "its base model")):
+        console.print(f"  {result[name]}  {what}", highlight=False, soft_wrap=True)
+    console.print("Go on with:")
+    for command in next_commands(result):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)

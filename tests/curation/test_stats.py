@@ -1,0 +1,89 @@
+"""The counts of a set, as the paper lays them out, and fertility."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bimedix_jax.cli import main
+from bimedix_jax.curation import counts
+from bimedix_jax.curation.counts import Count, TokenCounter
+from bimedix_jax.data.records import Record, conversation, sample, write_jsonl
+from bimedix_jax.data.tokenizer import Tokenizer
+
+
+def stats(capsys, *options: str) -> tuple[dict[str, Any], str]:
+    assert main(["data", "stats", *options, "--json"]) == 0
+    captured = capsys.readouterr()
+    return json.loads(captured.out), captured.err
+
+
+def test_tables_as_in_the_paper(tmp_path: Path, bytes_tokenizer: Tokenizer, capsys) -> None:
+    """Tables 7 and 8: samples, average turns (a turn is a question with its answer), tokens, by kind and in all."""
+    said = {"qa": ("ab", "cde"), "chat": ("ab", "cde", "fg", "hijk")}
+    made = [
+        Record.model_validate(
+            {"id": f"{kind}{language}{i}", "language": language, "kind": kind, "source": "s", "licence": "l"}
+            | {"conversations": conversation(*said[kind])}
+        )
+        for kind, language, count in (("qa", "en", 3), ("chat", "en", 2), ("qa", "ar", 1))
+        for i in range(count)
+    ]
+    write_jsonl(tmp_path / "r.jsonl", made)
+    found, shown = stats(capsys, "--sources", str(tmp_path / "r.jsonl"), "--tokenizer", str(bytes_tokenizer.folder))
+    rows = {(row["set"], row["data"]): row for row in found["tables"]}
+    assert len(rows) == 12
+    assert rows["English", "QA"] == {
+        "set": "English",
+        "data": "QA",
+        "samples": 3,
+        "average_turns": 1.0,
+        "tokens": 15,
+        "learned_tokens": 9,
+    }
+    assert rows["English", "Chat"]["average_turns"] == 2
+    assert rows["English", "MCQA"] | {"samples": 0, "average_turns": None} == rows["English", "MCQA"]
+    assert rows["English", "Total"]["average_turns"] == 7 / 5
+    assert rows["bilingual", "Total"]["tokens"] == 15 + 22 + 5
+    assert rows["Arabic", "Total"]["samples"] == 1
+    for text in ("avg. turns", "supervised", "bilingual", "1.40"):
+        assert text in shown
+
+
+def test_without_a_tokenizer_there_are_no_tokens(capsys) -> None:
+    found, shown = stats(capsys)
+    assert "supervised" not in shown
+    assert {"tokens", "learned"}.isdisjoint(found["groups"][0])
+    total = found["tables"][-1]
+    assert (total["set"], total["data"], total["samples"]) == ("bilingual", "Total", sum(1 for _ in sample()))
+
+
+def test_fertility_by_language(mixtral_tokenizer: Tokenizer, capsys) -> None:
+    """Tokens are those of the library itself, turn by turn."""
+    found, _ = stats(capsys, "--tokenizer", str(mixtral_tokenizer.folder), "--limit", "40")
+    for row in found["groups"]:
+        if row["kind"] == "all":
+            assert row["tokens_per_word"] == row["tokens"] / row["words"]
+            assert row["tokens_per_character"] == row["tokens"] / row["characters"]
+            assert row["tokens_per_byte"] == row["tokens"] / row["bytes"]
+    texts = [turn.value for record in list(sample())[:40] for turn in record.conversations]
+    plain = sum(len(mixtral_tokenizer.encode_with_offsets(text, literal=True).ids) for text in texts)
+    assert sum(row["tokens"] for row in found["groups"] if row["kind"] == "all") == plain
+    assert sum(map(TokenCounter(mixtral_tokenizer), texts)) == plain
+
+
+def test_ratios_by_samples_tokens_and_supervised_tokens() -> None:
+    given = {("qa", "ar"): Count(2, 2, 100, 50), ("qa", "en"): Count(4, 4, 90, 60), ("chat", "en"): Count(1)}
+    qa, chat, everything = counts.ratios(given)
+    assert (qa["samples"], qa["tokens"], qa["learned_tokens"]) == (2, 0.9, 1.2)
+    assert (chat["kind"], chat["samples"]) == ("chat", None)
+    assert (everything["kind"], everything["samples"]) == ("all", 2.5)
+    assert counts.shown_ratio(1.8423) == "1:1.84"
+    assert counts.shown_ratio(None) == "no Arabic"
+
+
+@pytest.mark.parametrize(("language", "name"), [("en", "English"), ("ar", "Arabic")])
+def test_a_set_of_one_language_has_one_table(language: str, name: str) -> None:
+    rows = counts.tables({("mcqa", language): Count(5, 5, 10, 5)})
+    assert [(row["set"], row["data"]) for row in rows] == [(name, data) for data in ("QA", "MCQA", "Chat", "Total")]

@@ -1,0 +1,240 @@
+"""Chat: whole characters only, history, a full context, the keyboard loop and the command line."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Engine
+
+from bimedix_jax import cli
+from bimedix_jax.bidi import visual
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.commands import chat as command
+from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.records import conversation
+from bimedix_jax.data.tokenizer import Tokenizer, byte_tokenizer
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.inference.chat import Chat, ChatOptions, Detokenizer, fit, pieces_of, reply
+from bimedix_jax.models.config import MixtralConfig, RouterConfig
+from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
+
+CONFIG = MixtralConfig(
+    vocab_size=304,
+    hidden_size=304,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    router=RouterConfig(num_experts=2, top_k=1),
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=False,
+    max_position_embeddings=256,
+)
+GREEDY = ChatOptions(max_new_tokens=16, temperature=0.0)
+ANSWER = "شok <b>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Says ANSWER to everything: each token fixes the next, from the line break that ends every prompt."""
+    model = init_random(CONFIG, seed=0)
+    for variable in (model.layers.attention.o.w, model.layers.moe.w2.w):
+        variable.set_value(jnp.zeros_like(variable.get_value()))
+    model.embed.table.set_value(jnp.eye(304))
+    chain = [*tokenizer.encode("\n" + ANSWER), tokenizer.eos_id]
+    head = np.zeros((304, 304), np.float32)
+    head[chain[:-1], chain[1:]] = 1.0
+    assert model.lm_head is not None
+    model.lm_head.w.set_value(jnp.asarray(head))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    return export_hf(model, tmp_path_factory.mktemp("model") / "hf", tokenizer_from=tokenizer.folder)
+
+
+def pieces_byte_fallback():
+    """A tokenizer as SentencePiece's: words with a mark for the blank before them, unknown characters as bytes."""
+    words = ["▁the", "▁ربو", "▁", "ربو", "a"]
+    vocabulary = {f"<0x{value:02X}>": value for value in range(256)} | {word: 256 + i for i, word in enumerate(words)}
+    engine = Engine(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    engine.add_special_tokens([AddedToken("</s>", normalized=False, special=True)])
+    return Tokenizer(Path(), engine, {"eos": "</s>"}, (261,), "none", "plain")
+
+
+FALLBACK = pieces_byte_fallback()
+
+
+@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("سعال شديد ًٌ😀é")), max_size=60))
+def test_bytes_of_a_text_come_out_as_its_characters(tokenizer, text):
+    ids = tokenizer.encode_with_offsets(text, literal=True).ids
+    pieces = list(pieces_of(tokenizer, ids))
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 303), max_size=40))
+def test_any_ids_of_a_byte_tokenizer_stream_as_they_decode(tokenizer, ids):
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids, skip_special=True)
+
+
+@given(st.lists(st.sampled_from(["▁the", "▁ربو", "▁", "ربو", "a", "</s>", "س", "😀", "é"]), max_size=30))
+def test_words_and_byte_pieces_stream_as_they_decode(words):
+    ids = []
+    for word in words:
+        known = FALLBACK.token_id(word)
+        ids += list(word.encode()) if known is None else [known]
+    pieces = list(pieces_of(FALLBACK, ids))
+    assert "".join(pieces) == FALLBACK.decode(ids, skip_special=True)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_is_given_out_with_its_last_byte(tokenizer):
+    detokenizer = Detokenizer(tokenizer)
+    assert [detokenizer.push(token) for token in tokenizer.encode("aس")] == ["a", "", "س"]
+    assert detokenizer.flush() == ""
+    assert [detokenizer.push(token) for token in tokenizer.encode("س")[:1]] == [""]
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_a_reply_ends_at_the_stop_token_and_joins_the_history(model, tokenizer):
+    chat = Chat(model, tokenizer, "Be brief.", GREEDY)
+    assert list(chat.stream("hello"))[:3] == ["ش", "o", "k"]
+    answer = chat.ask("مرحبا")
+    assert (answer.text, answer.finished, answer.dropped_turns) == (ANSWER, True, 0)
+    assert answer.tokens == len(ANSWER.encode())
+    assert [turn.speaker for turn in chat.turns] == ["system", "human", "gpt", "human", "gpt"]
+    assert chat.turns[-1].value == ANSWER
+    assert reply(model, tokenizer, "hello", options=GREEDY) == ANSWER
+
+
+def test_a_reply_that_is_cut_says_so(model, tokenizer):
+    chat = Chat(model, tokenizer, options=dataclasses.replace(GREEDY, max_new_tokens=3))
+    answer = chat.ask("hello")
+    assert (answer.text, answer.finished) == ("شo", False)
+
+
+def test_stopping_early_keeps_what_was_said(model, tokenizer):
+    chat = Chat(model, tokenizer, options=GREEDY)
+    pieces = chat.stream("hello")
+    assert next(pieces) == "ش"
+    pieces.close()
+    assert chat.turns[-1].value == "ش"
+    assert chat.last is not None
+    assert not chat.last.finished
+
+
+def test_a_full_context_drops_the_oldest_turns_and_says_so(model, tokenizer):
+    chat = Chat(model, tokenizer, "Be brief.", GREEDY)
+    dropped = [chat.ask(f"question {number} " + "x" * 40).dropped_turns for number in range(5)]
+    assert dropped[:2] == [0, 0]
+    assert dropped == sorted(dropped)
+    assert dropped[-1] >= 2
+    assert len(chat.turns) == 11  # nothing is forgotten, only not shown
+
+
+def test_fitting_keeps_the_system_prompt_and_the_last_question(tokenizer):
+    turns = list(conversation("one", "two", "three", "four", "five", system="Be brief."))
+    whole, dropped = fit(tokenizer, turns, 1000)
+    assert dropped == 0
+    ids, dropped = fit(tokenizer, turns, len(whole) - 1)
+    assert dropped == 2
+    assert ids == encode_chat(tokenizer, [turns[0], *turns[3:]], add_generation_prompt=True)[0]
+    with pytest.raises(BimedixError, match="shorten it"):
+        fit(tokenizer, turns, 20)
+
+
+def test_what_cannot_be_asked(model, tokenizer):
+    with pytest.raises(BimedixError, match="empty"):
+        Chat(model, tokenizer).ask("  ")
+    with pytest.raises(BimedixError, match="no room"):
+        Chat(model, tokenizer, options=ChatOptions(max_new_tokens=256)).ask("hello")
+
+
+def scripted(chat, lines, **options):
+    """What the console shows for lines typed, and the result."""
+    screen, typed = io.StringIO(), iter(lines)
+
+    def read() -> str:
+        line = next(typed, EOFError)
+        if not isinstance(line, str):
+            raise line
+        return line
+
+    result = command.converse(chat, Console(file=screen, width=200), read, **options)
+    return screen.getvalue(), result
+
+
+def test_the_keyboard_loop(model, tokenizer):
+    chat = Chat(model, tokenizer, options=GREEDY)
+    shown, result = scripted(chat, ["hello", "", "/what", "x" * 300, "/system Be kind.", "سؤال", "/quit", "never read"])
+    assert shown.count(ANSWER) == 2  # markup in a reply is text
+    assert "no command /what" in shown
+    assert "error: this question needs" in shown
+    assert (result["turns"], chat.turns[0].value) == (2, "Be kind.")
+    assert "hello" not in json.dumps(result)
+    shown, result = scripted(chat, ["/reset", "/system", KeyboardInterrupt])
+    assert (result["turns"], chat.turns, chat.system) == (0, [], None)
+
+
+def test_arabic_in_visual_order_line_by_line():
+    assert visual("plain text") == "plain text"
+    assert visual("ربو") == "ﻮﺑﺭ"
+    assert visual("رُبو") == "ﻮﺑﺭ"
+    assert list(command.lines(iter(["ab", "c\nd", "\n", "e"]))) == ["abc\n", "d\n", "e"]
+    assert command.shown("a\x1b[31mb\u200c\n", bidi=False) == "a[31mb\u200c\n"
+
+
+def test_the_notice_is_shown_in_both_languages():
+    screen = io.StringIO()
+    command.show_notice(Console(file=screen, width=1000))
+    assert NOTICE_EN in screen.getvalue()
+    assert NOTICE_AR in screen.getvalue()
+
+
+def test_prompts_on_the_command_line_give_one_json_document(folder, tmp_path, capsys):
+    saved = tmp_path / "said" / "chat.jsonl"
+    words = ["--json", "chat", "--model", str(folder), "--base", "float32"]
+    words += ["--temperature", "0", "--max-new-tokens", "16"]
+    code = cli.main([*words, "--prompt", "hello", "سؤال", "--save", str(saved)])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    result = json.loads(captured.out)
+    assert [answer["text"] for answer in result["replies"]] == [ANSWER, ANSWER]
+    assert result["notice"]["ar"] == NOTICE_AR
+    assert NOTICE_EN.split(".")[0] in captured.err
+    row = json.loads(saved.read_text("utf-8"))
+    assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt", "human", "gpt"]
+    assert saved.stat().st_mode & 0o077 == 0
+    assert cli.main([*words, "--prompt", "hello", "--save", str(saved)]) == 1  # never overwritten
+    assert cli.main(words) == 1  # --json has no keyboard
+
+
+def test_nothing_is_written_without_save(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--base", "float32", "--temperature", "0", "--max-new-tokens", "16"]
+    assert cli.main(["chat", "--model", str(folder), *options, "--prompt", "hello"]) == 0
+    assert ANSWER in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []

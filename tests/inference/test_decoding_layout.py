@@ -1,0 +1,105 @@
+"""Decoding with separate layers and experts gives the tokens of the stacked model."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.inference import decoding_layout
+from bimedix_jax.inference.generate import generate
+from bimedix_jax.kernels import backends
+from bimedix_jax.models.attention import KVCache
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.quantise import quantise_base
+from bimedix_jax.training.state import put_back, take_apart
+
+CONFIG = MixtralConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    router=RouterConfig(num_experts=4, top_k=2),
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=False,
+    max_position_embeddings=64,
+)
+PROMPTS = [[5, 17, 3, 60, 2], [9], [44, 8, 8]]
+
+
+def made(kind: str) -> Mixtral:
+    if kind == "window":
+        return init_random(dataclasses.replace(CONFIG, sliding_window=4), std=0.2)
+    if kind == "tied":
+        return init_random(dataclasses.replace(CONFIG, tie_embeddings=True), std=0.2)
+    if kind.startswith("adapters"):
+        targets = (
+            ("q", r"layers\.1\.moe\.experts\.[13]\.w[12]") if kind == "adapters on some" else ("q", "w2", "router")
+        )
+        model = add_lora(init_random(CONFIG, std=0.2), LoraConfig(4, 8.0, targets))
+        draw = np.random.default_rng(0)
+        _, params, _ = take_apart(model)
+        put_back(model, {name: jnp.asarray(draw.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()})
+        return model
+    dtype = "bfloat16" if kind == "nf4" else kind
+    model = init_random(CONFIG, dtype=dtype, std=0.2)
+    return quantise_base(model) if kind == "nf4" else model
+
+
+@pytest.mark.parametrize("kind", ["window", "tied", "adapters", "adapters on some"])
+def test_tokens_are_those_of_the_stacked_model(kind, monkeypatch):
+    model = made(kind)
+    plan = RoutingPlan.noisy(model.config, 0.3) if kind == "window" else None
+    assert decoding_layout.suits(model, len(PROMPTS))
+    with backends.recording() as picked:
+        found = generate(model, PROMPTS, 9, plan=plan)
+    assert "few_rows" in picked.to_dict()["expert_mlp"]
+    assert "unrolled" in picked.to_dict()["layer_scan"]
+    monkeypatch.setattr(decoding_layout, "suits", lambda *_: False)
+    assert found == generate(model, PROMPTS, 9, plan=plan)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
+def test_logits_are_those_of_the_stacked_model(kind):
+    """16-bit sums are ordered differently, so logits agree to rounding."""
+    model, tokens_BT = made(kind), jnp.asarray([[3, 1, 4, 1], [5, 9, 2, 6]])
+    cache = model.hidden(tokens_BT, cache=KVCache.zeros(CONFIG, 2, 8, model.dtype)).cache
+    assert cache is not None
+    token_B1 = jnp.asarray([[7], [50]])
+    out = model(token_B1, cache=cache)
+    other = decoding_layout.separate_model(model)(token_B1, cache=decoding_layout.separate_cache(cache))
+    np.testing.assert_allclose(other.logits_BTV, out.logits_BTV, rtol=0.05, atol=0.05)
+    assert out.cache is not None
+    assert other.cache is not None
+    assert int(other.cache.length) == 5
+    np.testing.assert_array_equal(other.cache.segment_ids_BS, out.cache.segment_ids_BS)
+
+
+def test_separate_parameters_share_the_models_memory():
+    model = init_random(dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=128))
+    whole = model.layers.moe.w1.w.get_value()
+    parts: Any = decoding_layout.separate_model(model).layers.moe.w1.w.get_value()
+    part = parts[1][3]
+    np.testing.assert_array_equal(part, whole[1, 3])
+    first, size = whole.unsafe_buffer_pointer(), whole.nbytes
+    assert first <= part.unsafe_buffer_pointer() < first + size
+    assert isinstance(model.layers.moe.w1.w.get_value(), jax.Array), "the model itself is unchanged"
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(nnx.state(model)))
+
+
+def test_many_rows_or_branches_keep_to_the_loop(monkeypatch):
+    model = made("float32")
+    assert not decoding_layout.suits(model, decoding_layout.MAX_ROWS + 1)
+    monkeypatch.setattr(decoding_layout, "MAX_BRANCHES", 7)
+    assert not decoding_layout.suits(model, 1)
