@@ -86,7 +86,7 @@ class Head:
 
 
 class Placement(Protocol):
-    """How a model's parameters lie on several devices (bimedix_jax/sharding/placement.py); hashable, equal if alike."""
+    """How a model's parameters lie on several devices (bimedix_jax/sharding/layout.py); hashable, equal if alike."""
 
     def run(self, graph: Any, state: Any, call: Call) -> Output:
         """`Mixtral.run` of the model (graph, state) on every shard."""

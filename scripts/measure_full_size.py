@@ -44,7 +44,7 @@ from bimedix_jax.plan.step import STEPS, abstract_model, peak, training_argument
 from bimedix_jax.plan.useful import training_flops
 from bimedix_jax.presets import bimedix_mixtral_8x7b
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.sharding.placement import COMPILER_OPTIONS
+from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import init_state, take_apart
 

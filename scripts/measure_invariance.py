@@ -28,7 +28,8 @@ from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.sharding.placement import AXES, make_mesh, place
+from bimedix_jax.sharding.placement import place
+from bimedix_jax.sharding.rules import AXES, make_mesh
 from bimedix_jax.training.state import take_apart
 from bimedix_jax.training.step import make_gradient
 

@@ -96,7 +96,8 @@ def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Ho
     from bimedix_jax.models.linear import Linear
     from bimedix_jax.models.mixtral import init_random
     from bimedix_jax.presets import smoke
-    from bimedix_jax.sharding.placement import make_mesh, place
+    from bimedix_jax.sharding.placement import place
+    from bimedix_jax.sharding.rules import make_mesh
     from bimedix_jax.training.state import take_apart
     from bimedix_jax.training.step import make_gradient
 

@@ -25,7 +25,8 @@ from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.sharding.placement import BATCH_AXES, COMPILER_OPTIONS, make_mesh, place
+from bimedix_jax.sharding.placement import place
+from bimedix_jax.sharding.rules import BATCH_AXES, COMPILER_OPTIONS, make_mesh
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import TrainState, take_apart
 from bimedix_jax.training.step import make_train_step

@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.experiment import BatchConfig, Experiment
-from bimedix_jax.sharding.placement import BATCH_AXES, Layout
+from bimedix_jax.sharding.layout import Layout
+from bimedix_jax.sharding.rules import BATCH_AXES
 from bimedix_jax.training.rows import NumpyBatch, Rows, micro_batches
 
 KINDS = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}

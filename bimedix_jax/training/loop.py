@@ -21,7 +21,9 @@ from bimedix_jax.experiment import Experiment
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
-from bimedix_jax.sharding.placement import COMPILER_OPTIONS, host_memory, place, take_back
+from bimedix_jax.sharding.layout import host_memory
+from bimedix_jax.sharding.placement import place, take_back
+from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, read_metrics

@@ -14,7 +14,9 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan, checked_plan
-from bimedix_jax.sharding.placement import BATCH_AXES, Layout, make_mesh, put
+from bimedix_jax.sharding.layout import Layout
+from bimedix_jax.sharding.placement import put
+from bimedix_jax.sharding.rules import BATCH_AXES, make_mesh
 from bimedix_jax.training.run_folder import check_plan
 from bimedix_jax.training.state import Params
 

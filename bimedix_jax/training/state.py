@@ -14,7 +14,7 @@ from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.moe import RouterState
 from bimedix_jax.models.routers import router_of
-from bimedix_jax.sharding.placement import Layout
+from bimedix_jax.sharding.layout import Layout
 
 Params = dict[str, jax.Array]
 

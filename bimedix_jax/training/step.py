@@ -25,7 +25,8 @@ from bimedix_jax.models.linear import with_dropout
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.router_sums import Load, RouterSums, load_balancing_loss, load_of, router_z_loss
 from bimedix_jax.models.routers import RoutingPlan
-from bimedix_jax.sharding.placement import AXES, BATCH_AXES, Layout, plan_specs
+from bimedix_jax.sharding.layout import Layout, plan_specs
+from bimedix_jax.sharding.rules import AXES, BATCH_AXES
 from bimedix_jax.training.losses import next_token_loss, targets_of
 from bimedix_jax.training.optimiser import clip, schedule
 from bimedix_jax.training.routing import Batch, Grouping, PartedPlan, parted, router_metrics, share

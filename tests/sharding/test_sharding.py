@@ -19,7 +19,9 @@ from bimedix_jax.kernels.nf4.units import split_units
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.sharding.placement import layout_of, make_mesh, place, take_back
+from bimedix_jax.sharding.layout import layout_of
+from bimedix_jax.sharding.placement import place, take_back
+from bimedix_jax.sharding.rules import make_mesh
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.state import take_apart

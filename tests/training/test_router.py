@@ -20,7 +20,8 @@ from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.plans import read_plan
-from bimedix_jax.sharding.placement import make_mesh, place
+from bimedix_jax.sharding.placement import place
+from bimedix_jax.sharding.rules import make_mesh
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
