@@ -13,7 +13,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How tokens choose experts."""
 
@@ -38,7 +38,7 @@ class RouterConfig:
         require(0 <= self.bias_rate < float("inf"), f"bias_rate must be finite and not negative, got {self.bias_rate}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
     """Architecture of a Mixtral; sizes have no defaults since a wrong one is a different model."""
 
@@ -88,7 +88,7 @@ class MixtralConfig:
         require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraOverride:
     """Another rank or alpha for the adapters of one kind of linear layer."""
 
@@ -105,7 +105,7 @@ class LoraOverride:
         require(self.rank is None or self.rank >= 1, f"rank of {self.target} must be at least 1, got {self.rank}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters: W x + scale * B A x, B zero at the start (LoRA, arXiv 2106.09685)."""
 

@@ -83,7 +83,7 @@ def with_adapters(model: Any) -> Any:
     from bimedix_jax.adapters import add_lora, linears
     from bimedix_jax.models.config import LoraConfig
 
-    adapted, random = add_lora(model, LoraConfig(RANK, ALPHA)), np.random.default_rng(1)
+    adapted, random = add_lora(model, LoraConfig(rank=RANK, alpha=ALPHA)), np.random.default_rng(1)
     for layer in linears(adapted).values():
         if layer.lora is not None:
             shape = layer.lora.b.get_value().shape

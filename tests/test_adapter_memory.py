@@ -20,7 +20,21 @@ from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.state import take_apart
 from bimedix_jax.training.step import make_gradient
 
-WIDE = MixtralConfig(64, 256, 512, 2, 4, 2, 64, RouterConfig(8, 2), 1e4, 1e-5, None, False, 64)
+WIDE = MixtralConfig(
+    vocab_size=64,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    router=RouterConfig(num_experts=8, top_k=2),
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=False,
+    max_position_embeddings=64,
+)
 
 
 def memory_of(layers: int, device: Any) -> tuple[int, int, int]:

@@ -23,7 +23,21 @@ from bimedix_jax.models.linear import with_dropout
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base
 
-TINY = MixtralConfig(53, 32, 64, 2, 4, 2, 8, RouterConfig(4, 2), 1e4, 1e-5, None, False, 64)
+TINY = MixtralConfig(
+    vocab_size=53,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    router=RouterConfig(num_experts=4, top_k=2),
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=False,
+    max_position_embeddings=64,
+)
 EVERYTHING = LoraConfig(rank=3, alpha=6.0, targets=LORA_TARGETS)
 
 
@@ -71,10 +85,15 @@ def by_hand(model: Mixtral) -> Mixtral:
     "config",
     [
         EVERYTHING,
-        LoraConfig(3, 6.0, ("lm_head",)),
-        LoraConfig(3, 6.0, (r"layers\.1\.moe\.experts\.2\.w[13]", "router")),
-        LoraConfig(3, 6.0, (r"layers\.0\..*", r".*\.experts\.3\.w2"), rank_stabilised=True),
-        LoraConfig(3, 6.0, ("q", "w1", "w2"), overrides=(LoraOverride("q", 5), LoraOverride("w2", 2, 9.0))),
+        LoraConfig(rank=3, alpha=6.0, targets=("lm_head",)),
+        LoraConfig(rank=3, alpha=6.0, targets=(r"layers\.1\.moe\.experts\.2\.w[13]", "router")),
+        LoraConfig(rank=3, alpha=6.0, targets=(r"layers\.0\..*", r".*\.experts\.3\.w2"), rank_stabilised=True),
+        LoraConfig(
+            rank=3,
+            alpha=6.0,
+            targets=("q", "w1", "w2"),
+            overrides=(LoraOverride(target="q", rank=5), LoraOverride(target="w2", rank=2, alpha=9.0)),
+        ),
     ],
     ids=["everything", "head", "experts of a layer", "one layer", "overrides"],
 )
@@ -86,7 +105,9 @@ def test_adapters_are_what_their_definition_says(model: Mixtral, tokens: np.ndar
 
 
 def test_patterns_choose_single_matrices(model: Mixtral) -> None:
-    adapted = add_lora(model, LoraConfig(2, 4.0, (r"layers\.1\.moe\.experts\.[02]\.w1", r"layers\.0\.attention\..")))
+    adapted = add_lora(
+        model, LoraConfig(rank=2, alpha=4.0, targets=(r"layers\.1\.moe\.experts\.[02]\.w1", r"layers\.0\.attention\.."))
+    )
     rows = {row.name: row for row in coverage(adapted).rows}
     w1 = adapted.layers.moe.w1.lora
     assert w1 is not None
@@ -98,7 +119,10 @@ def test_patterns_choose_single_matrices(model: Mixtral) -> None:
 
 
 def test_a_pattern_for_all_is_the_name(model: Mixtral) -> None:
-    named, matched = (add_lora(model, LoraConfig(2, 4.0, (t,))) for t in ("w2", r"layers\.\d+\.moe\.experts\.\d+\.w2"))
+    named, matched = (
+        add_lora(model, LoraConfig(rank=2, alpha=4.0, targets=(t,)))
+        for t in ("w2", r"layers\.\d+\.moe\.experts\.\d+\.w2")
+    )
     jax.tree.map(np.testing.assert_array_equal, leaves_of(named), leaves_of(matched))
     assert matrix_names(("layers", "moe", "w2"), (2, 4))[5] == "layers.1.moe.experts.1.w2"
 
@@ -106,8 +130,11 @@ def test_a_pattern_for_all_is_the_name(model: Mixtral) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LoraConfig(2, 4.0, ("q", r"layers\.7\..*")), r"Target layers.* matched no layer"),
-        (LoraConfig(2, 4.0, ("q",), overrides=(LoraOverride("w1", 4),)), "override of w1 changes no adapter"),
+        (LoraConfig(rank=2, alpha=4.0, targets=("q", r"layers\.7\..*")), r"Target layers.* matched no layer"),
+        (
+            LoraConfig(rank=2, alpha=4.0, targets=("q",), overrides=(LoraOverride(target="w1", rank=4),)),
+            "override of w1 changes no adapter",
+        ),
     ],
 )
 def test_what_matches_nothing_is_refused(model: Mixtral, config: LoraConfig, message: str) -> None:
@@ -121,7 +148,9 @@ def test_a_tied_head_cannot_be_a_target() -> None:
 
 
 def test_the_router_in_full(model: Mixtral, tokens: np.ndarray) -> None:
-    adapted = add_lora(init_random(TINY, dtype="bfloat16"), LoraConfig(2, 4.0, ("q",), train_router=True))
+    adapted = add_lora(
+        init_random(TINY, dtype="bfloat16"), LoraConfig(rank=2, alpha=4.0, targets=("q",), train_router=True)
+    )
     graph, params, frozen = nnx.split(adapted, is_trainable(adapted), ...)
     names = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(params)}
     assert set(names) == {"layers.attention.q.lora.a", "layers.attention.q.lora.b", "layers.moe.router.w"}
@@ -133,7 +162,7 @@ def test_the_router_in_full(model: Mixtral, tokens: np.ndarray) -> None:
 
 
 def test_dropout_is_unbiased_and_off_outside_training(model: Mixtral, tokens: np.ndarray) -> None:
-    config = LoraConfig(4, 8.0, ("lm_head",), dropout=0.5)
+    config = LoraConfig(rank=4, alpha=8.0, targets=("lm_head",), dropout=0.5)
     adapted = trained(add_lora(model, config))
     plain = trained(add_lora(model, dataclasses.replace(config, dropout=0.0)))
     expected = run(plain, tokens)
@@ -154,7 +183,7 @@ def test_dropout_is_unbiased_and_off_outside_training(model: Mixtral, tokens: np
 
 
 def test_dropout_differs_by_layer_and_expert_row(model: Mixtral, tokens: np.ndarray) -> None:
-    adapted = trained(add_lora(model, LoraConfig(4, 8.0, ("q", "w1", "router"), dropout=0.3)))
+    adapted = trained(add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("q", "w1", "router"), dropout=0.3)))
     base = run(adapted, tokens)
     with_dropout(adapted, jax.random.key(1))
     assert adapted.layers.moe.w1.lora is not None
@@ -169,8 +198,15 @@ def test_dropout_differs_by_layer_and_expert_row(model: Mixtral, tokens: np.ndar
 @pytest.mark.parametrize(
     "config",
     [
-        LoraConfig(3, 5.0, ("w1", r"layers\.1\..*", "lm_head"), True, 0.1, (LoraOverride("w1", 2),)),
-        LoraConfig(3, 5.0, ("q",), train_router=True),
+        LoraConfig(
+            rank=3,
+            alpha=5.0,
+            targets=("w1", r"layers\.1\..*", "lm_head"),
+            rank_stabilised=True,
+            dropout=0.1,
+            overrides=(LoraOverride(target="w1", rank=2),),
+        ),
+        LoraConfig(rank=3, alpha=5.0, targets=("q",), train_router=True),
     ],
     ids=["some matrices", "router in full"],
 )
@@ -199,7 +235,7 @@ def test_an_adapter_of_other_weights_is_refused(model: Mixtral, tmp_path) -> Non
 
 
 def test_a_factor_that_is_no_number_is_refused(model: Mixtral, tmp_path) -> None:
-    adapted = add_lora(model, LoraConfig(2, 4.0, ("q",)))
+    adapted = add_lora(model, LoraConfig(rank=2, alpha=4.0, targets=("q",)))
     lora = adapted.layers.attention.q.lora
     assert lora is not None
     lora.b.set_value(lora.b.get_value().at[0, 0, 0].set(jnp.nan))
@@ -258,7 +294,7 @@ def test_adapters_twice_are_refused(model: Mixtral) -> None:
         ({"targets": (r"layers\.(0",)}, "not a regular expression"),
         ({"dropout": 1.0}, r"dropout lies in \[0, 1\)"),
         ({"train_router": True}, "router cannot be a target as well"),
-        ({"overrides": (LoraOverride("q", 2), LoraOverride("q", 3))}, "names a target twice"),
+        ({"overrides": (LoraOverride(target="q", rank=2), LoraOverride(target="q", rank=3))}, "names a target twice"),
     ],
 )
 def test_lora_config_refuses(change: dict, message: str) -> None:
@@ -267,7 +303,7 @@ def test_lora_config_refuses(change: dict, message: str) -> None:
 
 
 def test_the_table_says_what_is_adapted_in_part(model: Mixtral) -> None:
-    table = coverage(add_lora(model, LoraConfig(2, 4.0, (r"layers\.1\..*\.w2", "q")))).table()
+    table = coverage(add_lora(model, LoraConfig(rank=2, alpha=4.0, targets=(r"layers\.1\..*\.w2", "q")))).table()
     assert str(table.caption).endswith("part: layers.moe.w2.w has 4 of 8 matrices adapted")
 
 
@@ -275,8 +311,8 @@ def test_the_table_says_what_is_adapted_in_part(model: Mixtral) -> None:
     ("stabilised", "scales"), [(False, (2.0, 1.2, 4.5)), (True, (12**0.5, 6 / 5**0.5, 9 / 2**0.5))]
 )
 def test_scales_are_alpha_over_rank_or_its_root(model: Mixtral, stabilised: bool, scales: tuple[float, ...]) -> None:
-    overrides = (LoraOverride("q", 5), LoraOverride("w2", 2, 9.0))
-    config = LoraConfig(3, 6.0, ("w1", "q", "w2"), stabilised, overrides=overrides)
+    overrides = (LoraOverride(target="q", rank=5), LoraOverride(target="w2", rank=2, alpha=9.0))
+    config = LoraConfig(rank=3, alpha=6.0, targets=("w1", "q", "w2"), rank_stabilised=stabilised, overrides=overrides)
     layers = linears(add_lora(model, config))
     found = {path[-1]: layer.lora.scale for path, layer in layers.items() if layer.lora is not None}
     assert [found[name] for name in config.targets] == pytest.approx(scales)

@@ -116,7 +116,7 @@ def compiled(run: Callable[[], Any]) -> float:
 
 def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length: int) -> Side:
     """Whole optimiser steps: forward, backward, load balancing, clipping, AdamW."""
-    model = add_lora(base_model(config, base), LoraConfig(RANK, ALPHA, TARGETS))
+    model = add_lora(base_model(config, base), LoraConfig(rank=RANK, alpha=ALPHA, targets=TARGETS))
     experiment = Experiment(
         name="bench",
         model=ModelSource(random=config),

@@ -173,7 +173,7 @@ def parameters(model: Mixtral) -> dict[str, nnx.Variable]:
 
 def require_topk(model: Mixtral, what: str) -> None:
     """Raises BimedixError for a router that the format `what` cannot name: readers would run another function."""
-    if (router := model.config.router) != RouterConfig(router.num_experts, router.top_k):
+    if (router := model.config.router) != RouterConfig(num_experts=router.num_experts, top_k=router.top_k):
         raise BimedixError(
             f"{what} has Mixtral's router, topk; this model's is {router.variant}. Keep it in our own format "
             '(bmx.save), or load the model with router="topk" if its weights alone are wanted.'

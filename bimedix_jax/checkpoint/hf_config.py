@@ -127,7 +127,7 @@ def read_config(folder: str | Path, ignore_config_keys: Collection[str] = ()) ->
     _check(raw, Path(folder), (*SIZES, *ROUTER_SIZES, *OPTIONAL))
     experts, top_k = (_whole(raw, key, Path(folder)) for key in ROUTER_SIZES)
     try:
-        return MixtralConfig(router=RouterConfig(experts, top_k), **_fields(raw, Path(folder)))
+        return MixtralConfig(router=RouterConfig(num_experts=experts, top_k=top_k), **_fields(raw, Path(folder)))
     except ValueError as error:
         raise BimedixError(f"{Path(folder) / CONFIG_NAME}: {error}") from None
 

@@ -108,7 +108,7 @@ def rerouted(model: Mixtral, variant: str, source: str) -> Mixtral:
         return model
     log.warning("%s has the router %s and runs with %s, which makes it another function.", source, own.variant, variant)
     kept = {name: getattr(own, name) for name in ROUTERS[variant].reads}
-    return model.with_router(RouterConfig(own.num_experts, own.top_k, variant, **kept))
+    return model.with_router(RouterConfig(num_experts=own.num_experts, top_k=own.top_k, variant=variant, **kept))
 
 
 def is_run(folder: str | Path) -> bool:

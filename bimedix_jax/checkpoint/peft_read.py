@@ -265,16 +265,22 @@ def config_of(
     rank, alpha = usual[0][0] if usual else (settings.rank, settings.alpha)
     overrides = [
         LoraOverride(
-            kind,
-            None if ranks[kind] == rank else ranks[kind],
-            None if alphas[kind] == alpha else alphas[kind],
+            target=kind,
+            rank=None if ranks[kind] == rank else ranks[kind],
+            alpha=None if alphas[kind] == alpha else alphas[kind],
         )
         for kind in scales
         if (ranks[kind], alphas[kind]) != (rank, alpha)
     ]
     targets = [target for kind in scales for target in targets_of(kind, [i for k, i in present if k == kind], model)]
     return LoraConfig(
-        rank, alpha, tuple(targets), settings.rank_stabilised, settings.dropout, tuple(overrides), train_router
+        rank=rank,
+        alpha=alpha,
+        targets=tuple(targets),
+        rank_stabilised=settings.rank_stabilised,
+        dropout=settings.dropout,
+        overrides=tuple(overrides),
+        train_router=train_router,
     )
 
 

@@ -100,7 +100,7 @@ def lora_of(config: Config) -> LoraConfig | None:
     rank = RECIPE.rank if config.rank is None else config.rank
     alpha = RECIPE.alpha if config.alpha is None else config.alpha
     try:
-        return LoraConfig(rank, alpha, RECIPE.targets if config.targets is None else config.targets)
+        return LoraConfig(rank=rank, alpha=alpha, targets=RECIPE.targets if config.targets is None else config.targets)
     except ValueError as error:
         raise BimedixError(str(error)) from error
 

@@ -649,7 +649,7 @@ def test_what_cannot_be_written(dense: Path, tmp_path: Path) -> None:
     attempts: Iterable[tuple[Callable[[], object], str]] = (
         (lambda: export_bnb(plain, tmp_path / "out"), "not in 4 bits; load it with base nf4"),
         (lambda: export_bnb(packed, tmp_path / "out", "gguf"), "layout 'gguf' is unknown"),  # pyright: ignore
-        (lambda: export_bnb(add_lora(packed, LoraConfig(2, 2.0)), tmp_path / "out"), "carries adapters"),
+        (lambda: export_bnb(add_lora(packed, LoraConfig(rank=2, alpha=2.0)), tmp_path / "out"), "carries adapters"),
     )
     for attempt, why in attempts:
         with pytest.raises(BimedixError, match=why):

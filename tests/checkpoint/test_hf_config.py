@@ -145,7 +145,7 @@ def test_dense_models(tmp_path: Path) -> None:
     dense = {key: value for key, value in OLD.items() if key not in ("num_local_experts", "num_experts_per_tok")}
     dense |= {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
     config = read_dense_config(folder_with(tmp_path, dense))
-    assert config.with_router(RouterConfig(8, 2)) == EXPECTED
+    assert config.with_router(RouterConfig(num_experts=8, top_k=2)) == EXPECTED
     with pytest.raises(BimedixError, match="attention_bias"):
         read_dense_config(folder_with(tmp_path, {**dense, "attention_bias": True}))
     with pytest.raises(BimedixError, match="dense"):

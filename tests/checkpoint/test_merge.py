@@ -21,7 +21,7 @@ from bimedix_jax.models.config import LORA_TARGETS, LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.routing.drift import Observed, drift, observe
 
-SOME = LoraConfig(3, 6.0, (r"layers\.1\.moe\.experts\.2\.w[12]", "v"))
+SOME = LoraConfig(rank=3, alpha=6.0, targets=(r"layers\.1\.moe\.experts\.2\.w[12]", "v"))
 
 
 def trained(model: Mixtral, config: LoraConfig, size: float = 0.2) -> Mixtral:
@@ -46,7 +46,11 @@ def texts(model: Mixtral, count: int = 4) -> list[tuple[str, list[int]]]:
 @pytest.mark.parametrize("into", ["original", "dequantised"])
 @pytest.mark.parametrize(
     "config",
-    [LoraConfig(3, 6.0, LORA_TARGETS), LoraConfig(3, 6.0, ("q",), train_router=True), SOME],
+    [
+        LoraConfig(rank=3, alpha=6.0, targets=LORA_TARGETS),
+        LoraConfig(rank=3, alpha=6.0, targets=("q",), train_router=True),
+        SOME,
+    ],
     ids=["everything", "router in full", "some experts"],
 )
 def test_a_float32_merge_is_the_model(write_mixtral, tmp_path, config, into):
@@ -65,7 +69,9 @@ def test_transformers_loads_it(write_mixtral, tmp_path):
     import torch
     import transformers
 
-    model = trained(load(write_mixtral(tmp_path / "source", "float32"), "nf4", dtype="float32"), LoraConfig(3, 6.0))
+    model = trained(
+        load(write_mixtral(tmp_path / "source", "float32"), "nf4", dtype="float32"), LoraConfig(rank=3, alpha=6.0)
+    )
     export_merged(model, tmp_path / "merged", "dequantised", dtype="float32")
     theirs = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = np.array([texts(model)[2][1]])
@@ -76,7 +82,7 @@ def test_transformers_loads_it(write_mixtral, tmp_path):
 
 def test_original_means_the_unrounded_weights(mixtral, tmp_path):
     """The base held in 4 bits has no part in the result."""
-    model = trained(load(mixtral, "nf4"), LoraConfig(3, 6.0))
+    model = trained(load(mixtral, "nf4"), LoraConfig(rank=3, alpha=6.0))
     export_merged(model, tmp_path / "merged", "original", dtype="float32")
     before, after = load_file(mixtral / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
     lora = model.layers.moe.w2.lora
@@ -91,14 +97,16 @@ def test_original_means_the_unrounded_weights(mixtral, tmp_path):
 
 
 def test_a_merge_that_rounds_the_fine_tune_away_says_so(mixtral, tmp_path, caplog):
-    model = trained(load(mixtral, "bfloat16"), LoraConfig(3, 6.0, ("q", "w1")), size=5e-3)
+    model = trained(load(mixtral, "bfloat16"), LoraConfig(rank=3, alpha=6.0, targets=("q", "w1")), size=5e-3)
     with caplog.at_level(logging.WARNING):
         report = export_merged(model, tmp_path / "merged", "original")
     assert "cannot hold the whole fine-tune" in caplog.text
     assert all(0.1 < loss < 2 for loss in report.rounding_loss.values())
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        export_merged(add_lora(load(mixtral), LoraConfig(2, 4.0, ("q",))), tmp_path / "untrained", "original")
+        export_merged(
+            add_lora(load(mixtral), LoraConfig(rank=2, alpha=4.0, targets=("q",))), tmp_path / "untrained", "original"
+        )
     assert "every delta is zero" in caplog.text
 
 

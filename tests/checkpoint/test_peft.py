@@ -28,34 +28,42 @@ TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 LAYOUTS = ("per_expert", "fused")
 ALL = ("q", "k", "v", "o", "w1", "w2", "w3", "router", "lm_head")
 UNEVEN = (
-    LoraOverride("w1", 3, 5.0),
-    LoraOverride("w2", 5),
-    LoraOverride("w3", 2, 7.0),
-    LoraOverride("router", 2, 3.0),
-    LoraOverride("q", alpha=1.0),
-    LoraOverride("lm_head", 3),
+    LoraOverride(target="w1", rank=3, alpha=5.0),
+    LoraOverride(target="w2", rank=5),
+    LoraOverride(target="w3", rank=2, alpha=7.0),
+    LoraOverride(target="router", rank=2, alpha=3.0),
+    LoraOverride(target="q", alpha=1.0),
+    LoraOverride(target="lm_head", rank=3),
 )
 CONFIGS = {
-    "default": LoraConfig(4, 8.0),
-    "rank-stabilised": LoraConfig(4, 8.0, rank_stabilised=True),
-    "uneven": LoraConfig(4, 8.0, ALL, overrides=UNEVEN),
-    "uneven, rank-stabilised": LoraConfig(4, 8.0, ALL, True, overrides=UNEVEN),
+    "default": LoraConfig(rank=4, alpha=8.0),
+    "rank-stabilised": LoraConfig(rank=4, alpha=8.0, rank_stabilised=True),
+    "uneven": LoraConfig(rank=4, alpha=8.0, targets=ALL, overrides=UNEVEN),
+    "uneven, rank-stabilised": LoraConfig(rank=4, alpha=8.0, targets=ALL, rank_stabilised=True, overrides=UNEVEN),
     "some layers and experts": LoraConfig(
-        4,
-        8.0,
-        (
+        rank=4,
+        alpha=8.0,
+        targets=(
             r"layers\.1\.attention\.q",
             r"layers\.0\.moe\.experts\.(0|2)\.w1",
             r"layers\.1\.moe\.experts\.3\.w2",
             r"layers\.1\.moe\.router",
         ),
     ),
-    "w3 alone": LoraConfig(4, 8.0, ("w3",), True, overrides=(LoraOverride("w3", 3, 7.0),)),
-    "w2 alone": LoraConfig(4, 8.0, ("w2",)),
-    "w1 and w2": LoraConfig(4, 8.0, ("w1", "w2"), True, overrides=(LoraOverride("w1", 2),)),
-    "attention": LoraConfig(2, 3.0, ("v", "o"), dropout=0.1),
-    "router in full": LoraConfig(4, 8.0, (), train_router=True),
-    "router in full beside adapters": LoraConfig(4, 8.0, ("q", "w1", "w3"), train_router=True),
+    "w3 alone": LoraConfig(
+        rank=4,
+        alpha=8.0,
+        targets=("w3",),
+        rank_stabilised=True,
+        overrides=(LoraOverride(target="w3", rank=3, alpha=7.0),),
+    ),
+    "w2 alone": LoraConfig(rank=4, alpha=8.0, targets=("w2",)),
+    "w1 and w2": LoraConfig(
+        rank=4, alpha=8.0, targets=("w1", "w2"), rank_stabilised=True, overrides=(LoraOverride(target="w1", rank=2),)
+    ),
+    "attention": LoraConfig(rank=2, alpha=3.0, targets=("v", "o"), dropout=0.1),
+    "router in full": LoraConfig(rank=4, alpha=8.0, targets=(), train_router=True),
+    "router in full beside adapters": LoraConfig(rank=4, alpha=8.0, targets=("q", "w1", "w3"), train_router=True),
 }
 
 
@@ -115,9 +123,18 @@ def targets_and_ranks(model: Mixtral) -> Iterator[tuple[str, tuple]]:
 
 
 def test_configuration_comes_back(model, trained, tmp_path):
-    config = LoraConfig(4, 8.0, overrides=(LoraOverride("w2", 5, 3.0), LoraOverride("q", alpha=1.0)))
+    config = LoraConfig(
+        rank=4, alpha=8.0, overrides=(LoraOverride(target="w2", rank=5, alpha=3.0), LoraOverride(target="q", alpha=1.0))
+    )
     for layout, stabilised in itertools.product(LAYOUTS, (False, True)):
-        there = LoraConfig(config.rank, config.alpha, config.targets, stabilised, 0.0, config.overrides)
+        there = LoraConfig(
+            rank=config.rank,
+            alpha=config.alpha,
+            targets=config.targets,
+            rank_stabilised=stabilised,
+            dropout=0.0,
+            overrides=config.overrides,
+        )
         export_peft(trained(model, there), tmp_path / "adapter", layout, overwrite=True)
         back = load_peft(model, tmp_path / "adapter").lora
         assert back is not None

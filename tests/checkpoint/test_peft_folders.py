@@ -22,14 +22,14 @@ from bimedix_jax.models.mixtral import Mixtral
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 12))
 FUSED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
-DEFAULT = LoraConfig(4, 8.0)
-STABILISED = LoraConfig(4, 8.0, rank_stabilised=True)
-ATTENTION = LoraConfig(2, 3.0, ("v", "o"), dropout=0.1)
-ROUTER = LoraConfig(4, 8.0, ("q", "w1", "w3"), train_router=True)
+DEFAULT = LoraConfig(rank=4, alpha=8.0)
+STABILISED = LoraConfig(rank=4, alpha=8.0, rank_stabilised=True)
+ATTENTION = LoraConfig(rank=2, alpha=3.0, targets=("v", "o"), dropout=0.1)
+ROUTER = LoraConfig(rank=4, alpha=8.0, targets=("q", "w1", "w3"), train_router=True)
 SOME = LoraConfig(
-    4,
-    8.0,
-    (
+    rank=4,
+    alpha=8.0,
+    targets=(
         r"layers\.1\.attention\.q",
         r"layers\.0\.moe\.experts\.(0|2)\.w1",
         r"layers\.1\.moe\.experts\.3\.w2",
@@ -142,7 +142,7 @@ def square(tmp_path_factory: pytest.TempPathFactory, write_mixtral: Callable[...
     return bmx.load(folder, base="float32")
 
 
-W2 = LoraConfig(4, 8.0, ("w2",))
+W2 = LoraConfig(rank=4, alpha=8.0, targets=("w2",))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_square_experts_without_a_version_are_refused(square, trained, tmp_path)
     folder = edit(export_peft(trained(square, W2), tmp_path / "adapter", "fused"), lambda t: None, peft_version=None)
     with pytest.raises(BimedixError, match="square"):
         load_peft(square, folder)
-    both = export_peft(trained(square, LoraConfig(4, 8.0, ("w1", "w2"))), tmp_path / "both", "fused")
+    both = export_peft(trained(square, LoraConfig(rank=4, alpha=8.0, targets=("w1", "w2"))), tmp_path / "both", "fused")
     edit(both, lambda tensors: None, peft_version=None)
     load_peft(square, both)  # gate_up is not square, and tells for the whole file
 
@@ -213,7 +213,7 @@ def test_what_a_layout_cannot_say_is_announced(model, trained, tmp_path, caplog)
     assert "cannot leave out 5 matrices" in caplog.text  # 2 experts of w1 in layer 0, 3 of w2 in layer 1
     names = set(load_file(tmp_path / "fused" / "adapter_model.safetensors"))
     assert not any("layers.0.self_attn" in name or "layers.0.mlp.gate" in name for name in names)
-    export_peft(trained(model, LoraConfig(2, 2.0, ("q", "w2"), dropout=0.1)), tmp_path / "dropout")
+    export_peft(trained(model, LoraConfig(rank=2, alpha=2.0, targets=("q", "w2"), dropout=0.1)), tmp_path / "dropout")
     assert "lora_dropout is written as 0 instead of 0.1" in caplog.text
     assert settings_of(tmp_path / "dropout")["lora_dropout"] == 0
     assert settings_of(export_peft(trained(model, ATTENTION), tmp_path / "a"))["lora_dropout"] == 0.1

@@ -42,7 +42,7 @@ CONFIG = MixtralConfig(
     tie_embeddings=False,
     max_position_embeddings=64,
 )
-LORA = LoraConfig(2, 3.0, ("q", "w2", "router"))
+LORA = LoraConfig(rank=2, alpha=3.0, targets=("q", "w2", "router"))
 
 
 def adapted(dtype="float32", packed=False, seed=0, config=CONFIG):

@@ -55,7 +55,7 @@ def models():
 
     def make(config, variant: str) -> tuple[Mixtral, Mixtral]:
         if variant not in found:
-            router = RouterConfig(config.router.num_experts, config.router.top_k, variant)
+            router = RouterConfig(num_experts=config.router.num_experts, top_k=config.router.top_k, variant=variant)
             model = init_random(dataclasses.replace(config, router=router), seed=3, std=0.3)
             if model.layers.moe.state is not None:
                 model.layers.moe.state.set_value(
@@ -203,7 +203,7 @@ def test_adapters_are_banned_with_their_expert(model):
     from bimedix_jax.models.config import LoraConfig
     from bimedix_jax.training.state import put_back, take_apart
 
-    adapted = add_lora(model, LoraConfig(2, 4.0))
+    adapted = add_lora(model, LoraConfig(rank=2, alpha=4.0))
     _, params, _ = take_apart(adapted)
     rng = np.random.default_rng(0)
     put_back(adapted, {name: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()})

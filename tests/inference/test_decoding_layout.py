@@ -47,7 +47,7 @@ def made(kind: str) -> Mixtral:
         targets = (
             ("q", r"layers\.1\.moe\.experts\.[13]\.w[12]") if kind == "adapters on some" else ("q", "w2", "router")
         )
-        model = add_lora(init_random(CONFIG, std=0.2), LoraConfig(4, 8.0, targets))
+        model = add_lora(init_random(CONFIG, std=0.2), LoraConfig(rank=4, alpha=8.0, targets=targets))
         draw = np.random.default_rng(0)
         _, params, _ = take_apart(model)
         put_back(model, {name: jnp.asarray(draw.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()})

@@ -122,7 +122,7 @@ def make_pair() -> Callable[..., Pair]:
     """make_pair(**overrides): experts, top_k and any MixtralConfig field."""
 
     def make(seed: int = 0, experts: int = 4, top_k: int = 2, **overrides: Any) -> Pair:
-        config = dataclasses.replace(BASE, router=RouterConfig(experts, top_k), **overrides)
+        config = dataclasses.replace(BASE, router=RouterConfig(num_experts=experts, top_k=top_k), **overrides)
         hf = hugging_face(config, seed)
         return Pair(config, hf, ours(config, tree_of(hf, lambda parameter: parameter.data)))
 

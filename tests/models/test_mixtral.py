@@ -22,7 +22,21 @@ from bimedix_jax.quantise import quantise_base
 
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
-    config = MixtralConfig(53, 64, 128, 3, 4, 2, 16, RouterConfig(4, 2), 1e4, 1e-5, None, False, 64)
+    config = MixtralConfig(
+        vocab_size=53,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        router=RouterConfig(num_experts=4, top_k=2),
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        tie_embeddings=False,
+        max_position_embeddings=64,
+    )
     return init_random(config, std=0.2)
 
 
@@ -187,6 +201,6 @@ def test_nf4_base_is_the_dequantised_base(model: Mixtral, tokens: np.ndarray) ->
 
 def test_mixtral_config_refuses() -> None:
     with pytest.raises(ValueError, match="top_k must be between 1 and num_experts=4"):
-        RouterConfig(4, 5)
+        RouterConfig(num_experts=4, top_k=5)
     with pytest.raises(ValueError, match="multiple of num_kv_heads"):
         dataclasses.replace(MIXTRAL_8X7B, num_kv_heads=5)

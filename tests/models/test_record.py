@@ -15,7 +15,21 @@ from bimedix_jax.models.mixtral import Mixtral, init_random
 
 L, B, T, K, E = 7, 2, 19, 3, 11
 """No product of some of them is another one, so that an axis can be told from its size."""
-CONFIG = MixtralConfig(64, 32, 48, L, 4, 2, 8, RouterConfig(E, K), 1e4, 1e-5, None, True, 64)
+CONFIG = MixtralConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=L,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    router=RouterConfig(num_experts=E, top_k=K),
+    rope_theta=1e4,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=True,
+    max_position_embeddings=64,
+)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,11 @@ def logits() -> jax.Array:
 def summed(x: jax.Array, group_BT: jax.Array, groups: int, valid_BT: jax.Array) -> RouterSums:
     """Layers one by one, stacked as the loop over layers does it."""
     layers = [
-        sums_of(decide(layer, RouterConfig(E, 2), RoutingPlan(), valid_BT), jnp.where(valid_BT, group_BT, -1), groups)
+        sums_of(
+            decide(layer, RouterConfig(num_experts=E, top_k=2), RoutingPlan(), valid_BT),
+            jnp.where(valid_BT, group_BT, -1),
+            groups,
+        )
         for layer in x
     ]
     return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
@@ -62,7 +66,7 @@ def test_sums_are_those_of_the_record() -> None:
 
 def test_balanced_routing_costs_top_k() -> None:
     x = 9.0 * jnp.eye(4)[jnp.array([[0, 1, 2, 3]])] + 8.0 * jnp.eye(4)[jnp.array([[1, 2, 3, 0]])]
-    sums = sums_of(decide(x, RouterConfig(4, 2), RoutingPlan()), jnp.zeros((1, 4), jnp.int32), 1)
+    sums = sums_of(decide(x, RouterConfig(num_experts=4, top_k=2), RoutingPlan()), jnp.zeros((1, 4), jnp.int32), 1)
     sums = jax.tree.map(lambda leaf: leaf[None], sums)
     for scope in ("micro_batch", "sequence"):
         assert np.isclose(load_balancing_loss(sums, scope), 2.0)

@@ -24,7 +24,7 @@ def logits(experts: int = E, seed: int = 0) -> jax.Array:
 
 
 def config(variant: str, top_k: int = 2, experts: int = E) -> RouterConfig:
-    return RouterConfig(experts, top_k, variant, scale=SCALES[variant])
+    return RouterConfig(num_experts=experts, top_k=top_k, variant=variant, scale=SCALES[variant])
 
 
 def state(variant: str, experts: int = E) -> jax.Array | None:
@@ -207,7 +207,7 @@ def test_noise_has_the_standard_deviation_that_is_asked_for() -> None:
     rows, columns = jnp.arange(50)[:, None], jnp.arange(40)[None]
     keys = token_keys(jax.random.key(0).reshape(1, 1), rows, columns)
     plan = RoutingPlan(noise_LBT=jnp.full((1, 1), 3.0), bias_LBTE=jnp.asarray([[[0.0, 0, -1e9, -1e9]]]))
-    routing = route(jnp.zeros((50, 40, E)), RouterConfig(E, 2), plan, key=keys)
+    routing = route(jnp.zeros((50, 40, E)), RouterConfig(num_experts=E, top_k=2), plan, key=keys)
     difference = jnp.log(routing.weights_LBTK[..., 0] / routing.weights_LBTK[..., 1])  # |N(0, 2 * 9)|
     np.testing.assert_allclose(jnp.mean(difference), 3 * 2 / np.sqrt(np.pi), rtol=0.05)
 
@@ -224,7 +224,7 @@ def test_padding_gets_no_expert(variant: str) -> None:
 
 
 def test_nan_is_not_hidden() -> None:
-    routing = route(logits().at[0, 0, 0].set(jnp.nan), RouterConfig(E, 2), RoutingPlan())
+    routing = route(logits().at[0, 0, 0].set(jnp.nan), RouterConfig(num_experts=E, top_k=2), RoutingPlan())
     assert np.isnan(routing.weights_LBTK[0, 0]).any()
 
 
@@ -243,20 +243,24 @@ def test_the_balancing_bias_changes_choices_and_no_weights() -> None:
 def test_the_balancing_bias_moves_against_the_load() -> None:
     update = ROUTERS["sigmoid_bias"].update
     assert update is not None
-    moved = update(jnp.zeros((2, 4)), jnp.asarray([[10.0, 2, 4, 8], [5, 5, 5, 5]]), RouterConfig(4, 2, "sigmoid_bias"))
+    moved = update(
+        jnp.zeros((2, 4)),
+        jnp.asarray([[10.0, 2, 4, 8], [5, 5, 5, 5]]),
+        RouterConfig(num_experts=4, top_k=2, variant="sigmoid_bias"),
+    )
     np.testing.assert_allclose(moved, [[-1e-3, 1e-3, 1e-3, -1e-3], [0, 0, 0, 0]])
 
 
 def test_unknown_variant() -> None:
     with pytest.raises(ValueError, match="Unknown router variant 'best'"):
-        route(logits(), RouterConfig(4, 2, "best"), RoutingPlan())
+        route(logits(), RouterConfig(num_experts=4, top_k=2, variant="best"), RoutingPlan())
 
 
 def test_a_parameter_that_the_variant_does_not_read_is_refused() -> None:
     with pytest.raises(ValueError, match="'topk' does not read scale"):
-        router_of(RouterConfig(4, 2, scale=2.0))
+        router_of(RouterConfig(num_experts=4, top_k=2, scale=2.0))
     with pytest.raises(ValueError, match="'softmax_topk' does not read bias_rate"):
-        router_of(RouterConfig(4, 2, "softmax_topk", bias_rate=0.1))
+        router_of(RouterConfig(num_experts=4, top_k=2, variant="softmax_topk", bias_rate=0.1))
 
 
 def test_experts_that_do_not_exist_are_refused(base_config) -> None:

@@ -126,7 +126,9 @@ def test_gathered_parameters_are_not_kept_for_the_backward_pass():
 
 def test_adapters_on_some_matrices_only():
     """Their slots count the experts of all devices."""
-    model = make_model(False, LoraConfig(2, 4.0, (r"layers\.1\.moe\.experts\.[13]\.w[12]", "router")))
+    model = make_model(
+        False, LoraConfig(rank=2, alpha=4.0, targets=(r"layers\.1\.moe\.experts\.[13]\.w[12]", "router"))
+    )
     expected, _ = gradients_of(model, make_batch(1), "global")
     gradients, _ = gradients_of(place(model, make_mesh(fsdp=2, expert=2, tensor=2)), make_batch(1), "global")
     assert_alike(gradients, expected)

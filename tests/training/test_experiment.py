@@ -20,7 +20,7 @@ def test_round_trip_through_json(name, tmp_path):
 
 def test_the_papers_recipe():
     recipe = PRESETS["bimedix-mixtral-8x7b"]()
-    assert recipe.lora == LoraConfig(128, 64.0, ("q", "k", "v", "w1", "w2", "w3", "router"))
+    assert recipe.lora == LoraConfig(rank=128, alpha=64.0, targets=("q", "k", "v", "w1", "w2", "w3", "router"))
     assert (recipe.batch.size, recipe.batch.accumulation, recipe.epochs) == (16, 2, 2)
     assert (recipe.optimiser.learning_rate, recipe.optimiser.warmup_steps) == (2e-4, 10)
     assert PRESETS["bimedix-mixtral-8x7b-instruct"]().model.path == "mistralai/Mixtral-8x7B-Instruct-v0.1"

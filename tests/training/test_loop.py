@@ -28,7 +28,7 @@ from bimedix_jax.training.rows import check_tokenizer
 from bimedix_jax.training.state import take_apart
 from bimedix_jax.training.stopping import Interrupted
 
-LORA = LoraConfig(2, 4.0, ("q", "w2", "router"))
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "w2", "router"))
 TIMING = ("seconds", "tokens_per_second")
 
 
@@ -252,7 +252,8 @@ def test_made_up_rows_need_no_tokenizer(experiment, tmp_path, capsys):
 
 def test_a_rate_for_routers_that_are_frozen_is_refused(experiment, tmp_path):
     asked = experiment(
-        lora=LoraConfig(2, 4.0, ("q",)), optimiser=OptimiserConfig(router_learning_rate=1e-4, warmup_steps=1)
+        lora=LoraConfig(rank=2, alpha=4.0, targets=("q",)),
+        optimiser=OptimiserConfig(router_learning_rate=1e-4, warmup_steps=1),
     )
     with pytest.raises(BimedixError, match="the routers are frozen"):
         train(asked, tmp_path / "run")

@@ -15,7 +15,7 @@ from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import ORDER, MetricsLog, read_metrics
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
 
-LORA = LoraConfig(2, 4.0, ("q", "w2", "router"))
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "w2", "router"))
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def stacked(data: dict, parts: int) -> dict:
 def test_a_step_under_a_ban_is_that_of_a_model_without_the_expert(config, batch, variant) -> None:
     """Every gradient of every parameter; the router losses are off, since they look at the expert's own logits."""
     banned, kept = 1, jnp.array([0, 2, 3])
-    router = RouterConfig(4, 2, variant)
+    router = RouterConfig(num_experts=4, top_k=2, variant=variant)
     whole = init_random(dataclasses.replace(config, router=router), std=0.4)
     smaller = init_random(dataclasses.replace(config, router=dataclasses.replace(router, num_experts=3)))
     _, params, _ = take_apart(whole)
@@ -118,7 +118,7 @@ def test_a_mesh_changes_nothing_of_a_plan(config, batch) -> None:
 
 def test_the_balancing_bias_follows_the_load_of_the_whole_step(config, batch, experiment) -> None:
     """On one device and on a mesh, with micro-batches and padding."""
-    router = RouterConfig(4, 2, "sigmoid_bias", bias_rate=0.05)
+    router = RouterConfig(num_experts=4, top_k=2, variant="sigmoid_bias", bias_rate=0.05)
     model = init_random(dataclasses.replace(config, router=router), std=0.4)
     data, plan = batch(8, 12, seed=2), experiment(lora=None)
     out = model(data["tokens_BT"], data["segment_ids_BT"], record="choices")
@@ -148,7 +148,7 @@ def test_a_run_keeps_variant_parameters_and_bias(tmp_path, experiment) -> None:
     assert np.abs(trained).max() <= 4 * 0.05 + 1e-6
     for folder in ("whole", "parts"):
         model = load(tmp_path / folder)
-        assert model.config.router == RouterConfig(4, 2, "sigmoid_bias", bias_rate=0.05)
+        assert model.config.router == RouterConfig(num_experts=4, top_k=2, variant="sigmoid_bias", bias_rate=0.05)
         np.testing.assert_array_equal(state_of(model), trained)
     tokens = np.arange(1, 9)[None]
     np.testing.assert_allclose(model(tokens).logits_BTV, whole.model(tokens).logits_BTV, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ ROUTER = RouterTraining(aux_loss_coef=0.5, z_loss_coef=0.1)
 
 def adapted(config, spread=0.3, targets=("q", "w2", "router")):
     """A model whose adapters already do something, and prefer some experts. Few of them: each costs compilation."""
-    model = add_lora(init_random(config, std=0.4), LoraConfig(2, 4.0, targets))
+    model = add_lora(init_random(config, std=0.4), LoraConfig(rank=2, alpha=4.0, targets=targets))
     _, params, _ = take_apart(model)
     draw = np.random.default_rng(7)
     put_back(model, {name: jnp.asarray(draw.normal(0, spread, x.shape), jnp.float32) for name, x in params.items()})
@@ -127,7 +127,7 @@ def test_remat_changes_nothing_but_rounding(config, batch):
 
 def test_only_adapters_train(config, batch, experiment):
     """A 4-bit base is left as it is, gets no optimiser state, and is no constant of the compiled step."""
-    model = add_lora(quantise_base(init_random(config)), LoraConfig(2, 4.0))
+    model = add_lora(quantise_base(init_random(config)), LoraConfig(rank=2, alpha=4.0))
     structure, params, frozen = take_apart(model)
     assert params
     assert all(".lora." in name and x.dtype == jnp.float32 for name, x in params.items())
@@ -175,7 +175,7 @@ def test_load_spread():
 
 def test_dropout_is_drawn_anew_in_every_step(config, batch, experiment):
     """And not at all in the gradient without a key."""
-    model = add_lora(init_random(config, std=0.4), LoraConfig(2, 4.0, ("q", "w2"), dropout=0.5))
+    model = add_lora(init_random(config, std=0.4), LoraConfig(rank=2, alpha=4.0, targets=("q", "w2"), dropout=0.5))
     structure, params, frozen = take_apart(model)
     data = jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 2))
     gradient = jax.jit(make_gradient(structure, dataclasses.replace(ROUTER, aux_scope="global"), "layer"))
