@@ -10,31 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import GROUPED, tiny
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.experiment import RouterTraining
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.plan import hardware
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.state import take_apart
 from bimedix_jax.training.step import make_gradient
 
-WIDE = MixtralConfig(
-    vocab_size=64,
-    hidden_size=256,
-    intermediate_size=512,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    router=RouterConfig(num_experts=8, top_k=2),
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
+WIDE = tiny(GROUPED, vocab_size=64, hidden_size=256, intermediate_size=512, head_dim=64, experts=8)
 
 
 def memory_of(layers: int, device: Any) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import GROUPED
 
 from bimedix_jax.adapters import add_lora, coverage, has_lora, is_trainable, linears, matrix_names
 from bimedix_jax.checkpoint.store import leaves_of, load_adapter, restore, save, save_adapter
@@ -16,34 +17,17 @@ from bimedix_jax.models.config import (
     MIXTRAL_8X7B,
     LoraConfig,
     LoraOverride,
-    MixtralConfig,
-    RouterConfig,
 )
 from bimedix_jax.models.linear import with_dropout
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base
 
-TINY = MixtralConfig(
-    vocab_size=53,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
 EVERYTHING = LoraConfig(rank=3, alpha=6.0, targets=LORA_TARGETS)
 
 
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
-    return init_random(TINY, std=0.2)
+    return init_random(GROUPED, std=0.2)
 
 
 @pytest.fixture
@@ -144,12 +128,12 @@ def test_what_matches_nothing_is_refused(model: Mixtral, config: LoraConfig, mes
 
 def test_a_tied_head_cannot_be_a_target() -> None:
     with pytest.raises(BimedixError, match=r"lm_head matched no layer.*tied embeddings"):
-        add_lora(Mixtral(dataclasses.replace(TINY, tie_embeddings=True)), EVERYTHING)
+        add_lora(Mixtral(dataclasses.replace(GROUPED, tie_embeddings=True)), EVERYTHING)
 
 
 def test_the_router_in_full(model: Mixtral, tokens: np.ndarray) -> None:
     adapted = add_lora(
-        init_random(TINY, dtype="bfloat16"), LoraConfig(rank=2, alpha=4.0, targets=("q",), train_router=True)
+        init_random(GROUPED, dtype="bfloat16"), LoraConfig(rank=2, alpha=4.0, targets=("q",), train_router=True)
     )
     graph, params, frozen = nnx.split(adapted, is_trainable(adapted), ...)
     names = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(params)}
@@ -227,7 +211,7 @@ def test_an_adapter_of_other_weights_is_refused(model: Mixtral, tmp_path) -> Non
     save_adapter(add_lora(model, EVERYTHING), tmp_path / "adapter")
     load_adapter(quantise_base(model), tmp_path / "adapter")
     with pytest.raises(BimedixError, match="another base of the same architecture"):
-        load_adapter(init_random(TINY, seed=1, std=0.2), tmp_path / "adapter")
+        load_adapter(init_random(GROUPED, seed=1, std=0.2), tmp_path / "adapter")
     rerouted = nnx.merge(*nnx.split(model), copy=True)
     rerouted.layers.moe.router.w.set_value(-model.layers.moe.router.w.get_value())
     with pytest.raises(BimedixError, match="its routers differ"):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny import GROUPED, tiny
 
 from bimedix_jax.adapters import add_lora, coverage
 from bimedix_jax.checkpoint import store
@@ -12,24 +13,10 @@ from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.integrity import write_manifest
 from bimedix_jax.checkpoint.load import load
 from bimedix_jax.cli import main
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import init_random
 
-TINY = MixtralConfig(
-    vocab_size=48,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=32,
-)
+TINY = tiny(GROUPED, hidden_size=64, intermediate_size=128)
 LORA = LoraConfig(rank=2, alpha=4.0)
 
 

@@ -6,12 +6,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+from tiny import GROUPED, tiny
 
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.safetensors_io import read_folder
 from bimedix_jax.cli import COMMANDS
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 
@@ -19,21 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-TINY = MixtralConfig(
-    vocab_size=304,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=True,
-    max_position_embeddings=128,
-)
+TINY = tiny(GROUPED, tie_embeddings=True)
 
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -6,30 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import tiny
 
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.kernels import backends
 from bimedix_jax.models import routers
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import init_random
 
 TUTORIALS = Path(__file__).resolve().parent.parent / "docs/tutorials"
-TINY = MixtralConfig(
-    vocab_size=304,
-    hidden_size=16,
-    intermediate_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=True,
-    max_position_embeddings=4096,
-)
+TINY = tiny(tie_embeddings=True)
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint import steps
@@ -23,25 +24,11 @@ from bimedix_jax.checkpoint.store import (
     save_adapter,
 )
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.quantise import quantise_base
 
-CONFIG = MixtralConfig(
-    vocab_size=61,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=1e6,
-    rms_norm_eps=1e-5,
-    sliding_window=7,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
+CONFIG = tiny(vocab_size=61, rope_theta=1e6, sliding_window=7, max_position_embeddings=64)
 LORA = LoraConfig(rank=2, alpha=3.0, targets=("q", "w2", "router"))
 
 

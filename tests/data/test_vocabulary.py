@@ -6,6 +6,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny
 
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
@@ -17,27 +18,12 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.heldout import heldout_loss
 from bimedix_jax.evals.multiple_choice import multiple_choice
 from bimedix_jax.inference.generate import generate
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.routing.drift import observe
 from bimedix_jax.routing.load import expert_load
 from bimedix_jax.training.loop import measure_heldout
 
-CONFIG = MixtralConfig(
-    vocab_size=256,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=2, top_k=1),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=512,
-)
+CONFIG = tiny(vocab_size=256, num_layers=1, experts=2, top_k=1)
 """A model with fewer rows than the byte tokenizer's 304 ids."""
 
 

@@ -8,27 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import TINY
 
 from bimedix_jax.data.records import Record, conversation, multiple_choice_answer, multiple_choice_question
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import init_random
-
-CONFIG = MixtralConfig(
-    vocab_size=304,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=512,
-)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +22,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model():
-    return init_random(CONFIG, seed=3, std=0.3)
+    return init_random(TINY, seed=3, std=0.3)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +30,7 @@ def unigram():
     """Makes the model whose logits are `logits_V` at every position, whatever came before."""
 
     def make(logits_V):
-        model = init_random(dataclasses.replace(CONFIG, num_layers=1, hidden_size=8, intermediate_size=8), seed=0)
+        model = init_random(dataclasses.replace(TINY, num_layers=1, hidden_size=8, intermediate_size=8), seed=0)
         for variable in (model.layers.attention.o.w, model.layers.moe.w2.w):
             variable.set_value(jnp.zeros_like(variable.get_value()))
         model.embed.table.set_value(jnp.ones_like(model.embed.table.get_value()))

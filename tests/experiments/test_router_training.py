@@ -4,34 +4,21 @@ import runpy
 from pathlib import Path
 
 import pytest
+from tiny import tiny
 
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.store import load_adapter
 from bimedix_jax.cli import main
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.experiment import differences, from_dict
-from bimedix_jax.models.config import LORA_TARGETS, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LORA_TARGETS
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.presets import quickstart
 
 STUDY = runpy.run_path(str(Path(__file__).resolve().parents[2] / "experiments/router_training.py"))
 ARMS = STUDY["ARMS"]
 
-TINY = MixtralConfig(
-    vocab_size=304,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=True,
-    max_position_embeddings=4096,
-)
+TINY = tiny(tie_embeddings=True, max_position_embeddings=4096)
 
 
 @pytest.mark.parametrize("name", ARMS)

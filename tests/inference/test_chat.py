@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny import tiny
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Engine
 
@@ -23,25 +24,10 @@ from bimedix_jax.data.records import conversation
 from bimedix_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.chat import Chat, ChatOptions, Detokenizer, fit, pieces_of, reply
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 
-CONFIG = MixtralConfig(
-    vocab_size=304,
-    hidden_size=304,
-    intermediate_size=8,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=2, top_k=1),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=256,
-)
+CONFIG = tiny(hidden_size=304, intermediate_size=8, num_layers=1, experts=2, top_k=1, max_position_embeddings=256)
 GREEDY = ChatOptions(max_new_tokens=16, temperature=0.0)
 ANSWER = "شok <b>"
 

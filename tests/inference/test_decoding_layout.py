@@ -8,33 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import GROUPED, tiny
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.inference import decoding_layout
 from bimedix_jax.inference.generate import generate
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.attention import KVCache
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.state import put_back, take_apart
 
-CONFIG = MixtralConfig(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
+CONFIG = tiny(GROUPED, hidden_size=64, intermediate_size=64)
 PROMPTS = [[5, 17, 3, 60, 2], [9], [44, 8, 8]]
 
 

@@ -7,27 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import GROUPED, tiny
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.generate import Sampling, _prefill, _step, generate, keep_likely, sample, stream
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import init_random
 
-CONFIG = MixtralConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=96,
-)
+CONFIG = tiny(GROUPED, max_position_embeddings=96)
 PROMPTS = [[5, 17, 3], [40], list(range(20, 41)), [9, 9, 1, 80, 33, 2, 7]]
 
 

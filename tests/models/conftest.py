@@ -9,25 +9,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny import GROUPED
 
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
-
-BASE = MixtralConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=128,
-)
 
 
 def hugging_face(config: MixtralConfig, seed: int = 0) -> transformers.MixtralForCausalLM:
@@ -114,7 +99,7 @@ class Pair:
 
 @pytest.fixture
 def base_config() -> MixtralConfig:
-    return BASE
+    return GROUPED
 
 
 @pytest.fixture
@@ -122,7 +107,7 @@ def make_pair() -> Callable[..., Pair]:
     """make_pair(**overrides): experts, top_k and any MixtralConfig field."""
 
     def make(seed: int = 0, experts: int = 4, top_k: int = 2, **overrides: Any) -> Pair:
-        config = dataclasses.replace(BASE, router=RouterConfig(num_experts=experts, top_k=top_k), **overrides)
+        config = dataclasses.replace(GROUPED, router=RouterConfig(num_experts=experts, top_k=top_k), **overrides)
         hf = hugging_face(config, seed)
         return Pair(config, hf, ours(config, tree_of(hf, lambda parameter: parameter.data)))
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import GROUPED, tiny
 
 from bimedix_jax.adapters import linears
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.attention import KVCache, positions_in_segments
 from bimedix_jax.models.call import Output
-from bimedix_jax.models.config import MIXTRAL_8X7B, MixtralConfig, Remat, RouterConfig
+from bimedix_jax.models.config import MIXTRAL_8X7B, Remat, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
@@ -22,21 +23,7 @@ from bimedix_jax.quantise import quantise_base
 
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
-    config = MixtralConfig(
-        vocab_size=53,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        router=RouterConfig(num_experts=4, top_k=2),
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        sliding_window=None,
-        tie_embeddings=False,
-        max_position_embeddings=64,
-    )
+    config = tiny(GROUPED, hidden_size=64, intermediate_size=128, num_layers=3)
     return init_random(config, std=0.2)
 
 

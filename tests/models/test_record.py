@@ -8,28 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import GROUPED, tiny
 
 from bimedix_jax.models.call import Output
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 
 L, B, T, K, E = 7, 2, 19, 3, 11
 """No product of some of them is another one, so that an axis can be told from its size."""
-CONFIG = MixtralConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=L,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    router=RouterConfig(num_experts=E, top_k=K),
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=True,
-    max_position_embeddings=64,
-)
+CONFIG = tiny(GROUPED, num_layers=L, experts=E, top_k=K, tie_embeddings=True)
 
 
 @pytest.fixture(scope="module")

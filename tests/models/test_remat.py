@@ -9,26 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import GROUPED, tiny
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.models.config import MixtralConfig, Remat, RouterConfig
+from bimedix_jax.models.config import Remat
 from bimedix_jax.models.mixtral import init_random
 
-WIDE = MixtralConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=256,
-    num_layers=6,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=1e4,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=True,
-    max_position_embeddings=256,
-)
+WIDE = tiny(GROUPED, intermediate_size=256, num_layers=6, tie_embeddings=True)
 
 
 def gradient_of(remat: Remat) -> tuple[dict, int]:

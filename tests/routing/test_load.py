@@ -5,31 +5,17 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import tiny
 
 from bimedix_jax.data.chat_template import encode_chat
 from bimedix_jax.data.records import Record, conversation
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.routing.load import expert_load
 from bimedix_jax.routing.picture import draw
 
-CONFIG = MixtralConfig(
-    vocab_size=304,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=256,
-)
+CONFIG = tiny(num_layers=3)
 TEXTS = [
     ("en", "qa", "What is asthma?", "A chronic disease."),
     ("en", "chat", "I cough.", "Since when?"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from tiny import GROUPED, tiny
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint import store
@@ -16,7 +17,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import MeshConfig, RouterTraining
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.units import split_units
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LoraConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.layout import layout_of
@@ -27,21 +28,7 @@ from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.state import take_apart
 from bimedix_jax.training.step import make_eval_step, make_gradient
 
-CONFIG = MixtralConfig(
-    vocab_size=48,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=32,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
+CONFIG = tiny(GROUPED, vocab_size=48, hidden_size=64, intermediate_size=128, head_dim=32)
 LORA = LoraConfig(rank=2, alpha=4.0)
 SCOPES = {(1, 2, 2, 2): "global", (2, 4, 1, 1): "micro_batch", (2, 1, 4, 1): "sequence", (4, 1, 1, 2): "global"}
 """Meshes of eight devices, and the scope of the load-balancing loss that each runs with."""

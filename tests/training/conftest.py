@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import TINY
 
 from bimedix_jax.experiment import (
     BatchConfig,
@@ -16,23 +17,7 @@ from bimedix_jax.experiment import (
     RouterTraining,
     Tracking,
 )
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
-
-TINY = MixtralConfig(
-    vocab_size=61,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
+from bimedix_jax.models.config import LoraConfig, MixtralConfig
 
 
 def tiny_experiment(**changes: Any) -> Experiment:
