@@ -97,7 +97,7 @@ def test_patterns_choose_single_matrices(model: Mixtral) -> None:
     assert w1 is not None
     assert w1.slots == (4, 6)
     assert (rows["layers.moe.w1.w"].adapted, rows["layers.moe.w1.w"].matrices) == (2, 8)
-    assert rows["layers.moe.w1.w"].trainable == 2 * 2 * (32 + 64)
+    assert rows["layers.moe.w1.w"].trainable == 2 * 2 * (32 + 48)
     assert rows["layers.attention.o.w"].adapted == 1
     assert rows["layers.moe.w2.w"].rank is None
 

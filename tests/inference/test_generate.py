@@ -133,7 +133,7 @@ def test_the_whole_context_can_be_used(model):
         ([], {}, "empty"),
         ([[1], []], {}, "prompt 1 is empty"),
         ([1.5], {}, "integers"),
-        ([97], {}, "token id 97 is outside"),
+        ([304], {}, "token id 304 is outside"),
         ([-1], {}, "token id -1 is outside"),
         ([1] * 90, {}, "context of 96"),
         ([1], {"temperature": -1.0}, "temperature"),

@@ -23,7 +23,7 @@ from bimedix_jax.quantise import quantise_base
 
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
-    config = tiny(GROUPED, hidden_size=64, intermediate_size=128, num_layers=3)
+    config = tiny(GROUPED, hidden_size=64, intermediate_size=128, num_layers=3, max_position_embeddings=64)
     return init_random(config, std=0.2)
 
 
