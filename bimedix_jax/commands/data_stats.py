@@ -104,7 +104,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _overlap(config: Config, against: Path, console: Console) -> list[dict[str, Any]]:
-    """Rows of `data.overlap.overlap`; rows that could not be read are counted above already."""
+    """Rows of `curation.overlap.overlap`; rows that could not be read are counted above already."""
     import itertools
 
     from bimedix_jax.curation.overlap import overlap
@@ -139,7 +139,7 @@ def _add(count: Count, record: "Record", tokens_of: "TokenCounter | None") -> No
 
 
 def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str, Any]]:
-    """The counts as `data.counts.tables` lays them out."""
+    """The counts as `curation.counts.tables` lays them out."""
     from bimedix_jax.curation import counts as by_kind
 
     found: dict[tuple[str, str], by_kind.Count] = defaultdict(by_kind.Count)
@@ -149,7 +149,7 @@ def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str
 
 
 def print_tables(rows: list[dict[str, Any]], with_tokens: bool, console: Console) -> None:
-    """Print what `data.counts.tables` returns."""
+    """Print what `curation.counts.tables` returns."""
     from rich import box
     from rich.table import Table
 

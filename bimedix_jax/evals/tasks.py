@@ -1,6 +1,6 @@
 """The nine benchmark tasks of the BiMediX paper (Tables 3 to 5), read from local folders.
 
-A new task is a row in TASKS, and where its files need it a reader in bimedix_jax/data/readers/.
+A new task is a row in TASKS, and where its files need it a reader in bimedix_jax/curation/readers/.
 """
 
 import dataclasses

@@ -226,8 +226,8 @@ def test_a_large_array_is_read_in_the_memory_of_one_entry(tmp_path: Path) -> Non
     assert path.stat().st_size > 30e6
     code = f"""
 import resource
-from bimedix_jax.data.quarantine import Quarantine
-from bimedix_jax.data.readers import read
+from bimedix_jax.curation.quarantine import Quarantine
+from bimedix_jax.curation.readers import read
 found = read("chatdoctor={path}", Quarantine())
 next(found)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

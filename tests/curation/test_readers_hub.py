@@ -225,10 +225,10 @@ def endpoint(tmp_path: Path) -> Iterator[str]:
 
 FROM_THE_HUB = """
 import json
-from bimedix_jax.data.quarantine import Quarantine
-from bimedix_jax.data.readers import hub, read
-from bimedix_jax.data.recipe import Part
-from bimedix_jax.data.shard import pinned
+from bimedix_jax.curation.quarantine import Quarantine
+from bimedix_jax.curation.readers import hub, read
+from bimedix_jax.curation.assembly.recipe import Part
+from bimedix_jax.curation.assembly.shard import pinned
 from bimedix_jax.errors import BimedixError
 
 def failing(part):
