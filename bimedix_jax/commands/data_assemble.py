@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from bimedix_jax.curation.assembly.recipe import Plan
+    from bimedix_jax.curation.assembly.recipe import ResolvedRecipe
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,6 @@ class Config:
     limit: int | None = None
     """At most so many rows of each source; counts are then not compared with the recipe's."""
 
-    shard: str | None = None
-    """Do part i of n of the reading, as i/n from 0/n to n-1/n, into the folder OUTPUT.shards."""
-
-    merge: bool = False
-    """Make the output of all shards in OUTPUT.shards; the other options must be those the shards were made with."""
-
     allow_counts: bool = False
     """Only warn where a source has another number of rows than the recipe says."""
 
@@ -74,33 +68,26 @@ class Config:
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Assemble, or do one shard of it, and report."""
+    """Assemble and report."""
     from bimedix_jax import files
     from bimedix_jax.curation.assembly import assemble
     from bimedix_jax.curation.assembly.recipe import describe
 
-    plan = _plan(config)
-    if plan.left_out:
-        console.print(f"[bold yellow]left out of recipe {plan.recipe}[/]: {', '.join(plan.left_out)}")
+    recipe = _recipe(config)
+    if recipe.left_out:
+        console.print(f"[bold yellow]left out of recipe {recipe.name}[/]: {', '.join(recipe.left_out)}")
     if config.dry_run:
-        result = {"sources": [*map(describe, plan.parts)], "evaluation": [*map(describe, plan.evaluation)]}
-        _print_plan(result, console)
-        return {"recipe": plan.recipe, "left_out": list(plan.left_out), **result}
-    parent = config.output.with_name(f"{config.output.name}.shards")
-    if config.shard is not None:
-        return _shard(config, plan, parent, console)
+        result = {"sources": [*map(describe, recipe.sources)], "evaluation": [*map(describe, recipe.evaluation)]}
+        _print_sources(result, console)
+        return {"recipe": recipe.name, "left_out": list(recipe.left_out), **result}
     with files.new_folder(config.output, config.overwrite) as folder:
-        if config.merge:
-            found = assemble.shard_folders(parent, plan)
-            report = assemble.merge(plan, found, folder, config.allow_counts)
-        else:
-            report = assemble.assemble(plan, folder, config.allow_counts)
+        report = assemble.assemble(recipe, folder, config.allow_counts)
     _print(report, config, console)
     return {"output": str(config.output), **report}
 
 
-def _plan(config: Config) -> "Plan":
-    """What is to be read, from recipe or sources."""
+def _recipe(config: Config) -> "ResolvedRecipe":
+    """The recipe, or the sources on the command line, with the other options applied."""
     import dataclasses
 
     from bimedix_jax.curation.assembly import recipe as recipes
@@ -108,42 +95,23 @@ def _plan(config: Config) -> "Plan":
 
     if (config.recipe is None) == (not config.sources):
         known = ", ".join(recipes.names())
-        raise BimedixError(f"name either a recipe ({known}, or a TOML file) or --sources, and not both")
-    if config.shard is not None and config.merge:
-        raise BimedixError("--shard makes a shard and --merge joins them; give one of the two")
+        raise BimedixError(f"give either a recipe ({known}, or a TOML file) or --sources, and not both")
     if config.limit is not None and config.limit < 1:
         raise BimedixError(f"--limit {config.limit} leaves nothing to read; give 1 or more")
     if config.recipe is None:
         if config.data is not None or config.local or config.only or config.skip:
-            raise BimedixError("--data, --local, --only and --skip belong to a recipe; name one, or leave them out")
-        plan = recipes.plan_of(config.sources, config.evaluation, limit=config.limit)
+            raise BimedixError("--data, --local, --only and --skip need a recipe; name one, or leave them out")
+        resolved = recipes.resolve_sources(config.sources, config.evaluation, limit=config.limit)
     else:
         loaded = recipes.load(config.recipe)
-        plan = recipes.plan(loaded, config.data, config.only, config.skip, config.local, config.limit)
-        others = recipes.plan_of((), config.evaluation).evaluation
-        plan = dataclasses.replace(plan, evaluation=(*plan.evaluation, *others))
+        resolved = recipes.resolve(loaded, config.data, config.only, config.skip, config.local, config.limit)
+        others = recipes.resolve_sources((), config.evaluation).evaluation
+        resolved = dataclasses.replace(resolved, evaluation=(*resolved.evaluation, *others))
     changes = {name: getattr(config, name) for name in ("seed", "heldout_fraction")}
-    return dataclasses.replace(plan, **{name: value for name, value in changes.items() if value is not None})
+    return dataclasses.replace(resolved, **{name: value for name, value in changes.items() if value is not None})
 
 
-def _shard(config: Config, plan: "Plan", parent: Path, console: Console) -> dict[str, Any]:
-    from bimedix_jax import files
-    from bimedix_jax.curation.assembly.shard import write_shard
-    from bimedix_jax.errors import BimedixError
-
-    number, _, size = (config.shard or "").partition("/")
-    if not (number.isdecimal() and size.isdecimal() and int(number) < int(size)):
-        raise BimedixError(f"--shard {config.shard} is no part of a whole; write i/n with i from 0 to n-1, such as 0/4")
-    folder = parent / f"{int(number)}-of-{int(size)}"
-    with files.new_folder(folder, config.overwrite) as made:
-        manifest = write_shard(plan, made, (int(number), int(size)))
-    records = sum(sum(source["records"].values()) for source in manifest["sources"])
-    rejected = sum(source["rejected"] for source in manifest["sources"])
-    console.print(f"shard {config.shard}: {records:,} records, {rejected:,} rows quarantined, in {folder}")
-    return {"output": str(folder), **manifest}
-
-
-def _print_plan(result: dict[str, Any], console: Console) -> None:
+def _print_sources(result: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
     table = Table("source", "from", "revision", "licence", title="would be read")

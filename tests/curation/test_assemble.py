@@ -8,11 +8,9 @@ import pytest
 from bimedix_jax.cli import main
 from bimedix_jax.commands.data_assemble import Config
 from bimedix_jax.curation.assembly import recipe
-from bimedix_jax.curation.assembly.assemble import assemble
+from bimedix_jax.curation.assembly.assemble import Candidate, assemble
 from bimedix_jax.curation.assembly.disjoint import Overlap, assert_disjoint, normalise, overlaps
-from bimedix_jax.curation.assembly.recipe import plan_of
-from bimedix_jax.curation.assembly.seen import seen
-from bimedix_jax.curation.assembly.shard import Entry
+from bimedix_jax.curation.assembly.recipe import resolve_sources
 from bimedix_jax.curation.readers import READERS
 from bimedix_jax.data import records
 from bimedix_jax.data.records import Record, Split, conversation
@@ -33,13 +31,13 @@ def make(name: str, question: str, split: Split | None = None, **provenance: str
     )
 
 
-def test_two_spellings_of_a_question_are_one() -> None:
+def test_spelling_does_not_distinguish_questions() -> None:
     assert normalise("What  is (are) Asthma ?") == normalise("what is are asthma")
     assert normalise("ما هِيَ أعراضُ الرّبـو؟") == normalise("ما هي اعراض الربو")
     assert normalise("ما هي أعراض الربو") != normalise("ما هي أسباب الربو")
 
 
-def test_an_overlap_is_found_by_id_by_pubmed_id_and_by_question() -> None:
+def test_overlaps_are_found_by_id_pubmed_id_and_question() -> None:
     evaluation = [make("e1", "What is asthma?"), make("e2", "Does it help?", pmid="123")]
     train = [make("t1", "what is ASTHMA"), make("e2", "new"), make("t2", "other", pmid="123"), make("t3", "free")]
     found = overlaps(train, evaluation)
@@ -49,7 +47,7 @@ def test_an_overlap_is_found_by_id_by_pubmed_id_and_by_question() -> None:
     assert_disjoint(train[3:], evaluation)
 
 
-def test_training_never_keeps_what_is_evaluated_and_everything_left_out_is_on_record(tmp_path: Path) -> None:
+def test_evaluation_records_are_removed_from_training_and_quarantined(tmp_path: Path) -> None:
     source, evaluation, out = tmp_path / "s.jsonl", tmp_path / "e.jsonl", tmp_path / "out"
     out.mkdir()
     records.write_jsonl(
@@ -66,7 +64,7 @@ def test_training_never_keeps_what_is_evaluated_and_everything_left_out_is_on_re
     )
     there = [make("x", "Seen in Evaluation", "heldout"), make("y", "Trained on there?", "train")]
     records.write_jsonl(evaluation, there)
-    report = assemble(plan_of([str(source)], [str(evaluation)]), out)
+    report = assemble(resolve_sources([str(source)], [str(evaluation)]), out)
     assert [record.id for record in records.read_jsonl(out / "train.jsonl")] == ["a", "f"]
     assert [record.id for record in records.read_jsonl(out / "heldout.jsonl")] == ["d"]
     left_out = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
@@ -85,11 +83,11 @@ def test_training_never_keeps_what_is_evaluated_and_everything_left_out_is_on_re
     ]
 
 
-def test_a_group_stays_on_one_side(tmp_path: Path) -> None:
+def test_records_of_one_group_get_the_same_split(tmp_path: Path) -> None:
     made = [make(f"r{i}", f"Question {i}?", group=f"g{i // 5}") for i in range(100)]
     records.write_jsonl(tmp_path / "s.jsonl", made)
     (tmp_path / "out").mkdir()
-    assemble(plan_of([str(tmp_path / "s.jsonl")], heldout_fraction=0.5), tmp_path / "out")
+    assemble(resolve_sources([str(tmp_path / "s.jsonl")], heldout_fraction=0.5), tmp_path / "out")
     sides = [
         {record.provenance["group"] for record in records.read_jsonl(tmp_path / "out" / f"{split}.jsonl")}
         for split in ("train", "heldout")
@@ -98,7 +96,7 @@ def test_a_group_stays_on_one_side(tmp_path: Path) -> None:
     assert len(sides[0] | sides[1]) == 20
 
 
-def test_the_commands_walk_from_the_sample_to_rows(
+def test_assemble_pack_and_stats_run_on_the_sample(
     tmp_path: Path, bytes_tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, rows, tokenizer = tmp_path / "records", tmp_path / "rows", str(bytes_tokenizer.folder)
@@ -150,7 +148,7 @@ expect = { rows = 2 }
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two sources with broken rows, copies within and across, and an evaluation set that meets both."""
+    """Two sources with broken rows and duplicates, and an evaluation set that overlaps both."""
     folder = tmp_path / "data"
     folder.mkdir()
     rows = [{"instruction": "", "input": f"Question {i % 25}?", "output": f"Answer {i % 25}."} for i in range(30)]
@@ -168,20 +166,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("size", [1, 3, 41])
-def test_shards_merge_into_the_bytes_of_the_whole_run(data: Path, size: int, capfd: pytest.CaptureFixture[str]) -> None:
-    """More shards than rows of a source leave some empty, in which case nothing changes either."""
-    common = ["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--json"]
-    whole, parts = data.parent / "whole", data.parent / "parts"
-    assert main([*common, "--output", str(whole)]) == 0
+def test_every_row_is_a_record_or_quarantined_with_its_reason(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = data.parent / "out"
+    arguments = ["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--json"]
+    assert main([*arguments, "--output", str(out)]) == 0
     report = json.loads(capfd.readouterr().out)
-    for number in reversed(range(size)):
-        assert main([*common, "--output", str(parts), "--shard", f"{number}/{size}"]) == 0
-    assert main([*common, "--output", str(parts), "--merge"]) == 0
-    merged = json.loads(capfd.readouterr().out.rpartition("\n{\n")[2].join(["{", ""]))
-    assert contents(whole) == contents(parts)
-    assert hashlib.sha256(contents(parts)["train.jsonl"]).hexdigest() == report["sha256"]["train.jsonl"]
-    assert {**report, "output": str(parts)} == merged
     assert report["train"] + report["heldout"] + report["quarantined"] == 30 + 40
     assert {row["reason"] for row in report["reasons"]} == {
         "another record has the same text",
@@ -190,39 +179,21 @@ def test_shards_merge_into_the_bytes_of_the_whole_run(data: Path, size: int, cap
         "1 columns, the header has 4",
         "answer 'C' is not among 2 choices",
     }
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["line"] is None for row in lines] == sorted(row["line"] is None for row in lines), "unread rows first"
 
 
-def test_shards_that_do_not_belong_together_are_not_merged(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    common = [
-        "data",
-        "assemble",
-        str(data.parent / "tiny.toml"),
-        "--data",
-        str(data),
-        "--output",
-        str(data.parent / "o"),
-    ]
-
-    def failing(*options: str) -> str:
-        assert main([*common, *options]) == 1
-        return capfd.readouterr().err
-
-    assert "there is no shard" in failing("--merge")
-    assert main([*common, "--shard", "1/3"]) == 0
-    assert "exists and is not empty" in failing("--shard", "1/3")
-    assert "lacks shards 0/3, 2/3; make them with --shard 0/3" in failing("--merge")
-    assert "made by another recipe or with other options" in failing("--merge", "--seed", "1")
-    assert main([*common, "--shard", "0/2"]) == 0
-    assert "holds shards of 2 and of 3" in failing("--merge")
-    manifest = data.parent / "o.shards/0-of-2/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"version": "', '"version": "9.'))
-    assert "make it again" in failing("--merge")
-    for wrong in ("3/3", "x", "1", "-1/3"):
-        assert "write i/n" in failing(f"--shard={wrong}")
-    assert "give one of the two" in failing("--shard", "0/2", "--merge")
+def test_the_same_sources_give_the_same_bytes(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--json"]
+    first, second = data.parent / "first", data.parent / "second"
+    assert main([*arguments, "--output", str(first)]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert main([*arguments, "--output", str(second)]) == 0
+    assert contents(first) == contents(second)
+    assert hashlib.sha256(contents(first)["train.jsonl"]).hexdigest() == report["sha256"]["train.jsonl"]
 
 
-def test_a_source_of_another_size_is_an_error_unless_allowed(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_counts_raise_unless_allowed(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, out = data.parent / "tiny.toml", data.parent / "o"
     file.write_text(RECIPE.replace("rows = 30", "rows = 31").replace("records = 38", "records = [39, 50]"))
     common = ["data", "assemble", str(file), "--data", str(data), "--output", str(out)]
@@ -241,17 +212,17 @@ def test_a_source_of_another_size_is_an_error_unless_allowed(data: Path, capfd: 
     assert report["read"] == {"chatdoctor": 4, "exams": 4}, "no counts are compared with a limit"
 
 
-def test_a_licence_that_is_not_the_recipes_is_an_error(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_licence_that_differs_from_the_recipe_raises(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = RECIPE.replace('path = "test.jsonl"', 'path = "test.jsonl"\nlicence = "MIT"')
     (data.parent / "tiny.toml").write_text(text)
     assert (
         main(["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--output", str(data / "o")])
         == 1
     )
-    assert "x of test is under 'l', the recipe says 'MIT'" in capfd.readouterr().err
+    assert "x of test has licence 'l', but the recipe states 'MIT'" in capfd.readouterr().err
 
 
-def test_a_plan_says_where_everything_is_read_from(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_lists_the_place_of_every_source(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, other = str(data.parent / "tiny.toml"), data / "other.jsonl"
     other.write_text("")
     dry = ["data", "assemble", file, "--dry-run", "--output", str(data / "o"), "--json"]
@@ -266,7 +237,7 @@ def test_a_plan_says_where_everything_is_read_from(data: Path, capfd: pytest.Cap
     (row,) = json.loads(capfd.readouterr().out)["sources"]
     assert (row["from"], row["revision"], row["expect"]) == ("hf:owner/name#train", "main", {"rows": 30})
     wrong = {
-        ("--only", "exams"): "give --data the folder that holds it",
+        ("--only", "exams"): "name its parent folder with --data",
         ("--only", "nothing"): "has no source 'nothing'",
         ("--only", "test"): "no source of recipe tiny is left",
         ("--local", "exams=/does/not/exist"): "there is no /does/not/exist",
@@ -285,37 +256,37 @@ def test_a_plan_says_where_everything_is_read_from(data: Path, capfd: pytest.Cap
         (('name = "tiny"', "name ="), "is not TOML"),
         (('reader = "table"', 'reader = "tabel"'), "there is no reader 'tabel'"),
         (('licence = "MIT"', ""), "a licence is missing"),
-        (('revision = "main"', ""), "hub and revision come together"),
+        (('revision = "main"', ""), "hub and revision must be given together"),
         (("expect = { rows = 30 }", ""), "expect.rows is missing"),
-        (('path = "exams.csv"', ""), "name a path, a hub id or both"),
-        (('name = "exams"', 'name = "doctor"'), "two sources have one name"),
+        (('path = "exams.csv"', ""), "a path, a hub id or both must be given"),
+        (('name = "exams"', 'name = "doctor"'), "two sources have the same name"),
         (("heldout_fraction", "held_out"), "held_out"),
     ],
 )
-def test_a_recipe_that_cannot_be_meant_is_refused(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+def test_invalid_recipes_raise(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(RECIPE.replace(*change))
     with pytest.raises(BimedixError, match=message):
         recipe.load(str(tmp_path / "r.toml"))
 
 
-def test_paths_of_a_recipe_stay_in_the_folder_and_options_are_known(data: Path) -> None:
+def test_paths_outside_the_data_folder_and_unknown_options_raise(data: Path) -> None:
     for change, message in {
         ('path = "exams.csv"', 'path = "../tiny.toml"'): "not a path inside that folder",
         ('source = "exams"', 'surce = "exams"'): "has no option 'surce'",
     }.items():
         (data.parent / "r.toml").write_text(RECIPE.replace(*(change, message)[0]))
         with pytest.raises(BimedixError, match=message):
-            recipe.plan(recipe.load(str(data.parent / "r.toml")), data)
+            recipe.resolve(recipe.load(str(data.parent / "r.toml")), data)
 
 
-def test_the_recipes_of_the_package_can_be_planned(tmp_path: Path) -> None:
-    """Every commit is whole, or the beginning of one that the reader compares with main's."""
+def test_bundled_recipes_resolve(tmp_path: Path) -> None:
+    """Every revision is a full commit hash or the first seven digits of one."""
     assert recipe.names() == ["bimed-en", "published-data"]
     loaded = recipe.load("bimed-en")
     (tmp_path / "medquad").mkdir()
     (tmp_path / "mts_dialog").mkdir()
-    plan = recipe.plan(loaded, tmp_path)
-    assert [part.name for part in plan.parts] == ["pmc_llama", "chatdoctor", "medquad", "mts_dialog"]
+    resolved = recipe.resolve(loaded, tmp_path)
+    assert [source.name for source in resolved.sources] == ["pmc_llama", "chatdoctor", "medquad", "mts_dialog"]
     assert all(
         source.revision is None or len(source.revision) in (7, 40) for source in (*loaded.sources, *loaded.evaluation)
     )
@@ -326,17 +297,10 @@ def test_the_recipes_of_the_package_can_be_planned(tmp_path: Path) -> None:
         recipe.load("nothing")
 
 
-def test_an_entry_survives_its_line() -> None:
+def test_a_candidate_survives_its_line() -> None:
     line = make("a\tb", "Tab\tand line\n?").to_json().encode()
-    entry = Entry((1, 2), "train", "s", "a\tb", b"t" * 16, (("id", b"k" * 16),), line)
-    assert Entry.from_bytes(entry.to_bytes()) == entry
-
-
-def test_the_first_owner_of_a_key_keeps_it(tmp_path: Path) -> None:
-    with seen(tmp_path / "keys") as keys:
-        assert (keys.claim(b"k", "first"), keys.claim(b"k", "second"), keys.owner(b"k")) == (None, "first", "first")
-        assert keys.owner(b"other") is None
-    assert not list(tmp_path.iterdir())
+    candidate = Candidate(source="s", id="a\tb", keys=(("id", b"k" * 16),), line=line)
+    assert Candidate.from_bytes(candidate.to_bytes()) == candidate
 
 
 def test_the_help_names_every_reader_and_recipe() -> None:

@@ -227,26 +227,29 @@ FROM_THE_HUB = """
 import json
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers import hub, read
-from bimedix_jax.curation.assembly.recipe import Part
-from bimedix_jax.curation.assembly.shard import pinned
+from bimedix_jax.curation.assembly.recipe import ResolvedSource
+from bimedix_jax.curation.assembly.sources import pinned
 from bimedix_jax.errors import BimedixError
 
-def failing(part):
+def medmcqa(place, licence=None):
+    return ResolvedSource(name="a", reader="medmcqa", place=hub.parse(place), licence=licence)
+
+def failing(source):
     try:
-        pinned(part)
+        pinned(source)
     except BimedixError as error:
         return str(error)
 
-place = pinned(Part("a", "medmcqa", hub.parse("owner/name@0123456"), licence="MIT"))
+place = pinned(medmcqa("owner/name@0123456", licence="MIT"))
 quarantine = Quarantine()
 print(json.dumps({
     "commit": place.revision,
     "parquet": [record.id for record in read(f"medmcqa=hf:owner/name@{place.revision}", quarantine)],
     "rejected": quarantine.count,
     "json": [record.id for record in read(f"chatdoctor=hf:owner/array@{place.revision}", Quarantine())],
-    "licence": failing(Part("a", "medmcqa", hub.parse("owner/name"), licence="Apache-2.0")),
-    "moved": failing(Part("a", "medmcqa", hub.parse("owner/name@fffffff"))),
-    "absent": failing(Part("a", "medmcqa", hub.parse("owner/absent"))),
+    "licence": failing(medmcqa("owner/name", licence="Apache-2.0")),
+    "moved": failing(medmcqa("owner/name@fffffff")),
+    "absent": failing(medmcqa("owner/absent")),
 }))
 """
 
@@ -266,6 +269,6 @@ def test_sets_are_pinned_and_read_from_a_hub(endpoint: str, tmp_path: Path) -> N
     assert result["commit"] == COMMIT
     assert result["parquet"] == [f"medmcqa/q{i}" for i in range(3)]
     assert (result["rejected"], result["json"]) == (1, ["chatdoctor/array/train/release/1"])
-    assert "is under 'mit', the recipe 'Apache-2.0'" in result["licence"]
+    assert "has licence 'mit' on the hub, but the recipe states 'Apache-2.0'" in result["licence"]
     assert f"main of owner/name is {COMMIT}, not fffffff" in result["moved"]
     assert "does not give owner/absent at main" in result["absent"]

@@ -1,13 +1,15 @@
-"""Several sources into one training set and one held-out set that share nothing, with everything left out on record.
+"""Several data sets into one training set and one held-out set that share no record, in one pass and one process.
 
-Reading is `shard.write_shard`, in one go or in shards; merging is here and is what concerns all records together: ids
-and texts that occur twice, training records that are held out or belong to an evaluation set, counts. The folder holds
-`train.jsonl`, `heldout.jsonl`, `quarantine.jsonl` (one line for each row that was left out: source, file, line, reason,
-detail) and `report.json`. Near-duplicates, ratios and packing are the next commands' work, on `train.jsonl`.
+The output folder holds `train.jsonl`, `heldout.jsonl`, `quarantine.jsonl` (one line for each row that was left out:
+source, file, line, reason, detail) and `report.json`. Near-duplicates and language ratios are handled later, by
+`bimedix data mix`, and packing by `bimedix data pack`.
+
+Records are written to disk as they are read. What stays in memory is the id and a digest of the text of each record,
+about 400 bytes. docs/results/data_throughput.md has the time and memory that 1.3 million records take.
 """
 
 import dataclasses
-import heapq
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -17,13 +19,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bimedix_jax import __version__, files
-from bimedix_jax.curation.assembly import shard as shards
+from bimedix_jax import files
+from bimedix_jax.curation.assembly import disjoint
 from bimedix_jax.curation.assembly.disjoint import Identities, assert_disjoint
-from bimedix_jax.curation.assembly.recipe import Part, Plan, describe
-from bimedix_jax.curation.assembly.seen import Seen, seen
-from bimedix_jax.curation.assembly.shard import Entry
+from bimedix_jax.curation.assembly.recipe import ResolvedRecipe, ResolvedSource, describe
+from bimedix_jax.curation.assembly.sources import pinned, read_source, unexpected
 from bimedix_jax.curation.quarantine import Quarantine, Rejected, left_out
+from bimedix_jax.curation.readers.hub import HubSet
 from bimedix_jax.data import records as record_files
 from bimedix_jax.data.records import Record
 from bimedix_jax.errors import BimedixError
@@ -35,147 +37,86 @@ DUPLICATE_TEXT = "another record has the same text"
 IN_EVALUATION = "the evaluation set has the same record or question"
 
 
-def assemble(plan: Plan, folder: Path, allow_counts: bool = False) -> dict[str, Any]:
-    """Read a plan and write its sets into an existing folder; return the report.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A training record that may still overlap a held-out or an evaluation record.
 
-    A record without a split gets one by the hash of its id, or of what its source groups records by. Training records
-    that also are in the held-out set, or in one of the evaluation sets, are left out of training.
+    Attributes:
+      keys: as disjoint.keys gives them.
+      line: the record as a line of JSON.
+    """
+
+    source: str
+    id: str
+    keys: tuple[tuple[str, bytes], ...]
+    line: bytes
+
+    def to_bytes(self) -> bytes:
+        """One line."""
+        keys = [[by, key.hex()] for by, key in self.keys]
+        return json.dumps([self.source, self.id, keys]).encode() + b"\t" + self.line + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Candidate":
+        """The inverse of `to_bytes`."""
+        head, _, line = data.rstrip(b"\n").partition(b"\t")
+        source, name, keys = json.loads(head)
+        return cls(source=source, id=name, keys=tuple((by, bytes.fromhex(key)) for by, key in keys), line=line)
+
+
+def assemble(recipe: ResolvedRecipe, folder: Path, allow_counts: bool = False) -> dict[str, Any]:
+    """Read all sources of a recipe and write the two sets into an existing folder; return the report.
+
+    A record without a split gets one by the hash of its id, or of the group that its source puts it in. Of records with
+    one id or one text, the first is kept. A training record is left out if a held-out or an evaluation record has the
+    same id, PubMed id or question.
 
     Raises:
-        BimedixError: a source cannot be read or is not what the plan says; or, after all this, training and evaluation
-            still overlap.
+        BimedixError: a source cannot be read or differs from what the recipe states; or training and evaluation
+            overlap after all this.
     """
-    part = folder / "shard"
-    part.mkdir()
-    shards.write_shard(plan, part)
-    report = merge(plan, [part], folder, allow_counts)
-    for path in part.iterdir():
-        path.unlink()
-    part.rmdir()
-    return report
-
-
-def merge(plan: Plan, folders: Sequence[Path], folder: Path, allow_counts: bool = False) -> dict[str, Any]:
-    """Make of all shards of a plan what `assemble` makes of it in one go; return the report.
-
-    Raises:
-        BimedixError: as `assemble`; or the shards are not all of this plan, of this version and of the same revisions.
-    """
-    counts = _counts(plan, folders)
-    wrong = _unexpected(plan.parts, counts) if plan.limit is None else []
-    _refuse(wrong, allow_counts)
     evaluation_counts: list[dict[str, Any]] = []
-    known = Identities(_evaluation(plan, evaluation_counts))
-    if plan.limit is None:
-        unmet = _unexpected(plan.evaluation, evaluation_counts)
-        _refuse(unmet, allow_counts)
-        wrong += unmet
+    known = Identities(_evaluation(recipe, evaluation_counts))
+    wrong_evaluation = _check_counts(recipe, recipe.evaluation, evaluation_counts, allow_counts)
     kept: Counter[tuple[str, str]] = Counter()
     with (folder / QUARANTINE).open("w", encoding="utf-8") as file:
 
-        def note(row: Rejected) -> None:
+        def write(row: Rejected) -> None:
             file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
 
-        quarantine = Quarantine(sink=note)
-        for _, row in heapq.merge(
-            *(shards.rejected(path / shards.QUARANTINE) for path in folders), key=lambda item: item[0]
-        ):
-            quarantine.note(row)
-        _separate(folders, folder, known, quarantine, kept)
+        quarantine = Quarantine(sink=write)
+        counts = _separate(recipe, folder, known, quarantine, kept)
+        wrong = _check_counts(recipe, recipe.sources, counts, allow_counts) + wrong_evaluation
         _filter(folder, known, quarantine, kept)
-    heldout_and_evaluation = itertools.chain(record_files.read_jsonl(folder / HELDOUT), _evaluation(plan, []))
+    heldout_and_evaluation = itertools.chain(record_files.read_jsonl(folder / HELDOUT), _evaluation(recipe, []))
     assert_disjoint(record_files.read_jsonl(folder / TRAIN), heldout_and_evaluation)
-    report = _report(plan, counts, evaluation_counts, wrong, kept, quarantine)
+    report = _report(recipe, counts, evaluation_counts, wrong, kept, quarantine)
     report["sha256"] = {name: files.sha256(folder / name) for name in (TRAIN, HELDOUT)}
     (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def shard_folders(parent: Path, plan: Plan) -> list[Path]:
-    """All shards of a plan in a folder, in order.
-
-    Raises:
-        BimedixError: some are missing, belong to another plan or version, or to shardings of different sizes.
-    """
-    found: dict[tuple[int, int], Path] = {}
-    for path in sorted(parent.glob(f"*/{shards.MANIFEST}")):
-        if path.parent.name.startswith("."):
-            continue  # half-written: files.new_folder renames it when it is complete
-        manifest = _manifest(path)
-        if manifest["plan"] != plan.digest():
-            raise BimedixError(
-                f"{path.parent} was made by another recipe or with other options; name the same ones with --merge as "
-                "with --shard, or delete the folder"
-            )
-        found[manifest["shard"][0], manifest["shard"][1]] = path.parent
-    sizes = {size for _, size in found}
-    if len(sizes) > 1:
-        raise BimedixError(
-            f"{parent} holds shards of {' and of '.join(map(str, sorted(sizes)))}; delete those of one kind"
-        )
-    if not found:
-        raise BimedixError(
-            f"there is no shard in {parent}; make them first: the same command with --shard 0/N and so on"
-        )
-    (size,) = sizes
-    missing = [f"{number}/{size}" for number in range(size) if (number, size) not in found]
-    if missing:
-        raise BimedixError(f"{parent} lacks shards {', '.join(missing[:8])}; make them with --shard {missing[0]}")
-    return [found[number, size] for number in range(size)]
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    manifest = json.loads(path.read_text("utf-8"))
-    if manifest.get("format") != shards.FORMAT or manifest.get("version") != __version__:
-        raise BimedixError(
-            f"{path.parent} was made by bimedix_jax {manifest.get('version')}, this is {__version__}; make it again"
-        )
-    return manifest
-
-
-def _counts(plan: Plan, folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """For each source of the plan: its revision, and counts summed over the shards."""
-    manifests = [_manifest(path / shards.MANIFEST) for path in folders]
-    totals = []
-    for number, part in enumerate(plan.parts):
-        sources = [manifest["sources"][number] for manifest in manifests]
-        revisions = sorted({str(source["revision"]) for source in sources})
-        if len(revisions) > 1:
-            raise BimedixError(
-                f"shards read {part.name} at different revisions ({', '.join(revisions)}); name a commit in the recipe "
-                "and make them again"
-            )
-        read, made = (sum((Counter(source[name]) for source in sources), Counter()) for name in ("read", "records"))
-        totals.append(
-            {
-                "revision": sources[0]["revision"],
-                "read": dict(sorted(read.items())),
-                "records": dict(sorted(made.items())),
-                "rejected": sum(source["rejected"] for source in sources),
-            }
-        )
-    return totals
-
-
-def _unexpected(parts: Sequence[Part], counts: list[dict[str, Any]]) -> list[str]:
-    pairs = zip(parts, counts, strict=True)
-    return [sentence for part, count in pairs for sentence in shards.unexpected(part, count)]
-
-
-def _refuse(wrong: list[str], allowed: bool) -> None:
+def _check_counts(
+    recipe: ResolvedRecipe, sources: Sequence[ResolvedSource], counts: list[dict[str, Any]], allowed: bool
+) -> list[str]:
+    """Sentences about counts that differ from the recipe; raises unless `allowed`. A limit switches the check off."""
+    if recipe.limit is not None:
+        return []
+    wrong = [sentence for source, count in zip(sources, counts, strict=True) for sentence in unexpected(source, count)]
     if wrong and not allowed:
         raise BimedixError(
-            f"{'; '.join(wrong)}: a source is not what the recipe was written for; fetch it again at its revision, "
-            "correct the recipe, or pass --allow-counts"
+            f"{'; '.join(wrong)}: the recipe was written for another state of this data; fetch it again at the "
+            "recipe's revision, correct the recipe, or pass --allow-counts"
         )
+    return wrong
 
 
-def _evaluation(plan: Plan, counts: list[dict[str, Any]]) -> Iterator[Record]:
-    """Evaluation records; what a source itself marks for training is not among them. Counts are appended."""
-    for part in plan.evaluation:
+def _evaluation(recipe: ResolvedRecipe, counts: list[dict[str, Any]]) -> Iterator[Record]:
+    """Evaluation records, without those that their source marks for training. Appends the counts of each source."""
+    for source in recipe.evaluation:
         quarantine = Quarantine()
         made: Counter[str] = Counter()
-        for record in shards.read_part(part, quarantine):
+        for record in read_source(source, pinned(source), quarantine):
             made[record.source] += 1
             if record.split != "train":
                 yield record
@@ -183,56 +124,82 @@ def _evaluation(plan: Plan, counts: list[dict[str, Any]]) -> Iterator[Record]:
 
 
 def _separate(
-    folders: Sequence[Path], folder: Path, known: Identities, quarantine: Quarantine, kept: Counter[tuple[str, str]]
-) -> None:
-    """Held-out records into their file and into `known`, the others into a file of candidates, all without copies."""
-    merged = heapq.merge(*(shards.entries(path / shards.RECORDS) for path in folders), key=lambda entry: entry.place)
-    with (
-        seen(folder / "ids.sqlite") as ids,
-        seen(folder / "texts.sqlite") as texts,
-        (folder / "candidates").open("wb") as train,
-        (folder / HELDOUT).open("wb") as heldout,
-    ):
-        for entry in tqdm(merged, desc="duplicates", unit=" records", disable=None):
-            twin = _twin(entry, ids, texts)
-            if twin is not None:
-                quarantine.note(twin)
-            elif entry.split == "heldout":
-                known.add_keys(entry.id, entry.keys)
-                kept[entry.source, "heldout"] += 1
-                heldout.write(entry.line + b"\n")
-            else:
-                train.write(entry.to_bytes())
+    recipe: ResolvedRecipe, folder: Path, known: Identities, quarantine: Quarantine, kept: Counter[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """Write held-out records to their file and the others to a file of candidates, without duplicates.
+
+    Held-out records are added to `known`. Returns the revision and the counts of each source.
+    """
+    ids: set[str] = set()
+    texts: dict[bytes, str] = {}  # digest -> id of the first record with that text
+    duplicates: list[Rejected] = []
+    counts = []
+    with (folder / "candidates").open("wb") as train, (folder / HELDOUT).open("wb") as heldout:
+        for source in recipe.sources:
+            place = pinned(source)
+            rows = Quarantine(limit=recipe.limit, sink=quarantine.note)
+            made: Counter[str] = Counter()
+            for unsplit in read_source(source, place, rows):
+                made[unsplit.source] += 1
+                record = _with_split(unsplit, recipe.seed, recipe.heldout_fraction)
+                duplicate = _duplicate(record, ids, texts)
+                if duplicate is not None:
+                    duplicates.append(duplicate)
+                    continue
+                keys, line = tuple(disjoint.keys(record)), record.to_json().encode()
+                if record.split == "heldout":
+                    known.add_keys(record.id, keys)
+                    kept[record.source, "heldout"] += 1
+                    heldout.write(line + b"\n")
+                else:
+                    candidate = Candidate(source=record.source, id=record.id, keys=keys, line=line)
+                    train.write(candidate.to_bytes())
+            revision = place.revision if isinstance(place, HubSet) else None
+            read, records = (dict(sorted(counter.items())) for counter in (rows.read, made))
+            counts.append({"revision": revision, "read": read, "records": records, "rejected": rows.count})
+    for duplicate in duplicates:  # after the rows that could not be read, in quarantine.jsonl
+        quarantine.note(duplicate)
+    return counts
 
 
-def _twin(entry: Entry, ids: Seen, texts: Seen) -> Rejected | None:
-    """The rejection of an entry whose id is not new, or whose text is not new within its split."""
-    if ids.owner(entry.id.encode()) is not None:
-        return left_out(entry.source, entry.id, DUPLICATE_ID, entry.id)
-    first = texts.claim(entry.text, entry.id)
-    if first is not None:
-        return left_out(entry.source, entry.id, DUPLICATE_TEXT, first)
-    ids.claim(entry.id.encode(), "")
+def _with_split(record: Record, seed: int, heldout_fraction: float) -> Record:
+    """A record without a split gets one by the hash of its id, or of the group that its source puts it in."""
+    if record.split is not None:
+        return record
+    key = str(record.provenance.get("group", record.id))
+    return record.model_copy(update={"split": record_files.assign_split(key, seed, heldout_fraction)})
+
+
+def _duplicate(record: Record, ids: set[str], texts: dict[bytes, str]) -> Rejected | None:
+    """The rejection of a record whose id is not new, or whose text is not new within its split."""
+    if record.id in ids:
+        return left_out(record.source, record.id, DUPLICATE_ID, record.id)
+    said = f"{record.split}\0" + "\0".join(f"{turn.speaker}\0{turn.value}" for turn in record.conversations)
+    first = texts.setdefault(hashlib.blake2b(said.encode(), digest_size=16).digest(), record.id)
+    if first != record.id:
+        return left_out(record.source, record.id, DUPLICATE_TEXT, first)
+    ids.add(record.id)
     return None
 
 
 def _filter(folder: Path, known: Identities, quarantine: Quarantine, kept: Counter[tuple[str, str]]) -> None:
-    """Candidates that no held-out or evaluation record shares anything with, into the training file."""
+    """Write the candidates that share nothing with a held-out or evaluation record to the training file."""
     candidates = folder / "candidates"
-    with (folder / TRAIN).open("wb") as train:
-        for entry in tqdm(shards.entries(candidates), desc="evaluation", unit=" records", disable=None):
-            overlap = known.find_keys(entry.id, entry.keys)
+    with candidates.open("rb") as lines, (folder / TRAIN).open("wb") as train:
+        for line in tqdm(lines, desc="evaluation", unit=" records", disable=None):
+            candidate = Candidate.from_bytes(line)
+            overlap = known.find_keys(candidate.id, candidate.keys)
             if overlap is None:
-                kept[entry.source, "train"] += 1
-                train.write(entry.line + b"\n")
+                kept[candidate.source, "train"] += 1
+                train.write(candidate.line + b"\n")
             else:
                 detail = f"{overlap.evaluation}, by {overlap.by}"
-                quarantine.note(left_out(entry.source, entry.id, IN_EVALUATION, detail))
+                quarantine.note(left_out(candidate.source, candidate.id, IN_EVALUATION, detail))
     candidates.unlink()
 
 
 def _report(
-    plan: Plan,
+    recipe: ResolvedRecipe,
     counts: list[dict[str, Any]],
     evaluation_counts: list[dict[str, Any]],
     wrong: list[str],
@@ -244,17 +211,17 @@ def _report(
         source: {split: kept[source, split] for split in ("train", "heldout")}
         for source in sorted({source for source, _ in kept})
     }
-    sources = [{**describe(part), **count} for part, count in zip(plan.parts, counts, strict=True)]
-    others = [{**describe(part), **count} for part, count in zip(plan.evaluation, evaluation_counts, strict=True)]
+    sources = [{**describe(source), **count} for source, count in zip(recipe.sources, counts, strict=True)]
+    others = [{**describe(source), **count} for source, count in zip(recipe.evaluation, evaluation_counts, strict=True)]
     read: Counter[str] = sum((Counter(count["read"]) for count in counts), Counter())
     return {
-        "recipe": plan.recipe,
-        "left_out": list(plan.left_out),
+        "recipe": recipe.name,
+        "left_out": list(recipe.left_out),
         "sources": sources,
         "evaluation": others,
-        "seed": plan.seed,
-        "heldout_fraction": plan.heldout_fraction,
-        "limit": plan.limit,
+        "seed": recipe.seed,
+        "heldout_fraction": recipe.heldout_fraction,
+        "limit": recipe.limit,
         "unexpected": wrong,
         "read": dict(sorted(read.items())),
         "records": splits,

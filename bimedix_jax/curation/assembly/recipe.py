@@ -1,12 +1,10 @@
-"""Recipes: which sources make a set, at which revision, under which licence, and how many rows each must have.
+"""Recipes: the sources of a training set, with the revision, licence and number of rows that each must have.
 
-A recipe is a TOML file; those of the package lie in assets/recipes. With command line and local copies it becomes a
-`Plan`, in which every source has its place and nothing is left to decide.
+A recipe is a TOML file; those of the package are in assets/recipes. `resolve` turns it into a `ResolvedRecipe`: it
+applies the options of the command line and finds the place of each source, a local copy or the hub.
 """
 
 import dataclasses
-import hashlib
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -23,21 +21,21 @@ from bimedix_jax.data.records import explain
 from bimedix_jax.errors import BimedixError
 
 OWN_LICENCE = {"sample", "records"}
-"""Readers of records that say their licence themselves."""
+"""Readers of records that name their own licence."""
 
 ROWS, RECORDS_MADE = "rows", "records"
 Count = int | Annotated[tuple[int, int], Field(description="least and most")]
 
 
 class Source(BaseModel):
-    """A source of a recipe. It lies in `path` under the folder given as --data, or on the hub, or in either.
+    """A source of a recipe. It is read from `path` under the folder --data if that exists, else from the hub.
 
     Attributes:
-      licence: of its records; asserted for each of them.
-      card: licence that the hub's card states, where it differs; asserted before anything is read.
-      expect: how many `rows` are read, how many `records` they make, and how many rows there are under a name that
-        the reader counts by, such as pmc_llama/medmcqa: a number, or the least and the most.
-      note: where this is from and why it is here.
+      licence: licence of its records; checked for each of them.
+      card: licence on the hub's card, where it differs from `licence`; checked before anything is read.
+      expect: expected number of `rows`, of `records` made from them, and of rows of a part that the reader counts
+        separately, such as pmc_llama/medmcqa: a number, or the least and the most.
+      note: origin of the source and why it is in the recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,9 +58,9 @@ class Source(BaseModel):
         if self.reader not in readers.READERS:
             raise ValueError(f"{self.name}: there is no reader {self.reader!r}")
         if self.reader != "sample" and self.path is None and self.hub is None:
-            raise ValueError(f"{self.name}: name a path, a hub id or both")
+            raise ValueError(f"{self.name}: a path, a hub id or both must be given")
         if (self.hub is None) != (self.revision is None):
-            raise ValueError(f"{self.name}: hub and revision come together")
+            raise ValueError(f"{self.name}: hub and revision must be given together")
         if self.licence is None and self.reader not in OWN_LICENCE:
             raise ValueError(f"{self.name}: a licence is missing")
         if ROWS not in self.expect:
@@ -71,7 +69,7 @@ class Source(BaseModel):
 
 
 class Recipe(BaseModel):
-    """The sources of a set, and the evaluation sets that it must not overlap. `about` says what it stands for."""
+    """The sources of a training set, and the evaluation sets that it must not overlap. `about` describes it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -83,16 +81,16 @@ class Recipe(BaseModel):
     evaluation: tuple[Source, ...] = ()
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "Recipe":
+    def _names_are_unique(self) -> "Recipe":
         names = [source.name for source in (*self.sources, *self.evaluation)]
         if len(set(names)) < len(names):
-            raise ValueError("two sources have one name")
+            raise ValueError("two sources have the same name")
         return self
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A source with its place. Fields as in Source; `licence` None asserts nothing."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedSource:
+    """A source and the place it is read from. Fields as in Source; `licence` None means that none is checked."""
 
     name: str
     reader: str
@@ -103,26 +101,23 @@ class Part:
     expect: Mapping[str, Count] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is read, down to the place of every source.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedRecipe:
+    """A recipe whose every source has a place, with the options of the command line applied.
 
     Attributes:
-      recipe: its name, None for sources named on the command line.
-      left_out: sources of the recipe that were not asked for.
+      name: the recipe's, None for sources named on the command line.
+      limit: most rows read from each source.
+      left_out: sources of the recipe that were not selected.
     """
 
-    recipe: str | None
-    parts: tuple[Part, ...]
-    evaluation: tuple[Part, ...]
+    name: str | None
+    sources: tuple[ResolvedSource, ...]
+    evaluation: tuple[ResolvedSource, ...]
     seed: int
     heldout_fraction: float
     limit: int | None = None
     left_out: tuple[str, ...] = ()
-
-    def digest(self) -> str:
-        """Tells plans apart: shards of different ones cannot be merged."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), default=str, sort_keys=True).encode()).hexdigest()
 
 
 def names() -> list[str]:
@@ -131,10 +126,10 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """A recipe of the package by name, or one's own by the path of its TOML file.
+    """A recipe of the package by name, or your own by the path of its TOML file.
 
     Raises:
-        BimedixError: there is none, or the file is not a recipe.
+        BimedixError: there is no such recipe, or the file is not one.
     """
     try:
         if name in names():
@@ -149,21 +144,21 @@ def load(name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BimedixError(f"recipe {name} is not TOML ({error}); correct it") from error
     except ValidationError as error:
-        raise BimedixError(f"recipe {name} is not one ({explain(error)}); correct it") from error
+        raise BimedixError(f"{name} is not a valid recipe ({explain(error)}); correct it") from error
 
 
-def plan(
+def resolve(
     recipe: Recipe,
     data: Path | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     local: Sequence[str] = (),
     limit: int | None = None,
-) -> Plan:
-    """A recipe with places: `local` (NAME=PLACE) first, then what lies under `data`, then the hub.
+) -> ResolvedRecipe:
+    """Find the place of each source: first in `local` (NAME=PLACE), then in the folder `data`, then on the hub.
 
     Raises:
-        BimedixError: a name is not in the recipe, a source has no place, or nothing is left to read.
+        BimedixError: a name is not in the recipe, a source has no place, or no source is left to read.
     """
     places: dict[str, str] = {name: place for name, _, place in (text.partition("=") for text in local)}
     known = [source.name for source in (*recipe.sources, *recipe.evaluation)]
@@ -173,64 +168,85 @@ def plan(
     wanted = [name for name in known if (not only or name in only) and name not in skip]
     if not any(source.name in wanted for source in recipe.sources):
         raise BimedixError(f"no source of recipe {recipe.name} is left; name some of them under --only")
-    parts, evaluation = (
-        tuple(_part(source, data, places.get(source.name)) for source in group if source.name in wanted)
+    sources, evaluation = (
+        tuple(_resolved(source, data, places.get(source.name)) for source in group if source.name in wanted)
         for group in (recipe.sources, recipe.evaluation)
     )
-    left_out = tuple(name for name in known if name not in wanted)
-    return Plan(recipe.name, parts, evaluation, recipe.seed, recipe.heldout_fraction, limit, left_out)
+    return ResolvedRecipe(
+        name=recipe.name,
+        sources=sources,
+        evaluation=evaluation,
+        seed=recipe.seed,
+        heldout_fraction=recipe.heldout_fraction,
+        limit=limit,
+        left_out=tuple(name for name in known if name not in wanted),
+    )
 
 
-def plan_of(
+def resolve_sources(
     sources: Sequence[str],
     evaluation: Sequence[str] = (),
+    *,
     seed: int = 0,
     heldout_fraction: float = 0.02,
     limit: int | None = None,
-) -> Plan:
-    """A plan of sources as `readers.read` takes them, without expectations.
+) -> ResolvedRecipe:
+    """A recipe without a name, of sources in the form that `readers.read` takes. No counts or licences are checked.
 
     Raises:
         BimedixError: a source is not of that form.
     """
 
-    def part(source: str) -> Part:
+    def resolved(source: str) -> ResolvedSource:
         reader, place, options = readers.parse(source)
         readers.check_options(reader, options)
-        return Part(source, reader, place, options)
+        return ResolvedSource(name=source, reader=reader, place=place, options=options)
 
-    parts, others = (tuple(map(part, group)) for group in (sources, evaluation))
-    return Plan(None, parts, others, seed, heldout_fraction, limit)
+    return ResolvedRecipe(
+        name=None,
+        sources=tuple(map(resolved, sources)),
+        evaluation=tuple(map(resolved, evaluation)),
+        seed=seed,
+        heldout_fraction=heldout_fraction,
+        limit=limit,
+    )
 
 
-def describe(part: Part) -> dict[str, Any]:
-    """A part as the report and the dry run show it."""
-    place = part.place
+def describe(source: ResolvedSource) -> dict[str, Any]:
+    """A source as the report and the dry run show it."""
+    place = source.place
     on_hub = isinstance(place, HubSet)
     return {
-        "name": part.name,
-        "reader": part.reader,
+        "name": source.name,
+        "reader": source.reader,
         "from": f"hf:{place.name}#{'/'.join(filter(None, (place.config, place.split)))}" if on_hub else str(place),
         "revision": place.revision if on_hub else None,
-        "licence": part.licence,
-        "expect": dict(part.expect),
+        "licence": source.licence,
+        "expect": dict(source.expect),
     }
 
 
-def _part(source: Source, data: Path | None, local: str | None) -> Part:
+def _resolved(source: Source, data: Path | None, local: str | None) -> ResolvedSource:
     options = dict(source.options)
     if source.licence is not None and "licence" in readers.options_of(source.reader):
         options["licence"] = source.licence
     readers.check_options(source.reader, options)
-    place = _place(source, data, local)
-    return Part(source.name, source.reader, place, options, source.licence, source.card, source.expect)
+    return ResolvedSource(
+        name=source.name,
+        reader=source.reader,
+        place=_place(source, data, local),
+        options=options,
+        licence=source.licence,
+        card=source.card,
+        expect=source.expect,
+    )
 
 
 def _place(source: Source, data: Path | None, local: str | None) -> Place:
     if local is not None:
         place = readers.place_of(local)
         if isinstance(place, Path) and not place.exists():
-            raise BimedixError(f"there is no {place} to read {source.name} from; name a file or folder")
+            raise BimedixError(f"there is no {place} to read {source.name} from; name a file or folder that exists")
         return place
     if source.reader == "sample":
         return Path()
@@ -240,12 +256,12 @@ def _place(source: Source, data: Path | None, local: str | None) -> Place:
             return path
     if source.hub is not None:
         return HubSet(source.hub, source.revision, source.config, source.split)
-    where = (
-        "give --data the folder that holds it"
-        if data is None
-        else f"put it there, or name it: --local {source.name}=PATH"
+    if data is None:
+        raise BimedixError(f"{source.name} needs a local copy of {source.path}; name its parent folder with --data")
+    raise BimedixError(
+        f"there is no {data / (source.path or '')} to read {source.name} from; name another path with "
+        f"--local {source.name}=PATH"
     )
-    raise BimedixError(f"{source.name} is read from {source.path} under {data or 'a folder'}; {where}")
 
 
 def _folder() -> Any:

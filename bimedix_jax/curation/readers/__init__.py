@@ -1,9 +1,9 @@
 """Readers: the files of a data set in, records out, one at a time.
 
-A reader takes a place (a file, a folder, or a set of the hub), a `Quarantine` and options by name. It never repairs a
-malformed row by guessing and never drops one in silence: the row goes to the quarantine with its file, its line and the
-reason. It asks `Quarantine.build` for every row, in a fixed order, which is what makes shards possible, and an id never
-depends on what else was read. To add a data set, write such a function in one of these files and a line in `READERS`.
+A reader takes a place (a file, a folder, or a data set on the hub), a `Quarantine`, and options by name. It calls
+`Quarantine.build` for every row, in a fixed order. A malformed row is never repaired by guessing and never dropped
+silently: it is quarantined with its file, line and reason. A record's id depends on its own row only. To add a data
+set, write such a function in one of these files and add a line to `READERS`.
 """
 
 import inspect
