@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy as np
 from bimedix_jax.curation import fingerprints
 from bimedix_jax.curation.chats.pipeline import Outcome, to_record
 from bimedix_jax.curation.chats.shapes import Style, draw
-from bimedix_jax.curation.mix.duplicates import BandFiles, find
+from bimedix_jax.curation.mix.duplicates import find
 from bimedix_jax.data.records import Record, read_jsonl
 
 CHATS, REJECTED, REPORT = "chats.jsonl", "rejected.jsonl", "report.json"
@@ -87,8 +86,8 @@ def _without_duplicates(everything: Path, target: Path, rejected: Any) -> dict[s
     """Copy chats of which no earlier one is nearly the same, and count what is kept."""
     offsets = [0]
     duplicate: dict[int, int] = {}
-    with TemporaryDirectory(dir=everything.parent) as scratch, everything.open("rb") as file:
-        bands = BandFiles(Path(scratch))
+    with everything.open("rb") as file:
+        bands: list[np.ndarray] = []
         batch: list[np.ndarray] = []
         for line in file:
             offsets.append(offsets[-1] + len(line))
@@ -97,7 +96,6 @@ def _without_duplicates(everything: Path, target: Path, rejected: Any) -> dict[s
                 bands.append(fingerprints.bands(batch))
                 batch = []
         bands.append(fingerprints.bands(batch))
-        bands.close()
 
         def shingles_of(row: int) -> np.ndarray:
             file.seek(offsets[row])

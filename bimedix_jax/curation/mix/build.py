@@ -77,7 +77,7 @@ def mix(settings: Settings, folder: Path) -> dict[str, Any]:
     evaluation = report.Evaluation(settings.evaluation)
     index = decontaminate.build_index(evaluation.records(), settings.ngram, settings.share)
     spool = folder / "candidates.jsonl"
-    bands = duplicates.BandFiles(folder)
+    bands: list[np.ndarray] = []
     with (folder / QUARANTINE).open("w", encoding="utf-8") as rejects:
 
         def note(row: Rejected) -> None:
@@ -96,8 +96,7 @@ def mix(settings: Settings, folder: Path) -> dict[str, Any]:
         removed = report.write_contamination(folder / CONTAMINATION, candidates, columns, fate, hits, evaluation)
     finally:
         candidates.close()
-    for path in (*bands.paths, spool):
-        path.unlink()
+    spool.unlink()
     found = report.build(settings, columns, fate, evaluation, removed, quarantine, digest)
     (folder / REPORT).write_text(json.dumps(found, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card.render(found), encoding="utf-8")
@@ -105,7 +104,7 @@ def mix(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _scan(
-    settings: Settings, index: EvaluationIndex, spool: Path, bands: duplicates.BandFiles, quarantine: Quarantine
+    settings: Settings, index: EvaluationIndex, spool: Path, bands: list[np.ndarray], quarantine: Quarantine
 ) -> tuple[Columns, list[Hit]]:
     """Every record's numbers, and its meeting with the evaluation."""
     waiting: collections.deque[tuple[int, np.ndarray, np.ndarray]] = collections.deque()
@@ -132,7 +131,6 @@ def _scan(
                 quarantine.add("records", settings.sources[number], line, reason)
             progress.update(len(lengths))
             total += len(lengths)
-    bands.close()
     columns.close()
     return columns, hits
 
@@ -172,7 +170,7 @@ def _contaminated(columns: Columns, fate: np.ndarray, hits: Iterable[Hit], known
 
 
 def _near_duplicates(
-    settings: Settings, bands: duplicates.BandFiles, candidates: Candidates, fate: np.ndarray, path: Path
+    settings: Settings, bands: list[np.ndarray], candidates: Candidates, fate: np.ndarray, path: Path
 ) -> None:
     """Mark near-duplicates and write a line for each: its id, that of the record that stays, their similarity."""
     wanted = (fate == Fate.KEPT) & (settings.near_duplicates > 0)
