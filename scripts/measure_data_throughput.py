@@ -336,7 +336,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "truncated_records": document["truncated"],
         "peak_rss_bytes": max(mixed["peak_rss_bytes"], packed["peak_rss_bytes"]),
         **turns,
-        "mix": {**_without_document(mixed), "fates": mixed["document"]["fates"]},
+        "mix": {**_without_document(mixed), "decisions": mixed["document"]["decisions"]},
         "pack": {**_without_document(packed), "tokens_per_s": document["tokens_per_s"]},
         "ratios": mixed["document"]["ratios"],
         "contamination": {

@@ -1,4 +1,4 @@
-"""`bimedix data mix`: records in both languages into one training set at an exact ratio."""
+"""`bimedix data mix`: mix records in both languages into one training set at an exact ratio."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,56 +9,57 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class Config:
-    """Choose, at an exact ratio of Arabic to English in each kind, what neither repeats itself nor meets an evaluation.
+    """Mix records at an exact ratio of Arabic to English in each kind, without near-duplicates.
 
-    A record that overlaps an evaluation question is left out, and with it its translations and the chats made from it.
+    A record that overlaps an evaluation set is left out, together with its source, its translations and the chats made
+    from it.
     """
 
     sources: tuple[str, ...]
-    """What to choose from: NAME=PLACE with a reader's name, `sample`, or paths of JSONL files of records. Of records
-    with one id or nearly one text, the first stays."""
+    """Sources to mix: NAME=PLACE with the name of a reader, `sample`, or paths of JSONL files of records. Of records
+    with the same id or nearly the same text, the first is kept."""
 
     output: Path
-    """Folder to write: train.jsonl, README.md (the data card), report.json, and a line for each record removed."""
+    """Folder to write: train.jsonl, README.md (the data card), report.json, and lists of the removed records."""
 
     evaluation: tuple[str, ...] = ()
-    """Sources, in either language, that the set must not overlap; what they mark for training does not count."""
+    """Sources, in either language, that the set must not overlap. Records that they mark for training are ignored."""
 
     benchmarks: Path | None = None
-    """Folder with the files of the paper's nine tasks, as `bimedix eval run` takes it: more of the same."""
+    """Folder with the files of the nine tasks of the paper, as in `bimedix eval run`: more evaluation sets."""
 
     ratio: str = "1:2"
     """Arabic to English, in each kind."""
 
     preset: Literal["paper", "paper-english", "paper-arabic"] | None = None
-    """The paper's counts of each kind instead of a ratio: its bilingual, its English or its Arabic set."""
+    """Use the counts of the paper instead of a ratio: its bilingual, its English or its Arabic set."""
 
     scale: bool = False
-    """With a preset: keep its proportions where there are fewer records, instead of stopping."""
+    """With a preset: if there are too few records, keep its proportions instead of stopping."""
 
     near_duplicates: float = 0.8
-    """Share of common runs of five words from which on a record is a near-duplicate; 0 keeps them all."""
+    """Least share of common runs of five words of near-duplicates; 0 keeps all records."""
 
     ngram: int = 8
-    """Words in the runs that are compared with evaluation questions."""
+    """Number of words in the runs that are compared with evaluation questions."""
 
     overlap: float = 0.5
-    """Share of such runs of a question from which on a record counts as containing it."""
+    """Least share of the runs of an evaluation question that a record must contain to be left out."""
 
     tokenizer: Path | None = None
-    """Checkpoint folder whose tokenizer counts tokens: the ratio is then known by tokens and supervised tokens too."""
+    """Checkpoint folder whose tokenizer counts tokens; the ratio is then also printed by tokens."""
 
     template: str | None = None
-    """Chat template by name (mixtral, mixtral-2023, chatml, plain) instead of the checkpoint's own."""
+    """Chat template by name (mixtral, mixtral-2023, chatml, plain) instead of the checkpoint's."""
 
     limit: int | None = None
-    """At most so many records of each source, for a trial."""
+    """Most records read from each source, for a trial."""
 
     seed: int = 0
     """Decides which records are chosen, and their order."""
 
     workers: int | None = None
-    """Processes, by default one a core; 0 works in this one. The set does not depend on it."""
+    """Number of worker processes, by default one per core; 0 uses none. The set does not depend on it."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""
@@ -68,19 +69,20 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Mix and report."""
     from bimedix_jax import files
     from bimedix_jax.curation.mix import targets
-    from bimedix_jax.curation.mix.build import Settings, mix
+    from bimedix_jax.curation.mix.build import mix
+    from bimedix_jax.curation.mix.config import MixConfig
     from bimedix_jax.curation.mix.decontaminate import benchmark_sources
     from bimedix_jax.data.parallel import workers_of
     from bimedix_jax.errors import BimedixError
 
     if not 0 <= config.near_duplicates <= 1 or not 0 < config.overlap <= 1 or config.ngram < 1:
-        raise BimedixError("--near-duplicates lies in 0..1, --overlap above 0 and up to 1, --ngram is at least 1")
+        raise BimedixError("--near-duplicates must be in [0, 1], --overlap in (0, 1] and --ngram at least 1")
     if config.scale and config.preset is None:
-        raise BimedixError("--scale concerns a preset's counts; name one with --preset, or leave --scale out")
+        raise BimedixError("--scale needs a preset; name one with --preset, or leave --scale out")
     if config.preset is not None and config.ratio != Config.ratio:
-        raise BimedixError("a preset has ratios of its own; give --ratio or --preset, not both")
+        raise BimedixError("a preset sets the ratio; give --ratio or --preset, not both")
     benchmarks = () if config.benchmarks is None else benchmark_sources(config.benchmarks)
-    settings = Settings(
+    mix_config = MixConfig(
         sources=config.sources,
         evaluation=(*config.evaluation, *benchmarks),
         ratio=targets.parse_ratio(config.ratio),
@@ -96,7 +98,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         workers=workers_of(config.workers),
     )
     with files.new_folder(config.output, config.overwrite) as folder:
-        report = mix(settings, folder)
+        report = mix(mix_config, folder)
     _print(report, config, console)
     return {"output": str(config.output), **report}
 
@@ -106,7 +108,7 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
 
     from bimedix_jax.commands.data_stats import print_tables
     from bimedix_jax.curation.counts import shown_ratio
-    from bimedix_jax.curation.mix.candidates import MEANING, Fate
+    from bimedix_jax.curation.mix.candidates import MEANING, Decision
 
     print_tables(report["tables"], config.tokenizer is not None, console)
     measures = {"samples": "by samples", "tokens": "by tokens", "learned_tokens": "by supervised tokens"}
@@ -115,9 +117,9 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     for row in report["ratios"]:
         table.add_row(row["kind"], *(shown_ratio(row[name]) for name in shown))
     console.print(table)
-    for fate, meaning in MEANING.items():
-        count = report["fates"][fate.name.lower()]
-        if fate != Fate.KEPT and count:
+    for decision, meaning in MEANING.items():
+        count = report["decisions"][decision.name.lower()]
+        if decision != Decision.KEPT and count:
             console.print(f"[bold yellow]{count:,}[/] left out: {meaning}")
     if report["rejected_rows"] or report["evaluation"]["rejected_rows"]:
         console.print(
@@ -125,10 +127,10 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
             f"{report['evaluation']['rejected_rows']:,} of the evaluation sets could not be read[/]"
         )
     for name in report["kinds_left_out"]:
-        console.print(f"[bold yellow]no {name} in the set: one language has none of it to spare[/]")
+        console.print(f"[bold yellow]{name} is left out of the set: there are too few records in one language[/]")
     if not report["evaluation"]["sets"]:
         console.print(
-            "[bold yellow]no evaluation set was named: nothing was kept out; see --evaluation, --benchmarks[/]"
+            "[bold yellow]no evaluation set was given, so overlap was not checked; see --evaluation, --benchmarks[/]"
         )
     if config.tokenizer is None:
-        console.print("with --tokenizer the ratio is printed by tokens and supervised tokens too")
+        console.print("give --tokenizer to print the ratio by tokens and supervised tokens as well")

@@ -1,4 +1,4 @@
-"""One function over many batches in several processes: results in the order of the batches, bounded memory."""
+"""Map a function over batches in a pool of worker processes, with results in order and bounded memory."""
 
 import collections
 import concurrent.futures
@@ -17,34 +17,34 @@ from bimedix_jax.errors import BimedixError
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-_task: Callable[[Any], Any] | None = None  # what this worker process runs
+_task: Callable[[Any], Any] | None = None  # the task of this worker process
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which a container or a batch system can have lowered."""
+    """Number of cores that this process may use; a container or a batch system can limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def workers_of(wanted: int | None) -> int:
-    """The number of processes that was asked for, one a core where none was.
+    """The wanted number of worker processes, by default one per core.
 
     Raises:
-        BimedixError: it is negative.
+        BimedixError: `wanted` is negative.
     """
     if wanted is not None and wanted < 0:
-        raise BimedixError("there cannot be fewer than 0 workers; give --workers 0 to work in one process")
+        raise BimedixError(f"--workers {wanted} is negative; give 0 to use no worker processes")
     return available_cores() if wanted is None else wanted
 
 
 def ordered_map(task: Callable[[In], Out], batches: Iterable[In], workers: int) -> Iterator[Out]:
-    """`task` of each batch, in order; `workers` 0 runs it in this process, with the same results.
+    """Yield `task` of each batch, in order. With 0 `workers` it runs in this process, with the same results.
 
-    At most three batches a worker are under way or wait to be taken, however many there are. `task` is pickled once for
-    each worker; what it builds for its work it should build there. Workers are fresh interpreters: forking would copy
-    threads that other libraries have started.
+    At most three batches per worker are submitted ahead of the consumer, which bounds the memory. `task` is pickled
+    once for each worker, so large objects should be built in the worker. Workers are spawned, not forked: a fork would
+    copy the state of threads that other libraries have started.
 
     Raises:
-        BimedixError: a worker was killed, which is nearly always for want of memory. What `task` raises comes through.
+        BimedixError: a worker was killed, nearly always because memory ran out. Exceptions of `task` are passed on.
     """
     if workers == 0:
         yield from map(task, batches)
@@ -62,7 +62,7 @@ def ordered_map(task: Callable[[In], Out], batches: Iterable[In], workers: int) 
             yield result
     except BrokenProcessPool as error:
         raise BimedixError(
-            "a worker process was killed, probably for want of memory; give fewer --workers and run again"
+            "a worker process was killed, probably because memory ran out; lower --workers and run again"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -71,15 +71,15 @@ def ordered_map(task: Callable[[In], Out], batches: Iterable[In], workers: int) 
 def batched(
     lines: Iterable[tuple[int, bytes]], records: int = 256, size: int = 1 << 20
 ) -> Iterator[list[tuple[int, bytes]]]:
-    """Numbered lines in lists of at most `records`, closed early once they hold `size` bytes."""
+    """Group numbered lines into lists of at most `records` lines; a list also ends once it has `size` bytes."""
     batch: list[tuple[int, bytes]] = []
-    held = 0
+    total = 0
     for line in lines:
         batch.append(line)
-        held += len(line[1])
-        if len(batch) == records or held >= size:
+        total += len(line[1])
+        if len(batch) == records or total >= size:
             yield batch
-            batch, held = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 
@@ -88,14 +88,14 @@ def _start(task: Callable[[Any], Any]) -> None:
     global _task
     _task = task
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers in order
-    # every core has its worker: threads of the libraries inside would only get into each other's way
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives Ctrl-C as well, and stops its workers
+    # there is a worker per core already, so threads inside the libraries would only compete with each other
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
 
 
 def _end_with_parent() -> None:
-    """Leave when the parent is killed: a worker that waits for its next batch would otherwise wait for ever."""
+    """Exit when the parent is killed; otherwise a worker would wait for its next batch forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

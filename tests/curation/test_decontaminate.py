@@ -1,4 +1,4 @@
-"""Evaluation stays out of training, by every way that it could come in."""
+"""Evaluation text is found in training records, whatever form it has there."""
 
 import re
 from pathlib import Path
@@ -58,8 +58,8 @@ def find(index: EvaluationIndex, one: Record) -> Hit | None:
     return index.find(7, one, fingerprints.words(said))
 
 
-def test_a_copied_question_is_found_wherever_it_stands(index: EvaluationIndex) -> None:
-    """In a question, in an answer, with other choices, in other letters, and in Arabic of another spelling."""
+def test_a_copied_question_is_found_in_any_position_and_spelling(index: EvaluationIndex) -> None:
+    """In a question, in an answer, with other choices, in upper case, and in another Arabic spelling."""
     for asked, said in ((LONG, "Yes."), ("Tell me a case.", f"Here is one: {LONG}!"), (LONG.upper(), "No.")):
         hit = find(index, record("r", asked, said))
         assert hit is not None
@@ -70,7 +70,7 @@ def test_a_copied_question_is_found_wherever_it_stands(index: EvaluationIndex) -
     assert hit == Hit(7, 3, "words", 1.0)
 
 
-def test_half_of_a_long_question_is_enough_and_a_third_is_not(index: EvaluationIndex) -> None:
+def test_half_of_a_long_question_is_contamination_and_a_third_is_not(index: EvaluationIndex) -> None:
     words = LONG.split()
     hit = find(index, record("r", "Case: " + " ".join(words[: len(words) * 2 // 3])))
     assert hit is not None
@@ -79,8 +79,8 @@ def test_half_of_a_long_question_is_enough_and_a_third_is_not(index: EvaluationI
     assert find(index, record("r", "Case: " + " ".join(words[: len(words) // 3]))) is None
 
 
-def test_of_a_short_question_all_must_be_there(index: EvaluationIndex) -> None:
-    """Short questions open alike: nine of the twelve words of MIDDLE are anybody's."""
+def test_a_short_question_must_be_contained_completely(index: EvaluationIndex) -> None:
+    """Short questions begin alike: nine of the twelve words of MIDDLE are common to many questions."""
     other = MIDDLE.replace("liver cirrhosis", "acute pancreatitis")
     assert find(index, mcqa("r", other)) is None
     assert find(index, record("r", f"{MIDDLE} Explain.")) == Hit(7, 2, "words", 1.0)
@@ -88,7 +88,7 @@ def test_of_a_short_question_all_must_be_there(index: EvaluationIndex) -> None:
     assert find(index, record("r", f"{SHORT} And what cures it?")) is None
 
 
-def test_ids_and_what_was_made_from_evaluation(index: EvaluationIndex) -> None:
+def test_ids_and_records_made_from_evaluation_are_found(index: EvaluationIndex) -> None:
     assert find(index, record("e/2", "Something else?")) == Hit(7, 2, "id", 1.0)
     for key in decontaminate.MADE_FROM:
         assert find(index, record("r", "Something else?", provenance={key: "e/0"})) == Hit(7, 0, "id", 1.0)
@@ -96,14 +96,14 @@ def test_ids_and_what_was_made_from_evaluation(index: EvaluationIndex) -> None:
     assert find(abstract, record("r", "Something?", provenance={"pmid": "123"})) == Hit(7, 0, "id", 1.0)
 
 
-def test_the_text_that_a_question_is_about_counts_too() -> None:
+def test_the_text_that_a_question_is_about_is_compared() -> None:
     evaluation = record("p/1", f"Abstract: {LONG}.\nQuestion: Is it so?", provenance={"question": "Is it so?"})
     hit = find(build_index([evaluation], 8, 0.5), record("r", f"Abstract: {LONG}.\nQuestion: Was it otherwise?"))
     assert hit is not None
     assert hit.by == "words"
 
 
-def test_what_shares_nothing_is_left_alone(index: EvaluationIndex) -> None:
+def test_unrelated_records_are_kept(index: EvaluationIndex) -> None:
     assert (
         find(index, record("r", "How is asthma treated?", "With inhaled corticosteroids and bronchodilators.")) is None
     )
@@ -124,7 +124,7 @@ def removed(rows: list[tuple[str, str, str]], direct: set[str], known: list[str]
     return {name for name, gone in zip(names, found.tolist(), strict=True) if gone}
 
 
-def test_families_go_together() -> None:
+def test_families_are_removed_together() -> None:
     rows = [
         ("q1", "", ""),
         ("q1/ar", "", "q1"),
@@ -142,7 +142,7 @@ def test_families_go_together() -> None:
 
 
 @given(links=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12), start=st.integers(0, 9))
-def test_a_family_is_what_links_connect(links: list[tuple[int, int]], start: int) -> None:
+def test_a_family_is_a_connected_component(links: list[tuple[int, int]], start: int) -> None:
     parent = {f"n{child}": f"n{origin}" for child, origin in links if child != origin}
     rows = [(f"n{i}", parent.get(f"n{i}", ""), "") for i in range(10)]
     connected, fresh = set(), {f"n{start}"}
@@ -155,9 +155,9 @@ def test_a_family_is_what_links_connect(links: list[tuple[int, int]], start: int
     assert removed(rows, {f"n{start}"}, []) == connected
 
 
-def test_the_benchmarks_are_those_of_the_nine_tasks(tmp_path: Path) -> None:
-    """Their table is read as text: importing it brings JAX, which is why BENCHMARKS exists."""
-    table = (Path(decontaminate.__file__).parents[1] / "evals" / "tasks.py").read_text()
+def test_benchmarks_match_the_nine_tasks(tmp_path: Path) -> None:
+    """Reads the table of tasks as text, since its module imports JAX."""
+    table = (Path(decontaminate.__file__).parents[2] / "evals" / "tasks.py").read_text()
     readers = re.findall(r'^    "\w+": Task\("\w+", "(\w+)"', table, re.MULTILINE)
     assert len(readers) == 9
     assert set(BENCHMARKS) == set(readers)

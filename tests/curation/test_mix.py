@@ -1,4 +1,4 @@
-"""Mixing: exact ratios, the paper's counts, nothing that must not be there, and the same bytes however it is run."""
+"""Mixing: exact ratios, the counts of the paper, no contamination, and the same bytes with any number of workers."""
 
 import json
 from collections import Counter
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from bimedix_jax.cli import main
 from bimedix_jax.curation.counts import KINDS
 from bimedix_jax.curation.mix import targets
-from bimedix_jax.curation.mix.build import Settings, mix
+from bimedix_jax.curation.mix.build import mix
+from bimedix_jax.curation.mix.config import MixConfig
 from bimedix_jax.data.records import (
     Kind,
     Language,
@@ -28,7 +29,7 @@ from bimedix_jax.errors import BimedixError
 
 
 def words(*parts: object) -> str:
-    """Twenty words that occur in no other text."""
+    """Twenty words that no other text has."""
     return " ".join("x".join(map(str, (*parts, i))) for i in range(20))
 
 
@@ -50,7 +51,7 @@ def write(path: Path, counts: dict[tuple[Kind, Language], int]) -> list[Record]:
     return made
 
 
-def settings(*sources: object, **more: Any) -> Settings:
+def config(*sources: object, **more: Any) -> MixConfig:
     fields: dict[str, Any] = {
         "sources": tuple(map(str, sources)),
         "evaluation": (),
@@ -66,10 +67,10 @@ def settings(*sources: object, **more: Any) -> Settings:
         "template": None,
         "workers": 0,
     }
-    return Settings(**{**fields, **more})
+    return MixConfig(**{**fields, **more})
 
 
-def run(folder: Path, given: Settings) -> tuple[dict[str, Any], list[Record]]:
+def run(folder: Path, given: MixConfig) -> tuple[dict[str, Any], list[Record]]:
     folder.mkdir()
     report = mix(given, folder)
     return report, list(read_jsonl(folder / "train.jsonl"))
@@ -89,9 +90,9 @@ UNEVEN: dict[tuple[Kind, Language], int] = {
 }
 
 
-def test_the_ratio_is_exact_in_each_kind_and_as_large_as_can_be(tmp_path: Path) -> None:
+def test_the_ratio_is_exact_in_each_kind_and_the_set_as_large_as_possible(tmp_path: Path) -> None:
     write(tmp_path / "all.jsonl", UNEVEN)
-    report, chosen = run(tmp_path / "set", settings(tmp_path / "all.jsonl"))
+    report, chosen = run(tmp_path / "set", config(tmp_path / "all.jsonl"))
     counts = Counter((one.kind, one.language) for one in chosen)
     assert counts == {
         ("qa", "ar"): 5,
@@ -103,7 +104,7 @@ def test_the_ratio_is_exact_in_each_kind_and_as_large_as_can_be(tmp_path: Path) 
     }
     assert len({one.id for one in chosen}) == len(chosen) == report["records"]
     assert [row["samples"] for row in report["ratios"]] == [2.0] * 4
-    assert report["fates"]["surplus"] == sum(UNEVEN.values()) - 30
+    assert report["decisions"]["surplus"] == sum(UNEVEN.values()) - 30
     assert [one.kind for one in chosen] != sorted(one.kind for one in chosen), "kinds and languages are mixed"
 
 
@@ -122,7 +123,7 @@ def test_any_ratio_is_exact(counts: dict[tuple[str, str], int], ratio: tuple[int
         assert arabic * ratio[1] == english * ratio[0] > 0
         assert arabic <= counts[kind, "ar"]
         assert english <= counts[kind, "en"]
-        assert arabic + ratio[0] > counts[kind, "ar"] or english + ratio[1] > counts[kind, "en"], "no more would fit"
+        assert arabic + ratio[0] > counts[kind, "ar"] or english + ratio[1] > counts[kind, "en"], "as large as possible"
 
 
 def test_the_papers_counts_and_ratios() -> None:
@@ -136,7 +137,7 @@ def test_the_papers_counts_and_ratios() -> None:
     assert targets.by_preset(paper, "paper", scale=False) == paper
 
 
-def test_a_preset_says_what_is_missing_or_is_scaled(tmp_path: Path) -> None:
+def test_too_few_records_for_a_preset_raise_unless_scaled(tmp_path: Path) -> None:
     paper = targets.PRESETS["paper"]
     short = {part: count // 100 for part, count in paper.items()} | {("chat", "ar"): 324}
     with pytest.raises(BimedixError, match=r"qa ar: 1,556 of 155,600.*chat ar: 324 of 64,900.*--scale"):
@@ -154,25 +155,25 @@ def test_a_preset_says_what_is_missing_or_is_scaled(tmp_path: Path) -> None:
 def test_scaled_presets_give_all_three_sets(tmp_path: Path) -> None:
     write(tmp_path / "all.jsonl", {(kind, language): 12 for kind in KINDS for language in ("en", "ar")})  # type: ignore
     for preset, languages in (("paper", {"ar", "en"}), ("paper-english", {"en"}), ("paper-arabic", {"ar"})):
-        report, chosen = run(tmp_path / preset, settings(tmp_path / "all.jsonl", preset=preset, scale=True))
+        report, chosen = run(tmp_path / preset, config(tmp_path / "all.jsonl", preset=preset, scale=True))
         assert {one.language for one in chosen} == languages
         assert [row["set"] for row in report["tables"] if row["data"] == "Total"][-1] == (
             "bilingual" if len(languages) == 2 else {"en": "English", "ar": "Arabic"}[languages.pop()]
         )
     with pytest.raises(BimedixError, match="qa ar: 12 of 155,600"):
-        run(tmp_path / "unscaled", settings(tmp_path / "all.jsonl", preset="paper"))
+        run(tmp_path / "unscaled", config(tmp_path / "all.jsonl", preset="paper"))
 
 
-def test_neither_workers_nor_the_order_of_sources_but_the_seed_decides(tmp_path: Path) -> None:
+def test_the_set_depends_on_the_seed_but_not_on_workers_or_source_order(tmp_path: Path) -> None:
     half = len(write(tmp_path / "all.jsonl", UNEVEN)) // 2
     made = list(read_jsonl(tmp_path / "all.jsonl"))
     write_jsonl(tmp_path / "a.jsonl", made[:half])
     write_jsonl(tmp_path / "b.jsonl", made[half:])
     sources = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
-    run(tmp_path / "one", settings(*sources))
-    run(tmp_path / "two", settings(*sources, workers=2))
-    run(tmp_path / "turned", settings(*reversed(sources)))
-    run(tmp_path / "seed", settings(*sources, seed=1))
+    run(tmp_path / "one", config(*sources))
+    run(tmp_path / "two", config(*sources, workers=2))
+    run(tmp_path / "turned", config(*reversed(sources)))
+    run(tmp_path / "seed", config(*sources, seed=1))
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in names:
@@ -181,8 +182,8 @@ def test_neither_workers_nor_the_order_of_sources_but_the_seed_decides(tmp_path:
     assert sets["one"] == sets["turned"] != sets["seed"]
 
 
-def test_what_must_not_be_there_goes_with_its_family_and_is_on_record(tmp_path: Path) -> None:
-    """An English test question among the training questions takes its translation and its chat with it."""
+def test_contaminated_records_are_removed_with_their_families_and_reported(tmp_path: Path) -> None:
+    """If a training question is a test question, its translation and its chat are removed as well."""
     made = write(tmp_path / "all.jsonl", {(kind, language): 8 for kind in KINDS for language in ("en", "ar")})  # type: ignore
     leaked = made[0].model_copy(update={"id": "leaked", "conversations": record("en", "qa", 900).conversations})
     family = [
@@ -200,7 +201,7 @@ def test_what_must_not_be_there_goes_with_its_family_and_is_on_record(tmp_path: 
         file.write('{"id": "broken"}\n\nnot JSON\n')
     report, chosen = run(
         tmp_path / "set",
-        settings(
+        config(
             tmp_path / "all.jsonl",
             tmp_path / "more.jsonl",
             evaluation=(str(tmp_path / "en.jsonl"), str(tmp_path / "ar.jsonl")),
@@ -210,7 +211,7 @@ def test_what_must_not_be_there_goes_with_its_family_and_is_on_record(tmp_path: 
     names = {one.id for one in chosen}
     out = {"leaked", "leaked/ar", *(one.id for one in family), "copy", held.id}
     assert not names & out
-    assert report["fates"] == {
+    assert report["decisions"] == {
         "kept": 48, "malformed": 2, "heldout": 1, "same_id": 1, "contaminated": 2, "family": 3, "near_duplicate": 1,
         "surplus": 0,
     }  # fmt: skip
@@ -230,19 +231,19 @@ def test_what_must_not_be_there_goes_with_its_family_and_is_on_record(tmp_path: 
         assert text.casefold() in card.casefold()
 
 
-def test_near_duplicates_can_be_kept_and_the_earlier_source_wins(tmp_path: Path) -> None:
+def test_near_duplicates_can_be_kept_and_the_first_source_has_priority(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", {("qa", "en"): 4, ("qa", "ar"): 2})
-    twin = record("en", "qa", 1).model_copy(update={"id": "twin", "source": "other"})
-    write_jsonl(tmp_path / "b.jsonl", [twin])
-    _, first = run(tmp_path / "ab", settings(tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
-    _, second = run(tmp_path / "ba", settings(tmp_path / "b.jsonl", tmp_path / "a.jsonl"))
+    copy = record("en", "qa", 1).model_copy(update={"id": "copy", "source": "other"})
+    write_jsonl(tmp_path / "b.jsonl", [copy])
+    _, first = run(tmp_path / "ab", config(tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
+    _, second = run(tmp_path / "ba", config(tmp_path / "b.jsonl", tmp_path / "a.jsonl"))
     assert {one.id for one in first} - {one.id for one in second} == {"qa/en/1"}
     write(tmp_path / "turns.jsonl", {("qa", "ar"): 3, ("qa", "en"): 9})
-    few, _ = run(tmp_path / "few", settings(tmp_path / "turns.jsonl", limit=5))
+    few, _ = run(tmp_path / "few", config(tmp_path / "turns.jsonl", limit=5))
     assert (few["sources"][0]["read"], few["records"]) == (5, 3)
-    report, _ = run(tmp_path / "kept", settings(tmp_path / "a.jsonl", tmp_path / "b.jsonl", near_duplicates=0))
-    assert report["fates"]["near_duplicate"] == 0
-    assert report["fates"]["surplus"] == 1
+    report, _ = run(tmp_path / "kept", config(tmp_path / "a.jsonl", tmp_path / "b.jsonl", near_duplicates=0))
+    assert report["decisions"]["near_duplicate"] == 0
+    assert report["decisions"]["surplus"] == 1
 
 
 def test_the_command_counts_tokens_as_packing_does(tmp_path: Path, bytes_tokenizer: Tokenizer, capsys) -> None:
@@ -251,9 +252,9 @@ def test_the_command_counts_tokens_as_packing_does(tmp_path: Path, bytes_tokeniz
     assert main(["data", "mix", "--sources", "sample", "--output", out, *common]) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
-    assert "nothing was kept out" in captured.err
+    assert "overlap was not checked" in captured.err
     assert "by supervised tokens" in captured.err
-    assert "no evaluation set was named" in (tmp_path / "set" / "README.md").read_text()
+    assert "no evaluation set was given" in (tmp_path / "set" / "README.md").read_text()
     packing = ["--records", f"{out}/train.jsonl", "--output", str(tmp_path / "packed"), "--sequence-length", "65536"]
     assert main(["data", "pack", *packing, *common]) == 0
     packed = json.loads(capsys.readouterr().out)
@@ -271,19 +272,19 @@ def test_the_command_counts_tokens_as_packing_does(tmp_path: Path, bytes_tokeniz
     [
         (["--ratio", "1:0"], "'1:0' is not a ratio"),
         (["--ratio", "two"], "'two' is not a ratio"),
-        (["--scale"], "--scale concerns a preset"),
+        (["--scale"], "--scale needs a preset"),
         (["--ratio", "1:1", "--preset", "paper"], "not both"),
-        (["--near-duplicates", "1.5"], "lies in 0..1"),
-        (["--workers", "-1"], "fewer than 0 workers"),
+        (["--near-duplicates", "1.5"], "must be in [0, 1]"),
+        (["--workers", "-1"], "--workers -1 is negative"),
         (["--benchmarks", "nowhere"], "lacks the folder"),
-        (["--preset", "paper"], "there is less than preset paper names"),
+        (["--preset", "paper"], "there are fewer records than preset paper needs"),
         (["--ratio", "1:500"], "no kind has the records"),
         (["--evaluation", "none.jsonl"], "there is no none.jsonl"),
     ],
 )
-def test_what_cannot_be_done_is_said(tmp_path: Path, options: list[str], message: str, capsys) -> None:
+def test_invalid_options_and_missing_sources_fail(tmp_path: Path, options: list[str], message: str, capsys) -> None:
     output = tmp_path / "set"
     workers = [] if "--workers" in options else ["--workers", "0"]
     assert main(["data", "mix", "--sources", "sample", "--output", str(output), *workers, *options]) == 1
     assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    assert list(tmp_path.iterdir()) == [], "no files are left"

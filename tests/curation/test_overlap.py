@@ -1,4 +1,4 @@
-"""Overlap counts what answers share, and nothing of questions."""
+"""Overlap compares answers with answers; questions are ignored."""
 
 import json
 
@@ -22,8 +22,8 @@ def record(answer: str, source: str = "a", question: str = "What?") -> Record:
     )
 
 
-def test_shares_are_of_runs_of_eight_words() -> None:
-    """Ten words have three runs; the other answer shares the first eight words, hence one of them."""
+def test_overlap_is_the_share_of_runs_of_eight_words() -> None:
+    """Ten words have three runs. The other answer has the same first eight words, so one run is shared."""
     other = record("One, two: three four five six seven eight. Then something else")
     (row,) = overlap([record(LONG)], [other])
     assert row == {"source": "a", "records": 1, "seen_share": pytest.approx(1 / 3), "mostly_seen": 0.0}
@@ -31,17 +31,17 @@ def test_shares_are_of_runs_of_eight_words() -> None:
     assert (row["seen_share"], row["mostly_seen"]) == (1.0, 1.0)
 
 
-def test_questions_and_short_answers_do_not_count() -> None:
+def test_questions_and_short_answers_are_ignored() -> None:
     assert overlap([record(LONG)], [record("yes", question=LONG)])[0]["seen_share"] == 0
     assert overlap([record("too short to have a run")], [record(LONG)]) == []
 
 
-def test_sources_are_kept_apart() -> None:
+def test_each_source_has_its_own_row() -> None:
     rows = overlap([record(LONG, "b"), record("not at all what the other one of them says", "a")], [record(LONG)])
     assert [(row["source"], row["seen_share"]) for row in rows] == [("a", 0.0), ("b", 1.0)]
 
 
-def test_the_command_line(tmp_path, capsys) -> None:
+def test_data_stats_prints_the_overlap(tmp_path, capsys) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text(record(LONG).model_dump_json(by_alias=True) + "\n")
     assert main(["data", "stats", "--sources", str(file), "--against", str(file), "--json"]) == 0

@@ -1,13 +1,13 @@
-"""Sources in both languages into one training set: without evaluation, without near-duplicates, at an exact ratio.
+"""Mix sources in both languages into one training set at an exact ratio, without evaluation text or near-duplicates.
 
-One pass in worker processes over all records (scan.py) gives numbers about each. Everything after it is decided on
-those numbers, and texts are read again only where two must be compared or a record is written. Memory is about 100
-bytes a record and what the workers hold. The folder gets
+Worker processes scan all records once (scan.py) and return numbers about each. All decisions are made on those numbers.
+A text is read again only to compare two texts or to write a record. Memory is about 260 bytes a record, plus that of
+the workers. The output folder gets
 
     train.jsonl           the records, in an order that the seed fixes
-    contamination.jsonl   what was removed for the evaluation's sake, and why
-    duplicates.jsonl      what was removed as a near-duplicate, of what, and how similar
-    quarantine.jsonl      lines that are no records
+    contamination.jsonl   records removed because they overlap an evaluation set, and how
+    duplicates.jsonl      records removed as near-duplicates, of which record, and how similar
+    quarantine.jsonl      lines that are not valid records
     report.json           all counts, ratios, hashes and settings
     README.md             the data card
 """
@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from bimedix_jax.curation import fingerprints
 from bimedix_jax.curation.mix import card, decontaminate, duplicates, report, targets
-from bimedix_jax.curation.mix.candidates import Candidates, Fate
+from bimedix_jax.curation.mix.candidates import Candidates, Decision
+from bimedix_jax.curation.mix.config import MixConfig
 from bimedix_jax.curation.mix.decontaminate import EvaluationIndex, Hit
 from bimedix_jax.curation.mix.scan import Columns, ScanLines
 from bimedix_jax.curation.quarantine import Quarantine, Rejected
@@ -37,45 +38,14 @@ TRAIN, CONTAMINATION, DUPLICATES = "train.jsonl", "contamination.jsonl", "duplic
 QUARANTINE, REPORT, CARD = "quarantine.jsonl", "report.json", "README.md"
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides a set. `ratio` counts where `preset` is None.
-
-    Attributes:
-      sources, evaluation: as readers.read takes them; evaluation records marked for training do not count.
-      ratio: Arabic to English in each kind.
-      preset, scale: see targets.py.
-      near_duplicates: least similarity that removes a record; 0 keeps all.
-      ngram, share: see decontaminate.
-      limit: records taken of each source.
-      seed: chooses among records and orders them.
-      tokenizer, template: count tokens as training sees them; None counts none.
-      workers: processes; the set does not depend on it.
-    """
-
-    sources: tuple[str, ...]
-    evaluation: tuple[str, ...]
-    ratio: tuple[int, int]
-    preset: targets.Preset | None
-    scale: bool
-    near_duplicates: float
-    ngram: int
-    share: float
-    limit: int | None
-    seed: int
-    tokenizer: str | None
-    template: str | None
-    workers: int
-
-
-def mix(settings: Settings, folder: Path) -> dict[str, Any]:
+def mix(config: MixConfig, folder: Path) -> dict[str, Any]:
     """Write a set into an existing folder and return its report. Call it inside `files.new_folder`.
 
     Raises:
-        BimedixError: a source cannot be read, or there are too few records for what was asked.
+        BimedixError: a source cannot be read, or there are too few records for the ratio or preset.
     """
-    evaluation = report.Evaluation(settings.evaluation)
-    index = decontaminate.build_index(evaluation.records(), settings.ngram, settings.share)
+    evaluation = report.Evaluation(config.evaluation)
+    index = decontaminate.build_index(evaluation.records(), config.ngram, config.share)
     spool = folder / "candidates.jsonl"
     bands: list[np.ndarray] = []
     with (folder / QUARANTINE).open("w", encoding="utf-8") as rejects:
@@ -84,51 +54,51 @@ def mix(settings: Settings, folder: Path) -> dict[str, Any]:
             rejects.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
 
         quarantine = Quarantine(sink=note)
-        columns, hits = _scan(settings, index, spool, bands, quarantine)
+        columns, hits = _scan(config, index, spool, bands, quarantine)
     candidates = Candidates(spool, columns)
     try:
-        fate = _first_fates(columns)
-        _contaminated(columns, fate, hits, np.array(sorted(index.ids), np.uint64))
-        _near_duplicates(settings, bands, candidates, fate, folder / DUPLICATES)
-        wanted = _wanted(settings, columns, fate)
-        rows = _choose(settings, columns, fate, wanted)
+        decisions = _decide_by_line(columns)
+        _contaminated(columns, decisions, hits, np.array(sorted(index.ids), np.uint64))
+        _near_duplicates(config, bands, candidates, decisions, folder / DUPLICATES)
+        wanted = _wanted(config, columns, decisions)
+        rows = _choose(config, columns, decisions, wanted)
         digest = _write(folder / TRAIN, candidates, columns, rows, wanted)
-        removed = report.write_contamination(folder / CONTAMINATION, candidates, columns, fate, hits, evaluation)
+        removed = report.write_contamination(folder / CONTAMINATION, candidates, columns, decisions, hits, evaluation)
     finally:
         candidates.close()
     spool.unlink()
-    found = report.build(settings, columns, fate, evaluation, removed, quarantine, digest)
+    found = report.build(config, columns, decisions, evaluation, removed, quarantine, digest)
     (folder / REPORT).write_text(json.dumps(found, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / CARD).write_text(card.render(found), encoding="utf-8")
     return found
 
 
 def _scan(
-    settings: Settings, index: EvaluationIndex, spool: Path, bands: list[np.ndarray], quarantine: Quarantine
+    config: MixConfig, index: EvaluationIndex, spool: Path, bands: list[np.ndarray], quarantine: Quarantine
 ) -> tuple[Columns, list[Hit]]:
-    """Every record's numbers, and its meeting with the evaluation."""
+    """The numbers of every record, and its overlap with the evaluation sets."""
     waiting: collections.deque[tuple[int, np.ndarray, np.ndarray]] = collections.deque()
     columns, hits, total = Columns(), [], 0
     with spool.open("wb") as file, tqdm(desc="reading", unit=" records", disable=None) as progress:
 
         def batches() -> Iterator[list[tuple[int, bytes]]]:
             position = 0
-            for number, source in enumerate(settings.sources):
-                for batch in batched(itertools.islice(lines_of(source, quarantine), settings.limit)):
+            for number, source in enumerate(config.sources):
+                for batch in batched(itertools.islice(lines_of(source, quarantine), config.limit)):
                     file.writelines(line for _, line in batch)
                     lengths = np.array([len(line) for _, line in batch], np.int64)
                     waiting.append((number, position + np.cumsum(lengths) - lengths, lengths))
                     position += int(lengths.sum())
                     yield batch
 
-        task = ScanLines(index, settings.tokenizer, settings.template)
-        for scanned in ordered_map(task, batches(), settings.workers):
+        task = ScanLines(index, config.tokenizer, config.template)
+        for scanned in ordered_map(task, batches(), config.workers):
             number, offsets, lengths = waiting.popleft()
             hits += [dataclasses.replace(hit, row=hit.row + total) for hit in scanned.hits]
             columns.append(scanned, offsets, lengths, number)
             bands.append(scanned.bands)
             for line, reason in scanned.rejected:
-                quarantine.add("records", settings.sources[number], line, reason)
+                quarantine.add("records", config.sources[number], line, reason)
             progress.update(len(lengths))
             total += len(lengths)
     columns.close()
@@ -136,7 +106,7 @@ def _scan(
 
 
 def lines_of(source: str, quarantine: Quarantine) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines of JSON of a source: a JSONL file of records as it stands, any other through its reader."""
+    """Numbered lines of JSON of a source. The lines of a JSONL file of records are passed through unchanged."""
     name, separator, place = source.partition("=")
     path = Path(place if separator else name).expanduser()
     if path.is_file() and (name == "records" if separator else path.suffix == ".jsonl"):
@@ -149,70 +119,72 @@ def lines_of(source: str, quarantine: Quarantine) -> Iterator[tuple[int, bytes]]
         yield number, record.to_json().encode() + b"\n"
 
 
-def _first_fates(columns: Columns) -> np.ndarray:
-    """Fates that a record's own line decides, and of records with one id all but the first."""
-    fate = np.where(columns.heldout, Fate.HELDOUT, Fate.KEPT).astype(np.uint8)
-    fate[columns.group < 0] = Fate.MALFORMED
-    rows = np.flatnonzero(fate == Fate.KEPT)
+def _decide_by_line(columns: Columns) -> np.ndarray:
+    """Decisions that need only the record itself, and duplicate ids: of records with the same id the first is kept."""
+    decisions = np.where(columns.heldout, Decision.HELDOUT, Decision.KEPT).astype(np.uint8)
+    decisions[columns.group < 0] = Decision.MALFORMED
+    rows = np.flatnonzero(decisions == Decision.KEPT)
     _, first = np.unique(columns.ids[rows], return_index=True)
-    fate[np.delete(rows, first)] = Fate.SAME_ID
-    return fate
+    decisions[np.delete(rows, first)] = Decision.SAME_ID
+    return decisions
 
 
-def _contaminated(columns: Columns, fate: np.ndarray, hits: Iterable[Hit], known: np.ndarray) -> None:
-    """Mark records that meet the evaluation, and their families: translations, sources, chats."""
-    direct = np.zeros(len(fate), bool)
+def _contaminated(columns: Columns, decisions: np.ndarray, hits: Iterable[Hit], known: np.ndarray) -> None:
+    """Mark records that overlap an evaluation set, and their families: sources, translations and chats."""
+    direct = np.zeros(len(decisions), bool)
     direct[[hit.row for hit in hits]] = True
     everything = decontaminate.families(columns.ids, columns.parents, direct, known)
-    undecided = (fate == Fate.KEPT) | (fate == Fate.SAME_ID)
-    fate[undecided & everything] = Fate.FAMILY
-    fate[undecided & direct] = Fate.CONTAMINATED
+    undecided = (decisions == Decision.KEPT) | (decisions == Decision.SAME_ID)
+    decisions[undecided & everything] = Decision.FAMILY
+    decisions[undecided & direct] = Decision.CONTAMINATED
 
 
 def _near_duplicates(
-    settings: Settings, bands: list[np.ndarray], candidates: Candidates, fate: np.ndarray, path: Path
+    config: MixConfig, bands: list[np.ndarray], candidates: Candidates, decisions: np.ndarray, path: Path
 ) -> None:
-    """Mark near-duplicates and write a line for each: its id, that of the record that stays, their similarity."""
-    wanted = (fate == Fate.KEPT) & (settings.near_duplicates > 0)
-    found = duplicates.find(bands, wanted, candidates.shingles, settings.near_duplicates)
+    """Mark near-duplicates and write a line for each: its id, the id of the kept record, their similarity."""
+    wanted = (decisions == Decision.KEPT) & (config.near_duplicates > 0)
+    found = duplicates.find(bands, wanted, candidates.shingles, config.near_duplicates)
     with path.open("w", encoding="utf-8") as file:
         for pair in tqdm(found, desc="near-duplicates", unit=" removed", disable=None):
-            fate[pair.row] = Fate.NEAR_DUPLICATE
+            decisions[pair.row] = Decision.NEAR_DUPLICATE
             names = {"record": candidates.record(pair.row).id, "duplicate_of": candidates.record(pair.of).id}
             line = {**names, "similarity": round(pair.similarity, 4)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _wanted(settings: Settings, columns: Columns, fate: np.ndarray) -> dict[tuple[str, str], int]:
-    sizes = np.bincount(columns.group[fate == Fate.KEPT], minlength=len(columns.groups))
+def _wanted(config: MixConfig, columns: Columns, decisions: np.ndarray) -> dict[tuple[str, str], int]:
+    sizes = np.bincount(columns.group[decisions == Decision.KEPT], minlength=len(columns.groups))
     available: dict[tuple[str, str], int] = collections.defaultdict(int)
     for (kind, language, *_), size in zip(columns.groups, sizes.tolist(), strict=True):
         available[kind, language] += size
-    if settings.preset is None:
-        return targets.by_ratio(available, settings.ratio)
-    return targets.by_preset(available, settings.preset, settings.scale)
+    if config.preset is None:
+        return targets.by_ratio(available, config.ratio)
+    return targets.by_preset(available, config.preset, config.scale)
 
 
-def _choose(settings: Settings, columns: Columns, fate: np.ndarray, wanted: dict[tuple[str, str], int]) -> np.ndarray:
-    """Numbers of the chosen records in their final order; the rest becomes surplus.
+def _choose(
+    config: MixConfig, columns: Columns, decisions: np.ndarray, wanted: dict[tuple[str, str], int]
+) -> np.ndarray:
+    """Numbers of the chosen records in their final order; the other kept records become surplus.
 
-    A record's place depends on its id and the seed alone: other records coming or going do not reorder a set.
+    The position of a record depends only on its id and the seed, so other records do not change the order of a set.
     """
-    chosen = np.zeros(len(fate), bool)
-    lottery = fingerprints.scatter(columns.ids, f"choose {settings.seed}")
+    chosen = np.zeros(len(decisions), bool)
+    order = fingerprints.scatter(columns.ids, f"choose {config.seed}")
     for part, count in wanted.items():
         codes = [code for code, group in enumerate(columns.groups) if group[:2] == part]
-        rows = np.flatnonzero((fate == Fate.KEPT) & np.isin(columns.group, codes))
-        chosen[rows[np.argsort(lottery[rows], kind="stable")[:count]]] = True
-    fate[(fate == Fate.KEPT) & ~chosen] = Fate.SURPLUS
+        rows = np.flatnonzero((decisions == Decision.KEPT) & np.isin(columns.group, codes))
+        chosen[rows[np.argsort(order[rows], kind="stable")[:count]]] = True
+    decisions[(decisions == Decision.KEPT) & ~chosen] = Decision.SURPLUS
     rows = np.flatnonzero(chosen)
-    return rows[np.argsort(fingerprints.scatter(columns.ids[rows], f"order {settings.seed}"), kind="stable")]
+    return rows[np.argsort(fingerprints.scatter(columns.ids[rows], f"order {config.seed}"), kind="stable")]
 
 
 def _write(
     path: Path, candidates: Candidates, columns: Columns, rows: np.ndarray, wanted: dict[tuple[str, str], int]
 ) -> str:
-    """Write the chosen records; SHA-256 of the file. What was written is counted again, against what was wanted."""
+    """Write the chosen records and return the SHA-256 of the file. Checks the numbers written against `wanted`."""
     digest = hashlib.sha256()
     written: collections.Counter[tuple[str, str]] = collections.Counter()
     with path.open("wb") as file:
@@ -223,5 +195,5 @@ def _write(
             kind, language, *_ = columns.groups[columns.group[row]]
             written[kind, language] += 1
     if written != wanted:
-        raise AssertionError(f"{dict(written)} were written where {wanted} were wanted: a bug, please report it")
+        raise AssertionError(f"{dict(written)} were written instead of {wanted}; this is a bug, please report it")
     return digest.hexdigest()

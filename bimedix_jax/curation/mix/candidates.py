@@ -1,4 +1,4 @@
-"""The records that a set is chosen from: their lines in one file, read again by number, and what becomes of each."""
+"""The records that a set is chosen from. Their lines are in one file and are read by number."""
 
 import enum
 from pathlib import Path
@@ -10,8 +10,8 @@ from bimedix_jax.curation.mix.scan import Columns, text_of
 from bimedix_jax.data.records import Record, parse
 
 
-class Fate(enum.IntEnum):
-    """What becomes of a record, in the order in which it is decided."""
+class Decision(enum.IntEnum):
+    """What mixing decided about a record: it is kept, or the first reason to leave it out."""
 
     KEPT = 0
     MALFORMED = 1
@@ -24,19 +24,19 @@ class Fate(enum.IntEnum):
 
 
 MEANING = {
-    Fate.KEPT: "in the set",
-    Fate.MALFORMED: "no record",
-    Fate.HELDOUT: "held out by its source",
-    Fate.SAME_ID: "id of another record",
-    Fate.CONTAMINATED: "meets the evaluation",
-    Fate.FAMILY: "translation, source or chat of such a one",
-    Fate.NEAR_DUPLICATE: "near-duplicate",
-    Fate.SURPLUS: "more than the ratio takes",
+    Decision.KEPT: "in the set",
+    Decision.MALFORMED: "not a valid record",
+    Decision.HELDOUT: "held out by its source",
+    Decision.SAME_ID: "same id as an earlier record",
+    Decision.CONTAMINATED: "overlaps an evaluation set",
+    Decision.FAMILY: "source, translation or chat of a record that overlaps one",
+    Decision.NEAR_DUPLICATE: "near-duplicate",
+    Decision.SURPLUS: "more than the ratio needs",
 }
 
 
 class Candidates:
-    """The lines, by the number of the record."""
+    """Random access to the records by number."""
 
     def __init__(self, path: Path, columns: Columns) -> None:
         self._file = path.open("rb")
@@ -56,5 +56,5 @@ class Candidates:
         return parse(self.line(row), f"record {row}")
 
     def shingles(self, row: int) -> np.ndarray:
-        """Shingles of its text."""
+        """The shingles of its text."""
         return fingerprints.shingles(fingerprints.words(text_of(self.record(row))))

@@ -1,10 +1,10 @@
-"""The data card: what the set is, where it came from, under which licences, and what was kept out of it."""
+"""The data card of a mixed set: contents, sources, licences, and the records that were left out."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bimedix_jax.curation.counts import shown_ratio
-from bimedix_jax.curation.mix.candidates import MEANING, Fate
+from bimedix_jax.curation.mix.candidates import MEANING, Decision
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 
 
@@ -24,13 +24,13 @@ def render(report: dict[str, Any]) -> str:
                 "## Arabic to English",
                 _ratios(report),
                 "## Sources and licences",
-                "Every record names its source and licence; each licence holds for its part of the set.",
+                "Every record names its source and licence. Each licence applies to the records of its source.",
                 _groups(report),
-                "## What was left out",
-                _fates(report),
-                "## Evaluation kept out",
+                "## Records left out",
+                _left_out(report),
+                "## Overlap with evaluation sets",
                 _decontamination(report),
-                "## Making it again",
+                "## How to reproduce this set",
                 _again(report),
             )
         )
@@ -59,7 +59,7 @@ def _what(report: dict[str, Any]) -> str:
     settings = report["settings"]
     ratio = ":".join(map(str, settings["ratio"]))
     how = f"{ratio} of Arabic to English in each kind" if settings["preset"] is None else f"preset {settings['preset']}"
-    scaled = ", scaled to what there was" if settings["scale"] else ""
+    scaled = ", scaled to the available records" if settings["scale"] else ""
     return (
         f"{report['records']:,} conversations in `train.jsonl`, one JSON object a line (`conversations` as "
         f"`from`/`value`, with language, kind, source, licence and provenance): {how}{scaled}, seed {settings['seed']}."
@@ -73,9 +73,9 @@ def _tables(report: dict[str, Any]) -> str:
     shown = table(titles, ([row[name] for name in names] for row in report["tables"]))
     note = "A turn is a question with its answer, as in the BiMediX paper (arXiv 2402.13253, Tables 7 and 8)."
     tokens = (
-        f"Tokens are those of `{report['settings']['tokenizer']}` with the chat template's."
+        f"Tokens were counted with `{report['settings']['tokenizer']}`, those of the chat template included."
         if with_tokens
-        else "Tokens were not counted: no tokenizer was named."
+        else "Tokens were not counted, since no tokenizer was given."
     )
     return f"{shown}\n\n{note} {tokens}"
 
@@ -94,32 +94,33 @@ def _groups(report: dict[str, Any]) -> str:
     return table(names, ([row[name] for name in names] for row in rows))
 
 
-def _fates(report: dict[str, Any]) -> str:
-    rows = [(meaning, report["fates"][fate.name.lower()]) for fate, meaning in MEANING.items() if fate != Fate.KEPT]
+def _left_out(report: dict[str, Any]) -> str:
+    counts = {meaning: report["decisions"][decision.name.lower()] for decision, meaning in MEANING.items()}
+    del counts[MEANING[Decision.KEPT]]
     threshold = report["settings"]["near_duplicates"]
-    how = f"at least {threshold:.0%} of runs of five words shared" if threshold else "not looked for"
-    return table(("what", "records"), rows) + (
-        f"\n\nNear-duplicates ({how}) are listed in `duplicates.jsonl`, what meets the evaluation in "
-        "`contamination.jsonl`, rows that are no records in `quarantine.jsonl`."
+    how = f"at least {threshold:.0%} of runs of five words shared" if threshold else "not removed"
+    return table(("reason", "records"), counts.items()) + (
+        f"\n\nNear-duplicates ({how}) are listed in `duplicates.jsonl`, records that overlap an evaluation set "
+        "in `contamination.jsonl`, and rows that are not valid records in `quarantine.jsonl`."
     )
 
 
 def _decontamination(report: dict[str, Any]) -> str:
     if not report["evaluation"]["sets"]:
-        return "**Nothing: no evaluation set was named. Do not report benchmarks of a model that learned from it.**"
+        return "**Not checked: no evaluation set was given. Do not report benchmarks of a model trained on this set.**"
     settings = report["settings"]
     sets = table(
         ("evaluation set", "language", "questions"),
         ([row["source"], row["language"], row["records"]] for row in report["evaluation"]["sets"]),
     )
     rule = (
-        f"Removed was every record with an evaluation record's id or PubMed id, with the same question, or with at "
-        f"least {settings['share']:.0%} of the runs of {settings['ngram']} words of an evaluation question or of the "
-        f"text that it is about (all, where that has fewer than {2 * settings['ngram']} words); and with it its "
-        "source, its translations and the chats made from it."
+        "A record was removed if it has the id, PubMed id or question of an evaluation record, or contains at least "
+        f"{settings['share']:.0%} of the runs of {settings['ngram']} words of an evaluation question or of the text "
+        f"that the question is about (all of them if that text has fewer than {2 * settings['ngram']} words). Its "
+        "source, its translations and the chats made from it were removed with it."
     )
     if not report["contamination"]:
-        return f"{sets}\n\n{rule} There was none."
+        return f"{sets}\n\n{rule} No record was removed."
     names = ("evaluation", "source", "language", "kind", "by", "records")
     removed = table(names, ([row[name] for name in names] for row in report["contamination"]))
     return f"{sets}\n\n{rule}\n\n{removed}"
@@ -130,7 +131,7 @@ def _again(report: dict[str, Any]) -> str:
     hashes = table(
         ("file", "SHA-256"),
         [("`train.jsonl`", report["sha256"])]
-        + [(f"`{row['source']}`", row["sha256"] or "none: the package's sample, or the hub") for row in inputs],
+        + [(f"`{row['source']}`", row["sha256"] or "none (bundled sample, or the hub)") for row in inputs],
     )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (

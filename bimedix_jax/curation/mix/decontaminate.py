@@ -1,12 +1,15 @@
-"""Evaluation kept out of training: by identity, by the question's words, and through translations and chats.
+"""Find training records that overlap evaluation sets, by identity, by words, and through translations and chats.
 
 A record is contaminated when
 
 - its id, or its PubMed id, is that of an evaluation record, or it was made from one (MADE_FROM);
 - its question has exactly the words of an evaluation question;
-- it holds at least `share` of the runs of `ngram` words of an evaluation question, or of the text that the question is
-  about. Of passages with fewer than twice `ngram` words it must hold all, since short questions open alike;
-- it belongs to the family of such a record: its source, its translation, the chats made from it.
+- it contains at least `share` of the runs of `ngram` words of an evaluation question, or of the text that the question
+  is about. If that has fewer than twice `ngram` words, it must contain all runs, since short questions begin alike;
+- it belongs to the family of such a record: its source, its translations, the chats made from it.
+
+Words are compared as `fingerprints.words` gives them, that is after `disjoint.normalise`. curation/arabic.py lists how
+that differs from the normalisation of the translation checks.
 """
 
 import dataclasses
@@ -21,17 +24,17 @@ from bimedix_jax.data.records import Record, multiple_choice_question, question_
 from bimedix_jax.errors import BimedixError
 
 MADE_FROM = ("source_id", "translation_of")
-"""Keys of a record's provenance that name what it was made or translated from; a chat's translation has both."""
+"""Keys of a record's provenance that name the record it was made or translated from. Translated chats have both."""
 
 BENCHMARKS = ("mmlu_medical_en", "medmcqa_en", "medqa_usmle_en", "pubmedqa")
-"""Readers of the nine tasks' files (evals/tasks.py, which a test compares; it is not imported since it brings JAX)."""
+"""Readers of the files of the nine tasks. A test compares them with evals/tasks.py, whose import would import JAX."""
 
 FILTER_BITS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """Row `row` of a batch meets evaluation record number `evaluation`; `share` of its runs of words are there."""
+    """Row `row` of a batch overlaps evaluation record number `evaluation`, of whose runs of words it has `share`."""
 
     row: int
     evaluation: int
@@ -41,13 +44,13 @@ class Hit:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationIndex:
-    """What identifies the evaluation records, as arrays: small enough to be sent to every worker.
+    """An index of the evaluation records, small enough to send to every worker process.
 
     Attributes:
-      ngram, share: see the module.
-      grams: hashes of runs of words, sorted, uint64 [G].
-      passage_of: the passage of each, int32 [G].
-      sizes: distinct runs of each passage, int32 [P].
+      ngram, share: see the module docstring.
+      grams: hashes of all runs of words, sorted, uint64 [G].
+      passage_of: the passage that each run is from, int32 [G].
+      sizes: number of distinct runs of each passage, int32 [P].
       owner: evaluation record of each passage, int32 [P].
       questions: hash of all words of a question -> evaluation record.
       ids: digest of an id or of a PubMed id -> evaluation record.
@@ -64,13 +67,13 @@ class EvaluationIndex:
 
     @cached_property
     def _filter(self) -> np.ndarray:
-        """By the highest bits of a hash whether it may be among `grams`: most words of most records end here."""
+        """Whether a hash with these highest bits may be in `grams`. Rules out most runs of most records."""
         found = np.zeros(1 << FILTER_BITS, bool)
         found[self.grams >> np.uint64(64 - FILTER_BITS)] = True
         return found
 
     def find(self, row: int, record: Record, hashes: np.ndarray) -> Hit | None:
-        """The strongest hit of a record whose turns' words have these hashes, None if there is none."""
+        """The strongest hit of a record, None if there is none. `hashes` are those of the words of its turns."""
         for key in _identities(record):
             if key in self.ids:
                 return Hit(row, self.ids[key], "id", 1.0)
@@ -96,7 +99,7 @@ class EvaluationIndex:
 
 
 def build_index(evaluation: Iterable[Record], ngram: int, share: float) -> EvaluationIndex:
-    """Index evaluation records; their number in `evaluation` is what hits refer to."""
+    """Index evaluation records. A hit refers to a record by its position in `evaluation`."""
     grams, owner, sizes = [np.empty(0, np.uint64)], [], []
     questions: dict[int, int] = {}
     ids: dict[int, int] = {}
@@ -132,7 +135,7 @@ def families(ids: np.ndarray, parents: np.ndarray, contaminated: np.ndarray, kno
 
     Args:
       ids: digest of each row's id, uint64 [N].
-      parents: digests of the ids that each was made from, 0 where there is none, uint64 [MADE_FROM, N].
+      parents: digests of the ids that each row was made from (0 for none), uint64 [MADE_FROM, N].
       contaminated: rows with a hit, bool [N].
       known: digests of the evaluation records' ids.
     """
@@ -155,7 +158,7 @@ def benchmark_sources(folder: Path) -> tuple[str, ...]:
     missing = [name for name in BENCHMARKS if not (folder / name).is_dir()]
     if missing:
         raise BimedixError(
-            f"{folder} lacks the folder {missing[0]}; put the benchmark's files there, or name those that you have "
+            f"{folder} lacks the folder {missing[0]}; put the benchmark files there, or name those that you have "
             "with --evaluation"
         )
     return tuple(f"{name}={folder / name}" for name in BENCHMARKS)

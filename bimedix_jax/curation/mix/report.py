@@ -1,4 +1,4 @@
-"""What mixing did, on record: counts by fate, tables, ratios, hashes, and a line for each record that was removed."""
+"""The report of a mix: counts by decision, tables, ratios, hashes, and a line for each contaminated record."""
 
 import collections
 import dataclasses
@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,19 +15,17 @@ from bimedix_jax import __version__, files
 from bimedix_jax.curation import counts
 from bimedix_jax.curation.counts import Count
 from bimedix_jax.curation.fingerprints import digest
-from bimedix_jax.curation.mix.candidates import Candidates, Fate
+from bimedix_jax.curation.mix.candidates import Candidates, Decision
+from bimedix_jax.curation.mix.config import MixConfig
 from bimedix_jax.curation.mix.decontaminate import Hit, parents_of
 from bimedix_jax.curation.mix.scan import Columns
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers import parse, read
 from bimedix_jax.data.records import Record
 
-if TYPE_CHECKING:
-    from bimedix_jax.curation.mix.build import Settings
-
 
 class Evaluation:
-    """The evaluation sets: who is who by number, once `records` has gone through."""
+    """The evaluation sets. `ids` and `sets` are indexed by the number of the record once `records` is exhausted."""
 
     def __init__(self, sources: tuple[str, ...]) -> None:
         self.sources = sources
@@ -36,7 +34,7 @@ class Evaluation:
         self.quarantine = Quarantine()
 
     def records(self) -> Iterator[Record]:
-        """All evaluation records; what a source itself marks for training is not among them."""
+        """All evaluation records, without those that their source marks for training."""
         for source in self.sources:
             for record in read(source, self.quarantine):
                 if record.split != "train":
@@ -46,17 +44,22 @@ class Evaluation:
 
 
 def write_contamination(
-    path: Path, candidates: Candidates, columns: Columns, fate: np.ndarray, hits: Iterable[Hit], evaluation: Evaluation
+    path: Path,
+    candidates: Candidates,
+    columns: Columns,
+    decisions: np.ndarray,
+    hits: Iterable[Hit],
+    evaluation: Evaluation,
 ) -> list[dict[str, Any]]:
-    """A line for each record that was removed for the evaluation's sake; returns counts of them, for the report."""
+    """Write a line for each record that overlaps an evaluation set; return counts of them for the report."""
     of_row = {hit.row: hit for hit in hits}
     tally: collections.Counter[tuple[str, str, str, str, str]] = collections.Counter()
     relatives = _relatives(columns, of_row.values(), evaluation)
     with path.open("w", encoding="utf-8") as file:
-        for row in np.flatnonzero((fate == Fate.CONTAMINATED) | (fate == Fate.FAMILY)).tolist():
+        for row in np.flatnonzero((decisions == Decision.CONTAMINATED) | (decisions == Decision.FAMILY)).tolist():
             record = candidates.record(row)
             hit = of_row.get(row)
-            met = hit.evaluation if hit else relatives.get(row)
+            found = hit.evaluation if hit else relatives.get(row)
             line: dict[str, Any] = {
                 "record": record.id,
                 "language": record.language,
@@ -64,8 +67,8 @@ def write_contamination(
                 "source": record.source,
                 "by": hit.by if hit else "family",
                 "share": round(hit.share, 4) if hit else None,
-                "evaluation": None if met is None else evaluation.ids[met],
-                "evaluation_source": None if met is None else evaluation.sets[met][0],
+                "evaluation": None if found is None else evaluation.ids[found],
+                "evaluation_source": None if found is None else evaluation.sets[found][0],
                 "made_from": next((name for name in parents_of(record) if name is not None), None),
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -75,21 +78,21 @@ def write_contamination(
 
 
 def _relatives(columns: Columns, hits: Iterable[Hit], evaluation: Evaluation) -> dict[int, int]:
-    """Evaluation record of each row that is related to a hit, by the same steps as decontaminate.families."""
-    met = {digest(name): number for number, name in enumerate(evaluation.ids)}
+    """The evaluation record of each row that is related to a hit, found as in decontaminate.families."""
+    known = {digest(name): number for number, name in enumerate(evaluation.ids)}
     found: dict[int, int] = {}
     fresh = {hit.row: hit.evaluation for hit in hits}
     while True:
         for row, number in fresh.items():
             for name in (columns.ids[row], *columns.parents[:, row]):
                 if name:
-                    met.setdefault(int(name), number)
+                    known.setdefault(int(name), number)
         found |= fresh
-        names = np.array(sorted(met), np.uint64)
+        names = np.array(sorted(known), np.uint64)
         related = np.isin(columns.ids, names) | np.isin(columns.parents, names).any(axis=0)
         rows = [row for row in np.flatnonzero(related).tolist() if row not in found]
         fresh = {
-            row: next(met[int(n)] for n in (columns.ids[row], *columns.parents[:, row]) if int(n) in met)
+            row: next(known[int(n)] for n in (columns.ids[row], *columns.parents[:, row]) if int(n) in known)
             for row in rows
         }
         if not fresh:
@@ -105,32 +108,33 @@ def set_counts(columns: Columns, chosen: np.ndarray) -> dict[tuple[str, str], Co
 
 
 def build(
-    settings: "Settings",
+    config: MixConfig,
     columns: Columns,
-    fate: np.ndarray,
+    decisions: np.ndarray,
     evaluation: Evaluation,
     contamination: list[dict[str, Any]],
     quarantine: Quarantine,
     train: str,
 ) -> dict[str, Any]:
     """The report. `train` is the SHA-256 of the set."""
-    chosen = fate == Fate.KEPT
+    chosen = decisions == Decision.KEPT
     found = set_counts(columns, chosen)
     groups = []
     for code, group in sorted(enumerate(columns.groups), key=lambda item: item[1]):
         count = _sum(columns, chosen & (columns.group == code))
         if count.samples:
             groups.append({**dict(zip(("kind", "language", "source", "licence"), group, strict=True)), **vars(count)})
-    met = collections.Counter(evaluation.sets)
-    kinds = {columns.groups[code][0] for code in np.unique(columns.group[(fate == Fate.SURPLUS) | chosen]).tolist()}
-    own = {name: value for name, value in dataclasses.asdict(settings).items() if name != "workers"}
+    sizes = collections.Counter(evaluation.sets)
+    available = np.unique(columns.group[(decisions == Decision.SURPLUS) | chosen])
+    kinds = {columns.groups[code][0] for code in available.tolist()}
+    own = {name: value for name, value in dataclasses.asdict(config).items() if name != "workers"}
     return {
         "records": int(chosen.sum()),
         "sha256": train,
         "settings": own,
         "versions": {"bimedix_jax": __version__, "rensa": importlib.metadata.version("rensa")},
-        "fates": {f.name.lower(): int((fate == f).sum()) for f in Fate},
-        "sources": [_source(columns, fate, number, source) for number, source in enumerate(settings.sources)],
+        "decisions": {decision.name.lower(): int((decisions == decision).sum()) for decision in Decision},
+        "sources": [_source(columns, decisions, number, source) for number, source in enumerate(config.sources)],
         "rejected_rows": quarantine.count,
         "kinds_left_out": sorted(kinds - {group["kind"] for group in groups}),
         "groups": groups,
@@ -138,7 +142,7 @@ def build(
         "ratios": counts.ratios(found),
         "evaluation": {
             "sources": [{"source": source, "sha256": source_hash(source)} for source in evaluation.sources],
-            "sets": [{"source": s, "language": lang, "records": n} for (s, lang), n in sorted(met.items())],
+            "sets": [{"source": s, "language": lang, "records": n} for (s, lang), n in sorted(sizes.items())],
             "rejected_rows": evaluation.quarantine.count,
         },
         "contamination": contamination,
@@ -157,10 +161,10 @@ def source_hash(source: str) -> str | None:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _source(columns: Columns, fate: np.ndarray, number: int, source: str) -> dict[str, Any]:
-    fates = np.bincount(fate[columns.origin == number], minlength=len(Fate)).tolist()
-    named = {f.name.lower(): fates[f] for f in Fate}
-    return {"source": source, "sha256": source_hash(source), "read": sum(fates), **named}
+def _source(columns: Columns, decisions: np.ndarray, number: int, source: str) -> dict[str, Any]:
+    numbers = np.bincount(decisions[columns.origin == number], minlength=len(Decision)).tolist()
+    named = {decision.name.lower(): numbers[decision] for decision in Decision}
+    return {"source": source, "sha256": source_hash(source), "read": sum(numbers), **named}
 
 
 def _sum(columns: Columns, rows: np.ndarray) -> Count:

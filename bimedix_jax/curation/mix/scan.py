@@ -1,6 +1,6 @@
-"""The one pass over all records that mixing needs: what each is, numbers that identify its text, and its tokens.
+"""The scan of all records for mixing: the group of each record, hashes of its text, and its tokens.
 
-Workers do it batch by batch (`ScanLines`); `Columns` keeps the result, about 50 bytes a record.
+Worker processes scan batches (`ScanLines`). `Columns` collects the results, about 50 bytes a record.
 """
 
 from collections.abc import Sequence
@@ -19,32 +19,32 @@ from bimedix_jax.errors import BimedixError
 Group = tuple[str, str, str, str]  # kind, language, source, licence
 
 PARENTS = 1 + len(MADE_FROM)
-"""Numbers of a record that are digests: of its id, and of the ids it was made from, 0 for none."""
+"""How many numbers of a record are digests: of its id and of the ids it was made from (0 for none)."""
 
 NUMBERS = PARENTS + 4
-"""After the digests: exchanges, characters, tokens and learned tokens, the last two 0 without a tokenizer."""
+"""The digests are followed by exchanges, characters, tokens and learned tokens (both 0 without a tokenizer)."""
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """A batch of records. Arrays are in the order of the lines; a line that is no record has group None."""
+    """A batch of records, in the order of its lines. A line that is not a valid record has group None."""
 
     groups: list[Group | None]
     heldout: np.ndarray  # bool [N]
     numbers: np.ndarray  # uint64 [NUMBERS, N]
     bands: np.ndarray  # uint64 [N, BANDS]
     hits: list[Hit]
-    rejected: list[tuple[int, str]]  # number of the line as it was given, and what is wrong with it
+    rejected: list[tuple[int, str]]  # number of the line, and the reason
 
 
 def text_of(record: Record) -> str:
-    """What near-duplicates are compared on: everything that is said."""
+    """The text on which near-duplicates are compared: all turns."""
     return "\n".join(turn.value for turn in record.conversations)
 
 
 @dataclass(frozen=True)
 class ScanLines:
-    """The task of a worker. It loads the tokenizer, where one is named, in the process that runs it."""
+    """The task of a worker process. The tokenizer, if any, is loaded in the worker."""
 
     index: EvaluationIndex | None
     tokenizer: str | None  # folder
@@ -96,14 +96,14 @@ class ScanLines:
 
 
 class Columns:
-    """What is known of every record, by its number: lists of batches at first, arrays once `close` was called.
+    """The numbers of all records, as arrays indexed by the number of the record once `close` was called.
 
     Attributes:
-      groups: the distinct groups; `group` is an index into it, -1 for a line that is no record, int32 [N].
+      groups: the distinct groups; `group` is an index into it, -1 for a line that is not a valid record, int32 [N].
       heldout: bool [N].
       ids, parents: digests, uint64 [N] and [MADE_FROM, N].
       exchanges, characters, tokens, learned: uint32 [N].
-      offsets, lengths: where its line lies in the file of candidates, int64 and int32 [N].
+      offsets, lengths: position of its line in the file of candidates, int64 and int32 [N].
       origin: number of its source, int16 [N].
     """
 
@@ -113,7 +113,7 @@ class Columns:
         self._parts: list[tuple[np.ndarray, ...]] = []
 
     def append(self, scanned: Scanned, offsets: np.ndarray, lengths: np.ndarray, origin: int) -> None:
-        """Add a batch of source number `origin` whose lines lie at `offsets`."""
+        """Add a batch of source number `origin` whose lines start at `offsets`."""
         for group in scanned.groups:
             if group not in self._codes and group is not None:
                 self._codes[group] = len(self.groups)
@@ -124,13 +124,13 @@ class Columns:
         self._parts.append((codes, scanned.heldout, digests, counts, *place))
 
     def close(self) -> None:
-        """Join the batches.
+        """Join the batches into arrays.
 
         Raises:
-            BimedixError: there is none.
+            BimedixError: there are no records.
         """
         if not self._parts:
-            raise BimedixError("there is no record to mix; look at the sources")
+            raise BimedixError("there are no records to mix; check the sources")
         parts = list(zip(*self._parts, strict=True))
         self._parts.clear()
         joined = [np.concatenate(part, axis=-1) for part in parts]

@@ -1,4 +1,4 @@
-"""How many records of each kind and language a set gets: a ratio, or the paper's counts."""
+"""The number of records of each kind and language in a set, from a ratio or from the counts of the paper."""
 
 from collections.abc import Mapping
 from fractions import Fraction
@@ -11,13 +11,13 @@ Preset = Literal["paper", "paper-english", "paper-arabic"]
 Counts = Mapping[tuple[str, str], int]  # (kind, language) -> records
 
 ENGLISH = {"qa": 268_200, "mcqa": 413_600, "chat": 184_800}
-"""BiMediX (arXiv 2402.13253), Table 7, to the hundred that it prints."""
+"""BiMediX (arXiv 2402.13253), Table 7, in the precision of the paper (hundreds)."""
 
 BILINGUAL = {"qa": 423_800, "mcqa": 638_100, "chat": 249_700}
-"""The same, Table 8."""
+"""BiMediX, Table 8."""
 
 ARABIC = {kind: BILINGUAL[kind] - ENGLISH[kind] for kind in KINDS}
-"""Their difference: 445,000, where the text says 444,995. The ratios are 1:1.72, 1:1.84 and 1:2.85."""
+"""The difference, 445,000 in all (444,995 in the text of the paper). The ratios are 1:1.72, 1:1.84 and 1:2.85."""
 
 PRESETS: dict[str, dict[tuple[str, str], int]] = {
     "paper": {(k, language): n[k] for k in KINDS for language, n in (("ar", ARABIC), ("en", ENGLISH))},
@@ -30,7 +30,7 @@ def parse_ratio(text: str) -> tuple[int, int]:
     """Arabic and English parts of `1:2`, in lowest terms.
 
     Raises:
-        BimedixError: that is not two whole numbers above 0.
+        BimedixError: `text` is not two positive whole numbers.
     """
     parts = text.split(":")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
@@ -40,10 +40,9 @@ def parse_ratio(text: str) -> tuple[int, int]:
 
 
 def by_ratio(available: Counts, ratio: tuple[int, int]) -> dict[tuple[str, str], int]:
-    """The most records that are exactly at `ratio` (Arabic, English) in each kind.
+    """The largest numbers of records that are exactly at `ratio` (Arabic, English) in each kind.
 
-    A kind of which there is nothing is left out; so is one that has too little of a language, and the caller should say
-    so.
+    A kind with too few records in one of the languages is left out; the caller should warn about it.
 
     Raises:
         BimedixError: no kind has enough of both languages.
@@ -54,16 +53,16 @@ def by_ratio(available: Counts, ratio: tuple[int, int]) -> dict[tuple[str, str],
         have = ", ".join(f"{available.get((k, lang), 0):,} {k} {lang}" for k in KINDS for lang in LANGUAGES)
         raise BimedixError(
             f"no kind has the records for {arabic}:{english} of Arabic to English (there are {have}); "
-            "add sources in the language that is missing, or choose a preset of one language"
+            "add sources in the missing language, or choose a preset of one language"
         )
     return {(k, lang): n * part for k, n in units.items() for lang, part in zip(LANGUAGES, ratio, strict=True) if n}
 
 
 def by_preset(available: Counts, preset: str, scale: bool) -> dict[tuple[str, str], int]:
-    """The counts of a preset; with `scale` as much of them, in one proportion, as the scarcest part allows.
+    """The counts of a preset. With `scale`, all counts are reduced in proportion until there are enough records.
 
     Raises:
-        BimedixError: there is less than the preset names and `scale` is off, or there is nothing of some part.
+        BimedixError: there are too few records and `scale` is off, or scaling would leave a part empty.
     """
     wanted = PRESETS[preset]
     missing = [
@@ -75,14 +74,14 @@ def by_preset(available: Counts, preset: str, scale: bool) -> dict[tuple[str, st
         return dict(wanted)
     if not scale:
         raise BimedixError(
-            f"there is less than preset {preset} names ({'; '.join(missing)}); add sources, or pass --scale for the "
-            "same proportions with fewer"
+            f"there are fewer records than preset {preset} needs ({'; '.join(missing)}); add sources, or pass "
+            "--scale for a smaller set in the same proportions"
         )
     factor = min(Fraction(available.get(part, 0), n) for part, n in wanted.items())
     scaled = {part: int(n * factor) for part, n in wanted.items()}
     if not all(scaled.values()):
         (kind, language), scarcest = min(((part, available.get(part, 0)) for part in wanted), key=lambda item: item[1])
         raise BimedixError(
-            f"preset {preset} cannot be scaled so far down: there are {scarcest:,} {kind} {language}; add sources"
+            f"preset {preset} cannot be scaled down far enough: there are {scarcest:,} {kind} {language}; add sources"
         )
     return scaled
