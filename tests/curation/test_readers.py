@@ -31,7 +31,7 @@ def write_lines(path: Path, *rows: object) -> None:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
 
-def test_medquad_groups_by_condition_and_names_what_it_rejects(tmp_path: Path) -> None:
+def test_medquad_groups_by_condition_and_gives_reasons_for_rejections(tmp_path: Path) -> None:
     row = {"id": "1", "source": "NIH", "url": "u", "focus": "Gout ", "qtype": "causes"}
     rows = [
         {**row, "question": "What causes Gout ?", "answer": "Uric  acid crystals."},
@@ -89,7 +89,7 @@ def test_dialogues_become_alternating_turns(tmp_path: Path) -> None:
     assert [row.line for row in quarantine.rejected] == [10, 12]
 
 
-def test_bytes_that_are_not_utf8_are_quarantined_not_replaced(tmp_path: Path) -> None:
+def test_invalid_utf8_is_quarantined_not_replaced(tmp_path: Path) -> None:
     write_dialogues(tmp_path, "Patient: My knee.\nDoctor: XX")
     path = tmp_path / "MTS-Dialog-TrainingSet.csv"
     path.write_bytes(path.read_bytes().replace(b"XX", b"\xe9t\xe9"))
@@ -98,7 +98,7 @@ def test_bytes_that_are_not_utf8_are_quarantined_not_replaced(tmp_path: Path) ->
     assert "can't encode" in quarantine.rejected[0].reason
 
 
-def test_pubmedqa_holds_its_test_ids_out(tmp_path: Path) -> None:
+def test_pubmedqa_test_ids_are_held_out(tmp_path: Path) -> None:
     row = {"QUESTION": "Does it help?", "CONTEXTS": ["One.", "Two."], "LONG_ANSWER": "It does."}
     rows = {
         "1": {**row, "final_decision": "yes"},
@@ -156,7 +156,7 @@ def test_mmlu_csv_rows_have_six_columns_and_a_letter(tmp_path: Path) -> None:
     assert len(quarantine.rejected) == 4
 
 
-def test_own_records_and_the_sample_are_sources_too(tmp_path: Path) -> None:
+def test_record_files_and_the_sample_are_sources(tmp_path: Path) -> None:
     record = Record(id="a", language="en", kind="qa", source="s", licence="l", conversations=conversation("q", "a"))
     write_lines(tmp_path / "r.jsonl", record.to_json(), "{}")
     records, quarantine = run(str(tmp_path / "r.jsonl"))
@@ -166,7 +166,7 @@ def test_own_records_and_the_sample_are_sources_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["nothing=x", "medquad", "medquad=/does/not/exist", "sample=x", "medquad=."])
-def test_a_source_that_cannot_be_read_says_why(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_sources_raise_with_the_reason(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BimedixError):
         run(source)
@@ -191,7 +191,7 @@ PUBLISHED = {
 
 @pytest.mark.skipif("BIMEDIX_DATA" not in os.environ, reason="BIMEDIX_DATA names no folder of published data")
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_data_is_read_whole(name: str) -> None:
+def test_published_data_is_read_completely(name: str) -> None:
     folder, count, rejected = PUBLISHED[name]
     quarantine = Quarantine()
     records: Iterator[Record] = read(f"{name}={Path(os.environ['BIMEDIX_DATA']) / folder}", quarantine)

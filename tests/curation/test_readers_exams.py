@@ -1,4 +1,4 @@
-"""Exams with choices, in the spellings of their authors and of the hub."""
+"""Exams with choices, in the formats of their authors and of the hub."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def parquet(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def test_medqa_takes_its_split_from_the_name_of_the_file(tmp_path: Path) -> None:
+def test_medqa_splits_follow_the_file_name(tmp_path: Path) -> None:
     lines(tmp_path / "phrases_no_exclude_train.jsonl", MEDQA, {**MEDQA, "answer_idx": "B"}, {**MEDQA, "options": None})
     lines(tmp_path / "phrases_no_exclude_test.jsonl", MEDQA)
     records, quarantine = run(f"medqa={tmp_path}")
@@ -79,8 +79,8 @@ def test_medqa_options_may_be_a_list_or_have_gaps(tmp_path: Path) -> None:
     assert [len(record.choices or ()) for record in run(f"medqa={path}")[0]] == [4, 4]
 
 
-def test_medmcqa_counts_from_1_in_the_authors_files_and_from_0_elsewhere(tmp_path: Path) -> None:
-    authors = lines(tmp_path / "train.json", MEDMCQA)  # JSON lines under the name .json, as published
+def test_medmcqa_answers_count_from_1_in_the_authors_files_and_from_0_elsewhere(tmp_path: Path) -> None:
+    authors = lines(tmp_path / "train.json", MEDMCQA)  # published as JSON lines with the ending .json
     hub = parquet(tmp_path / "train-00000-of-00001.parquet", {**MEDMCQA, "cop": 2})
     (one,), (two,) = run(f"medmcqa={authors}")[0], run(f"medmcqa={hub}")[0]
     assert one == two
@@ -90,8 +90,8 @@ def test_medmcqa_counts_from_1_in_the_authors_files_and_from_0_elsewhere(tmp_pat
 
 
 @pytest.mark.parametrize(("name", "cop"), [("train.json", 0), ("dev.jsonl", 0)])
-def test_medmcqa_ends_where_answers_count_from_elsewhere(name: str, cop: int, tmp_path: Path) -> None:
-    """A wrong start would turn every answer into another one, so it is no matter of one row."""
+def test_medmcqa_stops_if_answers_count_from_another_number(name: str, cop: int, tmp_path: Path) -> None:
+    """With a wrong first number every answer would be wrong, so reading stops instead of rejecting one row."""
     with pytest.raises(WrongSource, match="pass first_option=0"):
         run(f"medmcqa={lines(tmp_path / name, MEDMCQA, {**MEDMCQA, 'cop': cop})}")
     with pytest.raises(WrongSource, match="pass first_option=1"):
@@ -130,7 +130,7 @@ def test_mmlu_csv_and_hub_rows_by_subject(tmp_path: Path) -> None:
     assert (record.answer, record.provenance["subject"]) == (3, "anatomy")
 
 
-def test_pubmedqa_artificial_as_published_and_as_on_the_hub(tmp_path: Path) -> None:
+def test_pubmedqa_artificial_in_both_formats(tmp_path: Path) -> None:
     path = tmp_path / "ori_pqaa.json"
     path.write_text(json.dumps({"25429730": {**ABSTRACT, "final_decision": "yes"}, "2": ABSTRACT}, indent=4))
     hub = {
@@ -151,13 +151,13 @@ def test_pubmedqa_artificial_as_published_and_as_on_the_hub(tmp_path: Path) -> N
     assert [row.reason for row in quarantine.rejected] == ["field 'final_decision' is missing"]
 
 
-def test_pubmedqa_unlabelled_asks_openly(tmp_path: Path) -> None:
+def test_pubmedqa_unlabelled_has_open_questions(tmp_path: Path) -> None:
     (tmp_path / "ori_pqau.json").write_text(json.dumps({"7": ABSTRACT}))
     (record,) = run(f"pubmedqa_unlabelled={tmp_path}")[0]
     assert (record.kind, record.choices, record.conversations[1].value) == ("qa", None, "It does.")
 
 
-def test_a_copy_of_pubmedqa_that_does_not_name_the_test_questions_is_held_out(tmp_path: Path) -> None:
+def test_a_copy_of_pubmedqa_without_the_list_of_test_questions_is_held_out(tmp_path: Path) -> None:
     row = {
         "pubid": 1,
         "question": "Q?",

@@ -1,4 +1,4 @@
-"""Files of every format give their rows one at a time; damage is named by file and line, and costs itself alone."""
+"""Files of every format yield rows one at a time. A broken row is rejected with its file and line; the rest is read."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ def fields(path: Path, keyed: bool = False) -> list[Any]:
     return [row.fields() for row in rows.rows(path, keyed)]
 
 
-def test_every_text_format_gives_the_same_rows_packed_or_not(tmp_path: Path) -> None:
+def test_every_text_format_gives_the_same_rows_compressed_or_not(tmp_path: Path) -> None:
     wanted = [{"q": "ما هو \u2028 x?", "a": 'a, "b"\nc'}, {"q": "two", "a": ""}]
     texts = {
         "r.jsonl": "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in wanted),
@@ -39,7 +39,7 @@ def test_every_text_format_gives_the_same_rows_packed_or_not(tmp_path: Path) -> 
         assert fields(tmp_path / name) == fields(tmp_path / f"{name}.gz") == wanted, name
 
 
-def test_parquet_comes_in_batches(tmp_path: Path) -> None:
+def test_parquet_is_read_in_batches(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -52,7 +52,7 @@ def test_parquet_comes_in_batches(tmp_path: Path) -> None:
         fields(tmp_path / "bad.parquet")
 
 
-def test_a_folder_is_read_in_order_of_name_and_nothing_outside_of_it(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_of_names_without_files_outside_it(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     (folder / "b").mkdir(parents=True)
     for name in ("b/two.jsonl", "a.jsonl", ".hidden.jsonl", "README.md"):
@@ -63,10 +63,10 @@ def test_a_folder_is_read_in_order_of_name_and_nothing_outside_of_it(tmp_path: P
     with pytest.raises(BimedixError, match="outside its folder"):
         list(rows.rows(folder))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BimedixError, match="holds no file ending in"):
+    with pytest.raises(BimedixError, match="has no file ending in"):
         list(rows.rows(tmp_path / "empty"))
     (tmp_path / "x.pkl").write_bytes(b"")
-    with pytest.raises(BimedixError, match="ends in none of"):
+    with pytest.raises(BimedixError, match="has none of the endings"):
         list(rows.rows(tmp_path / "x.pkl"))
 
 
@@ -85,7 +85,7 @@ def build(quarantine: Quarantine, path: Path) -> list[Any]:
     return [record.id for record in rows.build_all("s", rows.rows(path), quarantine, make)]
 
 
-def test_a_broken_row_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_row_is_rejected_and_the_others_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "MAX_LINE", 64)
     lines = ['{"x": "a"}', "{", '{"x": "' + "y" * 200 + '"}', "[1]", '{"x": "\\ud800"}', '{"x": "\xe9"}', '{"x": "b"}']
     (tmp_path / "r.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
@@ -104,13 +104,13 @@ def test_a_broken_row_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.Mon
     ]
 
 
-def test_a_damaged_file_is_an_error_after_what_it_gives(tmp_path: Path) -> None:
+def test_a_damaged_file_raises_after_its_readable_rows(tmp_path: Path) -> None:
     packed = gzip.compress(b"".join(b'{"x": "%d"}\n' % i for i in range(20000)))
     (tmp_path / "r.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(BimedixError, match="damaged"):
         fields(tmp_path / "r.jsonl.gz")
     (tmp_path / "same.csv").write_text("a,a\n1,2\n")
-    with pytest.raises(BimedixError, match="two columns of one name"):
+    with pytest.raises(BimedixError, match="two columns with the same name"):
         fields(tmp_path / "same.csv")
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(BimedixError, match="was saved by the `datasets` package"):
@@ -128,7 +128,7 @@ JSON = st.recursive(
 @given(
     values=st.lists(JSON, max_size=6), chunk=st.integers(1, 30), indent=st.sampled_from([None, 1]), plain=st.booleans()
 )
-def test_arrays_and_objects_stream_as_json_reads_them(
+def test_streamed_arrays_and_objects_equal_json_loads(
     values: list[Any], chunk: int, indent: int | None, plain: bool
 ) -> None:
     before = json_stream.CHUNK
@@ -144,18 +144,18 @@ def test_arrays_and_objects_stream_as_json_reads_them(
 
 
 @pytest.mark.parametrize("text", ["[1", "[1,]", "[1] 2", "[1 2]", '["\\x"]', "[1,,2]", "{", "[" * 100000, "[nul]"])
-def test_broken_json_names_the_place(text: str) -> None:
+def test_broken_json_raises_with_the_position(text: str) -> None:
     with pytest.raises(BimedixError, match=r"x\.json is not valid JSON near character"):
         list(json_stream.entries(io.BytesIO(text.encode()), Path("x.json")))
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"a" 1}', '{"a": 1', '{"a": 1,}', '{"a": 1} x', "{1: 2}", '{"a": "\xff"}'])
-def test_broken_objects_name_the_place(text: str) -> None:
+def test_broken_objects_raise_with_the_position(text: str) -> None:
     with pytest.raises(BimedixError, match=r"x\.json is not valid JSON near character"):
         list(json_stream.keyed_entries(io.BytesIO(text.encode("latin-1")), Path("x.json")))
 
 
-def test_xml_elements_come_one_at_a_time_and_are_forgotten() -> None:
+def test_xml_elements_are_yielded_one_at_a_time_and_freed() -> None:
     text = b"<a xmlns='u'><skip><b>1</b></skip>" + b"<b>x<b>inner</b></b>" * 3000 + b"</a>"
     found = markup.elements(io.BytesIO(text), Path("x"), {"b"})
     first = next(found)
@@ -174,12 +174,12 @@ def test_xml_elements_come_one_at_a_time_and_are_forgotten() -> None:
         '<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a><a><b/></a>'.encode("utf-16"),
     ],
 )
-def test_xml_that_is_broken_or_declares_entities_is_refused(text: bytes) -> None:
+def test_broken_xml_and_xml_with_entities_raise(text: bytes) -> None:
     with pytest.raises(BimedixError):
         list(markup.elements(io.BytesIO(text), Path("x.xml"), {"b"}))
 
 
-def test_a_file_that_is_no_workbook_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_workbook_raises(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"no zip")
     with zipfile.ZipFile(tmp_path / "b.xlsx", "w") as book:
         book.writestr("x", "y")

@@ -64,7 +64,7 @@ def write_set(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_laid_out_like_a_hub_set(tmp_path: Path) -> None:
+def test_a_local_folder_with_the_layout_of_the_hub(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "medmcqa")
     records, quarantine = run(f"medmcqa=hf:{folder}")
     assert [(record.id, record.answer, record.split) for record in records] == [
@@ -76,7 +76,7 @@ def test_a_folder_laid_out_like_a_hub_set(tmp_path: Path) -> None:
         run(f"medmcqa=hf:{folder}#dev")
 
 
-def test_a_card_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+def test_a_card_cannot_refer_to_files_outside_its_folder(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "medmcqa")
     (tmp_path / "secret.parquet").write_bytes((folder / "data/test-00000-of-00001.parquet").read_bytes())
     (folder / "data/train-x.parquet").symlink_to(tmp_path / "secret.parquet")
@@ -84,17 +84,17 @@ def test_a_card_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
         run(f"medmcqa=hf:{folder}")
 
 
-def test_types_other_than_plain_data_are_refused(tmp_path: Path) -> None:
+def test_formats_other_than_plain_data_raise(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.xml").write_text("<a/>")
-    with pytest.raises(BimedixError, match="is of type xml; only arrow, csv, json, parquet, text are read"):
+    with pytest.raises(BimedixError, match="has format xml; only arrow, csv, json, parquet, text can be read"):
         run(f"medmcqa=hf:{tmp_path / 'set'}")
     (tmp_path / "set" / "set.py").write_text("raise SystemExit(1)")
     with pytest.raises(BimedixError, match="cannot read"):
         run(f"medmcqa=hf:{tmp_path / 'set'}")
 
 
-def test_a_folder_that_save_to_disk_wrote(tmp_path: Path) -> None:
+def test_a_folder_written_by_save_to_disk(tmp_path: Path) -> None:
     import datasets
 
     one = datasets.Dataset.from_list([{"q": "Hi?", "a": "Hello."}])
@@ -108,34 +108,34 @@ def test_a_folder_that_save_to_disk_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["medmcqa", "../up", "owner/name/more", "ow ner/name", ""])
-def test_what_is_no_hub_id_says_so(text: str) -> None:
+def test_invalid_hub_ids_raise(text: str) -> None:
     with pytest.raises(BimedixError, match="neither a folder nor a hub id"):
         hub.parse(text)
 
 
-def test_a_folder_of_the_same_name_is_not_taken_for_the_hub_set(
+def test_a_local_folder_is_not_read_instead_of_a_data_set_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "owner/name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BimedixError, match="owner/name lies here too"):
+    with pytest.raises(BimedixError, match="would read the local folder owner/name instead of the hub"):
         list(hub.parts(hub.HubSet("owner/name")))
     with pytest.raises(BimedixError, match="is a folder and has no revision"):
         hub.parse("owner/name@main")
 
 
-def test_a_hub_id_in_all_its_parts() -> None:
+def test_hub_ids_with_revision_configuration_and_split() -> None:
     assert hub.parse("owner/name") == hub.HubSet("owner/name")
     assert hub.parse("owner/name@abc#test") == hub.HubSet("owner/name", "abc", None, "test")
     assert hub.parse("owner/name#all/test") == hub.HubSet("owner/name", None, "all", "test")
     assert hub.HubSet("owner/name", "abc", "all", "test").label == "name/all/test"
 
 
-def test_without_a_connection_the_error_names_the_set() -> None:
+def test_the_error_without_a_connection_names_the_data_set() -> None:
     """The tests run with HF_HUB_OFFLINE=1."""
     with pytest.raises(BimedixError, match="cannot read owner/name"):
         run("medmcqa=hf:owner/name")
-    with pytest.raises(BimedixError, match="does not give owner/name at main"):
+    with pytest.raises(BimedixError, match="cannot get owner/name at main"):
         hub.pin(hub.HubSet("owner/name"))
 
 
@@ -255,7 +255,7 @@ print(json.dumps({
 
 
 def test_sets_are_pinned_and_read_from_a_hub(endpoint: str, tmp_path: Path) -> None:
-    """The whole way over HTTP: commit, licence, card, files; Parquet is streamed, JSON fetched and then streamed."""
+    """End to end over HTTP: commit, licence, card, files. Parquet is streamed; JSON is downloaded and then streamed."""
     settings = {
         "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": "0",
@@ -271,4 +271,4 @@ def test_sets_are_pinned_and_read_from_a_hub(endpoint: str, tmp_path: Path) -> N
     assert (result["rejected"], result["json"]) == (1, ["chatdoctor/array/train/release/1"])
     assert "has licence 'mit' on the hub, but the recipe states 'Apache-2.0'" in result["licence"]
     assert f"main of owner/name is {COMMIT}, not fffffff" in result["moved"]
-    assert "does not give owner/absent at main" in result["absent"]
+    assert "cannot get owner/absent at main" in result["absent"]

@@ -1,4 +1,4 @@
-"""Open questions, instructions, conversations and tables, in the field names in which they are published."""
+"""Open questions, instructions, conversations and tables, with the field names of their publishers."""
 
 import csv
 import io
@@ -67,7 +67,7 @@ def lines(path: Path, *rows: object) -> Path:
 
 
 def workbook(path: Path, rows: list[list[str]]) -> Path:
-    """A workbook as LibreOffice writes it: texts in a table of their own, here one with a phonetic guide."""
+    """A workbook as LibreOffice writes it: texts are in a shared table, and one of them has a phonetic guide."""
     main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
     office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     texts = [text for row in rows for text in row if text]
@@ -90,7 +90,7 @@ def workbook(path: Path, rows: list[list[str]]) -> Path:
     return path
 
 
-def test_liveqa_makes_a_record_of_every_answer(tmp_path: Path) -> None:
+def test_liveqa_has_a_record_for_every_answer(tmp_path: Path) -> None:
     (tmp_path / "TREC-2017-LiveQA-Medical-Train-1.xml").write_text(LIVEQA_TRAIN)
     (tmp_path / "TREC-2017-LiveQA-Medical-Test.xml").write_text(LIVEQA_TEST)
     records, quarantine = run(f"liveqa={tmp_path}")
@@ -108,7 +108,7 @@ def test_liveqa_makes_a_record_of_every_answer(tmp_path: Path) -> None:
     assert [(row.file, row.line) for row in quarantine.rejected] == [("TREC-2017-LiveQA-Medical-Train-1.xml", 3)]
 
 
-def test_medquad_pages_of_the_authors_in_both_spellings(tmp_path: Path) -> None:
+def test_medquad_pages_with_both_element_names(tmp_path: Path) -> None:
     for name, text in MEDQUAD_PAGES.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
@@ -135,7 +135,7 @@ def test_medicationqa_from_the_workbook_and_from_csv(tmp_path: Path) -> None:
     assert [row.line for row in other.rejected] == [3]
 
 
-def test_chatdoctor_and_sets_of_its_form(tmp_path: Path) -> None:
+def test_chatdoctor_and_data_sets_of_the_same_form(tmp_path: Path) -> None:
     told = "If you are a doctor, please answer the medical questions based on the patient's description."
     rows: list[dict[str, Any]] = [
         {"instruction": told, "input": "My knee hurts.", "output": "Hi, rest it."},
@@ -310,10 +310,10 @@ def test_a_table_by_the_names_of_its_columns(tmp_path: Path) -> None:
         ("medmcqa={}?first_option=2", "neither 0 nor 1"),
         ("medquad={}?split=train", "has no option 'split'; its options are none"),
         ("chatdoctor={}?x", "has no option 'x'"),
-        ("liveqa=hf:owner/name", "reads the authors' files only"),
+        ("liveqa=hf:owner/name", "reads only the files of the authors"),
     ],
 )
-def test_options_that_are_wrong_say_so(source: str, message: str, tmp_path: Path) -> None:
+def test_wrong_options_raise(source: str, message: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", {"q": "?", "a": "!"})
     with pytest.raises(BimedixError, match=message):
         run(source.format(path))

@@ -1,4 +1,4 @@
-"""Readers: the files of a data set in, records out, one at a time.
+"""Readers turn the files of published data sets into records, one at a time.
 
 A reader takes a place (a file, a folder, or a data set on the hub), a `Quarantine`, and options by name. It calls
 `Quarantine.build` for every row, in a fixed order. A malformed row is never repaired by guessing and never dropped
@@ -42,35 +42,35 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 }
 
 FOLDERS_ONLY = {"mts_dialog", "liveqa", "medqa_usmle_en", "medmcqa_en", "mmlu_medical_en", "mmlu_medical_en_dev"}
-"""Readers of files that only their authors' folders have, in formats that `datasets` does not read."""
+"""Readers of files that only the authors publish, in formats that `datasets` cannot read."""
 
 
 def read(source: str, quarantine: Quarantine) -> Iterator[Record]:
-    """Records of `NAME=PLACE`, of `sample`, or of a path to a JSONL file of records.
+    """Records of `NAME=PLACE`, of `sample`, or of the path of a JSONL file of records.
 
-    PLACE is a file or a folder, or `hf:owner/name@revision#config/split` for a set of the hub (`hf:` before a folder
-    reads that with the `datasets` package), and may end in options of the reader, `?name=value&name=value`.
+    PLACE is a file, a folder, or `hf:owner/name@revision#config/split` for a data set on the hub. `hf:` before a folder
+    reads the folder with the `datasets` package. PLACE may end in options of the reader, `?name=value&name=value`.
 
     Raises:
-        BimedixError: no such reader, option or place, or the place is not laid out as the reader expects.
+        BimedixError: no such reader, option or place, or the place does not have the layout that the reader expects.
     """
     name, place, options = parse(source)
     yield from read_place(name, place, options, quarantine)
 
 
 def parse(source: str) -> tuple[str, Place, dict[str, str]]:
-    """Reader, place and options of a source as `read` takes it.
+    """Reader, place and options of a source in the form that `read` takes.
 
     Raises:
-        BimedixError: no such reader, or not of that form.
+        BimedixError: no such reader, or the source does not have that form.
     """
     name, separator, where = source.partition("=")
     if separator and name not in READERS and Path(source).is_file():
-        name, separator, where = source, "", ""  # a file with = in its path
+        name, separator, where = source, "", ""  # a file whose path contains =
     if not separator and name != "sample":
         if not name.endswith((".jsonl", ".jsonl.gz")):
             raise BimedixError(
-                f"source {source!r} names no path; write NAME=PATH, with NAME one of {', '.join(READERS)}"
+                f"source {source!r} has no path; write NAME=PATH, where NAME is one of {', '.join(READERS)}"
             )
         name, where = "records", source
     if name not in READERS:
@@ -78,17 +78,17 @@ def parse(source: str) -> tuple[str, Place, dict[str, str]]:
     where, _, query = where.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if query and not options:
-        raise BimedixError(f"{query!r} in {source!r} is no option; write ?name=value&name=value")
+        raise BimedixError(f"{query!r} in {source!r} is not an option; write ?name=value&name=value")
     return name, place_of(where), options
 
 
 def place_of(text: str) -> Place:
-    """The place that a text names, a set of the hub if it begins with `hf:`."""
+    """The place that a text names: a data set on the hub if it begins with `hf:`, else a path."""
     return hub.parse(text.removeprefix(hub.PREFIX)) if text.startswith(hub.PREFIX) else Path(text).expanduser()
 
 
 def read_place(name: str, place: Place, options: Mapping[str, str], quarantine: Quarantine) -> Iterator[Record]:
-    """Records of a place by the reader `name`; ends where the quarantine's limit is reached.
+    """Records of a place, read by the reader `name`. Stops at the limit of the quarantine.
 
     Raises:
         BimedixError: see `read`.
@@ -96,9 +96,11 @@ def read_place(name: str, place: Place, options: Mapping[str, str], quarantine: 
     check_options(name, options)
     if isinstance(place, hub.HubSet):
         if name in FOLDERS_ONLY or name == "sample":
-            raise BimedixError(f"{name} reads the authors' files only, not the hub; name the folder that holds them")
+            raise BimedixError(
+                f"{name} reads only the files of the authors, not the hub; name the folder that contains them"
+            )
     elif name != "sample" and not place.exists():
-        raise BimedixError(f"there is no {place}; name the place of the {name} files")
+        raise BimedixError(f"there is no {place}; name the file or folder of the {name} data")
     quarantine.start()
     try:
         yield from READERS[name](place, quarantine, **options)
@@ -107,13 +109,13 @@ def read_place(name: str, place: Place, options: Mapping[str, str], quarantine: 
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The options that a reader takes, by name."""
+    """The options of a reader, by name."""
     parameters = inspect.signature(READERS[name]).parameters
     return {key: value for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def check_options(name: str, options: Mapping[str, str]) -> None:
-    """Raise BimedixError for an option that the reader does not have, or one that it needs and was not given."""
+    """Raise BimedixError for an unknown option of a reader, or for a required one that is missing."""
     known = options_of(name)
     unknown = sorted(options.keys() - known.keys())
     if unknown:

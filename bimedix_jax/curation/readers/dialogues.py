@@ -10,7 +10,7 @@ from bimedix_jax.curation.readers.rows import Place, Row, build_all, named_file,
 from bimedix_jax.curation.readers.tables import parse_language
 from bimedix_jax.data.records import Record, Split, Turn
 
-# names that exports of ShareGPT use for the two sides
+# names of the two sides in exports of ShareGPT
 SHAREGPT_SPEAKERS = {
     "system": "system",
     "human": "human",
@@ -26,9 +26,9 @@ def mts_dialog(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
     """MTS-Dialog (Ben Abacha et al. 2023): doctor-patient dialogues (CSV), the training set for training.
 
     The doctor is `gpt`; patient, relatives and other clinicians are `human`, relatives and clinicians with a label.
-    Lines of one side in a row become one turn. Most dialogues open with the doctor: they get the opening "Hello,
-    doctor." (provenance: `opening`), and what the patient says after the doctor's last turn is left out (provenance:
-    `unanswered_turns`), since no answer follows it.
+    Consecutive lines of one side become one turn. Most dialogues begin with the doctor; they get the opening "Hello,
+    doctor." (provenance: `opening`). What the patient says after the doctor's last turn is left out (provenance:
+    `unanswered_turns`), since no answer follows.
     """
     parts: dict[str, Split] = {
         "MTS-Dialog-TrainingSet.csv": "train",
@@ -53,10 +53,10 @@ def sharegpt(
     language: str = "en",
     split: str | None = None,
 ) -> Iterator[Record]:
-    """Rows {id, conversations: [{from, value}]} as ShareGPT and Vicuna write them.
+    """Rows {id, conversations: [{from, value}]}, the format of ShareGPT and Vicuna.
 
-    A system prompt is a first turn, or FastChat's field `system`.
-    A last turn of the human is left out, as in mts_dialog; a conversation that opens with the answer is quarantined.
+    The system prompt is the first turn, or the field `system` of FastChat. A last turn of the human is left out, as in
+    mts_dialog. A conversation that begins with an answer is quarantined.
     """
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
@@ -77,9 +77,9 @@ def messages(
     language: str = "en",
     split: str | None = None,
 ) -> Iterator[Record]:
-    """Rows {messages: [{role, content}]} as OpenAI's fine-tuning files have them; content is text or parts of text.
+    """Rows {messages: [{role, content}]}, the format of OpenAI's fine-tuning files; content is text or parts of text.
 
-    Calls of tools and their results, images and sound have no place in a record: such rows are quarantined.
+    Rows with tool calls, tool results, images or sound are quarantined, since a record cannot represent them.
     """
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
@@ -155,7 +155,7 @@ def _dialogue_record(row: Row, fields: dict[str, Any], split: Split) -> Record:
 
 
 def _merge_speakers(dialogue: str) -> list[Turn]:
-    """Turns of "Doctor: ..." lines. A line without a speaker goes on with the one before it."""
+    """Turns from lines "Doctor: ...". A line without a speaker continues the line before it."""
     sides: list[tuple[str, list[str]]] = []
     for line in dialogue.splitlines():
         if not line.strip():

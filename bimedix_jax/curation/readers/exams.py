@@ -1,4 +1,4 @@
-"""Questions with choices: MedQA, MedMCQA, MMLU and PubMedQA, as their authors and the hub publish them."""
+"""Questions with choices: MedQA, MedMCQA, MMLU and PubMedQA, in the formats of their authors and of the hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ DECISIONS = ("yes", "no", "maybe")
 def medqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
     """MedQA (Jin et al. 2020): {question, options {A: ...}, answer, answer_idx, meta_info}, four or five options.
 
-    The split is what the name of the file or hub split says, unless `split` names it.
+    The split is taken from the name of the file or hub split, unless `split` is given.
     """
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
@@ -32,14 +32,15 @@ def medqa_usmle_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
 
 
 def medmcqa_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
-    """MedMCQA (Pal et al. 2022): the single-choice part of the validation questions, which the field tests on."""
+    """MedMCQA (Pal et al. 2022): the single-choice validation questions, which the field uses as its test set."""
     yield from _test_set("medmcqa_en", folder, "medmcqa_val2816_single.jsonl", "MIT", quarantine)
 
 
 def mmlu_medical_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
     """Six medical subjects of MMLU (Hendrycks et al. 2021): the canonical 1,089 test questions.
 
-    `test/*.csv` of the same folder is an older state (282 instead of 272 of professional medicine) and is not read.
+    `test/*.csv` of the same folder is an older version (282 instead of 272 questions of professional medicine) and is
+    not read.
     """
     yield from _test_set("mmlu_medical_en", folder, "medagents_mmlu_test.jsonl", "MIT", quarantine)
 
@@ -50,7 +51,7 @@ def medmcqa(
     """MedMCQA (Pal et al. 2022): {question, opa..opd, cop, exp, subject_name, topic_name, choice_type, id}.
 
     `cop` counts from 1 in the authors' JSON files and from 0 on the hub and in Parquet files made from it;
-    `first_option` (0 or 1) says so for other copies. A value that the wrong start would have ends the reading.
+    For other copies, set `first_option` (0 or 1). A value that shows a wrong setting stops reading.
     """
     if first_option not in (None, "0", "1"):
         raise BimedixError(f"first_option={first_option} is neither 0 nor 1")
@@ -63,8 +64,8 @@ def medmcqa(
             raise ValueError("the answer is not published (test questions)")
         answer = int(number) - first
         if answer in (-1, 4):
-            raise WrongSource(f"{row.file}:{row.line} has cop {number}: options count from {1 - first} there; "
-                              f"pass first_option={1 - first}")  # fmt: skip
+            raise WrongSource(f"{row.file}:{row.line} has cop {number}: options are counted from {1 - first} in this "
+                              f"file; pass first_option={1 - first}")  # fmt: skip
         explanation = fields.get("exp")
         return multiple_choice(
             row_id("medmcqa", row, fields.get("id")),
@@ -86,9 +87,9 @@ def mmlu(
     place: Place, quarantine: Quarantine, *, split: str | None = None, subjects: str | None = None
 ) -> Iterator[Record]:
     """MMLU (Hendrycks et al. 2021): `<subject>_<part>.csv` without header, or hub rows {question, subject, choices,
-    answer}; all held out unless `split` says otherwise.
+    answer}. All questions are held out unless `split` is given.
 
-    `subjects` names those to take, with commas between; rows of others are passed over.
+    `subjects` selects subjects, separated by commas; rows of other subjects are skipped.
     """
     wanted = None if subjects is None else set(subjects.split(","))
 
@@ -122,7 +123,7 @@ def mmlu(
 
 
 def mmlu_medical_en_dev(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
-    """The development and validation questions of the six medical subjects (CSV), for prompts with examples."""
+    """The development and validation questions of the six medical subjects (CSV), for few-shot prompts."""
     source = "mmlu_medical_en_dev"
     for part in ("dev", "val"):
         paths = sorted((folder / part).glob(f"*_{part}.csv"))
@@ -140,8 +141,8 @@ def mmlu_medical_en_dev(folder: Path, quarantine: Quarantine) -> Iterator[Record
 def pubmedqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
     """PubMedQA (Jin et al. 2019), labelled part: abstract and question -> yes, no or maybe, and the long answer.
 
-    In the authors' folder the 500 ids of test_ground_truth.json are `heldout`, the others `train`. A copy without that
-    file (the hub's `pqa_labeled`) is held out whole, since half of it is the test set.
+    In the authors' folder the 500 ids of test_ground_truth.json are `heldout`, the others `train`. In a copy without
+    that file (the hub's `pqa_labeled`) all rows are held out, since half of them are the test set.
     """
     test: dict[str, Any] = {}
     authors = isinstance(place, Path) and place.is_dir() and (place / "ori_pqal.json").is_file()
@@ -153,7 +154,7 @@ def pubmedqa(place: Place, quarantine: Quarantine, *, split: str | None = None) 
         pmid = _pmid(row, fields)
         decision = _field(fields, "final_decision")
         if pmid in test and test[pmid] != decision:
-            raise ValueError(f"final_decision is {decision!r}, the ground truth says {test[pmid]!r}")
+            raise ValueError(f"final_decision is {decision!r}, but {test[pmid]!r} in the ground truth")
         side: Split = "train" if authors and pmid not in test else "heldout"
         return _abstract("pubmedqa", row, fields, parse_split(split, row) if split else side)
 
@@ -161,7 +162,7 @@ def pubmedqa(place: Place, quarantine: Quarantine, *, split: str | None = None) 
 
 
 def pubmedqa_artificial(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
-    """PubMedQA, artificial part (211,269 rows): titles turned into questions, decisions by rule; for training."""
+    """PubMedQA, artificial part (211,269 rows): questions made from titles, decisions made by rule; for training."""
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
         return _abstract("pubmedqa_artificial", row, fields, parse_split(split or "train", row))
@@ -170,7 +171,7 @@ def pubmedqa_artificial(place: Place, quarantine: Quarantine, *, split: str | No
 
 
 def pubmedqa_unlabelled(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
-    """PubMedQA, unlabelled part (61,249 rows): no decision, the long answer alone; for training."""
+    """PubMedQA, unlabelled part (61,249 rows): only the long answer, without a decision; for training."""
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
         return _abstract("pubmedqa_unlabelled", row, fields, parse_split(split or "train", row), decided=False)
@@ -191,7 +192,7 @@ def multiple_choice(
     specialty: str | None = None,
     instruction: str = "",
 ) -> Record:
-    """A record of an English question with lettered choices; `instruction` stands before the question."""
+    """A record of an English question with lettered choices. `instruction` is put before the question."""
     asked = tidy(question)
     if not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer} is not one of {len(choices)} choices")
@@ -212,7 +213,7 @@ def multiple_choice(
 
 
 def _test_set(source: str, folder: Path, name: str, licence: str, quarantine: Quarantine) -> Iterator[Record]:
-    """One JSONL file of test questions in the layout of MedAgents, hence all held out."""
+    """One JSONL file of test questions in the layout of MedAgents. All records are held out."""
     path = row_files.named_file(folder, name)
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
@@ -304,7 +305,7 @@ def _abstract(source: str, row: Row, fields: dict[str, Any], split: Split | None
 
 
 def _field(fields: dict[str, Any], name: str) -> Any:
-    """A field that the authors' files spell in capitals, except final_decision, and the hub never does."""
+    """A field whose name is in capitals in the authors' files (except final_decision) and in lower case on the hub."""
     return fields[name.upper()] if name.upper() in fields else fields[name]
 
 
@@ -313,7 +314,7 @@ def _pmid(row: Row, fields: dict[str, Any]) -> str:
 
 
 def _ground_truth(folder: Path) -> dict[str, Any]:
-    """The decisions of the official test set, each of which must have a row."""
+    """The decisions of the official test set. Every test id must have a row."""
     truth = {row.key: row.content for row in rows(row_files.named_file(folder, "test_ground_truth.json"), keyed=True)}
     known = {row.key for row in rows(folder / "ori_pqal.json", keyed=True)}
     missing = sorted(str(pmid) for pmid in truth.keys() - known)

@@ -1,8 +1,8 @@
-"""Data sets of the Hugging Face hub, and local folders laid out like them, through the `datasets` package.
+"""Data sets on the Hugging Face hub, and local folders with the same layout, read with the `datasets` package.
 
-`datasets` finds which files make a split and streams Parquet, CSV, text and Arrow. JSON files it would read whole where
-they are one array (PMC-LLaMA's is 700 MB), so those are fetched into the hub's cache and read as local files. Neither
-code nor pickles are ever loaded: scripts `datasets` itself refuses, and builders other than those named here we do.
+`datasets` finds the files of a split and streams Parquet, CSV, text and Arrow. It would load a JSON file that is one
+array completely (PMC-LLaMA's has 700 MB), so JSON files are downloaded to the hub's cache and read as local files. Code
+and pickles are never loaded: `datasets` refuses scripts, and this module refuses builders other than those listed here.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from bimedix_jax.errors import BimedixError
 BUILDERS = {"parquet", "json", "csv", "text", "arrow"}
 PREFIX = "hf:"
 NOT_STATED = "not stated"
-"""Licence of a set whose card names none."""
+"""Licence of a data set whose card names none."""
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -25,13 +25,13 @@ _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 @dataclasses.dataclass(frozen=True)
 class HubSet:
-    """One split of a set on the hub (`owner/name`) or of a local folder.
+    """One split of a data set on the hub (`owner/name`) or in a local folder.
 
     Attributes:
-      name: hub id or path of a folder.
-      revision: branch, tag or commit; None is main. A local folder has none.
-      config: configuration (subset); None where the set has one only.
-      split: name of the split there.
+      name: hub id, or path of a folder.
+      revision: branch, tag or commit; None means main. Must be None for a local folder.
+      config: configuration (subset); None if the data set has only one.
+      split: name of the split in the data set.
       local: whether `name` is a folder.
     """
 
@@ -48,15 +48,15 @@ class HubSet:
 
     @property
     def label(self) -> str:
-        """What names its rows in quarantine and ids; the same at every revision and wherever a folder lies."""
+        """Its name in the quarantine and in record ids. Does not depend on the revision or the parent folder."""
         return "/".join(part for part in (Path(self.name).name, self.config, self.split) if part)
 
 
 def parse(text: str) -> HubSet:
-    """`owner/name` or a folder, then `@revision` and `#split` or `#config/split` as needed.
+    """Parse `owner/name` or a folder, optionally followed by `@revision` and `#split` or `#config/split`.
 
     Raises:
-        BimedixError: neither a folder nor of the form of a hub id.
+        BimedixError: `text` is neither a folder nor a hub id.
     """
     where, _, part = text.partition("#")
     name, _, revision = where.partition("@")
@@ -71,19 +71,19 @@ def parse(text: str) -> HubSet:
 
 @dataclasses.dataclass(frozen=True)
 class Pinned:
-    """What the hub says of a set: the commit that is read, and the licence of its card."""
+    """The commit of a data set on the hub, and the licence on its card."""
 
     commit: str
     licence: str
 
 
 def pin(place: HubSet) -> Pinned:
-    """The commit behind a set's revision and the licence its card states there.
+    """The commit of a data set's revision, and the licence on its card at that revision.
 
-    A revision of 7 to 39 hexadecimal digits must be the beginning of main's commit: the hub looks up whole ones only.
+    A revision of 7 to 39 hexadecimal digits must be a prefix of main's commit, since the hub accepts full hashes only.
 
     Raises:
-        BimedixError: the hub cannot be reached, has no such set or revision, or main has moved on.
+        BimedixError: the hub cannot be reached, has no such data set or revision, or main is at another commit.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (of httpx or httpx2)
@@ -94,13 +94,13 @@ def pin(place: HubSet) -> Pinned:
     except (HTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BimedixError(
-            f"the hub does not give {place.name} at {place.revision or 'main'} ({reason}); check name, revision and "
+            f"cannot get {place.name} at {place.revision or 'main'} from the hub ({reason}); check name, revision and "
             "connection, or name a local copy"
         ) from error
     commit = info.sha or ""
     if abbreviated and not commit.startswith(str(place.revision)):
         raise BimedixError(
-            f"main of {place.name} is {commit}, not {place.revision}; name the whole commit to read the older state"
+            f"main of {place.name} is {commit}, not {place.revision}; give the full hash to read an older version"
         )
     card = info.card_data
     licence = card.get("license") if card is not None else None
@@ -109,29 +109,33 @@ def pin(place: HubSet) -> Pinned:
 
 
 def parts(place: HubSet) -> Iterator[Path | Iterator[dict[str, Any]]]:
-    """The files of a split in order: a path to read as a local file, or its rows themselves.
+    """The parts of a split in order: each is the path of a local file, or an iterator of rows.
 
     Raises:
-        BimedixError: there is no such set or split, it cannot be reached, or its format is not among BUILDERS.
+        BimedixError: there is no such data set or split, it cannot be reached, or its format is not in BUILDERS.
     """
     try:
         import datasets
         from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (of httpx or httpx2)
     except ImportError as error:
-        raise BimedixError("reading hub sets needs `datasets`; install it: pip install 'bimedix_jax[data]'") from error
+        raise BimedixError(
+            "data sets on the hub need the package `datasets`; install it: pip install 'bimedix_jax[data]'"
+        ) from error
     folder = place.folder
     if folder is not None and any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         yield _saved(place, folder)
         return
     if folder is None and Path(place.name).exists():
-        raise BimedixError(f"{place.name} lies here too, and `datasets` would take it for the hub's; start elsewhere")
+        raise BimedixError(
+            f"`datasets` would read the local folder {place.name} instead of the hub; run in another folder"
+        )
     try:
         builder = datasets.load_dataset_builder(
             str(folder or place.name), place.config, revision=None if folder else place.revision
         )
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in BUILDERS:
-            raise BimedixError(f"{place.name} is of type {kind}; only {', '.join(sorted(BUILDERS))} are read")
+            raise BimedixError(f"{place.name} has format {kind}; only {', '.join(sorted(BUILDERS))} can be read")
         listed = [str(name) for name in (builder.config.data_files or {}).get(place.split, [])]
         if not listed:
             known = ", ".join(builder.config.data_files or {})
@@ -146,7 +150,7 @@ def parts(place: HubSet) -> Iterator[Path | Iterator[dict[str, Any]]]:
 
 
 def _saved(place: HubSet, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a folder that `save_to_disk` wrote; they are mapped, not loaded."""
+    """Rows of a folder written by `save_to_disk`. The files are memory-mapped."""
     import datasets
 
     try:
@@ -161,7 +165,7 @@ def _saved(place: HubSet, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _guarded(place: HubSet, found: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    """`found`, with what `datasets` raises while streaming as an error of ours."""
+    """`found`, with exceptions that `datasets` raises while streaming converted to BimedixError."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] (of httpx or httpx2)
 
@@ -172,19 +176,19 @@ def _guarded(place: HubSet, found: Iterator[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _inside(place: HubSet, folder: Path | None, name: str) -> str:
-    """`name` of a data file, checked: a card may list files anywhere, ours must lie within the set."""
+    """`name`, after checking that the file is inside the data set. A card could refer to any file."""
     if folder is not None:
         relative = Path(name).resolve()
         if not relative.is_relative_to(folder.resolve()):
-            raise BimedixError(f"{folder} refers to {name}, outside of it; do not trust its README.md")
+            raise BimedixError(f"{folder} refers to {name}, which is outside of it; do not trust its README.md")
         return str(files.inside(folder, str(relative.relative_to(folder.resolve()))))
     if not name.startswith(f"hf://datasets/{place.name}@"):
-        raise BimedixError(f"{place.name} refers to {name}, outside of it; do not trust its card")
+        raise BimedixError(f"{place.name} refers to {name}, which is outside of it; do not trust its card")
     return name
 
 
 def _fetched(place: HubSet, name: str) -> Path:
-    """A file of the hub in the local cache."""
+    """Download a file of the hub to the local cache."""
     from huggingface_hub import hf_hub_download
 
     at, _, path = name.removeprefix(f"hf://datasets/{place.name}@").partition("/")

@@ -1,4 +1,4 @@
-"""Instructions with input and output: ChatDoctor and HealthCareMagic, and PMC-LLaMA's set."""
+"""Instructions with input and output: ChatDoctor, HealthCareMagic and the instructions of PMC-LLaMA."""
 
 import re
 from collections.abc import Iterator
@@ -22,10 +22,11 @@ def chatdoctor(
     language: str = "en",
     split: str | None = None,
 ) -> Iterator[Record]:
-    """ChatDoctor (Li et al. 2023) and sets of its form: {instruction, input, output}; iCliniq's has answer_icliniq.
+    """ChatDoctor (Li et al. 2023) and data sets of the same form: {instruction, input, output}.
 
-    The instruction "If you are a doctor, ..." is the same in every row and left out; any other one stands before the
-    input. One question and one answer, hence kind qa, as the paper's Table 1 calls it.
+    iCliniq's rows have `answer_icliniq` instead of `output`. The instruction "If you are a doctor, ..." is the same in
+    every row and is left out; any other instruction is put before the input. The kind is qa, since there is one
+    question and one answer (Table 1 of the paper).
     """
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
@@ -46,7 +47,7 @@ def chatdoctor(
     yield from build_all(source, rows(place), quarantine, make)
 
 
-# `source` field -> part of the record's source: the two UMLS subsets are counted together, as the card does
+# `source` field -> part of the record's source: the two UMLS subsets are counted together, as on the card
 PMC_LLAMA = {
     "medqa_train": "medqa",
     "medmcqa": "medmcqa",
@@ -73,9 +74,9 @@ def pmc_llama(
     """PMC-LLaMA's instructions (Wu et al. 2023): {source, instruction, input, output, sample_id}, 513,999 rows.
 
     Inputs and outputs consist of sections such as `###Question:`, `###Options:`, `###Rationale:`, `###Answer:`. Rows
-    with options are mcqa, and so are those of PubMedQA with a decision: only with them do the paper's 413.6 K
-    multiple-choice samples come about. The instruction is worded in many ways and says whether reasons are wanted, so
-    it is kept; `instruction=drop` leaves it out, which makes duplicates of the same question asked twice.
+    with options are mcqa. Rows of PubMedQA with a decision are mcqa too: the paper's 413.6 K multiple-choice samples
+    include them. Instructions differ in wording and state whether reasons are wanted, so they are kept.
+    `instruction=drop` leaves them out; a question that occurs with two instructions is then a duplicate.
     """
     if instruction not in ("keep", "drop"):
         raise BimedixError(f"instruction={instruction} is neither keep nor drop")
@@ -97,7 +98,7 @@ def pmc_llama(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a row of PMC-LLaMA consists of: `asked` and `answered` are the sections of its input and its output."""
+    """A row of PMC-LLaMA. `asked` and `answered` are the sections of its input and of its output."""
 
     id: str
     source: str
@@ -109,12 +110,12 @@ class _Parts:
 
     @property
     def question(self) -> str:
-        """What is asked, without options or context."""
+        """The question without options and context."""
         return self.asked.get("question") or self.asked.get("", "")
 
     @property
     def reasons(self) -> str:
-        """What is said beside the answer."""
+        """The explanation of the answer."""
         return self.answered.get("rationale") or self.answered.get("", "")
 
     def record(self, human: str, gpt: str, decision: str | None = None) -> Record:
@@ -134,7 +135,7 @@ class _Parts:
 
 
 def _subset(row: Row) -> str | None:
-    """The subset a row is counted under; None where it cannot be told, which `make` then rejects."""
+    """The subset under which a row is counted; None if it is unknown, in which case `make` rejects the row."""
     try:
         return PMC_LLAMA.get(row.fields().get("source"))  # pyright: ignore[reportArgumentType] (None is none of them)
     except (ValueError, TypeError):
@@ -161,7 +162,7 @@ def _with_options(parts: _Parts) -> Record:
 
 
 def _with_decision(parts: _Parts) -> Record:
-    """PubMedQA: context and question -> yes, no or maybe with reasons; a row without decision is an open question."""
+    """PubMedQA: context and question -> yes, no or maybe with reasons. A row without decision is an open question."""
     context = parts.asked.get("context")
     human = f"Abstract: {context}\nQuestion: {parts.question}" if context else parts.question
     decision = parts.answered.get("answer", "").strip(" .").casefold()
@@ -172,14 +173,14 @@ def _with_decision(parts: _Parts) -> Record:
 
 
 def _free(parts: _Parts) -> Record:
-    """An open question; sections other than the question keep their names."""
+    """An open question. Sections other than the question keep their names."""
     others = [f"{name.capitalize()}: {text}" for name, text in parts.asked.items() if name not in ("", "question")]
     human = "\n".join([text for text in (parts.asked.get(""), parts.asked.get("question")) if text] + others)
     return parts.record(human, "\n".join(text for text in parts.answered.values() if text))
 
 
 def _sections(text: object) -> dict[str, str]:
-    """Texts by the name of their section in small letters; what stands before the first is named ""."""
+    """Texts by the name of their section in lower case; text before the first section has the name ""."""
     plain = tidy(text)
     pieces = _SECTION.split(plain)
     found = {"": pieces[0].strip()} if pieces[0].strip() else {}
@@ -191,7 +192,7 @@ def _sections(text: object) -> dict[str, str]:
 
 
 def _options(text: str) -> tuple[str, ...]:
-    """Lettered options, one a line; a line without a letter goes on with the one before it."""
+    """Lettered options, one per line. A line without a letter continues the line before it."""
     options: list[str] = []
     for line in text.split("\n"):
         match = _OPTION.match(line)

@@ -1,7 +1,7 @@
 """The entries of a large JSON file, one at a time, in the memory of one entry.
 
-The standard library reads a JSON document whole; published sets are single arrays of up to 700 MB. Its decoder can
-start anywhere in a text, though, which is all that is needed: no further dependency, and the speed of its C scanner.
+json.load reads a whole document, but published data sets are single arrays of up to 700 MB. The decoder of the standard
+library can start at any position of a text, so entries are decoded one by one at the speed of its C scanner.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from bimedix_jax.errors import BimedixError
 
 CHUNK = 1 << 20
 MAX_ENTRY = 64 << 20
-"""Characters of one entry; a file with a longer one is refused, since it would have to be held in memory."""
+"""Most characters of one entry; bounds the memory. A file with a longer entry is refused."""
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"
@@ -22,12 +22,12 @@ _MORE_OF_A_NUMBER = "0123456789.eE+-"
 
 
 def entries(file: IO[bytes], path: Path) -> Iterator[tuple[str | None, Any]]:
-    """(key, value) of each entry of a top-level object; (None, value) of an array, or of values one after another.
+    """(None, value) of each entry of a file that is one array, or of each of several concatenated values.
 
-    A file of objects one after another is told from one object by `keyed_entries`, which callers choose by format.
+    For a file that is one object with an entry per row, use `keyed_entries`.
 
     Raises:
-        BimedixError: the file is not JSON; what comes before the damage has been yielded.
+        BimedixError: the file is not JSON. Entries before the error have been yielded.
     """
     text = _Window(file, path)
     if text.peek() != "[":
@@ -48,7 +48,7 @@ def entries(file: IO[bytes], path: Path) -> Iterator[tuple[str | None, Any]]:
 
 
 def keyed_entries(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
-    """(key, value) of each entry of a file that is one object.
+    """(key, value) of each entry of a file that is one JSON object.
 
     Raises:
         BimedixError: the file is not one JSON object.
@@ -72,7 +72,7 @@ def keyed_entries(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
 
 
 class _Window:
-    """The part of a file that is decoded and not yet used."""
+    """The part of a file that is decoded but not yet consumed."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         self._file, self._path = file, path
@@ -82,7 +82,7 @@ class _Window:
         self._ended = False
 
     def peek(self) -> str:
-        """The next character that is no space, "" at the end of the file."""
+        """The next character that is not a space, "" at the end of the file."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
@@ -93,14 +93,14 @@ class _Window:
             self._read(CHUNK)
 
     def take(self, character: str) -> None:
-        """Go past `character`, which must be next."""
+        """Consume `character`, which must be next."""
         found = self.peek()
         if found != character:
             raise self.broken(f"{found or 'the end'} where {character} is expected")
         self._at += 1
 
     def value(self) -> Any:
-        """The next value. A number is whole only if what follows it in the window ends it: 12 may go on as 12.5."""
+        """The next value. A number is complete only if the next character ends it: 12 could continue as 12.5."""
         self.peek()
         while True:
             problem = "the file ends within a value"
@@ -116,15 +116,17 @@ class _Window:
                     return value
             if self._ended or len(self._text) - self._at > MAX_ENTRY:
                 raise self.broken(problem)
-            self._read(max(CHUNK, len(self._text) - self._at))  # doubling keeps the work proportional to the text
+            self._read(
+                max(CHUNK, len(self._text) - self._at)
+            )  # doubling keeps the work linear in the length of the text
 
     def end(self) -> None:
-        """Nothing but space may follow."""
+        """Check that only spaces follow."""
         if self.peek():
             raise self.broken(f"{self.peek()} after the end of the document")
 
     def broken(self, problem: str) -> BimedixError:
-        """The error to raise for what stands here."""
+        """The error to raise at the current position."""
         where = self._used + self._at
         return BimedixError(f"{self._path} is not valid JSON near character {where:,} ({problem}); fetch it again")
 

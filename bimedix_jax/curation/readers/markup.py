@@ -1,7 +1,7 @@
 """Elements of an XML file, and rows of a spreadsheet (which is zipped XML), one at a time.
 
-Only the standard library is needed: MedicationQA is one sheet of 690 rows, too little to depend on a spreadsheet
-package for. Document types are refused, and with them every entity that a file could define.
+This needs only the standard library: one sheet of 690 rows (MedicationQA) does not justify a spreadsheet package.
+Document type declarations are refused, and with them all entities that a file could define.
 """
 
 import re
@@ -15,13 +15,13 @@ from bimedix_jax.errors import BimedixError
 
 CHUNK = 1 << 16
 MAX_STRINGS = 64 << 20
-"""Bytes of a spreadsheet's table of texts, which is held in memory; a larger one is to be saved as CSV."""
+"""Most bytes of a spreadsheet's table of texts, which is kept in memory; larger sheets must be saved as CSV."""
 
 _CELL = re.compile(r"([A-Z]{1,3})\d+")
 
 
 def elements(file: IO[bytes], path: Path, names: set[str]) -> Iterator[ElementTree.Element]:
-    """Elements with a local name in `names`, outermost ones, each complete and forgotten once the next is asked for.
+    """Outermost elements with a local name in `names`, each complete. An element is freed when the next is requested.
 
     Raises:
         BimedixError: the file is not XML in an encoding that contains ASCII, or declares a document type.
@@ -29,7 +29,7 @@ def elements(file: IO[bytes], path: Path, names: set[str]) -> Iterator[ElementTr
     parser = ElementTree.XMLPullParser(["start", "end"])
     open_elements: list[ElementTree.Element] = []
     wanted = 0  # how many of `names` are open
-    prolog = b""  # until the root begins: the only place where a document type may stand
+    prolog = b""  # the bytes before the root element, where a document type can be declared
     try:
         while data := file.read(CHUNK):
             if not open_elements:
@@ -57,7 +57,7 @@ def elements(file: IO[bytes], path: Path, names: set[str]) -> Iterator[ElementTr
 
 
 def local_name(element: ElementTree.Element) -> str:
-    """The element's name without its name space."""
+    """The name of an element without its namespace."""
     return element.tag.rpartition("}")[2]
 
 
@@ -70,7 +70,7 @@ def sheet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(number from 1, texts) of each row of a workbook's first sheet; an empty cell is "".
 
     Raises:
-        BimedixError: the file is no workbook, or its texts are too large to hold.
+        BimedixError: the file is not a workbook, or its texts are too large.
     """
     try:
         with zipfile.ZipFile(path) as book:
@@ -83,18 +83,20 @@ def sheet_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _shared_strings(book: zipfile.ZipFile, path: Path) -> list[str]:
-    """The texts that cells refer to by number."""
+    """The texts to which cells refer by number."""
     name = "xl/sharedStrings.xml"
     if name not in book.namelist():
         return []
     if book.getinfo(name).file_size > MAX_STRINGS:
-        raise BimedixError(f"{path} holds more than {MAX_STRINGS >> 20} MiB of text; save it as CSV and name that file")
+        raise BimedixError(
+            f"{path} contains more than {MAX_STRINGS >> 20} MiB of text; save it as CSV and name that file"
+        )
     with book.open(name) as file:
         return [_plain(item) for item in elements(file, path, {"si"})]
 
 
 def _plain(item: ElementTree.Element) -> str:
-    """The text of a string item without the phonetic guides that may accompany it."""
+    """The text of a string item without phonetic guides."""
     guides = {id(text) for guide in item.iter() if local_name(guide) == "rPh" for text in guide.iter()}
     return "".join(part.text or "" for part in item.iter() if local_name(part) == "t" and id(part) not in guides)
 
@@ -106,7 +108,7 @@ def _first_sheet(book: zipfile.ZipFile, path: Path) -> str:
     with book.open("xl/_rels/workbook.xml.rels") as file:
         targets = {item.get("Id"): item.get("Target", "") for item in elements(file, path, {"Relationship"})}
     if key is None or key not in targets:
-        raise BimedixError(f"{path} names no sheet; save it as CSV and name that file")
+        raise BimedixError(f"{path} has no sheet; save it as CSV and name that file")
     target = targets[key]
     return target.lstrip("/") if target.startswith("/") else f"xl/{target}"
 
@@ -121,7 +123,7 @@ def _cells(row: ElementTree.Element, strings: list[str], path: Path) -> list[str
         if kind == "s":
             if not value.isdigit() or int(value) >= len(strings):
                 raise BimedixError(
-                    f"{path} refers to text {value!r}, which it lacks; save it as CSV and name that file"
+                    f"{path} refers to text {value!r}, which is missing; save it as CSV and name that file"
                 )
             texts[column] = strings[int(value)]
         else:

@@ -1,4 +1,4 @@
-"""Open questions of patients and consumers: MedQuAD, LiveQA and MedicationQA."""
+"""Open questions by patients and consumers: MedQuAD, LiveQA and MedicationQA."""
 
 import re
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ MEDQUAD_FILE = "medquad_answered.jsonl.gz"
 
 
 def medquad(place: Place, quarantine: Quarantine) -> Iterator[Record]:
-    """MedQuAD (Ben Abacha and Demner-Fushman 2019): consumer questions with answers of NIH sites.
+    """MedQuAD (Ben Abacha and Demner-Fushman 2019): consumer questions with answers from NIH sites.
 
-    Either the authors' folders of XML, where two of three answers were removed for copyright and are quarantined as
-    empty, or gzip JSONL of the answered pairs {id, source, url, focus, qtype, question, answer}. One page gives several
-    questions and pages of different sites treat the same condition, so the provenance carries the condition as
-    `group`: splitting by it keeps the same question out of both sides.
+    Reads either the authors' folders of XML, or gzip JSONL of the answered pairs {id, source, url, focus, qtype,
+    question, answer}. In the XML two of three answers were removed for copyright; those pairs are quarantined as empty.
+    A page has several questions, and pages of different sites describe the same condition. The provenance names the
+    condition as `group`, so that a split by group does not put the same question into both sets.
     """
     found = rows(place)
     if isinstance(place, Path) and place.is_dir():
@@ -47,9 +47,9 @@ def medquad(place: Place, quarantine: Quarantine) -> Iterator[Record]:
 
 
 def _medquad_pages(folder: Path) -> Iterator[Row]:
-    """A row for each pair of the authors' files, one page each; `line` is the pair's number in its page.
+    """A row for each pair in the authors' files of one page each; `line` is the number of the pair in its page.
 
-    Five of the 11,274 pages have another spelling of the same elements.
+    Five of the 11,274 pages use other names for the same elements.
     """
     for path, name in data_files(folder, (".xml",)):
         with opened(path) as file:
@@ -78,8 +78,8 @@ def _first(element: Element, *names: str) -> Element | None:
 def liveqa(place: Path, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
     """LiveQA, medical task of TREC 2017 (Ben Abacha et al. 2017): XML of questions sent to the NLM.
 
-    Each answer of each question is a record; in the training files an answer belongs to a sub-question, whose focus and
-    type stand in the provenance. Message and subject are the patient's words, spelling included.
+    Each answer of each question is a record. In the training files an answer belongs to a sub-question, whose focus and
+    type are in the provenance. Message and subject are the patient's words in their original spelling.
     """
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
@@ -132,15 +132,15 @@ def _answers(question: Element) -> Iterator[dict[str, Any]]:
 
 
 def _lines(text: str) -> str:
-    """`text` without the indentation that XML gave its lines."""
+    """`text` without the indentation of its lines in the XML."""
     return "\n".join(line for line in (part.strip() for part in tidy(text).split("\n")) if line)
 
 
 def medicationqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
     """MedicationQA (Ben Abacha et al. 2019), 690 rows.
 
-    The columns are Question, Focus (Drug), Question Type, Answer, Section Title and URL. The authors' workbook is read
-    as it is; so is a CSV file of it, or the hub's copies.
+    The columns are Question, Focus (Drug), Question Type, Answer, Section Title and URL. Reads the authors' workbook, a
+    CSV file made from it, or the copies on the hub.
     """
     columns = {"question_type": "Question Type", "section": "Section Title", "url": "URL"}
 

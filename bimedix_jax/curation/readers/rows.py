@@ -1,11 +1,11 @@
-"""Rows of a place: a file, a folder of files or a set of the Hugging Face hub, one at a time, whatever the format.
+"""Rows of a file, a folder of files or a data set on the Hugging Face hub, one at a time, in any of these formats:
 
     .jsonl .ndjson     one object a line            .json       an array, one object of rows, or objects in a row
     .csv .tsv          with a header                .parquet    in batches (needs pyarrow)
     .xlsx              the first sheet, with a header
 
-all but the last two also as .gz. A row that cannot be parsed says so when its fields are asked for, which is where
-`Quarantine.build` notes it; a file that is broken as a whole is an error.
+All but the last two can be compressed (.gz). A row that cannot be parsed raises when its fields are read, so that
+`Quarantine.build` notes it. A file that is broken as a whole is an error.
 """
 
 import csv
@@ -33,7 +33,7 @@ _TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 ENDINGS = (*_TEXT, *(f"{ending}.gz" for ending in _TEXT), ".parquet", ".xlsx")
 
 MAX_LINE = 64 << 20
-"""Bytes of one line, and characters of one CSV field; longer ones are quarantined unread."""
+"""Most bytes of a line and most characters of a CSV field; longer ones are quarantined without being parsed."""
 
 PARQUET_BATCH = 256
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -41,13 +41,13 @@ SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.js
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it lies in its file.
+    """One unparsed or parsed row of a file.
 
     Attributes:
-      file: name of the file within the folder that was named, or of the set on the hub.
-      line: line of a text file, row of a sheet, else the number of the entry; from 1.
-      content: the fields; or a line of JSON that is still to be parsed; or why there are none.
-      key: name of the row, where the file is one object of rows.
+      file: name of the file relative to the folder, or label of the data set on the hub.
+      line: number of the line, of the row of a sheet, or of the entry, from 1.
+      content: the fields; or a line of JSON; or an exception if the row could not be read.
+      key: name of the row if the file is one object of rows.
     """
 
     file: str
@@ -59,7 +59,7 @@ class Row:
         """The row's fields by name.
 
         Raises:
-            ValueError: the row is not what its file's format says.
+            ValueError: the row is not valid in the format of its file.
         """
         content = self.content
         if isinstance(content, Exception):
@@ -72,14 +72,14 @@ class Row:
 
     @property
     def stem(self) -> str:
-        """The file's name without its endings: part of the ids of rows that have none of their own."""
+        """The name of the file without its endings. It is part of the id of rows that have no id."""
         return re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|xlsx|xml)(\.gz)?$", "", self.file)
 
 
 def rows(place: Place, keyed: bool = False, header: bool = True) -> Iterator[Row]:
-    """All rows of a place in a fixed order: by file name, then as they lie.
+    """All rows of a place, ordered by file name and then by their position in the file.
 
-    `keyed`: a .json file that is an object holds one row an entry. Without `header` a CSV row's fields are named
+    `keyed`: a .json file that is one object has a row per entry. Without `header` the fields of a CSV row are named
     "0", "1", ...
 
     Raises:
@@ -98,14 +98,16 @@ def rows(place: Place, keyed: bool = False, header: bool = True) -> Iterator[Row
 
 
 def data_files(place: Path, endings: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    """(path, name within the folder) of a file, or of a folder's files with one of `endings`, in order of name.
+    """(path, name relative to the folder) of a file, or of the files of a folder with one of `endings`, by name.
 
     Raises:
-        BimedixError: there are none, a link leads out of the folder, or the folder was saved by `datasets`.
+        BimedixError: there are no such files, a link points outside the folder, or `datasets` saved the folder.
     """
     if place.is_file():
         if not place.name.lower().endswith(endings):
-            raise BimedixError(f"{place} ends in none of {', '.join(endings)}; name a file of one of these formats")
+            raise BimedixError(
+                f"{place} has none of the endings {', '.join(endings)}; name a file of one of these formats"
+            )
         yield place, place.name
         return
     names = sorted(
@@ -116,7 +118,9 @@ def data_files(place: Path, endings: tuple[str, ...]) -> Iterator[tuple[Path, st
     if any(name.rpartition("/")[2] in SAVED_BY_DATASETS for name in names):
         raise BimedixError(f"{place} was saved by the `datasets` package; read it with NAME=hf:{place}")
     if not names:
-        raise BimedixError(f"{place} holds no file ending in {', '.join(endings)}; name the folder of the data")
+        raise BimedixError(
+            f"{place} has no file ending in {', '.join(endings)}; name the folder that contains the data"
+        )
     for name in names:
         yield files.inside(place, name), name
 
@@ -129,14 +133,14 @@ def named_file(folder: Path, name: str) -> Path:
     """
     path = folder / name
     if not path.is_file():
-        raise BimedixError(f"there is no {name} in {folder}; name the folder that holds the published files")
+        raise BimedixError(f"there is no {name} in {folder}; name the folder that contains the published files")
     return path
 
 
 def build_all(
     source: str, found: Iterable[Row], quarantine: Quarantine, make: Callable[[Row, dict[str, Any]], Record]
 ) -> Iterator[Record]:
-    """`make(row, its fields)` for every row; what raises is quarantined."""
+    """`make(row, fields)` of every row. Rows for which it raises are quarantined."""
 
     def build(row: Row) -> Record:
         return make(row, row.fields())
@@ -148,21 +152,21 @@ def build_all(
 
 
 def tidy(text: object) -> str:
-    """Without runs of spaces, carriage returns and blank ends; line breaks stay.
+    """Collapse runs of spaces, normalise line breaks, and strip both ends.
 
     Raises:
-        ValueError: not a text, or a text that was not valid UTF-8.
+        ValueError: `text` is not a string, or was not valid UTF-8.
     """
     if not isinstance(text, str):
         raise ValueError("a text is missing" if text is None else f"{text!r} is not a text")
-    text.encode("utf-8")  # UnicodeEncodeError, a ValueError, where the file was not valid UTF-8
+    text.encode("utf-8")  # raises UnicodeEncodeError, a ValueError, if the file was not valid UTF-8
     return re.sub(r"[ \t\xa0]+", " ", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
 def split_of(name: str) -> Split | None:
-    """The side that a file or hub split belongs to by its name; None where it does not say.
+    """The split that the name of a file or hub split implies, None if it implies none.
 
-    Validation and test parts are held out: they are what models are compared on.
+    Validation and test parts are held out, since models are compared on them.
     """
     words = set(re.split(r"[^a-z]+", name.lower()))
     if words & {"test", "dev", "val", "valid", "validation", "heldout"}:
@@ -171,22 +175,22 @@ def split_of(name: str) -> Split | None:
 
 
 def parse_split(text: str | None, row: Row) -> Split | None:
-    """The split that an option names; without one what the row's file name says."""
+    """The split given as an option, or else implied by the name of the row's file."""
     if text is None:
         return split_of(row.file)
     if text not in ("train", "heldout"):
-        raise WrongSource(f"split={text} is none; write split=train or split=heldout")
+        raise WrongSource(f"split={text} is not a split; write split=train or split=heldout")
     return text
 
 
 def row_id(source: str, row: Row, own: object = None) -> str:
-    """The row's own id if it has one, else its place: ids do not depend on what else is read."""
+    """An id from the row's own id, or else from its file and line, so that ids do not depend on other rows."""
     return f"{source}/{row.stem}/{row.line}" if own is None or own == "" else f"{source}/{own}"
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked if its name ends in .gz."""
+    """Open a file for reading bytes, decompressed if its name ends in .gz."""
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield cast("IO[bytes]", file)
@@ -223,7 +227,9 @@ def _json(path: Path, name: str, keyed: bool) -> Iterator[Row]:
         opening = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         first_line = opening.partition(b"\n")[0].strip()
     if opening.startswith(b"{") and not keyed and (first_line.endswith(b"}") or b"\n" not in opening):
-        yield from _lines(path, name)  # JSON lines under the name .json, as MedMCQA's: a broken one costs itself alone
+        yield from _lines(
+            path, name
+        )  # JSON lines with the ending .json, such as MedMCQA's; a broken line is one rejected row
         return
     with opened(path) as file:
         entries = json_stream.entries
@@ -239,7 +245,7 @@ def _csv(path: Path, name: str, delimiter: str, header: bool) -> Iterator[Row]:
         reader = csv.reader(text, delimiter=delimiter)
         names = next(reader, None) if header else None
         if names is not None and len(set(names)) < len(names):
-            raise BimedixError(f"{path} has two columns of one name ({', '.join(names)}); rename one")
+            raise BimedixError(f"{path} has two columns with the same name ({', '.join(names)}); rename one")
         while True:
             try:
                 values = next(reader)

@@ -1,4 +1,4 @@
-"""Sources without a format of their own: tables with a column mapping, the project's records, the bundled sample."""
+"""General readers: tables with a column mapping, files of records, and the bundled sample."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +23,17 @@ def table(
     system: str | None = None,
     explanation: str | None = None,
     specialty: str | None = None,
-    id: str | None = None,  # noqa: A002 (the name of the column, as the others)
+    id: str | None = None,  # noqa: A002 (names a column, like the other options)
     source: str = "table",
     language: str = "en",
     split: str | None = None,
 ) -> Iterator[Record]:
-    """JSONL, JSON, CSV, TSV, Parquet, XLSX or a hub set, by the names of its columns.
+    """JSONL, JSON, CSV, TSV, Parquet, XLSX or a data set on the hub, by the names of its columns.
 
-    `question`, `answer`, `context`, `system`, `explanation`, `specialty` and `id` name columns; dots reach into
-    objects, as in `context.text`. `choices` names one column with a list, or several with commas between; `answer` then
-    holds the letter, the number from 0 or the wording of the right one. `licence`, `source`, `language` (en, ar) and
-    `split` (train, heldout) are values for the whole table.
+    `question`, `answer`, `context`, `system`, `explanation`, `specialty` and `id` name columns. A dot selects a field
+    of an object, as in `context.text`. `choices` names one column with a list, or several columns separated by commas;
+    the column `answer` then has the letter, the number from 0 or the text of the right choice. `licence`, `source`,
+    `language` (en, ar) and `split` (train, heldout) are values for the whole table.
     """
     spoken = parse_language(language)
 
@@ -73,9 +73,9 @@ def table(
 
 
 def bundled_sample(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
-    """The bilingual sample that ships with the package: the one source that is named without a path."""
+    """The bilingual sample of the package, the only source without a path."""
     if folder != Path():
-        raise BimedixError(f"sample takes no path, and {folder} was given; write `sample` alone")
+        raise BimedixError(f"sample takes no path, but {folder} was given; write `sample` alone")
     for number, record in enumerate(records.sample(), start=1):
         found = quarantine.build("sample", "sample", number, _itself, record)
         if found is not None:
@@ -83,7 +83,7 @@ def bundled_sample(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
 
 
 def own_records(place: Place, quarantine: Quarantine) -> Iterator[Record]:
-    """Records already in the project's format: a JSONL file (also .gz), or a folder of them."""
+    """Records in the format of this project: a JSONL file (also .gz), or a folder of them."""
 
     def make(_: Row, fields: dict[str, Any]) -> Record:
         return Record.model_validate(fields)
@@ -96,14 +96,14 @@ def own_records(place: Place, quarantine: Quarantine) -> Iterator[Record]:
 
 
 def parse_language(text: str) -> Language:
-    """The language that an option names.
+    """The language given as an option.
 
     Raises:
-        WrongSource: neither en nor ar.
+        WrongSource: it is neither en nor ar.
     """
     if text == "en" or text == "ar":
         return text
-    raise WrongSource(f"language={text} is none; write language=en or language=ar")
+    raise WrongSource(f"language={text} is not a known language; write language=en or language=ar")
 
 
 def _itself(record: Record) -> Record:
@@ -128,7 +128,7 @@ def _choices(fields: dict[str, Any], names: str) -> tuple[str, ...]:
 
 
 def _index(answer: object, options: tuple[str, ...]) -> int:
-    """The option that `answer` means: by its wording, its letter, or its number from 0."""
+    """The index of the option that `answer` names by its text, its letter, or its number from 0."""
     text = str(answer).strip()
     if tidy(text) in options:
         found = options.index(tidy(text))
@@ -137,7 +137,7 @@ def _index(answer: object, options: tuple[str, ...]) -> int:
     elif text.isdecimal():
         found = int(text)
     else:
-        raise ValueError(f"answer {text!r} is no choice, letter or number")
+        raise ValueError(f"answer {text!r} is not a choice, letter or number")
     if found >= len(options):
         raise ValueError(f"answer {text!r} is not among {len(options)} choices")
     return found
