@@ -1,4 +1,4 @@
-"""How many samples, exchanges and tokens a set holds by kind and language: the rows of the paper's Tables 7 and 8."""
+"""Samples, exchanges and tokens of a set by kind and language: the rows of Tables 7 and 8 of the BiMediX paper."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ TITLES = {"qa": "QA", "mcqa": "MCQA", "chat": "Chat"}
 
 @dataclass
 class Count:
-    """Sums over records. `exchanges` are answers given: what the paper calls turns (its QA has 1.00)."""
+    """Sums over records. `exchanges` counts answers, which the paper calls turns (its QA has 1.00)."""
 
     samples: int = 0
     exchanges: int = 0
@@ -26,7 +26,7 @@ class Count:
 
 
 class TokenCounter:
-    """Tokens of a text, without a template's."""
+    """Counts the tokens of a text, without those of a chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -42,9 +42,9 @@ Counts = Mapping[tuple[str, str], Count]  # (kind, language)
 
 
 def tables(counts: Counts) -> list[dict[str, Any]]:
-    """Rows QA, MCQA, Chat and Total for English, Arabic and both; a language without samples has no table.
+    """Rows QA, MCQA, Chat and Total of a table each for English, Arabic and both. Empty tables are left out.
 
-    `average_turns` is exchanges per sample; `set` says which table the row belongs to.
+    `average_turns` is exchanges per sample; `set` names the table of the row.
     """
     sets = {"English": ("en",), "Arabic": ("ar",), "bilingual": ("ar", "en")}
     found = []
@@ -60,9 +60,9 @@ def tables(counts: Counts) -> list[dict[str, Any]]:
 
 
 def ratios(counts: Counts) -> list[dict[str, Any]]:
-    """English for each Arabic one, by kind and in all: `samples`, `tokens` and `learned_tokens`, each as n in 1:n.
+    """The ratio n of 1:n of Arabic to English `samples`, `tokens` and `learned_tokens`, by kind and in total.
 
-    None where the Arabic side is empty.
+    None if the Arabic side is empty.
     """
     found = []
     for name, kinds in (*((kind, (kind,)) for kind in KINDS), ("all", KINDS)):
@@ -89,7 +89,7 @@ def total(counts: Counts, kinds: Iterable[str], languages: Iterable[str]) -> Cou
 
 
 def shown_ratio(english: float | None) -> str:
-    """A ratio as the paper prints it, `1:1.84`."""
+    """A ratio in the format of the paper, `1:1.84`."""
     return "no Arabic" if english is None else f"1:{english:.2f}"
 
 

@@ -1,6 +1,7 @@
-"""Numbers that say what a text holds: hashes of words and of runs of words, and MinHash bands of near-duplicates.
+"""Hashes of words and of runs of words, and the MinHash bands by which near-duplicates are found.
 
-All are 64-bit and the same in every process and on every machine.
+All hashes have 64 bits and are the same in every process and on every machine. Words are those of `disjoint.normalise`.
+The translation checks normalise text differently; curation/arabic.py lists the differences.
 """
 
 import hashlib
@@ -12,16 +13,16 @@ from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue] (compi
 from bimedix_jax.curation.assembly.disjoint import normalise
 
 SHINGLE = 5
-"""Words in the runs whose shared portion is the similarity of two texts."""
+"""Number of words in a run. The similarity of two texts is their share of common runs."""
 
 BANDS, ROWS = 20, 6
-"""Texts that share all ROWS values of one of BANDS bands are compared. Of pairs with similarity 0.8 that finds 99.8 %
-(1 - (1 - 0.8^6)^20), of pairs with 0.5 it compares 27 % for nothing."""
+"""Two texts are compared if all ROWS values of one of their BANDS bands are equal. That finds 99.8 % of the pairs with
+similarity 0.8 (1 - (1 - 0.8^6)^20), and compares 27 % of the pairs with similarity 0.5 unnecessarily."""
 
-SEED = 2403  # of the hash functions of MinHash; no setting, since it changes nothing that anybody wants to change
+SEED = 2403  # of the hash functions of MinHash; not an option, since another seed has no advantage
 
 CACHED_WORDS = 200_000
-"""Words in a generation of the cache of hashes, as in tokenizer_words.py; two take about 60 MB at most."""
+"""Words in each of the two generations of the cache of hashes, as in tokenizer_words.py; about 60 MB in all."""
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, hence invertible modulo 2^64: 2^64 divided by the golden ratio
 
@@ -67,23 +68,23 @@ def runs(hashes: np.ndarray, length: int) -> np.ndarray:
 
 
 def whole(hashes: np.ndarray) -> int:
-    """One hash of a text's words in their order."""
+    """One hash of all words of a text in order."""
     return int.from_bytes(hashlib.blake2b(hashes.tobytes(), digest_size=8).digest(), "little")
 
 
 def shingles(hashes: np.ndarray) -> np.ndarray:
-    """What similarity is measured on: the distinct runs of SHINGLE words, or of all words where they are fewer."""
+    """The distinct runs of SHINGLE words, or of all words if there are fewer. Similarity compares these."""
     return np.unique(runs(hashes, min(SHINGLE, max(1, len(hashes)))))
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> float:
-    """Jaccard's: shared shingles over all shingles; 0 where neither has any."""
+    """Jaccard similarity: common shingles over all shingles, 0 if there are none."""
     shared = len(np.intersect1d(one, other, assume_unique=True))
     return shared / max(1, len(one) + len(other) - shared)
 
 
 def bands(texts: Sequence[np.ndarray]) -> np.ndarray:
-    """Of each text's shingles, BANDS hashes of ROWS MinHash values each: uint64 [N, BANDS]."""
+    """BANDS hashes of ROWS MinHash values each, of the shingles of each text: uint64 [N, BANDS]."""
     offsets = np.cumsum([0, *(len(text) for text in texts)]).astype(np.uint64)
     flat = np.concatenate([np.empty(0, np.uint64), *texts])
     rows = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, BANDS * ROWS, SEED).to_rows()
@@ -96,7 +97,7 @@ def bands(texts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def scatter(keys: np.ndarray, name: str) -> np.ndarray:
-    """Numbers that only `name` and each key decide: uint64 [N], by SplitMix64's finaliser (Steele et al. 2014)."""
+    """Pseudo-random numbers that depend on `name` and the key only: uint64 [N] (SplitMix64, Steele et al. 2014)."""
     z = keys ^ np.uint64(digest(name))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

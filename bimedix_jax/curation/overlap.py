@@ -1,4 +1,4 @@
-"""How much of one set of answers also stands in another: what a held-out loss owes to memory."""
+"""The share of a set of answers that another set also contains: how much of a held-out loss memory can explain."""
 
 import re
 from collections import defaultdict
@@ -10,7 +10,7 @@ import numpy as np
 from bimedix_jax.data.records import Record
 
 WORDS = 8
-"""Length of the runs of words that are compared: too long to recur by chance."""
+"""Number of words in the runs that are compared; such runs rarely occur twice by chance."""
 
 
 def runs(record: Record) -> set[int]:
@@ -24,10 +24,10 @@ def runs(record: Record) -> set[int]:
 
 
 def overlap(records: Iterable[Record], against: Iterable[Record]) -> list[dict[str, Any]]:
-    """A row for each source of `records`, over those with WORDS words in an answer.
+    """A row for each source of `records`, over the records with an answer of at least WORDS words.
 
-    `seen_share` is the mean over records of the share of their runs of words that `against` has too; `mostly_seen` the
-    share of records with more than half.
+    `seen_share` is the mean share of a record's runs that are also in `against`. `mostly_seen` is the share of records
+    with more than half of their runs in `against`.
     """
 
     def hashes() -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Checks of translations: each flag is raised by what it is named for, and by nothing that good translators do."""
+"""Checks of translations: each error raises its flag, and good translations raise none."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from bimedix_jax.data import records
 from bimedix_jax.data.records import Record, conversation, multiple_choice_answer, multiple_choice_question
 from bimedix_jax.errors import BimedixError
 
-# what good translations do: nothing of it may raise a flag
+# good translations, which must not raise a flag
 GOOD = [
     ("The child weighs 12.5 kg.", "يزن الطفل ١٢٫٥ كغ."),
     ("Take 1,000 mg twice daily.", "تناول ١٬٠٠٠ ملغ مرتين يوميا."),
@@ -101,12 +101,12 @@ def names(source: str, translation: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("source", "translation"), GOOD, ids=[source[:40] for source, _ in GOOD])
-def test_what_good_translators_do_is_no_fault(source, translation):
+def test_good_translations_raise_no_flag(source, translation):
     assert [str(flag) for flag in check_text(source, translation)] == []
 
 
 @pytest.mark.parametrize(("name", "source", "translation"), BAD, ids=[f"{n}: {s[:30]}" for n, s, _ in BAD])
-def test_each_fault_raises_its_flag(name, source, translation):
+def test_each_error_raises_its_flag(name, source, translation):
     assert name in names(source, translation)
 
 
@@ -114,30 +114,30 @@ def test_every_flag_has_a_case():
     assert {name for name, _, _ in BAD} == set(FLAG_NAMES) - {"same_translation"}
 
 
-def test_a_flag_says_what_and_where():
+def test_a_flag_as_text():
     (flag,) = check_text("He is 45 years old.", "عمره بالسنوات كبير.")
     assert str(flag) == "numbers: missing: 45"
 
 
-# --- the same Arabic for different sources
+# --- the same translation of different sources
 
 
 SENTENCE = "يرجى استشارة الطبيب قبل تناول أي دواء."
 
 
-def test_one_sentence_for_many_sources():
+def test_one_translation_of_many_sources_is_flagged():
     pairs = [("The dose was raised.", SENTENCE), ("A rash came up on day 3.", SENTENCE), ("Rest is enough.", SENTENCE)]
     batch = Batch(pairs)
     assert all(batch.check(*pair) for pair in pairs)
     assert not Batch(pairs[:1]).check(*pairs[0])
 
 
-def test_nearly_the_same_source_may_share_its_translation():
+def test_nearly_equal_sources_may_have_the_same_translation():
     pairs = [("Please ask a doctor first, before use.", SENTENCE), ("Please ask a doctor first before use", SENTENCE)]
     assert not any(Batch(pairs).check(*pair) for pair in pairs)
 
 
-def test_what_a_batch_finds_does_not_depend_on_its_order():
+def test_flags_do_not_depend_on_the_order_of_the_batch():
     sources = [f"{a} {b} was seen in the {c}." for a in ("Pain", "A rash") for b in ("early", "late") for c in "xyz"]
     pairs = [(source, SENTENCE) for source in sources]
     found = []
@@ -171,7 +171,7 @@ def mcqa(language: records.Language = "en", answer: int = 1, choices: tuple[str,
     )
 
 
-def test_a_good_record_has_no_flag():
+def test_a_good_record_raises_no_flag():
     assert check(mcqa("en"), mcqa("ar")) == []
 
 
@@ -183,18 +183,18 @@ def test_a_good_record_has_no_flag():
         ("options", mcqa("ar", choices=("الربو القصبي", "الربو القصبي", "الزكام الشائع"))),
     ],
 )
-def test_structure_of_a_record(name, translation):
+def test_another_answer_and_lost_or_merged_choices_are_flagged(name, translation):
     assert name in {flag.name for flag in check(mcqa("en"), translation)}
 
 
-def test_a_choice_that_the_question_does_not_hold():
+def test_a_choice_missing_in_the_question_is_flagged():
     good = mcqa("ar")
     other = good.model_copy(update={"choices": ("النقرس الحاد", "الربو القصبي", "التهاب السحايا")})
     (flag,) = check(mcqa("en"), other)
     assert (flag.name, flag.place) == ("options", "choice C")
 
 
-def test_a_question_that_gives_the_answer_away():
+def test_a_question_with_the_answer_is_flagged():
     good = mcqa("ar")
     told = good.conversations[0].value.replace("أي مرض", "بسبب الربو القصبي أي مرض")
     turns = conversation(told, good.conversations[1].value)
@@ -202,7 +202,7 @@ def test_a_question_that_gives_the_answer_away():
     assert [flag.name for flag in flags] == ["answer_leak"]
 
 
-def test_a_turn_that_is_missing_and_the_turn_that_is_wrong():
+def test_missing_turns_and_wrong_turns_are_flagged():
     def chat(language, *values):
         return Record(
             id="c", language=language, kind="chat", source="t", licence="CC0", conversations=conversation(*values)
@@ -218,7 +218,7 @@ def test_a_turn_that_is_missing_and_the_turn_that_is_wrong():
     assert "options" in {flag.name for flag in check(source, shorter)}
 
 
-def test_turns_that_were_arabic_already_are_not_compared():
+def test_turns_that_are_arabic_in_the_source_are_not_compared():
     turns = ({"from": "human", "value": "I cough."}, {"from": "gpt", "value": "منذ متى؟", "language": "ar"})
     fields = {"id": "c", "kind": "chat", "source": "t", "licence": "CC0"}
     source = Record.model_validate({**fields, "language": "en", "conversations": turns})
@@ -226,7 +226,7 @@ def test_turns_that_were_arabic_already_are_not_compared():
     assert check(source, Record.model_validate({**fields, "language": "ar", "conversations": translated})) == []
 
 
-def test_other_directions_are_refused():
+def test_other_directions_raise():
     with pytest.raises(BimedixError, match="from English to Arabic"):
         check(mcqa("ar"), mcqa("ar"))
 
@@ -258,7 +258,7 @@ def test_english_number_words(text, value):
     assert any(value in number.readings for number in numbers.in_words(text, "en"))
 
 
-def test_units_are_told_apart_in_both_scripts():
+def test_units_in_both_scripts():
     (measure,) = doses.measures("٥٠٠ ملّيغرام", "ar")
     assert (measure.unit, measure.number.readings) == ("mg", {500.0})
     assert [m.unit for m in doses.measures("5 G, 3 g, 7 µg, 8 mg/kg", "en")] == [None, "g", "mcg", "mg"]
@@ -276,7 +276,7 @@ def test_spellings_of_units(spelled, unit):
     assert measure.unit == unit
 
 
-# usual Arabic spellings, written down for this test
+# usual Arabic spellings
 SPELLINGS = """omeprazole أوميبرازول;amoxicillin أموكسيسيلين;metformin ميتفورمين;ibuprofen ايبوبروفين;lisinopril
 ليزينوبريل;atorvastatin أتورفاستاتين;losartan لوسارتان;ciprofloxacin سيبروفلوكساسين;prednisone بريدنيزون;aspirin
 الأسبيرين;acetaminophen باراسيتامول;insulin الأنسولين;heparin هيبارين;digoxin ديجوكسين;fentanyl فنتانيل;phenytoin
@@ -286,7 +286,7 @@ SPELLINGS = """omeprazole أوميبرازول;amoxicillin أموكسيسيلي�
 ليدوكائين;dexamethasone ديكساميثازون;ceftriaxone سيفترياكسون;fluconazole فلوكونازول;trastuzumab تراستوزوماب"""
 
 
-def test_spelled_drugs_are_recognised_and_others_are_not():
+def test_transliterated_drugs_are_recognised_and_others_are_not():
     pairs = [tuple(row.split()) for row in SPELLINGS.split(";")]
     for name, spelling in pairs:
         assert drugs.check(f"He takes {name}.", f"يتناول {spelling} يوميا.") == []
@@ -302,7 +302,7 @@ PAIRS = [(source, translation) for source, translation in GOOD if len(source.spl
 
 
 @pytest.mark.parametrize("kind", damage.BAR)
-def test_every_kind_of_damage_is_seeded_and_caught(kind):
+def test_every_kind_of_damage_is_seeded_and_found(kind):
     make = damage.BAR[kind]
     cases = list(make(PAIRS, random.Random(1)))
     assert cases == list(make(PAIRS, random.Random(1)))
@@ -314,7 +314,7 @@ def test_every_kind_of_damage_is_seeded_and_caught(kind):
 
 
 @pytest.mark.parametrize("kind", [*damage.BAR, *damage.ALSO])
-def test_what_a_damage_puts_in_is_itself_no_fault(kind):
+def test_texts_added_for_damage_raise_no_flag(kind):
     for case in {**damage.BAR, **damage.ALSO}[kind](PAIRS, random.Random(2)):
         assert [str(flag) for flag in check_text(case.source, case.good)] == []
 
@@ -329,13 +329,13 @@ WILD = st.text(
 
 @settings(max_examples=150, deadline=None)
 @given(WILD, WILD)
-def test_no_text_breaks_a_check(source, translation):
+def test_checks_accept_any_text(source, translation):
     batch = Batch([(source, translation)])
     assert all(flag.name in FLAG_NAMES for flag in check_text(source, translation, batch))
 
 
-def test_the_measurement_counts_what_it_says(tmp_path, monkeypatch, capsys):
-    """scripts/measure_translation_checks.py on the pairs above: all pass, and every kind has its cases."""
+def test_the_measurement_script(tmp_path, monkeypatch, capsys):
+    """scripts/measure_translation_checks.py on the pairs above: all pass, and every kind of damage has cases."""
     script = Path(__file__).resolve().parents[2] / "scripts" / "measure_translation_checks.py"
     rows = [json.dumps({"en": source, "ar": translation}) for source, translation in PAIRS]
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows), "utf-8")

@@ -1,4 +1,4 @@
-"""Keeping evaluation out of training: two sets share nothing, by id and by the text of the question."""
+"""Find records that a training set and an evaluation set share, by id, PubMed id and text of the question."""
 
 import hashlib
 import re
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from bimedix_jax.data.records import Record, question_of
 from bimedix_jax.errors import BimedixError
 
-# Arabic vowel signs, superscript alef, Quranic marks and the stretching mark: spelling, not meaning
+# Arabic vowel signs, superscript alef, Quranic marks and tatweel: none of them changes the meaning
 _ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
 _ARABIC_LETTERS = str.maketrans({"أ": "ا", "إ": "ا", "آ": "ا", "ى": "ي", "ة": "ه"})
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A training record that an evaluation set also holds. `by` says what is shared: `id` or `question`."""
+    """A training record that is also in an evaluation set. `by` is what they share: `id` or `question`."""
 
     record: str
     evaluation: str
@@ -24,7 +24,7 @@ class Overlap:
 
 
 class Identities:
-    """What identifies the records of an evaluation set; 16 bytes a key, so that millions fit in memory."""
+    """The keys of an evaluation set, as digests of 16 bytes, so that millions fit in memory."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self._owners: dict[bytes, str] = {}
@@ -56,13 +56,13 @@ class Identities:
 
 
 def overlaps(train: Iterable[Record], evaluation: Iterable[Record]) -> list[Overlap]:
-    """Every record of `train` that `evaluation` also holds."""
+    """Every record of `train` that is also in `evaluation`."""
     known = Identities(evaluation)
     return [found for record in train if (found := known.find(record)) is not None]
 
 
 def assert_disjoint(train: Iterable[Record], evaluation: Iterable[Record]) -> None:
-    """Raise BimedixError if a training record is also an evaluation record, by id, PubMed id or question text."""
+    """Raise BimedixError if a training record has the id, PubMed id or question of an evaluation record."""
     found = overlaps(train, evaluation)
     if found:
         first = found[0]
@@ -73,8 +73,11 @@ def assert_disjoint(train: Iterable[Record], evaluation: Iterable[Record]) -> No
 
 
 def normalise(text: str) -> str:
-    """Letters and digits only, in one case and one spelling: what two copies of a question still share."""
-    if text.isascii():  # nothing of what follows can change it, and it takes most of the time
+    """Letters and digits in one case and one spelling, so that copies of a question compare equal.
+
+    curation/arabic.py lists how this differs from the normalisation of the translation checks.
+    """
+    if text.isascii():  # skips the slow part, which does not change ASCII text
         plain = text.casefold()
     else:
         plain = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text)).translate(_ARABIC_LETTERS).casefold()
@@ -82,7 +85,7 @@ def normalise(text: str) -> str:
 
 
 def keys(record: Record) -> Iterator[tuple[str, bytes]]:
-    """(what it is, 16 bytes) of all that identifies a record: id, PubMed id, question."""
+    """The keys of a record: (`id` or `question`, digest of 16 bytes) for its id, PubMed id and question."""
     yield "id", _digest(f"id:{record.id}")
     if "pmid" in record.provenance:
         yield "id", _digest(f"pmid:{record.provenance['pmid']}")

@@ -1,1 +1,1 @@
-"""Checks of a translation that need no model: rules, each of which raises a named flag."""
+"""Rules that check a translation without a model. Each rule raises flags by name."""

@@ -1,4 +1,4 @@
-"""All checks of a translation, of two texts or two records. They need no model and take about a millisecond."""
+"""All checks of a translation, for two texts or two records. They need no model and take about a millisecond."""
 
 from bimedix_jax.curation.checks import doses, drugs, instructed, negation, numbers, structure, surface
 from bimedix_jax.curation.checks.batch import Batch
@@ -20,9 +20,9 @@ _OF_TEXTS = (
 
 
 def check_text(source: str, translation: str, batch: Batch | None = None) -> list[Flag]:
-    """Flags of an Arabic translation of an English text; none means that no rule objects, not that it is right.
+    """Flags of an Arabic translation of an English text. No flag means that no rule objects, not that it is correct.
 
-    `batch` holds the other translations of the run (`Batch.add` each of them first).
+    `batch` has all translations of the run; add them with `Batch.add` first.
     """
     if not translation.strip():
         return [Flag(name="length", detail="the translation is empty")] if source.strip() else []
@@ -32,20 +32,20 @@ def check_text(source: str, translation: str, batch: Batch | None = None) -> lis
 
 
 def check(source: Record, translation: Record, batch: Batch | None = None) -> list[Flag]:
-    """Flags of a translated record: each turn and each choice as a text, and the structure of the whole.
+    """Flags of a translated record: of the text of each turn, and of the structure of the record.
 
     Raises:
         BimedixError: the source is not English or the translation not Arabic.
     """
     if (source.language, translation.language) != ("en", "ar"):
         raise BimedixError(
-            f"{source.id}: the checks know translations from English to Arabic, not {source.language} to "
+            f"{source.id}: the checks support translations from English to Arabic, not {source.language} to "
             f"{translation.language}"
         )
     flags = structure.check_record(source, translation)
     turns = zip(source.conversations, translation.conversations, strict=False)
     for number, (before, after) in enumerate(turns, start=1):
-        if before.language == "ar":  # a patient who switched: nothing was translated
+        if before.language == "ar":  # the patient switched to Arabic in this turn, so it was not translated
             continue
         found = check_text(before.value, after.value, batch)
         flags += [flag.model_copy(update={"place": f"turn {number}"}) for flag in found]

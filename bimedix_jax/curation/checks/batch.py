@@ -1,4 +1,4 @@
-"""The same Arabic for different sources: a model that answered many texts with one sentence."""
+"""Find different sources with the same translation: the model answered many texts with one sentence."""
 
 import hashlib
 import zlib
@@ -11,20 +11,20 @@ from bimedix_jax.curation.checks.flags import Flag
 from bimedix_jax.data.records import Record
 
 MIN_WORDS = 4
-"""Shorter translations may rightly be shared: `نعم`, `الإجابة: A. زيادة`."""
+"""Shorter translations can correctly be the same: `نعم`, `الإجابة: A. زيادة`."""
 
 ALIKE, ALIKE_SHORT, SHORT = 0.7, 0.5, 8
-"""Share of words in common from which two sources may have one translation (a comma or an article apart); it is lower
-where one of them has fewer than SHORT words, of which a synonym is soon half."""
+"""Least share of common words of two sources that may have the same translation, since they differ by a comma or an
+article only. It is lower if one of them has fewer than SHORT words, where one synonym is a large share."""
 
 SKETCHED_WORDS = 64
 
 
 class Batch:
-    """Translations of one run. Add all of them, then check: what is found does not depend on their order.
+    """The translations of one run. Add all of them before checking; then the result does not depend on their order.
 
-    Of each translation it keeps a hash, and of the sources that share it the first and the last in a fixed order, as
-    two bytes a word: a few hundred bytes for each different text.
+    For each distinct translation it keeps a hash and sketches of two of its sources, the first and the last in sorted
+    order, with two bytes per word. That is a few hundred bytes per distinct translation.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
@@ -33,7 +33,7 @@ class Batch:
             self.add(source, translation)
 
     def add(self, source: str, translation: str) -> None:
-        """Note a translation and what it translates."""
+        """Add a translation and its source."""
         key = _key(translation)
         if key:
             own = _sketch(source)
@@ -41,19 +41,19 @@ class Batch:
             self._sources[key] = (min(low, own), max(high, own))
 
     def add_record(self, source: Record, translation: Record) -> None:
-        """Note each turn of a translated record, as `api.check` looks them up."""
+        """Add each turn of a translated record, as `api.check` checks them."""
         for before, after in zip(source.conversations, translation.conversations, strict=False):
             self.add(before.value, after.value)
 
     def check(self, source: str, translation: str) -> Flag | None:
-        """A flag if a source that says something else has the same translation."""
+        """A flag if a different source has the same translation."""
         key = _key(translation)
         if key not in self._sources:
             return None
         own = _sketch(source)
         if all(_alike(own, other) for other in self._sources[key]):
             return None
-        return Flag(name="same_translation", detail="a source that says something else has the same translation")
+        return Flag(name="same_translation", detail="a different source has the same translation")
 
 
 def _key(translation: str) -> bytes:

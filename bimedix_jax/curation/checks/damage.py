@@ -1,7 +1,7 @@
-"""Translations damaged on purpose, to measure what the checks catch.
+"""Translations damaged on purpose, to measure how many the checks find.
 
-Each kind of damage takes good pairs and returns damaged ones, seeded. Where a kind needs something that a text has not
-(a dose, options), it is put into source and translation first, so that what is measured is the damage alone.
+Each kind of damage takes good pairs and yields damaged ones, with a seeded generator. If a kind needs something that a
+text lacks (a dose, options), it is added to source and translation first, so that only the damage is measured.
 """
 
 import random
@@ -16,14 +16,14 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Case:
-    """A good pair (with what was put in) and its damaged translation."""
+    """A good pair, after additions, and its damaged translation."""
 
     source: str
     good: str
     damaged: str
 
 
-# a sentence with a dose: English, Arabic; {n} the number, {u} the unit
+# sentences with a dose in English and Arabic; {n} is the number, {u} the unit
 _DOSE_TEXTS: tuple[Pair, ...] = (
     ("The patient was given {n} {u} of the drug intravenously.", "أعطي المريض {n} {u} من الدواء وريديا."),
     ("The usual dose is {n} {u}, taken after a meal.", "الجرعة المعتادة {n} {u} تؤخذ بعد الطعام."),
@@ -31,7 +31,7 @@ _DOSE_TEXTS: tuple[Pair, ...] = (
     ("An infusion of {n} {u} was started.", "بدأ تسريب {n} {u}."),
     ("Do not exceed {n} {u} in one day.", "لا تتجاوز {n} {u} في اليوم الواحد."),
 )
-# unit in English, spellings in Arabic, what it is changed to
+# unit in English, its spellings in Arabic, the wrong units that replace it
 _DOSE_UNITS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("mg", ("ملغ", "ملجم", "مجم", "ملّيغرام", "مليغرام", "mg"), ("ميكروغرام", "غرام", "كغ", "مل")),
     ("mcg", ("ميكروغرام", "مكغ", "ميكروجرام", "mcg", "µg"), ("ملغ", "ملليغرام", "غرام")),
@@ -85,7 +85,7 @@ _EASTERN = str.maketrans("0123456789.,", "٠١٢٣٤٥٦٧٨٩٫٬")
 
 
 def dropped_number(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """One number in digits is taken out of the translation, whichever it is (also the 19 of a name)."""
+    """One number in digits is removed from the translation (possibly part of a name, such as the 19 of COVID-19)."""
     for source, good in pairs:
         found = list(_DIGITS.finditer(good))
         if found and _DIGITS.search(plain(source)):
@@ -94,7 +94,7 @@ def dropped_number(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Ca
 
 
 def changed_number(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """One digit of the translation becomes another one."""
+    """One digit of the translation is changed."""
     for source, good in pairs:
         places = [place for place, character in enumerate(good) if character in "0123456789"]
         if places and _DIGITS.search(plain(source)):
@@ -104,7 +104,7 @@ def changed_number(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Ca
 
 
 def changed_dose(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """A dose is ten times too high or too low, has two digits exchanged, or has another unit."""
+    """A dose is ten times too high or too low, has two digits swapped, or has another unit."""
     for source, good in pairs:
         english, arabic = random_.choice(_DOSE_TEXTS)
         number = random_.choice(_DOSE_NUMBERS)
@@ -145,7 +145,7 @@ def _joined(text: str, sentence: str, first: bool) -> str:
 
 
 def truncated(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """10 to 40 % of the characters are left, cut after a word."""
+    """Only the first 10 to 40 % of the characters are kept, cut after a word."""
     for source, good in pairs:
         length = int(random_.uniform(0.1, 0.4) * len(good))
         head = good[: max(length, 1)]
@@ -154,13 +154,13 @@ def truncated(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
 
 
 def left_in_english(pairs: Sequence[Pair], _: random.Random) -> Iterator[Case]:
-    """The source instead of a translation."""
+    """The English source is returned as the translation."""
     for source, good in pairs:
         yield Case(source, good, source)
 
 
 def half_left_in_english(pairs: Sequence[Pair], _: random.Random) -> Iterator[Case]:
-    """The second half of the words is the source's."""
+    """The second half of the words is left in English."""
     for source, good in pairs:
         arabic, english = good.split(), source.split()
         if len(english) >= 8:
@@ -169,7 +169,7 @@ def half_left_in_english(pairs: Sequence[Pair], _: random.Random) -> Iterator[Ca
 
 
 def repeated_sentence(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """A sentence comes one to three times more, behind itself or at the end."""
+    """A sentence is repeated one to three times, directly after itself or at the end."""
     for source, good in pairs:
         parts = sentences(good)
         if not parts or len(parts[0].split()) < 2:
@@ -184,14 +184,14 @@ def repeated_sentence(pairs: Sequence[Pair], random_: random.Random) -> Iterator
 
 
 def boilerplate(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """One sentence for all sources."""
+    """All sources have the same sentence as translation."""
     sentence = random_.choice(_BOILERPLATE)
     for source, good in pairs:
         yield Case(source, good, sentence)
 
 
 def lost_option(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """One of four or five options is gone: its line, its text, or its label (its text joins the line above)."""
+    """One of four or five options loses its line, its text, or its label (its text is then part of the line above)."""
     for source, good in pairs:
         chosen = random_.sample(_OPTION_WORDS, random_.choice((4, 5)))
         arabic_labels = _ARABIC_LABELS if random_.random() < 0.5 else "ABCDEF"
@@ -206,7 +206,7 @@ def lost_option(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]
             del damaged[place]
         elif how == 1:
             damaged[place] = f"{arabic_labels[place]}{mark}"
-        elif how == 2:  # the rest moves up and no gap is left
+        elif how == 2:  # later options get the labels of earlier ones
             left = [pair[1] for index, pair in enumerate(chosen) if index != place]
             damaged = [f"{letter}{mark} {text}" for letter, text in zip(arabic_labels, left, strict=False)]
         else:
@@ -220,7 +220,7 @@ _DENIED = re.compile(r"\b(?:not|no|never|cannot|without)\b|n['’]t\b", re.IGNOR
 
 
 def dropped_negation(pairs: Sequence[Pair], _: random.Random) -> Iterator[Case]:
-    """The only particle of denial is taken out, where the source says not, no, never, cannot or without once."""
+    """The only negation particle is removed, if the source has one `not`, `no`, `never`, `cannot` or `without`."""
     for source, good in pairs:
         if len(_DENIED.findall(source)) == 1 and len(_DENIAL.findall(plain(good))) == 1:
             yield Case(source, good, _DENIAL.sub("", plain(good)))
@@ -241,7 +241,7 @@ _DRUGS: tuple[Pair, ...] = (
 
 
 def replaced_drug(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """Another drug is named, in Latin or Arabic letters, in a sentence that is put into both texts."""
+    """A sentence about a drug is added to both texts, with another drug in the translation, in either script."""
     for source, good in pairs:
         right, wrong = random_.sample(_DRUGS, 2)
         script = random_.randrange(2)
@@ -254,7 +254,7 @@ def replaced_drug(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Cas
 
 
 def swapped(pairs: Sequence[Pair], random_: random.Random) -> Iterator[Case]:
-    """Each source has the translation of another one: fluent, and wrong. Finding that is the judge's work."""
+    """Each source has the translation of another source, fluent but wrong. The judge model should find these."""
     shift = random_.randrange(1, max(2, len(pairs)))
     for place, (source, good) in enumerate(pairs):
         yield Case(source, good, pairs[(place + shift) % len(pairs)][1])
@@ -271,7 +271,7 @@ BAR: dict[str, Damage] = {
     "boilerplate": boilerplate,
     "lost_option": lost_option,
 }
-"""The seven kinds of which at least 97 % must be caught."""
+"""The seven kinds of damage of which at least 97 % must be found."""
 
 ALSO: dict[str, Damage] = {
     "changed_number": changed_number,
@@ -280,4 +280,4 @@ ALSO: dict[str, Damage] = {
     "replaced_drug": replaced_drug,
     "swapped": swapped,
 }
-"""Kinds that are measured and have no bar."""
+"""Kinds of damage that are measured without a required share."""

@@ -1,4 +1,4 @@
-"""Doses and measures: each number of the source that has a unit must have the same unit in the translation."""
+"""Doses and measures: a number with a unit in the source must have the same unit in the translation."""
 
 import re
 from collections import Counter
@@ -45,12 +45,12 @@ tablet: tablet tablets tab tabs pill pills | قرص أقراص حبة حبات �
 capsule: capsule capsules | كبسولة كبسولات
 drop: drop drops | قطرة قطرات قطرتين
 """
-# units that say how much; the others say how long or how far, where translators are freer (24 hours, a day)
+# units of amounts; with units of time and distance translators are freer (24 hours, a day)
 _STRICT = frozenset("mcg ng mg kg g ml dl ul l IU U mmol umol mEq mmHg mm cm % C F tablet capsule drop".split())
-# what one hand writes for another: a unit of insulin is an international unit, 1 tablet may be called a pill
+# units that replace each other: a unit of insulin is an international unit, a capsule may be called a tablet
 _ALIKE = {"IU": "U", "capsule": "tablet"}
 _REACH = 4
-"""Words between a number and its unit: `between 500 and 1000 mg`, `في المئة`."""
+"""Most words between a number and its unit: `between 500 and 1000 mg`, `في المئة`."""
 
 
 def _spellings() -> tuple[dict[str, str], dict[str, str]]:
@@ -65,16 +65,16 @@ def _spellings() -> tuple[dict[str, str], dict[str, str]]:
 
 
 _ENGLISH, _ARABIC = _spellings()
-# a symbol, a word, or a word of letters that °, µ or % opens
+# a symbol, a word, or a word that begins with °, µ or %
 _WORD = re.compile(r"%|°\s?[CFcfمف]|[℃℉]|[µμ]?[^\W\d_]+(?:-[^\W\d_]+)?")
-# prefixes and units as Arabic writers spell them: ملغرام, ملّيجرام, ميلليغرام, مايكروغرام, ... (after `letters`)
+# Arabic spellings of prefixes and units: ملغرام, ملّيجرام, ميلليغرام, مايكروغرام, ... (after `letters`)
 _METRIC = re.compile(
     "(ميكرو|مايكرو|مكرو|مي?ل{1,2}ي?|كيلو|نانو|سنتي?|ديسي)?([غج]رام|لي?تر|متر|مول|مكافء)(?:ا|ات|ان|ين)?"
 )
 _PREFIX = {"م": "m", "ك": "k", "ن": "n", "س": "c", "د": "d"}
 _BASE = {"غ": "g", "ج": "g", "ل": "l", "مت": "m", "مو": "mol", "مك": "Eq"}
 _NAMED = {"ug": "mcg", "Eq": "mEq"}
-_LATIN_BEFORE = re.compile(r"[A-Za-z]\d")  # the 1 of S1 counts nothing
+_LATIN_BEFORE = re.compile(r"[A-Za-z]\d")  # the 1 of S1 is not an amount
 _DEGREES = re.compile(r"درج(?:ة|ات|ه)\s+مئوي[ةه]|degrees?\s+(?:celsius|centigrade|c\b)", re.IGNORECASE)
 _JOINED = (
     (re.compile(r"وحد(?:ة|ات)\s+دولي[ةه]"), "وحدةدولية"),
@@ -93,7 +93,7 @@ _JOINED = (
 
 @dataclass(frozen=True)
 class Measure:
-    """A number and its unit (canonical name); `near` are all units in reach of the number."""
+    """A number and its unit (canonical name). `near` has all units within _REACH words of the number."""
 
     number: Number
     unit: str | None
@@ -101,9 +101,9 @@ class Measure:
 
 
 def check(source: str, translation: str) -> list[Flag]:
-    """Measures of the source that the translation gives with another unit or with none. English to Arabic.
+    """Flag measures that have another unit, or none, in the Arabic translation.
 
-    A measure whose number is missing altogether is left to the numbers' check, unless its unit is missing too.
+    If the number itself is missing, numbers.check flags it; here it is flagged only if the unit is missing too.
     """
     wanted = [measure for measure in measures(source, "en") if measure.unit is not None]
     if not wanted:
@@ -126,7 +126,7 @@ def check(source: str, translation: str) -> list[Flag]:
 
 
 def measures(text: str, language: str) -> list[Measure]:
-    """Numbers in digits with the units that follow them, or stand before them as in `النسبة المئوية: 5`."""
+    """Numbers in digits with the units that follow them, or precede them as in `النسبة المئوية: 5`."""
     text = _joined(text)
     free = (number for number in in_digits(text) if not _LATIN_BEFORE.match(text, max(0, number.start - 1)))
     return [_measure(number, text, language) for number in free]
@@ -142,7 +142,7 @@ def _measure(number: Number, text: str, language: str) -> Measure:
             break
         abbreviation = len(match.group()) == 1 and after[match.end() : match.end() + 1] == "."  # U.S.
         name = None if abbreviation and re.match(r"\.[A-Z]", after[match.end() :]) else _name(match.group(), table)
-        # a unit belongs to the number when nothing but blanks, a hyphen or a bracket lies between
+        # a unit belongs to the number if only spaces, a hyphen or a bracket separate them
         if name and count == 0 and not after[: match.start()].strip(" \u00a0\u202f-‐‑–(["):
             unit = name
         if name:
@@ -162,7 +162,7 @@ def _joined(text: str) -> str:
 def _name(word: str, table: dict[str, str]) -> str | None:
     key = word.replace(" ", "")
     if table is _ENGLISH and len(key) == 1 and key.isupper() and key not in "LU":
-        return None  # 5G is no weight, and 4 M is no length
+        return None  # 5G is not a weight, and 4 M is not a length
     key = letters(key).lower()
     # units of a translation may stay in Latin letters
     name = table.get(key) or (_ENGLISH.get(key) if key.isascii() or key[0] in "µμ°" else _metric(key))
@@ -170,12 +170,12 @@ def _name(word: str, table: dict[str, str]) -> str | None:
 
 
 def is_unit(word: str) -> bool:
-    """Whether a Latin word in lower case is a unit, which translations may keep."""
+    """Whether a Latin word in lower case is a unit. Translations may keep units in Latin script."""
     return word in _ENGLISH
 
 
 def _metric(word: str) -> str | None:
-    """The canonical name of a metric unit that is written out in Arabic."""
+    """The canonical name of a metric unit spelled out in Arabic."""
     match = _METRIC.fullmatch(word)
     if match is None:
         return None
@@ -197,12 +197,12 @@ def _same(wanted: Measure, other: Measure) -> bool:
 
 
 def _mentions(text: str, unit: str) -> bool:
-    """Whether a text names a unit anywhere, as a word: `half a gram`, `gram for gram`."""
+    """Whether a text contains a unit as a word anywhere: `half a gram`, `gram for gram`."""
     return _alike(unit) in {_alike(_name(match.group(), _ARABIC)) for match in _WORD.finditer(_joined(text))}
 
 
 def _lost_denominators(source: str, translation: str) -> list[str]:
-    """`mg/kg` that lost its `/kg`."""
+    """Denominators such as the `/kg` of `mg/kg` that are missing in the translation."""
     wanted = Counter(
         name
         for match in re.finditer(r"(?<=[A-Za-z])/(\d*[A-Za-zµμ]+)", _joined(source))

@@ -1,7 +1,7 @@
-"""Drug names: each of the source must come back, in Latin letters or spelled as it sounds in Arabic.
+"""Drug names: each name in the source must be in the translation, in Latin script or transliterated to Arabic.
 
 Drugs are recognised by the stems of international nonproprietary names (WHO, "The use of stems in the selection of
-INN") and by a short list of common names without such a stem. Spelled names are compared by their consonants.
+INN") and by a short list of common names without such a stem. Transliterations are compared by their consonants.
 """
 
 import re
@@ -18,7 +18,7 @@ _STEM = re.compile(
     r"curonium|curium|barbital|pramine|triptyline|apine|peridol|peridone|piprazole|tretinoin|fibrate|"
     r"quine|quinine|relin|tide|poetin|poietin|grastim|kinra|mustine|fungin|terfenadine|azosin|glinide|formin)\b|\b(?:cef|ceph|sulfa)[a-z]{4,}\b"
 )
-# words with such a stem that name no drug (found in MedQuAD, MedMCQA, MedQA and PubMedQA)
+# words with such a stem that are not drugs (found in MedQuAD, MedMCQA, MedQA and PubMedQA)
 _NO_DRUG = re.compile(
     r"cholesterol$|nucleotides?$|peptides?$|^cephal(?!exin|othin)|^sulfat|^sulfide|histidine|ectropium|^someone$|^person$|"
     r"^(?:medi|vac)cine$|^feline$|^saline$|^cyclone$|^crimson$|^blossom$|^reason$|^season$|^lesson$|^elixir$"
@@ -34,7 +34,7 @@ _COMMON = re.compile(
     r"lidocaine|dextromethorphan|guaifenesin|prednisone|hydrocortisone|sertraline|verapamil|trimethoprim|quinine|"
     r"nitroprusside|buprenorphine|ziprasidone|bupropion|baclofen|misoprostol|oxytocin|terbinafine|permethrin)\b"
 )
-# one drug, two names: Arabic texts use the second
+# drugs with a second name, which Arabic texts use
 _ALSO = {
     "acetaminophen": ("paracetamol", "بانادول"),
     "albuterol": ("salbutamol",),
@@ -48,8 +48,8 @@ _ALSO = {
     "cyclosporine": ("ciclosporin",),
 }
 SIMILAR = 0.8
-"""Share of consonants in common from which an Arabic word spells a Latin name: of 139 usual spellings of 119 names none
-has less than 0.88, and 0.4 % of their wrong pairs have as much (tests/data/test_checks_drugs.py)."""
+"""Least share of common consonants of a Latin name and its Arabic transliteration. All 139 usual spellings of 119 names
+have at least 0.88; so do 0.4 % of the wrong pairs."""
 
 _CONSONANTS = {
     **dict.fromkeys("بپ", "b"), **dict.fromkeys("فڤ", "f"), **dict.fromkeys("تطثدذضظ", "t"),
@@ -63,14 +63,14 @@ _LATIN_CONSONANTS = {
 
 
 def names(text: str) -> list[str]:
-    """Drug names of an English or mixed text, lower case, each once, in order."""
+    """Distinct drug names of an English or mixed text, in lower case and in order."""
     found = [*_STEM.finditer(text), *_COMMON.finditer(text)]
     ordered = (match.group().lower() for match in sorted(found, key=lambda match: match.start()))
     return [name for name in dict.fromkeys(ordered) if len(name) > 4 and not _NO_DRUG.search(name)]
 
 
 def check(source: str, translation: str) -> list[Flag]:
-    """Drugs of the source that the translation names neither in Latin nor in Arabic letters, and new Latin ones."""
+    """Flag drugs that are missing in the translation in either script, and new drug names in Latin script."""
     wanted = names(source)
     text = plain(translation)
     latin = {word.lower() for word in re.findall(r"[A-Za-z][A-Za-z\-]+", text)}
@@ -90,7 +90,7 @@ def check(source: str, translation: str) -> list[Flag]:
 
 
 def _spelled(text: str) -> set[str]:
-    """Consonants of each Arabic word, with and without what may be written together with it, and of each two words."""
+    """Consonants of each Arabic word, with and without prefixes, and of each two consecutive words."""
     arabic = [letters(word) for word in re.findall(r"\w+", text) if ARABIC_LETTER.search(word)]
     single = {skeleton(stem) for word in arabic for stem in stems(word)}
     pairs = {
@@ -112,7 +112,7 @@ def _is_spelled(name: str, spelled: set[str]) -> bool:
 
 
 def skeleton(word: str) -> str:
-    """Consonants of a Latin or Arabic word in classes that the two scripts share; doubled ones count once."""
+    """Consonants of a Latin or Arabic word, in classes common to both scripts. Doubled consonants count once."""
     if ARABIC_LETTER.search(word):
         found = "".join(_CONSONANTS.get(character, "") for character in word)
     else:

@@ -1,4 +1,4 @@
-"""What a check of a translation can say, by name."""
+"""The flags that the checks of a translation can raise."""
 
 from typing import Literal, get_args
 
@@ -24,13 +24,13 @@ FLAG_NAMES: tuple[FlagName, ...] = get_args(FlagName)
 
 
 class Flag(BaseModel):
-    """One thing that is wrong with a translation, found without a model."""
+    """A problem of a translation that a rule found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: FlagName
-    detail: str  # what was found, with the words or numbers in question
-    place: str | None = None  # "turn 2", "choice B"; None where it is the whole text
+    detail: str  # the problem, with the words or numbers concerned
+    place: str | None = None  # "turn 2", "choice B"; None for the whole text
 
     def __str__(self) -> str:
         where = f" ({self.place})" if self.place else ""

@@ -1,11 +1,11 @@
-"""A model that obeyed the text, or talked about it, where it should have translated it."""
+"""Detect a model that followed the instructions in a text, or commented on it, instead of translating it."""
 
 import re
 
 from bimedix_jax.curation.arabic import plain, words
 from bimedix_jax.curation.checks.flags import Flag
 
-# what a model says before, after or instead of a translation; none of it begins a medical text
+# phrases of a model before, after or instead of a translation; medical texts do not begin with them
 _TALK = re.compile(
     r"^\s*(?:sure\b|certainly\b|of course\b|here(?:'s| is)\b|okay\b|as an ai\b|i(?:'m| am) sorry\b|i can(?:no|')t\b|"
     r"translation\s*:|arabic\s*:|إليك(?:م)?\s+(?:ال)?ترجم|اليك\s+(?:ال)?ترجم|(?:ال)?ترجمة(?:\s+\S+){0,3}\s*:|"
@@ -22,7 +22,7 @@ _TALKED_ABOUT = re.compile(
 )
 _SCORE = re.compile(r"\b\d{1,3}\s*/\s*100\b|[\"'](?:score|translation|rating)[\"']\s*:|^\s*\{", re.IGNORECASE)
 
-# orders to a model that stand in texts on purpose or by accident: what the translation must still say
+# instructions to a model inside a text (injected or by accident), and words that their translation must have
 _ORDERS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
     (re.compile(order, re.IGNORECASE), re.compile(rendered))
     for order, rendered in (
@@ -64,20 +64,20 @@ _ARABIC_IMPERATIVE = re.compile(
 
 
 def check(source: str, translation: str) -> list[Flag]:
-    """Signs that the translation answers, comments or scores. English to Arabic."""
+    """Flag an Arabic translation that answers, comments on or scores its English source."""
     source, translation = plain(source), plain(translation)
     talk = _TALK.search(translation)
     if talk and not _TALKED_ABOUT.search(source):
-        return [_flag(f"it talks about the task: {talk.group().strip()}")]
+        return [_flag(f"it comments on the task: {talk.group().strip()}")]
     score = _SCORE.search(translation)
     if score and not _SCORE.search(source):
-        return [_flag(f"it scores or wraps the text: {score.group().strip()}")]
+        return [_flag(f"it contains a score or a wrapper: {score.group().strip()}")]
     for order, rendered in _ORDERS:
         found = order.search(source)
         if found and not rendered.search(translation):
-            return [_flag(f"nothing renders {found.group()!r}")]
+            return [_flag(f"{found.group()!r} is not translated")]
     if _IMPERATIVE.search(source) and not _ARABIC_IMPERATIVE.search(translation) and _far_longer(source, translation):
-        return [_flag("the task of the text was done instead of translated")]
+        return [_flag("the task in the text was carried out, not translated")]
     if _is_one_question(source) and not _asks(translation):
         return [_flag("the question became a statement")]
     return []

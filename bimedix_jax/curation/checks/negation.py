@@ -1,7 +1,8 @@
-"""Negations: whether source and translation deny the same number of things, as far as words show it.
+"""Negations that were lost in a translation, or added.
 
-Word by word the two languages differ too much (`unless`, `too weak to`, `no sooner`), so that only clear cases are
-flagged: a plain `not` or `no` that nothing in the Arabic answers, and an Arabic denial that no English word asks for.
+The two languages negate too differently for a comparison word by word (`unless`, `too weak to`, `no sooner`). Only
+clear cases are flagged: a plain `not` or `no` in a source whose translation has no negation, and an Arabic negation if
+no English word can explain it.
 """
 
 import re
@@ -9,13 +10,13 @@ import re
 from bimedix_jax.curation.arabic import letters, plain, stems, words
 from bimedix_jax.curation.checks.flags import Flag
 
-# denies by itself
+# plain negations
 _PLAIN = re.compile(
     r"\b(?:no|not|never|none|cannot|nor|neither|nobody|nothing|nowhere|without)\b|n['’]t\b|\b(?:dont|doesnt|didnt|cant|"
     r"isnt|arent|wasnt|wont|havent|hasnt|shouldnt)\b",
     re.IGNORECASE,
 )
-# looks like a denial and is none, or is one that Arabic says without a particle
+# phrases that look like a negation but are not, or that Arabic expresses without a particle
 _NOT_DENYING = re.compile(
     r"\bnot only\b|\bwhether or not\b|\bor not\b|\bif not\b|\bno\.\s?\d|\bno (?:later|sooner|fewer|less) than\b|"
     r"\bcould\s?n[o'’]?t (?:be )?(?:more|agree|help)\b|\bno longer\b|\bnot to mention\b|\bno matter\b|"
@@ -23,7 +24,7 @@ _NOT_DENYING = re.compile(
     r"(?:isn|aren|doesn|don|didn|won|hasn|haven|wasn|can|couldn|shouldn)['’]t (?:you|it|he|she|they|we|i)\b",
     re.IGNORECASE,
 )
-# English that an Arabic particle of denial may render
+# English words that may be translated with an Arabic negation
 _MAY_DENY = re.compile(
     r"\b(?:un|in|im|ir|il|non|dis|a|anti|de|mis)-?\w{3,}|\b\w+(?:less|free)\b|\b(?:few|little|hardly|scarcely|barely|"
     r"rarely|seldom|lack\w*|absen\w+|fail\w*|avoid\w*|prevent\w*|refus\w*|den(?:y|ied|ies)|stop\w*|only|rather|instead|"
@@ -36,7 +37,7 @@ _MAY_DENY = re.compile(
     re.IGNORECASE,
 )
 
-# particles and nouns that deny; the article, conjunctions and pronouns written together with them are cut off first
+# negating particles and nouns, compared after removing attached articles, conjunctions and pronouns
 _PARTICLES = frozenset(
     map(
         letters,
@@ -45,7 +46,7 @@ _PARTICLES = frozenset(
     )
 )
 _PRONOUN = re.compile(r"(?<=..)(?:ها|هما|هم|هن|ه|ك|كم|ي|نا)$")
-# verbs and nouns in which a denial may be hidden: to fail, be unable, refuse, prevent, avoid, lack, exclude, be absent
+# verbs and nouns that can express a negation: to fail, be unable, refuse, prevent, avoid, lack, exclude, be absent
 _ROOTS = re.compile(
     "عجز|عاجز|[ايت]خفق|اخفاق|فشل|رفض|تعذر|استحال|امتن|متنع|حظر|منوع|تجنب|تفاد|عدام|نعدم|عديم|خالي|[يت]خلو|فاقد|فقدان|"
     "فتقر|فتقار|استبع|استثن|ينف|نفي|غياب|غائب|صعب|بعيد|نادر|محال|مجهول"
@@ -57,15 +58,15 @@ _STRONG_NOT_DENYING = re.compile(
 
 
 def check(source: str, translation: str) -> list[Flag]:
-    """A denial that was lost, or one that was put in. English to Arabic."""
+    """Flag a negation that the Arabic translation lost or added."""
     source, translation = plain(source), plain(translation)
     denials = [match.group() for match in _PLAIN.finditer(_NOT_DENYING.sub(" ", source))]
     if denials and not any(_denies(word) for word in words(_STRONG_NOT_DENYING.sub(" ", translation))):
-        return [Flag(name="negations", detail=f"nothing renders {denials[0]!r}")]
+        return [Flag(name="negations", detail=f"{denials[0]!r} is not translated")]
     arabic = words(_STRONG_NOT_DENYING.sub(" ", translation))
     added = [word for word in arabic if word in _STRONG or (word[:1] in "وف" and word[1:] in _STRONG)]
     if added and not denials and not _PLAIN.search(source) and not _MAY_DENY.search(source):
-        return [Flag(name="negations", detail=f"nothing in the source asks for {added[0]!r}")]
+        return [Flag(name="negations", detail=f"the source has no negation for {added[0]!r}")]
     return []
 
 

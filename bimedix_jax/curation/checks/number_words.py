@@ -8,7 +8,7 @@ from bimedix_jax.curation.arabic import WORD, letters, stems, words
 
 @dataclass(frozen=True)
 class Spelled:
-    """A number in words and what it may mean."""
+    """A number in words and its possible values."""
 
     text: str
     readings: frozenset[float]
@@ -16,7 +16,7 @@ class Spelled:
 
 
 def _table(text: str) -> dict[str, float]:
-    """`5 five fifth` a line or a semicolon: each word with the number before it, Arabic ones as `letters` spells."""
+    """Parse entries `5 five fifth`, separated by lines or semicolons, to word -> number. Applies `letters`."""
     found: dict[str, float] = {}
     for row in re.split(r"[;\n]", text):
         value, *names = row.split()
@@ -76,7 +76,7 @@ _MONTH_OF_TWO_WORDS = {
 _ARABIC_DECADE = _table("20 عشرين;30 ثلاثين;40 أربعين;50 خمسين;60 ستين;70 سبعين;80 ثمانين;90 تسعين")
 _DECADE = re.compile(r"(.+?)(?:ي?ات)$")
 
-# nouns of measured things, whose dual says "two" by itself
+# nouns that are often counted; their dual form means "two"
 _COUNTED = (
     "يوم أسبوع شهر سنة عام ساعة دقيقة ثانية مرة متر قدم كيلومتر سنتيمتر مليمتر غرام جرام كيلوغرام كيلوجرام مليغرام "
     "ملليغرام مليلتر لتر وحدة جرعة قرص حبة كبسولة قطرة ملعقة كوب بخة حقنة درجة ضعف مريض شخص طفل حالة نوع جزء مرحلة "
@@ -114,7 +114,7 @@ _PER_CENT = frozenset(map(letters, "المئة المائة بالمئة بال�
 
 
 def scale(word: str) -> float | None:
-    """What a scale word multiplies by (million, ألف, ملايين, ...); None for any other word."""
+    """The factor of a scale word (million, ألف, ملايين, ...), None for any other word."""
     word = letters(word).lower()
     if word in _PER_CENT:
         return None
@@ -122,14 +122,14 @@ def scale(word: str) -> float | None:
 
 
 def has_singular(noun: str, translation: str) -> bool:
-    """Whether the Arabic text holds the singular of an English noun of time or measure."""
+    """Whether the Arabic text has the singular of an English noun of time or measure."""
     wanted = {letters(word) for word in _SINGULAR.get(noun.removesuffix("s"), "").split()}
     wanted |= {word + "ا" for word in wanted}  # the accusative
     return any(stem in wanted for word in words(translation) for stem in stems(word))
 
 
 def english(text: str) -> list[Spelled]:
-    """Number words of an English text, compounds (twenty-four, two hundred) as one."""
+    """Number words of an English text. A compound (twenty-four, two hundred) is one number."""
     found: list[Spelled] = []
     group: list[tuple[str, float]] = []
 
@@ -156,7 +156,7 @@ def english(text: str) -> list[Spelled]:
 
 
 def arabic(text: str) -> list[Spelled]:
-    """Number words of an Arabic text that went through `plain`, compounds as one; months; nouns in the dual as 2."""
+    """Number words, months and duals (as 2) of an Arabic text after `plain`. A compound is one number."""
     found: list[Spelled] = []
     group: list[tuple[str, float]] = []
 
@@ -186,7 +186,7 @@ def arabic(text: str) -> list[Spelled]:
 
 
 def duals(text: str) -> int:
-    """How many words of an Arabic text may be duals or look like it (regular plurals do): each may render a `two`."""
+    """How many words of an Arabic text may be duals (or regular plurals). Each may be the translation of a `two`."""
     return sum(len(word) >= 5 and word.endswith(("ان", "ين", "اه", "يه")) for word in words(text))
 
 
@@ -201,14 +201,14 @@ def _arabic_value(word: str) -> float | None:
 
 
 def _continues(before: float, value: float, word: str) -> bool:
-    """Whether a number word belongs to the one before it: `أربعة عشر`, `خمسة وعشرون`, `ثلاثة آلاف`, `ألف ومئة`."""
+    """Whether a number word continues the one before it: `أربعة عشر`, `خمسة وعشرون`, `ثلاثة آلاف`, `ألف ومئة`."""
     if value == 10:
         return before < 10
     return value >= 100 or word.startswith("و")
 
 
 def _other_arabic(raw: str, word: str) -> list[Spelled]:
-    """A month, a decade or a dual."""
+    """The number in a word that is a month, a decade or a dual; empty for other words."""
     for stem in stems(word):
         if stem in _ARABIC_MONTH:
             return [Spelled(raw, frozenset({_ARABIC_MONTH[stem]}))]
@@ -221,7 +221,7 @@ def _other_arabic(raw: str, word: str) -> list[Spelled]:
 
 
 def _group(names: list[str], values: list[float]) -> Spelled:
-    """Words that follow each other: their compound value, and each alone."""
+    """Consecutive number words: the compound value, and the value of each word."""
     total, current = 0.0, 0.0
     for value in values:
         if value >= 1000:

@@ -1,8 +1,8 @@
-"""Numbers of source and translation, in digits or in words, and which of them have no partner on the other side.
+"""Numbers that are lost or invented in a translation, in digits or in words.
 
-A number has a set of readings rather than one value, because texts are written by many hands: `1,000` is a thousand or
-one, `5 million` is 5 or 5,000,000, `خمسة وعشرون` is 25 or a 5 and a 20 that stand side by side. Two numbers are the
-same when they share a reading.
+A number has a set of possible values ("readings"), since authors write numbers differently: `1,000` is 1000 or 1.0,
+`5 million` is 5 or 5,000,000, `خمسة وعشرون` is 25 or the two numbers 5 and 20. Two numbers match if they have a common
+reading.
 """
 
 import re
@@ -13,7 +13,7 @@ from bimedix_jax.curation.arabic import plain
 from bimedix_jax.curation.checks import number_words
 from bimedix_jax.curation.checks.flags import Flag
 
-# digits with separators inside; a no-break or thin space joins groups of three, an ordinary one does not
+# digits with separators; a no-break or thin space can separate groups of digits, an ordinary space cannot
 TOKEN = re.compile(r"\d+(?:[.,،'\u00a0\u202f\u2009]\d+)*")
 _ROMAN = re.compile(r"(?<!\w)(I|II|III|IV|V|VI|VII|VIII|IX|X|XI|XII)(?![\w'])")
 _ROMAN_VALUE = {name: value + 1 for value, name in enumerate("I II III IV V VI VII VIII IX X XI XII".split())}
@@ -23,17 +23,17 @@ _SCALE = re.compile(r"[\s\u00a0\-]*(\w+)")
 
 @dataclass(frozen=True)
 class Number:
-    """A number as it is written, where it begins and ends in the text, and what it may mean."""
+    """A number as written, its start and end in the text, and its readings."""
 
     text: str
     readings: frozenset[float]
     start: int
     end: int
-    decade: bool = False  # "1960s", "ستينيات": names tens of years, with or without the century
-    optional: bool = False  # part of a name (the 0 of R0), which translators spell out
+    decade: bool = False  # "1960s", "ستينيات": a decade, with or without the century
+    optional: bool = False  # part of a name (the 0 of R0), which translators may spell out
 
     def same(self, other: "Number") -> bool:
-        """Whether both can mean the same."""
+        """Whether the two numbers match."""
         if self.readings & other.readings:
             return True
         if self.decade or other.decade:
@@ -42,7 +42,7 @@ class Number:
 
 
 def in_digits(text: str) -> list[Number]:
-    """Numbers that are written in digits, in order. `text` went through `plain`."""
+    """Numbers written in digits, in order. `text` must be the result of `plain`."""
     found = []
     for match in TOKEN.finditer(text):
         readings = set(_readings(match.group()))
@@ -72,7 +72,7 @@ def in_digits(text: str) -> list[Number]:
 
 
 def _readings(token: str) -> Iterable[float]:
-    """What a token of digits and separators may mean: `1,000` 1000 and 1.0, `2.5` 2.5, `1.234.567` 1234567."""
+    """The readings of digits with separators: `1,000` is 1000 and 1.0, `2.5` is 2.5, `1.234.567` is 1234567."""
     groups = re.split(r"[^\d]", token)
     if len(groups) == 1:
         yield float(token)
@@ -89,7 +89,7 @@ def _readings(token: str) -> Iterable[float]:
 
 
 def in_words(text: str, language: str) -> list[Number]:
-    """Numbers that are written as words, ordinals, months, Roman numerals (English) and duals (Arabic)."""
+    """Numbers written as words, ordinals, months, Roman numerals (English) and duals (Arabic)."""
     spelled = number_words.english(text) if language == "en" else number_words.arabic(text)
     found = [Number(word.text, frozenset(word.readings), 0, 0, decade=word.decade) for word in spelled]
     if language == "en":
@@ -101,8 +101,10 @@ def in_words(text: str, language: str) -> list[Number]:
 
 
 def without_partner(wanted: Sequence[Number], available: Sequence[Number]) -> tuple[list[Number], list[Number]]:
-    """Numbers of `wanted` that no number of `available` answers, and what is left of `available`. Each answers once;
-    what has the fewest candidates chooses first."""
+    """Match numbers one to one; return the unmatched numbers of `wanted` and of `available`.
+
+    Numbers with the fewest candidates are matched first.
+    """
     left = list(available)
     missing = []
     for number in sorted(wanted, key=lambda number: sum(number.same(other) for other in available)):
@@ -115,7 +117,7 @@ def without_partner(wanted: Sequence[Number], available: Sequence[Number]) -> tu
 
 
 def check(source: str, translation: str) -> list[Flag]:
-    """Numbers that got lost and numbers that came from nowhere. English source, Arabic translation."""
+    """Flag numbers that the Arabic translation lost, and numbers that are not in the English source."""
     source, translation = plain(source), plain(translation)
     source_digits, source_words = _with_afternoons(source, in_digits(source)), in_words(source, "en")
     target_digits, target_words = in_digits(translation), in_words(translation, "ar")
@@ -134,22 +136,22 @@ def check(source: str, translation: str) -> list[Flag]:
 
 
 def _not_needed_for_words(source: list[Number], target: list[Number], translation: str) -> list[Number]:
-    """Number words of the translation that do not render number words of the source: a digit may have become one.
+    """Number words of the translation that do not match number words of the source, so they may match its digits.
 
-    `two viruses` is a dual of any noun, so as many of the source's twos as there are such nouns ask for no partner.
+    `two viruses` can be the dual of any noun, so each such dual in the translation accounts for one `two`.
     """
     other_duals = number_words.duals(translation) - sum(number.readings == {2.0} for number in target)
-    asking = []
+    unmatched = []
     for number in source:
         if number.readings == {2.0} and other_duals > 0:
             other_duals -= 1
         else:
-            asking.append(number)
-    return without_partner(asking, target)[1]
+            unmatched.append(number)
+    return without_partner(unmatched, target)[1]
 
 
 def _is_one_of_something(number: Number, source: str, translation: str) -> bool:
-    """`1 week` is rendered as `أسبوع`, with no number at all."""
+    """Whether `1 week` was translated as `أسبوع`, without a number."""
     if number.readings != {1.0}:
         return False
     noun = re.compile(r"[\s\-]*([a-zA-Z]+)").match(source, number.end)
@@ -157,7 +159,7 @@ def _is_one_of_something(number: Number, source: str, translation: str) -> bool:
 
 
 def _with_afternoons(text: str, found: Iterable[Number]) -> list[Number]:
-    """`2 p.m.` may become 14."""
+    """Add 14 as a reading of `2 p.m.`."""
     after = re.compile(r"(?:[:.]\d\d)?\s*p\.?\s?m\b", re.IGNORECASE)
     return [
         replace(number, readings=number.readings | {value + 12 for value in number.readings})

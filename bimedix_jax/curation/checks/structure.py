@@ -1,4 +1,4 @@
-"""Options and answers: as many as in the source, the same one right, and nothing in the question that gives it away."""
+"""Options and answers: same number of options, same correct answer, and no hint in the question."""
 
 import re
 from difflib import SequenceMatcher
@@ -13,14 +13,14 @@ _LABEL = re.compile(r"(?m)^[ \t]*(?:[*\-•][ \t]*)?[(\[{]?([A-Ja-jأابجده�
 _INLINE = re.compile(r"[(\[]([A-Jأابجدهوزحطي])[)\]][ \t]*([^()\[\]\n]*)")
 _ANSWER_EN = re.compile(
     r"\b(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?)\s*[:=]?\s*[(\[]?"
-    r"((?-i:[A-HJ]))(?![\w'’])",  # capitals only, and no I: "answer a question", "the answer I gave"
+    r"((?-i:[A-HJ]))(?![\w'’])",  # capitals only, without I: "answer a question", "the answer I gave"
     re.IGNORECASE,
 )
 _ANSWER_AR = re.compile(
     r"(?:الإجابة|الاجابة|الجواب|الخيار|الاختيار)(?:\s+(?:الصحيح|الأصح|الافضل|الأفضل)ة?)?(?:\s+ه[يو])?\s*[:=]?\s*[(\[]?"
     r"([A-Ja-jأابجدهوزحطي])(?![\w])"
 )
-# the translation says which option is right
+# marks of the correct option in a translation
 _MARK = re.compile(r"[✓✔☑✅]|\((?:صحيح|صحيحة|الصحيح|الإجابة الصحيحة|correct)\)|←\s*(?:الصحيح|صحيح)")
 _TELLS = re.compile(
     r"(?:الإجابة|الاجابة|الجواب|الخيار)\s+(?:الصحيح|الأصح)ة?\s*(?:ه[يو]\s*)?[:：]|(?:^|\n)\s*(?:الإجابة|الجواب)\s*:"
@@ -29,7 +29,7 @@ _ASKS_FOR_ANSWER = re.compile(r"\b(?:correct|right|answers?|best|true)\b", re.IG
 
 
 def check_text(source: str, translation: str) -> list[Flag]:
-    """Options, answer key and leaks of two texts, where the source has lettered or numbered options."""
+    """Flag lost options, another answer key, and hints at the answer, for sources with lettered or numbered options."""
     source, translation = plain(source), plain(translation)
     flags = _options(source, translation)
     key = _key(_ANSWER_EN, source)
@@ -41,7 +41,7 @@ def check_text(source: str, translation: str) -> list[Flag]:
 
 
 def check_record(source: Record, translation: Record) -> list[Flag]:
-    """Turns, choices, answer, and what the question must not hold; the texts of the turns are `check_text`'s."""
+    """Flag differences in turns, choices and answer, and hints in the question. `check_text` checks the texts."""
     flags = []
     if [turn.speaker for turn in source.conversations] != [turn.speaker for turn in translation.conversations]:
         detail = f"{len(source.conversations)} turns became {len(translation.conversations)}, or other speakers"
@@ -53,12 +53,14 @@ def check_record(source: Record, translation: Record) -> list[Flag]:
         return [*flags, Flag(name="options", detail=f"{len(source.choices)} choices became {got}")]
     if translation.answer != source.answer:
         got = None if translation.answer is None else LETTERS[translation.answer]
-        flags.append(Flag(name="answer_key", detail=f"{LETTERS[source.answer]} is right, the translation says {got}"))
+        flags.append(
+            Flag(name="answer_key", detail=f"{LETTERS[source.answer]} is correct, but the translation has {got}")
+        )
     flags += _merged_choices(source.choices, translation.choices)
     asked, question = source.conversations[-2].value, letters(plain(translation.conversations[-2].value))
     for letter, before, after in zip(LETTERS, source.choices, translation.choices, strict=False):
         if f"\n{letter}. {before}" in asked and letters(plain(after)).strip() not in question:
-            flags.append(Flag(name="options", detail="the question does not hold its text", place=f"choice {letter}"))
+            flags.append(Flag(name="options", detail="its text is not in the question", place=f"choice {letter}"))
     flags += _stem_leak(source, translation)
     return flags
 
@@ -73,17 +75,17 @@ def _options(source: str, translation: str) -> list[Flag]:
         flags.append(Flag(name="options", detail=f"{len(wanted)} options became {len(given)}"))
     empty = [LETTERS[i] for i, text in enumerate(given) if not text and i < len(wanted) and wanted[i] and i < 10]
     if empty:
-        flags.append(Flag(name="options", detail=f"nothing stands behind {', '.join(empty)}"))
+        flags.append(Flag(name="options", detail=f"option {', '.join(empty)} is empty"))
     if len(given) == len(wanted):
         flags += _merged_choices(wanted, given)
     return flags
 
 
 def labels(text: str) -> list[str]:
-    """Texts behind the labels A, B, C ... (or أ, ب, ج ..., or 1, 2, 3 ...) of one run of options, without gaps.
+    """Texts of the options A, B, C ... (or أ, ب, ج ..., or 1, 2, 3 ...) in one run without gaps.
 
-    The longest run that begins with the first label counts; a label out of order ends it, so that a missing C leaves
-    two options of four.
+    Returns the longest run that begins with the first label. A label out of order ends the run: without C, two options
+    of four remain.
     """
     best: list[str] = []
     for pattern in (_LABEL, _INLINE):
@@ -112,7 +114,7 @@ def _place(label: str) -> int | None:
 
 
 def _merged_choices(source: tuple[str, ...] | list[str], translation: tuple[str, ...] | list[str]) -> list[Flag]:
-    """Two options that differ in the source and no longer do."""
+    """Options that differ in the source but not in the translation."""
     own = [tuple(words(plain(choice))) for choice in source]
     other = [tuple(words(plain(choice))) for choice in translation]
     return [
@@ -137,12 +139,12 @@ def _leak(source: str, translation: str) -> Flag | None:
         return Flag(name="answer_leak", detail=f"an option is marked: {mark.group()}")
     tells = _TELLS.search(translation)
     if tells and not _ASKS_FOR_ANSWER.search(source):
-        return Flag(name="answer_leak", detail=f"it names an answer: {tells.group().strip()}")
+        return Flag(name="answer_leak", detail=f"it states an answer: {tells.group().strip()}")
     return None
 
 
 def _stem_leak(source: Record, translation: Record) -> list[Flag]:
-    """The right choice stands in the translated question though it does not in the source's, nor do the others."""
+    """Flag the correct choice in the translated question, if it is not in the source's and no other choice is."""
     if source.choices is None or translation.choices is None or source.answer is None:
         return []
     stems = [_stem(record) for record in (source, translation)]
@@ -153,12 +155,12 @@ def _stem_leak(source: Record, translation: Record) -> list[Flag]:
     new = [after and not before for before, after in zip(*inside, strict=True)]
     right = translation.choices[source.answer]
     if new[source.answer] and sum(new) == 1 and len(words(plain(right))) >= 2:
-        return [Flag(name="answer_leak", detail=f"the question holds the right choice: {right}")]
+        return [Flag(name="answer_leak", detail=f"the question contains the correct choice: {right}")]
     return []
 
 
 def _stem(record: Record) -> list[str]:
-    """Words of the question before its first option."""
+    """Words of the question before the first option."""
     text = plain(record.conversations[-2].value)
     first = next((m.start() for m in _LABEL.finditer(text) if _place(m.group(1)) == 0), len(text))
     return words(text[:first])

@@ -1,6 +1,6 @@
-"""What the shape of a translation shows: script, length, an end that is missing, English that stayed, repetition.
+"""Checks of script, length, truncation, untranslated English and repetition.
 
-Thresholds are beyond what professional translations of TICO-19 reach; docs/results/translation.md says how they fare.
+The thresholds are outside the range of professional translations (TICO-19); docs/results/translation.md has figures.
 """
 
 import re
@@ -11,31 +11,31 @@ from bimedix_jax.curation.checks.doses import is_unit
 from bimedix_jax.curation.checks.flags import Flag
 
 MIN_ARABIC_SHARE = 0.5
-"""Of all letters. The lowest of the even rows is 0.53, a sentence with two company names and a hashtag."""
+"""Share of all letters. The lowest in TICO-19's even rows is 0.53, a sentence with two company names and a hashtag."""
 
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.52, 2.0
 """Characters of the Arabic to those of the English: 0.58 to 1.8 in TICO-19 above 100 characters."""
 
 SHORT = 12
-"""Characters by which either side may be longer or shorter regardless: a word has no average length."""
+"""Characters by which lengths may differ in any case, since the lengths of single words vary."""
 
 UNFINISHED_RATIO = 0.68
-"""Below it, a translation must end with a mark where its source does: what is cut off ends in mid-sentence."""
+"""Below this ratio a translation must end with a punctuation mark if its source does; else it was probably cut off."""
 
 MAX_ENGLISH_RUN = 6
-"""English words in a row that may stay: names of organisations and titles are kept in brackets."""
+"""Most consecutive English words: names of organisations and titles are often kept in brackets."""
 
 MAX_KEPT_WORDS = 3
-"""Different English words in lower case that may stay outside brackets, units apart: some translators keep terms."""
+"""Most distinct English words in lower case outside brackets, besides units: some translators keep terms."""
 
 MAX_REPEATED_RUN = 120
-"""Words of the longest run that is looked for right behind itself; whole sentences are found at any distance."""
+"""Most words of a run that is repeated directly after itself. Repeated sentences are found at any distance."""
 
 _END = re.compile(r"[.!?؟:؛;…\"'”»)\]%]\s*$")
 _LINK = re.compile(r"https?://\S+|www\.\S+|\S+@\S+\.\w+|[#@]\w+")
 _SHORT_BRACKET = re.compile(r"[(\[][^()\[\]]{1,120}[)\]]")
 _ENGLISH_RUN = re.compile(r"[A-Za-z][A-Za-z'’\-]*(?:[ ,;:]+[A-Za-z][A-Za-z'’\-]*)*")
-# words of running text: names and terms that are rightly kept hold few of them
+# function words of running text; names and terms that may be kept have few of them
 _FUNCTION = frozenset(
     "the a is are was were be been has have had do does did will would can could may should must not this that these "
     "those it its they their he she his her you your we our i my which who when where if because but with from by to "
@@ -44,7 +44,7 @@ _FUNCTION = frozenset(
 
 
 def check(source: str, translation: str) -> list[Flag]:
-    """All of this module. English to Arabic."""
+    """All checks of this module, for an Arabic translation of an English text."""
     source, translation = plain(source), plain(translation)
     flags = [check_script(source, translation), check_length(source, translation)]
     flags += [check_untranslated(source, translation), check_repetition(source, translation)]
@@ -52,7 +52,7 @@ def check(source: str, translation: str) -> list[Flag]:
 
 
 def check_script(source: str, translation: str) -> Flag | None:
-    """Too few Arabic letters, links and handles apart. A source that is one name or formula may stay as it is."""
+    """Flag too few Arabic letters, without links and handles. A name or a formula may be unchanged."""
     share = arabic_share(_LINK.sub(" ", translation))
     if share is None:
         return None if arabic_share(_LINK.sub(" ", source)) is None else _flag("arabic_share", "no letters at all")
@@ -62,13 +62,13 @@ def check_script(source: str, translation: str) -> Flag | None:
 
 
 def _is_name(source: str) -> bool:
-    """Whether a text has no more than three words and none of them is an ordinary one in lower case."""
+    """Whether a text has at most three words, none of them an ordinary word in lower case."""
     found = LATIN_LETTER.findall(source) and re.findall(r"[^\W\d_]+", source)
     return bool(found) and len(found) <= 3 and not any(word.islower() and len(word) > 3 for word in found)
 
 
 def check_length(source: str, translation: str) -> Flag | None:
-    """Much too short or too long, or shorter than usual and without the mark that ends the source."""
+    """Flag a translation that is far too short or long, or short and without a final punctuation mark."""
     long, short = len(_LINK.sub("", source).strip()), len(_LINK.sub("", translation).strip())
     if long == 0:
         return None
@@ -81,7 +81,7 @@ def check_length(source: str, translation: str) -> Flag | None:
 
 
 def check_untranslated(source: str, translation: str) -> Flag | None:
-    """English running text that stayed: many Latin words in a row that also stand in the source."""
+    """Flag untranslated English text: many consecutive Latin words that are also in the source."""
     own = set(words(source))
     text = _LINK.sub(" ", translation)
     outside = re.findall(r"(?<![\w\-#])[a-z][a-z'’\-]*(?![\w\-])", _SHORT_BRACKET.sub(" ", text))
@@ -102,7 +102,7 @@ def check_untranslated(source: str, translation: str) -> Flag | None:
 
 
 def check_repetition(source: str, translation: str) -> Flag | None:
-    """A sentence that comes again, or a run of words that follows itself, more often than in the source."""
+    """Flag sentences or runs of words that are repeated more often than in the source."""
     expected = _repeats(source)
     for kind, number in _repeats(translation).items():
         if number > expected[kind]:
@@ -111,18 +111,18 @@ def check_repetition(source: str, translation: str) -> Flag | None:
 
 
 def _repeats(text: str) -> Counter[str]:
-    """How often a sentence of three words or more comes again, and a run of two words or more follows itself."""
+    """How often a sentence of at least three words, a run of at least two words, and a letter are repeated."""
     found = Counter({"a sentence": 0, "a run of words": 0, "a letter": 0})
     said = Counter(tuple(words(sentence)) for sentence in sentences(text))
     found["a sentence"] = sum(number - 1 for sentence, number in said.items() if len(sentence) >= 3)
-    # an abbreviation in brackets is often spelled out where its expansion stands just before
+    # an abbreviation in brackets may be spelled out and then repeats the words before it
     found["a run of words"] = _stutters(words(_SHORT_BRACKET.sub(" ( ", text)))
     found["a letter"] = len(re.findall(r"([^\W\d_])\1{5,}", text))
     return found
 
 
 def _stutters(text: list[str]) -> int:
-    """Places where a run of at least two different words is followed by itself; one word may (جدا جدا), not thrice."""
+    """Number of runs of at least two words that are followed by themselves, and of words three times in a row."""
     count, place = 0, 0
     while place < len(text):
         length = _stutter_at(text, place)
@@ -132,7 +132,7 @@ def _stutters(text: list[str]) -> int:
 
 
 def _stutter_at(text: list[str], place: int) -> int:
-    """Length of the run that begins at `place` and follows itself at once; 0 where there is none."""
+    """Length of the run at `place` that is followed by itself, 0 if there is none. A word may occur twice (جدا جدا)."""
     later = place
     while True:
         try:
