@@ -1,19 +1,20 @@
-"""The whole preparation of a training set at the paper's size: memory, speed, and what it finds.
+"""Measure the preparation of a training set of the paper's size: memory, speed, and detected duplicates.
 
     python scripts/measure_data_throughput.py --records 20000           # a table; about a minute on 2 cores
-    python scripts/measure_data_throughput.py --records 1300000 --json  # one JSON document; 15 GB of disk for a while
+    python scripts/measure_data_throughput.py --records 1300000 --json  # one JSON document; needs 18 GB of disk
 
-Records are made up and written to disk: kinds, languages and lengths as in Tables 7 and 8 of the BiMediX paper, words
-drawn by Zipf's law from half a million that resemble those of the package's sample, Arabic records that name the
-English ones they translate, chats that name their questions. Planted among them are near-duplicates, and evaluation
-questions in both languages. Then run, as commands of their own whose memory is watched with that of their workers,
+The script generates records and writes them to disk. Kinds, languages and lengths are those of Tables 7 and 8 of the
+BiMediX paper. Words are drawn by Zipf's law from half a million words similar to those of the bundled sample. Arabic
+records name the English records they translate, and chats name their questions. Near-duplicates and evaluation
+questions in both languages are planted. The memory of these commands is measured, worker processes included:
 
-    bimedix data mix    near-duplicates, evaluation, 1:2 in each kind
-    bimedix data pack   tokens, mask and rows of 4,096 with the Mixtral tokenizer (as the package mistral-common has it)
+    bimedix data assemble   both languages into one training and one held-out file
+    bimedix data mix        no near-duplicates, no evaluation text, 1:2 in each kind
+    bimedix data pack       tokens, mask and rows of 4,096 with the Mixtral tokenizer (from the package mistral-common)
 
-and, on a part of the result and taking turns, `bimedix data pack` and the `tokenizers` library alone, which gets the
-finished texts in memory and all cores. On a machine with other work compare tokens per processor second, which are
-given too. Reads /proc, so Linux only.
+On a part of the result it runs `bimedix data pack` and the `tokenizers` library in turns. The library alone gets the
+finished texts in memory and all cores. On a machine with other load compare tokens per processor second, which are
+printed too. The script reads /proc, so it needs Linux.
 """
 
 import argparse
@@ -40,29 +41,26 @@ SEQUENCE = 4096
 BAR_RSS, BAR_USED, BAR_RATIO = 1.5 * 2**30, 0.98, 0.8
 
 KINDS = {"qa": 423.8, "mcqa": 638.1, "chat": 249.7}
-"""Thousands of samples of each kind, Table 8; a third of each is Arabic here, the default of `bimedix data mix`."""
+"""Thousands of samples of each kind (Table 8). A third of each is Arabic here, the default of `bimedix data mix`."""
 
-TOKENS = {("qa", "en"): 192, ("mcqa", "en"): 394, ("chat", "en"): 398} | {
-    ("qa", "ar"): 516,
-    ("mcqa", "ar"): 800,
-    ("chat", "ar"): 1301,
-}
+TOKENS = {("qa", "en"): 192, ("mcqa", "en"): 394, ("chat", "en"): 398}
+TOKENS |= {("qa", "ar"): 516, ("mcqa", "ar"): 800, ("chat", "ar"): 1301}
 """Mean tokens of a record: Table 7, and Table 8 less Table 7."""
 
 EXCHANGES = 4.7  # of a chat, Tables 7 and 8
 EVALUATION = 7045  # questions of the paper's nine tasks
-NEAR_DUPLICATE, CONTAMINATED = 50, 400  # one record in so many repeats another; one English MCQA holds a question
-
+NEAR_DUPLICATE = 50  # one record in 50 repeats another
+CONTAMINATED = 400  # one MCQA record in 400 contains an evaluation question
 
 VOCABULARY = 500_000
 EXPONENT = {"en": 1.28, "ar": 1.15}
 """Zipf's law, rank^-exponent: 600,000 English words then have 50,000 spellings with their punctuation (49,000 in a
-mixture of MedQuAD, MTS-Dialog, PubMedQA, MedQA, MedMCQA and MMLU) and 70,000 Arabic ones 16,700 (16,900 in TICO-19), so
-that looking words up is no easier than with real texts."""
+mixture of MedQuAD, MTS-Dialog, PubMedQA, MedQA, MedMCQA and MMLU) and 70,000 Arabic ones 16,700 (16,900 in TICO-19). So
+caches of words work no better than with real texts."""
 
 
 class Words:
-    """Texts of one language, by a seed."""
+    """Draws words of one language, seeded."""
 
     def __init__(self, language: str, seed: int) -> None:
         from bimedix_jax.data.records import sample
@@ -79,7 +77,7 @@ class Words:
         self.odds = np.cumsum(odds / odds.sum())
 
     def draw(self, count: int) -> list[str]:
-        """So many words."""
+        """Draw `count` words."""
         places = np.searchsorted(self.odds, self.random.random(count))
         return self.words[np.minimum(places, len(self.words) - 1)].tolist()
 
@@ -90,7 +88,7 @@ class Words:
 
 
 class Maker:
-    """Made-up records of one language as lines of JSON, and what was planted among them."""
+    """Generates records of one language as lines of JSON, and lists the planted ones."""
 
     def __init__(self, language: str, seed: int, tokenizer: Path, shrink: float) -> None:
         from bimedix_jax.curation.counts import TokenCounter
@@ -108,12 +106,12 @@ class Maker:
         self.contaminated: list[int] = []
 
     def evaluation(self) -> Iterator[str]:
-        """The evaluation questions, a record each."""
+        """One record for each evaluation question."""
         for number, words in enumerate(self.questions):
             yield self._mcqa(f"evaluation/{self.language}/{number}", words, self.words.draw(20), {})
 
     def records(self, kind: str, count: int, chats_of: str = "mcqa") -> Iterator[str]:
-        """Records of a kind. Arabic number n translates English number 2 n; an English chat is made of a question."""
+        """Records of a kind. Arabic record n translates English record 2 n. An English chat is made from a question."""
         for number in range(count):
             name = f"{kind}/{self.language}/{number}"
             if self.language == "ar":
@@ -137,7 +135,7 @@ class Maker:
                 yield self._line(name, kind, texts, origin)
 
     def _some(self, kind: str, name: str, number: int) -> list[str]:
-        """The words of a record; every NEAR_DUPLICATE records an earlier one's with one in a hundred changed."""
+        """The words of a record. One in NEAR_DUPLICATE records copies an earlier one with one word in 100 changed."""
         recent = self.recent[kind]
         if recent and number % NEAR_DUPLICATE == 0:
             words = list(recent[int(self.random.integers(len(recent)))])
@@ -172,7 +170,7 @@ class Maker:
 
 
 def make(folder: Path, records: int, seed: int, tokenizer: Path, shrink: float) -> dict[str, Any]:
-    """Write the sources and evaluation sets; what was planted, by id."""
+    """Write the sources and evaluation sets; return the ids of the planted records."""
     share = {kind: thousands / sum(KINDS.values()) for kind, thousands in KINDS.items()}
     repeated, direct = [], []
     counts = {kind: max(1, round(records * share[kind] / 3)) for kind in KINDS}
@@ -195,7 +193,7 @@ def make(folder: Path, records: int, seed: int, tokenizer: Path, shrink: float) 
 
 
 class Watch:
-    """The most memory that a process and all it starts have at a time: the sum of their resident sets."""
+    """Watches the peak memory of a process and its descendants: the sum of their resident sets."""
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
@@ -216,14 +214,14 @@ class Watch:
             self.peak = max(self.peak, self._resident())
 
     def _resident(self) -> int:
-        """Bytes; each process with the pages that it shares with others, which is more than they take."""
+        """Bytes. Shared pages are counted for each process, so this is an upper bound."""
         parents, pages = {}, {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
                     status = (entry / "stat").read_text().rpartition(")")[2].split()
                 except (FileNotFoundError, ProcessLookupError):
-                    continue  # it ended between the listing and the reading
+                    continue  # the process ended meanwhile
                 parents[int(entry.name)], pages[int(entry.name)] = int(status[1]), int(status[21])
         tree, fresh = set(), {self._pid}
         while fresh:
@@ -233,7 +231,7 @@ class Watch:
 
 
 def command(*words: str) -> dict[str, Any]:
-    """Run `bimedix WORDS --json`; its document, seconds, processor seconds of all its processes, peak memory."""
+    """Run `bimedix WORDS --json`; return its document, seconds, processor seconds and peak memory."""
     started, before = time.monotonic(), children_seconds()
     line = [sys.executable, "-m", "bimedix_jax", *words, "--json"]
     with subprocess.Popen(line, stdout=subprocess.PIPE) as process, Watch(process.pid) as watch:
@@ -245,7 +243,7 @@ def command(*words: str) -> dict[str, Any]:
 
 
 def children_seconds() -> float:
-    """Processor seconds of the processes that ended, with those that they had started."""
+    """Processor seconds of all child processes that ended, with their descendants."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -258,7 +256,7 @@ def pack(folder: Path, name: str, workers: int) -> dict[str, Any]:
 
 
 def in_turns(folder: Path, part: int, rounds: int, workers: int) -> dict[str, Any]:
-    """Tokens a second of `bimedix data pack` and of the library alone, on the same records, taking turns."""
+    """Tokens per second of `bimedix data pack` and of the library alone, on the same records and in turns."""
     from bimedix_jax.data.records import parse
     from bimedix_jax.data.tokenizer import load_tokenizer
 
@@ -283,8 +281,8 @@ def in_turns(folder: Path, part: int, rounds: int, workers: int) -> dict[str, An
         document = packed["document"]
         ours.append(document["tokens_per_s"])
         cpu.append((tokens / packed["cpu_seconds"], tokens / used))
-        if not document["dropped_nothing_learned"]:  # cut within the question: left out, tokens and all
-            assert document["tokens"] + document["truncated_tokens"] == tokens, "both must make the same tokens"
+        if not document["dropped_nothing_learned"]:  # records truncated within their question are dropped
+            assert document["tokens"] + document["truncated_tokens"] == tokens, "both must give the same tokens"
     return {
         "tokens_per_s": statistics.median(ours),
         "tokenizer_tokens_per_s": statistics.median(alone),
@@ -302,14 +300,14 @@ def in_turns(folder: Path, part: int, rounds: int, workers: int) -> dict[str, An
 
 
 def found(path: Path, planted: set[str]) -> tuple[float, int]:
-    """Share of the planted records that a list of removed ones has, and how many others it has."""
+    """The share of the planted records in a list of removed ones, and the number of others in it."""
     with path.open(encoding="utf-8") as file:
         names = {json.loads(line)["record"] for line in file}
     return len(planted & names) / max(1, len(planted)), len(names - planted)
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything, in `folder`."""
+    """Run all measurements in `folder`."""
     import mistral_common
 
     (folder / "tokenizer").mkdir()
@@ -317,11 +315,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     shutil.copy(model, folder / "tokenizer" / "tokenizer.model")
     planted = make(folder, arguments.records, arguments.seed, folder / "tokenizer", arguments.shrink)
     workers = ("--workers", str(arguments.workers))
-    evaluation = (str(folder / f"evaluation_{language}.jsonl") for language in ("en", "ar"))
-    sources = (str(folder / f"{language}.jsonl") for language in ("en", "ar"))
-    mixed = command(
-        "data", "mix", "--sources", *sources, "--evaluation", *evaluation, "--output", str(folder / "set"), *workers
-    )
+    evaluation = [str(folder / f"evaluation_{language}.jsonl") for language in ("en", "ar")]
+    sources = [str(folder / f"{language}.jsonl") for language in ("en", "ar")]
+    inputs = ("--sources", *sources, "--evaluation", *evaluation)
+    assembled = command("data", "assemble", *inputs, "--output", str(folder / "assembled"))
+    mixed = command("data", "mix", *inputs, "--output", str(folder / "set"), *workers)
     packed = pack(folder, "set/train.jsonl", arguments.workers)
     caught, others = found(folder / "set" / "contamination.jsonl", planted["contaminated"])
     repeated, unplanned = found(folder / "set" / "duplicates.jsonl", set(planted["repeated"]) - planted["contaminated"])
@@ -334,8 +332,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "rows": document["rows"],
         "positions_used": document["efficiency"],
         "truncated_records": document["truncated"],
-        "peak_rss_bytes": max(mixed["peak_rss_bytes"], packed["peak_rss_bytes"]),
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in (assembled, mixed, packed)),
         **turns,
+        "assemble": _without_document(assembled),
         "mix": {**_without_document(mixed), "decisions": mixed["document"]["decisions"]},
         "pack": {**_without_document(packed), "tokens_per_s": document["tokens_per_s"]},
         "ratios": mixed["document"]["ratios"],
@@ -365,13 +364,13 @@ def _without_document(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=20_000, help="records to make and prepare")
-    parser.add_argument("--part", type=int, default=100_000, help="records for the comparison with tokenizers alone")
-    parser.add_argument("--rounds", type=int, default=3, help="times that the two take turns")
+    parser.add_argument("--records", type=int, default=20_000, help="number of records to generate")
+    parser.add_argument("--part", type=int, default=100_000, help="records in the comparison with tokenizers")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--shrink", type=float, default=1.0, help="factor on the length of records")
+    parser.add_argument("--shrink", type=float, default=1.0, help="factor for the length of records")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to work, instead of a new temporary folder; it is kept")
+    parser.add_argument("--folder", type=Path, help="folder to work in, which is kept; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     arguments = parser.parse_args()
     if arguments.folder is not None:
@@ -384,13 +383,13 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     print(f"{result['records']:,} records, {result['packed_records']:,} of them packed: {result['tokens']:,} tokens")
-    print(f"most memory: {result['peak_rss_bytes'] / 2**20:,.0f} MiB with all workers")
+    print(f"peak memory: {result['peak_rss_bytes'] / 2**20:,.0f} MiB with all workers")
     print(f"positions used: {result['positions_used']:.2%} of {result['rows']:,} rows")
     print(
-        f"tokens a second: {result['tokens_per_s']:,.0f}, tokenizers alone {result['tokenizer_tokens_per_s']:,.0f}, "
+        f"tokens per second: {result['tokens_per_s']:,.0f}, tokenizers alone {result['tokenizer_tokens_per_s']:,.0f}, "
         f"ratio {result['ratio']:.2f}"
     )
-    for name in ("mix", "pack"):
+    for name in ("assemble", "mix", "pack"):
         print(f"{name}: {result[name]['seconds']:,.0f} s, {result[name]['peak_rss_bytes'] / 2**20:,.0f} MiB")
     print(f"planted and found: contamination {result['contamination']}, near-duplicates {result['near_duplicates']}")
 

@@ -1,11 +1,11 @@
-"""What the checks without a model let pass and what they catch, on professional translations and damaged ones.
+"""Measure how many professional translations pass the rule-based checks, and how many damaged ones they find.
 
     python scripts/measure_translation_checks.py --pairs tico19_en_ar.jsonl --json
 
 `--pairs` is a JSONL file with the fields `en` and `ar` (TICO-19: 3,071 sentences). Every damage of
-bimedix_jax/curation/checks/damage.py is applied to every pair that it can be applied to. A pair passes when no flag is
-raised; a damage counts as caught when a flag is raised that the undamaged pair does not raise. `halves` are the pairs
-in even and odd places, counted from 0: numeric thresholds were chosen on the even ones.
+bimedix_jax/curation/checks/damage.py is applied to every pair to which it can be applied. A pair passes if it raises no
+flag. Damage counts as found if it raises a flag that the undamaged pair does not raise. `halves` are the pairs at even
+and odd positions, counted from 0. Numeric thresholds were chosen on the even ones.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from bimedix_jax.errors import BimedixError, run_script
 
 
 def read_pairs(path: Path) -> list[damage.Pair]:
-    """The pairs of a JSONL file, `en` and `ar` of each line."""
+    """The pairs (`en`, `ar`) of a JSONL file."""
     if not path.is_file():
         raise BimedixError(f"there is no file {path}; name a JSONL file with the fields en and ar")
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -31,7 +31,7 @@ def read_pairs(path: Path) -> list[damage.Pair]:
 
 
 class Tally:
-    """How many of how many, in all and in the two halves, and which flags said so."""
+    """Counts of pairs and of flagged pairs, in total and in the two halves, and counts of flags."""
 
     def __init__(self) -> None:
         self.n: Counter[str] = Counter()
@@ -53,7 +53,7 @@ class Tally:
 
 
 def measure(pairs: list[damage.Pair], seed: int) -> dict[str, Tally]:
-    """A tally for `clean`, for `injected` (good pairs with what the damages put in) and for each kind of damage."""
+    """Tallies for `clean`, for `injected` (good pairs with the additions of the damages) and for each kind."""
     places = {source: place for place, (source, _) in enumerate(pairs)}
     tallies = {"clean": Tally(), "injected": Tally(), "boilerplate_alone": Tally()}
     clean = Batch(pairs)
@@ -66,7 +66,7 @@ def measure(pairs: list[damage.Pair], seed: int) -> dict[str, Tally]:
         cases = list(make(pairs, random.Random(f"{seed}:{kind}")))
         batch = Batch((case.source, case.damaged) for case in cases)
         for number, case in enumerate(cases):
-            place = places.get(case.source, number)  # a kind that skips pairs keeps the halves of those it takes
+            place = places.get(case.source, number)  # pairs stay in their half, also for kinds that skip some
             good, damaged = (case.source, case.good), (case.source, case.damaged)
             if good not in before:
                 before[good] = {flag.name for flag in check_text(*good)}
@@ -108,15 +108,15 @@ def report(tallies: dict[str, Tally]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The figures as tables in Markdown, the second with flags against kinds."""
+    """Print the figures as Markdown tables, the second with the flags of each kind."""
     print(f"clean: {result['clean_pass_rate']:.2%} of {result['clean_n']:,} pass")
-    print(f"with doses, options or drugs put in: {result['injected_pass_rate']:.2%} of {result['injected_n']:,} pass\n")
+    print(f"with added doses, options or drugs: {result['injected_pass_rate']:.2%} of {result['injected_n']:,} pass\n")
     print("| damage | caught | n | even | odd |\n|---|---|---|---|---|")
     for kind, row in result["caught"].items():
         even, odd = (result["halves"][part]["caught"][kind]["rate"] for part in ("even", "odd"))
         print(f"| {kind} | {row['rate']:.2%} | {row['n']:,} | {even:.2%} | {odd:.2%} |")
     for kind, row in {**result["also"], "swapped": result["swapped"]}.items():
-        print(f"| {kind} (no bar) | {row['rate']:.2%} | {row['n']:,} | | |")
+        print(f"| {kind} (no required share) | {row['rate']:.2%} | {row['n']:,} | | |")
     columns = [name for name in FLAG_NAMES if any(row[name] for row in result["flags"].values())]
     print(f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for kind, row in result["flags"].items():
@@ -126,10 +126,10 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pairs", type=Path, required=True, help="JSONL file with the fields en and ar")
-    parser.add_argument("--seed", type=int, default=0, help="decides where each damage strikes")
-    parser.add_argument("--limit", type=int, help="take the first so many pairs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damages")
+    parser.add_argument("--limit", type=int, help="use the first LIMIT pairs")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--misses", metavar="KIND", help="print what was judged wrongly of a kind (or of `clean`)")
+    parser.add_argument("--misses", metavar="KIND", help="print the misjudged pairs of a kind (or of `clean`)")
     options = parser.parse_args()
     tallies = measure(read_pairs(options.pairs)[: options.limit], options.seed)
     if options.misses:

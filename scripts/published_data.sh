@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The main job on published English data: MedQuAD, MTS-Dialog and PubMedQA to learn from (with the bilingual sample),
-# MMLU-medical, MedQA, MedMCQA and PubMedQA's 500 test questions to be measured on.
+# Fine-tuning on published English data: trains on MedQuAD, MTS-Dialog, PubMedQA and the bilingual sample, evaluates on
+# MMLU-medical, MedQA, MedMCQA and the 500 test questions of PubMedQA.
 #     scripts/published_data.sh --data DIR [--out DIR] [--steps N] [--limit N]
-# DIR holds medquad, mts_dialog, pubmedqa, mmlu_medical_en, medqa_usmle_en and medmcqa_en. --limit is questions per task
-# and held-out records (100; "all" for every one). An hour or more on two cores; stop it at any time and run it again:
-# finished stages are kept, training resumes.
+# DIR contains medquad, mts_dialog, pubmedqa, mmlu_medical_en, medqa_usmle_en and medmcqa_en. --limit is the number of
+# questions per task and of held-out records (100; "all" for all of them). Takes an hour or more on two cores. It can be
+# stopped at any time and run again: finished stages are kept, and training resumes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -20,12 +20,12 @@ while (($#)); do
     esac
     shift 2
 done
-[[ -d "$data" ]] || stop "--data must name the folder with the data sets' folders; see the first lines of $0"
+[[ -d "$data" ]] || stop "give --data the folder that contains the folders of the data sets; see the first lines of $0"
 ensure_env run "" "about 0.25 GB to download, 1 GB on disk"
 bimedix="$VENV/bin/bimedix"
 mkdir -p "$out"
 
-# once FILE COMMAND...: runs the command unless FILE is there already
+# once FILE COMMAND...: run the command unless FILE exists
 once() {
     local result="$1"
     shift

@@ -1,4 +1,4 @@
-"""`bimedix data assemble`: data sets into one training and one held-out file of records, by a recipe or by name."""
+"""`bimedix data assemble`: read data sets, by a recipe or by name, into a training and a held-out file of records."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Read data sets, check every row, split, keep evaluation out of training, and write records as JSONL.
+    """Read data sets, check and split their rows, remove evaluation records, and write records as JSONL.
 
-    Name a recipe (bimed-en, the English set of the paper as far as it is known; published-data, the small one of
-    scripts/published_data.sh) or the path of your own TOML file, or sources one by one. A source is NAME=PLACE with a
-    reader's name (table, records, medqa, medmcqa, mmlu, pubmedqa, pubmedqa_artificial, pubmedqa_unlabelled, medquad,
+    Give a recipe (bimed-en, the English set of the paper as far as it is known; published-data, the small one of
+    scripts/published_data.sh), the path of your own TOML file, or single sources. A source is NAME=PLACE with the name
+    of a reader (table, records, medqa, medmcqa, mmlu, pubmedqa, pubmedqa_artificial, pubmedqa_unlabelled, medquad,
     liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, sharegpt, messages, medqa_usmle_en, medmcqa_en,
-    mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample that ships with the package, or the path of a JSONL
-    file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split, and may end in options of the
+    mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample of the package, or the path of a JSONL
+    file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split. It may end in options of the
     reader: `table=qa.csv?question=Q&answer=A&licence=MIT`.
     """
 
@@ -31,37 +31,37 @@ class Config:
     """Recipe by name or path."""
 
     sources: tuple[str, ...] = ()
-    """What to read without a recipe, for instance `medquad=data/medquad sample`."""
+    """Sources to read without a recipe, for instance `medquad=data/medquad sample`."""
 
     data: Path | None = None
-    """Folder with local copies of the recipe's sources; what is not there is read from the hub."""
+    """Folder with local copies of the recipe's sources. Missing sources are read from the hub."""
 
     local: tuple[str, ...] = ()
-    """Places of single sources of the recipe, NAME=PLACE."""
+    """Places of single sources of the recipe, as NAME=PLACE."""
 
     only: tuple[str, ...] = ()
-    """Sources of the recipe to take, evaluation sets included; the others are left out, and the report says so."""
+    """Sources and evaluation sets of the recipe to read. The report lists the others as left out."""
 
     skip: tuple[str, ...] = ()
     """Sources of the recipe to leave out."""
 
     evaluation: tuple[str, ...] = ()
-    """Sources that training must not overlap; only their held-out records count, and they are not written."""
+    """Sources that training must not overlap. Records that they mark for training are ignored; none are written."""
 
     seed: int | None = None
-    """Decides, with the record's id, the split of records whose source has none; the recipe's, else 0."""
+    """Decides, with the id of a record, its split if the source has none. By default the recipe's, else 0."""
 
     heldout_fraction: float | None = None
-    """Share of such records that is held out; the recipe's, else 0.02."""
+    """Share of these records that is held out. By default the recipe's, else 0.02."""
 
     limit: int | None = None
-    """At most so many rows of each source; counts are then not compared with the recipe's."""
+    """Most rows read from each source. Counts are then not compared with the recipe's."""
 
     allow_counts: bool = False
-    """Only warn where a source has another number of rows than the recipe says."""
+    """Only warn if the number of rows of a source differs from the recipe."""
 
     dry_run: bool = False
-    """Show what would be read from where, and stop."""
+    """Print what would be read from where, and exit."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""
@@ -114,13 +114,13 @@ def _recipe(config: Config) -> "ResolvedRecipe":
 def _print_sources(result: dict[str, Any], console: Console) -> None:
     from rich.table import Table
 
-    table = Table("source", "from", "revision", "licence", title="would be read")
+    table = Table("source", "from", "revision", "licence", title="sources to read")
     table.add_column("rows", justify="right")
     for group, style in (("sources", ""), ("evaluation", "dim")):
         for row in result[group]:
             rows = row["expect"].get("rows", "")
             shown = f"{rows[0]:,}-{rows[1]:,}" if isinstance(rows, tuple) else f"{rows:,}" if rows else ""
-            revision, licence = (row["revision"] or "")[:12], row["licence"] or "its own"
+            revision, licence = (row["revision"] or "")[:12], row["licence"] or "each record's"
             table.add_row(row["name"], row["from"], revision, licence, shown, style=style)
     console.print(table)
 
@@ -140,7 +140,7 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     if report["limit"] is not None:
         console.print(f"[bold yellow]only the first {report['limit']:,} rows of each source were read[/]")
     for sentence in report["unexpected"]:
-        console.print(f"[bold yellow]not as the recipe says:[/] {sentence}", highlight=False)
+        console.print(f"[bold yellow]differs from the recipe:[/] {sentence}", highlight=False)
     if report["quarantined"]:
         where = config.output / QUARANTINE
         console.print(f"[bold yellow]{report['quarantined']:,} rows were left out[/], each with its reason in {where}:")

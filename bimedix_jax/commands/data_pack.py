@@ -1,4 +1,4 @@
-"""`bimedix data pack`: records into rows of tokens, ready for training."""
+"""`bimedix data pack`: tokenise records and pack them into rows for training."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ class Config:
     """Tokenise records with a checkpoint's tokenizer and chat template, and pack them into rows of equal length."""
 
     records: str
-    """JSONL file of records (`bimedix data assemble` writes them), or `sample` for the sample of the package."""
+    """JSONL file of records, as `bimedix data assemble` writes them, or `sample` for the sample of the package."""
 
     tokenizer: Path
     """Checkpoint folder with tokenizer.json or tokenizer.model."""
@@ -26,31 +26,31 @@ class Config:
     """Folder to write: rows.array_record and index.json."""
 
     sequence_length: int = 2048
-    """Tokens in a row."""
+    """Tokens per row."""
 
     split: Literal["train", "heldout", "all"] = "all"
-    """Which records to take."""
+    """Which records to pack."""
 
     template: str | None = None
-    """Chat template by name (mixtral, mixtral-2023, chatml, plain) instead of the checkpoint's own."""
+    """Chat template by name (mixtral, mixtral-2023, chatml, plain) instead of the checkpoint's."""
 
     packing: Literal["best_fit", "none"] = "best_fit"
-    """`none` gives every record its own row."""
+    """`none` puts every record into its own row."""
 
     too_long: Literal["truncate", "drop"] = "truncate"
-    """What happens to a record that is longer than a row; either is counted."""
+    """Whether to truncate or drop records that are longer than a row. Both are counted."""
 
     window: int = 256
-    """Rows kept open while packing."""
+    """Number of rows that are open for more records while packing."""
 
     seed: int = 0
     """Decides the order of the records."""
 
     limit: int | None = None
-    """At most so many records."""
+    """Most records to pack."""
 
     workers: int | None = None
-    """Processes that tokenise, by default one a core; 0 works in this one. The rows do not depend on it."""
+    """Number of worker processes, by default one per core; 0 uses none. The rows do not depend on it."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""
@@ -105,7 +105,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _examples(config: Config, workers: int) -> "Iterator[Example]":
-    """The records in their order as tokens, made in `workers` processes."""
+    """The tokenised records in their final order, tokenised by `workers` processes."""
     import itertools
 
     from tqdm import tqdm
@@ -158,10 +158,10 @@ def _print(index: dict[str, Any], config: Config, console: Console) -> None:
         f"template {index['template']}"
     )
     losses = {
-        "records were cut": index["truncated"],
-        "tokens were cut off": index["truncated_tokens"],
+        "records were truncated": index["truncated"],
+        "tokens were truncated": index["truncated_tokens"],
         "records were longer than a row and left out": index["dropped_too_long"],
-        "records had no learned token within a row and were left out": index["dropped_nothing_learned"],
+        "records had no learned token in their first row and were left out": index["dropped_nothing_learned"],
     }
     for text, count in losses.items():
         if count:

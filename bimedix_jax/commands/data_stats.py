@@ -1,4 +1,4 @@
-"""`bimedix data stats`: what a set of records holds, by language, kind and source."""
+"""`bimedix data stats`: count a set of records by language, kind and source."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LANGUAGES = {"en": "English", "ar": "العربية"}
 
-# what the table shows of a row, under a title short enough for 80 columns
+# columns of the table, with titles short enough for 80 characters
 COLUMNS = {
     "language": "language",
     "kind": "kind",
@@ -31,25 +31,25 @@ COLUMNS = {
 class Config:
     """Count records, turns and, with a tokenizer, tokens and fertility: tokens per word, character and UTF-8 byte.
 
-    The second table is laid out as Tables 7 and 8 of the BiMediX paper (arXiv 2402.13253), where a turn is a question
-    with its answer.
+    The second table has the layout of Tables 7 and 8 of the BiMediX paper (arXiv 2402.13253). A turn there is a
+    question with its answer.
     """
 
     sources: tuple[str, ...] = ("sample",)
-    """What to read: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
+    """Sources to read: NAME=PATH with the name of a reader, `sample`, or the path of a JSONL file of records."""
 
     tokenizer: Path | None = None
     """Checkpoint folder whose tokenizer counts the tokens."""
 
     examples: int = 0
-    """Show the opening of so many records of each language."""
+    """Number of records of each language whose first turn is printed."""
 
     limit: int | None = None
-    """At most so many records of each source."""
+    """Most records read from each source."""
 
     against: Path | None = None
-    """JSONL file of records, such as the training set: by source, how much of the answers also stands in its answers,
-    in runs of eight words."""
+    """JSONL file of records, such as the training set. Prints by source which share of the runs of eight words in
+    answers its answers contain too."""
 
 
 @dataclass
@@ -104,7 +104,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _overlap(config: Config, against: Path, console: Console) -> list[dict[str, Any]]:
-    """Rows of `curation.overlap.overlap`; rows that could not be read are counted above already."""
+    """Rows of `curation.overlap.overlap`. Unreadable rows are not counted again."""
     import itertools
 
     from bimedix_jax.curation.overlap import overlap
@@ -117,8 +117,8 @@ def _overlap(config: Config, against: Path, console: Console) -> list[dict[str, 
     rows = overlap(own, read_jsonl(against))
     for row in rows:
         console.print(
-            f"{row['source']}: of the answers' runs of eight words {row['seen_share']:.1%} also stand in "
-            f"{against.name}; in {row['mostly_seen']:.1%} of {row['records']:,} records more than half",
+            f"{row['source']}: {row['seen_share']:.1%} of the runs of eight words in answers are also in "
+            f"{against.name}; more than half of them in {row['mostly_seen']:.1%} of {row['records']:,} records",
             highlight=False,
         )
     return rows
@@ -139,7 +139,7 @@ def _add(count: Count, record: "Record", tokens_of: "TokenCounter | None") -> No
 
 
 def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str, Any]]:
-    """The counts as `curation.counts.tables` lays them out."""
+    """The counts in the layout of `curation.counts.tables`."""
     from bimedix_jax.curation import counts as by_kind
 
     found: dict[tuple[str, str], by_kind.Count] = defaultdict(by_kind.Count)
@@ -149,7 +149,7 @@ def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str
 
 
 def print_tables(rows: list[dict[str, Any]], with_tokens: bool, console: Console) -> None:
-    """Print what `curation.counts.tables` returns."""
+    """Print the rows that `curation.counts.tables` returns."""
     from rich import box
     from rich.table import Table
 
@@ -214,7 +214,7 @@ def _cell(value: str | int | float) -> str:
 
 
 def _display(text: str) -> str:
-    """Arabic with its letters joined and in the order in which a terminal prints, left to right."""
+    """Arabic with joined letters in visual order, as a terminal prints from left to right."""
     if not any("\u0600" <= letter <= "\u06ff" for letter in text):
         return text
     import arabic_reshaper
