@@ -1,4 +1,4 @@
-"""Everything that decides which records a mixed set holds."""
+"""The options of a mix, shared by the modules that build a set and report on it."""
 
 import dataclasses
 
