@@ -1,13 +1,15 @@
-"""The house keeps its order: kernels <- models <- bimedix_jax <- experiments <- scripts, imports point left only.
+"""The layers and rooms: kernels <- models <- bimedix_jax <- experiments <- scripts, imports point left only.
 
 Everything is read from the syntax trees of the files, so that an import inside a function counts as well.
 """
 
 import ast
+import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +24,17 @@ COMPARES = "bimedix_jax/bench/peer.py"  # inside functions, which only `bimedix 
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 JAX_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
 
+# what makes records; training, inference and routing work on records that exist
+MAY_IMPORT_CURATION = (
+    "bimedix_jax.curation",
+    "bimedix_jax.commands",
+    "bimedix_jax.quickstart",
+    "bimedix_jax.evals.tasks",
+)
+
+MAX_TOP_LEVEL_MODULES = 14
+MAX_DATA_LINES = 3200
+MAX_FUNCTIONS_NAMED_RUN = 25
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 LONG_FOR_A_REASON: dict[str, str] = {}  # path -> why the file or a function in it is longer
@@ -46,7 +59,7 @@ def top(found: Import) -> str:
 
 def source_files() -> list[Path]:
     found = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
-    # the symlinks bimedix_jax/{kernels,models} lead to files that are listed where they lie
+    # the symlinks bimedix_jax/{kernels,models} lead to files that are listed under kernels/ and models/ already
     return [path for path in found if path.parts[len(ROOT.parts) + 1] not in ("kernels", "models")]
 
 
@@ -108,6 +121,21 @@ def external_at_load(module: str) -> list[Import]:
     return [item for item in found if item.at_load and top(item) != "bimedix_jax"]
 
 
+def load_count_rooms() -> Any:
+    path = ROOT / "scripts/count_rooms.py"
+    spec = importlib.util.spec_from_file_location("count_rooms", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rooms = load_count_rooms()
+SOURCES = rooms.working_tree()
+GRAPH = rooms.import_graph(SOURCES)
+
+
 def every_import() -> list[Import]:
     return [found for listed in IMPORTS.values() for found in listed]
 
@@ -154,23 +182,47 @@ def test_the_product_never_imports_what_it_is_compared_with():
     assert not [str(i) for i in found if i.at_load or i.path != ROOT / COMPARES]
 
 
-def test_no_cycles():
-    """No chain of imports at load leads back to where it began."""
-    graph = {
-        name: {i.module for i in IMPORTS[path] if i.at_load and i.module in MODULES and i.module != name}
-        for name, path in MODULES.items()
-    }
-    done: set[str] = set()
+def test_only_what_prepares_data_imports_curation():
+    """Training, inference, routing, checkpoints and the layers below never need what makes records."""
+    product = [i for i in every_import() if layer_of(module_name(i.path)) in LAYERS[:3]]
+    wrong = [
+        str(i)
+        for i in product
+        if is_in(i.module, ("bimedix_jax.curation",)) and not is_in(module_name(i.path), MAY_IMPORT_CURATION)
+    ]
+    assert not wrong
 
-    def visit(name: str, trail: list[str]) -> None:
-        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
-        if name not in done:
-            for imported in sorted(graph[name]):
-                visit(imported, [*trail, name])
-            done.add(name)
 
-    for name in graph:
-        visit(name, [])
+def is_in(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def test_no_cycles_between_modules():
+    """Imports inside functions and under TYPE_CHECKING count too: whoever reads one file must read the other."""
+    assert rooms.cycles(GRAPH) == []
+
+
+def test_no_cycles_between_rooms():
+    assert rooms.cycles(rooms.room_graph(SOURCES, GRAPH)) == []
+
+
+def test_rooms_stay_small():
+    top = [path for path in SOURCES if path.startswith("bimedix_jax/") and path.count("/") == 1]
+    assert len(top) <= MAX_TOP_LEVEL_MODULES
+    data = [text for path, text in SOURCES.items() if path.startswith("bimedix_jax/data/")]
+    assert sum(len(text.splitlines()) for text in data) <= MAX_DATA_LINES
+
+
+def test_few_functions_are_named_run():
+    """A command has a `run`; elsewhere the name says nothing."""
+    found = rooms.functions_named(SOURCES, "run")
+    assert len(found) <= MAX_FUNCTIONS_NAMED_RUN, found
+
+
+@pytest.mark.parametrize("name", ["Layout", "Settings"])
+def test_one_class_of_a_name(name):
+    found = rooms.public_classes(SOURCES).get(name, [])
+    assert len(found) <= 1, found
 
 
 def test_no_vague_module_names():
