@@ -1,7 +1,10 @@
-"""The tutorials run as they are written, on a small model."""
+"""The tutorials run as they are written, and print what they say. `router.md` runs on a smaller model."""
 
+import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +17,8 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.models import routers
 from bimedix_jax.models.mixtral import init_random
 
-TUTORIALS = Path(__file__).resolve().parent.parent / "docs/tutorials"
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIALS = ROOT / "docs/tutorials"
 TINY = tiny(tie_embeddings=True)
 
 
@@ -73,3 +77,94 @@ def test_training_with_another_router(folder, capsys) -> None:
     assert model.config.router.variant == "sigmoid_bias"
     assert model.layers.moe.state is not None
     assert (model.layers.moe.state.get_value() != 0).any()
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the code that a tutorial may edit, with the programs of the environment it asks for."""
+    for name in ("bimedix_jax", "kernels", "models", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, module in (("python", ""), ("pytest", "-m pytest -p no:cacheprovider"), ("bimedix", "-m bimedix_jax")):
+        program = tmp_path / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n', "utf-8")
+        program.chmod(0o755)
+    return tmp_path
+
+
+def shell(script: str, folder: Path) -> str:
+    """What a reader sees on stdout, without what tests/conftest.py sets."""
+    env = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION")}
+    env |= {"PYTHONPATH": str(folder), "PATH": f"{folder / 'bin'}:{env['PATH']}", "COLUMNS": "120"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def apply(diff: str, path: Path) -> None:
+    """Lines that begin with - or a space must stand in the file once; those with + or a space take their place."""
+    lines = diff.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in "- ")
+    new = "".join(line[1:] for line in lines if line[0] in "+ ")
+    text = path.read_text("utf-8")
+    assert text.count(old) == 1, f"{path.name} has these lines {text.count(old)} times:\n{old}"
+    path.write_text(text.replace(old, new), "utf-8")
+
+
+def read_page(page: str, folder: Path) -> list[tuple[str, str]]:
+    """Does what a page says, block by block: saves, edits, runs. Returns each text block with the output before it.
+
+    A block belongs to the file whose name ends the sentence before it, as in "Save this as `file`:".
+    """
+    text = (TUTORIALS / page).read_text("utf-8")
+    found = re.findall(r"(?:`([\w./]+)`:\n\n)?^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    compared, shown = [], ""
+    for name, language, block in found:
+        if language == "bash":
+            shown = shell(block, folder)
+        elif language == "text":
+            compared.append((block, shown))
+        elif language == "diff":
+            apply(block, folder / name)
+        else:
+            (folder / name).write_text(block, "utf-8")
+    return compared
+
+
+def missing(expected: str, shown: str) -> list[str]:
+    """Lines of a page with which no printed line begins; the width of spaces does not count."""
+    printed = [" ".join(line.split()) for line in shown.splitlines()]
+    wanted = [" ".join(line.split()) for line in expected.splitlines()]
+    return [line for line in wanted if not any(found.startswith(line) for found in printed)]
+
+
+@pytest.mark.parametrize("page", ["dataset.md", "kernel.md"])
+def test_a_page_prints_what_it_says(page, checkout) -> None:
+    compared = read_page(page, checkout)
+    assert compared
+    for expected, shown in compared:
+        assert not missing(expected, shown), shown
+
+
+def test_the_parity_suite_finds_the_mistake_that_the_page_suggests(checkout) -> None:
+    *_, run = (block for block in blocks("kernel.md", "bash"))
+    kernel, *_ = blocks("kernel.md", "python")
+    (checkout / "kernels/grouped_low_rank/by_row.py").write_text(kernel.replace('"right"', '"left"'), "utf-8")
+    for diff in blocks("kernel.md", "diff"):
+        apply(diff, checkout / "kernels/grouped_low_rank/api.py")
+    with pytest.raises(AssertionError, match="failed"):
+        shell(f"{run.strip()} -x\n", checkout)
+
+
+def test_an_ablation_on_eight_devices(checkout) -> None:
+    ((expected, shown),) = read_page("ablation.md", checkout)
+    assert expected.splitlines()[0] == shown.splitlines()[0]
+    wanted, got = (re.findall(r"^(attention|everything) +(.*)$", table, re.MULTILINE) for table in (expected, shown))
+    assert [name for name, _ in got] == [name for name, _ in wanted] == ["attention", "everything"]
+    for (name, mine), (_, theirs) in zip(got, wanted, strict=True):
+        numbers = [[float(word.replace(",", "")) for word in line.split()] for line in (mine, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.01), name
+        assert (checkout / "runs/ablation" / name / "wandb").is_dir()
