@@ -1,8 +1,10 @@
-"""README.md tells the truth: its Python runs, its commands and files exist, its notices are the product's own."""
+"""README.md is true: its Python and its commands run, its files exist, its notices are the product's own."""
 
 import html
+import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiny import GROUPED, tiny
 
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.safetensors_io import read_folder
-from bimedix_jax.cli import COMMANDS
+from bimedix_jax.cli import COMMANDS, main
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.models.mixtral import init_random
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
@@ -68,8 +70,27 @@ def test_every_command_exists(page):
 
 
 def test_the_table_has_every_command():
-    listed = re.findall(r"^\| `bimedix ([a-z ]+)` \|", README, re.MULTILINE)
+    table = (ROOT / "docs/commands.md").read_text("utf-8")
+    listed = re.findall(r"^\| `bimedix ([a-z ]+)` \|", table, re.MULTILINE)
     assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_the_three_commands_run(tmp_path, monkeypatch, capsys):
+    from bimedix_jax.kernels import backends
+
+    (block,) = (block for block in blocks("bash") if "bimedix train" in block)
+    model = init_random(tiny(tie_embeddings=True, max_position_embeddings=1024), dtype="bfloat16", std=0.1)
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    export_hf(model, tmp_path / "runs/mixture", tokenizer_from=tokenizer.folder)
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert len(commands) == 3
+    documents = []
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):  # they compile fast
+        for words in commands:
+            assert main([*words, "--json"]) == 0
+            documents.append(json.loads(capsys.readouterr().out))
+    assert {"en", "ar"} <= set(documents[-1]["heldout"]["nats_per_token"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -103,8 +124,6 @@ def test_the_notices_are_the_products_own():
 
 
 def test_the_count_of_the_paper_is_right(capsys):
-    from bimedix_jax.cli import main
-
     (command,) = re.findall(r"`bimedix (coverage --model mixtral-8x7b[^`]*)` says 1,904,246,784", README)
     assert main(command.split()) == 0
     assert "1,904,246,784" in capsys.readouterr().out
