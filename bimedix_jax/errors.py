@@ -1,7 +1,7 @@
 """The one exception that means "the user can fix this"."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class BimedixError(Exception):
@@ -18,3 +18,9 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except BimedixError as error:
         sys.exit(f"error: {error}")
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """'a, b, c and 17 more': names for an error message."""
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -1,14 +1,21 @@
-"""Writing folders and files so that a failure leaves nothing half-written, and reading only inside the named folder."""
+"""Files and folders: written completely or not at all, and JSON that is checked against a schema when it is read."""
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -115,3 +122,75 @@ def _replace(partial: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old)
+
+
+def read_json(path: str | os.PathLike[str], schema: type[T], remedy: str, unique_keys: bool = False) -> T:
+    """Reads a JSON file and checks it against `schema`.
+
+    Args:
+        schema: anything that pydantic can check: a model, a dataclass, a `dict[str, Any]`. A model with
+            `extra="forbid"` refuses unknown keys.
+        remedy: what the user can do; every error message ends with it. `{key}` stands for the first wrong key.
+        unique_keys: refuse an object that has the same key twice.
+
+    Raises:
+        BimedixError: the file cannot be read, is not JSON, or does not fit the schema. The message names file and key.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        value = json.loads(text, object_pairs_hook=unique_pairs if unique_keys else None)
+    except OSError as error:
+        raise BimedixError(f"{path} cannot be read ({error.strerror}); {remedy}.") from None
+    except (ValueError, RecursionError) as error:
+        raise BimedixError(f"{path} is not valid JSON ({error}); {remedy}.") from None
+    return validate(value, schema, str(path), remedy)
+
+
+def peek_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no such file or it holds anything else."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def validate(value: Any, schema: type[T], source: str, remedy: str) -> T:
+    """Checks a JSON value against `schema`; `source` names where it comes from. Arguments and errors as `read_json`."""
+    from pydantic import TypeAdapter, ValidationError  # here, because the help of the command line imports this file
+
+    try:
+        return TypeAdapter(schema).validate_python(value)
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+    unknown = [_key(error) for error in errors if error["type"] == "extra_forbidden"]
+    if unknown:
+        problem, key = f" has {len(unknown)} unknown key(s): {listed(unknown)}", unknown[0]
+    else:
+        problem, key = _problem(errors[0]), _key(errors[0])
+    raise BimedixError(f"{source}{problem}; {remedy.replace('{key}', key)}.")
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(..., object_pairs_hook=)`: raises ValueError where two keys of an object are equal."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("duplicate key")
+    return found
+
+
+def _key(error: "ErrorDetails") -> str:
+    return ".".join(map(str, error["loc"]))
+
+
+def _problem(error: "ErrorDetails") -> str:
+    """One pydantic error as the rest of a sentence that begins with the name of the file."""
+    key, found = _key(error), repr(error["input"])
+    if error["type"] == "missing":
+        return f" lacks the key {key}"
+    if error["type"] == "value_error":  # raised by a schema's own check, whose sentence is complete
+        return f": {error['ctx']['error']}" if "ctx" in error else f": {error['msg']}"
+    if not key:
+        return " is not a JSON object"
+    found = found if len(found) < 80 else f"{found[:77]}..."
+    return f" has {key} = {found}, but it {error['msg'].removeprefix('Input ')}"

@@ -2,13 +2,15 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, StrictFloat, StrictInt
 
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import inside, new_folder, sha256, write_text
+from bimedix_jax.files import inside, new_folder, peek_json, read_json, sha256, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -151,3 +153,61 @@ def test_sha256(tmp_path):
     data = bytes(range(256)) * 5000
     (tmp_path / "f").write_bytes(data)
     assert sha256(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+class Rope(BaseModel, extra="forbid"):
+    theta: StrictFloat
+
+
+class Config(BaseModel, extra="forbid"):
+    size: StrictInt
+    rope: Rope | None = None
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "config.json").write_text(text)
+    return folder / "config.json"
+
+
+def test_json_is_read_into_its_schema(tmp_path):
+    path = written(tmp_path, '{"size": 3, "rope": {"theta": 1e4}}')
+    assert read_json(path, Config, "correct it") == Config(size=3, rope=Rope(theta=1e4))
+    assert read_json(path, dict[str, Any], "correct it")["size"] == 3
+    assert peek_json(path)["size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "lacks the key size"),
+        ('{"size": "3"}', "has size = '3', but it should be a valid integer"),
+        ('{"size": 3, "rope": {"theta": "x"}}', r"has rope\.theta = 'x', but it should be a valid number"),
+        ('{"size": 3, "siez": 3}', r"has 1 unknown key\(s\): siez"),
+        ('{"size": 3, "rope": {"theta": 1.0, "beta": 1}}', r"has 1 unknown key\(s\): rope\.beta"),
+    ],
+)
+def test_json_errors_name_file_key_and_remedy(tmp_path, text, problem):
+    path = written(tmp_path, text)
+    with pytest.raises(BimedixError, match=rf"config\.json {problem}.*; correct it\.$"):
+        read_json(path, Config, "correct it")
+
+
+def test_a_remedy_can_name_the_wrong_key(tmp_path):
+    with pytest.raises(BimedixError, match=r"; remove siez\.$"):
+        read_json(written(tmp_path, '{"size": 3, "siez": 3}'), Config, "remove {key}")
+
+
+def test_duplicate_keys_are_refused_on_request(tmp_path):
+    path = written(tmp_path, '{"size": 3, "size": 4}')
+    assert read_json(path, Config, "correct it").size == 4
+    with pytest.raises(BimedixError, match="duplicate key"):
+        read_json(path, Config, "correct it", unique_keys=True)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[1]", "\udcff"])
+def test_peeking_finds_nothing_in_what_is_no_json_object(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert peek_json(tmp_path / "config.json") == {}

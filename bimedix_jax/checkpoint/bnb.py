@@ -27,8 +27,8 @@ from bimedix_jax.checkpoint import table
 from bimedix_jax.checkpoint.bnb_config import settings_for
 from bimedix_jax.checkpoint.bnb_format import BLOCK_SIZES, STATE, QuantState
 from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, require_topk, stored_pieces, write_beside
-from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, listed
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor, reference
 from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NESTED_BLOCK_SIZE, NF4_VALUES

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from bimedix_jax.checkpoint.safetensors_io import StoredTensor, listed
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.checkpoint.safetensors_io import StoredTensor
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
 from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NESTED_BLOCK_SIZE, NF4_VALUES
 

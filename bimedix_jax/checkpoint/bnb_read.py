@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from bimedix_jax.checkpoint.bnb_format import PackedTensor
-from bimedix_jax.checkpoint.safetensors_io import listed
 from bimedix_jax.checkpoint.table import Unit
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tables import NESTED_BLOCK_SIZE
 

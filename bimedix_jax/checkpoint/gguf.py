@@ -17,8 +17,8 @@ import numpy as np
 from bimedix_jax.checkpoint.gguf_tokenizer import write_tokenizer
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, DenseConfig
 from bimedix_jax.checkpoint.rewrite import DTYPES
-from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, listed, pieces
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.files import new_folder
 
 if TYPE_CHECKING:

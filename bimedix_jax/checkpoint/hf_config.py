@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed
-from bimedix_jax.checkpoint.safetensors_io import listed
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 
 CONFIG_NAME = "config.json"

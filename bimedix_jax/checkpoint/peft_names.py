@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 from bimedix_jax.adapters import linears
 from bimedix_jax.checkpoint.peft import ATTENTION, FUSED, LAST_SWAPPED, LAYER, PER_EXPERT, PREFIX, Settings
-from bimedix_jax.checkpoint.safetensors_io import StoredTensor, listed
+from bimedix_jax.checkpoint.safetensors_io import StoredTensor
 from bimedix_jax.checkpoint.table import FLOATS
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.mixtral import Mixtral
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from typing import Self
 import ml_dtypes
 import numpy as np
 
-from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import inside
+from bimedix_jax.errors import BimedixError, listed
+from bimedix_jax.files import inside, unique_pairs
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -97,14 +97,6 @@ class StoredTensor(TensorSpec):
         return target
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; duplicate keys raise ValueError instead of hiding one another."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("duplicate key")
-    return found
-
-
 def _whole(numbers: object) -> bool:
     return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
 
@@ -128,7 +120,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise damaged(f"its header claims {length} bytes (limit {MAX_HEADER_BYTES})")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
         raise damaged(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):
@@ -164,7 +156,7 @@ def read_index(folder: Path) -> dict[str, str]:
     """weight_map of `model.safetensors.index.json`: tensor name -> file name, as written there."""
     path = folder / INDEX_NAME
     try:
-        index = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
+        index = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
         raise BimedixError(f"{path} is not valid JSON ({error}); download it again.") from None
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -198,12 +190,6 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if absent:
         raise BimedixError(f"{folder} lacks {listed(absent)} named by its index; download the folder again.")
     return tensors
-
-
-def listed(names: Sequence[str], limit: int = 3) -> str:
-    """'a, b, c and 17 more': names for an error message."""
-    shown = ", ".join(names[:limit])
-    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def weights_kind(folder: Path) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from bimedix_jax.checkpoint.safetensors_io import DTYPES, StoredTensor, listed
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.checkpoint.safetensors_io import DTYPES, StoredTensor
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.config import MixtralConfig
 
 LAYER = "model.layers.{layer}."
