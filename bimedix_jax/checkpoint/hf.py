@@ -28,7 +28,7 @@ from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.sharding import placement
+from bimedix_jax.sharding.rules import own_experts
 
 __all__ = ["export_hf", "load_hf", "read_config", "resolve"]
 
@@ -83,7 +83,7 @@ def load_hf(
         for row in table.rows_of(config)
     }
     if mesh is not None:
-        own = placement.own_experts(mesh, config.router.num_experts)
+        own = own_experts(mesh, config.router.num_experts)
         units = [unit for unit in units if len(unit.index) < 2 or unit.index[1] in own]
     total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
     flushed = 0

@@ -21,7 +21,8 @@ from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import ROUTERS, router_of
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.sharding import placement
+from bimedix_jax.sharding.layout import host_memory
+from bimedix_jax.sharding.placement import place
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,9 @@ def load(
     """
     if mesh is None:
         return read_model(path, base, adapter, None, dtype, revision, ignore_config_keys, router)
-    with placement.host_memory():
+    with host_memory():
         model = read_model(path, base, adapter, mesh, dtype, revision, ignore_config_keys, router)
-    return placement.place(model, mesh)
+    return place(model, mesh)
 
 
 def read_model(
