@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+"""How pydantic calls the error of an unknown key, in a model and in a dataclass."""
 
 
 @contextmanager
@@ -155,17 +157,23 @@ def peek_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def validate(value: Any, schema: type[T], source: str, remedy: str) -> T:
-    """Checks a JSON value against `schema`; `source` names where it comes from. Arguments and errors as `read_json`."""
+def validate(value: Any, schema: type[T], source: str, remedy: str, unknown_remedy: str | None = None) -> T:
+    """Checks a JSON value against `schema`; arguments and errors as `read_json`.
+
+    Args:
+        source: where the value comes from; every error message begins with it.
+        unknown_remedy: used instead of `remedy` for unknown keys.
+    """
     from pydantic import TypeAdapter, ValidationError  # here, because the help of the command line imports this file
 
     try:
         return TypeAdapter(schema).validate_python(value)
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False)
-    unknown = [_key(error) for error in errors if error["type"] == "extra_forbidden"]
+    unknown = [_key(error) for error in errors if error["type"] in UNKNOWN]
     if unknown:
         problem, key = f" has {len(unknown)} unknown key(s): {listed(unknown)}", unknown[0]
+        remedy = unknown_remedy or remedy
     else:
         problem, key = _problem(errors[0]), _key(errors[0])
     raise BimedixError(f"{source}{problem}; {remedy.replace('{key}', key)}.")
@@ -186,11 +194,14 @@ def _key(error: "ErrorDetails") -> str:
 def _problem(error: "ErrorDetails") -> str:
     """One pydantic error as the rest of a sentence that begins with the name of the file."""
     key, found = _key(error), repr(error["input"])
-    if error["type"] == "missing":
+    if error["type"].startswith("missing"):
         return f" lacks the key {key}"
     if error["type"] == "value_error":  # raised by a schema's own check, whose sentence is complete
         return f": {error['ctx']['error']}" if "ctx" in error else f": {error['msg']}"
     if not key:
         return " is not a JSON object"
     found = found if len(found) < 80 else f"{found[:77]}..."
-    return f" has {key} = {found}, but it {error['msg'].removeprefix('Input ')}"
+    problem = error["msg"].removeprefix("Input ")
+    return (
+        f" has {key} = {found}, but it {problem}" if problem.startswith("should") else f" has a wrong {key}: {problem}"
+    )

@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from bimedix_jax.checkpoint import table
-from bimedix_jax.checkpoint.bnb_config import settings_for
+from bimedix_jax.checkpoint.bnb_config import written_settings
 from bimedix_jax.checkpoint.bnb_format import BLOCK_SIZES, STATE, QuantState
 from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, require_topk, stored_pieces, write_beside
-from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec
+from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
 from bimedix_jax.errors import BimedixError, listed
-from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor, reference
 from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NESTED_BLOCK_SIZE, NF4_VALUES
 from bimedix_jax.models.config import MixtralConfig
@@ -37,7 +36,7 @@ from bimedix_jax.models.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
 
-Layout = Literal["per_expert", "fused", "attention"]
+BnbLayout = Literal["per_expert", "fused", "attention"]
 LAYOUTS = ("per_expert", "fused", "attention")
 EXPERTS = ("layers.moe.w1.w", "layers.moe.w3.w", "layers.moe.w2.w")
 U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
@@ -55,10 +54,10 @@ class Group:
 def export_bnb(
     model: Mixtral,
     folder: str | Path,
-    layout: Layout = "per_expert",
+    layout: BnbLayout = "per_expert",
     tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Writes a 4-bit model for bitsandbytes; nibbles are never changed, and no value is (see the table above).
 
@@ -85,24 +84,21 @@ def export_bnb(
     groups, plain = entries(values, model.config, layout)
     report_decoded(groups.values())
     specs = [spec for name in (*groups, *plain) for spec in specs_of(name, groups, plain, values, model.config)]
-    with new_folder(folder, overwrite) as partial:
-        with (
-            ShardedWriter(partial, specs, max_shard_bytes) as writer,
-            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="exporting", delay=2.0, disable=None) as bar,
-        ):
-            for group in groups.values():
-                for name, rows, first in packed_pieces(group):
-                    writer.write(name, rows, first)
-                    bar.update(rows.nbytes)
-            for spec in specs:
-                if spec.name in plain:
-                    row, index = plain[spec.name]
-                    for first, piece in stored_pieces(values[row.path], index, spec, row.transposed):
-                        writer.write(spec.name, piece, first)
-                        bar.update(piece.nbytes)
-        settings = settings_for(model.dtype, any(map(shared_offset, groups.values())), unpacked_modules(plain))
+
+    def exported() -> Iterator[Piece]:
+        for group in groups.values():
+            yield from packed_pieces(group)
+        for spec in specs:
+            if spec.name in plain:
+                row, index = plain[spec.name]
+                for first, rows in stored_pieces(values[row.path], index, spec, row.transposed):
+                    yield spec.name, first, rows
+
+    def finish(partial: Path) -> None:
+        settings = written_settings(model.dtype, any(map(shared_offset, groups.values())), unpacked_modules(plain))
         write_beside(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source, settings)
-    return Path(folder)
+
+    return stream_to(folder, specs, exported(), "exporting", finish, overwrite, max_shard_bytes)
 
 
 def check(values: dict[str, Any], config: MixtralConfig) -> None:
@@ -247,20 +243,20 @@ def quant_state(group: Group) -> QuantState:
     return QuantState(value.block_size, value.dtype, group.shape, offset)
 
 
-def packed_pieces(group: Group) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(tensor name, rows, first row) of everything that one packed weight consists of."""
+def packed_pieces(group: Group) -> Iterator[Piece]:
+    """The nibbles, scales and tables of one packed weight."""
     nested = shared_offset(group)
     for number, (value, index) in enumerate(group.members):
         codes, absmax = host(value.packed, index), host(value.absmax, index)
-        yield group.name, codes[:, None], number * codes.size
+        yield group.name, number * codes.size, codes[:, None]
         if nested:
             groups = host(value.nested_absmax, index)
-            yield f"{group.name}.nested_absmax", groups, number * groups.size
+            yield f"{group.name}.nested_absmax", number * groups.size, groups
         elif value.double_quantised:
             parts = (host(leaf, index) for leaf in (value.nested_absmax, value.nested_offset))
             absmax = reference.block_scales(reference.PackedUnit(codes, absmax, *parts))
-        yield f"{group.name}.absmax", absmax, number * absmax.size
-    yield f"{group.name}.quant_map", NF4_VALUES, 0
+        yield f"{group.name}.absmax", number * absmax.size, absmax
+    yield f"{group.name}.quant_map", 0, NF4_VALUES
     if nested:
-        yield f"{group.name}.nested_quant_map", DYNAMIC_MAP, 0
-    yield f"{group.name}.{STATE}nf4", quant_state(group).to_json(), 0
+        yield f"{group.name}.nested_quant_map", 0, DYNAMIC_MAP
+    yield f"{group.name}.{STATE}nf4", 0, quant_state(group).to_json()

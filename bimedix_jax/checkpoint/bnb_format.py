@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
+from bimedix_jax.checkpoint.dtypes import PACKED_FROM
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
@@ -31,11 +31,6 @@ from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NESTED_BLOCK_SIZE, NF4_V
 
 STATE = "quant_state.bitsandbytes__"
 PART = re.compile(rf"(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(STATE)}\w+)")
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _dequantize = jax.jit(dequantize)
@@ -85,7 +80,7 @@ def parse_state(text: bytes) -> QuantState:
             raise ValueError(f"its scales are packed otherwise than in float32 groups of {NESTED_BLOCK_SIZE}")
         if type(offset) not in (int, float) or not math.isfinite(offset):
             raise ValueError(f"nested_offset is {offset!r}")
-    if block_size not in BLOCK_SIZES or dtype not in DTYPES:
+    if block_size not in BLOCK_SIZES or dtype not in PACKED_FROM:
         raise ValueError(f"blocksize {block_size} or dtype {dtype!r} is none of bitsandbytes'")
     if not shape or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"shape is {shape}")
@@ -214,7 +209,7 @@ def packed(tensor: StoredTensor, parts: Mapping[str, StoredTensor], source: str)
         raise contradiction("nested_quant_map is not the signed dynamic 8-bit table")
     return PackedTensor(
         tensor.name,
-        DTYPES[state.dtype],
+        PACKED_FROM[state.dtype],
         state.shape,
         tensor.path,
         tensor.start,

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class PackedFormat:
     """What the packed matrices of a leaf have in common."""
 
     block_size: int
@@ -31,7 +31,7 @@ class Layout:
     double_quantised: bool
 
 
-def kept_layouts(units: Sequence[Unit], base: str | None, quantised: frozenset[str]) -> dict[str, Layout]:
+def kept_formats(units: Sequence[Unit], base: str | None, quantised: frozenset[str]) -> dict[str, PackedFormat]:
     """Leaves whose packed bytes are kept, by path; says what happens to every other packed tensor.
 
     Args:
@@ -48,7 +48,7 @@ def kept_layouts(units: Sequence[Unit], base: str | None, quantised: frozenset[s
         kind.setdefault(unit.row.path, []).append(unit)
     if not packed or base not in (None, "nf4"):
         return {}
-    layouts = {}
+    formats = {}
     for path, members in packed.items():
         if path not in quantised:
             log.warning(
@@ -63,16 +63,18 @@ def kept_layouts(units: Sequence[Unit], base: str | None, quantised: frozenset[s
                 len(members) + len(plain[path]),
             )
         else:
-            layouts[path] = common_layout(path, members)
-    report_plain(plain, layouts, base, quantised)
-    return layouts
+            formats[path] = common_format(path, members)
+    report_plain(plain, formats, base, quantised)
+    return formats
 
 
-def report_plain(plain: dict[str, list[Unit]], layouts: dict[str, Layout], base: str | None, quantised: frozenset[str]):
+def report_plain(
+    plain: dict[str, list[Unit]], formats: dict[str, PackedFormat], base: str | None, quantised: frozenset[str]
+):
     """Says how many 16-bit matrices of a packed folder stay so, or are packed now."""
     counts = {path: len(members) for path, members in plain.items() if path in quantised}
     if base is None:
-        counts = {path: count for path, count in counts.items() if path not in layouts}
+        counts = {path: count for path, count in counts.items() if path not in formats}
     if counts:
         log.warning(
             "%d matrices that the folder holds in 16 bits %s (%s).",
@@ -82,8 +84,8 @@ def report_plain(plain: dict[str, list[Unit]], layouts: dict[str, Layout], base:
         )
 
 
-def common_layout(path: str, members: Sequence[Unit]) -> Layout:
-    """The layout of a leaf; raises BimedixError where its matrices differ, or share blocks."""
+def common_format(path: str, members: Sequence[Unit]) -> PackedFormat:
+    """The common format of a leaf's matrices; raises BimedixError where they differ or share blocks."""
     tensors = [unit.tensor for unit in members if isinstance(unit.tensor, PackedTensor)]
     kinds = sorted({(tensor.state.block_size, tensor.state.dtype) for tensor in tensors})
     if len(kinds) > 1:
@@ -110,7 +112,7 @@ def common_layout(path: str, members: Sequence[Unit]) -> Layout:
             len(nested),
             "experts split groups of 256 blocks" if not whole_groups else "they are coded in several ways",
         )
-    return Layout(block_size, dtype, keep)
+    return PackedFormat(block_size, dtype, keep)
 
 
 def fill_kept(

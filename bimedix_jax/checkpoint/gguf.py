@@ -8,18 +8,18 @@ block formats. Only its header is read through that package's memory map, the te
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.gguf_tokenizer import write_tokenizer
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, DenseConfig
-from bimedix_jax.checkpoint.rewrite import DTYPES
-from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
+from bimedix_jax.checkpoint.stream import Piece, stream_to
 from bimedix_jax.errors import BimedixError, listed
-from bimedix_jax.files import new_folder
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -145,16 +145,10 @@ def dequantised(
             yield first, values
 
 
-def convert(
-    path: str | Path,
-    folder: str | Path,
-    dtype: str = "bfloat16",
-    overwrite: bool = False,
-    done: Callable[[int], Any] = lambda count: None,
-) -> Path:
+def convert(path: str | Path, folder: str | Path, dtype: str = "bfloat16", overwrite: bool = False) -> Path:
     """Writes the GGUF file at `path` as a dense Hugging Face Llama folder in `dtype` (bfloat16 or float32).
 
-    `done` is told how many tensors are finished, one call each. Raises BimedixError and leaves nothing on any problem.
+    Raises BimedixError and leaves nothing behind where the file is damaged, or not a plain dense Llama model.
     """
     path = Path(path)
     metadata, tensors = read_metadata(path)
@@ -168,18 +162,20 @@ def convert(
             f"plain Llama ({listed(extra) or 'none'}); only plain dense Llama models can be upcycled."
         )
     shapes = {name: tuple(int(n) for n in reversed(tensors[name].shape)) for name in names}
-    written = DTYPES[dtype]
+    written = COMPUTE[dtype]
     specs = [TensorSpec(target, written, shapes[name]) for name, target in names.items()]
-    with new_folder(folder, overwrite) as partial:
-        with ShardedWriter(partial, specs) as writer:
-            for name, target in names.items():
-                head_dim = config.head_dim if any(part in name for part in ROTATED) else None
-                for first, rows in dequantised(tensors[name], shapes[name], head_dim, path):
-                    writer.write(target, rows.astype(written), first)
-                done(1)
+
+    def converted() -> Iterator[Piece]:
+        for name, target in names.items():
+            head_dim = config.head_dim if any(part in name for part in ROTATED) else None
+            for first, rows in dequantised(tensors[name], shapes[name], head_dim, path):
+                yield target, first, rows.astype(written)
+
+    def finish(partial: Path) -> None:
         write_tokenizer(metadata, partial, path)
         _write_config(config, metadata, dtype, partial)
-    return Path(folder)
+
+    return stream_to(folder, specs, converted(), "converting", finish, overwrite)
 
 
 def _names(config: DenseConfig) -> dict[str, str]:

@@ -14,17 +14,16 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from bimedix_jax.checkpoint import bnb_read, buffers, hub, table
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed, stated_dtypes
 from bimedix_jax.checkpoint.bnb_format import PackedTensor, assemble
-from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json, write_config
+from bimedix_jax.checkpoint.dtypes import COMPUTE
+from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, raw_config, read_config, write_config
 from bimedix_jax.checkpoint.hub import resolve
-from bimedix_jax.checkpoint.rewrite import DTYPES
-from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, progress, stream_to
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import new_folder
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
@@ -71,7 +70,7 @@ def load_hf(
     hub.require_safetensors(folder)
     units = table.units(assemble(read_folder(folder), str(folder)), config, str(folder))
     packed = check_packed(units, folder, ignore_config_keys)
-    kept = bnb_read.kept_layouts(units, base, QUANTISED)
+    kept = bnb_read.kept_formats(units, base, QUANTISED)
     if packed and base in (None, "nf4"):
         compute = dtype or packed_dtype(folder)
     else:
@@ -87,8 +86,7 @@ def load_hf(
         units = [unit for unit in units if len(unit.index) < 2 or unit.index[1] in own]
     total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
     flushed = 0
-    # the delay keeps short loads silent; disable=None does the same where stderr is not a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {folder.name}", delay=2.0, disable=None) as bar:
+    with progress(total, f"loading {folder.name}") as bar:
         for unit in units:
             leaf = leaves[unit.row.path]
             if isinstance(leaf, NF4Tensor) and isinstance(unit.tensor, PackedTensor):
@@ -110,7 +108,7 @@ def load_hf(
 def check_packed(units: Sequence[table.Unit], folder: Path, ignore_config_keys: Collection[str]) -> bool:
     """Whether the folder holds 4-bit tensors. Raises BimedixError where only its config.json says so."""
     packed = any(isinstance(unit.tensor, PackedTensor) for unit in units)
-    if not packed and KEY not in ignore_config_keys and is_packed(read_json(folder), folder):
+    if not packed and KEY not in ignore_config_keys and is_packed(raw_config(folder), folder):
         raise BimedixError(
             f"{folder / CONFIG_NAME} announces 4-bit weights ({KEY}), but every tensor is unpacked; pass "
             f"--ignore-config-key {KEY} if that is meant."
@@ -120,8 +118,8 @@ def check_packed(units: Sequence[table.Unit], folder: Path, ignore_config_keys: 
 
 def packed_dtype(folder: Path) -> str:
     """The dtype to compute in that the config.json of a packed folder names first among those available here."""
-    stated = stated_dtypes(read_json(folder))
-    chosen = next((name for name in stated if name in DTYPES), "bfloat16")
+    stated = stated_dtypes(raw_config(folder))
+    chosen = next((name for name in stated if name in COMPUTE), "bfloat16")
     if stated and stated[0] != chosen:
         log.warning(
             "%s computes in %s, which is not available here; %s is used (float32 can be asked for by dtype).",
@@ -134,26 +132,26 @@ def packed_dtype(folder: Path) -> str:
 
 def compute_dtype(base: str, dtype: str | None) -> str:
     """The dtype of the computation for a base. Raises BimedixError for an unknown name."""
-    for what, value, known in (("base", base, BASES), ("dtype", dtype, (*DTYPES, None))):
+    for what, value, known in (("base", base, BASES), ("dtype", dtype, (*COMPUTE, None))):
         if value not in known:
             raise BimedixError(f"{what} {value!r} is unknown; choose {', '.join(name for name in known if name)}.")
     return dtype or ("bfloat16" if base == "nf4" else base)
 
 
 def abstract_leaf(
-    row: table.Row, config: MixtralConfig, base: str | None, compute: str, kept: bnb_read.Layout | None = None
+    row: table.Row, config: MixtralConfig, base: str | None, compute: str, kept: bnb_read.PackedFormat | None = None
 ) -> Any:
-    """The stacked parameter of a row as jax.ShapeDtypeStruct, or an NF4Tensor of them, of layout `kept` if given."""
+    """The stacked parameter of a row as jax.ShapeDtypeStruct, or an NF4Tensor of them in the format `kept`."""
     counts = {"{layer}": config.num_layers, "{expert}": config.router.num_experts}
     batch = tuple(count for field, count in counts.items() if field in row.name)
     shape = table.unit_shape(row, config)
     if kept is not None or (base == "nf4" and row.path in QUANTISED):
-        layout = kept or bnb_read.Layout(64, compute, True)
-        stored = jax.ShapeDtypeStruct((*batch, *shape), np.dtype(layout.dtype))
+        packed = kept or bnb_read.PackedFormat(64, compute, True)
+        stored = jax.ShapeDtypeStruct((*batch, *shape), np.dtype(packed.dtype))
         return jax.eval_shape(
-            lambda w: quantize(w, layout.block_size, layout.double_quantised, batch_dims=len(batch)).mT, stored
+            lambda w: quantize(w, packed.block_size, packed.double_quantised, batch_dims=len(batch)).mT, stored
         )
-    plain = DTYPES[compute if base in (None, "nf4") else base]
+    plain = COMPUTE[compute if base in (None, "nf4") else base]
     return jax.ShapeDtypeStruct((*batch, *(reversed(shape) if row.transposed else shape)), plain)
 
 
@@ -185,7 +183,7 @@ def export_hf(
     folder: str | Path,
     tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Writes the hub layout: safetensors (sharded beyond max_shard_bytes), config.json, and what travels along.
 
@@ -212,18 +210,17 @@ def export_hf(
         TensorSpec(name, np.dtype(values[row.path].dtype), table.unit_shape(row, model.config))
         for name, (row, index) in names.items()
     ]
-    with new_folder(folder, overwrite) as partial:
-        with (
-            ShardedWriter(partial, specs, max_shard_bytes) as writer,
-            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="exporting", delay=2.0, disable=None) as bar,
-        ):
-            for spec in specs:
-                row, index = names[spec.name]
-                for first, piece in stored_pieces(values[row.path], index, spec, row.transposed):
-                    writer.write(spec.name, piece, first)
-                    bar.update(piece.nbytes)
+
+    def exported() -> Iterator[Piece]:
+        for spec in specs:
+            row, index = names[spec.name]
+            for first, rows in stored_pieces(values[row.path], index, spec, row.transposed):
+                yield spec.name, first, rows
+
+    def finish(partial: Path) -> None:
         write_beside(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source)
-    return Path(folder)
+
+    return stream_to(folder, specs, exported(), "exporting", finish, overwrite, max_shard_bytes)
 
 
 def write_beside(
@@ -233,7 +230,7 @@ def write_beside(
     neutral = {}
     if source is not None:
         hub.copy_companions(source, folder)
-        neutral = read_json(source) if (source / CONFIG_NAME).exists() else {}
+        neutral = raw_config(source) if (source / CONFIG_NAME).exists() else {}
     write_config(folder, config, dtype, neutral, quantisation)
 
 

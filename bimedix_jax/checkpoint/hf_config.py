@@ -1,15 +1,18 @@
-"""config.json of Hugging Face Mixtral and Llama folders: read loudly, written for transformers 4 and 5.
+"""config.json of Hugging Face Mixtral and Llama folders, read strictly and written for transformers 4 and 5.
 
-Every key is used here, or known not to change the mathematics, or must have the one value that does not; any other key
-is an error, because a model that silently ignores its configuration is a different model.
+A key is used here, or does not change what the network computes, or must have the one value that is implemented. Any
+other key is an error: a model that silently ignores a part of its configuration is a different model.
 """
 
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from pydantic import AfterValidator, BaseModel, Field, StrictBool, ValidationInfo
+
+from bimedix_jax import files
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
@@ -25,17 +28,8 @@ SIZES = {
     "num_key_value_heads": "num_kv_heads",
     "max_position_embeddings": "max_position_embeddings",
 }
-"""config.json key -> field; positive whole numbers that must be there (max_position_embeddings too: it bounds use)."""
+"""config.json key -> field of MixtralConfig."""
 ROUTER_SIZES = ("num_local_experts", "num_experts_per_tok")
-OPTIONAL = (
-    "head_dim",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
-    "sliding_window",
-    "tie_word_embeddings",
-)
 
 NEUTRAL = frozenset(
     """_attn_implementation _name_or_path architectures bos_token_id dtype eos_token_id id2label initializer_range
@@ -43,7 +37,7 @@ NEUTRAL = frozenset(
     problem_type return_dict router_aux_loss_coef torch_dtype transformers.js_config transformers_version
     unsloth_fixed unsloth_version use_cache use_return_dict""".split()
 )
-"""Keys that do not change what the network computes. Written back on export as they were read."""
+"""Keys that do not change what the network computes. An export writes them back unchanged."""
 
 REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -62,12 +56,65 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False,),
     "auto_map": (None,),
 }
-"""Keys that change the mathematics unless they have one of these values, the only ones implemented."""
+"""Keys that change what the network computes, and the only values that are implemented."""
 
 DENSE_TYPES = ("llama", "mistral")
 DEFAULT_ROPE_THETA = {"mixtral": 1e6, "llama": 1e4, "mistral": 1e4}
 DEFAULT_NORM_EPS = {"mixtral": 1e-5, "llama": 1e-6, "mistral": 1e-6}
-"""What transformers' configuration classes assume where config.json is silent."""
+"""What transformers' configuration classes assume where a key is missing from config.json."""
+
+
+def unscaled_theta(block: Any, info: ValidationInfo) -> float | None:
+    """rope_theta of a rope_parameters or rope_scaling block; raises ValueError for scaled rotary embeddings."""
+    if block is None or block == "default":
+        return None
+    fields = block if isinstance(block, dict) else {"type": block}
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    extra = sorted(set(fields) - {"rope_type", "type", "rope_theta"})
+    if kind != "default" or extra:
+        what = " ".join([repr(kind), *extra])
+        raise ValueError(
+            f"the model scales its rotary embeddings ({info.field_name}: {what}), which is not implemented"
+        )
+    if "rope_theta" not in fields:
+        return None
+    theta = fields["rope_theta"]
+    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+        raise ValueError(f"{info.field_name} needs rope_theta, a positive number (found {theta!r})")
+    return float(theta)
+
+
+Size = Annotated[int, Field(strict=True, ge=1)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+RopeTheta = Annotated[Any, AfterValidator(unscaled_theta)]
+
+
+class DenseJson(BaseModel, extra="forbid"):
+    """The keys of config.json that decide what a Llama or Mistral model computes; `rope_*` become their rope_theta."""
+
+    model_type: str
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    max_position_embeddings: Size
+    head_dim: Size | None = None
+    rms_norm_eps: Positive | None = None
+    rope_theta: Positive | None = None
+    rope_parameters: RopeTheta = None
+    rope_scaling: RopeTheta = None
+    sliding_window: Size | None = None
+    tie_word_embeddings: StrictBool = False
+    quantization_config: Any = None
+
+
+class MixtralJson(DenseJson):
+    """The same of a Mixtral."""
+
+    num_local_experts: Size
+    num_experts_per_tok: Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,30 +138,24 @@ class DenseConfig:
         return MixtralConfig(router=router, **dataclasses.asdict(self))
 
 
-def read_json(folder: Path) -> dict[str, Any]:
-    """config.json as a dictionary."""
+def raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dictionary, unchecked."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise BimedixError(f"{folder} has no {CONFIG_NAME}; name a folder in Hugging Face layout.")
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise BimedixError(f"{path} is not valid JSON ({error}); download it again.") from None
-    if not isinstance(raw, dict):
-        raise BimedixError(f"{path} is not a JSON object; download it again.")
-    return raw
+    return files.read_json(path, dict[str, Any], "download it again")
 
 
 def read_config(folder: str | Path, ignore_config_keys: Collection[str] = ()) -> MixtralConfig:
     """The architecture of a Hugging Face Mixtral folder.
 
     Args:
-        ignore_config_keys: keys of config.json to overlook although they are unknown or ask for something
-          unimplemented.
+        ignore_config_keys: keys of config.json to ignore although they are unknown or not implemented.
     Raises:
         BimedixError: not a Mixtral, a missing size, a key that is unknown or has a value that is not implemented.
     """
-    raw = read_json(Path(folder))
+    folder = Path(folder)
+    raw = raw_config(folder)
     kind = raw.get("model_type")
     if kind in DENSE_TYPES:
         raise BimedixError(
@@ -122,26 +163,26 @@ def read_config(folder: str | Path, ignore_config_keys: Collection[str] = ()) ->
         )
     if kind != "mixtral":
         raise BimedixError(f"{folder} has model_type {kind!r}; only 'mixtral' can be loaded.")
-    raw = _without(raw, ignore_config_keys, Path(folder))
-    _check(raw, Path(folder), (*SIZES, *ROUTER_SIZES, *OPTIONAL))
-    experts, top_k = (_whole(raw, key, Path(folder)) for key in ROUTER_SIZES)
+    found = check(raw, MixtralJson, folder, ignore_config_keys)
+    router = RouterConfig(num_experts=found.num_local_experts, top_k=found.num_experts_per_tok)
     try:
-        return MixtralConfig(router=RouterConfig(num_experts=experts, top_k=top_k), **_fields(raw, Path(folder)))
+        return MixtralConfig(router=router, **fields_of(found, folder))
     except ValueError as error:
-        raise BimedixError(f"{Path(folder) / CONFIG_NAME}: {error}") from None
+        raise BimedixError(f"{folder / CONFIG_NAME}: {error}") from None
 
 
 def read_dense_config(folder: str | Path, ignore_config_keys: Collection[str] = ()) -> DenseConfig:
     """The architecture of a Hugging Face Llama or Mistral folder; errors as `read_config`."""
-    raw = read_json(Path(folder))
+    folder = Path(folder)
+    raw = raw_config(folder)
     kind = raw.get("model_type")
     if kind not in DENSE_TYPES:
         raise BimedixError(
             f"{folder} has model_type {kind!r}; upcycling starts from a dense {' or '.join(DENSE_TYPES)} model."
         )
-    raw = _without(raw, ignore_config_keys, Path(folder))
-    _check(raw, Path(folder), (*SIZES, *OPTIONAL))
-    return DenseConfig(**_fields(raw, Path(folder)))
+    if kind == "llama" and raw.get("num_key_value_heads") is None:
+        raw["num_key_value_heads"] = raw.get("num_attention_heads")
+    return DenseConfig(**fields_of(check(raw, DenseJson, folder, ignore_config_keys), folder))
 
 
 def write_config(
@@ -179,95 +220,67 @@ def write_config(
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _without(raw: dict[str, Any], ignored: Collection[str], folder: Path) -> dict[str, Any]:
+Checked = TypeVar("Checked", bound=DenseJson)
+
+
+def check(raw: dict[str, Any], schema: type[Checked], folder: Path, ignored: Collection[str]) -> Checked:
+    """The keys that decide what the model computes, after every key of config.json was checked.
+
+    Raises:
+      BimedixError: a key is unknown, is missing, or has a value that is not implemented, unless it is `ignored`.
+    """
+    source = folder / CONFIG_NAME
     absent = [key for key in ignored if key not in raw]
     if absent:
-        raise BimedixError(f"{folder / CONFIG_NAME} has no key {listed(absent)}; remove --ignore-config-key for it.")
-    used = [key for key in ignored if key in (*SIZES, *ROUTER_SIZES)]
-    if used:
-        raise BimedixError(f"{listed(used)} in {folder / CONFIG_NAME} is an architecture size and cannot be ignored.")
-    return {key: value for key, value in raw.items() if key not in ignored}
-
-
-def _check(raw: Mapping[str, Any], folder: Path, used: Collection[str]) -> None:
-    known = {*used, *NEUTRAL, *REQUIRED_VALUES, KEY}
-    unknown = sorted(key for key in raw if key not in known)
-    if unknown:
+        raise BimedixError(f"{source} has no key {listed(absent)}; remove --ignore-config-key for it.")
+    sizes = [key for key in ignored if key in (*SIZES, *ROUTER_SIZES)]
+    if sizes:
+        raise BimedixError(f"{listed(sizes)} in {source} is an architecture size and cannot be ignored.")
+    raw = {key: value for key, value in raw.items() if key not in ignored}
+    elsewhere = (NEUTRAL | REQUIRED_VALUES.keys()) - {"model_type"}
+    used = {key: value for key, value in raw.items() if key not in elsewhere}
+    found = files.validate(
+        used,
+        schema,
+        str(source),
+        "correct it, or use another checkpoint",
+        "such keys may change the mathematics; if you know that {key} does not, pass --ignore-config-key {key}",
+    )
+    if is_packed(raw, folder) and found.model_type in DENSE_TYPES:
         raise BimedixError(
-            f"{folder / CONFIG_NAME} has {len(unknown)} unknown key(s) that may change the mathematics: "
-            f"{listed(unknown)}; if you know that one does not, pass --ignore-config-key {unknown[0]}."
-        )
-    if is_packed(raw, folder) and raw["model_type"] in DENSE_TYPES:
-        raise BimedixError(
-            f"{folder} is already quantised ({KEY}), and a mixture is made of unquantised weights; name those."
+            f"{folder} is already quantised ({KEY}); a mixture is made from unquantised weights, so name those."
         )
     for key, allowed in REQUIRED_VALUES.items():
         if key in raw and not any(raw[key] == value for value in allowed):
             shown = repr(raw[key])
             raise BimedixError(
-                f"{folder / CONFIG_NAME} sets {key} to {shown if len(shown) < 80 else shown[:77] + '...'}, which is "
-                f"not implemented (only {' or '.join(map(repr, allowed))}); to go on as if it were unset, pass "
-                f"--ignore-config-key {key}."
+                f"{source} sets {key} to {shown if len(shown) < 80 else shown[:77] + '...'}, which is not implemented "
+                f"(only {' or '.join(map(repr, allowed))}); to ignore this key, pass --ignore-config-key {key}."
             )
+    return found
 
 
-def _whole(raw: Mapping[str, Any], key: str, folder: Path) -> int:
-    value = raw.get(key)
-    if type(value) is not int or value < 1:
-        raise BimedixError(f"{folder / CONFIG_NAME} needs {key}, a positive whole number (found {value!r}).")
-    return value
+def rope_theta(found: DenseJson, folder: Path) -> float:
+    """The base frequency of the rotary embeddings; raises BimedixError where two keys give two values."""
+    given = {"rope_parameters": found.rope_parameters, "rope_scaling": found.rope_scaling}
+    given = {key: theta for key, theta in {**given, "rope_theta": found.rope_theta}.items() if theta is not None}
+    if len(set(given.values())) > 1:
+        raise BimedixError(f"{folder / CONFIG_NAME} gives two different values of rope_theta ({given}); correct it.")
+    return next(iter(given.values()), DEFAULT_ROPE_THETA[found.model_type])
 
 
-def _number(raw: Mapping[str, Any], key: str, default: float, folder: Path) -> float:
-    value = raw.get(key)
-    value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise BimedixError(f"{folder / CONFIG_NAME} needs {key}, a positive number (found {value!r}).")
-    return float(value)
-
-
-def _rope_theta(raw: Mapping[str, Any], folder: Path) -> float:
-    """The base frequency from either spelling; anything but plain rotary embeddings is an error."""
-    spellings = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        block = raw.get(key)
-        if block is None:
-            continue
-        kind = block.get("rope_type", block.get("type", "default")) if isinstance(block, dict) else block
-        extra = sorted(set(block) - {"rope_type", "type", "rope_theta"}) if isinstance(block, dict) else []
-        if kind != "default" or extra:
-            raise BimedixError(
-                f"{folder / CONFIG_NAME} scales its rotary embeddings ({key}: {kind!r} {', '.join(extra)}), which is "
-                "not implemented; use a checkpoint without rope scaling."
-            )
-        if "rope_theta" in block:
-            spellings[key] = _number(block, "rope_theta", 0.0, folder)
-    default = DEFAULT_ROPE_THETA[raw["model_type"]]
-    if raw.get("rope_theta") is not None or not spellings:
-        spellings["rope_theta"] = _number(raw, "rope_theta", default, folder)
-    if len(set(spellings.values())) > 1:
-        raise BimedixError(
-            f"{folder / CONFIG_NAME} gives two different values of rope_theta ({spellings}); correct it."
-        )
-    return next(iter(spellings.values()))
-
-
-def _fields(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def fields_of(found: DenseJson, folder: Path) -> dict[str, Any]:
     """The fields MixtralConfig and DenseConfig share."""
-    heads_only = {"num_key_value_heads": raw.get("num_attention_heads")} if raw["model_type"] == "llama" else {}
-    raw = {**raw, **{key: value for key, value in heads_only.items() if raw.get(key) is None}}
-    fields: dict[str, Any] = {field: _whole(raw, key, folder) for key, field in SIZES.items()}
-    tied = raw.get("tie_word_embeddings", False)
-    if type(tied) is not bool:
-        raise BimedixError(f"{folder / CONFIG_NAME} needs tie_word_embeddings to be true or false (found {tied!r}).")
-    head_dim = None if raw.get("head_dim") is None else _whole(raw, "head_dim", folder)
-    if head_dim is None and fields["hidden_size"] % fields["num_heads"]:
-        raise BimedixError(f"{folder / CONFIG_NAME} needs head_dim: hidden_size is no multiple of num_attention_heads.")
+    fields: dict[str, Any] = {field: getattr(found, key) for key, field in SIZES.items()}
+    if found.head_dim is None and found.hidden_size % found.num_attention_heads:
+        raise BimedixError(
+            f"{folder / CONFIG_NAME} needs head_dim, because hidden_size is not a multiple of num_attention_heads."
+        )
     return {
         **fields,
-        "head_dim": head_dim or fields["hidden_size"] // fields["num_heads"],
-        "rope_theta": _rope_theta(raw, folder),
-        "rms_norm_eps": _number(raw, "rms_norm_eps", DEFAULT_NORM_EPS[raw["model_type"]], folder),
-        "sliding_window": None if raw.get("sliding_window") is None else _whole(raw, "sliding_window", folder),
-        "tie_embeddings": tied,
+        "head_dim": found.head_dim or found.hidden_size // found.num_attention_heads,
+        "rope_theta": rope_theta(found, folder),
+        "rms_norm_eps": found.rms_norm_eps or DEFAULT_NORM_EPS[found.model_type],
+        "sliding_window": found.sliding_window,
+        "tie_embeddings": found.tie_word_embeddings,
     }

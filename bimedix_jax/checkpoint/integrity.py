@@ -7,10 +7,25 @@ says nothing of its data either.
 import json
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import inside, sha256, write_text
+from bimedix_jax.files import inside, read_json, sha256, write_text
 
 MANIFEST = "manifest.json"
+
+
+class FileEntry(BaseModel):
+    """What the manifest records of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """manifest.json: the files by their path in the folder."""
+
+    files: dict[str, FileEntry]
 
 
 def write_manifest(folder: Path) -> None:
@@ -34,23 +49,22 @@ def verify_manifest(folder: Path) -> None:
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with the first wrong file; None where every file is as it was written."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}, so it was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    try:
+        expected = read_json(folder / MANIFEST, Manifest, "write the folder again").files
+    except BimedixError:
         return f"its {MANIFEST} cannot be read"
     extra = sorted(set(listing(folder)) - set(expected))
     if extra:
         return f"{extra[0]} does not belong to it"
-    for name, (size, digest) in expected.items():
+    for name, entry in expected.items():
         path = inside(folder, name)
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if sha256(path) != digest:
+        if path.stat().st_size != entry.bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}"
+        if sha256(path) != entry.sha256:
             return f"the content of {name} has changed"
     return None
 

@@ -1,7 +1,6 @@
 """One `load` for everything that holds a model: what the folder contains decides who reads it."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -16,6 +15,7 @@ from bimedix_jax.checkpoint.peft import is_peft
 from bimedix_jax.checkpoint.peft_read import load_peft
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, RouterTraining
+from bimedix_jax.files import peek_json
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
@@ -114,10 +114,7 @@ def rerouted(model: Mixtral, variant: str, source: str) -> Mixtral:
 
 def is_run(folder: str | Path) -> bool:
     """Whether `bimedix train` wrote this folder."""
-    try:
-        return "optimiser" in json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+    return "optimiser" in peek_json(Path(folder) / "config.json")
 
 
 def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | None) -> Mixtral:

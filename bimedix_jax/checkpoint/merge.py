@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from bimedix_jax.adapters import linears, places
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.bnb_config import is_packed
+from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.hf import companion_folder, parameters, require_topk, stored_pieces, write_beside
-from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, read_config, read_json
-from bimedix_jax.checkpoint.rewrite import DTYPES
-from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, raw_config, read_config
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import new_folder
 from bimedix_jax.models.linear import ExpertLinear, Linear
 from bimedix_jax.models.mixtral import Mixtral
 
@@ -33,7 +32,7 @@ Into = Literal["original", "dequantised"]
 LARGE_LOSS = 0.1
 """Share of a delta lost to rounding above which a merge says so by itself."""
 
-Piece = tuple[table.Row, tuple[int, ...], int, np.ndarray]
+WeightRows = tuple[table.Row, tuple[int, ...], int, np.ndarray]
 """(row of the conversion table, (layer, expert), first row, rows of the matrix as Hugging Face orients it)."""
 
 
@@ -82,7 +81,7 @@ def export_merged(
     dtype: str = "bfloat16",
     tokenizer_from: str | Path | None = None,
     overwrite: bool = False,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Merged:
     """Writes the model in hub layout with its adapters merged, which transformers loads as an ordinary Mixtral.
 
@@ -98,27 +97,27 @@ def export_merged(
         raise BimedixError("The model carries no adapters to merge; load it with adapter=FOLDER.")
     layers = {".".join(path): layer for path, layer in linears(model).items()}
     entries = table.named_entries(model.config).items()
-    specs = [TensorSpec(name, DTYPES[dtype], table.unit_shape(row, model.config)) for name, (row, _) in entries]
+    specs = [TensorSpec(name, COMPUTE[dtype], table.unit_shape(row, model.config)) for name, (row, _) in entries]
     values = {path: variable.get_value() for path, variable in parameters(model).items()}
     source = original_folder(model, original) if into == "original" else None
     companions = companion_folder(model, tokenizer_from if tokenizer_from is not None else source)
-    sums = Sums()
-    with new_folder(folder, overwrite) as partial:
-        with (
-            ShardedWriter(partial, specs, max_shard_bytes) as writer,
-            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="merging", delay=2.0, disable=None) as bar,
-        ):
-            for row, index, first, rows in held_pieces(model, values) if source is None else read_pieces(model, source):
-                # a router that trained in full is the model's own
-                if source is not None and row.path == "layers.moe.router.w" and model.lora.train_router:
-                    rows = np.asarray(values[row.path][index]).T[first : first + len(rows)]
-                elif source is not None and row.path not in QUANTISABLE:
-                    require_same(rows, values[row.path], row, index, first, source)
-                merged = merge_piece(layers.get(row.path.removesuffix(".w")), row, index, first, rows, dtype, sums)
-                writer.write(table.named(row.name, index), merged, first)
-                bar.update(merged.nbytes)
+    sums, trained_router = Sums(), model.lora.train_router
+
+    def merged() -> Iterator[Piece]:
+        for row, index, first, rows in held_pieces(model, values) if source is None else read_pieces(model, source):
+            # a router that trained in full is the model's own
+            if source is not None and row.path == "layers.moe.router.w" and trained_router:
+                rows = np.asarray(values[row.path][index]).T[first : first + len(rows)]
+            elif source is not None and row.path not in QUANTISABLE:
+                require_same(rows, values[row.path], row, index, first, source)
+            layer = layers.get(row.path.removesuffix(".w"))
+            yield table.named(row.name, index), first, merge_piece(layer, row, index, first, rows, dtype, sums)
+
+    def finish(partial: Path) -> None:
         write_beside(partial, model.config, dtype, companions)
-    return summary(Path(folder), into, dtype, sums)
+
+    written = stream_to(folder, specs, merged(), "merging", finish, overwrite, max_shard_bytes)
+    return summary(written, into, dtype, sums)
 
 
 QUANTISABLE = frozenset(
@@ -140,12 +139,12 @@ def original_folder(model: Mixtral, original: str | Path | None) -> Path:
     if read_config(folder) != model.config:
         raise BimedixError(f"{folder} is of another architecture than the model; pass its own base as original.")
     hub.require_safetensors(folder)
-    if is_packed(read_json(folder), folder):
+    if is_packed(raw_config(folder), folder):
         raise BimedixError(f"{folder} holds 4-bit weights, not the original ones; name those, or choose dequantised.")
     return folder
 
 
-def held_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[Piece]:
+def held_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[WeightRows]:
     """The model's own weights, 4-bit ones dequantised."""
     for row, index in table.named_entries(model.config).values():
         shape = table.unit_shape(row, model.config)
@@ -154,7 +153,7 @@ def held_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[Piece]:
             yield row, index, first, rows
 
 
-def read_pieces(model: Mixtral, folder: Path) -> Iterator[Piece]:
+def read_pieces(model: Mixtral, folder: Path) -> Iterator[WeightRows]:
     """The weights of a Hugging Face folder."""
     for unit in table.units(read_folder(folder), model.config, str(folder)):
         for first, count in pieces(TensorSpec(unit.row.name, unit.tensor.dtype, unit.shape)):
@@ -195,13 +194,13 @@ def merge_piece(
     """Rows of one matrix with their delta, in the written dtype; sums up what rounding takes."""
     found = None if layer is None else factors_of(layer, index)
     if found is None:
-        return rows.astype(DTYPES[dtype], copy=False)
+        return rows.astype(COMPUTE[dtype], copy=False)
     a, b, scale = found
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise BimedixError(f"The adapter of {table.named(row.name, index)} holds NaN or infinity; take another one.")
     delta = np.float32(scale) * (b[:, first : first + len(rows)].T @ a.T)
-    written = (rows.astype(np.float32) + delta).astype(DTYPES[dtype])
-    unmerged = rows.astype(DTYPES[dtype]).astype(np.float32)  # what the weight alone loses is not the delta's
+    written = (rows.astype(np.float32) + delta).astype(COMPUTE[dtype])
+    unmerged = rows.astype(COMPUTE[dtype]).astype(np.float32)  # what the weight alone loses is not the delta's
     sums.add(row.path.split(".")[-2], index, delta, written.astype(np.float32) - unmerged - delta)
     return written
 

@@ -16,13 +16,15 @@ peft up to 0.19.0 took a fused weight [E, out, in] for [E, in, out], so that A a
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import peek_json, read_json, validate
 
 CONFIG_NAME, WEIGHTS_NAME, OWN_NAME = "adapter_config.json", "adapter_model.safetensors", "bimedix_adapter.json"
 OWN_FORMAT = "bimedix peft 1"
@@ -78,7 +80,7 @@ READ = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class PeftSettings:
     """What adapter_config.json says, as far as it matters for the result."""
 
     source: str
@@ -146,28 +148,14 @@ def matching(patterns: Mapping[str, Any], name: str, source: str) -> str:
 
 def is_peft(folder: str | Path) -> bool:
     """Whether a folder holds an adapter's configuration that PEFT wrote."""
-    try:
-        return "peft_type" in json.loads((Path(folder) / CONFIG_NAME).read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+    return "peft_type" in peek_json(Path(folder) / CONFIG_NAME)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`; raises BimedixError where there is none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BimedixError(f"{path} cannot be read ({error}); name a folder that peft wrote.") from None
-    if not isinstance(value, dict):
-        raise BimedixError(f"{path} is not a JSON object; name a folder that peft wrote.")
-    return value
-
-
-def read_settings(folder: Path) -> Settings:
+def read_settings(folder: Path) -> PeftSettings:
     """adapter_config.json, checked: raises BimedixError for anything that this project cannot do, and for keys that it
     does not know unless they are off."""
     path = folder / CONFIG_NAME
-    config = read_object(path)
+    config = read_json(path, dict[str, Any], "name a folder that peft wrote")
     if config.get("peft_type") != "LORA":
         raise BimedixError(f"{path} is of the kind {config.get('peft_type')!r}; only LORA adapters can be read.")
     off = (None, False, "none", {}, [])
@@ -183,42 +171,70 @@ def read_settings(folder: Path) -> Settings:
     unknown = [key for key, value in config.items() if key not in known and value not in off]
     if unknown:
         raise BimedixError(f"{path} sets {', '.join(unknown)}, which is unknown here, so the result could differ.")
-    return settings_of(config, str(path))
+    return settings_of(validate(config, PeftJson, str(path), "save the adapter again"), str(path))
 
 
-def settings_of(config: Mapping[str, Any], source: str) -> Settings:
-    """The typed form of a checked configuration."""
+def names(value: Any) -> tuple[str, ...]:
+    """A list of names, of which adapter_config.json may write one as a string and none as null."""
+    value = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(name, str) for name in value):
+        raise ValueError(f"a list of names is expected, found {value!r}")
+    return value
 
-    def names(key: str) -> tuple[str, ...]:
-        value = config.get(key) or ()
-        return (value,) if isinstance(value, str) else tuple(value)
 
-    def names_or_pattern(key: str) -> str | tuple[str, ...]:
-        value = config.get(key)
-        return value if isinstance(value, str) else names(key)
+def pattern_or_names(value: Any) -> str | tuple[str, ...]:
+    """A string is a regular expression."""
+    return value if isinstance(value, str) else names(value)
 
-    layers = config.get("layers_to_transform")
-    version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", config.get("peft_version") or "")
-    try:
-        settings = Settings(
-            source=source,
-            rank=int(config.get("r", 8)),
-            alpha=float(config.get("lora_alpha", 8)),
-            rank_pattern={key: int(rank) for key, rank in (config.get("rank_pattern") or {}).items()},
-            alpha_pattern={key: float(alpha) for key, alpha in (config.get("alpha_pattern") or {}).items()},
-            rank_stabilised=bool(config.get("use_rslora")),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            modules=names_or_pattern("target_modules"),
-            parameters=names("target_parameters"),
-            exclude=names_or_pattern("exclude_modules"),
-            layers=() if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
-            layers_pattern=names("layers_pattern"),
-            to_save=names("modules_to_save"),
-            version=tuple(int(part or 0) for part in version.groups()) if version else None,
-            base=config.get("base_model_name_or_path"),
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        raise BimedixError(f"{source} is malformed ({error}); save the adapter again.") from None
+
+def numbers(value: Any) -> Any:
+    """A list of numbers, of which adapter_config.json may write one as a number and none as null."""
+    return () if value is None else (value,) if isinstance(value, int) else value
+
+
+Names = Annotated[Any, AfterValidator(names)]
+PatternOrNames = Annotated[Any, AfterValidator(pattern_or_names)]
+
+
+class PeftJson(BaseModel):
+    """The keys of adapter_config.json that decide what an adapter computes, with peft's defaults."""
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: Any = None
+    lora_dropout: float | None = None
+    target_modules: PatternOrNames = ()
+    target_parameters: Names = ()
+    exclude_modules: PatternOrNames = ()
+    layers_to_transform: Annotated[tuple[int, ...], BeforeValidator(numbers)] = ()
+    layers_pattern: Names = ()
+    modules_to_save: Names = ()
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+
+
+def settings_of(config: PeftJson, source: str) -> PeftSettings:
+    """The settings of a checked configuration; raises BimedixError for a rank below 1."""
+    version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", config.peft_version or "")
+    settings = PeftSettings(
+        source=source,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rank_pattern=config.rank_pattern or {},
+        alpha_pattern=config.alpha_pattern or {},
+        rank_stabilised=bool(config.use_rslora),
+        dropout=config.lora_dropout or 0.0,
+        modules=config.target_modules,
+        parameters=config.target_parameters,
+        exclude=config.exclude_modules,
+        layers=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        to_save=config.modules_to_save,
+        version=tuple(int(part or 0) for part in version.groups()) if version else None,
+        base=config.base_model_name_or_path,
+    )
     if min([settings.rank, *settings.rank_pattern.values()]) < 1:
         raise BimedixError(f"{source} has a rank below 1; save the adapter again.")
     return settings

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 
 from bimedix_jax.adapters import linears
-from bimedix_jax.checkpoint.peft import ATTENTION, FUSED, LAST_SWAPPED, LAYER, PER_EXPERT, PREFIX, Settings
+from bimedix_jax.checkpoint.dtypes import FLOATS
+from bimedix_jax.checkpoint.peft import ATTENTION, FUSED, LAST_SWAPPED, LAYER, PER_EXPERT, PREFIX, PeftSettings
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor
-from bimedix_jax.checkpoint.table import FLOATS
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.mixtral import Mixtral
 
@@ -85,7 +85,7 @@ def modules_of(model: Mixtral) -> dict[str, Module]:
     return found
 
 
-def content_of(tensors: Mapping[str, StoredTensor], settings: Settings, model: Mixtral) -> Content:
+def content_of(tensors: Mapping[str, StoredTensor], settings: PeftSettings, model: Mixtral) -> Content:
     """The tensors by what they are.
 
     Raises:
@@ -117,7 +117,7 @@ def content_of(tensors: Mapping[str, StoredTensor], settings: Settings, model: M
         raise BimedixError(f"{settings.source}: of {listed(single)} only one of lora_A and lora_B is there.")
     check_routers(routers, settings, model)
     found = [(modules[name], both["A"], both["B"]) for name, both in factors.items()]
-    found = told_apart(found, settings, model)
+    found = name_fused_pairs(found, settings, model)
     check_targets([module for module, _, _ in found], settings, model)
     swapped = roles_changed(found, settings, model)
     widths = {path[-1]: layer.w.get_value().shape[-2:] for path, layer in linears(model).items()}
@@ -126,8 +126,8 @@ def content_of(tensors: Mapping[str, StoredTensor], settings: Settings, model: M
     return Content(pairs, routers, tables)
 
 
-def told_apart(
-    found: list[tuple[Module, StoredTensor, StoredTensor]], settings: Settings, model: Mixtral
+def name_fused_pairs(
+    found: list[tuple[Module, StoredTensor, StoredTensor]], settings: PeftSettings, model: Mixtral
 ) -> list[tuple[Module, StoredTensor, StoredTensor]]:
     """The fused pairs named by their parameter: by place where a layer has both, else by shape."""
     both = {module.index for module, _, _ in found if module.kind == "inner"}
@@ -163,7 +163,9 @@ def orientations(kind: str, a: StoredTensor, b: StoredTensor, model: Mixtral) ->
     return ends == (width_in, width_out), ends == (width_out, width_in)
 
 
-def roles_changed(found: list[tuple[Module, StoredTensor, StoredTensor]], settings: Settings, model: Mixtral) -> bool:
+def roles_changed(
+    found: list[tuple[Module, StoredTensor, StoredTensor]], settings: PeftSettings, model: Mixtral
+) -> bool:
     """Whether A and B of the file's fused weights have each other's role: by shape, and where all are square by the
     recorded version of peft."""
     fused = [orientations(m.kind, a, b, model) for m, a, b in found if m.kind in FUSED_KINDS]
@@ -191,7 +193,7 @@ def pair_of(
     b: StoredTensor,
     widths: tuple[int, ...],
     swapped: bool,
-    settings: Settings,
+    settings: PeftSettings,
     model: Mixtral,
 ) -> Pair:
     """One module's factors, checked for shape and rank; `widths` are those of the base's weight, (in, out)."""
@@ -210,7 +212,7 @@ def pair_of(
     return Pair(module.kind, module.index, a, b, rank, settings.scale_of(module.name), fused and swapped)
 
 
-def check_targets(present: list[Module], settings: Settings, model: Mixtral) -> None:
+def check_targets(present: list[Module], settings: PeftSettings, model: Mixtral) -> None:
     """Raises BimedixError where adapter_config.json targets a module without tensors, or tensors are not targeted."""
     found = {module.name for module in present}
     # a parameter of transformers 5 is no module; peft has rewritten what meant w1 to target_parameters
@@ -231,7 +233,7 @@ def check_targets(present: list[Module], settings: Settings, model: Mixtral) -> 
         )
 
 
-def check_routers(routers: Mapping[int, list[StoredTensor]], settings: Settings, model: Mixtral) -> None:
+def check_routers(routers: Mapping[int, list[StoredTensor]], settings: PeftSettings, model: Mixtral) -> None:
     """Raises BimedixError unless routers trained in full are there exactly where modules_to_save says so."""
     gates = (PER_EXPERT["router"].format(layer=0), FUSED["router"].format(layer=0).removesuffix(".weight"))
     other = [name for name in settings.to_save if not any(gate.endswith(name) for gate in gates)]

@@ -11,26 +11,27 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
 from flax import nnx
+from pydantic import BaseModel
 
 from bimedix_jax.adapters import add_lora, has_lora, linears, places
 from bimedix_jax.checkpoint import buffers, store
 from bimedix_jax.checkpoint.peft import (
     FUSED,
-    OWN_FORMAT,
     OWN_NAME,
     WEIGHTS_NAME,
-    Settings,
+    PeftSettings,
     matching,
-    read_object,
     read_settings,
 )
 from bimedix_jax.checkpoint.peft_names import FUSED_KINDS, Content, Pair, content_of
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor, pieces, read_header
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import read_json
 from bimedix_jax.models.config import LORA_TARGETS, LoraConfig, LoraOverride
 from bimedix_jax.models.linear import TrainedParam
 from bimedix_jax.models.mixtral import Mixtral
@@ -40,6 +41,14 @@ log = logging.getLogger(__name__)
 Place = tuple[str, tuple[int, ...]]
 """(kind, index into the leading axes of its weight): one matrix."""
 GATE_UP = FUSED["gate_up"].format(layer=0)
+
+
+class OwnJson(BaseModel):
+    """bimedix_adapter.json."""
+
+    format: Literal["bimedix peft 1"]
+    base: store.BaseJson
+    w1_rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Usage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Conversion:
     """How a file becomes adapters.
 
     Attributes:
@@ -98,7 +107,7 @@ def load_peft(model: Mixtral, folder: str | Path) -> Mixtral:
     if fused_later and settings.rank_stabilised and matching(settings.rank_pattern, GATE_UP, "") == GATE_UP:
         log.warning("w1 and w3 are scaled as they trained; transformers 5 with peft 0.21 scales them by 1.41 more.")
     recorded = check_base(model, folder, settings)
-    return filled(model, content, planned(content, settings, recorded, model))
+    return filled(model, content, conversion_of(content, settings, recorded, model))
 
 
 def weights_file(folder: Path) -> Path:
@@ -113,7 +122,7 @@ def weights_file(folder: Path) -> Path:
     raise BimedixError(f"{folder} holds no {WEIGHTS_NAME}; name a folder that peft saved.")
 
 
-def check_base(model: Mixtral, folder: Path, settings: Settings) -> int | None:
+def check_base(model: Mixtral, folder: Path, settings: PeftSettings) -> int | None:
     """Compares the base with what our own file records; the rank of w1 within gate_up, if recorded.
 
     Raises:
@@ -125,13 +134,9 @@ def check_base(model: Mixtral, folder: Path, settings: Settings) -> int | None:
             "%s does not identify its base (it names %s): only shapes were checked.", folder, settings.base or "none"
         )
         return None
-    own = read_object(path)
-    base = own.get("base")
-    parts = {"architecture", "weights", "router", "config"}
-    if own.get("format") != OWN_FORMAT or not isinstance(base, dict) or not parts <= base.keys():
-        raise BimedixError(f"{path} has not the form {OWN_FORMAT!r}; export the adapter again.")
-    store.check_base(base, model, folder)
-    return own.get("w1_rank")
+    own = read_json(path, OwnJson, "export the adapter again")
+    store.check_base(own.base, model, folder)
+    return own.w1_rank
 
 
 def check_tables(content: Content, model: Mixtral) -> None:
@@ -208,7 +213,7 @@ def parts_of(pair: Pair, splits: dict[int, int | None], ffn: int) -> tuple[Part,
     return tuple(part for part in both if len(range(*part.ranks.indices(pair.rank))))
 
 
-def planned(content: Content, settings: Settings, recorded: int | None, model: Mixtral) -> Plan:
+def conversion_of(content: Content, settings: PeftSettings, recorded: int | None, model: Mixtral) -> Conversion:
     """Reads every factor once and decides what becomes of it."""
     pairs = content.pairs
     usages = [usage_of(pair, model) for pair in pairs]
@@ -234,13 +239,13 @@ def planned(content: Content, settings: Settings, recorded: int | None, model: M
         for kind in LORA_TARGETS
         if any(k == kind for k, _ in present)
     }
-    return Plan(config_of(present, scales, settings, bool(content.routers), model), parts, present, scales)
+    return Conversion(config_of(present, scales, settings, bool(content.routers), model), parts, present, scales)
 
 
 def config_of(
     present: Mapping[Place, tuple[int, float]],
     scales: Mapping[str, float],
-    settings: Settings,
+    settings: PeftSettings,
     train_router: bool,
     model: Mixtral,
 ) -> LoraConfig:
@@ -317,9 +322,9 @@ def one_of(numbers: Sequence[int], total: int) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"({'|'.join(map(str, numbers))})"
 
 
-def filled(model: Mixtral, content: Content, plan: Plan) -> Mixtral:
+def filled(model: Mixtral, content: Content, conversion: Conversion) -> Mixtral:
     """The model with adapters whose factors are read into place."""
-    skeleton = add_lora(Mixtral(model.config), plan.config)
+    skeleton = add_lora(Mixtral(model.config), conversion.config)
     bare = {path: layer for path, layer in linears(skeleton).items() if layer.lora is not None}
     factors = {}
     for path, layer in bare.items():
@@ -328,16 +333,16 @@ def filled(model: Mixtral, content: Content, plan: Plan) -> Mixtral:
         for factor in pair:
             factor[...] = 0
         factors[path[-1]] = (*pair, places(layer))
-    for pair, parts in zip(content.pairs, plan.parts, strict=True):
+    for pair, parts in zip(content.pairs, conversion.parts, strict=True):
         for index, a, b in matrices(pair, model.config.router.num_experts):
             for part in parts:
-                if (part.kind, index) in plan.present:
+                if (part.kind, index) in conversion.present:
                     all_a, all_b, place = factors[part.kind]
-                    rank, scale = plan.present[part.kind, index]
+                    rank, scale = conversion.present[part.kind, index]
                     all_a[place[index]][:, :rank] = a[:, part.ranks]
                     all_b[place[index]][:rank] = b[part.ranks, part.outputs]
-                    if scale != plan.scales[part.kind]:
-                        all_b[place[index]] *= np.float32(scale / plan.scales[part.kind])
+                    if scale != conversion.scales[part.kind]:
+                        all_b[place[index]] *= np.float32(scale / conversion.scales[part.kind])
     adapted = nnx.merge(*nnx.split(model), copy=True)
     layers = linears(adapted)
     for path, layer in bare.items():
@@ -350,7 +355,7 @@ def filled(model: Mixtral, content: Content, plan: Plan) -> Mixtral:
         router = layers["layers", "moe", "router"]
         weights = np.stack([router_of(content.routers[i]).T for i in range(model.config.num_layers)])
         router.w = TrainedParam(jax.device_put(weights), axes=router.w.get_metadata("axes"))
-    adapted.lora = plan.config
+    adapted.lora = conversion.config
     return adapted
 
 

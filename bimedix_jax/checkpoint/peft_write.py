@@ -13,7 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from bimedix_jax.adapters import linears, places
 from bimedix_jax.checkpoint.hf import require_topk
@@ -29,17 +28,17 @@ from bimedix_jax.checkpoint.peft import (
     VERSION,
     WEIGHTS_NAME,
 )
-from bimedix_jax.checkpoint.safetensors_io import SINGLE_NAME, ShardedWriter, TensorSpec
+from bimedix_jax.checkpoint.safetensors_io import SINGLE_NAME, TensorSpec
 from bimedix_jax.checkpoint.store import base_identity
+from bimedix_jax.checkpoint.stream import stream_to
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import new_folder
 from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.linear import ExpertLinear, Linear
 from bimedix_jax.models.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
 
-Layout = Literal["per_expert", "fused"]
+PeftLayout = Literal["per_expert", "fused"]
 LAYOUTS = ("per_expert", "fused")
 SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([^/]+)/?$")
 """End of a folder in the hub's cache: repository, with -- for /, and revision."""
@@ -90,7 +89,7 @@ class Adapter:
         return found.T * np.float32(self.factor) if factor == "b" and self.factor != 1 else found.T
 
 
-def export_peft(model: Mixtral, folder: str | Path, layout: Layout = "per_expert", overwrite: bool = False) -> Path:
+def export_peft(model: Mixtral, folder: str | Path, layout: PeftLayout = "per_expert", overwrite: bool = False) -> Path:
     """Writes the adapters of `model` as PEFT does, float32, for transformers + peft on the same base.
 
     What a layout cannot say is filled with factors that are zero, counted in a warning: the function is the same.
@@ -121,29 +120,20 @@ def export_peft(model: Mixtral, folder: str | Path, layout: Layout = "per_expert
     own: dict[str, Any] = {"format": OWN_FORMAT, "base": base_record(model)}
     if layout == "fused" and {"w1", "w3"} <= adapters.keys():
         own["w1_rank"] = adapters["w1"].rank
-    with new_folder(folder, overwrite) as partial:
-        write_tensors(partial, tensors)
+    specs = [TensorSpec(tensor.name, np.dtype(np.float32), tensor.shape) for tensor in tensors]
+    total = sum(spec.nbytes for spec in specs)  # peft reads one file, however large
+
+    def finish(partial: Path) -> None:
+        (partial / SINGLE_NAME).rename(partial / WEIGHTS_NAME)
         (partial / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         (partial / OWN_NAME).write_text(json.dumps(own, indent=2) + "\n", "utf-8")
-    return Path(folder)
+
+    made = ((tensor.name, 0, tensor.make()) for tensor in tensors)
+    return stream_to(folder, specs, made, "exporting", finish, overwrite, total)
 
 
 def base_record(model: Mixtral) -> dict[str, Any]:
     return {**base_identity(model), "config": dataclasses.asdict(model.config)}
-
-
-def write_tensors(folder: Path, tensors: list[Tensor]) -> None:
-    specs = [TensorSpec(tensor.name, np.dtype(np.float32), tensor.shape) for tensor in tensors]
-    total = sum(spec.nbytes for spec in specs)
-    with (
-        ShardedWriter(folder, specs, max_shard_bytes=total) as writer,
-        tqdm(total=total, unit="B", unit_scale=True, desc="exporting", delay=2.0, disable=None) as bar,
-    ):
-        for tensor in tensors:
-            rows = tensor.make()
-            writer.write(tensor.name, rows)
-            bar.update(rows.nbytes)
-    (folder / SINGLE_NAME).rename(folder / WEIGHTS_NAME)
 
 
 def adapters_of(model: Mixtral) -> dict[str, Adapter]:
@@ -247,7 +237,7 @@ def gate_up(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
     return {kind: adapters[kind] for kind in ("w1", "w3") if kind in adapters}
 
 
-def completed(adapters: dict[str, Adapter], layout: Layout, model: Mixtral) -> dict[str, Adapter]:
+def completed(adapters: dict[str, Adapter], layout: PeftLayout, model: Mixtral) -> dict[str, Adapter]:
     """With zero adapters for the expert matrices that the per-expert layout may not lack; warns, with the count, of all
     zeros that the layout forces us to write.
 
@@ -279,7 +269,7 @@ def completed(adapters: dict[str, Adapter], layout: Layout, model: Mixtral) -> d
     return adapters
 
 
-def routers(model: Mixtral, layout: Layout) -> Iterator[Tensor]:
+def routers(model: Mixtral, layout: PeftLayout) -> Iterator[Tensor]:
     """Weights trained in full. peft does not rename modules_to_save: the layout that transformers 4 and 5 both read
     has them under both names, of which each takes its own."""
     weights = model.layers.moe.router.w.get_value()
@@ -291,7 +281,7 @@ def routers(model: Mixtral, layout: Layout) -> Iterator[Tensor]:
 
 
 def peft_config(
-    model: Mixtral, config: LoraConfig, adapters: dict[str, Adapter], layout: Layout, dropout: float
+    model: Mixtral, config: LoraConfig, adapters: dict[str, Adapter], layout: PeftLayout, dropout: float
 ) -> dict[str, Any]:
     """adapter_config.json. The per-expert layout stays within what versions of peft for transformers 4 know."""
     base, revision = base_name(model.origin)
@@ -333,7 +323,7 @@ def base_name(origin: str | None) -> tuple[str | None, str | None]:
     return (found[1].replace("--", "/"), found[2]) if found else (Path(origin).resolve().name, None)
 
 
-def targets(adapters: dict[str, Adapter], layout: Layout, layers: int) -> tuple[list[str], list[str]]:
+def targets(adapters: dict[str, Adapter], layout: PeftLayout, layers: int) -> tuple[list[str], list[str]]:
     """(target_modules, target_parameters): short names for what every layer has, else full ones."""
 
     def names(full: str, present: list[int]) -> list[str]:
@@ -354,7 +344,7 @@ def targets(adapters: dict[str, Adapter], layout: Layout, layers: int) -> tuple[
 
 
 def patterns(
-    config: LoraConfig, adapters: dict[str, Adapter], layout: Layout
+    config: LoraConfig, adapters: dict[str, Adapter], layout: PeftLayout
 ) -> tuple[dict[str, int], dict[str, float]]:
     """(rank_pattern, alpha_pattern), for modules that differ from the rest.
 

@@ -18,38 +18,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import ml_dtypes
 import numpy as np
+from pydantic import BaseModel
 
+from bimedix_jax.checkpoint.dtypes import FROM_SAFETENSORS, TO_SAFETENSORS
 from bimedix_jax.errors import BimedixError, listed
-from bimedix_jax.files import inside, unique_pairs
+from bimedix_jax.files import inside, read_json, unique_pairs
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation; a larger one is a damaged or hostile file."""
-
-DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(kind)
-    for name, kind in {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "I64": np.int64,
-        "I32": np.int32,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U64": np.uint64,
-        "U32": np.uint32,
-        "U16": np.uint16,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }.items()
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +112,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 pass
             case _:
                 raise damaged(f"the entry of {name!r} is malformed")
-        if kind not in DTYPES:
+        if kind not in FROM_SAFETENSORS:
             raise damaged(f"{name!r} has the unknown dtype {kind!r}")
-        tensor = StoredTensor(name, DTYPES[kind], tuple(shape), path, 8 + length + begin)
+        tensor = StoredTensor(name, FROM_SAFETENSORS[kind], tuple(shape), path, 8 + length + begin)
         if begin < 0 or end - begin != tensor.nbytes:
             raise damaged(f"{name!r} does not occupy the {tensor.nbytes} bytes of its shape and dtype")
         tensors.append(tensor)
@@ -152,17 +131,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
+class IndexJson(BaseModel):
+    """The part of `model.safetensors.index.json` that is read."""
+
+    weight_map: dict[str, str]
+
+
 def read_index(folder: Path) -> dict[str, str]:
     """weight_map of `model.safetensors.index.json`: tensor name -> file name, as written there."""
     path = folder / INDEX_NAME
-    try:
-        index = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_pairs)
-    except (ValueError, RecursionError) as error:
-        raise BimedixError(f"{path} is not valid JSON ({error}); download it again.") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise BimedixError(f"{path} has no usable weight_map; download it again.")
-    return weight_map
+    return read_json(path, IndexJson, "download it again", unique_keys=True).weight_map
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -290,7 +268,11 @@ def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, int]:
     position = 0
     for spec in specs:
         end = position + spec.nbytes
-        entries[spec.name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
+        entries[spec.name] = {
+            "dtype": TO_SAFETENSORS[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -21,29 +21,24 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from pydantic import BaseModel
 from safetensors.numpy import save_file
 
 from bimedix_jax import distributed
 from bimedix_jax.adapters import add_lora, is_trainable
 from bimedix_jax.checkpoint import buffers, hub
 from bimedix_jax.checkpoint.integrity import verify_manifest, write_manifest
-from bimedix_jax.checkpoint.safetensors_io import (
-    ShardedWriter,
-    StoredTensor,
-    TensorSpec,
-    pieces,
-    read_folder,
-    read_header,
-)
+from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces, read_folder, read_header
+from bimedix_jax.checkpoint.stream import Piece, stream_to
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import parse
-from bimedix_jax.files import new_folder
+from bimedix_jax.files import new_folder, peek_json, read_json, validate
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
@@ -58,6 +53,43 @@ SAMPLED_ROWS = 64
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 
+class NF4Json(BaseModel, extra="forbid"):
+    """How one 4-bit weight is stored: the fields of its NF4Tensor that are not arrays."""
+
+    unit_shape: tuple[int, ...]
+    transposed: bool
+    block_size: int
+    dtype: str
+
+
+class ModelJson(BaseModel):
+    """bimedix.json."""
+
+    config: dict[str, Any]
+    dtype: str
+    lora: dict[str, Any] | None
+    nf4: dict[str, NF4Json]
+
+
+class BaseJson(BaseModel):
+    """The identity of a base: what `base_identity` computes, and the configuration for error messages."""
+
+    architecture: str
+    weights: str | None
+    router: str | None
+    config: dict[str, Any]
+
+
+class AdapterJson(BaseModel, extra="allow"):
+    """adapter_config.json of our own format; the fields of its LoraConfig are beside these."""
+
+    base: BaseJson
+    router: dict[str, Any] = {}
+
+
+Versioned = TypeVar("Versioned", bound=BaseModel)
+
+
 def is_native(folder: str | Path) -> bool:
     """Whether `save` wrote this folder."""
     return (Path(folder) / MODEL_CONFIG).is_file()
@@ -65,11 +97,7 @@ def is_native(folder: str | Path) -> bool:
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether `save_adapter` wrote this folder (PEFT's folders have a file of the same name)."""
-    try:
-        found = json.loads((Path(folder) / ADAPTER_CONFIG).read_text("utf-8")).get("format")
-        return found in (ADAPTER_FORMAT, OLDER_ADAPTER)
-    except (OSError, ValueError, AttributeError):
-        return False
+    return peek_json(Path(folder) / ADAPTER_CONFIG).get("format") in (ADAPTER_FORMAT, OLDER_ADAPTER)
 
 
 def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
@@ -88,17 +116,20 @@ def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
         "nf4": {path: nf4_layout(value) for path, value in values.items() if isinstance(value, NF4Tensor)},
     }
-    with new_folder(folder, overwrite) as partial:
-        with ShardedWriter(partial, specs) as writer:
-            for spec in specs:
-                for first, piece in host_pieces(arrays[spec.name], spec):
-                    writer.write(spec.name, piece, first)
+
+    def leaves() -> Iterator[Piece]:
+        for spec in specs:
+            for first, rows in host_pieces(arrays[spec.name], spec):
+                yield spec.name, first, rows
+
+    def finish(partial: Path) -> None:
         origin = getattr(model, "origin", None)
         if origin is not None and Path(origin).is_dir():
             hub.copy_companions(Path(origin), partial)
         (partial / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_manifest(partial)
-    return Path(folder)
+
+    return stream_to(folder, specs, leaves(), "saving", finish, overwrite)
 
 
 def restore(folder: str | Path, verify: bool = True, mapped: bool = False) -> Mixtral:
@@ -112,13 +143,13 @@ def restore(folder: str | Path, verify: bool = True, mapped: bool = False) -> Mi
       BimedixError: the folder is not one of ours, is damaged, or its tensors do not fit its configuration.
     """
     folder = Path(folder)
-    config = read_config(folder / MODEL_CONFIG, MODEL_FORMAT)
+    config = read_config(folder / MODEL_CONFIG, ModelJson, MODEL_FORMAT)
     if verify:
         distributed.by_leader(lambda: verify_manifest(folder))
-    model = Mixtral(parse(MixtralConfig, config["config"], f"config in {folder}"), config["dtype"])
-    lora = parse(LoraConfig | None, config["lora"], f"lora in {folder}")
+    model = Mixtral(parse(MixtralConfig, config.config, f"config in {folder}"), config.dtype)
+    lora = parse(LoraConfig | None, config.lora, f"lora in {folder}")
     model = model if lora is None else add_lora(model, lora)
-    fill(model, read_folder(folder), config["nf4"], str(folder), mapped=mapped)
+    fill(model, read_folder(folder), config.nf4, str(folder), mapped=mapped)
     model.origin = str(folder)
     return model
 
@@ -173,22 +204,31 @@ def adapter_config(model: Mixtral, folder: Path) -> LoraConfig:
       BimedixError: not one of our folders, or made for another base.
     """
     record = read_adapter_config(folder)
-    check_base(record["base"], model, folder)
-    fields = {field.name: record[field.name] for field in dataclasses.fields(LoraConfig)}
-    return parse(LoraConfig, fields, str(folder / ADAPTER_CONFIG))
+    check_base(record.base, model, folder)
+    return lora_config(record, folder / ADAPTER_CONFIG)
 
 
-def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+def lora_config(record: AdapterJson, source: Path) -> LoraConfig:
+    """The part of adapter_config.json that describes the adapters."""
+    names = {field.name for field in dataclasses.fields(LoraConfig)}
+    fields = {name: value for name, value in (record.model_extra or {}).items() if name in names}
+    missing = sorted(names - fields.keys())
+    if missing:
+        raise BimedixError(f"{source} lacks the key {missing[0]}; copy the folder again.")
+    return parse(LoraConfig, fields, str(source))
+
+
+def read_adapter_config(folder: str | Path) -> AdapterJson:
     """adapter_config.json of a folder that `save_adapter` wrote."""
-    return read_config(Path(folder) / ADAPTER_CONFIG, ADAPTER_FORMAT, OLDER_ADAPTER)
+    return read_config(Path(folder) / ADAPTER_CONFIG, AdapterJson, ADAPTER_FORMAT, OLDER_ADAPTER)
 
 
 def adapter_router(model: Mixtral, folder: Path) -> RouterConfig:
     """The router that an adapter was trained with; that of `model` where the folder names none."""
     record = read_adapter_config(folder)
-    if "router" not in record:
+    if "router" not in record.model_fields_set:
         return model.config.router
-    return parse(RouterConfig, record["router"], f"router in {folder / ADAPTER_CONFIG}")
+    return parse(RouterConfig, record.router, f"router in {folder / ADAPTER_CONFIG}")
 
 
 def saved_beside_base(model: Mixtral) -> Any:
@@ -196,21 +236,20 @@ def saved_beside_base(model: Mixtral) -> Any:
     return nnx.filterlib.Any(is_trainable(model), RouterState)
 
 
-def check_base(theirs: dict[str, Any], model: Mixtral, folder: Path) -> None:
+def check_base(theirs: BaseJson, model: Mixtral, folder: Path) -> None:
     """Compares the base that the adapter in `folder` records, `base_identity` and its configuration, with `model`.
 
     Raises:
       BimedixError: it is another one.
     """
     ours = base_identity(model)
-    here, there = dataclasses.asdict(model.config), theirs["config"]
+    here, there = dataclasses.asdict(model.config), theirs.config
     differing = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
-    if theirs["architecture"] != ours["architecture"]:
+    if theirs.architecture != ours["architecture"]:
         what = "; ".join(differing) or "other parameter shapes"
         raise BimedixError(f"The adapter {folder} was trained on another base ({what}); load that one.")
-    other = [
-        part for part in ("weights", "router") if None not in (theirs[part], ours[part]) and theirs[part] != ours[part]
-    ]
+    recorded = {"weights": theirs.weights, "router": theirs.router}
+    other = [part for part, value in recorded.items() if None not in (value, ours[part]) and value != ours[part]]
     if other:
         raise BimedixError(
             f"The adapter {folder} was trained on another base of the same architecture (its "
@@ -296,7 +335,7 @@ def nf4_layout(value: NF4Tensor) -> dict[str, Any]:
 def fill(
     model: Mixtral,
     tensors: dict[str, StoredTensor],
-    layouts: dict[str, Any],
+    packed: dict[str, NF4Json],
     source: str,
     only: Collection[str] | None = None,
     mapped: bool = False,
@@ -312,15 +351,14 @@ def fill(
         if only is not None and name not in only:
             continue
         expected = variable.get_value()
-        if name in layouts:
-            layout = layouts[name] | {"unit_shape": tuple(layouts[name]["unit_shape"])}
+        if name in packed:
             parts = {
                 part: take(left, f"{name}.{part}", source, mapped) if f"{name}.{part}" in left else None
                 for part in NF4_PARTS
             }
             if parts["packed"] is None or parts["absmax"] is None:
                 raise BimedixError(f"{source} lacks parts of the 4-bit weight {name}; save the model again.")
-            value = NF4Tensor(**parts, **layout)
+            value = NF4Tensor(**parts, **packed[name].model_dump())
             fits = value.shape == tuple(expected.shape)
         else:
             value = take(left, name, source, mapped)
@@ -349,15 +387,10 @@ def take(left: dict[str, StoredTensor], name: str, source: str, mapped: bool) ->
     return jax.device_put(tensor.read(out=buffers.aligned_empty(tensor.shape, tensor.dtype)))
 
 
-def read_config(path: Path, *expected: str) -> dict[str, Any]:
-    """The JSON object at `path`, of one of the formats `expected`."""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise BimedixError(f"{path} cannot be read ({error.strerror}); name a folder that holds it.") from error
-    except ValueError as error:
-        raise BimedixError(f"{path} cannot be read (not JSON: {error}); copy the folder again.") from error
-    found = config.get("format") if isinstance(config, dict) else None
-    if found not in expected:
-        raise BimedixError(f"{path} has format {found!r}, expected {expected[0]!r}; name a folder that bimedix wrote.")
-    return config
+def read_config(path: Path, schema: type[Versioned], *formats: str) -> Versioned:
+    """The JSON object at `path`, of one of these formats."""
+    remedy = "name a folder that bimedix wrote, or copy the folder again"
+    raw = read_json(path, dict[str, Any], remedy)
+    if raw.get("format") not in formats:
+        raise BimedixError(f"{path} has format {raw.get('format')!r}, expected {formats[0]!r}; {remedy}.")
+    return validate(raw, schema, str(path), remedy)

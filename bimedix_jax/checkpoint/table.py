@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from bimedix_jax.checkpoint.safetensors_io import DTYPES, StoredTensor
+from bimedix_jax.checkpoint.dtypes import FLOATS
+from bimedix_jax.checkpoint.safetensors_io import StoredTensor
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.config import MixtralConfig
 
@@ -56,8 +57,6 @@ down_proj [E, D, F]."""
 
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Buffers of old exports that follow from rope_theta."""
-
-FLOATS = tuple(DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
 
 
 @dataclasses.dataclass(frozen=True)

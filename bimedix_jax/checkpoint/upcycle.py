@@ -9,23 +9,20 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from rich.console import Console
-from tqdm import tqdm
+from pydantic import BaseModel
 
-from bimedix_jax.checkpoint import gguf, hub, table
-from bimedix_jax.checkpoint.hf_config import read_dense_config, read_json, write_config
-from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, StoredTensor, TensorSpec, pieces, read_folder
+from bimedix_jax import files
+from bimedix_jax.checkpoint import hub, table
+from bimedix_jax.checkpoint.hf_config import raw_config, read_dense_config, write_config
+from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.stream import Piece, stream_to
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import new_folder
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
-from bimedix_jax.quickstart import base_model
 
 REPORT_NAME = "upcycle.json"
 
@@ -40,7 +37,7 @@ KEPT_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class UpcycleRecipe:
     """How experts and routers start."""
 
     experts: int
@@ -53,6 +50,8 @@ class Recipe:
     router_init: Literal["normal", "zero"] = "normal"
     router_std: float = 0.02
     seed: int = 0
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
@@ -86,7 +85,7 @@ class Source:
         return self.tensors[table.named(DENSE_NAMES.get(row.path, row.name), index)]
 
 
-def open_source(folder: Path, recipe: Recipe, ignore_config_keys: Collection[str] = ()) -> Source:
+def open_source(folder: Path, recipe: UpcycleRecipe, ignore_config_keys: Collection[str] = ()) -> Source:
     """Reads and checks a dense Hugging Face folder. Raises BimedixError for what cannot be upcycled."""
     dense = read_dense_config(folder, ignore_config_keys)
     try:
@@ -107,7 +106,7 @@ def open_source(folder: Path, recipe: Recipe, ignore_config_keys: Collection[str
 def upcycle(
     folder: Path,
     output: str | Path,
-    recipe: Recipe,
+    recipe: UpcycleRecipe,
     base: str | None = None,
     overwrite: bool = False,
     ignore_config_keys: Collection[str] = (),
@@ -130,40 +129,41 @@ def upcycle(
         )
         for name, (row, index) in names.items()
     ]
-    with new_folder(output, overwrite) as partial:
-        with (
-            ShardedWriter(partial, specs) as writer,
-            tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="upcycling", delay=2.0, disable=None) as bar,
-        ):
-            for spec in specs:
-                row, index = names[spec.name]
-                if row.path in DENSE_NAMES:
-                    continue
-                if row.path == ROUTER:
-                    writer.write(spec.name, router_weights(spec, recipe))
-                else:
-                    for first, count in pieces(spec):
-                        writer.write(spec.name, source.dense(row, index).read(first, count), first)
-                bar.update(spec.nbytes)
-            distances = [write_experts(source, layer, recipe, writer, bar) for layer in range(config.num_layers)]
-        raw = read_json(folder)
+    distances: list[float] = []
+
+    def upcycled() -> Iterator[Piece]:
+        for spec in specs:
+            row, index = names[spec.name]
+            if row.path == ROUTER:
+                yield spec.name, 0, router_weights(spec, recipe)
+            elif row.path not in DENSE_NAMES:
+                for first, count in pieces(spec):
+                    yield spec.name, first, source.dense(row, index).read(first, count)
+        for layer in range(config.num_layers):
+            distances.append((yield from expert_pieces(source, layer, recipe)))
+
+    def finish(partial: Path) -> None:
+        raw = raw_config(folder)
         hub.copy_companions(folder, partial)
         write_config(partial, config, str(router_dtype), {k: raw[k] for k in KEPT_CONFIG_KEYS if k in raw})
         found = report(base or str(folder), recipe, distances)
         (partial / REPORT_NAME).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    return found
+
+    stream_to(output, specs, upcycled(), "upcycling", finish, overwrite)
+    return report(base or str(folder), recipe, distances)
 
 
-def router_weights(spec: TensorSpec, recipe: Recipe) -> np.ndarray:
+def router_weights(spec: TensorSpec, recipe: UpcycleRecipe) -> np.ndarray:
     if recipe.router_init == "zero":
         return np.zeros(spec.shape, spec.dtype)
     return (recipe.router_std * recipe.draws(spec.name).standard_normal(spec.shape, np.float32)).astype(spec.dtype)
 
 
-def write_experts(source: Source, layer: int, recipe: Recipe, writer: ShardedWriter, bar: tqdm) -> float:
-    """Writes all experts of a layer; returns their mean pairwise distance, relative to the norm of the dense weights.
+def expert_pieces(source: Source, layer: int, recipe: UpcycleRecipe) -> Generator[Piece, None, float]:
+    """Yields the weights of a layer's experts; returns the experts' mean pairwise distance, relative to the norm of the
+    dense weights.
 
-    Reads one dense matrix at a time into memory.
+    One dense matrix at a time is in memory.
     """
     experts = range(recipe.experts)
     dropped = [dropped_dimensions(layer, expert, source.config.intermediate_size, recipe) for expert in experts]
@@ -176,8 +176,7 @@ def write_experts(source: Source, layer: int, recipe: Recipe, writer: ShardedWri
             for first, count in pieces(dense):
                 rows = dense.read(first, count)
                 for name in names:
-                    writer.write(name, rows, first)
-                    bar.update(rows.nbytes)
+                    yield name, first, rows
             continue
         whole = dense.read().astype(np.float32)
         norm += float(np.vdot(whole, whole))
@@ -186,8 +185,7 @@ def write_experts(source: Source, layer: int, recipe: Recipe, writer: ShardedWri
         for parts in zip(*streams, strict=True):
             first, count = parts[0][0], len(parts[0][1])
             for name, (_, rows) in zip(names, parts, strict=True):
-                writer.write(name, rows, first)
-                bar.update(rows.nbytes)
+                yield name, first, rows
             # Gram matrix of the differences from the dense weights: exact zeros stay exact
             moved = np.stack([rows.astype(np.float32) - whole[first : first + count] for _, rows in parts])
             flat = moved.reshape(recipe.experts, -1)
@@ -198,7 +196,7 @@ def write_experts(source: Source, layer: int, recipe: Recipe, writer: ShardedWri
     return float(np.mean([np.sqrt(max(gram[i, i] + gram[j, j] - 2 * gram[i, j], 0.0) / norm) for i, j in pairs]))
 
 
-def dropped_dimensions(layer: int, expert: int, width: int, recipe: Recipe) -> np.ndarray:
+def dropped_dimensions(layer: int, expert: int, width: int, recipe: UpcycleRecipe) -> np.ndarray:
     """bool [F]: the inner dimensions this expert draws anew; the same for its w1, w3 and w2."""
     draws = recipe.draws(f"layers.{layer}.experts.{expert}.dropped")
     dropped = np.zeros(width, bool)
@@ -207,7 +205,7 @@ def dropped_dimensions(layer: int, expert: int, width: int, recipe: Recipe) -> n
 
 
 def perturbed(
-    whole: np.ndarray, spec: TensorSpec, dropped: np.ndarray, axis: int, name: str, recipe: Recipe
+    whole: np.ndarray, spec: TensorSpec, dropped: np.ndarray, axis: int, name: str, recipe: UpcycleRecipe
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, rows in the stored dtype) of one expert's matrix: dense rows, with what is dropped along `axis`
     redrawn."""
@@ -226,7 +224,7 @@ def perturbed(
         yield first, rows.astype(spec.dtype)
 
 
-def report(base: str, recipe: Recipe, distances: list[float]) -> dict[str, Any]:
+def report(base: str, recipe: UpcycleRecipe, distances: list[float]) -> dict[str, Any]:
     warnings = []
     if recipe.identical:
         warnings.append(
@@ -247,20 +245,13 @@ def report(base: str, recipe: Recipe, distances: list[float]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def dense_source(base: str, revision: str | None, scratch: Path, console: Console) -> Iterator[Path]:
-    """The dense Hugging Face folder that `base` names: smollm2-135m, a folder, a .gguf file, or a hub id.
+class UpcycleFacts(BaseModel):
+    """The part of upcycle.json that other commands read."""
 
-    A GGUF file is converted to bfloat16 in a folder under `scratch` that is removed afterwards.
-    """
-    if revision is not None and (base == base_model.NAME or base.endswith(".gguf")):
-        raise BimedixError(f"{base} has no revisions; leave --revision out.")
-    if base == base_model.NAME:
-        yield base_model.dense_folder(console)
-        return
-    if not base.endswith(".gguf"):
-        yield hub.resolve(base, revision)
-        return
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch) as temporary:
-        yield gguf.convert(base, Path(temporary) / "dense")
+    warnings: list[str]
+    expert_distance: float
+
+
+def read_report(folder: Path) -> UpcycleFacts:
+    """Reads upcycle.json of a mixture; raises BimedixError where it is missing or damaged."""
+    return files.read_json(folder / REPORT_NAME, UpcycleFacts, "upcycle the dense model again")

@@ -40,8 +40,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     from bimedix_jax.quickstart import job
 
-    settings = job.Settings.read(folder) if config.resume else job.Settings.of(config.smoke, config.steps, config.base)
-    return job.run(folder, settings, config.resume, console)
+    make = job.QuickstartOptions
+    options = make.read(folder) if config.resume else make.of(config.smoke, config.steps, config.base)
+    return job.run_quickstart(folder, options, config.resume, console)
 
 
 def newest_unfinished() -> Path:

@@ -40,11 +40,12 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint import upcycle
+    from bimedix_jax.quickstart.base_model import dense_source
 
-    recipe = upcycle.Recipe(
+    recipe = upcycle.UpcycleRecipe(
         config.experts, config.top_k, config.drop_rate, config.noise, config.router_init, config.router_std, config.seed
     )
-    with upcycle.dense_source(config.base, config.revision, config.output.resolve().parent, console) as folder:
+    with dense_source(config.base, config.revision, config.output.resolve().parent, console) as folder:
         report = upcycle.upcycle(folder, config.output, recipe, config.base, config.overwrite, config.ignore_config_key)
     console.print(
         f"{config.output}: {config.experts} experts, top-{config.top_k}, mean distance between experts "

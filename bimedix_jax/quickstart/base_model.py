@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from bimedix_jax.checkpoint import gguf
+from bimedix_jax.checkpoint import gguf, hub
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import new_folder, sha256
 
@@ -57,6 +59,25 @@ def dense_folder(console: Console) -> Path:
         with new_folder(folder, overwrite=True) as partial:  # another process may have finished first: same bytes
             shutil.copytree(dense, partial, dirs_exist_ok=True)
     return folder
+
+
+@contextmanager
+def dense_source(base: str, revision: str | None, scratch: Path, console: Console) -> Iterator[Path]:
+    """The dense Hugging Face folder that `base` names: smollm2-135m, a folder, a .gguf file, or a hub id.
+
+    A GGUF file is converted to bfloat16 in a folder under `scratch` that is removed afterwards.
+    """
+    if revision is not None and (base == NAME or base.endswith(".gguf")):
+        raise BimedixError(f"{base} has no revisions; leave --revision out.")
+    if base == NAME:
+        yield dense_folder(console)
+        return
+    if not base.endswith(".gguf"):
+        yield hub.resolve(base, revision)
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch) as temporary:
+        yield gguf.convert(base, Path(temporary) / "dense")
 
 
 def download(scratch: Path) -> Path:

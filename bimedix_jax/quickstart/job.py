@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console
@@ -34,7 +34,8 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 from bimedix_jax.presets import PRESETS
-from bimedix_jax.quickstart.base_model import cache_folder
+from bimedix_jax.quickstart import page
+from bimedix_jax.quickstart.base_model import cache_folder, dense_source
 from bimedix_jax.quickstart.tiny import tiny_dense
 from bimedix_jax.routing.load import ExpertLoad, expert_load
 from bimedix_jax.routing.picture import draw
@@ -53,31 +54,29 @@ LOAD_EVERY = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class QuickstartOptions:
     """What a quickstart does; kept in its folder so that `--resume` does the same."""
 
     smoke: bool
     steps: int
     base: str
-    recipe: upcycle.Recipe
+    recipe: upcycle.UpcycleRecipe
     max_new_tokens: int
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     @classmethod
-    def of(cls, smoke: bool, steps: int | None, base: str) -> "Settings":
-        recipe = upcycle.Recipe(experts=4, top_k=2)
+    def of(cls, smoke: bool, steps: int | None, base: str) -> "QuickstartOptions":
+        recipe = upcycle.UpcycleRecipe(experts=4, top_k=2)
         if smoke:
             return cls(True, steps or 12, "a tiny random model", recipe, 16)
         return cls(False, steps or PRESETS["quickstart"]().steps or 1, base, recipe, 72)
 
     @classmethod
-    def read(cls, folder: Path) -> "Settings":
-        try:
-            plain = json.loads((folder / "settings.json").read_text("utf-8"))
-            return cls(**{**plain, "recipe": upcycle.Recipe(**plain["recipe"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise BimedixError(
-                f"{folder} holds no quickstart to continue ({error}); start one without --resume"
-            ) from error
+    def read(cls, folder: Path) -> "QuickstartOptions":
+        if not (folder / "settings.json").is_file():
+            raise BimedixError(f"{folder} holds no quickstart to continue; start one without --resume")
+        return files.read_json(folder / "settings.json", cls, "start a new quickstart without --resume")
 
     def experiment(self, base: Path, packed: Path) -> Experiment:
         """The training run, a delta of the preset."""
@@ -123,22 +122,22 @@ class Measured:
         return {group: score["accuracy"] for group, score in self.choice["by_group"].items() if "/" not in group}
 
 
-def run(folder: Path, settings: Settings, resume: bool, console: Console) -> dict[str, Any]:
+def run_quickstart(folder: Path, options: QuickstartOptions, resume: bool, console: Console) -> dict[str, Any]:
     """Walks the whole way into `folder` and returns the result (also written to result.json)."""
     began = time.perf_counter()
     console.print(f"[bold]{NOTICE_EN}[/]\n{NOTICE_AR}\n")
     try:
-        prepare_folder(folder, settings, resume)
-        base = prepare_base(folder, settings, console)
+        prepare_folder(folder, options, resume)
+        base = prepare_base(folder, options, console)
         tokenizer = load_tokenizer(base)
-        require_fit(tokenizer, vocab_size_of(base), settings.base)
-        packed = prepare_rows(folder, tokenizer, settings, console)
-        experiment = settings.experiment(base, packed)
+        require_fit(tokenizer, vocab_size_of(base), options.base)
+        packed = prepare_rows(folder, tokenizer, options, console)
+        experiment = options.experiment(base, packed)
         lora = experiment.lora
         assert lora is not None  # the preset has adapters
-        before, after, model = tune(folder, base, tokenizer, experiment, lora, settings, resume, console)
-        answers = ask(model, tokenizer, settings, console)
-        result = conclude(folder, base, settings, before, after, answers, time.perf_counter() - began)
+        before, after, model = tune(folder, base, tokenizer, experiment, lora, options, resume, console)
+        answers = ask(model, tokenizer, options, console)
+        result = conclude(folder, base, options, before, after, answers, time.perf_counter() - began)
     except Interrupted:
         raise
     except KeyboardInterrupt as stop:
@@ -151,46 +150,46 @@ def resume_command(folder: Path) -> str:
     return f"bimedix quickstart --resume --out {folder}"
 
 
-def prepare_folder(folder: Path, settings: Settings, resume: bool) -> None:
+def prepare_folder(folder: Path, options: QuickstartOptions, resume: bool) -> None:
     if resume:
         return
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise BimedixError(f"{folder} exists already; continue it with --resume, or name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", dataclasses.asdict(settings))
+    write_json(folder / "settings.json", dataclasses.asdict(options))
 
 
 def write_json(path: Path, value: Any) -> None:
     files.write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
-def prepare_base(folder: Path, settings: Settings, console: Console) -> Path:
+def prepare_base(folder: Path, options: QuickstartOptions, console: Console) -> Path:
     """The mixture to start from: cached, since it is the same every time; that of a smoke run is in its own folder."""
     console.rule("1. Upcycle a dense model into a mixture of experts")
-    key = json.dumps([settings.base, dataclasses.asdict(settings.recipe), __version__])
+    key = json.dumps([options.base, dataclasses.asdict(options.recipe), __version__])
     name = f"quickstart-base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    target = folder / "base" if settings.smoke else cache_folder() / name
+    target = folder / "base" if options.smoke else cache_folder() / name
     if not target.exists():
-        if settings.smoke:
+        if options.smoke:
             tiny_dense(folder / "dense")
-        source = str(folder / "dense") if settings.smoke else settings.base
+        source = str(folder / "dense") if options.smoke else options.base
         target.parent.mkdir(parents=True, exist_ok=True)
-        with upcycle.dense_source(source, None, target.parent, console) as dense:
-            upcycle.upcycle(dense, target, settings.recipe, settings.base)
-    facts = json.loads((target / "upcycle.json").read_text("utf-8"))
+        with dense_source(source, None, target.parent, console) as dense:
+            upcycle.upcycle(dense, target, options.recipe, options.base)
+    report = upcycle.read_report(target)
     console.print(
-        f"{settings.base}: {settings.recipe.experts} experts, top-{settings.recipe.top_k}, in {target}", highlight=False
+        f"{options.base}: {options.recipe.experts} experts, top-{options.recipe.top_k}, in {target}", highlight=False
     )
-    for warning in facts["warnings"]:
+    for warning in report.warnings:
         console.print(f"[yellow]note:[/] {warning}", highlight=False)
     return target
 
 
-def prepare_rows(folder: Path, tokenizer: Tokenizer, settings: Settings, console: Console) -> Path:
+def prepare_rows(folder: Path, tokenizer: Tokenizer, options: QuickstartOptions, console: Console) -> Path:
     """The sample's training records, packed."""
     console.rule("2. Pack the bilingual sample")
     packed = folder / "packed"
-    length = settings.experiment(folder, packed).data.sequence_length
+    length = options.experiment(folder, packed).data.sequence_length
     if not packed.exists():
         records = list(sample("train"))
         order = np.random.default_rng(0).permutation(len(records))
@@ -214,10 +213,10 @@ def prepare_rows(folder: Path, tokenizer: Tokenizer, settings: Settings, console
     return packed
 
 
-def heldout_records(settings: Settings) -> list[Record]:
+def heldout_records(options: QuickstartOptions) -> list[Record]:
     """The held-out part of the sample; a smoke run takes the shortest record of each language and kind."""
     records = list(sample("heldout"))
-    if not settings.smoke:
+    if not options.smoke:
         return records
     shortest: dict[tuple[str, str], Record] = {}
     for record in sorted(records, key=lambda record: len(record.model_dump_json())):
@@ -225,14 +224,14 @@ def heldout_records(settings: Settings) -> list[Record]:
     return list(shortest.values())
 
 
-def measure(model: Mixtral, tokenizer: Tokenizer, settings: Settings, path: Path) -> Measured:
+def measure(model: Mixtral, tokenizer: Tokenizer, options: QuickstartOptions, path: Path) -> Measured:
     """Evaluates, or reads what an interrupted run measured."""
     if path.exists():
         return Measured.read(path)
-    records = heldout_records(settings)
+    records = heldout_records(options)
     loss = heldout_loss(model, tokenizer, records).to_dict()
     choice = multiple_choice(model, tokenizer, [record for record in records if record.choices is not None]).to_dict()
-    load = expert_load(model, tokenizer, records if settings.smoke else records[::LOAD_EVERY])
+    load = expert_load(model, tokenizer, records if options.smoke else records[::LOAD_EVERY])
     measured = Measured(loss, choice, load)
     write_json(path, measured.to_dict())
     return measured
@@ -244,7 +243,7 @@ def tune(
     tokenizer: Tokenizer,
     experiment: Experiment,
     lora: LoraConfig,
-    settings: Settings,
+    options: QuickstartOptions,
     resume: bool,
     console: Console,
 ) -> tuple[Measured, Measured, Mixtral]:
@@ -254,7 +253,7 @@ def tune(
     model = add_lora(load(base, base="nf4"), lora, experiment.seed)
     console.print(coverage(model).table())
     console.rule("4. Evaluate before")
-    before = measure(model, tokenizer, settings, folder / "before.json")
+    before = measure(model, tokenizer, options, folder / "before.json")
     console.print(loss_table(before.heldout))
     console.rule("5. Train the adapters")
     training = folder / "training"
@@ -267,20 +266,24 @@ def tune(
         resume_command=resume_command(folder),
     )
     console.rule("6. Evaluate after")
-    after = measure(outcome.model, tokenizer, settings, folder / "after.json")
+    after = measure(outcome.model, tokenizer, options, folder / "after.json")
     console.print(loss_table(after.heldout, before.heldout))
     console.print(accuracy_table(after.choice, before.choice))
     return before, after, outcome.model
 
 
-def ask(model: Mixtral, tokenizer: Tokenizer, settings: Settings, console: Console) -> dict[str, dict[str, str]]:
+def ask(
+    model: Mixtral, tokenizer: Tokenizer, options: QuickstartOptions, console: Console
+) -> dict[str, dict[str, str]]:
     """One question in each language."""
     console.rule("7. Ask")
-    options = ChatOptions(max_new_tokens=settings.max_new_tokens, temperature=0.0, top_p=None, repetition_penalty=1.15)
+    chat_options = ChatOptions(
+        max_new_tokens=options.max_new_tokens, temperature=0.0, top_p=None, repetition_penalty=1.15
+    )
     answers = {}
     for language, question in QUESTIONS.items():
         console.print(f"[bold]{question}[/]", highlight=False)
-        answer = reply(model, tokenizer, question, options=options)
+        answer = reply(model, tokenizer, question, options=chat_options)
         console.print(answer or "(no answer)", highlight=False, markup=False)
         answers[language] = {"question": question, "answer": answer}
     return answers
@@ -289,19 +292,19 @@ def ask(model: Mixtral, tokenizer: Tokenizer, settings: Settings, console: Conso
 def conclude(
     folder: Path,
     base: Path,
-    settings: Settings,
+    options: QuickstartOptions,
     before: Measured,
     after: Measured,
     answers: dict[str, dict[str, str]],
     seconds: float,
 ) -> dict[str, Any]:
     """Pictures, report and result."""
-    distance = json.loads((base / "upcycle.json").read_text("utf-8"))["expert_distance"]
+    distance = upcycle.read_report(base).expert_distance
     loads = {"before": before.load, "after": after.load}
     load_picture = draw(loads, folder / "expert_load.png", expert_distance=distance if distance < 0.05 else None)
     metrics = read_metrics(folder / "training")
     bits = [measured.heldout["bits_per_byte"] for measured in (before, after)]
-    title = f"{settings.base}, {settings.recipe.experts} experts top-{settings.recipe.top_k}, 4-bit base, adapters"
+    title = f"{options.base}, {options.recipe.experts} experts top-{options.recipe.top_k}, 4-bit base, adapters"
     run_picture = draw_run(metrics, bits[0], bits[1], folder / "run.png", title)
     result = {
         "loss_before": before.heldout["nats_per_token"],
@@ -311,7 +314,7 @@ def conclude(
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
         "answers": answers,
-        "steps": settings.steps,
+        "steps": options.steps,
         "peak_rss_bytes": peak_rss_bytes(),
         "seconds": seconds,
         "base": str(base),

