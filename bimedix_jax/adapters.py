@@ -1,4 +1,4 @@
-"""Low-rank adapters on a Mixtral: attaching them, counting them, and telling what trains."""
+"""Low-rank adapters on a Mixtral: adding them, counting them, and selecting the parameters that train."""
 
 import dataclasses
 import itertools
@@ -33,14 +33,14 @@ def has_lora(model: Mixtral) -> bool:
 
 
 def is_trainable(model: Mixtral) -> Any:
-    """Filter for `nnx.split`: what trains beside a frozen base, or every parameter of a model without adapters."""
+    """Filter for `nnx.split`: the trained parameters of a model with adapters, or every parameter of one without."""
     return nnx.filterlib.Any(nnx.LoRAParam, TrainedParam) if model.lora is not None else nnx.Param
 
 
 def make_factor(
     name: str, shape: tuple[int, ...], axes: tuple, bound: float, seed: int, abstract: bool
 ) -> nnx.LoRAParam:
-    """Uniform in [-bound, bound] from the factor's own name; shapes only for a model without storage."""
+    """A factor drawn uniformly from [-bound, bound] with a key derived from its name; shape only if `abstract`."""
     if abstract:
         return nnx.LoRAParam(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
@@ -64,8 +64,8 @@ def matrix_names(path: tuple[str, ...], lead: tuple[int, ...]) -> list[str]:
     return names
 
 
-def places(layer: Linear | ExpertLinear) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Where the factors of each adapted matrix lie: index into the weight's leading axes -> into those of a and b."""
+def factor_indices(layer: Linear | ExpertLinear) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """For every adapted matrix: its index in the leading axes of the weight -> its index in those of a and b."""
     if layer.lora is None:
         return {}
     indices = list(itertools.product(*map(range, layer.w.get_value().shape[:-2])))
@@ -77,7 +77,7 @@ def places(layer: Linear | ExpertLinear) -> dict[tuple[int, ...], tuple[int, ...
 def attach(
     layer: Linear | ExpertLinear, path: tuple[str, ...], slots: list[int], config: LoraConfig, seed: int
 ) -> None:
-    """Gives the matrices `slots` of a layer their factors: a as PEFT draws it (Kaiming-uniform, 1/sqrt(in)), b zero."""
+    """Adds factors for the matrices `slots` of a layer: a is drawn as in PEFT (Kaiming-uniform, 1/sqrt(in)), b is 0."""
     *lead, width_in, width_out = layer.w.get_value().shape
     rank, name, every = config.rank_of(path[-1]), ".".join(path), len(slots) == math.prod(lead)
     a_axes, b_axes = lora_axes(layer.w.get_metadata("axes"))
@@ -90,10 +90,10 @@ def attach(
 
 
 def add_lora(model: Mixtral, config: LoraConfig, seed: int = 0) -> Mixtral:
-    """The model with fresh adapters, which change nothing until trained; its base is shared, not copied.
+    """The model with new adapters, which change nothing until they are trained. The base is shared, not copied.
 
     Raises:
-      BimedixError: the model has adapters already, or a target or override matched no layer.
+      BimedixError: the model already has adapters, or a target or override matched no layer.
     """
     if has_lora(model):
         raise BimedixError("This model carries adapters already; load the base without them, or merge them first.")
@@ -128,7 +128,7 @@ def add_lora(model: Mixtral, config: LoraConfig, seed: int = 0) -> Mixtral:
 
 
 def train_in_full(layer: Linear) -> None:
-    """Makes a layer's weight trainable, in float32: small updates vanish in bfloat16."""
+    """Makes a layer's weight trainable in float32, because small updates vanish in bfloat16."""
     weight, axes = layer.w.get_value(), layer.w.get_metadata("axes")
     if isinstance(weight, jax.ShapeDtypeStruct):
         layer.w = TrainedParam(jax.ShapeDtypeStruct(weight.shape, jnp.float32), axes=axes)
@@ -144,8 +144,8 @@ class CoverageRow:
       bits: storage per weight in bits, scales included.
       matrices, adapted: how many matrices are stacked in it, and how many of them have an adapter.
       rank: of its adapters; None without any.
-      full_rank: whether the adapter's rank reaches the matrix's smaller side, so that it restricts nothing.
-      trainable: trained parameters, of the adapter or of the tensor itself.
+      full_rank: whether the adapter's rank is at least the matrix's smaller side, so that any update can be learned.
+      trainable: how many parameters train: those of the adapters, or those of the tensor itself.
     """
 
     name: str
@@ -162,7 +162,7 @@ class CoverageRow:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """What is stored in how many bits, what has an adapter, what trains."""
+    """The storage, adapters and trained parameters of every base tensor."""
 
     rows: tuple[CoverageRow, ...]
 
@@ -217,10 +217,10 @@ class Coverage:
 
 
 def coverage(model: Mixtral) -> Coverage:
-    """Counts every base tensor; works on a model that has shapes only.
+    """A row for every base tensor; also works for a model that has shapes only.
 
     Raises:
-      BimedixError: a linear layer's adapter does not belong to it (shapes differ).
+      BimedixError: the shapes of an adapter do not fit its linear layer.
     """
     adapted = {path: layer.lora for path, layer in linears(model).items()}
     rows = []
@@ -258,7 +258,9 @@ def with_adapter(row: CoverageRow, lora: Lora) -> CoverageRow:
     adapted = row.matrices if lora.slots is None else len(lora.slots)
     fits = (math.prod(a[:-2]), a[-2], b[-1]) == (adapted, *row.shape[-2:]) and (*b[:-2], b[-2]) == (*a[:-2], a[-1])
     if not fits:
-        raise BimedixError(f"The adapter of {row.name} does not fit its base {row.shape}; it is of another model.")
+        raise BimedixError(
+            f"The adapter of {row.name} does not fit its base {row.shape}; load the adapter with the model it was trained on."
+        )
     return dataclasses.replace(
         row,
         adapted=adapted,

@@ -2,8 +2,8 @@
 
 Text is kept, saved and by default printed in logical order, which is what terminals with bidirectional support expect
 (GNOME Terminal, Konsole, mlterm, Apple's Terminal) and what copying and screen readers need. Others (Windows Terminal,
-kitty, Alacritty, xterm, most multiplexers) show it mirrored and unjoined; for them a line is reordered here. No
-terminal can be asked which sort it is, so the user says.
+kitty, Alacritty, xterm, most multiplexers) show it mirrored and with unjoined letters; for them `visual` reorders a
+line. A program cannot find out which kind of terminal it writes to, so the user chooses.
 """
 
 import re
@@ -17,7 +17,7 @@ _ARABIC = re.compile(r"[\u0590-\u08ff]")
 def visual(line: str) -> str:
     """`line` joined and in visual order (Unicode bidirectional algorithm); unchanged where it has no Arabic.
 
-    Vowel marks are left out: in visual order a terminal would put them on the wrong letter.
+    Vowel marks are left out, because in visual order a terminal draws them on the wrong letter.
     """
     if not _ARABIC.search(line):
         return line

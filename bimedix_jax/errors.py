@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exception for problems that the user can fix."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 class BimedixError(Exception):
     """Something the user asked for cannot be done.
 
-    The message is one clear sentence that names what is wrong and how to put it right: the command line prints it as
-    `error: <message>` and exits with 1. Anything that is a bug here must stay an ordinary exception.
+    The message is one clear sentence that names the problem and the remedy. The command line prints it as
+    `error: <message>` and exits with 1. A bug of this project must stay an ordinary exception.
     """
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script as the command line runs commands: of a BimedixError only its sentence is printed, exit code 1."""
+    """Runs the main function of a script; for a BimedixError it prints the message only and exits with 1."""
     try:
         main()
     except BimedixError as error:

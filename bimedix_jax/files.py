@@ -25,11 +25,10 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on any error or Ctrl-C.
 
     Readers therefore see either no folder or a complete one. Only a kill that Python cannot catch leaves the sibling
-    behind, under a name that says so: `.<name>.<random>.partial`.
+    behind; its name is `.<name>.<random>.partial`.
 
     Raises:
-        BimedixError: `path` is a file, is not empty and `overwrite` is False, or holds the working directory (replacing
-            that is never what was meant).
+        BimedixError: `path` is a file, is not empty and `overwrite` is False, or contains the working directory.
     """
     target = Path(path).resolve()  # a symlink to a folder keeps pointing there; its contents are replaced
     check_replaceable(target, overwrite)
@@ -41,10 +40,10 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterato
         raise BimedixError(f"cannot create {target} ({error.strerror}); name a folder that can be written") from error
     try:
         yield partial
-        check_replaceable(target, overwrite)  # long work lies in between: someone else may have written there
+        check_replaceable(target, overwrite)  # another process may have written there in the meantime
         _replace(partial, target)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone after a success; here only what failed is left
+        shutil.rmtree(partial, ignore_errors=True)  # exists only after a failure; a success has renamed it
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -62,13 +61,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
-    """`folder / name`, checked to stay inside `folder`. `name` comes from a file we did not write, an index for one.
+    """`folder / name`, checked to stay inside `folder`. Use it for names from files of other people, such as an index of shards.
 
     A symlink may leave the folder only as the Hugging Face hub cache does it: `snapshots/<revision>/name` points to a
     file in `blobs/` beside `snapshots/`. The file itself need not exist.
 
     Raises:
-        BimedixError: `name` is absolute, climbs with `..`, holds a backslash or a NUL, or a symlink leads elsewhere.
+        BimedixError: `name` is absolute, contains `..`, a backslash or a NUL, or a symlink leads elsewhere.
     """
     root = Path(folder)
     parts = Path(name).parts
@@ -79,7 +78,7 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
     if real_root.parent.name == "snapshots":
         allowed.append(real_root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
-        raise BimedixError(f"{root / name} is a link to {real}, outside its folder; put a copy there instead")
+        raise BimedixError(f"{root / name} is a link to {real}, outside its folder; replace the link with a copy")
     return root / name
 
 
@@ -90,19 +89,19 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _sibling(target: Path, suffix: str) -> Path:
-    """A fresh name beside `target`: the same file system, so that a rename is atomic."""
+    """An unused name in the folder of `target`: on the same file system a rename is atomic."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def check_replaceable(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """What `new_folder` checks, for callers with long work before they write.
+    """The checks of `new_folder`, for callers that work for a long time before they write.
 
     Raises:
         BimedixError: as `new_folder`.
     """
     target = Path(path).resolve()
     if Path.cwd().is_relative_to(target):
-        raise BimedixError(f"{target} holds the working directory; name a new folder")
+        raise BimedixError(f"{target} contains the working directory; name a new folder")
     if not target.exists():
         return
     if not target.is_dir():
@@ -112,7 +111,7 @@ def check_replaceable(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Put `partial` in the place of `target`. An old folder is moved aside first and back if the move in fails."""
+    """Rename `partial` to `target`. An old folder is renamed first, and renamed back if that fails."""
     if not target.exists():
         partial.rename(target)
         return
@@ -132,7 +131,7 @@ def read_json(path: str | os.PathLike[str], schema: type[T], remedy: str, unique
     Args:
         schema: anything that pydantic can check: a model, a dataclass, a `dict[str, Any]`. A model with
             `extra="forbid"` refuses unknown keys.
-        remedy: what the user can do; every error message ends with it. `{key}` stands for the first wrong key.
+        remedy: what the user can do; every error message ends with it. `{key}` is replaced by the first wrong key.
         unique_keys: refuse an object that has the same key twice.
 
     Raises:
@@ -149,7 +148,7 @@ def read_json(path: str | os.PathLike[str], schema: type[T], remedy: str, unique
 
 
 def peek_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is no such file or it holds anything else."""
+    """The JSON object in a file; empty where the file is missing or contains anything else."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A 4-bit base: packing the linear layers of a model that is already in memory, or of one that has shapes only."""
+"""Packs the linear layers of a model to 4 bits: of a model in memory, or of one that has shapes only."""
 
 import logging
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def pack(w: jax.Array | jax.ShapeDtypeStruct, double_quant: bool = True) -> NF4Tensor:
-    """NF4 of a stacked weight [..., in, out], each matrix quantised on its own, as PyTorch stores it: (out, in)."""
+    """NF4 of a stacked weight [..., in, out]. Each matrix is quantised separately, in PyTorch's order (out, in)."""
 
     def transpose_and_pack(w: jax.Array) -> NF4Tensor:
         return quantize(w.mT, double_quant=double_quant, batch_dims=w.ndim - 2).mT
@@ -25,9 +25,9 @@ def pack(w: jax.Array | jax.ShapeDtypeStruct, double_quant: bool = True) -> NF4T
 
 
 def quantise_base(model: Mixtral, double_quant: bool = True) -> Mixtral:
-    """The same model with its linear layers and experts in NF4; every other variable is shared, not copied.
+    """The same model with its linear layers and experts in NF4. All other variables are shared, not copied.
 
-    A model built by `Mixtral(config)` has shapes only; so has the result.
+    The result has shapes only if `model` does, as `Mixtral(config)` builds it.
 
     Raises:
       BimedixError: a weight is NaN or infinite.
@@ -41,10 +41,10 @@ def quantise_base(model: Mixtral, double_quant: bool = True) -> Mixtral:
         if isinstance(w, jax.Array):
             if not all_finite(w):
                 raise BimedixError(
-                    f"{'.'.join(path)} holds NaN or infinity, which has no 4-bit code; start from other weights."
+                    f"{'.'.join(path)} contains NaN or infinity, which has no 4-bit code; use another copy of the weights."
                 )
             flushed += int(flushed_blocks(w.mT, batch_dims=w.ndim - 2))
         layer.w.set_value(pack(w, double_quant))
     if flushed:
-        log.warning("%d 4-bit blocks hold denormal weights, which became zeros.", flushed)
+        log.warning("%d 4-bit blocks contain denormal weights, which became zeros.", flushed)
     return packed

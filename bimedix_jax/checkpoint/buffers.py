@@ -1,8 +1,8 @@
 """Host memory that becomes JAX arrays without a copy, filled a few megabytes at a time.
 
-`jax.device_put` on CPU adopts a NumPy buffer that starts on a 64-byte boundary (jnp.asarray copies); measured on jax
-0.10.2 and asserted in the tests. Untouched pages cost nothing, so a whole model is allocated first and filled in the
-order of the file.
+On CPU `jax.device_put` uses the memory of a NumPy array that starts on a 64-byte boundary, without a copy (jnp.asarray
+copies); measured with jax 0.10.2 and asserted in the tests. Memory that was never written costs nothing, so a whole
+model is allocated first and then filled in the order of the file.
 """
 
 import math
@@ -22,15 +22,15 @@ ALIGNMENT = 64
 TILE = 64
 """Side of the square tiles of a transposing copy: 4 times as fast as one strided copy of a 14336 x 4096 matrix."""
 NEAR_DENORMAL = np.float32(2.0**-121)
-"""Blocks with a scale below are looked at for denormals: 2**5 times the smallest normal float32."""
+"""Blocks with a smaller scale are searched for denormals. It is 2**5 times the smallest normal float32."""
 BFLOAT16_EXPONENT = np.uint16(0x7F80)
-"""All ones in NaN and infinity only."""
+"""These bits are all 1 in NaN and infinity only."""
 QUANTISE_BYTES = 4 << 20
-"""Source bytes quantised at once: as fast as larger pieces, and its float32 temporaries stay near 200 MB."""
+"""Source bytes per quantised piece: as fast as larger pieces, with about 200 MB of float32 temporaries."""
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array whose first byte lies on a 64-byte boundary."""
+    """An uninitialised array that starts on a 64-byte boundary."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -57,9 +57,9 @@ def copy_transposed(target: np.ndarray, source: np.ndarray) -> None:
 def fill_array(
     target: np.ndarray, tensor: StoredTensor, first_row: int, transposed: bool, done: Callable[[int], Any]
 ) -> None:
-    """Reads a matrix (out, in) or vector of `tensor` from its row `first_row` on into `target`, cast to its dtype.
+    """Reads a matrix (out, in) or a vector, which begins at row `first_row` of `tensor`, into `target` and casts it.
 
-    `target` is (in, out) if `transposed`. `done` is told the bytes read, piece by piece.
+    `target` is (in, out) if `transposed`. `done` is called with the number of bytes of every piece.
 
     Raises BimedixError for weights that are not finite.
     """
@@ -80,15 +80,15 @@ def fill_array(
 
 
 def require_finite(read: np.ndarray, tensor: StoredTensor, first_row: int) -> None:
-    """Raises BimedixError for NaN or infinity in rows of a tensor, which begin at its row `first_row`."""
-    # NumPy looks at the bits of bfloat16 16 times as fast as XLA:CPU and ml_dtypes do at the numbers
+    """Raises BimedixError for NaN or infinity in `read`, the rows of a tensor that begin at `first_row`."""
+    # for bfloat16, checking the bits with NumPy is 16 times as fast as isfinite of XLA:CPU or ml_dtypes
     if read.dtype == jnp.bfloat16:
         finite = (read.view(np.uint16) & BFLOAT16_EXPONENT) != BFLOAT16_EXPONENT
     else:
         finite = np.isfinite(read)
     if not finite.all():
         raise BimedixError(
-            f"{tensor.path} holds NaN or infinity in {tensor.name} (rows {first_row} to {first_row + len(read) - 1}); "
+            f"{tensor.path} contains NaN or infinity in {tensor.name} (rows {first_row} to {first_row + len(read) - 1}); "
             "use another copy of the weights."
         )
 
@@ -96,10 +96,11 @@ def require_finite(read: np.ndarray, tensor: StoredTensor, first_row: int) -> No
 def fill_nf4(
     target: NF4Tensor, index: tuple[int, ...], tensor: StoredTensor, first_row: int, done: Callable[[int], Any]
 ) -> int:
-    """Quantises rows of `tensor` from `first_row` on into entry `index` of NumPy-backed `target`, a few MB at a time.
+    """Quantises a matrix, which begins at row `first_row` of `tensor`, into entry `index` of `target`, an NF4Tensor of
+    NumPy arrays, a few MB at a time.
 
-    Equal to quantising the whole matrix, because every piece ends on a block boundary. Returns how many blocks hold
-    denormals that became zeros. Raises BimedixError for weights that are not finite.
+    The result equals that of quantising the whole matrix, because every piece ends on a block boundary. Returns the
+    number of blocks with denormals, which become zeros. Raises BimedixError for weights that are not finite.
     """
     rows, columns = target.unit_shape
     span = TensorSpec(tensor.name, tensor.dtype, (rows, columns))
@@ -122,7 +123,7 @@ def fill_nf4(
     if target.nested_absmax is None or target.nested_offset is None:
         target.absmax[index] = absmax
         return flushed
-    # not under jit: fused with its neighbours, the mean differs in its last bit from that of `quantize`
+    # not under jit: a fused mean differs in its last bit from that of `quantize`
     codes, nested_absmax, nested_offset = quantize_scales(jnp.asarray(absmax))
     target.absmax[index] = codes
     target.nested_absmax[index] = nested_absmax

@@ -1,7 +1,7 @@
-"""A folder's own list of its files and their SHA-256, written last: a folder without a fitting list is not complete.
+"""manifest.json lists the files of a folder with their SHA-256. It is written last: without it a folder is incomplete.
 
-Orbax restores flipped bits and zeroed pages without a word (112 of 112 tried, version 0.12.8), and a safetensors header
-says nothing of its data either.
+Neither Orbax nor safetensors detects damaged data: Orbax 0.12.8 restored flipped bits and zeroed pages without an error
+in 112 of 112 trials.
 """
 
 import json
@@ -29,7 +29,7 @@ class Manifest(BaseModel):
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists every file below `folder`. Call it last."""
+    """Writes the manifest of all files in `folder` and its subfolders. Call it after everything else is written."""
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in listing(folder)
     }
@@ -37,10 +37,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Reads every file once.
+    """Compares every file with the manifest, which reads each file once.
 
     Raises:
-      BimedixError: the list is missing or unreadable, or a file is missing, extra or changed.
+      BimedixError: the manifest is missing or unreadable, or a file is missing, unlisted or changed.
     """
     damage = find_damage(folder)
     if damage:
@@ -48,7 +48,7 @@ def verify_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the first wrong file; None where every file is as it was written."""
+    """The problem of the first damaged file; None where every file is unchanged."""
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}, so it was never finished"
     try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bimedix_jax.adapters import linears, places
+from bimedix_jax.adapters import factor_indices, linears
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.bnb_config import is_packed
 from bimedix_jax.checkpoint.dtypes import COMPUTE
@@ -175,7 +175,7 @@ def factors_of(layer: Linear | ExpertLinear, index: tuple[int, ...]) -> tuple[np
     """(a [in, R], b [R, out], scale) of one matrix of a layer; None where it has no adapter."""
     if layer.lora is None:
         return None
-    place = places(layer).get(index)
+    place = factor_indices(layer).get(index)
     if place is None:
         return None
     a, b = layer.lora.a.get_value(), layer.lora.b.get_value()

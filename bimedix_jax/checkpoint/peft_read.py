@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from pydantic import BaseModel
 
-from bimedix_jax.adapters import add_lora, has_lora, linears, places
+from bimedix_jax.adapters import add_lora, factor_indices, has_lora, linears
 from bimedix_jax.checkpoint import buffers, store
 from bimedix_jax.checkpoint.peft import (
     FUSED,
@@ -332,7 +332,7 @@ def filled(model: Mixtral, content: Content, conversion: Conversion) -> Mixtral:
         pair = [buffers.aligned_empty(f.get_value().shape, np.float32) for f in (layer.lora.a, layer.lora.b)]
         for factor in pair:
             factor[...] = 0
-        factors[path[-1]] = (*pair, places(layer))
+        factors[path[-1]] = (*pair, factor_indices(layer))
     for pair, parts in zip(content.pairs, conversion.parts, strict=True):
         for index, a, b in matrices(pair, model.config.router.num_experts):
             for part in parts:

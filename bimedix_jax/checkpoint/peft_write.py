@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bimedix_jax.adapters import linears, places
+from bimedix_jax.adapters import factor_indices, linears
 from bimedix_jax.checkpoint.hf import require_topk
 from bimedix_jax.checkpoint.peft import (
     ATTENTION,
@@ -161,7 +161,7 @@ def adapter_of(layer: Linear | ExpertLinear) -> Adapter:
     lora = layer.lora
     assert lora is not None
     lead = tuple(layer.w.get_value().shape[:-2])
-    return Adapter(lora.a.get_value(), lora.b.get_value(), lead, places(layer))
+    return Adapter(lora.a.get_value(), lora.b.get_value(), lead, factor_indices(layer))
 
 
 def module_tensors(module: str, adapter: Adapter, index: tuple[int, ...]) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
-"""Streaming safetensors: read rows into given memory, write tensors of known shape piece by piece.
+"""Streaming safetensors: reads rows into existing memory, and writes tensors of known shape piece by piece.
 
-Plain file reads and writes on purpose: pages of a memory-mapped file count as resident memory, and the promise of this
-project is that converting a model needs its target's memory and little more.
+Files are not memory-mapped, because mapped pages count as resident memory: converting a model should need the memory of
+the result and little more.
 
 Format (https://huggingface.co/docs/safetensors): little-endian u64 header length, JSON header
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the tensors' bytes, row-major, without gaps or overlap.
@@ -28,12 +28,12 @@ from bimedix_jax.files import inside, read_json, unique_pairs
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-"""The limit of the reference implementation; a larger one is a damaged or hostile file."""
+"""The limit of the reference implementation; a larger header means a damaged or malicious file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """What a safetensors header says about one tensor, and what a writer needs to know of it beforehand."""
+    """Name, dtype and shape of one tensor."""
 
     name: str
     dtype: np.dtype
@@ -58,7 +58,7 @@ class StoredTensor(TensorSpec):
 
     def read(self, first_row: int = 0, rows: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [first_row, first_row + rows) as a NumPy array; into `out` (C-contiguous, same dtype and shape) if
-        given."""
+        it is given."""
         rows = (self.shape[0] - first_row if self.shape else 1) if rows is None else rows
         shape = (rows, *self.shape[1:]) if self.shape else ()
         target = np.empty(shape, self.dtype) if out is None else out
@@ -146,8 +146,8 @@ def read_index(folder: Path) -> dict[str, str]:
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
-    Raises BimedixError for a missing or damaged file, an index that names a path outside `folder`, and an index and
-    shards that disagree.
+    Raises BimedixError for a missing or damaged file, for an index that names a path outside `folder`, and where index
+    and shards differ.
     """
     if not (folder / INDEX_NAME).exists():
         return read_header(folder / SINGLE_NAME)
@@ -161,7 +161,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         for name, tensor in read_header(path).items():
             if weight_map.get(name) != file:
                 raise BimedixError(
-                    f"{path} holds {name}, which the index does not place there; download the folder again."
+                    f"{path} contains {name}, which the index does not assign to it; download the folder again."
                 )
             tensors[name] = tensor
     absent = [name for name in weight_map if name not in tensors]
@@ -171,7 +171,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weights_kind(folder: Path) -> str:
-    """'safetensors', 'pickle' (.bin/.pt/.pth only) or 'none': what weights `folder` holds."""
+    """'safetensors', 'pickle' (.bin/.pt/.pth only) or 'none': the kind of weights in `folder`."""
     if (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists():
         return "safetensors"
     pattern = re.compile(r".*\.(bin|pt|pth)(\.index\.json)?")
@@ -179,7 +179,7 @@ def weights_kind(folder: Path) -> str:
 
 
 def pieces(spec: TensorSpec, target_bytes: int = 16 << 20, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """(first_row, rows) covering the leading axis in pieces of about target_bytes; every piece but the last holds a
+    """(first_row, rows) covering the leading axis in pieces of about target_bytes; every piece but the last has a
     multiple of `multiple` rows. A vector is one piece."""
     total = spec.shape[0] if spec.shape else 1
     if len(spec.shape) < 2:
@@ -263,7 +263,7 @@ class ShardedWriter:
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, int]:
-    """(length prefix + JSON header, bytes of data). The format metadata is what transformers insists on."""
+    """(length prefix + JSON header, bytes of data). transformers requires the format metadata."""
     entries: dict[str, Mapping[str, object]] = {"__metadata__": {"format": "pt"}}
     position = 0
     for spec in specs:

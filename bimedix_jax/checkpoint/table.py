@@ -1,7 +1,7 @@
 """The conversion table: Hugging Face tensor names <-> this project's parameter tree, checked on both sides.
 
-One row is one stacked parameter: `{layer}` and `{expert}` in the Hugging Face name run over its leading axes. Hugging
-Face stores linear weights (out, in), the tree holds them (in, out): `transposed` rows swap the two.
+One row is one stacked parameter: `{layer}` and `{expert}` in the Hugging Face name are its leading axes. Hugging Face
+stores linear weights as (out, in) and the tree as (in, out), so these rows are `transposed`.
 """
 
 import dataclasses
@@ -56,13 +56,13 @@ FUSED_NAMES = {
 down_proj [E, D, F]."""
 
 RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Buffers of old exports that follow from rope_theta."""
+"""Buffers in old exports. They are computed from rope_theta, so they are ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
     """One matrix or vector of the model: entry `index` (layer; layer, expert; or none) of the leaf at `row.path`, and
-    the rows [first_row, first_row + shape[0]) of the stored tensor that hold it in Hugging Face orientation."""
+    the rows [first_row, first_row + shape[0]) of the stored tensor, in Hugging Face orientation."""
 
     row: Row
     index: tuple[int, ...]
@@ -72,7 +72,7 @@ class Unit:
 
 
 def rows_of(config: MixtralConfig) -> tuple[Row, ...]:
-    """The rows that apply: tied embeddings have no lm_head."""
+    """The rows for this configuration: with tied embeddings there is no lm_head."""
     return tuple(row for row in TABLE if not (config.tie_embeddings and row.path == "lm_head.w"))
 
 
@@ -110,10 +110,10 @@ def unit_shape(row: Row, config: MixtralConfig) -> tuple[int, ...]:
 
 
 def units(tensors: Mapping[str, StoredTensor], config: MixtralConfig, source: str) -> list[Unit]:
-    """Where every matrix of the model lies in the file, in the order of the bytes.
+    """The position of every matrix of the model in the files, in the order of the bytes.
 
     Raises:
-      BimedixError: a tensor is missing, unknown, of another shape than the configuration says, or not floating point.
+      BimedixError: a tensor is missing, unknown, not floating point, or its shape differs from the configuration.
     """
     fused = any(".mlp.experts." in name for name in tensors)
     found: list[Unit] = []
@@ -137,7 +137,7 @@ def units(tensors: Mapping[str, StoredTensor], config: MixtralConfig, source: st
 
 
 def check_names(tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raises BimedixError unless `tensors` are exactly the expected ones, in shape too, and floating point."""
+    """Raises BimedixError unless `tensors` have exactly the expected names and shapes and are floating point."""
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected and not RECOMPUTED.fullmatch(name)]
     shapes = [

@@ -1,4 +1,4 @@
-"""How far two models are apart on the same text: in their logits, and in the experts that their routers choose."""
+"""How much two models differ on the same text: in their logits, and in the experts that their routers choose."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ from bimedix_jax.models.mixtral import Mixtral
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """What a model said of each token.
+    """The output of a model for each token.
 
     Attributes:
-      logits_NV: float32, for the N tokens of all texts in order.
-      experts_LNK: chosen experts, sorted by number so that equal sets compare equal.
-      labels_N: which group each token belongs to, such as its language.
+      logits_NV: float32, for the N tokens of all texts, in order.
+      experts_LNK: the chosen experts, sorted so that equal sets compare equal.
+      labels_N: the group of each token, such as its language.
     """
 
     logits_NV: np.ndarray
@@ -28,17 +28,17 @@ class Observed:
 
 
 def observe(model: Mixtral, texts: Iterable[tuple[str, Sequence[int]]]) -> Observed:
-    """Runs each (label, token ids) on its own, padded to a common length.
+    """Runs the model on each (label, token ids) separately, padded to a common length.
 
     Raises:
-      BimedixError: there is no text, one is longer than the model's context, or has a token id that the model lacks.
+      BimedixError: there is no text, or one is longer than the model's context or has a token id outside its vocabulary.
     """
     examples = [(label, list(ids)) for label, ids in texts if len(ids)]
     longest = max((len(ids) for _, ids in examples), default=0)
     if not 0 < longest <= model.config.max_position_embeddings:
         raise BimedixError(
-            f"The longest text has {longest} tokens, the model takes 1 to {model.config.max_position_embeddings}; "
-            "give other texts."
+            f"The longest text has {longest} tokens, but the model takes 1 to "
+            f"{model.config.max_position_embeddings}; shorten or remove texts."
         )
     require_ids((ids for _, ids in examples), model.config.vocab_size)
     logits, experts, labels = [], [], []
@@ -53,7 +53,7 @@ def observe(model: Mixtral, texts: Iterable[tuple[str, Sequence[int]]]) -> Obser
 
 
 def drift(ours: Observed, theirs: Observed) -> dict[str, Any]:
-    """Distances between two models that observed the same texts, over all tokens and by label.
+    """Differences between two models on the same texts, over all tokens and by label.
 
     `max_logit_diff` is relative to the largest magnitude of `ours`; `kl` is the mean KL divergence in nats from ours to
     theirs; `top1_changed` the share of tokens whose most likely next token changes; `routes_changed` the share of
@@ -61,25 +61,25 @@ def drift(ours: Observed, theirs: Observed) -> dict[str, Any]:
     """
     if ours.logits_NV.shape != theirs.logits_NV.shape or not np.array_equal(ours.labels_N, theirs.labels_N):
         raise ValueError("The two models did not observe the same texts.")
-    flipped_LN = np.any(ours.experts_LNK != theirs.experts_LNK, axis=-1)
+    rerouted_LN = np.any(ours.experts_LNK != theirs.experts_LNK, axis=-1)
     log_p, log_q = (np.asarray(jax.nn.log_softmax(x.logits_NV, axis=-1)) for x in (ours, theirs))
     kl_N = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
     changed_N = ours.logits_NV.argmax(-1) != theirs.logits_NV.argmax(-1)
-    apart_N = np.abs(ours.logits_NV - theirs.logits_NV).max(-1) / np.abs(ours.logits_NV).max()
+    difference_N = np.abs(ours.logits_NV - theirs.logits_NV).max(-1) / np.abs(ours.logits_NV).max()
 
     def measured(chosen_N: np.ndarray) -> dict[str, Any]:
         return {
             "tokens": int(chosen_N.sum()),
-            "max_logit_diff": float(apart_N[chosen_N].max()),
+            "max_logit_diff": float(difference_N[chosen_N].max()),
             "kl": float(kl_N[chosen_N].mean()),
             "top1_changed": float(changed_N[chosen_N].mean()),
-            "routes_changed": float(flipped_LN[:, chosen_N].mean()),
-            "tokens_rerouted": float(flipped_LN[:, chosen_N].any(0).mean()),
+            "routes_changed": float(rerouted_LN[:, chosen_N].mean()),
+            "tokens_rerouted": float(rerouted_LN[:, chosen_N].any(0).mean()),
         }
 
     labels = sorted(set(ours.labels_N.tolist()))
     return {
         **measured(np.ones(len(changed_N), bool)),
-        "routes_changed_by_layer": flipped_LN.mean(1).tolist(),
+        "routes_changed_by_layer": rerouted_LN.mean(1).tolist(),
         "by_label": {label: measured(ours.labels_N == label) for label in labels},
     }

@@ -204,7 +204,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     with pytest.raises(BimedixError, match=r"weight_map\.a = 3, but it should be a valid string"):
         read_folder(folder)
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"other": first}}))
-    with pytest.raises(BimedixError, match="does not place there"):
+    with pytest.raises(BimedixError, match="does not assign to it"):
         read_folder(folder)
 
 
