@@ -96,7 +96,7 @@ def add_lora(model: Mixtral, config: LoraConfig, seed: int = 0) -> Mixtral:
       BimedixError: the model already has adapters, or a target or override matched no layer.
     """
     if has_lora(model):
-        raise BimedixError("This model carries adapters already; load the base without them, or merge them first.")
+        raise BimedixError("This model already has adapters; load the base without them, or merge them first.")
     adapted = nnx.merge(*nnx.split(model), copy=True)
     layers = linears(adapted)
     matched: set[str] = set()
@@ -259,7 +259,7 @@ def with_adapter(row: CoverageRow, lora: Lora) -> CoverageRow:
     fits = (math.prod(a[:-2]), a[-2], b[-1]) == (adapted, *row.shape[-2:]) and (*b[:-2], b[-2]) == (*a[:-2], a[-1])
     if not fits:
         raise BimedixError(
-            f"The adapter of {row.name} does not fit its base {row.shape}; load the adapter with the model it was trained on."
+            f"The adapter of {row.name} does not fit its base {row.shape}; load the model that it was trained on."
         )
     return dataclasses.replace(
         row,

@@ -61,7 +61,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
-    """`folder / name`, checked to stay inside `folder`. Use it for names from files of other people, such as an index of shards.
+    """`folder / name`, checked to stay inside `folder`. For names that we did not write, such as those in an index.
 
     A symlink may leave the folder only as the Hugging Face hub cache does it: `snapshots/<revision>/name` points to a
     file in `blobs/` beside `snapshots/`. The file itself need not exist.

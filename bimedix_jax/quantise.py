@@ -41,7 +41,7 @@ def quantise_base(model: Mixtral, double_quant: bool = True) -> Mixtral:
         if isinstance(w, jax.Array):
             if not all_finite(w):
                 raise BimedixError(
-                    f"{'.'.join(path)} contains NaN or infinity, which has no 4-bit code; use another copy of the weights."
+                    f"{'.'.join(path)} contains NaN or infinity, which NF4 cannot encode; use other weights."
                 )
             flushed += int(flushed_blocks(w.mT, batch_dims=w.ndim - 2))
         layer.w.set_value(pack(w, double_quant))

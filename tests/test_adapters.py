@@ -1,4 +1,4 @@
-"""Adapters: what they change, what trains, how single matrices are chosen, and what is refused."""
+"""Adapters: what they compute, what trains, how single matrices are targeted, and errors."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def run(model: Mixtral, tokens: np.ndarray) -> np.ndarray:
 
 
 def trained(model: Mixtral, seed: int = 0) -> Mixtral:
-    """The model with factors as training might leave them; in place."""
+    """Sets random factors, as after training, in place."""
     random = np.random.default_rng(seed)
     for layer in linears(model).values():
         if layer.lora is not None:
@@ -50,7 +50,7 @@ def trained(model: Mixtral, seed: int = 0) -> Mixtral:
 
 
 def by_hand(model: Mixtral) -> Mixtral:
-    """The model without adapters whose weights hold the deltas, matrix by matrix."""
+    """The model without adapters, with the deltas added to its weights matrix by matrix."""
     merged = init_random(model.config)
     for path, layer in linears(model).items():
         weight = np.array(layer.w.get_value()).reshape(-1, *layer.w.get_value().shape[-2:])
@@ -81,7 +81,7 @@ def by_hand(model: Mixtral) -> Mixtral:
     ],
     ids=["everything", "head", "experts of a layer", "one layer", "overrides"],
 )
-def test_adapters_are_what_their_definition_says(model: Mixtral, tokens: np.ndarray, config: LoraConfig) -> None:
+def test_adapters_equal_their_definition(model: Mixtral, tokens: np.ndarray, config: LoraConfig) -> None:
     adapted = trained(add_lora(model, config))
     ours, expected = run(adapted, tokens), run(by_hand(adapted), tokens)
     assert np.abs(ours - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -121,7 +121,7 @@ def test_a_pattern_for_all_is_the_name(model: Mixtral) -> None:
         ),
     ],
 )
-def test_what_matches_nothing_is_refused(model: Mixtral, config: LoraConfig, message: str) -> None:
+def test_a_target_without_match_raises(model: Mixtral, config: LoraConfig, message: str) -> None:
     with pytest.raises(BimedixError, match=message):
         add_lora(model, config)
 
@@ -131,7 +131,7 @@ def test_a_tied_head_cannot_be_a_target() -> None:
         add_lora(Mixtral(dataclasses.replace(GROUPED, tie_embeddings=True)), EVERYTHING)
 
 
-def test_the_router_in_full(model: Mixtral, tokens: np.ndarray) -> None:
+def test_a_fully_trained_router(model: Mixtral, tokens: np.ndarray) -> None:
     adapted = add_lora(
         init_random(GROUPED, dtype="bfloat16"), LoraConfig(rank=2, alpha=4.0, targets=("q",), train_router=True)
     )
@@ -206,7 +206,7 @@ def test_every_kind_of_adapter_is_kept(model: Mixtral, tokens: np.ndarray, tmp_p
         assert np.array_equal(run(kept, tokens), run(adapted, tokens))
 
 
-def test_an_adapter_of_other_weights_is_refused(model: Mixtral, tmp_path) -> None:
+def test_an_adapter_of_other_weights_raises(model: Mixtral, tmp_path) -> None:
     """Equal shapes do not make it the same base."""
     save_adapter(add_lora(model, EVERYTHING), tmp_path / "adapter")
     load_adapter(quantise_base(model), tmp_path / "adapter")
@@ -218,7 +218,7 @@ def test_an_adapter_of_other_weights_is_refused(model: Mixtral, tmp_path) -> Non
         load_adapter(rerouted, tmp_path / "adapter")
 
 
-def test_a_factor_that_is_no_number_is_refused(model: Mixtral, tmp_path) -> None:
+def test_a_factor_that_is_not_finite_raises(model: Mixtral, tmp_path) -> None:
     adapted = add_lora(model, LoraConfig(rank=2, alpha=4.0, targets=("q",)))
     lora = adapted.layers.attention.q.lora
     assert lora is not None
@@ -228,7 +228,7 @@ def test_a_factor_that_is_no_number_is_refused(model: Mixtral, tmp_path) -> None
         load_adapter(model, tmp_path / "adapter")
 
 
-def test_fresh_adapters_change_nothing_and_alone_train(model: Mixtral, tokens: np.ndarray) -> None:
+def test_new_adapters_change_nothing_and_only_they_train(model: Mixtral, tokens: np.ndarray) -> None:
     base = quantise_base(model)
     adapted = add_lora(base, LoraConfig(rank=4, alpha=8.0))
     assert has_lora(adapted)
@@ -242,7 +242,7 @@ def test_fresh_adapters_change_nothing_and_alone_train(model: Mixtral, tokens: n
     assert all(np.abs(v.get_value()).max() > 0 for path, v in flat if path[-1] == "b")
 
 
-def test_adapter_draws_depend_on_names_alone(model: Mixtral) -> None:
+def test_initial_factors_depend_only_on_names(model: Mixtral) -> None:
     few = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("w2", "q"))).layers.moe.w2.lora
     many = add_lora(model, LoraConfig(rank=4, alpha=8.0, targets=("q", "k", "w2"))).layers.moe.w2.lora
     assert few is not None
@@ -262,9 +262,9 @@ def test_coverage_of_the_papers_recipe() -> None:
     assert rows["layers.attention.o.w"].rank is None
 
 
-def test_adapters_twice_are_refused(model: Mixtral) -> None:
+def test_adding_adapters_twice_raises(model: Mixtral) -> None:
     adapted = add_lora(model, LoraConfig(rank=2, alpha=2.0))
-    with pytest.raises(BimedixError, match="carries adapters already"):
+    with pytest.raises(BimedixError, match="already has adapters"):
         add_lora(adapted, LoraConfig(rank=2, alpha=2.0))
 
 
@@ -281,12 +281,12 @@ def test_adapters_twice_are_refused(model: Mixtral) -> None:
         ({"overrides": (LoraOverride(target="q", rank=2), LoraOverride(target="q", rank=3))}, "names a target twice"),
     ],
 )
-def test_lora_config_refuses(change: dict, message: str) -> None:
+def test_invalid_lora_configs_raise(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoraConfig(**{"rank": 4, "alpha": 4.0, **change})
 
 
-def test_the_table_says_what_is_adapted_in_part(model: Mixtral) -> None:
+def test_the_table_shows_partly_adapted_tensors(model: Mixtral) -> None:
     table = coverage(add_lora(model, LoraConfig(rank=2, alpha=4.0, targets=(r"layers\.1\..*\.w2", "q")))).table()
     assert str(table.caption).endswith("part: layers.moe.w2.w has 4 of 8 matrices adapted")
 
@@ -294,7 +294,9 @@ def test_the_table_says_what_is_adapted_in_part(model: Mixtral) -> None:
 @pytest.mark.parametrize(
     ("stabilised", "scales"), [(False, (2.0, 1.2, 4.5)), (True, (12**0.5, 6 / 5**0.5, 9 / 2**0.5))]
 )
-def test_scales_are_alpha_over_rank_or_its_root(model: Mixtral, stabilised: bool, scales: tuple[float, ...]) -> None:
+def test_scales_are_alpha_over_rank_or_over_its_square_root(
+    model: Mixtral, stabilised: bool, scales: tuple[float, ...]
+) -> None:
     overrides = (LoraOverride(target="q", rank=5), LoraOverride(target="w2", rank=2, alpha=9.0))
     config = LoraConfig(rank=3, alpha=6.0, targets=("w1", "q", "w2"), rank_stabilised=stabilised, overrides=overrides)
     layers = linears(add_lora(model, config))

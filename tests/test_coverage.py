@@ -100,7 +100,7 @@ def test_a_native_checkpoint_has_its_own_storage_and_adapters(folder, tmp_path, 
     result = counted(capsys, "--model", str(native))
     assert (result["base"], result["lora"]["rank"]) == ("nf4", 2)
     assert "saved with base nf4" in refused(capsys, "--model", str(native), "--base", "float32")
-    assert "carries adapters already" in refused(capsys, "--model", str(native), "--rank", "4")
+    assert "already has adapters" in refused(capsys, "--model", str(native), "--rank", "4")
 
 
 @pytest.mark.parametrize(

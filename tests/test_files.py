@@ -1,4 +1,4 @@
-"""Nothing half-written, nothing read outside the folder."""
+"""Folders and files are written completely or not at all, and names never lead outside a folder."""
 
 import hashlib
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_an_empty_folder_may_be_filled(tmp_path):
     assert names(tmp_path / "out") == ["a"]
 
 
-def test_what_someone_else_wrote_meanwhile_is_kept(tmp_path):
+def test_files_written_meanwhile_by_another_process_are_kept(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(BimedixError, match="not empty"), new_folder(out):
         out.mkdir()
@@ -79,13 +79,13 @@ def test_a_file_or_the_working_directory_is_never_replaced(tmp_path, monkeypatch
     assert (tmp_path / "file").read_text() == "keep"
 
 
-def test_a_folder_below_a_file_is_a_clear_error(tmp_path):
+def test_a_folder_below_a_file_raises(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BimedixError, match="cannot create"), new_folder(tmp_path / "file" / "out"):
         pass
 
 
-def test_a_link_keeps_leading_to_the_replaced_folder(tmp_path):
+def test_a_link_still_leads_to_the_replaced_folder(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with new_folder(tmp_path / "link") as folder:
@@ -94,7 +94,7 @@ def test_a_link_keeps_leading_to_the_replaced_folder(tmp_path):
     assert names(tmp_path / "real") == ["a"]
 
 
-def test_text_is_replaced_whole(tmp_path):
+def test_text_is_replaced_atomically(tmp_path):
     path = tmp_path / "report.md"
     write_text(path, "قديم\r\n")
     write_text(path, "جديد\n")
@@ -106,7 +106,7 @@ def test_text_is_replaced_whole(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/etc/passwd", "a\\..\\x", "C:\\x", "a\0b"])
-def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
+def test_a_name_that_leaves_the_folder_raises(tmp_path, name):
     with pytest.raises(BimedixError, match="not a path inside"):
         inside(tmp_path, name)
 
@@ -142,7 +142,7 @@ def test_links_may_leave_only_as_in_the_hub_cache(tmp_path):
         inside(plain, "model.safetensors")
 
 
-def test_links_and_files_yet_to_be_written_inside_are_fine(tmp_path):
+def test_links_and_new_files_inside_are_allowed(tmp_path):
     (tmp_path / "a").write_text("x")
     (tmp_path / "b").symlink_to("a")
     assert inside(tmp_path, "b").read_text() == "x"
@@ -207,7 +207,7 @@ def test_duplicate_keys_are_refused_on_request(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "\udcff"])
-def test_peeking_finds_nothing_in_what_is_no_json_object(tmp_path, text):
+def test_peek_json_is_empty_without_a_json_object(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     assert peek_json(tmp_path / "config.json") == {}

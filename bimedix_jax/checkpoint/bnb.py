@@ -1,16 +1,16 @@
-"""4-bit models -> folders in bitsandbytes' format, byte for byte what the model holds.
+"""4-bit models -> folders in bitsandbytes' format, with the 4-bit bytes of the model unchanged.
 
-What loads what (transformers 5.23, bitsandbytes 0.50.2; tests/checkpoint/test_bnb.py):
+Which layout is for which loader (transformers 5.23, bitsandbytes 0.50.2; tests/checkpoint/test_bnb.py):
 
     layout        experts on disk                        loaded in 4 bits by
     per_expert    packed, one quant state each           transformers 4 + bitsandbytes, this project
     fused         packed, one quant state for all        transformers 5 + bitsandbytes by scripts/load_bnb_fused.py
     attention     16 bits, dequantised exactly           plain `from_pretrained` of transformers 5: attention only
 
-Transformers 5 keeps experts in fused parameters, which its quantiser overlooks: `from_pretrained` on the first two
-layouts is an error there, and quantising an unpacked Mixtral leaves the experts in 16 bits without a word. Only
-bitsandbytes.nn.parametrize packs such parameters, after loading: that is what the script does. The router is never
-packed here (transformers 4 packs it unless told not to: `llm_int8_skip_modules` in config.json tells).
+The quantiser of transformers 5 ignores fused parameters, which its experts are. So `from_pretrained` fails there on the
+first two layouts, and quantising an unpacked Mixtral silently leaves the experts in 16 bits. The script packs them
+after loading with bitsandbytes.nn.parametrize. The router is never packed here; `llm_int8_skip_modules` in config.json
+keeps transformers 4 from packing it.
 """
 
 import dataclasses
@@ -25,7 +25,14 @@ import numpy as np
 from bimedix_jax.checkpoint import table
 from bimedix_jax.checkpoint.bnb_config import written_settings
 from bimedix_jax.checkpoint.bnb_format import BLOCK_SIZES, STATE, QuantState
-from bimedix_jax.checkpoint.hf import QUANTISED, companion_folder, parameters, require_topk, stored_pieces, write_beside
+from bimedix_jax.checkpoint.hf import (
+    QUANTISED,
+    companion_folder,
+    parameters,
+    require_topk,
+    stored_pieces,
+    write_companions,
+)
 from bimedix_jax.checkpoint.safetensors_io import TensorSpec
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
 from bimedix_jax.errors import BimedixError, listed
@@ -44,7 +51,7 @@ U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Matrices that become one packed tensor `name`: (stacked parameter, index) in the order of their bytes."""
+    """The matrices of one packed tensor `name`: (stacked parameter, index) in the order of their bytes."""
 
     name: str
     members: tuple[tuple[NF4Tensor, tuple[int, ...]], ...]
@@ -59,15 +66,16 @@ def export_bnb(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a 4-bit model for bitsandbytes; nibbles are never changed, and no value is (see the table above).
+    """Writes a 4-bit model for bitsandbytes. Neither nibbles nor values change.
 
     Args:
-      layout: which loaders the folder is for. "fused" has one offset for the scales of all experts of a layer: where
-        theirs differ (always, unless they came from such a folder) scales are written in float32, 4.5 instead of 4.13
-        bits per weight, and a warning says so.
-      tokenizer_from: folder whose tokenizer and the like are copied; None takes the folder the model was loaded from.
+      layout: see the table above. "fused" has one offset for the scales of all experts of a layer. Where the offsets of
+        the experts differ (always, unless they come from such a folder) a warning is logged, and the scales are written
+        in float32: 4.5 instead of 4.13 bits per weight.
+      tokenizer_from: folder whose tokenizer and licence files are copied; None takes the folder the model was loaded
+        from.
     Raises:
-      BimedixError: the model is not in 4 bits, carries adapters, or cannot be written in this layout; nothing is left
+      BimedixError: the model is not in 4 bits, has adapters, or cannot be written in this layout; nothing is left
         behind.
     """
     if layout not in LAYOUTS:
@@ -75,14 +83,14 @@ def export_bnb(
     require_topk(model, "A checkpoint for bitsandbytes")
     if model.lora is not None:
         raise BimedixError(
-            "the model carries adapters, which a 4-bit checkpoint of the base cannot hold; export the base without "
-            "them, and save the adapters on their own."
+            "the model has adapters, which do not fit in a 4-bit checkpoint of the base; export the base without "
+            "them, and save the adapters separately."
         )
     values = {path: variable.get_value() for path, variable in parameters(model).items()}
-    check(values, model.config)
+    check_packing(values, model.config)
     source = companion_folder(model, tokenizer_from)
     groups, plain = entries(values, model.config, layout)
-    report_decoded(groups.values())
+    warn_decoded(groups.values())
     specs = [spec for name in (*groups, *plain) for spec in specs_of(name, groups, plain, values, model.config)]
 
     def exported() -> Iterator[Piece]:
@@ -96,13 +104,13 @@ def export_bnb(
 
     def finish(partial: Path) -> None:
         settings = written_settings(model.dtype, any(map(shared_offset, groups.values())), unpacked_modules(plain))
-        write_beside(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source, settings)
+        write_companions(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source, settings)
 
     return stream_to(folder, specs, exported(), "exporting", finish, overwrite, max_shard_bytes)
 
 
-def check(values: dict[str, Any], config: MixtralConfig) -> None:
-    """Raises BimedixError unless some leaf is NF4, and every one that is lies as Hugging Face stores it."""
+def check_packing(values: dict[str, Any], config: MixtralConfig) -> None:
+    """Raises BimedixError unless some leaf is NF4 and all NF4 leaves are stored in the order of Hugging Face."""
     packed = {path: value for path, value in values.items() if isinstance(value, NF4Tensor)}
     if not packed:
         raise BimedixError(
@@ -117,7 +125,7 @@ def check(values: dict[str, Any], config: MixtralConfig) -> None:
             )
         if value.block_size not in BLOCK_SIZES:
             raise BimedixError(
-                f"{path} is packed in blocks of {value.block_size}, which bitsandbytes does not have; load the model "
+                f"{path} is packed in blocks of {value.block_size}, which bitsandbytes lacks; load the model "
                 "with base nf4 instead."
             )
 
@@ -153,7 +161,7 @@ def entries(
 
 
 def check_fusable(group: Group) -> None:
-    """Raises BimedixError where several matrices cannot be one bitsandbytes tensor."""
+    """Raises BimedixError where the matrices cannot be stored as one bitsandbytes tensor."""
     if len(group.members) == 1:
         return
     kinds = {(value.block_size, value.dtype) for value, _ in group.members}
@@ -166,16 +174,16 @@ def check_fusable(group: Group) -> None:
 
 
 def shared_offset(group: Group) -> bool:
-    """Whether the 8-bit scales of all matrices can stay as they are in one tensor."""
+    """Whether one tensor can have the unchanged 8-bit scales of all matrices."""
     if not all(value.double_quantised for value, _ in group.members):
         return False
-    offsets = {host(value.nested_offset, index).tobytes() for value, index in group.members}
+    offsets = {on_host(value.nested_offset, index).tobytes() for value, index in group.members}
     whole = all(value.absmax.shape[-1] % NESTED_BLOCK_SIZE == 0 for value, _ in group.members)
     return len(group.members) == 1 or (len(offsets) == 1 and whole)
 
 
-def report_decoded(groups: Collection[Group]) -> None:
-    """Says which 8-bit scales have no place in a fused tensor."""
+def warn_decoded(groups: Collection[Group]) -> None:
+    """Warns of fused tensors whose 8-bit scales are written in float32."""
     decoded = [
         group.name
         for group in groups
@@ -183,15 +191,15 @@ def report_decoded(groups: Collection[Group]) -> None:
     ]
     if decoded:
         log.warning(
-            "scales of %d fused tensors are written in float32 instead of 8 bits, since experts have offsets of their "
-            "own (%s); no value changes.",
+            "scales of %d fused tensors are written in float32 instead of 8 bits, because the offsets of the "
+            "experts differ (%s); no value changes.",
             len(decoded),
             listed(decoded),
         )
 
 
 def unpacked_modules(plain: dict[str, tuple[table.Row, tuple[int, ...]]]) -> Sequence[str]:
-    """Modules that transformers must leave alone: its default, lm_head, is lost as soon as others are named."""
+    """Modules that transformers must not pack, with its default, lm_head, which is lost when others are named."""
     names = {
         name.removesuffix(".weight").rpartition(".")[2]
         for name, (row, _) in plain.items()
@@ -200,8 +208,8 @@ def unpacked_modules(plain: dict[str, tuple[table.Row, tuple[int, ...]]]) -> Seq
     return ["lm_head", *sorted(names)]
 
 
-def host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
-    """Entry `index` of a leaf: a view where it lies in host memory, else fetched on its own."""
+def on_host(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Entry `index` of a leaf: a view if the leaf is in host memory, else copied from the device."""
     if isinstance(leaf, np.ndarray) or all(device.platform == "cpu" for device in leaf.devices()):
         return np.asarray(leaf)[index]
     return np.asarray(leaf[index])
@@ -214,7 +222,7 @@ def specs_of(
     values: dict[str, Any],
     config: MixtralConfig,
 ) -> list[TensorSpec]:
-    """Dtypes and shapes of one weight and of what stands beside it."""
+    """Dtypes and shapes of one weight and of its quantisation state."""
     if name in plain:
         row, _ = plain[name]
         return [TensorSpec(name, np.dtype(values[row.path].dtype), table.unit_shape(row, config))]
@@ -239,7 +247,7 @@ def specs_of(
 
 def quant_state(group: Group) -> QuantState:
     value, index = group.members[0]
-    offset = float(host(value.nested_offset, index)) if shared_offset(group) else None
+    offset = float(on_host(value.nested_offset, index)) if shared_offset(group) else None
     return QuantState(value.block_size, value.dtype, group.shape, offset)
 
 
@@ -247,13 +255,13 @@ def packed_pieces(group: Group) -> Iterator[Piece]:
     """The nibbles, scales and tables of one packed weight."""
     nested = shared_offset(group)
     for number, (value, index) in enumerate(group.members):
-        codes, absmax = host(value.packed, index), host(value.absmax, index)
+        codes, absmax = on_host(value.packed, index), on_host(value.absmax, index)
         yield group.name, number * codes.size, codes[:, None]
         if nested:
-            groups = host(value.nested_absmax, index)
+            groups = on_host(value.nested_absmax, index)
             yield f"{group.name}.nested_absmax", number * groups.size, groups
         elif value.double_quantised:
-            parts = (host(leaf, index) for leaf in (value.nested_absmax, value.nested_offset))
+            parts = (on_host(leaf, index) for leaf in (value.nested_absmax, value.nested_offset))
             absmax = reference.block_scales(reference.PackedUnit(codes, absmax, *parts))
         yield f"{group.name}.absmax", number * absmax.size, absmax
     yield f"{group.name}.quant_map", 0, NF4_VALUES

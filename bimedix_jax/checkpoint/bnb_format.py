@@ -38,7 +38,7 @@ _dequantize = jax.jit(dequantize)
 
 @dataclasses.dataclass(frozen=True)
 class QuantState:
-    """What the JSON beside a packed tensor says; `dtype` is that of the weights before packing and after."""
+    """The JSON quantisation state of a packed tensor; `dtype` is that of the weights before packing and after."""
 
     block_size: int
     dtype: str
@@ -63,7 +63,7 @@ class QuantState:
 
 
 def parse_state(text: bytes) -> QuantState:
-    """Raises ValueError, with the reason, for anything that `QuantState.to_json` could not have written."""
+    """Raises ValueError, with the reason, for any text that `QuantState.to_json` cannot write."""
     record = json.loads(text)
     match record:
         case {"quant_type": "nf4", "blocksize": int(block_size), "dtype": str(dtype), "shape": [*shape]}:
@@ -74,14 +74,14 @@ def parse_state(text: bytes) -> QuantState:
     offset = None
     if extra:
         if extra != ["nested_blocksize", "nested_dtype", "nested_offset"]:
-            raise ValueError(f"it has {', '.join(extra)} beside the four plain keys")
+            raise ValueError(f"its further keys are {', '.join(extra)}, not those of double quantisation")
         offset = record["nested_offset"]
         if (record["nested_blocksize"], record["nested_dtype"]) != (NESTED_BLOCK_SIZE, "float32"):
-            raise ValueError(f"its scales are packed otherwise than in float32 groups of {NESTED_BLOCK_SIZE}")
+            raise ValueError(f"its scales are not packed in float32 groups of {NESTED_BLOCK_SIZE}")
         if type(offset) not in (int, float) or not math.isfinite(offset):
             raise ValueError(f"nested_offset is {offset!r}")
     if block_size not in BLOCK_SIZES or dtype not in PACKED_FROM:
-        raise ValueError(f"blocksize {block_size} or dtype {dtype!r} is none of bitsandbytes'")
+        raise ValueError(f"blocksize {block_size} or dtype {dtype!r} is not supported by bitsandbytes")
     if not shape or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"shape is {shape}")
     return QuantState(block_size, dtype, tuple(shape), offset)
@@ -89,8 +89,9 @@ def parse_state(text: bytes) -> QuantState:
 
 @dataclasses.dataclass(frozen=True)
 class PackedTensor(StoredTensor):
-    """A 4-bit tensor in a file that looks like the 16-bit one it was packed from: `dtype` and `shape` are of the
-    weights, and `read` dequantises, to the bit as bitsandbytes does. `path` and `start` are of the nibbles."""
+    """A 4-bit tensor in a file, with the interface of the 16-bit tensor that it was packed from: `dtype` and `shape`
+    are those of the weights, and `read` dequantises exactly as bitsandbytes does. `path` and `start` locate the
+    nibbles."""
 
     state: QuantState
     nibbles: StoredTensor
@@ -104,11 +105,12 @@ class PackedTensor(StoredTensor):
 
     @property
     def standard_map(self) -> bool:
-        """Whether packed scales can be kept: they are coded with the very table that the kernels have."""
+        """Whether packed scales can be kept: they are coded with the same table as in our kernels."""
         return self.nested_map is not None and np.array_equal(self.nested_map, DYNAMIC_MAP)
 
     def scales(self, first: int, count: int) -> np.ndarray:
-        """float32 scales of blocks [first, first + count), double quantisation undone. Raises BimedixError for NaN."""
+        """float32 scales of blocks [first, first + count), with double quantisation undone. Raises BimedixError for NaN
+        and infinity."""
         scales = self.absmax.read(first, count)
         if self.nested_absmax is not None and self.nested_map is not None:
             group = first // NESTED_BLOCK_SIZE
@@ -117,7 +119,7 @@ class PackedTensor(StoredTensor):
             scales = self.nested_map[scales] * repeated + np.float32(self.state.nested_offset)
         if not np.isfinite(scales).all():
             raise BimedixError(
-                f"{self.path} holds scales of {self.name} that are not finite; the weights contained NaN or infinity: "
+                f"{self.path} has scales of {self.name} that are not finite, so the weights contained NaN or infinity; "
                 "use another copy."
             )
         return scales
@@ -141,7 +143,7 @@ class PackedTensor(StoredTensor):
 
 
 def assemble(tensors: Mapping[str, StoredTensor], source: str) -> dict[str, StoredTensor]:
-    """The same tensors, where every packed one and its companions are one PackedTensor.
+    """The same tensors, with every packed tensor and its quantisation state combined in one PackedTensor.
 
     Raises:
       BimedixError: a quantisation other than NF4, or a quant state that contradicts its tensor.
@@ -170,7 +172,7 @@ NF4_PARTS = {"absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STAT
 
 
 def packed(tensor: StoredTensor, parts: Mapping[str, StoredTensor], source: str) -> PackedTensor:
-    """One packed tensor, everything about it checked that its header and its small parts tell."""
+    """One packed tensor, after checking its header, quantisation state and tables."""
 
     def contradiction(why: str) -> BimedixError:
         return BimedixError(
@@ -178,7 +180,7 @@ def packed(tensor: StoredTensor, parts: Mapping[str, StoredTensor], source: str)
         )
 
     if f"{STATE}nf4" not in parts:
-        raise contradiction(f"{STATE}nf4 is missing beside {', '.join(sorted(parts))}")
+        raise contradiction(f"{STATE}nf4 is missing, but there are {', '.join(sorted(parts))}")
     try:
         state = parse_state(parts[f"{STATE}nf4"].read().tobytes())
     except (ValueError, RecursionError) as error:
@@ -196,7 +198,7 @@ def packed(tensor: StoredTensor, parts: Mapping[str, StoredTensor], source: str)
     if found != expected.keys():
         raise contradiction(f"its parts are {', '.join(sorted(found))}, not {', '.join(sorted(expected))}")
     if tensor.nbytes != (size + 1) // 2:
-        raise contradiction(f"{tensor.nbytes} bytes cannot hold shape {list(state.shape)}")
+        raise contradiction(f"{tensor.nbytes} bytes do not fit shape {list(state.shape)}")
     for part, (dtype, length) in expected.items():
         if (parts[part].dtype, parts[part].shape) != (np.dtype(dtype), (length,)):
             stored = f"{parts[part].dtype}{list(parts[part].shape)}"
@@ -204,7 +206,7 @@ def packed(tensor: StoredTensor, parts: Mapping[str, StoredTensor], source: str)
     if not np.array_equal(parts["quant_map"].read(), NF4_VALUES):
         raise contradiction("quant_map is not the table of NF4 values")
     nested_map = parts["nested_quant_map"].read() if nested else None
-    # versions of PyTorch differ in the last bits of this table; what is written here is what the codes mean
+    # versions of PyTorch differ in the last bits of this table; the table in the file is the one that was used
     if nested_map is not None and not np.allclose(nested_map, DYNAMIC_MAP, rtol=0, atol=1e-6):
         raise contradiction("nested_quant_map is not the signed dynamic 8-bit table")
     return PackedTensor(

@@ -1,8 +1,8 @@
-"""Which 4-bit bytes of a bitsandbytes folder are kept as they are, and putting them into the model's stacked leaves.
+"""Copies the 4-bit bytes of a bitsandbytes folder into the model's stacked leaves, where that is possible.
 
-A leaf is one NF4Tensor over all layers (and experts), so what its parts must have in common decides: all packed, one
-block size, one dtype. Scales stay in 8 bits where each matrix has whole groups of 256 blocks; where experts that share
-a tensor split a group, the scales (never the nibbles) are decoded to float32, which changes no value.
+A leaf is one NF4Tensor over all layers (and experts). Its bytes are copied unchanged if all its matrices are packed
+with one block size and one dtype. The scales stay in 8 bits if each matrix has whole groups of 256 blocks. Where
+experts in one tensor split a group, the scales (never the nibbles) are decoded to float32, which changes no value.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PackedFormat:
-    """What the packed matrices of a leaf have in common."""
+    """The common format of the packed matrices of a leaf."""
 
     block_size: int
     dtype: str
@@ -32,14 +32,14 @@ class PackedFormat:
 
 
 def kept_formats(units: Sequence[Unit], base: str | None, quantised: frozenset[str]) -> dict[str, PackedFormat]:
-    """Leaves whose packed bytes are kept, by path; says what happens to every other packed tensor.
+    """The leaves whose packed bytes are kept, by path; warns of every other packed tensor.
 
     Args:
-      base: None keeps what the folder holds; "nf4" also packs 16-bit matrices beside packed ones; any other dequantises
-        everything.
-      quantised: paths of the leaves that can be NF4.
+      base: None keeps the storage in the folder; "nf4" also packs 16-bit matrices of leaves with packed ones; any other
+        value dequantises everything.
+      quantised: paths of the leaves that may be NF4.
     Raises:
-      BimedixError: packed matrices that cannot be one leaf.
+      BimedixError: the packed matrices of a leaf differ in format.
     """
     packed: dict[str, list[Unit]] = {}
     plain: dict[str, list[Unit]] = {}
@@ -52,34 +52,36 @@ def kept_formats(units: Sequence[Unit], base: str | None, quantised: frozenset[s
     for path, members in packed.items():
         if path not in quantised:
             log.warning(
-                "%s: %d packed matrices are dequantised, exactly: it stays in high precision here.", path, len(members)
+                "%s: %d packed matrices are dequantised exactly, because this parameter is never in 4 bits here.",
+                path,
+                len(members),
             )
         elif base is None and path in plain:
             log.warning(
-                "%s: %d of %d matrices are packed and are dequantised, exactly, since the others have 16 bits and one "
-                "storage holds all layers; base nf4 packs the others instead, which changes them.",
+                "%s: %d of %d matrices are packed and are dequantised exactly, because the others have 16 bits and all "
+                "layers have the same storage; base nf4 packs the others instead, which changes them.",
                 path,
                 len(members),
                 len(members) + len(plain[path]),
             )
         else:
             formats[path] = common_format(path, members)
-    report_plain(plain, formats, base, quantised)
+    warn_unpacked(plain, formats, base, quantised)
     return formats
 
 
-def report_plain(
+def warn_unpacked(
     plain: dict[str, list[Unit]], formats: dict[str, PackedFormat], base: str | None, quantised: frozenset[str]
 ):
-    """Says how many 16-bit matrices of a packed folder stay so, or are packed now."""
+    """Warns of the 16-bit matrices of a packed folder, which stay in 16 bits or are packed now."""
     counts = {path: len(members) for path, members in plain.items() if path in quantised}
     if base is None:
         counts = {path: count for path, count in counts.items() if path not in formats}
     if counts:
         log.warning(
-            "%d matrices that the folder holds in 16 bits %s (%s).",
+            "%d matrices are in 16 bits in the folder and %s (%s).",
             sum(counts.values()),
-            "stay so" if base is None else "are packed now",
+            "stay in 16 bits" if base is None else "are packed now",
             listed(sorted(counts)),
         )
 
@@ -90,7 +92,7 @@ def common_format(path: str, members: Sequence[Unit]) -> PackedFormat:
     kinds = sorted({(tensor.state.block_size, tensor.state.dtype) for tensor in tensors})
     if len(kinds) > 1:
         raise BimedixError(
-            f"{path}: packed matrices differ in block size and dtype {kinds}, which one 4-bit storage cannot hold; "
+            f"{path}: packed matrices differ in block size and dtype {kinds}, but one 4-bit storage needs one of each; "
             "load with base bfloat16, which dequantises."
         )
     ((block_size, dtype),) = kinds
@@ -98,7 +100,7 @@ def common_format(path: str, members: Sequence[Unit]) -> PackedFormat:
     shared = [tensor.name for tensor in tensors if tensor.size != size]
     if shared and size % block_size:
         raise BimedixError(
-            f"{shared[0]}: matrices of {size} elements share blocks of {block_size} and cannot be told apart in 4 "
+            f"{shared[0]}: matrices of {size} elements share blocks of {block_size} and cannot be separated in 4 "
             "bits; load with base bfloat16, which dequantises."
         )
     whole_groups = not shared or size // block_size % NESTED_BLOCK_SIZE == 0
@@ -106,11 +108,11 @@ def common_format(path: str, members: Sequence[Unit]) -> PackedFormat:
     keep = len(nested) == len(tensors) and whole_groups and all(tensor.standard_map for tensor in tensors)
     if nested and not keep:
         log.warning(
-            "%s: 8-bit scales of %d matrices are decoded to float32, which changes no value and takes 4.5 instead of "
+            "%s: 8-bit scales of %d matrices are decoded to float32, which changes no value and needs 4.5 instead of "
             "4.13 bits per weight (%s).",
             path,
             len(nested),
-            "experts split groups of 256 blocks" if not whole_groups else "they are coded in several ways",
+            "experts split groups of 256 blocks" if not whole_groups else "they are coded in different ways",
         )
     return PackedFormat(block_size, dtype, keep)
 
@@ -118,16 +120,19 @@ def common_format(path: str, members: Sequence[Unit]) -> PackedFormat:
 def fill_kept(
     target: NF4Tensor, index: tuple[int, ...], tensor: PackedTensor, first_row: int, done: Callable[[int], Any]
 ) -> None:
-    """Copies the bytes of the matrix at `first_row` of `tensor` into entry `index` of NumPy-backed `target`.
+    """Copies the bytes of the matrix at `first_row` of `tensor` into entry `index` of `target`, an NF4Tensor of NumPy
+    arrays.
 
-    `done` is told the bytes that the matrix would have in 16 bits.
+    `done` is called with the bytes that the matrix would have in 16 bits.
     """
     leaf: Any = target  # of NumPy arrays, not of JAX ones
     rows, columns = target.unit_shape
     first = first_row * columns
     tensor.nibbles.read(first // 2, leaf.packed.shape[-1], out=leaf.packed[index])
     first_block, blocks = first // target.block_size, leaf.absmax.shape[-1]
-    scales = tensor.scales(first_block, blocks)  # also where they stay coded: it raises for what is not finite
+    scales = tensor.scales(
+        first_block, blocks
+    )  # also read where they stay coded, because this raises for values that are not finite
     if leaf.nested_absmax is None or tensor.nested_absmax is None:
         leaf.absmax[index] = scales
     else:

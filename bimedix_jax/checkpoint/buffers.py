@@ -88,8 +88,8 @@ def require_finite(read: np.ndarray, tensor: StoredTensor, first_row: int) -> No
         finite = np.isfinite(read)
     if not finite.all():
         raise BimedixError(
-            f"{tensor.path} contains NaN or infinity in {tensor.name} (rows {first_row} to {first_row + len(read) - 1}); "
-            "use another copy of the weights."
+            f"{tensor.path} contains NaN or infinity in {tensor.name} "
+            f"(rows {first_row} to {first_row + len(read) - 1}); use another copy of the weights."
         )
 
 

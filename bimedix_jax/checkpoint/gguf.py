@@ -1,8 +1,10 @@
-"""A Llama-architecture GGUF file -> a dense Hugging Face Llama folder: weights dequantised piece by piece, q and k rows
-put back into half-split order, configuration and tokenizer from the metadata.
+"""A Llama-architecture GGUF file -> a dense Hugging Face Llama folder.
 
-GGUF is llama.cpp's format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); the `gguf` package knows its
-block formats. Only its header is read through that package's memory map, the tensors through plain reads.
+Weights are dequantised piece by piece, the rows of q and k are restored to half-split order, and configuration and
+tokenizer are made from the metadata.
+
+GGUF is llama.cpp's format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); the `gguf` package
+implements its block formats. The header is read through that package's memory map, the tensors with plain file reads.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ KNOWN_KEYS = frozenset(
     attention.key_length attention.value_length attention.layer_norm_rms_epsilon rope.freq_base rope.dimension_count
     rope.scaling.type vocab_size expert_count expert_used_count""".split()
 )
-"""Keys `llama.*` that are read here; another one may change the mathematics and is an error."""
+"""Keys `llama.*` that are read here. Any other may change what the network computes and is an error."""
 
 
 def read_metadata(path: Path) -> tuple[dict[str, Any], dict[str, "ReaderTensor"]]:
@@ -74,9 +76,7 @@ def read_config(metadata: Mapping[str, Any], tied: bool, path: Path) -> DenseCon
     keys = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
     unknown = sorted(set(keys) - KNOWN_KEYS)
     if unknown:
-        raise BimedixError(
-            f"{path} sets llama.{listed(unknown)}, which may change the mathematics and is not implemented."
-        )
+        raise BimedixError(f"{path} sets llama.{listed(unknown)}, which is not implemented; use a model without it.")
     if keys.get("expert_count") or keys.get("rope.scaling.type", "none") != "none":
         raise BimedixError(
             f"{path} has experts or scaled rotary embeddings; only plain dense Llama models can be upcycled."
@@ -123,8 +123,8 @@ def dequantised(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, float32 rows) over a tensor of row-major `shape`.
 
-    Where `head_dim` is given, rows go from interleaved rotary order (pairs 2i, 2i+1) to half-split order (i, i +
-    head_dim/2).
+    Where `head_dim` is given, rows are reordered from interleaved rotary order (pairs 2i, 2i+1) to half-split order (i,
+    i + head_dim/2).
     """
     import gguf
 
@@ -158,7 +158,7 @@ def convert(path: str | Path, folder: str | Path, dtype: str = "bfloat16", overw
     extra = [name for name in tensors if name not in names]
     if missing or extra:
         raise BimedixError(
-            f"{path}: {len(missing)} tensor(s) missing ({listed(missing) or 'none'}), {len(extra)} not known to a "
+            f"{path}: {len(missing)} tensor(s) missing ({listed(missing) or 'none'}), {len(extra)} not part of a "
             f"plain Llama ({listed(extra) or 'none'}); only plain dense Llama models can be upcycled."
         )
     shapes = {name: tuple(int(n) for n in reversed(tensors[name].shape)) for name in names}

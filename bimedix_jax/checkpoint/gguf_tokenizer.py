@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file -> tokenizer.json and tokenizer_config.json.
 
-GGUF keeps vocabulary, merges, token types and the *name* of a pre-tokenizer, which stands for regular expressions in
-llama.cpp's source (src/llama-vocab.cpp); the table here spells the ones that Llama-architecture models use.
+GGUF has the vocabulary, merges, token types and the *name* of a pre-tokenizer. The regular expressions of that name are
+in llama.cpp's source (src/llama-vocab.cpp); the table here has those that Llama-architecture models use.
 """
 
 import json
@@ -22,7 +22,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""The one pattern of Llama 3's own tokenizer.json."""
+"""The pattern in Llama 3's own tokenizer.json."""
 
 
 def _gpt2() -> "PreTokenizer":
@@ -31,8 +31,8 @@ def _gpt2() -> "PreTokenizer":
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _digits_apart() -> "PreTokenizer":
-    """Every digit on its own, then GPT-2's pattern: SmolLM, StarCoder."""
+def _single_digits() -> "PreTokenizer":
+    """Splits off every digit, then applies GPT-2's pattern: SmolLM, StarCoder."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
@@ -51,10 +51,10 @@ def _llama3() -> "PreTokenizer":
 
 PRE_TOKENIZERS: dict[str, Callable[[], "PreTokenizer"]] = {
     "gpt-2": _gpt2,
-    "smollm": _digits_apart,
-    "starcoder": _digits_apart,
-    "refact": _digits_apart,
-    "command-r": _digits_apart,
+    "smollm": _single_digits,
+    "starcoder": _single_digits,
+    "refact": _single_digits,
+    "command-r": _single_digits,
     "llama-bpe": _llama3,
     "llama3": _llama3,
     "llama-v3": _llama3,
@@ -67,12 +67,12 @@ def byte_level(tokens: Sequence[str], merges: Sequence[str], pre: str, path: Pat
 
     if pre not in PRE_TOKENIZERS:
         raise BimedixError(
-            f"{path} wants the pre-tokenizer {pre!r}; only {', '.join(PRE_TOKENIZERS)} are known. Convert from the "
+            f"{path} needs the pre-tokenizer {pre!r}, but only {', '.join(PRE_TOKENIZERS)} are known; convert from the "
             "model's safetensors folder instead."
         )
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a piece that is a whole token before trying any merge
+    # Llama 3 uses a piece that is a whole token without any merge
     whole_first = PRE_TOKENIZERS[pre] is _llama3
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_first))
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
@@ -107,7 +107,7 @@ def sentencepiece_bpe(tokens: Sequence[str], scores: Sequence[float], space_pref
 def write_tokenizer(metadata: Mapping[str, Any], folder: Path, path: Path) -> None:
     """tokenizer.json and tokenizer_config.json in `folder`, from the metadata of the GGUF file at `path`.
 
-    Raises BimedixError for a tokenizer model or pre-tokenizer that is not known here.
+    Raises BimedixError for a tokenizer model or pre-tokenizer that is not implemented.
     """
     from tokenizers import AddedToken, processors
 
@@ -118,7 +118,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, path: Path) -> No
     }
     tokens = keys.get("tokens")
     if not tokens:
-        raise BimedixError(f"{path} holds no vocabulary; convert from the model's safetensors folder instead.")
+        raise BimedixError(f"{path} has no vocabulary; convert from the model's safetensors folder instead.")
     kind = keys.get("model")
     if kind == "gpt2":
         tokenizer = byte_level(tokens, keys.get("merges", ()), keys.get("pre", "missing"), path)
@@ -128,7 +128,9 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, path: Path) -> No
         tokenizer = sentencepiece_bpe(tokens, keys["scores"], bool(keys.get("add_space_prefix", True)), unknown)
         adds_bos = bool(keys.get("add_bos_token", True))  # llama.cpp's default for SentencePiece
     else:
-        raise BimedixError(f"{path} has a tokenizer of kind {kind!r}; only 'gpt2' and 'llama' (with scores) are known.")
+        raise BimedixError(
+            f"{path} has a tokenizer of kind {kind!r}; only 'gpt2' and 'llama' (with scores) are implemented."
+        )
     types = keys.get("token_type", ())
     for special, wanted in ((True, CONTROL), (False, USER_DEFINED)):
         added = [

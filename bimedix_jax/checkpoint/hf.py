@@ -1,8 +1,8 @@
 """Hugging Face folders -> model, and back: streaming, without torch, byte-identical in bfloat16.
 
 Loading needs the memory of the finished model and a few megabytes: every leaf is allocated once and filled in the
-order of the file, NF4 leaves matrix by matrix, so no stacked tensor ever exists in floating point. Folders that
-bitsandbytes packed are read as they are: their 4-bit bytes become the model's.
+order of the file. NF4 leaves are filled matrix by matrix, so that no stacked tensor exists in floating point. The
+4-bit bytes of a folder that bitsandbytes packed are copied unchanged.
 """
 
 import logging
@@ -41,7 +41,7 @@ QUANTISED = frozenset(
     f"layers.{name}.w"
     for name in ("attention.q", "attention.k", "attention.v", "attention.o", "moe.w1", "moe.w2", "moe.w3")
 )
-"""What base "nf4" packs: attention and experts. Router, norms, embeddings and head keep the compute dtype."""
+"""Packed by base "nf4": attention and experts. Router, norms, embeddings and head keep the compute dtype."""
 
 
 def load_hf(
@@ -54,16 +54,17 @@ def load_hf(
     """A Mixtral from a folder in Hugging Face layout, hub (per expert) or transformers 5 (fused), packed or not.
 
     Args:
-      base: storage of the weights; "nf4" packs attention and experts with double quantisation, as bitsandbytes does
-        after a cast to `dtype`, and keeps the rest in `dtype`. Of a folder that bitsandbytes packed, None and "nf4"
-        keep the 4-bit bytes ("nf4" packs what is left in 16 bits too), the others dequantise exactly. None means
-        bfloat16 for every other folder.
-      dtype: of the computation; by default that of the base. For "nf4" it is bfloat16, and for a packed folder the
-        dtype that its config.json names.
-      mesh: where the model will lie: NumPy arrays are returned, without the experts of other processes.
+      base: storage of the weights; "nf4" casts to `dtype`, packs attention and experts with double quantisation as
+        bitsandbytes does, and keeps the rest in `dtype`. For a folder that bitsandbytes packed, None and "nf4" keep the
+        4-bit bytes ("nf4" also packs attention and experts that are in 16 bits), and the others dequantise exactly.
+        For any other folder None means bfloat16.
+      dtype: of the computation; by default that of the base. For "nf4" the default is bfloat16, and for a packed
+        folder the dtype that its config.json names.
+      mesh: the mesh that the model will be sharded over. The model then has NumPy arrays, and lacks the experts of
+        other processes.
     Raises:
-      BimedixError: the folder is damaged, incomplete, or asks for what is not implemented; weights that are to be
-        packed are not finite.
+      BimedixError: the folder is damaged or incomplete, needs something that is not implemented, or has weights that
+        are not finite.
     """
     compute_dtype(base or "nf4", dtype)
     config = read_config(folder, ignore_config_keys)
@@ -97,7 +98,7 @@ def load_hf(
                 target = leaf[unit.index]
                 buffers.fill_array(target, unit.tensor, unit.first_row, unit.row.transposed, bar.update)
     if flushed:
-        log.warning("%d 4-bit blocks hold denormal weights, which became zeros.", flushed)
+        log.warning("%d 4-bit blocks contain denormal weights, which became zeros.", flushed)
     for path, variable in parameters(model).items():
         leaf = leaves.pop(path)
         variable.set_value(jax.device_put(leaf) if mesh is None else leaf)
@@ -106,23 +107,23 @@ def load_hf(
 
 
 def check_packed(units: Sequence[table.Unit], folder: Path, ignore_config_keys: Collection[str]) -> bool:
-    """Whether the folder holds 4-bit tensors. Raises BimedixError where only its config.json says so."""
+    """Whether the folder has 4-bit tensors. Raises BimedixError where config.json announces them and there are none."""
     packed = any(isinstance(unit.tensor, PackedTensor) for unit in units)
     if not packed and KEY not in ignore_config_keys and is_packed(raw_config(folder), folder):
         raise BimedixError(
             f"{folder / CONFIG_NAME} announces 4-bit weights ({KEY}), but every tensor is unpacked; pass "
-            f"--ignore-config-key {KEY} if that is meant."
+            f"--ignore-config-key {KEY} to load it anyway."
         )
     return packed
 
 
 def packed_dtype(folder: Path) -> str:
-    """The dtype to compute in that the config.json of a packed folder names first among those available here."""
+    """The first dtype in the config.json of a packed folder that a model can compute in here."""
     stated = stated_dtypes(raw_config(folder))
     chosen = next((name for name in stated if name in COMPUTE), "bfloat16")
     if stated and stated[0] != chosen:
         log.warning(
-            "%s computes in %s, which is not available here; %s is used (float32 can be asked for by dtype).",
+            "%s computes in %s, which is not available here; %s is used (pass dtype to choose float32).",
             folder,
             stated[0],
             chosen,
@@ -156,7 +157,7 @@ def abstract_leaf(
 
 
 def parameters(model: Mixtral) -> dict[str, nnx.Variable]:
-    """Every base weight by path; raises ValueError where the model and the conversion table disagree, in shape too."""
+    """Every base weight by path; raises ValueError where the model and the conversion table differ."""
     rows = table.rows_of(model.config)
     found = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     found = {path: variable for path, variable in found.items() if ".lora." not in path}
@@ -165,16 +166,16 @@ def parameters(model: Mixtral) -> dict[str, nnx.Variable]:
     for row in rows:
         leaf = abstract_leaf(row, model.config, "float32", "float32")
         if found[row.path].get_value().shape != leaf.shape:
-            raise ValueError(f"{row.path} has shape {found[row.path].get_value().shape}, the table says {leaf.shape}")
+            raise ValueError(f"{row.path} has shape {found[row.path].get_value().shape}, the table has {leaf.shape}")
     return found
 
 
 def require_topk(model: Mixtral, what: str) -> None:
-    """Raises BimedixError for a router that the format `what` cannot name: readers would run another function."""
+    """Raises BimedixError for a router variant that the format `what` cannot record: readers would run topk."""
     if (router := model.config.router) != RouterConfig(num_experts=router.num_experts, top_k=router.top_k):
         raise BimedixError(
-            f"{what} has Mixtral's router, topk; this model's is {router.variant}. Keep it in our own format "
-            '(bmx.save), or load the model with router="topk" if its weights alone are wanted.'
+            f"{what} always has the router topk, but this model's router is {router.variant}. Save it in our own "
+            'format (bmx.save), or load the model with router="topk" to export its weights only.'
         )
 
 
@@ -185,7 +186,7 @@ def export_hf(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes the hub layout: safetensors (sharded beyond max_shard_bytes), config.json, and what travels along.
+    """Writes the hub layout: safetensors (sharded beyond max_shard_bytes), config.json, tokenizer and licence.
 
     Args:
       tokenizer_from: folder whose tokenizer, chat template, generation config, licence and neutral config.json keys are
@@ -197,8 +198,8 @@ def export_hf(
     adapters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
     if adapters:
         raise BimedixError(
-            f"the model carries {len(adapters)} adapter tensors, which a Hugging Face checkpoint of the base cannot "
-            "hold; export the base without adapters, and save the adapters on their own."
+            f"the model has {len(adapters)} adapter tensors, which do not fit in a Hugging Face checkpoint of the "
+            "base; export the base without adapters, and save the adapters separately."
         )
     values = {path: variable.get_value() for path, variable in parameters(model).items()}
     packed = [path for path, value in values.items() if isinstance(value, NF4Tensor)]
@@ -218,15 +219,15 @@ def export_hf(
                 yield spec.name, first, rows
 
     def finish(partial: Path) -> None:
-        write_beside(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source)
+        write_companions(partial, model.config, str(np.dtype(values["embed.table"].dtype)), source)
 
     return stream_to(folder, specs, exported(), "exporting", finish, overwrite, max_shard_bytes)
 
 
-def write_beside(
+def write_companions(
     folder: Path, config: MixtralConfig, dtype: str, source: Path | None, quantisation: Mapping[str, Any] | None = None
 ) -> None:
-    """config.json, and what travels along from the folder `source`, if any: tokenizer and neutral config.json keys."""
+    """Writes config.json, and copies the tokenizer and neutral config.json keys of the folder `source`, if any."""
     neutral = {}
     if source is not None:
         hub.copy_companions(source, folder)
@@ -235,10 +236,12 @@ def write_beside(
 
 
 def companion_folder(model: Mixtral, tokenizer_from: str | Path | None) -> Path | None:
-    """Where tokenizer and generation config come from; None, announced, where the model remembers no folder."""
+    """The folder to copy tokenizer and generation config from; None, with a warning, for a model without a folder."""
     origin = tokenizer_from if tokenizer_from is not None else getattr(model, "origin", None)
     if origin is None:
-        log.warning("no tokenizer is written: the model remembers no folder; pass tokenizer_from to copy one.")
+        log.warning(
+            "no tokenizer is written, because the model was not loaded from a folder; pass tokenizer_from to copy one."
+        )
         return None
     if not Path(origin).is_dir():
         raise BimedixError(f"{origin}, the folder to copy the tokenizer from, does not exist; pass tokenizer_from.")

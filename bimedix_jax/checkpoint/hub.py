@@ -1,4 +1,4 @@
-"""From what the user names (a folder or a hub id) to a local folder with safetensors weights."""
+"""Resolves a folder or hub id to a local folder with safetensors weights."""
 
 import os
 import re
@@ -10,20 +10,20 @@ from bimedix_jax.errors import BimedixError
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "LICENSE*", "NOTICE*"]
 UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.gguf"]
-"""Mixtral's own repository holds every weight a second time as consolidated*."""
+"""Mixtral's own repository has a second copy of all weights in consolidated*."""
 
 COMPANIONS = (
     "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
     "merges.txt chat_template.jinja chat_template.json generation_config.json LICENSE LICENSE.txt LICENSE.md NOTICE "
     "NOTICE.txt"
 ).split()
-"""Files beside the weights that travel with a conversion, byte for byte."""
+"""Files that a conversion copies unchanged."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """A local folder: `path_or_hub_id` itself, or the hub's snapshot of it at `revision`, downloaded when not yet
+    """A local folder: `path_or_hub_id` itself, or the hub's snapshot of it at `revision`, downloaded unless it is
     cached.
 
     Raises BimedixError where neither exists or the download fails.
@@ -31,13 +31,13 @@ def resolve(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     folder = Path(path_or_hub_id).expanduser()
     if folder.exists():
         if not folder.is_dir():
-            raise BimedixError(f"{folder} is a file; name the folder that holds it.")
+            raise BimedixError(f"{folder} is a file; name the folder that contains it.")
         if revision is not None:
             raise BimedixError(f"{folder} is a local folder, which has no revision {revision!r}; leave --revision out.")
         return folder
     name = str(path_or_hub_id)
     if not HUB_ID.fullmatch(name):
-        raise BimedixError(f"{name} is no existing folder and no hub id (owner/name); correct the path.")
+        raise BimedixError(f"{name} is neither an existing folder nor a hub id (owner/name); correct the path.")
     return _download(name, revision)
 
 
@@ -56,24 +56,24 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def require_safetensors(folder: Path) -> None:
-    """Raises BimedixError, with the way out, where `folder` holds no safetensors weights under the expected names."""
+    """Raises BimedixError, with the remedy, where `folder` has no safetensors weights under the expected names."""
     kind = weights_kind(folder)
     if kind == "safetensors":
         return
     if kind == "pickle":
         raise BimedixError(
-            f"{folder} holds only pickled PyTorch weights (.bin/.pt), which are never read because they can run code; "
+            f"{folder} has only pickled PyTorch weights (.bin/.pt), which are never read because they can run code; "
             "use a safetensors revision (for the published BiMediX models: --revision refs/pr/1) or convert them once "
             "with transformers' save_pretrained."
         )
     if (folder / "adapter_config.json").exists():
         raise BimedixError(
-            f"{folder} is an adapter without a base model; name the base and pass the folder as adapter."
+            f"{folder} is an adapter without a base model; name the base, and pass this folder as adapter."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     hint = f" (found {others[0]}, which is another layout)" if others else ""
     raise BimedixError(
-        f"{folder} holds neither model.safetensors nor model.safetensors.index.json{hint}; name a folder that does."
+        f"{folder} contains neither model.safetensors nor model.safetensors.index.json{hint}; name a folder that does."
     )
 
 

@@ -1,4 +1,4 @@
-"""One `load` for everything that holds a model: what the folder contains decides who reads it."""
+"""One `load` for every kind of model folder: the files in the folder decide how it is read."""
 
 import dataclasses
 import logging
@@ -40,22 +40,23 @@ def load(
     """A Mixtral, ready to run; it remembers the folder (`model.origin`) for exports.
 
     Args:
-      path: folder in Hugging Face layout, hub id, native checkpoint, or the folder of a finished training run, whose
-        base is loaded or made anew and gets what the run trained.
-      base: storage of the weights; "nf4" packs attention and experts to 4 bits on the way in. None: bfloat16, of a
-        native checkpoint or one that bitsandbytes packed what it holds, and of a run what it trained over.
-      adapter: folder of an adapter to put on, ours or PEFT's.
-      mesh: devices to shard it over, see bimedix_jax/sharding. Of a native checkpoint a process reads what its own
-        devices hold; of another folder it reads its own experts and everything else (the scales of a 4-bit matrix are
-        quantised together).
-      dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint has its own,
-        and one that bitsandbytes packed names it in config.json.
+      path: folder in Hugging Face layout, hub id, native checkpoint, or the folder of a finished training run. For a
+        run, its base is loaded (or initialised again) and the trained parameters are added.
+      base: storage of the weights; "nf4" packs attention and experts to 4 bits while reading. None keeps the storage of
+        a native checkpoint, of one that bitsandbytes packed and of a run's base, and means bfloat16 for any other
+        folder.
+      adapter: folder of an adapter to add, in our format or PEFT's.
+      mesh: devices to shard it over, see bimedix_jax/sharding. A process reads the shards of its own devices from a
+        native checkpoint. From any other folder it reads its own experts and all other parameters, because the scales
+        of a 4-bit matrix are quantised together.
+      dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint records its
+        dtype, and the config.json of one that bitsandbytes packed names it.
       revision: of a hub id.
-      ignore_config_keys: keys of config.json to overlook although they are unknown.
-      router: variant by its name in models/routers.py; None is the one that the adapter, run or checkpoint was trained
-        with. Another one is another function, and a warning names both.
+      ignore_config_keys: keys of config.json to ignore although they are unknown or not implemented.
+      router: name of a variant in models/routers.py; None keeps the one that the adapter, run or checkpoint was trained
+        with. Another variant makes the model compute something else, so a warning names both.
     Raises:
-      BimedixError: what was asked for cannot be read, with the remedy.
+      BimedixError: the model cannot be read as requested; the message gives the remedy.
     """
     if mesh is None:
         return read_model(path, base, adapter, None, dtype, revision, ignore_config_keys, router)
@@ -74,7 +75,7 @@ def read_model(
     ignore_config_keys: Collection[str] = (),
     router: str | None = None,
 ) -> Mixtral:
-    """`load` without the last step: for a mesh, arrays in host memory that hold what this process's devices need."""
+    """`load` before sharding: for a mesh, arrays in host memory with the parts that this process's devices need."""
     check_router_name(router)
     if adapter is not None and not is_peft(adapter):
         store.read_adapter_config(adapter)  # fails before the base is read
@@ -84,7 +85,7 @@ def read_model(
     elif store.is_native(folder):
         if revision is not None or ignore_config_keys:
             raise BimedixError(
-                f"{folder} is a native checkpoint, which has no revision and no config.json to overlook."
+                f"{folder} is a native checkpoint; leave out --revision and --ignore-config-key, which it does not use."
             )
         model = restored(folder, base, dtype, mapped=mesh is not None)
     else:
@@ -97,17 +98,19 @@ def read_model(
 
 
 def check_router_name(router: str | None) -> None:
-    """Raises BimedixError for a name that is no variant."""
+    """Raises BimedixError for an unknown router variant."""
     if router is not None and router not in ROUTERS:
         raise BimedixError(f"there is no router {router}; choose one of {', '.join(sorted(ROUTERS))}")
 
 
 def rerouted(model: Mixtral, variant: str, source: str) -> Mixtral:
-    """The model with this router variant; a warning where that is not the one of its source."""
+    """The model with this router variant; warns where its source has another one."""
     own = model.config.router
     if variant == own.variant:
         return model
-    log.warning("%s has the router %s and runs with %s, which makes it another function.", source, own.variant, variant)
+    log.warning(
+        "%s was trained with the router %s and runs with %s, so its outputs differ.", source, own.variant, variant
+    )
     kept = {name: getattr(own, name) for name in ROUTERS[variant].reads}
     return model.with_router(RouterConfig(num_experts=own.num_experts, top_k=own.top_k, variant=variant, **kept))
 
@@ -118,14 +121,14 @@ def is_run(folder: str | Path) -> bool:
 
 
 def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | None) -> Mixtral:
-    """The model of a finished training run: its base, with what it trained.
+    """The model of a finished training run: its base with the trained parameters.
 
     Raises:
-      BimedixError: the run has not finished, or was given its base in memory.
+      BimedixError: the run has not finished, or its base was passed in memory.
     """
     run = experiments.read(folder / "config.json")
     if base is not None and base != run.model.base:
-        log.warning("%s trained over a base in %s; it is loaded over %s.", folder, run.model.base, base)
+        log.warning("%s was trained over a base in %s, but its base is loaded in %s.", folder, run.model.base, base)
     if store.is_native(folder / "model"):
         return restored(folder / "model", base, dtype, mapped=mesh is not None)
     if not store.is_adapter(folder / "adapter"):
@@ -133,21 +136,21 @@ def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | No
             f"{folder} has not finished training; continue it with `bimedix train --resume --out {folder}`."
         )
     if (folder / "plan.safetensors").is_file():
-        log.warning("%s trained under a routing plan; pass plan= to run the model under it as well.", folder)
+        log.warning("%s was trained under a routing plan; pass plan= to use it when the model runs, too.", folder)
     source = dataclasses.replace(run.model, base=base or run.model.base, dtype=dtype or run.model.dtype)
     return store.load_adapter(read_base(dataclasses.replace(run, model=source), mesh), folder / "adapter")
 
 
 def read_base(run: Experiment, mesh: Mesh | None) -> Mixtral:
-    """The base model that an experiment names, with the router that it asks for.
+    """The base model of an experiment, with the experiment's router.
 
     Raises:
-      BimedixError: it names none, or its router does not fit.
+      BimedixError: the experiment names no base, or the router does not fit it.
     """
     source = run.model
     check_router_name(run.router.variant)
     if source.random is not None:
-        config = dataclasses.replace(source.random, router=asked_router(run.router, source.random.router))
+        config = dataclasses.replace(source.random, router=requested_router(run.router, source.random.router))
         dtype = source.dtype or ("bfloat16" if source.base == "nf4" else source.base)
         model = init_random(config, run.seed, dtype)
         return quantise_base(model) if source.base == "nf4" else model
@@ -157,11 +160,11 @@ def read_base(run: Experiment, mesh: Mesh | None) -> Mixtral:
     return with_router_of(run, model, source.path)
 
 
-def asked_router(asked: RouterTraining, own: RouterConfig) -> RouterConfig:
-    """A model's router with the variant and parameters that an experiment asks for.
+def requested_router(asked: RouterTraining, own: RouterConfig) -> RouterConfig:
+    """A model's router configuration with the variant and parameters of an experiment.
 
     Raises:
-      BimedixError: no such variant, or a parameter that is out of range or that it does not read.
+      BimedixError: an unknown variant, or a parameter that is out of range or that the variant does not use.
     """
     check_router_name(asked.variant)
     fields = {name: getattr(asked, name) for name in ("variant", "scale", "bias_rate")}
@@ -174,32 +177,32 @@ def asked_router(asked: RouterTraining, own: RouterConfig) -> RouterConfig:
 
 
 def with_router_of(run: Experiment, model: Mixtral, source: str) -> Mixtral:
-    """`model` with the router that an experiment asks for; a warning where that is another variant than its own."""
+    """`model` with the router of an experiment; warns where that is another variant than the model's own."""
     check_router_name(run.router.variant)
-    own, asked = model.config.router, asked_router(run.router, model.config.router)
-    if asked.variant != own.variant:
+    own, requested = model.config.router, requested_router(run.router, model.config.router)
+    if requested.variant != own.variant:
         log.warning(
-            "%s has the router %s and trains with %s, which makes it another function.",
+            "%s has the router %s and trains with %s, so its outputs differ.",
             source,
             own.variant,
-            asked.variant,
+            requested.variant,
         )
     try:
-        return model if asked == own else model.with_router(asked)
+        return model if requested == own else model.with_router(requested)
     except ValueError as error:
         raise BimedixError(f"router: {error}") from error
 
 
 def restored(folder: Path, base: Base | None, dtype: str | None, mapped: bool) -> Mixtral:
-    """A native checkpoint as it was saved; raises BimedixError where another storage or dtype is asked for."""
+    """A native checkpoint as it was saved; raises BimedixError where another storage or dtype is requested."""
     model = store.restore(folder, mapped=mapped)
     values = [variable.get_value() for variable in parameters(model).values()]
     packed = any(isinstance(value, NF4Tensor) for value in values)
-    held = "nf4" if packed else str(jax.tree.leaves(values)[0].dtype)
-    for what, asked, found in (("base", base, held), ("dtype", dtype, model.dtype)):
-        if asked is not None and asked != found:
+    stored = "nf4" if packed else str(jax.tree.leaves(values)[0].dtype)
+    for what, requested, found in (("base", base, stored), ("dtype", dtype, model.dtype)):
+        if requested is not None and requested != found:
             raise BimedixError(
-                f"{folder} was saved with {what} {found}, not {asked}; leave {what} out, or start from the Hugging "
+                f"{folder} was saved with {what} {found}, not {requested}; leave {what} out, or start from the Hugging "
                 "Face folder."
             )
     return model

@@ -1,9 +1,8 @@
-"""Adapters merged into the weights they belong to: a Hugging Face folder without adapters, written piece by piece.
+"""Merges adapters into their base weights and writes a Hugging Face folder without adapters, piece by piece.
 
-Over a 4-bit base there are two honest choices: the original 16-bit weights, closer to the base model but not what the
-adapters saw in training, and the dequantised ones, which they saw. Either way 16-bit weights round small deltas away,
-and routers may choose otherwise. `Merged` and `bimedix_jax.routing.drift` say how much: a merge that loses the
-fine-tune must not look like one that keeps it.
+Adapters that were trained over a 4-bit base can be merged into two sets of weights: the original 16-bit ones, which are
+closer to the base model, or the dequantised ones, which were used in training. In both cases 16-bit weights lose small
+deltas by rounding, and routers may choose other experts. `Merged` and `bimedix_jax.routing.drift` measure how much.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from bimedix_jax.adapters import factor_indices, linears
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.bnb_config import is_packed
 from bimedix_jax.checkpoint.dtypes import COMPUTE
-from bimedix_jax.checkpoint.hf import companion_folder, parameters, require_topk, stored_pieces, write_beside
+from bimedix_jax.checkpoint.hf import companion_folder, parameters, require_topk, stored_pieces, write_companions
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, raw_config, read_config
 from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces, read_folder
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
@@ -30,7 +29,7 @@ log = logging.getLogger(__name__)
 
 Into = Literal["original", "dequantised"]
 LARGE_LOSS = 0.1
-"""Share of a delta lost to rounding above which a merge says so by itself."""
+"""Share of the deltas lost by rounding above which a merge warns."""
 
 WeightRows = tuple[table.Row, tuple[int, ...], int, np.ndarray]
 """(row of the conversion table, (layer, expert), first row, rows of the matrix as Hugging Face orients it)."""
@@ -38,13 +37,13 @@ WeightRows = tuple[table.Row, tuple[int, ...], int, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-      matrices: how many matrices received a delta, by target.
+      matrices: how many matrices got a delta, by target.
       delta_norm: Frobenius norm of the deltas, by target.
-      rounding_loss: norm of (written - weight in that precision - delta) over the norm of the deltas, by target: the
-        share of the fine-tune that the written precision cannot hold.
+      rounding_loss: norm of (written - weight in that precision - delta), divided by the norm of the deltas, by target:
+        the share of the fine-tuning that is lost in the written precision.
     """
 
     folder: Path
@@ -83,18 +82,18 @@ def export_merged(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Merged:
-    """Writes the model in hub layout with its adapters merged, which transformers loads as an ordinary Mixtral.
+    """Writes the model with its adapters merged, in hub layout. transformers loads it as an ordinary Mixtral.
 
     Args:
-      into: "dequantised" adds the deltas to the weights that `model` holds; "original" to those of the folder
-        `original`, by default the one that the model was loaded from, streamed from there.
+      into: "dequantised" adds the deltas to the weights of `model`; "original" adds them to the weights in the folder
+        `original`, by default the one that the model was loaded from.
       dtype: of the written weights, bfloat16 or float32.
     Raises:
       BimedixError: the model has no adapters, `original` is not its unquantised base, or a folder cannot be written.
     """
     require_topk(model, "A merged checkpoint in Hugging Face's layout")
     if model.lora is None:
-        raise BimedixError("The model carries no adapters to merge; load it with adapter=FOLDER.")
+        raise BimedixError("The model has no adapters to merge; load it with adapter=FOLDER.")
     layers = {".".join(path): layer for path, layer in linears(model).items()}
     entries = table.named_entries(model.config).items()
     specs = [TensorSpec(name, COMPUTE[dtype], table.unit_shape(row, model.config)) for name, (row, _) in entries]
@@ -104,8 +103,8 @@ def export_merged(
     sums, trained_router = Sums(), model.lora.train_router
 
     def merged() -> Iterator[Piece]:
-        for row, index, first, rows in held_pieces(model, values) if source is None else read_pieces(model, source):
-            # a router that trained in full is the model's own
+        for row, index, first, rows in model_pieces(model, values) if source is None else read_pieces(model, source):
+            # a router that was trained in full is taken from the model
             if source is not None and row.path == "layers.moe.router.w" and trained_router:
                 rows = np.asarray(values[row.path][index]).T[first : first + len(rows)]
             elif source is not None and row.path not in QUANTISABLE:
@@ -114,7 +113,7 @@ def export_merged(
             yield table.named(row.name, index), first, merge_piece(layer, row, index, first, rows, dtype, sums)
 
     def finish(partial: Path) -> None:
-        write_beside(partial, model.config, dtype, companions)
+        write_companions(partial, model.config, dtype, companions)
 
     written = stream_to(folder, specs, merged(), "merging", finish, overwrite, max_shard_bytes)
     return summary(written, into, dtype, sums)
@@ -123,28 +122,30 @@ def export_merged(
 QUANTISABLE = frozenset(
     row.path for row in table.TABLE if row.transposed and row.path not in ("layers.moe.router.w", "lm_head.w")
 )
-"""Weights that a 4-bit base holds rounded, so that they cannot be compared with the original's."""
+"""Weights that a 4-bit base rounds, so that they cannot be compared with the original ones."""
 
 
 def original_folder(model: Mixtral, original: str | Path | None) -> Path:
     """The unquantised base of a model."""
     source = original if original is not None else model.origin
     if source is None:
-        raise BimedixError("The model remembers no folder to take the original weights from; pass original=FOLDER.")
+        raise BimedixError("The model was not loaded from a folder with the original weights; pass original=FOLDER.")
     folder = Path(source)
     if not (folder / CONFIG_NAME).is_file():
         raise BimedixError(
-            f"{folder} is no Hugging Face folder; pass the base's as original, or merge into dequantised."
+            f"{folder} is not a Hugging Face folder; pass the base's folder as original, or choose dequantised."
         )
     if read_config(folder) != model.config:
-        raise BimedixError(f"{folder} is of another architecture than the model; pass its own base as original.")
+        raise BimedixError(f"{folder} has another architecture than the model; pass the model's base as original.")
     hub.require_safetensors(folder)
     if is_packed(raw_config(folder), folder):
-        raise BimedixError(f"{folder} holds 4-bit weights, not the original ones; name those, or choose dequantised.")
+        raise BimedixError(
+            f"{folder} contains 4-bit weights, not the original ones; name those, or choose dequantised."
+        )
     return folder
 
 
-def held_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[WeightRows]:
+def model_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[WeightRows]:
     """The model's own weights, 4-bit ones dequantised."""
     for row, index in table.named_entries(model.config).values():
         shape = table.unit_shape(row, model.config)
@@ -161,7 +162,7 @@ def read_pieces(model: Mixtral, folder: Path) -> Iterator[WeightRows]:
 
 
 def require_same(rows: np.ndarray, held: Any, row: table.Row, index: tuple[int, ...], first: int, source: Path) -> None:
-    """Raises BimedixError where a weight that no storage rounds differs: `source` is another base then."""
+    """Raises BimedixError where a weight that is never rounded differs, so that `source` is another base."""
     own = np.asarray(held[index])
     own = (own.T if row.transposed else own)[first : first + len(rows)]
     if not np.array_equal(rows.astype(own.dtype), own):
@@ -191,28 +192,30 @@ def merge_piece(
     dtype: str,
     sums: Sums,
 ) -> np.ndarray:
-    """Rows of one matrix with their delta, in the written dtype; sums up what rounding takes."""
+    """Rows of one matrix plus their delta, in the written dtype. Adds the loss by rounding to `sums`."""
     found = None if layer is None else factors_of(layer, index)
     if found is None:
         return rows.astype(COMPUTE[dtype], copy=False)
     a, b, scale = found
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise BimedixError(f"The adapter of {table.named(row.name, index)} holds NaN or infinity; take another one.")
+        raise BimedixError(f"The adapter of {table.named(row.name, index)} contains NaN or infinity; use another one.")
     delta = np.float32(scale) * (b[:, first : first + len(rows)].T @ a.T)
     written = (rows.astype(np.float32) + delta).astype(COMPUTE[dtype])
-    unmerged = rows.astype(COMPUTE[dtype]).astype(np.float32)  # what the weight alone loses is not the delta's
+    unmerged = rows.astype(COMPUTE[dtype]).astype(
+        np.float32
+    )  # the rounding of the weight itself is no loss of the delta
     sums.add(row.path.split(".")[-2], index, delta, written.astype(np.float32) - unmerged - delta)
     return written
 
 
 def summary(folder: Path, into: Into, dtype: str, sums: Sums) -> Merged:
-    """The report; says by itself where rounding took much."""
+    """The report; warns where rounding lost a large share."""
     norms = {target: value**0.5 for target, value in sums.deltas.items()}
     losses = {target: sums.losses[target] ** 0.5 / norm if norm else 0.0 for target, norm in norms.items()}
     large = [f"{target} {share:.0%}" for target, share in losses.items() if share > LARGE_LOSS]
     if large:
         log.warning(
-            "%s weights cannot hold the whole fine-tune: rounding takes %s of the deltas' norm; float32 keeps it.",
+            "%s weights lose a part of the fine-tuning: rounding takes %s of the deltas' norm; float32 keeps it.",
             dtype,
             ", ".join(large),
         )

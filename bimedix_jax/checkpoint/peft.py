@@ -2,17 +2,17 @@
 
     adapter_config.json          rank, alpha, which modules and parameters are adapted
     adapter_model.safetensors    <prefix>.<module>.lora_A.weight [r, in] and <prefix>.<module>.lora_B.weight [out, r]
-    bimedix_adapter.json         ours, which peft does not read: identity of the base, rank of w1 within w1 and w3 fused
+    bimedix_adapter.json         ours, not read by peft: identity of the base, rank of w1 in the fused w1 and w3
 
 Two layouts (`peft_write` writes both, `peft_read` reads both):
 
-    per_expert   names of transformers 4, `block_sparse_moe.experts.5.w1`; transformers 5 + peft fuse them on the way in
+    per_expert   names of transformers 4, `block_sparse_moe.experts.5.w1`; transformers 5 + peft fuse them on loading
     fused        what peft saves under transformers 5: one pair of factors for the stacked weights of all experts of a
-                 layer, A [E*r, in] with row e*r + j, B [out, r*E] with column j*E + e. Of an adapted module's two
-                 parameters gate_up_proj (w1 rows over w3 rows) is `mlp.experts.base_layer` and down_proj (w2)
-                 `mlp.experts`; one alone is `mlp.experts`.
+                 layer, A [E*r, in] with row e*r + j, B [out, r*E] with column j*E + e. If both
+                 parameters are adapted, gate_up_proj (w1 rows, then w3 rows) is named `mlp.experts.base_layer` and
+                 down_proj (w2) `mlp.experts`. If only one is adapted, it is named `mlp.experts`.
 
-peft up to 0.19.0 took a fused weight [E, out, in] for [E, in, out], so that A and B changed roles; the shapes tell.
+peft up to 0.19.0 read a fused weight [E, out, in] as [E, in, out], so that A and B were swapped; the shapes show it.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ CONFIG_NAME, WEIGHTS_NAME, OWN_NAME = "adapter_config.json", "adapter_model.safe
 OWN_FORMAT = "bimedix peft 1"
 PREFIX = "base_model.model."
 VERSION = "0.21.2"
-"""Of peft, whose reading of a fused adapter ours is."""
+"""The version of peft whose interpretation of fused adapters is implemented here."""
 LAST_SWAPPED = (0, 19, 0)
-"""Last version of peft in which A and B of a fused weight had changed roles (compared in its sources: 0.19.1 swaps)."""
+"""Last version of peft in which A and B of a fused weight were swapped (from its source; 0.19.1 is correct)."""
 
 LAYER = "model.layers.{layer}."
 ATTENTION = {kind: LAYER + f"self_attn.{kind}_proj" for kind in "qkvo"}
@@ -46,7 +46,7 @@ FUSED = {
     "gate_up": LAYER + "mlp.experts.gate_up_proj",
     "down": LAYER + "mlp.experts.down_proj",
 }
-"""Parameters of transformers 5, by which peft matches `target_parameters` and patterns."""
+"""Parameters of transformers 5. peft matches `target_parameters` and patterns with these names."""
 
 NEUTRAL = {
     "use_dora": "DoRA",
@@ -64,14 +64,14 @@ NEUTRAL = {
     "velora_config": "VeLoRA",
     "megatron_config": "Megatron",
 }
-"""Settings that change what an adapter computes, and what they ask for: read only where they are off."""
+"""Settings that change what an adapter computes, with a description. They must be off."""
 INITIAL = (True, False, None, "true", "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it."""
+"""Values of init_lora_weights that do not change the base; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do."""
 UNUSED = (
     "auto_mapping corda_config ensure_weight_tying eva_config inference_mode loftq_config lora_ga_config megatron_core "
     "qalora_group_size revision runtime_config task_type"
 ).split()
-"""Settings about initialisation, training and bookkeeping, whatever their value."""
+"""Settings of initialisation, training and bookkeeping. They are ignored."""
 READ = (
     "alpha_pattern base_model_name_or_path exclude_modules init_lora_weights layers_pattern layers_to_transform "
     "lora_alpha lora_dropout modules_to_save peft_type peft_version r rank_pattern target_modules target_parameters "
@@ -81,7 +81,7 @@ READ = (
 
 @dataclasses.dataclass(frozen=True)
 class PeftSettings:
-    """What adapter_config.json says, as far as it matters for the result."""
+    """The settings of adapter_config.json that decide what an adapter computes."""
 
     source: str
     rank: int
@@ -95,26 +95,26 @@ class PeftSettings:
     parameters: tuple[str, ...]
     exclude: str | tuple[str, ...]
     layers: tuple[int, ...]
-    """Of `modules`; empty: all."""
+    """The layers in which `modules` are adapted; empty means all."""
     layers_pattern: tuple[str, ...]
     to_save: tuple[str, ...]
-    """Modules that trained in full."""
+    """Modules that were trained in full."""
     version: tuple[int, ...] | None
     base: str | None
 
     def rank_of(self, name: str) -> int:
-        return self.rank_pattern.get(matching(self.rank_pattern, name, self.source), self.rank)
+        return self.rank_pattern.get(first_match(self.rank_pattern, name, self.source), self.rank)
 
     def scale_of(self, name: str) -> float:
-        """What multiplies B A of a module, or of a parameter of transformers 5."""
-        rank, alpha = self.rank_of(name), self.alpha_pattern.get(matching(self.alpha_pattern, name, self.source))
+        """The factor of B A for a module, or for a parameter of transformers 5."""
+        rank, alpha = self.rank_of(name), self.alpha_pattern.get(first_match(self.alpha_pattern, name, self.source))
         return (self.alpha if alpha is None else alpha) / (rank**0.5 if self.rank_stabilised else rank)
 
     def targets(self, name: str) -> bool:
-        """Whether `target_modules` means this module."""
-        if self.exclude and self.means(self.exclude, name):
+        """Whether `target_modules` matches this module."""
+        if self.exclude and self.matches(self.exclude, name):
             return False
-        if not self.means(self.modules, name):
+        if not self.matches(self.modules, name):
             return False
         if isinstance(self.modules, str) or name in self.modules or not self.layers:
             return True
@@ -123,10 +123,10 @@ class PeftSettings:
         return found is not None and int(found[1]) in self.layers
 
     def targets_parameter(self, name: str) -> bool:
-        """Whether `target_parameters` means this parameter."""
-        return self.means(self.parameters, name)
+        """Whether `target_parameters` matches this parameter."""
+        return self.matches(self.parameters, name)
 
-    def means(self, wanted: str | tuple[str, ...], name: str) -> bool:
+    def matches(self, wanted: str | tuple[str, ...], name: str) -> bool:
         if isinstance(wanted, str):
             return bool(compiled(wanted, self.source).fullmatch(name))
         return name in wanted or any(name.endswith(f".{part}") for part in wanted)
@@ -137,23 +137,23 @@ def compiled(pattern: str, source: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise BimedixError(
-            f"{source} holds the pattern {pattern!r}, which is not valid ({error}); correct it."
+            f"{source} contains the pattern {pattern!r}, which is not valid ({error}); correct it."
         ) from None
 
 
-def matching(patterns: Mapping[str, Any], name: str, source: str) -> str:
-    """The first pattern that peft takes for `name`, or the name itself."""
+def first_match(patterns: Mapping[str, Any], name: str, source: str) -> str:
+    """The first pattern that matches `name`, as in peft; the name itself where none does."""
     return next((key for key in patterns if compiled(rf"(.*\.)?({key})$", source).match(name)), name)
 
 
 def is_peft(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter's configuration that PEFT wrote."""
+    """Whether PEFT, or `export_peft`, wrote the adapter in this folder."""
     return "peft_type" in peek_json(Path(folder) / CONFIG_NAME)
 
 
 def read_settings(folder: Path) -> PeftSettings:
-    """adapter_config.json, checked: raises BimedixError for anything that this project cannot do, and for keys that it
-    does not know unless they are off."""
+    """Reads and checks adapter_config.json. Raises BimedixError for everything that is not implemented, and for unknown
+    keys unless they are off."""
     path = folder / CONFIG_NAME
     config = read_json(path, dict[str, Any], "name a folder that peft wrote")
     if config.get("peft_type") != "LORA":
@@ -161,16 +161,20 @@ def read_settings(folder: Path) -> PeftSettings:
     off = (None, False, "none", {}, [])
     for key, what in NEUTRAL.items():
         if config.get(key) not in off:
-            raise BimedixError(f"{path} asks for {what} ({key} = {config[key]!r}), which is not supported.")
+            raise BimedixError(
+                f"{path} needs {what} ({key} = {config[key]!r}), which is not supported; train the adapter without it."
+            )
     if config.get("init_lora_weights", True) not in INITIAL:
         raise BimedixError(
-            f"{path} has init_lora_weights = {config['init_lora_weights']!r}, whose base weights are not the "
-            "published ones; convert it with peft's path_initial_model_for_weight_conversion."
+            f"{path} has init_lora_weights = {config['init_lora_weights']!r}, which changes the weights of the "
+            "base; convert it with peft's path_initial_model_for_weight_conversion."
         )
     known = {*NEUTRAL, *UNUSED, *READ}
     unknown = [key for key, value in config.items() if key not in known and value not in off]
     if unknown:
-        raise BimedixError(f"{path} sets {', '.join(unknown)}, which is unknown here, so the result could differ.")
+        raise BimedixError(
+            f"{path} sets {', '.join(unknown)}, which is unknown and may change the result; remove what does not."
+        )
     return settings_of(validate(config, PeftJson, str(path), "save the adapter again"), str(path))
 
 

@@ -1,4 +1,4 @@
-"""Which tensor of a PEFT file is which: names, shapes and roles, checked against the base and adapter_config.json."""
+"""Identifies the tensors of a PEFT file by name and shape, and checks them against the base and adapter_config.json."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ TABLES = {
     for module, path in {"model.embed_tokens": "embed.table", "lm_head": "lm_head.w"}.items()
     for part in ("", ".base_layer")
 }
-"""Copies of the base's embedding and head, which peft saves beside an adapter on the head."""
+"""Copies of the base's embedding and head, which peft saves with an adapter on the head."""
 FUSED_KINDS = ("gate_up", "down")
 OUTER, INNER = LAYER + "mlp.experts", LAYER + "mlp.experts.base_layer"
 
@@ -32,10 +32,10 @@ class Pair:
     """A and B of one module.
 
     Attributes:
-      kind: of LORA_TARGETS, or gate_up or down, which hold all experts of a layer.
+      kind: one of LORA_TARGETS, or gate_up or down, which contain all experts of a layer.
       index: (), (layer,) or (layer, expert).
-      rank, scale: of each matrix in it.
-      swapped: whether A and B of a fused weight have each other's role.
+      rank, scale: of each of its matrices.
+      swapped: whether A and B of a fused weight are swapped.
     """
 
     kind: str
@@ -49,8 +49,8 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a file holds: adapters; routers by layer, which may be there under two names; copies of the base's tables,
-    with their paths in our tree."""
+    """The content of a file: adapters; routers by layer, each under one or two names; copies of the base's tables, with
+    their paths in our tree."""
 
     pairs: list[Pair]
     routers: dict[int, list[StoredTensor]]
@@ -59,7 +59,7 @@ class Content:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A module that may carry an adapter; `name` is what patterns and targets are matched with."""
+    """A module that may have an adapter; patterns and targets are matched with `name`."""
 
     kind: str
     index: tuple[int, ...]
@@ -67,7 +67,7 @@ class Module:
 
 
 def modules_of(model: Mixtral) -> dict[str, Module]:
-    """Every module that a key may name, in both layouts."""
+    """Every module that may be in a file, by its name there, in both layouts."""
     config = model.config
     found = {} if config.tie_embeddings else {"lm_head": Module("lm_head", (), "lm_head")}
     for layer in range(config.num_layers):
@@ -86,18 +86,18 @@ def modules_of(model: Mixtral) -> dict[str, Module]:
 
 
 def content_of(tensors: Mapping[str, StoredTensor], settings: PeftSettings, model: Mixtral) -> Content:
-    """The tensors by what they are.
+    """Sorts the tensors of a file by their role.
 
     Raises:
-      BimedixError: a tensor is unknown, missing, not floating point, of a shape that does not fit the base or of a rank
-        that adapter_config.json does not give it, or the two disagree about what is adapted.
+      BimedixError: a tensor is unknown, missing or not floating point, its shape does not fit the base, its rank is not
+        that of adapter_config.json, or adapter_config.json has other targets.
     """
     modules, factors = modules_of(model), collections.defaultdict[str, dict[str, StoredTensor]](dict)
     routers, tables, unknown = collections.defaultdict[int, list[StoredTensor]](list), [], []
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(PREFIX)
         if tensor.dtype not in FLOATS:
-            raise BimedixError(f"{tensor.path} stores {full_name} as {tensor.dtype}; only floating point can be read.")
+            raise BimedixError(f"{tensor.path} stores {full_name} as {tensor.dtype}; only floating point is supported.")
         factor, router = FACTOR.fullmatch(name), ROUTER.fullmatch(name)
         if factor and factor[1] in modules and factor[2] not in factors[factor[1]]:
             factors[factor[1]][factor[2]] = tensor
@@ -109,17 +109,19 @@ def content_of(tensors: Mapping[str, StoredTensor], settings: PeftSettings, mode
             unknown.append(full_name)
     if unknown:
         raise BimedixError(
-            f"{settings.source} comes with {len(unknown)} tensor(s) that fit no module of this base "
+            f"{settings.source} has {len(unknown)} tensor(s) that fit no module of this base "
             f"({listed(unknown)}); name the base that the adapter was trained on."
         )
     single = [name for name, both in factors.items() if len(both) != 2]
     if single:
-        raise BimedixError(f"{settings.source}: of {listed(single)} only one of lora_A and lora_B is there.")
+        raise BimedixError(
+            f"{settings.source}: of {listed(single)} only one of lora_A and lora_B is present; save the adapter again."
+        )
     check_routers(routers, settings, model)
     found = [(modules[name], both["A"], both["B"]) for name, both in factors.items()]
     found = name_fused_pairs(found, settings, model)
     check_targets([module for module, _, _ in found], settings, model)
-    swapped = roles_changed(found, settings, model)
+    swapped = is_swapped(found, settings, model)
     widths = {path[-1]: layer.w.get_value().shape[-2:] for path, layer in linears(model).items()}
     widths |= {kind: fused_widths(kind, model) for kind in FUSED_KINDS}
     pairs = [pair_of(*entry, widths[entry[0].kind], swapped, settings, model) for entry in found]
@@ -129,7 +131,7 @@ def content_of(tensors: Mapping[str, StoredTensor], settings: PeftSettings, mode
 def name_fused_pairs(
     found: list[tuple[Module, StoredTensor, StoredTensor]], settings: PeftSettings, model: Mixtral
 ) -> list[tuple[Module, StoredTensor, StoredTensor]]:
-    """The fused pairs named by their parameter: by place where a layer has both, else by shape."""
+    """Names every fused pair by its parameter: from the module name where a layer has both, else from the shape."""
     both = {module.index for module, _, _ in found if module.kind == "inner"}
     named = []
     for module, a, b in found:
@@ -155,7 +157,7 @@ def fused_widths(kind: str, model: Mixtral) -> tuple[int, int]:
 
 
 def orientations(kind: str, a: StoredTensor, b: StoredTensor, model: Mixtral) -> tuple[bool, bool]:
-    """Whether the shapes fit a fused parameter with A and B (as they should be, in each other's role)."""
+    """Whether the shapes fit a fused parameter: (with A and B in the right order, with A and B swapped)."""
     experts, (width_in, width_out) = model.config.router.num_experts, fused_widths(kind, model)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % experts or not a.shape[0]:
         return False, False
@@ -163,11 +165,9 @@ def orientations(kind: str, a: StoredTensor, b: StoredTensor, model: Mixtral) ->
     return ends == (width_in, width_out), ends == (width_out, width_in)
 
 
-def roles_changed(
-    found: list[tuple[Module, StoredTensor, StoredTensor]], settings: PeftSettings, model: Mixtral
-) -> bool:
-    """Whether A and B of the file's fused weights have each other's role: by shape, and where all are square by the
-    recorded version of peft."""
+def is_swapped(found: list[tuple[Module, StoredTensor, StoredTensor]], settings: PeftSettings, model: Mixtral) -> bool:
+    """Whether A and B of the file's fused weights are swapped: from the shapes, or from the recorded version of peft
+    where all weights are square."""
     fused = [orientations(m.kind, a, b, model) for m, a, b in found if m.kind in FUSED_KINDS]
     straight, swapped = all(fit[0] for fit in fused), all(fit[1] for fit in fused)
     old = settings.version is not None and settings.version <= LAST_SWAPPED
@@ -175,15 +175,15 @@ def roles_changed(
         return False
     if not (straight or swapped):
         raise BimedixError(
-            f"{settings.source}: the fused experts disagree about which factor is A; export the adapter again."
+            f"{settings.source}: A and B are swapped for some fused experts only; export the adapter again."
         )
     if straight and settings.version is None:
         raise BimedixError(
             f"{settings.source} records no peft_version, and the experts' weights are square, so that their shapes do "
-            "not tell A from B (peft changed their roles in 0.19.1); add the peft_version that trained it."
+            "not show whether A and B are swapped (as before peft 0.19.1); add the peft_version that trained it."
         )
     if not straight or old:
-        log.warning("Fused experts from peft before 0.19.1 have A and B in each other's role; they are put right.")
+        log.warning("Fused experts from peft before 0.19.1 have A and B swapped; this is corrected.")
     return old if straight else True
 
 
@@ -196,7 +196,7 @@ def pair_of(
     settings: PeftSettings,
     model: Mixtral,
 ) -> Pair:
-    """One module's factors, checked for shape and rank; `widths` are those of the base's weight, (in, out)."""
+    """The factors of one module, after checking shape and rank; `widths` is (in, out) of the base's weight."""
     fused, (width_in, width_out) = module.kind in FUSED_KINDS, widths
     rank = a.shape[0] // (model.config.router.num_experts if fused else 1) if a.shape else 0
     if not fused and (a.shape != (rank, width_in) or b.shape != (width_out, rank) or rank < 1):
@@ -215,7 +215,7 @@ def pair_of(
 def check_targets(present: list[Module], settings: PeftSettings, model: Mixtral) -> None:
     """Raises BimedixError where adapter_config.json targets a module without tensors, or tensors are not targeted."""
     found = {module.name for module in present}
-    # a parameter of transformers 5 is no module; peft has rewritten what meant w1 to target_parameters
+    # parameters of transformers 5 are no modules; for them peft has rewritten target_modules to target_parameters
     names = {module.name for module in modules_of(model).values() if not module.name.endswith(".gate.weight")}
     expected = {name for name in names if name and settings.targets(name)}
     for layer in range(model.config.num_layers):
@@ -234,11 +234,13 @@ def check_targets(present: list[Module], settings: PeftSettings, model: Mixtral)
 
 
 def check_routers(routers: Mapping[int, list[StoredTensor]], settings: PeftSettings, model: Mixtral) -> None:
-    """Raises BimedixError unless routers trained in full are there exactly where modules_to_save says so."""
+    """Raises BimedixError unless the file has fully trained routers if and only if modules_to_save names them."""
     gates = (PER_EXPERT["router"].format(layer=0), FUSED["router"].format(layer=0).removesuffix(".weight"))
     other = [name for name in settings.to_save if not any(gate.endswith(name) for gate in gates)]
     if other:
-        raise BimedixError(f"{settings.source} saves {listed(other)} in full; only the routers (gate) can be read so.")
+        raise BimedixError(
+            f"{settings.source} saves {listed(other)} in full; only routers (gate) may be trained in full."
+        )
     layers, shape = model.config.num_layers, (model.config.router.num_experts, model.config.hidden_size)
     if len(routers) != (layers if settings.to_save else 0):
         raise BimedixError(
@@ -248,4 +250,6 @@ def check_routers(routers: Mapping[int, list[StoredTensor]], settings: PeftSetti
     copies = [tensor for both in routers.values() for tensor in both]
     wrong = [f"{tensor.name} {list(tensor.shape)}" for tensor in copies if tensor.shape != shape]
     if wrong:
-        raise BimedixError(f"{settings.source}: {listed(wrong)} instead of {list(shape)}, the base's routers.")
+        raise BimedixError(
+            f"{settings.source}: {listed(wrong)} instead of {list(shape)}; name the base of the adapter."
+        )

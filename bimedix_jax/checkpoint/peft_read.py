@@ -1,7 +1,7 @@
-"""A PEFT folder's adapters on one of our models, one module in memory at a time; the formats are described in `peft`.
+"""Adds the adapters of a PEFT folder to a model, one module in memory at a time; `peft` describes the formats.
 
-The file is read twice: first to see which parts of it are zero, since that decides how what PEFT fuses is taken apart
-and which matrices have an adapter at all, then to fill the factors.
+The file is read twice. The first pass finds the parts that are zero, which decides how fused adapters are split and
+which matrices get an adapter. The second pass fills the factors.
 """
 
 import collections
@@ -25,7 +25,7 @@ from bimedix_jax.checkpoint.peft import (
     OWN_NAME,
     WEIGHTS_NAME,
     PeftSettings,
-    matching,
+    first_match,
     read_settings,
 )
 from bimedix_jax.checkpoint.peft_names import FUSED_KINDS, Content, Pair, content_of
@@ -38,8 +38,8 @@ from bimedix_jax.models.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
 
-Place = tuple[str, tuple[int, ...]]
-"""(kind, index into the leading axes of its weight): one matrix."""
+MatrixKey = tuple[str, tuple[int, ...]]
+"""One matrix: (kind, index into the leading axes of its weight)."""
 GATE_UP = FUSED["gate_up"].format(layer=0)
 
 
@@ -53,7 +53,7 @@ class OwnJson(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a pair holds of one kind: a stretch of the rank axis and one of the output axis."""
+    """The part of a pair that belongs to one kind: a slice of the rank axis and one of the output axis."""
 
     kind: str
     ranks: slice
@@ -62,8 +62,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Which ranks of a pair's matrices M are not zero, bool [M, R]: in A, in the rows of B of w1, and in those of w3
-    (in all rows twice, where w1 and w3 are not fused)."""
+    """Which ranks of a pair's matrices M are not zero, bool [M, R]: in A, in the rows of B for w1, and in those for w3.
+    Where w1 and w3 are not fused, the last two both refer to all rows of B."""
 
     index: list[tuple[int, ...]]
     a_MR: np.ndarray
@@ -73,41 +73,41 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """How a file becomes adapters.
+    """How the pairs of a file become adapters of the model.
 
     Attributes:
-      parts: of each pair, in order.
+      parts: the parts of each pair, in order.
       present: rank and scale of every matrix that gets an adapter.
-      scales: of the adapters of each kind; a matrix of another one has the ratio folded into b.
+      scales: of the adapters of each kind; where a matrix has another scale, b is multiplied by the ratio.
     """
 
     config: LoraConfig
     parts: list[tuple[Part, ...]]
-    present: dict[Place, tuple[int, float]]
+    present: dict[MatrixKey, tuple[int, float]]
     scales: dict[str, float]
 
 
 def load_peft(model: Mixtral, folder: str | Path) -> Mixtral:
     """`model` with the adapters of a folder that PEFT, or `export_peft`, wrote; its base is shared, not copied.
 
-    What PEFT fused is taken apart without loss: w1 and w3 get their own factors where B is block-diagonal, else both
-    the whole A. Factors that are all zero, which a layout may force a writer to add, become no adapter.
+    Fused adapters are split without loss: w1 and w3 get separate factors where B is block-diagonal, else both get the
+    whole A. Factors that are all zero, which some layouts require, become no adapter.
 
     Raises:
-      BimedixError: the folder is damaged, asks for what this project does not do, was made for another base, holds NaN,
-        or the model has adapters already.
+      BimedixError: the folder is damaged, needs something that is not implemented, was made for another base or
+        contains NaN, or the model already has adapters.
     """
     folder = Path(folder)
     if model.lora is not None or has_lora(model):
-        raise BimedixError("This model carries adapters already; load the base without them, or merge them first.")
+        raise BimedixError("This model already has adapters; load the base without them, or merge them first.")
     settings = read_settings(folder)
     content = content_of(read_header(weights_file(folder)), settings, model)
     check_tables(content, model)
     fused_later = any(pair.kind in ("w1", "w3") for pair in content.pairs)
-    if fused_later and settings.rank_stabilised and matching(settings.rank_pattern, GATE_UP, "") == GATE_UP:
-        log.warning("w1 and w3 are scaled as they trained; transformers 5 with peft 0.21 scales them by 1.41 more.")
+    if fused_later and settings.rank_stabilised and first_match(settings.rank_pattern, GATE_UP, "") == GATE_UP:
+        log.warning("w1 and w3 have the scale of training; transformers 5 with peft 0.21 multiplies it by 1.41.")
     recorded = check_base(model, folder, settings)
-    return filled(model, content, conversion_of(content, settings, recorded, model))
+    return with_factors(model, content, conversion_of(content, settings, recorded, model))
 
 
 def weights_file(folder: Path) -> Path:
@@ -116,14 +116,14 @@ def weights_file(folder: Path) -> Path:
         return path
     if (folder / "adapter_model.bin").exists():
         raise BimedixError(
-            f"{folder} holds adapter_model.bin only, pickled weights, which are never read because they can run code; "
+            f"{folder} has only adapter_model.bin, pickled weights, which are never read because they can run code; "
             "save the adapter with safe_serialization=True."
         )
-    raise BimedixError(f"{folder} holds no {WEIGHTS_NAME}; name a folder that peft saved.")
+    raise BimedixError(f"{folder} contains no {WEIGHTS_NAME}; name a folder that peft saved.")
 
 
 def check_base(model: Mixtral, folder: Path, settings: PeftSettings) -> int | None:
-    """Compares the base with what our own file records; the rank of w1 within gate_up, if recorded.
+    """Compares the base with the record in bimedix_adapter.json; returns the rank of w1 in gate_up, if it is recorded.
 
     Raises:
       BimedixError: the adapter was trained on another base.
@@ -150,8 +150,8 @@ def check_tables(content: Content, model: Mixtral) -> None:
         )
         if not same:
             raise BimedixError(
-                f"{tensor.path} holds {tensor.name}, which differs from the base's: a trained or resized vocabulary "
-                "cannot be read; merge it into the base with peft first."
+                f"{tensor.path} contains {tensor.name}, which differs from the base's: a trained or resized vocabulary "
+                "is not supported; first merge it into the base with peft."
             )
 
 
@@ -173,7 +173,7 @@ def matrices(pair: Pair, experts: int) -> Iterator[tuple[tuple[int, ...], np.nda
 def read_finite(tensor: StoredTensor) -> np.ndarray:
     value = tensor.read().astype(np.float32, copy=False)
     if not np.isfinite(value).all():
-        raise BimedixError(f"{tensor.path} holds NaN or infinity in {tensor.name}; take an earlier checkpoint.")
+        raise BimedixError(f"{tensor.path} contains NaN or infinity in {tensor.name}; use an earlier checkpoint.")
     return value
 
 
@@ -189,8 +189,8 @@ def usage_of(pair: Pair, model: Mixtral) -> Usage:
 
 
 def splits_of(pairs: list[Pair], usages: list[Usage], recorded: int | None) -> dict[int, int | None]:
-    """By rank of gate_up: how many of its ranks, the first, are of w1, the others being of w3; None where the two share
-    them. Without a record, halves are what peft makes of separate adapters."""
+    """By the rank of gate_up: how many of its first ranks belong to w1; the others belong to w3. None where w1 and w3
+    share all ranks. Without a record, halves are tried first, because peft fuses separate adapters so."""
     splits: dict[int, int | None] = {}
     for rank in {pair.rank for pair in pairs if pair.kind == "gate_up"}:
         alike = [u for pair, u in zip(pairs, usages, strict=True) if pair.kind == "gate_up" and pair.rank == rank]
@@ -214,26 +214,26 @@ def parts_of(pair: Pair, splits: dict[int, int | None], ffn: int) -> tuple[Part,
 
 
 def conversion_of(content: Content, settings: PeftSettings, recorded: int | None, model: Mixtral) -> Conversion:
-    """Reads every factor once and decides what becomes of it."""
+    """Reads every factor once and decides which adapters it becomes."""
     pairs = content.pairs
     usages = [usage_of(pair, model) for pair in pairs]
     splits = splits_of(pairs, usages, recorded)
     parts = [parts_of(pair, splits, model.config.intermediate_size) for pair in pairs]
-    present: dict[Place, tuple[int, float]] = {}
+    present: dict[MatrixKey, tuple[int, float]] = {}
     zero = 0
     for pair, usage, ours in zip(pairs, usages, parts, strict=True):
         for part, (place, index) in itertools.product(ours, enumerate(usage.index)):
             b_MR = usage.second_MR if part.kind == "w3" else usage.first_MR
             used_R = (usage.a_MR[place] | b_MR[place])[part.ranks]
             if (part.kind, index) in present:
-                raise BimedixError(f"{settings.source} comes with two adapters for {part.kind} at {index}; drop one.")
+                raise BimedixError(f"{settings.source} has two adapters for {part.kind} at {index}; remove one.")
             if used_R.any():
                 present[part.kind, index] = (used_R.size, pair.scale)
             zero += not used_R.any()
     if zero:
-        log.warning("%d matrices have factors that are zero throughout; they get no adapter.", zero)
+        log.warning("%d matrices have factors that are all zero; they get no adapter.", zero)
     if not present and not content.routers:
-        raise BimedixError(f"The adapter of {settings.source} is zero throughout: it changes nothing.")
+        raise BimedixError(f"The adapter of {settings.source} is zero everywhere and changes nothing; use another one.")
     scales = {
         kind: collections.Counter(scale for (k, _), (_, scale) in present.items() if k == kind).most_common(1)[0][0]
         for kind in LORA_TARGETS
@@ -243,13 +243,14 @@ def conversion_of(content: Content, settings: PeftSettings, recorded: int | None
 
 
 def config_of(
-    present: Mapping[Place, tuple[int, float]],
+    present: Mapping[MatrixKey, tuple[int, float]],
     scales: Mapping[str, float],
     settings: PeftSettings,
     train_router: bool,
     model: Mixtral,
 ) -> LoraConfig:
-    """The configuration of these adapters: one rank and scale a kind, targets as narrow as the file's."""
+    """The configuration of these adapters: one rank and scale for each kind, and targets that match only the adapted
+    matrices."""
     ranks = {kind: max(rank for (k, _), (rank, _) in present.items() if k == kind) for kind in scales}
     for kind, rank in ranks.items():
         other = [
@@ -257,14 +258,15 @@ def config_of(
         ]
         if other:
             log.warning(
-                "%d adapters of %s have another rank or scale than %d and %g; zeros pad them, B takes the scale.",
+                "%d adapters of %s have another rank or scale than %d and %g; they are padded with zeros and rescaled.",
                 len(other),
                 kind,
                 rank,
                 scales[kind],
             )
     alphas = {
-        kind: tidy(scales[kind] * (rank**0.5 if settings.rank_stabilised else rank)) for kind, rank in ranks.items()
+        kind: without_rounding_error(scales[kind] * (rank**0.5 if settings.rank_stabilised else rank))
+        for kind, rank in ranks.items()
     }
     usual = collections.Counter((ranks[kind], alphas[kind]) for kind in scales).most_common(1)
     rank, alpha = usual[0][0] if usual else (settings.rank, settings.alpha)
@@ -289,14 +291,14 @@ def config_of(
     )
 
 
-def tidy(value: float) -> float:
-    """The short decimal that `value` differs from by rounding only, as a quotient times its divisor may."""
+def without_rounding_error(value: float) -> float:
+    """`value` without the rounding error of a division: a short decimal, if `value` is within 1e-12 of one."""
     short = round(value, 6)
     return short if math.isclose(short, value, rel_tol=1e-12) else value
 
 
 def targets_of(kind: str, indices: list[tuple[int, ...]], model: Mixtral) -> list[str]:
-    """The name of a kind, or patterns that mean these of its matrices."""
+    """The name of a kind, or patterns that match only these of its matrices."""
     path, layer = next((path, layer) for path, layer in linears(model).items() if path[-1] == kind)
     lead = layer.w.get_value().shape[:-2]
     if len(indices) == math.prod(lead):
@@ -310,20 +312,20 @@ def targets_of(kind: str, indices: list[tuple[int, ...]], model: Mixtral) -> lis
         groups[tuple(experts)].append(number)
     patterns = []
     for experts, layers in groups.items():
-        inner = ["experts", one_of(experts, lead[1])] if len(lead) == 2 else []
-        patterns.append(r"\.".join([stack, one_of(layers, lead[0]), *middle, *inner, kind]))
+        inner = ["experts", number_pattern(experts, lead[1])] if len(lead) == 2 else []
+        patterns.append(r"\.".join([stack, number_pattern(layers, lead[0]), *middle, *inner, kind]))
     return patterns
 
 
-def one_of(numbers: Sequence[int], total: int) -> str:
-    """A pattern for these of range(total)."""
+def number_pattern(numbers: Sequence[int], total: int) -> str:
+    """A pattern that matches these numbers of range(total)."""
     if len(numbers) == total:
         return r"\d+"
     return str(numbers[0]) if len(numbers) == 1 else f"({'|'.join(map(str, numbers))})"
 
 
-def filled(model: Mixtral, content: Content, conversion: Conversion) -> Mixtral:
-    """The model with adapters whose factors are read into place."""
+def with_factors(model: Mixtral, content: Content, conversion: Conversion) -> Mixtral:
+    """The model with adapters, whose factors are read from the file."""
     skeleton = add_lora(Mixtral(model.config), conversion.config)
     bare = {path: layer for path, layer in linears(skeleton).items() if layer.lora is not None}
     factors = {}
@@ -360,7 +362,7 @@ def filled(model: Mixtral, content: Content, conversion: Conversion) -> Mixtral:
 
 
 def router_of(copies: list[StoredTensor]) -> np.ndarray:
-    """A layer's router; raises BimedixError where it is there under two names with two values."""
+    """The router of a layer; raises BimedixError where two names have two values."""
     value = read_finite(copies[0])
     if any(not np.array_equal(value, read_finite(copy)) for copy in copies[1:]):
         raise BimedixError(f"{copies[0].path}: {copies[0].name} and {copies[1].name} differ; save the adapter again.")

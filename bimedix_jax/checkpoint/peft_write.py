@@ -1,4 +1,4 @@
-"""Our adapters as a PEFT folder, one tensor in memory at a time; the formats are described in `peft`."""
+"""Writes adapters as a PEFT folder, one tensor in memory at a time; `peft` describes the formats."""
 
 import dataclasses
 import itertools
@@ -46,7 +46,7 @@ SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([^/]+)/?$")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor to write, made when its turn comes."""
+    """One tensor to write; `make` computes it when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,19 +54,19 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
+class StackedAdapter:
     """The adapters of one kind of layer.
 
     Attributes:
       lead: leading axes of the weight: (), (L,) or (L, E).
-      places: index into `lead` -> index into the leading axes of the factors.
-      factor: what B is multiplied by when written, 1 unless w1 and w3 have different scales.
+      indices: index into `lead` -> index into the leading axes of the factors.
+      factor: B is multiplied by it when written; 1 unless w1 and w3 have different scales.
     """
 
     a: Any
     b: Any
     lead: tuple[int, ...]
-    places: dict[tuple[int, ...], tuple[int, ...]]
+    indices: dict[tuple[int, ...], tuple[int, ...]]
     factor: float = 1.0
 
     @property
@@ -75,15 +75,15 @@ class Adapter:
 
     @property
     def layers(self) -> list[int]:
-        return sorted({index[0] for index in self.places})
+        return sorted({index[0] for index in self.indices})
 
     def matrix(self, factor: Literal["a", "b"], index: tuple[int, ...]) -> np.ndarray:
         """A [r, in] or B [out, r] of one matrix, in PEFT's orientation; zeros where it has no adapter."""
         value = self.a if factor == "a" else self.b
-        if index not in self.places:
+        if index not in self.indices:
             return np.zeros((value.shape[-1], value.shape[-2]), np.float32)
-        place = self.places[index]
-        # on CPU np.asarray is a view of the whole leaf; elsewhere one matrix is fetched
+        place = self.indices[index]
+        # on CPU np.asarray is a view of the whole leaf; elsewhere one matrix is copied to the host
         on_host = next(iter(value.devices())).platform == "cpu"
         found = np.asarray(value)[place] if on_host else np.asarray(value[place])
         return found.T * np.float32(self.factor) if factor == "b" and self.factor != 1 else found.T
@@ -92,21 +92,22 @@ class Adapter:
 def export_peft(model: Mixtral, folder: str | Path, layout: PeftLayout = "per_expert", overwrite: bool = False) -> Path:
     """Writes the adapters of `model` as PEFT does, float32, for transformers + peft on the same base.
 
-    What a layout cannot say is filled with factors that are zero, counted in a warning: the function is the same.
+    Factors that a layout requires although a matrix has no adapter are written as zeros, with a warning that counts
+    them. They do not change the result.
 
     Args:
-      layout: "per_expert", the names of transformers 4, which transformers 5 fuses on the way in; or "fused", what peft
-        saves under transformers 5, which can leave out layers.
+      layout: "per_expert" has the names of transformers 4, which transformers 5 fuses on loading. "fused" is what peft
+        saves under transformers 5; it can leave out layers.
     Raises:
-      BimedixError: no adapters, no storage, an unknown layout, or a folder that cannot be written.
+      BimedixError: the model has no adapters or shapes only, the layout is unknown, or the folder cannot be written.
     """
     if layout not in LAYOUTS:
         raise BimedixError(f"layout {layout!r} is unknown; choose {' or '.join(LAYOUTS)}.")
     require_topk(model, "The base of a PEFT adapter")
     config = model.lora
     if config is None:
-        raise BimedixError("This model carries no adapters; load it with some, or export the model itself.")
-    adapters = completed(adapters_of(model), layout, model)
+        raise BimedixError("This model has no adapters; load it with some, or export the model itself.")
+    adapters = with_zero_adapters(adapters_of(model), layout, model)
     experts = per_expert_tensors(adapters) if layout == "per_expert" else fused_tensors(adapters, model)
     tensors = [*plain_tensors(adapters), *experts]
     if config.train_router:
@@ -136,8 +137,8 @@ def base_record(model: Mixtral) -> dict[str, Any]:
     return {**base_identity(model), "config": dataclasses.asdict(model.config)}
 
 
-def adapters_of(model: Mixtral) -> dict[str, Adapter]:
-    """The adapters by kind; w3 is given the scale of w1, with which PEFT fuses it."""
+def adapters_of(model: Mixtral) -> dict[str, StackedAdapter]:
+    """The adapters by kind; w3 gets the scale of w1, because PEFT fuses the two."""
     moe, found = model.layers.moe, {}
     for path, layer in linears(model).items():
         if layer.lora is not None:
@@ -153,34 +154,35 @@ def adapters_of(model: Mixtral) -> dict[str, Adapter]:
         log.warning("Only the routers trained: 1 adapter with factors that are zero is written, on q of layer 0.")
         _, width_in, width_out = model.layers.attention.q.w.get_value().shape
         a, b = jnp.zeros((1, width_in, 1)), jnp.zeros((1, 1, width_out))
-        found["q"] = Adapter(a, b, (model.config.num_layers,), {(0,): (0,)})
+        found["q"] = StackedAdapter(a, b, (model.config.num_layers,), {(0,): (0,)})
     return found
 
 
-def adapter_of(layer: Linear | ExpertLinear) -> Adapter:
+def adapter_of(layer: Linear | ExpertLinear) -> StackedAdapter:
     lora = layer.lora
     assert lora is not None
     lead = tuple(layer.w.get_value().shape[:-2])
-    return Adapter(lora.a.get_value(), lora.b.get_value(), lead, factor_indices(layer))
+    return StackedAdapter(lora.a.get_value(), lora.b.get_value(), lead, factor_indices(layer))
 
 
-def module_tensors(module: str, adapter: Adapter, index: tuple[int, ...]) -> Iterator[Tensor]:
+def module_tensors(module: str, adapter: StackedAdapter, index: tuple[int, ...]) -> Iterator[Tensor]:
     """A and B of one matrix under the name of its module."""
     width_in, width_out, rank = adapter.a.shape[-2], adapter.b.shape[-1], adapter.rank
     yield Tensor(f"{PREFIX}{module}.lora_A.weight", (rank, width_in), lambda: adapter.matrix("a", index))
     yield Tensor(f"{PREFIX}{module}.lora_B.weight", (width_out, rank), lambda: adapter.matrix("b", index))
 
 
-def plain_tensors(adapters: dict[str, Adapter]) -> Iterator[Tensor]:
-    """Attention and head, which both layouts write alike and only where there is an adapter."""
+def plain_tensors(adapters: dict[str, StackedAdapter]) -> Iterator[Tensor]:
+    """Attention and head: the same in both layouts, and only where there is an adapter."""
     for kind, adapter in adapters.items():
-        for index in adapter.places if kind in ATTENTION or kind == "lm_head" else ():
+        for index in adapter.indices if kind in ATTENTION or kind == "lm_head" else ():
             module = ATTENTION[kind].format(layer=index[0]) if index else kind
             yield from module_tensors(module, adapter, index)
 
 
-def per_expert_tensors(adapters: dict[str, Adapter]) -> Iterator[Tensor]:
-    """Routers and experts under their names in transformers 4, all of them: transformers 5 stacks them."""
+def per_expert_tensors(adapters: dict[str, StackedAdapter]) -> Iterator[Tensor]:
+    """All routers and experts under their names in transformers 4; none may be missing, because transformers 5 stacks
+    them."""
     for kind, module in PER_EXPERT.items():
         if kind in adapters:
             for index in np.ndindex(*adapters[kind].lead):
@@ -188,13 +190,13 @@ def per_expert_tensors(adapters: dict[str, Adapter]) -> Iterator[Tensor]:
                 yield from module_tensors(name, adapters[kind], index)
 
 
-def fused_tensors(adapters: dict[str, Adapter], model: Mixtral) -> Iterator[Tensor]:
-    """Routers and experts as parameters of transformers 5, layer by layer, where there is any adapter."""
+def fused_tensors(adapters: dict[str, StackedAdapter], model: Mixtral) -> Iterator[Tensor]:
+    """Routers and experts as parameters of transformers 5, for every layer that has an adapter."""
     halves = gate_up(adapters)
     width = model.config.intermediate_size
     for layer in range(model.config.num_layers):
         index, down = (layer,), adapters.get("w2")
-        if "router" in adapters and index in adapters["router"].places:
+        if "router" in adapters and index in adapters["router"].indices:
             name = FUSED["router"].format(layer=layer).removesuffix(".weight")
             yield from module_tensors(name, adapters["router"], index)
         module = FUSED["down"].format(layer=layer).rpartition(".")[0]
@@ -206,11 +208,13 @@ def fused_tensors(adapters: dict[str, Adapter], model: Mixtral) -> Iterator[Tens
             yield from stacked_tensors(module, [(down, 0)], layer, model.config.hidden_size)
 
 
-def stacked_tensors(module: str, parts: list[tuple[Adapter, int]], layer: int, width_out: int) -> Iterator[Tensor]:
+def stacked_tensors(
+    module: str, parts: list[tuple[StackedAdapter, int]], layer: int, width_out: int
+) -> Iterator[Tensor]:
     """A [E*R, in] expert-major and B [out, R*E] rank-major of a layer's experts.
 
-    `parts` are adapters, one below another on the rank axis, and the row of B where each one's outputs begin: B is
-    block-diagonal.
+    `parts` are the adapters, which are concatenated on the rank axis, each with the row of B where its outputs begin: B
+    is block-diagonal.
     """
     experts, rank = parts[0][0].lead[1], sum(adapter.rank for adapter, _ in parts)
 
@@ -232,16 +236,18 @@ def stacked_tensors(module: str, parts: list[tuple[Adapter, int]], layer: int, w
     yield Tensor(f"{PREFIX}{module}.lora_B.weight", (width_out, rank * experts), stacked_b)
 
 
-def gate_up(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
-    """Those of w1 and w3, which PEFT fuses."""
+def gate_up(adapters: dict[str, StackedAdapter]) -> dict[str, StackedAdapter]:
+    """The adapters of w1 and w3, which PEFT fuses."""
     return {kind: adapters[kind] for kind in ("w1", "w3") if kind in adapters}
 
 
-def completed(adapters: dict[str, Adapter], layout: PeftLayout, model: Mixtral) -> dict[str, Adapter]:
-    """With zero adapters for the expert matrices that the per-expert layout may not lack; warns, with the count, of all
-    zeros that the layout forces us to write.
+def with_zero_adapters(
+    adapters: dict[str, StackedAdapter], layout: PeftLayout, model: Mixtral
+) -> dict[str, StackedAdapter]:
+    """Adds zero adapters for the expert matrices that the per-expert layout requires; warns with the number of matrices
+    whose zeros the layout requires.
 
-    peft fuses w1 only together with w3, and 0.21 looks for the pair where it lies when w2 is adapted too.
+    peft fuses w1 only together with w3, and 0.21 expects the names that the pair has when w2 is adapted, too.
     """
     halves = gate_up(adapters)
     if layout == "per_expert" and halves:
@@ -249,17 +255,17 @@ def completed(adapters: dict[str, Adapter], layout: PeftLayout, model: Mixtral) 
         for kind, (width_in, width_out) in {"w1": (width, ffn), "w2": (ffn, width), "w3": (width, ffn)}.items():
             if kind not in adapters:
                 a, b = jnp.zeros((0, width_in, half.rank)), jnp.zeros((0, half.rank, width_out))
-                adapters = {**adapters, kind: Adapter(a, b, half.lead, {})}
+                adapters = {**adapters, kind: StackedAdapter(a, b, half.lead, {})}
         halves = gate_up(adapters)
     written = 0
     for kind in adapters.keys() & {"router", "w1", "w2", "w3"}:
         group = halves if kind in halves else {kind: adapters[kind]}
         layers = {layer for adapter in group.values() for layer in adapter.layers}
-        lead, places = adapters[kind].lead, adapters[kind].places
+        lead, adapted = adapters[kind].lead, adapters[kind].indices
         if layout == "fused":
-            written += sum(index[0] in layers and index not in places for index in np.ndindex(*lead))
+            written += sum(index[0] in layers and index not in adapted for index in np.ndindex(*lead))
         else:
-            written += math.prod(lead) - len(places)
+            written += math.prod(lead) - len(adapted)
     if written:
         log.warning(
             "The layout %s cannot leave out %d matrices that have no adapter: factors that are zero are written.",
@@ -270,8 +276,8 @@ def completed(adapters: dict[str, Adapter], layout: PeftLayout, model: Mixtral) 
 
 
 def routers(model: Mixtral, layout: PeftLayout) -> Iterator[Tensor]:
-    """Weights trained in full. peft does not rename modules_to_save: the layout that transformers 4 and 5 both read
-    has them under both names, of which each takes its own."""
+    """Routers that were trained in full. peft does not rename modules_to_save, so the layout for both transformers 4
+    and 5 has them under the names of both."""
     weights = model.layers.moe.router.w.get_value()
     layers, width, experts = weights.shape
     modules = {"fused": [FUSED["router"]], "per_expert": [FUSED["router"], PER_EXPERT["router"] + ".weight"]}[layout]
@@ -281,9 +287,9 @@ def routers(model: Mixtral, layout: PeftLayout) -> Iterator[Tensor]:
 
 
 def peft_config(
-    model: Mixtral, config: LoraConfig, adapters: dict[str, Adapter], layout: PeftLayout, dropout: float
+    model: Mixtral, config: LoraConfig, adapters: dict[str, StackedAdapter], layout: PeftLayout, dropout: float
 ) -> dict[str, Any]:
-    """adapter_config.json. The per-expert layout stays within what versions of peft for transformers 4 know."""
+    """adapter_config.json. The per-expert layout has only keys that the peft of transformers 4 knows."""
     base, revision = base_name(model.origin)
     modules, parameters = targets(adapters, layout, model.config.num_layers)
     ranks, alphas = patterns(config, adapters, layout)
@@ -311,20 +317,20 @@ def peft_config(
 
 
 def number(value: float) -> int | float:
-    """Integers as such, as peft declares alpha."""
+    """Whole numbers as integers: peft declares alpha as one."""
     return int(value) if float(value).is_integer() else value
 
 
 def base_name(origin: str | None) -> tuple[str | None, str | None]:
-    """(hub id or name of the folder, revision) of a base; never a path of this machine."""
+    """(hub id or name of the folder, revision) of a base; never a path on this machine."""
     if origin is None:
         return None, None
     found = SNAPSHOT.search(origin.replace("\\", "/"))
     return (found[1].replace("--", "/"), found[2]) if found else (Path(origin).resolve().name, None)
 
 
-def targets(adapters: dict[str, Adapter], layout: PeftLayout, layers: int) -> tuple[list[str], list[str]]:
-    """(target_modules, target_parameters): short names for what every layer has, else full ones."""
+def targets(adapters: dict[str, StackedAdapter], layout: PeftLayout, layers: int) -> tuple[list[str], list[str]]:
+    """(target_modules, target_parameters): short names where every layer has an adapter, else full ones."""
 
     def names(full: str, present: list[int]) -> list[str]:
         if len(present) == layers:
@@ -344,26 +350,26 @@ def targets(adapters: dict[str, Adapter], layout: PeftLayout, layers: int) -> tu
 
 
 def patterns(
-    config: LoraConfig, adapters: dict[str, Adapter], layout: PeftLayout
+    config: LoraConfig, adapters: dict[str, StackedAdapter], layout: PeftLayout
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """(rank_pattern, alpha_pattern), for modules that differ from the rest.
+    """(rank_pattern, alpha_pattern), for the modules whose rank or alpha differ from `r` and `lora_alpha`.
 
-    In the per-expert layout transformers 4 looks for w1, and transformers 5 + peft for gate_up_proj, for which peft
-    adds twice the rank and alpha after ours: right as long as the two halves have the common rank and the scale is not
-    rank-stabilised. The parentheses keep our key first where peft sorts them.
+    In the per-expert layout transformers 4 matches w1, and transformers 5 + peft match gate_up_proj. For gate_up_proj
+    peft appends a pattern with twice the rank and alpha, which is right if both halves have the usual rank and the
+    scale is not rank-stabilised. The parentheses keep our pattern first where peft sorts them.
     """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
 
     def add(key: str, kind: str, rank: int, usual: int = 1) -> None:
-        """`usual`: how many times rank and alpha of the configuration the reader assumes without a pattern."""
+        """`usual`: without a pattern the reader assumes this multiple of the configuration's rank and alpha."""
         times = rank / config.rank_of(kind)
         alpha = config.alpha_of(kind) * (times**0.5 if config.rank_stabilised else times)  # the same scale
         if (rank, alpha) != (usual * config.rank, usual * config.alpha):
             ranks[key], alphas[key] = rank, alpha
 
     halves = gate_up(adapters)
-    shared = next((kind for kind, half in halves.items() if half.places), "w1")
+    shared = next((kind for kind, half in halves.items() if half.indices), "w1")
     for kind in ATTENTION:
         if kind in adapters:
             add(f"{kind}_proj", kind, adapters[kind].rank)

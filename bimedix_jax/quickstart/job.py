@@ -1,7 +1,7 @@
-"""The whole way on a laptop: upcycle, quantise, fine-tune adapters, evaluate before and after, look, ask.
+"""The quickstart, end to end on a laptop: upcycle, quantise, fine-tune adapters, evaluate before and after, plot, ask.
 
-Every stage leaves its result in the run's folder under its final name only when it is complete, so that an interrupted
-run goes on where it stopped.
+The result of a stage gets its final name in the run's folder only when it is complete, so that an interrupted run
+resumes with the first incomplete stage.
 """
 
 import dataclasses
@@ -48,14 +48,14 @@ QUESTIONS = {
     "en": "What are the first steps when someone is having an asthma attack?",
     "ar": "ما أعراض انخفاض سكر الدم وكيف يعالج؟",
 }
-"""Asked after training, one in each language."""
+"""Questions for the trained model, one in each language."""
 LOAD_EVERY = 4
-"""Expert load is measured on every fourth held-out record: shares settle long before losses do."""
+"""Expert load is measured on every fourth held-out record: shares need fewer records than losses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartOptions:
-    """What a quickstart does; kept in its folder so that `--resume` does the same."""
+    """The options of a quickstart. They are saved in its folder, and `--resume` reads them."""
 
     smoke: bool
     steps: int
@@ -75,11 +75,11 @@ class QuickstartOptions:
     @classmethod
     def read(cls, folder: Path) -> "QuickstartOptions":
         if not (folder / "settings.json").is_file():
-            raise BimedixError(f"{folder} holds no quickstart to continue; start one without --resume")
+            raise BimedixError(f"{folder} contains no quickstart to resume; start one without --resume")
         return files.read_json(folder / "settings.json", cls, "start a new quickstart without --resume")
 
     def experiment(self, base: Path, packed: Path) -> Experiment:
-        """The training run, a delta of the preset."""
+        """The training run: the preset with changes."""
         changes: dict[str, Any] = {"model.path": str(base), "data.path": str(packed), "steps": self.steps}
         if self.smoke:
             changes |= {
@@ -98,7 +98,7 @@ class QuickstartOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One evaluation of the held-out sample."""
+    """One evaluation on the held-out sample."""
 
     heldout: dict[str, Any]
     choice: dict[str, Any]
@@ -118,12 +118,12 @@ class Measured:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """By language."""
+        """Multiple-choice accuracy by language."""
         return {group: score["accuracy"] for group, score in self.choice["by_group"].items() if "/" not in group}
 
 
 def run_quickstart(folder: Path, options: QuickstartOptions, resume: bool, console: Console) -> dict[str, Any]:
-    """Walks the whole way into `folder` and returns the result (also written to result.json)."""
+    """Runs all stages in `folder` and returns the result, which is also written to result.json."""
     began = time.perf_counter()
     console.print(f"[bold]{NOTICE_EN}[/]\n{NOTICE_AR}\n")
     try:
@@ -141,8 +141,8 @@ def run_quickstart(folder: Path, options: QuickstartOptions, resume: bool, conso
     except Interrupted:
         raise
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"continue with `{resume_command(folder)}`") from stop
-    say_end(result, console)
+        raise KeyboardInterrupt(f"resume with `{resume_command(folder)}`") from stop
+    print_summary(result, console)
     return result
 
 
@@ -154,7 +154,7 @@ def prepare_folder(folder: Path, options: QuickstartOptions, resume: bool) -> No
     if resume:
         return
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise BimedixError(f"{folder} exists already; continue it with --resume, or name another folder with --out")
+        raise BimedixError(f"{folder} exists already; resume it with --resume, or name another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", dataclasses.asdict(options))
 
@@ -164,7 +164,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def prepare_base(folder: Path, options: QuickstartOptions, console: Console) -> Path:
-    """The mixture to start from: cached, since it is the same every time; that of a smoke run is in its own folder."""
+    """The mixture to start from. It is cached, because it is the same every time; a smoke run has its own."""
     console.rule("1. Upcycle a dense model into a mixture of experts")
     key = json.dumps([options.base, dataclasses.asdict(options.recipe), __version__])
     name = f"quickstart-base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -186,7 +186,7 @@ def prepare_base(folder: Path, options: QuickstartOptions, console: Console) -> 
 
 
 def prepare_rows(folder: Path, tokenizer: Tokenizer, options: QuickstartOptions, console: Console) -> Path:
-    """The sample's training records, packed."""
+    """Packs the training records of the sample."""
     console.rule("2. Pack the bilingual sample")
     packed = folder / "packed"
     length = options.experiment(folder, packed).data.sequence_length
@@ -202,8 +202,8 @@ def prepare_rows(folder: Path, tokenizer: Tokenizer, options: QuickstartOptions,
             "vocab_size": tokenizer.vocab_size,
             "pad_id": tokenizer.pad_id,
         }
-        with files.new_folder(packed) as place:
-            pack.write(place, rows, report, length, facts)
+        with files.new_folder(packed) as partial:
+            pack.write(partial, rows, report, length, facts)
     index = json.loads((packed / "index.json").read_text("utf-8"))
     console.print(
         f"{index['examples']} records in {index['rows']} rows of {length} tokens, {index['efficiency']:.0%} full; "
@@ -214,7 +214,7 @@ def prepare_rows(folder: Path, tokenizer: Tokenizer, options: QuickstartOptions,
 
 
 def heldout_records(options: QuickstartOptions) -> list[Record]:
-    """The held-out part of the sample; a smoke run takes the shortest record of each language and kind."""
+    """The held-out records of the sample; in a smoke run only the shortest of each language and kind."""
     records = list(sample("heldout"))
     if not options.smoke:
         return records
@@ -225,7 +225,7 @@ def heldout_records(options: QuickstartOptions) -> list[Record]:
 
 
 def measure(model: Mixtral, tokenizer: Tokenizer, options: QuickstartOptions, path: Path) -> Measured:
-    """Evaluates, or reads what an interrupted run measured."""
+    """Evaluates the model, or reads the evaluation of the interrupted run."""
     if path.exists():
         return Measured.read(path)
     records = heldout_records(options)
@@ -247,9 +247,9 @@ def tune(
     resume: bool,
     console: Console,
 ) -> tuple[Measured, Measured, Mixtral]:
-    """Quantises, measures, trains, measures again."""
+    """Quantises the base, evaluates, trains adapters, evaluates again."""
     console.rule("3. Load in 4 bits, add adapters")
-    # adapters start at zero, so "before" is the base; attached already, both evaluations share one compilation
+    # new adapters change nothing, so "before" is the base; with them both evaluations share one compilation
     model = add_lora(load(base, base="nf4"), lora, experiment.seed)
     console.print(coverage(model).table())
     console.rule("4. Evaluate before")
@@ -275,7 +275,7 @@ def tune(
 def ask(
     model: Mixtral, tokenizer: Tokenizer, options: QuickstartOptions, console: Console
 ) -> dict[str, dict[str, str]]:
-    """One question in each language."""
+    """Asks one question in each language."""
     console.rule("7. Ask")
     chat_options = ChatOptions(
         max_new_tokens=options.max_new_tokens, temperature=0.0, top_p=None, repetition_penalty=1.15
@@ -298,7 +298,7 @@ def conclude(
     answers: dict[str, dict[str, str]],
     seconds: float,
 ) -> dict[str, Any]:
-    """Pictures, report and result."""
+    """Writes pictures, report and result."""
     distance = upcycle.read_report(base).expert_distance
     loads = {"before": before.load, "after": after.load}
     load_picture = draw(loads, folder / "expert_load.png", expert_distance=distance if distance < 0.05 else None)
@@ -349,7 +349,7 @@ def write_report(result: dict[str, Any], title: str, run_picture: Path, load_pic
     for language, pair in result["answers"].items():
         parts.append(page.paragraph(pair["question"], language))
         parts.append(page.paragraph(pair["answer"] or "-", language, "answer"))
-    parts += [page.heading("Go on"), page.commands(next_commands(result))]
+    parts += [page.heading("Next steps"), page.commands(next_commands(result))]
     page.write_page(result["report"], "bimedix quickstart", parts)
 
 
@@ -360,12 +360,16 @@ def next_commands(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def say_end(result: dict[str, Any], console: Console) -> None:
+def print_summary(result: dict[str, Any], console: Console) -> None:
     console.rule("Done")
     minutes, gib = result["seconds"] / 60, result["peak_rss_bytes"] / 2**30
-    console.print(f"{minutes:.1f} minutes, at most {gib:.1f} GiB of memory. Everything lies in {result['folder']}:")
-    for name, what in (("report", "the report, with pictures"), ("adapter", "the adapter"), ("base", "its base model")):
-        console.print(f"  {result[name]}  {what}", highlight=False, soft_wrap=True)
-    console.print("Go on with:")
+    console.print(f"{minutes:.1f} minutes, at most {gib:.1f} GiB of memory. The results are in {result['folder']}:")
+    for name, description in (
+        ("report", "the report with pictures"),
+        ("adapter", "the adapter"),
+        ("base", "its base model"),
+    ):
+        console.print(f"  {result[name]}  {description}", highlight=False, soft_wrap=True)
+    console.print("Next steps:")
     for command in next_commands(result):
         console.print(f"  {command}", highlight=False, soft_wrap=True)

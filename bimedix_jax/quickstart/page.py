@@ -1,4 +1,4 @@
-"""A report as one HTML file without outside parts: pictures are inside, and Arabic runs from right to left."""
+"""A report as a single HTML file with embedded pictures and Arabic text from right to left."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ code { background: #f0f0f0; padding: .1rem .3rem; }
 
 
 def paragraph(text: str, language: str = "en", css: str = "") -> str:
-    """A paragraph in its language's direction."""
+    """A paragraph in the text direction of its language."""
     direction = "rtl" if language == "ar" else "ltr"
     return f'<p lang="{language}" dir="{direction}" class="{css}">{html.escape(text)}</p>'
 
@@ -29,7 +29,7 @@ def heading(text: str) -> str:
 
 
 def picture(path: str | Path, description: str) -> str:
-    """A PNG, embedded."""
+    """An embedded PNG."""
     data = base64.b64encode(Path(path).read_bytes()).decode()
     return f'<p><img src="data:image/png;base64,{data}" alt="{html.escape(description, quote=True)}"></p>'
 
@@ -42,7 +42,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def before_after(unit: str, before: Mapping[str, float], after: Mapping[str, float], scale: float = 1.0) -> str:
-    """A table of the groups that both have."""
+    """A table of the groups that are in both."""
     rows = [
         (group, f"{scale * before[group]:.3f}", f"{scale * after[group]:.3f}", f"{scale * (after[group] - old):+.3f}")
         for group, old in before.items()
@@ -56,7 +56,7 @@ def commands(lines: Sequence[str]) -> str:
 
 
 def write_page(path: str | Path, title: str, parts: Sequence[str]) -> Path:
-    """Writes the page, the research-only notice in both languages first."""
+    """Writes the page, which begins with the research-only notice in both languages."""
     notice = paragraph(NOTICE_EN, "en", "notice") + paragraph(NOTICE_AR, "ar", "notice")
     document = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'

@@ -1,4 +1,4 @@
-"""A tiny random dense model on disk, for runs that must not download anything."""
+"""Writes a tiny random dense model, for runs without a download."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,10 @@ from bimedix_jax.data.tokenizer import byte_tokenizer
 
 
 def tiny_dense(folder: Path) -> None:
-    """A random Llama of 0.1 M parameters with a byte-level tokenizer: the smoke run downloads nothing."""
+    """Writes a random Llama with 0.1 M parameters and a byte-level tokenizer."""
     width, hidden, layers, heads, kv_heads, head = 64, 96, 2, 4, 2, 16
-    with files.new_folder(folder, overwrite=True) as place:
-        vocab = byte_tokenizer(place).vocab_size
+    with files.new_folder(folder, overwrite=True) as partial:
+        vocab = byte_tokenizer(partial).vocab_size
         rng = np.random.default_rng(0)
         shapes = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
         for i in range(layers):
@@ -29,7 +29,7 @@ def tiny_dense(folder: Path) -> None:
             name: np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(0, 0.1, shape).astype(np.float32)
             for name, shape in shapes.items()
         }
-        save_file(tensors, place / "model.safetensors", {"format": "pt"})
+        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
         config = {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
@@ -47,4 +47,4 @@ def tiny_dense(folder: Path) -> None:
             "tie_word_embeddings": True,
             "torch_dtype": "float32",
         }
-        files.write_text(place / "config.json", json.dumps(config, indent=2) + "\n")
+        files.write_text(partial / "config.json", json.dumps(config, indent=2) + "\n")

@@ -31,7 +31,7 @@ def observe(model: Mixtral, texts: Iterable[tuple[str, Sequence[int]]]) -> Obser
     """Runs the model on each (label, token ids) separately, padded to a common length.
 
     Raises:
-      BimedixError: there is no text, or one is longer than the model's context or has a token id outside its vocabulary.
+      BimedixError: there is no text, one is longer than the model's context, or a token id is outside its vocabulary.
     """
     examples = [(label, list(ids)) for label, ids in texts if len(ids)]
     longest = max((len(ids) for _, ids in examples), default=0)

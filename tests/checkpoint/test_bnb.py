@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit folders: read to the bit, written byte for byte, equal in logits; what contradicts is refused.
+"""bitsandbytes' 4-bit folders are read and written bit-exactly, with equal logits; inconsistent folders raise.
 
 One long file, since reading and writing are tested on the same folders, which the functions of its first part pack.
 """
@@ -46,7 +46,7 @@ Tensors = dict[str, Any]
 
 
 def pack(tensors: Tensors, name: str, double_quant: bool = True, block_size: int = 64, kind: str = "nf4") -> None:
-    """Replaces one weight by what bitsandbytes makes of it."""
+    """Replaces one weight by the tensors that bitsandbytes packs it into."""
     packed, state = bnb.quantize_4bit(
         tensors[name], quant_type=kind, blocksize=block_size, compress_statistics=double_quant
     )
@@ -70,7 +70,7 @@ def rewrite_tensors(source: Path, folder: Path, edit: Callable[[Tensors], object
 
 
 def linear_names(tensors: Tensors) -> list[str]:
-    """What transformers 4 packs: every linear layer but the head, the router included."""
+    """The weights that transformers 4 packs: every linear layer except the head, including the router."""
     return [name for name in tensors if "_proj.weight" in name or ".block_sparse_moe." in name]
 
 
@@ -105,8 +105,8 @@ def pack_fused(double_quant: bool = True) -> Callable[[Tensors], None]:
 
 
 def values_of(packed: torch.Tensor, parts: Tensors) -> np.ndarray:
-    """What bitsandbytes' formula makes of stored bytes, in float32 rounded to the recorded dtype: without its CPU code,
-    which is wrong for some shapes."""
+    """Dequantises stored bytes with bitsandbytes' formula, in float32 rounded to the recorded dtype. Its own CPU code
+    is wrong for some shapes."""
     state = bnb.QuantState.from_dict(dict(parts), torch.device("cpu"))
     assert state.shape is not None
     nested, offset = None, None
@@ -220,7 +220,7 @@ def assert_kept(folder: Path, model: Mixtral, experts: int = 4) -> None:
 @pytest.mark.parametrize("sizes", [SIZES, UNALIGNED], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_folder_of_transformers_4_is_read_to_the_bit(
+def test_a_folder_of_transformers_4_is_read_bit_exactly(
     write_mixtral: Callable[..., Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -228,7 +228,7 @@ def test_a_folder_of_transformers_4_is_read_to_the_bit(
     double_quant: bool,
     dtype: str,
 ) -> None:
-    """With its packed router, which is dequantised; into 4 bits, into 16, and as a rewritten folder."""
+    """Loaded in 4 bits, in 16 bits and rewritten. Its packed router is dequantised."""
     folder = rewrite_tensors(write_mixtral(tmp_path / "m", dtype, **sizes), tmp_path / "q", pack_all(double_quant))
     with caplog.at_level(logging.WARNING):
         model = load(folder)
@@ -285,7 +285,7 @@ def test_fused_folders_are_split_by_expert(
     intermediate: int,
     double_quant: bool,
 ) -> None:
-    """Nibbles are kept; 8-bit scales are kept where experts have groups of their own, else decoded."""
+    """Nibbles are kept. 8-bit scales are kept where each expert has whole groups, else decoded."""
     dense = write_mixtral(tmp_path / "m", "float32", **{**SIZES, "intermediate_size": intermediate})
     folder = rewrite_tensors(dense, tmp_path / "q", pack_fused(double_quant))
     with caplog.at_level(logging.WARNING):
@@ -310,7 +310,9 @@ def test_fused_folders_are_split_by_expert(
         assert contents(tmp_path / "again") == contents(folder)
 
 
-def test_experts_that_share_blocks_can_only_be_dequantised(write_mixtral: Callable[..., Path], tmp_path: Path) -> None:
+def test_experts_that_share_blocks_can_only_be_loaded_dequantised(
+    write_mixtral: Callable[..., Path], tmp_path: Path
+) -> None:
     dense = write_mixtral(tmp_path / "m", "float32", **UNALIGNED)
     folder = rewrite_tensors(dense, tmp_path / "q", pack_fused())
     with pytest.raises(BimedixError, match=r"share blocks of 64.*load with base bfloat16"):
@@ -324,8 +326,8 @@ def test_experts_that_share_blocks_can_only_be_dequantised(write_mixtral: Callab
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and bitsandbytes
-def test_what_transformers_5_writes(dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its 4-bit folders have experts in 16 bits: they stay so, or are packed on request; logits are equal."""
+def test_folders_of_transformers_5_are_read(dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They have experts in 16 bits, which stay in 16 bits or are packed on request; logits are equal."""
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
@@ -335,9 +337,9 @@ def test_what_transformers_5_writes(dense: Path, tmp_path: Path, caplog: pytest.
     theirs.save_pretrained(tmp_path / "q")
     with caplog.at_level(logging.WARNING):
         ours = load(tmp_path / "q")
-        assert "24 matrices that the folder holds in 16 bits stay so" in caplog.text
+        assert "24 matrices are in 16 bits in the folder and stay in 16 bits" in caplog.text
         packed = load(tmp_path / "q", base="nf4")
-        assert "24 matrices that the folder holds in 16 bits are packed now" in caplog.text
+        assert "24 matrices are in 16 bits in the folder and are packed now" in caplog.text
     close(logits(ours), torch_logits(theirs))
     assert packed_paths(ours) == {path for path in QUANTISED if ".attention." in path}
     assert packed_paths(packed) == set(QUANTISED)
@@ -345,8 +347,8 @@ def test_what_transformers_5_writes(dense: Path, tmp_path: Path, caplog: pytest.
     assert contents(tmp_path / "again") == contents(tmp_path / "q")
 
 
-def test_layers_that_were_skipped(dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A leaf holds all layers: with one of them in 16 bits it is dequantised, or that one is packed on request."""
+def test_leaves_with_packed_and_unpacked_layers(dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A leaf with one layer in 16 bits is dequantised, or that layer is packed on request."""
     skipped = "model.layers.0.self_attn.q_proj.weight"
 
     def edit(tensors: Tensors) -> None:
@@ -357,7 +359,7 @@ def test_layers_that_were_skipped(dense: Path, tmp_path: Path, caplog: pytest.Lo
     folder = rewrite_tensors(dense, tmp_path / "q", edit)
     with caplog.at_level(logging.WARNING):
         exact = load(folder)
-    assert "layers.attention.q.w: 1 of 2 matrices are packed and are dequantised, exactly" in caplog.text
+    assert "layers.attention.q.w: 1 of 2 matrices are packed and are dequantised exactly" in caplog.text
     assert packed_paths(exact) == set(QUANTISED) - {"layers.attention.q.w"}
     expected = unpacked(load_file(folder / "model.safetensors"))
     for layer in range(2):
@@ -400,7 +402,7 @@ def test_nibbles_stored_as_another_dtype(dense: Path, tmp_path: Path) -> None:
     assert jax.tree.all(same)
 
 
-def test_the_compute_dtype_is_what_config_json_names(
+def test_the_compute_dtype_comes_from_config_json(
     dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     half = {**SETTINGS, "bnb_4bit_compute_dtype": "bfloat16"}
@@ -432,7 +434,7 @@ STATE = f"{Q}.quant_state.bitsandbytes__nf4"
 
 
 def restate(**changes: Any) -> Callable[[Tensors], None]:
-    """Changes the JSON beside one tensor; None removes a key."""
+    """Changes the quantisation state of one tensor; None removes a key."""
 
     def edit(tensors: Tensors) -> None:
         record = {**json.loads(bytes(tensors[STATE].numpy())), **changes}
@@ -473,7 +475,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], object], str]] = {
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_a_state_that_contradicts_its_tensor(dense: Path, tmp_path: Path, case: str) -> None:
+def test_a_quant_state_that_contradicts_its_tensor_raises(dense: Path, tmp_path: Path, case: str) -> None:
     edit, why = CONTRADICTIONS[case]
 
     def both(tensors: Tensors) -> None:
@@ -487,8 +489,8 @@ def test_a_state_that_contradicts_its_tensor(dense: Path, tmp_path: Path, case: 
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
-def test_a_table_with_other_last_bits_is_obeyed(dense: Path, tmp_path: Path) -> None:
-    """Versions of PyTorch differ in the last bits of nested_quant_map; the file's own is what its codes mean."""
+def test_a_table_with_other_last_bits_is_used(dense: Path, tmp_path: Path) -> None:
+    """Versions of PyTorch differ in the last bits of nested_quant_map; the codes refer to the table in the file."""
 
     def edit(tensors: Tensors) -> None:
         pack_all()(tensors)
@@ -519,7 +521,7 @@ def test_a_table_with_other_last_bits_is_obeyed(dense: Path, tmp_path: Path) -> 
     ],
     ids=["gptq", "fp4", "int8", "unknown", "text"],
 )
-def test_other_quantisations_are_refused(dense: Path, tmp_path: Path, settings: Any, why: str) -> None:
+def test_other_quantisations_raise(dense: Path, tmp_path: Path, settings: Any, why: str) -> None:
     folder = rewrite_tensors(dense, tmp_path / "q", pack_all(), quantization_config=settings)
     with pytest.raises(BimedixError, match=why):
         load(folder)
@@ -527,7 +529,7 @@ def test_other_quantisations_are_refused(dense: Path, tmp_path: Path, settings: 
     assert packed_paths(model) == set(QUANTISED), "each tensor describes itself"
 
 
-def test_tensors_of_another_quantisation_are_refused(dense: Path, tmp_path: Path) -> None:
+def test_tensors_of_other_quantisations_raise(dense: Path, tmp_path: Path) -> None:
     folder = rewrite_tensors(dense, tmp_path / "q", pack_all(kind="fp4"))
     with pytest.raises(BimedixError, match=r"34 weight\(s\) as bitsandbytes fp4"):
         load(folder)
@@ -536,7 +538,7 @@ def test_tensors_of_another_quantisation_are_refused(dense: Path, tmp_path: Path
         load(plain)
 
 
-def test_matrices_of_a_leaf_must_be_packed_alike(dense: Path, tmp_path: Path) -> None:
+def test_matrices_of_a_leaf_with_different_block_sizes_raise(dense: Path, tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:
         for name in linear_names(tensors):
             pack(tensors, name, block_size=64 if ".0." in name else 128)
@@ -548,7 +550,7 @@ def test_matrices_of_a_leaf_must_be_packed_alike(dense: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_without_a_code_are_named(dense: Path, tmp_path: Path, value: float) -> None:
+def test_weights_that_are_not_finite_raise(dense: Path, tmp_path: Path, value: float) -> None:
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 
     def edit(tensors: Tensors) -> None:
@@ -567,11 +569,12 @@ def test_denormals_are_counted(dense: Path, tmp_path: Path, caplog: pytest.LogCa
 
     folder = rewrite_tensors(dense, tmp_path / "q", edit, quantization_config=None)
     load(folder, base="nf4", dtype="float32")
-    assert "2 4-bit blocks hold denormal weights" in caplog.text
+    assert "2 4-bit blocks contain denormal weights" in caplog.text
 
 
-def test_what_is_written_is_what_was_read(dense: Path, tmp_path: Path) -> None:
-    """Per expert: every byte, but the router in full precision; bitsandbytes takes each state, and reads its values."""
+def test_exports_equal_the_imported_folder(dense: Path, tmp_path: Path) -> None:
+    """Layout per_expert: all bytes are equal except those of the router, which is unpacked. bitsandbytes reads each
+    state and gets the same values."""
     folder = rewrite_tensors(dense, tmp_path / "q", pack_all())
     model = load(folder)
     export_bnb(model, tmp_path / "out", max_shard_bytes=100_000)
@@ -589,8 +592,9 @@ def test_what_is_written_is_what_was_read(dense: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["per_expert", "fused"])
-def test_a_fresh_model_comes_back(dense: Path, tmp_path: Path, layout: Any, dtype: str) -> None:
-    """Nibbles and values; per expert also the scales' bytes. bitsandbytes rebuilds each state and dequantises alike."""
+def test_a_quantised_model_round_trips(dense: Path, tmp_path: Path, layout: Any, dtype: str) -> None:
+    """Nibbles and values are equal, and for per_expert the bytes of the scales. bitsandbytes dequantises to the same
+    values."""
     model = load(dense, base="nf4", dtype=dtype)
     export_bnb(model, tmp_path / "out", layout)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -618,7 +622,7 @@ def test_a_fresh_model_comes_back(dense: Path, tmp_path: Path, layout: Any, dtyp
 def test_fused_folders_load_in_4_bits_with_equal_logits(
     dense: Path, tmp_path: Path, script: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In transformers 5 by the script; plain `from_pretrained` says that it cannot."""
+    """The script loads them in transformers 5; plain `from_pretrained` raises."""
     model = load(dense, base="nf4", dtype="float32")
     with caplog.at_level(logging.WARNING):
         export_bnb(model, tmp_path / "out", "fused", max_shard_bytes=50_000)
@@ -636,7 +640,7 @@ def test_fused_folders_load_in_4_bits_with_equal_logits(
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers and bitsandbytes
-def test_attention_alone_loads_with_plain_from_pretrained(dense: Path, tmp_path: Path) -> None:
+def test_layout_attention_loads_with_plain_from_pretrained(dense: Path, tmp_path: Path) -> None:
     model = load(dense, base="nf4", dtype="float32")
     export_bnb(model, tmp_path / "out", "attention")
     theirs = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out", device_map={"": "cpu"})
@@ -644,7 +648,7 @@ def test_attention_alone_loads_with_plain_from_pretrained(dense: Path, tmp_path:
     close(logits(model), torch_logits(theirs))
 
 
-def test_what_cannot_be_written(dense: Path, tmp_path: Path) -> None:
+def test_invalid_exports_raise(dense: Path, tmp_path: Path) -> None:
     plain, packed = load(dense), load(dense, base="nf4")
     attempts: Iterable[tuple[Callable[[], object], str]] = (
         (lambda: export_bnb(plain, tmp_path / "out"), "not in 4 bits; load it with base nf4"),

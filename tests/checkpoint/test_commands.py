@@ -33,7 +33,9 @@ def test_export_in_shards(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "not empty" in capsys.readouterr().err
 
 
-def test_the_remedy_in_an_error_works(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_remedy_in_an_error_message_works(
+    mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.safetensors").write_bytes((mixtral / "model.safetensors").read_bytes())
@@ -44,8 +46,8 @@ def test_the_remedy_in_an_error_works(mixtral: Path, tmp_path: Path, capsys: pyt
     assert main(["convert", str(source), str(tmp_path / "out"), "--ignore-config-key", "novelty"]) == 0
 
 
-def test_four_bits_and_out_again(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """hub -> native NF4 -> hub equals the dequantised weights, and what is already 4-bit is not requantised."""
+def test_convert_to_four_bits_and_export(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """hub -> native NF4 -> hub equals the dequantised weights, and 4-bit weights are not quantised again."""
     source = tmp_path / "source"
     source.mkdir()
     for path in mixtral.iterdir():

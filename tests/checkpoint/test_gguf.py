@@ -130,7 +130,7 @@ def write_gguf(path: Path, tokenizer: Tokenizer, model: Any, kind: gguf.GGMLQuan
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_float32_comes_back_exactly(tmp_path: Path, tokenizer: Tokenizer, tied: bool) -> None:
+def test_float32_round_trips_exactly(tmp_path: Path, tokenizer: Tokenizer, tied: bool) -> None:
     import torch
     import transformers
 
@@ -185,7 +185,7 @@ def test_configuration_and_companions(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert settings["chat_template"].startswith("{% for m")
 
 
-def test_the_tokenizer_is_the_one_that_was_stored(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_the_tokenizer_round_trips(tmp_path: Path, tokenizer: Tokenizer) -> None:
     import transformers
 
     write_gguf(tmp_path / "m.gguf", tokenizer, llama(True), gguf.GGMLQuantizationType.F16)
@@ -210,7 +210,7 @@ def test_every_pre_tokenizer_round_trips(pre: str) -> None:
         assert rebuilt.decode(rebuilt.encode(text).ids) == text
 
 
-def test_digits_stand_alone_in_smollm_and_in_threes_in_llama3() -> None:
+def test_smollm_splits_single_digits_and_llama3_groups_of_three() -> None:
     def split(pre: str, text: str) -> list[str]:
         return [piece for piece, _ in PRE_TOKENIZERS[pre]().pre_tokenize_str(text)]
 
@@ -258,16 +258,14 @@ def test_sentencepiece_bpe_is_rebuilt(tmp_path: Path) -> None:
         ({"pre": "unheard-of"}, "pre-tokenizer 'unheard-of'"),
     ],
 )
-def test_what_is_not_implemented_is_an_error(
-    tmp_path: Path, tokenizer: Tokenizer, extra: dict[str, str], why: str
-) -> None:
+def test_unsupported_models_raise(tmp_path: Path, tokenizer: Tokenizer, extra: dict[str, str], why: str) -> None:
     write_gguf(tmp_path / "m.gguf", tokenizer, llama(True), gguf.GGMLQuantizationType.F16, **extra)
     with pytest.raises(BimedixError, match=why):
         ours.convert(tmp_path / "m.gguf", tmp_path / "dense")
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
-def test_damaged_files(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_damaged_files_raise(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, tokenizer, llama(True), gguf.GGMLQuantizationType.F16)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> model -> Hugging Face folder: the same bytes, the same logits, loud errors, no leftovers."""
+"""Hugging Face folder -> model -> Hugging Face folder: the same bytes and logits; errors leave nothing behind."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def reference_logits(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_are_those_of_transformers(write_mixtral: Callable[..., Path], tmp_path: Path, tied: bool) -> None:
+def test_logits_equal_those_of_transformers(write_mixtral: Callable[..., Path], tmp_path: Path, tied: bool) -> None:
     folder = write_mixtral(tmp_path / "m", "float32", "20KB", tie_word_embeddings=tied)
     expected = reference_logits(folder)
     logits = nnx.jit(lambda model: model(TOKENS).logits_BTV)(load(folder, base="float32"))
@@ -91,7 +91,7 @@ def test_fused_and_hub_layout_are_the_same_model(mixtral: Path, changed: Callabl
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 40, "intermediate_size": 36}], ids=["even", "odd"])
 @pytest.mark.parametrize("piece", [200, 10**9])
-def test_nf4_in_pieces_equals_nf4_of_the_whole(
+def test_nf4_in_pieces_equals_nf4_of_the_whole_matrix(
     write_mixtral: Callable[..., Path],
     tmp_path: Path,
     sizes: dict[str, int],
@@ -112,7 +112,7 @@ def test_nf4_in_pieces_equals_nf4_of_the_whole(
             assert jnp.array_equal(ours, theirs), path
 
 
-def test_nf4_is_exported_dequantised_and_says_so(
+def test_nf4_is_exported_dequantised_with_a_warning(
     mixtral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load(mixtral, base="nf4")
@@ -125,7 +125,7 @@ def test_nf4_is_exported_dequantised_and_says_so(
 
 
 def test_loading_copies_nothing() -> None:
-    """The memory bound rests on this: JAX adopts aligned NumPy buffers of every dtype that we fill."""
+    """JAX uses aligned NumPy arrays of every dtype without a copy, which the memory bound requires."""
     for dtype in (np.uint8, np.float32, ml_dtypes.bfloat16):
         buffer = buffers.aligned_empty((3, 5, 128), dtype)
         buffer[:] = 1
@@ -133,7 +133,7 @@ def test_loading_copies_nothing() -> None:
         assert array.unsafe_buffer_pointer() == buffer.ctypes.data
 
 
-def test_companions_travel(mixtral: Path, tmp_path: Path) -> None:
+def test_companions_are_copied(mixtral: Path, tmp_path: Path) -> None:
     source = shutil.copytree(mixtral, tmp_path / "source")
     files = {"tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "generation_config.json": '{"a": 1}'}
     for name, text in files.items():
@@ -149,7 +149,7 @@ def test_companions_travel(mixtral: Path, tmp_path: Path) -> None:
     assert kept["initializer_range"] == json.loads((source / "config.json").read_text())["initializer_range"]
 
 
-def test_an_export_without_tokenizer_says_so(mixtral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_export_without_tokenizer_warns(mixtral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = load(mixtral)
     model.origin = None
     with caplog.at_level(logging.WARNING):
@@ -159,7 +159,7 @@ def test_an_export_without_tokenizer_says_so(mixtral: Path, tmp_path: Path, capl
         export_hf(model, tmp_path / "other", tokenizer_from=tmp_path / "nowhere")
 
 
-def test_adapters_are_not_dropped_silently(mixtral: Path, tmp_path: Path) -> None:
+def test_exporting_adapters_raises(mixtral: Path, tmp_path: Path) -> None:
     model = add_lora(load(mixtral), LoraConfig(rank=2, alpha=2.0))
     with pytest.raises(BimedixError, match="adapter"):
         export_hf(model, tmp_path / "out")
@@ -182,7 +182,7 @@ GATE = "model.layers.1.block_sparse_moe.gate.weight"
     ids=["missing", "extra", "short", "transposed", "dtype", "many"],
 )
 @pytest.mark.parametrize("convert", [False, True], ids=["load", "rewrite"])
-def test_tensors_must_fit(
+def test_tensors_that_do_not_fit_raise(
     changed: Callable[..., Path], tmp_path: Path, edit: Callable[[Any], object], why: str, convert: bool
 ) -> None:
     folder = changed(edit)
@@ -194,7 +194,7 @@ def test_tensors_must_fit(
     assert [path.name for path in tmp_path.iterdir()] == ["changed"]
 
 
-def test_buffers_that_follow_from_the_config_are_no_leftovers(changed: Callable[..., Path]) -> None:
+def test_recomputed_buffers_are_ignored(changed: Callable[..., Path]) -> None:
     def add(tensors: dict[str, Any]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors["model.norm.weight"].clone()
 
@@ -231,10 +231,10 @@ def test_a_failure_while_writing_leaves_no_output(
         (["consolidated.00.pt"], "pickled"),
         (["consolidated.safetensors"], "another layout"),
         (["adapter_config.json", "adapter_model.safetensors"], "adapter without a base"),
-        ([], "holds neither"),
+        ([], "contains neither"),
     ],
 )
-def test_folders_without_safetensors(mixtral: Path, tmp_path: Path, files: list[str], why: str) -> None:
+def test_folders_without_safetensors_raise(mixtral: Path, tmp_path: Path, files: list[str], why: str) -> None:
     shutil.copy(mixtral / "config.json", tmp_path)
     for name in files:
         (tmp_path / name).write_bytes(b"x")
@@ -242,7 +242,7 @@ def test_folders_without_safetensors(mixtral: Path, tmp_path: Path, files: list[
         load(tmp_path)
 
 
-def test_names_that_resolve_to_nothing(mixtral: Path, tmp_path: Path) -> None:
+def test_unknown_names_raise(mixtral: Path, tmp_path: Path) -> None:
     for name, revision, why in (
         (str(tmp_path / "absent"), None, "no existing folder"),
         (str(mixtral), "refs/pr/1", "leave --revision out"),
@@ -254,7 +254,7 @@ def test_names_that_resolve_to_nothing(mixtral: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_rewrite_is_load_and_export(write_mixtral: Callable[..., Path], tmp_path: Path, dtype: Any) -> None:
+def test_rewrite_equals_load_and_export(write_mixtral: Callable[..., Path], tmp_path: Path, dtype: Any) -> None:
     folder = write_mixtral(tmp_path / "m", "float32", "20KB")
     rewrite(folder, tmp_path / "out", dtype, max_shard_bytes=20_000)
     export_hf(load(folder, base=dtype), tmp_path / "other")
@@ -263,7 +263,7 @@ def test_rewrite_is_load_and_export(write_mixtral: Callable[..., Path], tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def test_unknown_base_and_dtype(mixtral: Path) -> None:
+def test_unknown_base_and_dtype_raise(mixtral: Path) -> None:
     with pytest.raises(BimedixError, match="base 'int8' is unknown"):
         load(mixtral, base="int8")  # pyright: ignore[reportArgumentType]
     with pytest.raises(BimedixError, match="dtype 'float16' is unknown"):
@@ -278,7 +278,7 @@ def test_the_origin_survives_splitting(mixtral: Path) -> None:
 
 @pytest.mark.parametrize("base", ["bfloat16", "float32", "nf4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_no_numbers_are_refused(changed: Callable[..., Path], base: Any, value: float) -> None:
+def test_weights_that_are_not_finite_raise(changed: Callable[..., Path], base: Any, value: float) -> None:
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
 
     def spoil(tensors: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""config.json: both spellings, and nothing that changes the mathematics passes unnoticed."""
+"""config.json is read in both spellings, and every key that may change the mathematics is checked."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ OLD: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 32000,
 }
-"""What mistralai/Mixtral-8x7B-v0.1 publishes."""
+"""The config.json of mistralai/Mixtral-8x7B-v0.1."""
 
 EXPECTED = MixtralConfig(
     vocab_size=32000,
@@ -72,7 +72,7 @@ def new_spelling() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("config", [OLD, new_spelling(), {**OLD, **new_spelling()}], ids=["old", "new", "both"])
-def test_both_spellings(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_old_and_new_spellings(tmp_path: Path, config: dict[str, Any]) -> None:
     assert read_config(folder_with(tmp_path, config)) == EXPECTED
 
 
@@ -100,7 +100,7 @@ def test_both_spellings(tmp_path: Path, config: dict[str, Any]) -> None:
         ({"model_type": "gpt2"}, "model_type"),
     ],
 )
-def test_what_changes_the_mathematics_is_an_error(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+def test_unsupported_values_raise(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     with pytest.raises(BimedixError, match=why):
         read_config(folder_with(tmp_path, {**OLD, **changes}))
 
@@ -115,7 +115,7 @@ def test_keys_can_be_ignored_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"'])
-def test_not_json(tmp_path: Path, text: str) -> None:
+def test_missing_or_invalid_json_raises(tmp_path: Path, text: str) -> None:
     with pytest.raises(BimedixError, match=r"has no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(text)
@@ -123,7 +123,7 @@ def test_not_json(tmp_path: Path, text: str) -> None:
         read_config(tmp_path)
 
 
-def test_what_is_written_is_what_was_read(tmp_path: Path) -> None:
+def test_a_written_config_is_read_back(tmp_path: Path) -> None:
     write_config(tmp_path, EXPECTED, "bfloat16", {**OLD, "rope_scaling": {"type": "dropped"}})
     assert read_config(tmp_path) == EXPECTED
     written = json.loads((tmp_path / "config.json").read_text())

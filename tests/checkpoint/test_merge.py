@@ -1,4 +1,4 @@
-"""Merged models are what base and adapters were, up to what the report says."""
+"""A merged model equals base plus adapters, up to the rounding in its report."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ SOME = LoraConfig(rank=3, alpha=6.0, targets=(r"layers\.1\.moe\.experts\.2\.w[12
 
 
 def trained(model: Mixtral, config: LoraConfig, size: float = 0.2) -> Mixtral:
-    """With factors as training might leave them."""
+    """The model with random factors, as after training."""
     adapted, random = add_lora(model, config), np.random.default_rng(0)
     for layer in linears(adapted).values():
         if layer.lora is not None:
@@ -53,7 +53,7 @@ def texts(model: Mixtral, count: int = 4) -> list[tuple[str, list[int]]]:
     ],
     ids=["everything", "router in full", "some experts"],
 )
-def test_a_float32_merge_is_the_model(write_mixtral, tmp_path, config, into):
+def test_a_float32_merge_equals_the_model(write_mixtral, tmp_path, config, into):
     source = write_mixtral(tmp_path / "source", "float32")
     model = trained(load(source, "float32" if into == "original" else "nf4", dtype="float32"), config)
     report = export_merged(model, tmp_path / "merged", into, dtype="float32")
@@ -80,8 +80,8 @@ def test_transformers_loads_it(write_mixtral, tmp_path):
     assert np.abs(np.asarray(model(ids).logits_BTV) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_original_means_the_unrounded_weights(mixtral, tmp_path):
-    """The base held in 4 bits has no part in the result."""
+def test_original_uses_the_unrounded_weights(mixtral, tmp_path):
+    """The 4-bit base does not affect the result."""
     model = trained(load(mixtral, "nf4"), LoraConfig(rank=3, alpha=6.0))
     export_merged(model, tmp_path / "merged", "original", dtype="float32")
     before, after = load_file(mixtral / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
@@ -96,11 +96,11 @@ def test_original_means_the_unrounded_weights(mixtral, tmp_path):
     assert seen["max_logit_diff"] > 1e-3, "4 bits and 16 bits are not the same model"
 
 
-def test_a_merge_that_rounds_the_fine_tune_away_says_so(mixtral, tmp_path, caplog):
+def test_a_merge_that_loses_the_deltas_warns(mixtral, tmp_path, caplog):
     model = trained(load(mixtral, "bfloat16"), LoraConfig(rank=3, alpha=6.0, targets=("q", "w1")), size=5e-3)
     with caplog.at_level(logging.WARNING):
         report = export_merged(model, tmp_path / "merged", "original")
-    assert "cannot hold the whole fine-tune" in caplog.text
+    assert "lose a part of the fine-tuning" in caplog.text
     assert all(0.1 < loss < 2 for loss in report.rounding_loss.values())
     caplog.clear()
     with caplog.at_level(logging.WARNING):
@@ -110,7 +110,7 @@ def test_a_merge_that_rounds_the_fine_tune_away_says_so(mixtral, tmp_path, caplo
     assert "every delta is zero" in caplog.text
 
 
-def test_another_base_is_refused(mixtral, write_mixtral, tmp_path):
+def test_another_base_raises(mixtral, write_mixtral, tmp_path):
     model = trained(load(mixtral, "nf4"), SOME)
     other = write_mixtral(tmp_path / "other", initializer_range=0.2)
     with pytest.raises(BimedixError, match="differs from the model's"):
@@ -122,12 +122,12 @@ def test_another_base_is_refused(mixtral, write_mixtral, tmp_path):
         export_merged(load(mixtral), tmp_path / "merged", "original")
     export_bnb(load(mixtral, "nf4"), tmp_path / "packed")
     packed = trained(load(tmp_path / "packed"), SOME)
-    with pytest.raises(BimedixError, match="holds 4-bit weights, not the original ones"):
+    with pytest.raises(BimedixError, match="contains 4-bit weights, not the original ones"):
         export_merged(packed, tmp_path / "merged", "original")
     lora = model.layers.moe.w1.lora
     assert lora is not None
     lora.b.set_value(lora.b.get_value() * jnp.inf)
-    with pytest.raises(BimedixError, match=r"experts\.2\.w1\.weight holds NaN or infinity"):
+    with pytest.raises(BimedixError, match=r"experts\.2\.w1\.weight contains NaN or infinity"):
         export_merged(model, tmp_path / "merged", "dequantised")
     assert not (tmp_path / "merged").exists()
 
@@ -160,7 +160,7 @@ def test_observation_does_not_depend_on_padding(mixtral):
 
 
 def test_the_command_line(write_mixtral, tmp_path, capsys):
-    """Merge, with its report; and what contradicts itself is refused before anything loads."""
+    """A merge with its report; contradictory options raise before anything is loaded."""
     source = write_mixtral(tmp_path / "source", vocab_size=304, max_position_embeddings=512)
     byte_tokenizer(source)
     probe = tmp_path / "probe.jsonl"
@@ -184,7 +184,7 @@ def test_the_command_line(write_mixtral, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_drift_is_its_definition():
+def test_drift_equals_its_definition():
     """Two layers, three tokens, two of four experts: one expert of one token differs in one layer."""
     logits = np.array([[2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 4.0]], np.float32)
     experts = np.array([[[0, 1], [1, 2], [2, 3]], [[0, 3], [1, 3], [0, 2]]])
@@ -198,7 +198,7 @@ def test_drift_is_its_definition():
     assert seen["tokens_rerouted"] == seen["top1_changed"] == pytest.approx(1 / 3)
     assert seen["routes_changed_by_layer"] == pytest.approx([0, 1 / 3])
     p = np.exp(4) / (np.exp(4) + 2)
-    expected = (p - (1 - p) / 2) * 4  # sum of p log(p / q) where the two likeliest logits change places
+    expected = (p - (1 - p) / 2) * 4  # sum of p log(p / q) where the two largest logits are swapped
     assert seen["by_label"]["ar"]["kl"] == pytest.approx(expected, rel=1e-5)
     assert seen["max_logit_diff"] == 1
     assert (seen["by_label"]["en"]["kl"], seen["by_label"]["en"]["tokens_rerouted"]) == (0, 0)

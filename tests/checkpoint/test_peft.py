@@ -1,4 +1,4 @@
-"""Adapters to and from transformers + peft, live: the same logits."""
+"""Adapters to and from transformers + peft, which run in the tests: the same logits."""
 
 import itertools
 from collections.abc import Iterator
@@ -98,7 +98,7 @@ def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_our_adapter_gives_the_same_logits_in_peft_and_back(base, model, trained, tmp_path, name, layout):
+def test_an_exported_adapter_gives_the_same_logits_in_peft_and_back(base, model, trained, tmp_path, name, layout):
     adapted = trained(model, CONFIGS[name])
     expected = our_logits(adapted)
     assert np.abs(expected - our_logits(model)).max() > 0.1
@@ -116,13 +116,13 @@ def test_our_adapter_gives_the_same_logits_in_peft_and_back(base, model, trained
 
 
 def targets_and_ranks(model: Mixtral) -> Iterator[tuple[str, tuple]]:
-    """What has an adapter: kind -> (slots, rank)."""
+    """The adapters: kind -> (slots, rank)."""
     for path, layer in linears(model).items():
         if layer.lora is not None:
             yield path[-1], (layer.lora.slots, layer.lora.a.get_value().shape[-1])
 
 
-def test_configuration_comes_back(model, trained, tmp_path):
+def test_the_configuration_round_trips(model, trained, tmp_path):
     config = LoraConfig(
         rank=4, alpha=8.0, overrides=(LoraOverride(target="w2", rank=5, alpha=3.0), LoraOverride(target="q", alpha=1.0))
     )
@@ -197,7 +197,7 @@ def test_shared_a_of_w1_and_w3_is_not_truncated(base, model, tmp_path):
     np.testing.assert_array_equal(lora_1.a[...], lora_3.a[...])
 
 
-def test_differing_ranks_and_scales_are_padded_and_announced(base, model, tmp_path, caplog):
+def test_differing_ranks_and_scales_are_padded_with_a_warning(base, model, tmp_path, caplog):
     expected = peft_trained(
         base,
         tmp_path / "theirs",
@@ -223,7 +223,7 @@ def test_adapter_on_a_4_bit_base(base, trained, tmp_path):
 
 
 def test_copies_of_the_base_are_compared(base, model, tmp_path):
-    """peft saves the head beside an adapter on it."""
+    """peft saves a copy of the head with an adapter on it."""
     peft_trained(base, tmp_path / "theirs", target_modules=["lm_head"])
     weights, name = tmp_path / "theirs" / "adapter_model.safetensors", "base_model.model.lm_head.base_layer.weight"
     tensors = load_file(weights)

@@ -1,4 +1,4 @@
-"""The reader refuses every file that is not exactly right; reader and writer agree with the safetensors library."""
+"""Damaged files raise; reader and writer agree with the safetensors library."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path, limit: int) -> None:
     }
 
 
-def test_every_dtype_survives(tmp_path: Path) -> None:
+def test_every_dtype_round_trips(tmp_path: Path) -> None:
     values = {name: np.ones((2, 8)).astype(dtype) for dtype, name in NAMES.items()}
     write(tmp_path, values)
     for name, tensor in read_folder(tmp_path).items():
@@ -96,7 +96,7 @@ def test_every_dtype_survives(tmp_path: Path) -> None:
         assert tensor.read().tobytes() == values[name].tobytes()
 
 
-def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
+def test_truncated_files_raise_at_every_length(tmp_path: Path) -> None:
     safetensors.numpy.save_file(arrays(), tmp_path / SINGLE_NAME)
     whole = (tmp_path / SINGLE_NAME).read_bytes()
     for length in [0, 1, 7, 8, 9, 60, len(whole) // 2, len(whole) - 1]:
@@ -136,7 +136,7 @@ def test_a_file_cut_while_reading_is_an_error(tmp_path: Path) -> None:
         (b"[" * 5000, b"", "not JSON"),
     ],
 )
-def test_damaged_headers(tmp_path: Path, header: object, data: bytes, why: str) -> None:
+def test_damaged_headers_raise(tmp_path: Path, header: object, data: bytes, why: str) -> None:
     with pytest.raises(BimedixError, match=why):
         read_header(file_of(tmp_path, header, data))
 
@@ -171,7 +171,7 @@ def test_an_index_cannot_leave_the_folder(tmp_path: Path, file: str) -> None:
         read_folder(folder)
 
 
-def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_raises(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model")
     shard = next(folder.glob("*.safetensors"))
     shard.rename(tmp_path / "elsewhere")
@@ -208,7 +208,7 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
         read_folder(folder)
 
 
-def test_a_writer_counts_its_bytes(tmp_path: Path) -> None:
+def test_incomplete_or_excess_writes_raise(tmp_path: Path) -> None:
     spec = TensorSpec("a", np.dtype(np.float32), (4, 2))
     with pytest.raises(ValueError, match="not completely written"), ShardedWriter(tmp_path, [spec]) as writer:
         writer.write("a", np.zeros((3, 2), np.float32))

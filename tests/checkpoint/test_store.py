@@ -1,4 +1,4 @@
-"""Native folders restore to the bit, say when they are damaged, and refuse what does not fit."""
+"""Native folders restore bit-exactly; damaged and unfitting ones raise."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def assert_equal(ours, theirs):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_model_restores_to_the_bit(tmp_path, dtype, packed):
+def test_a_model_restores_bit_exactly(tmp_path, dtype, packed):
     model = adapted(dtype, packed)
     save(model, tmp_path / "model")
     restored = restore(tmp_path / "model")
@@ -101,7 +101,7 @@ def test_other_damage_is_found(tmp_path):
     assert "never finished" in str(find_damage(tmp_path / "model"))
 
 
-def test_a_configuration_that_does_not_fit(tmp_path):
+def test_a_configuration_that_does_not_fit_raises(tmp_path):
     """Unknown keys, and tensors of another architecture."""
     save(init_random(CONFIG), tmp_path / "model")
     path = tmp_path / "model/bimedix.json"
@@ -109,7 +109,7 @@ def test_a_configuration_that_does_not_fit(tmp_path):
     for change, message in (
         ({"soft_cap": 30}, "unknown key soft_cap"),
         ({"hidden_size": 32}, r"embed\.table with shape \[61, 16\]"),
-        ({"tie_embeddings": True}, "holds 1 tensors that the model does not have"),
+        ({"tie_embeddings": True}, "contains 1 tensors that the model does not have"),
     ):
         path.write_text(json.dumps(config | {"config": config["config"] | change}))
         with pytest.raises(BimedixError, match=message):
@@ -119,7 +119,7 @@ def test_a_configuration_that_does_not_fit(tmp_path):
 
 
 def test_adapters_alone(tmp_path):
-    """From a dense model onto its 4-bit form: the same base, stored otherwise."""
+    """Saved over a dense base and loaded over the same base in 4 bits."""
     model = adapted()
     save_adapter(model, tmp_path / "adapter")
     assert is_adapter(tmp_path / "adapter")
@@ -132,31 +132,31 @@ def test_adapters_alone(tmp_path):
     assert restored.layers.moe.w1.w.get_value().packed is base.layers.moe.w1.w.get_value().packed, "the base is shared"
 
 
-def test_an_adapter_of_another_base(tmp_path):
+def test_an_adapter_of_another_base_raises(tmp_path):
     save_adapter(adapted(), tmp_path / "adapter")
     other = init_random(dataclasses.replace(CONFIG, num_layers=3))
     with pytest.raises(BimedixError, match="num_layers 2 there, 3 here"):
         load_adapter(other, tmp_path / "adapter")
-    with pytest.raises(BimedixError, match="carries adapters already"):
+    with pytest.raises(BimedixError, match="already has adapters"):
         load_adapter(adapted(), tmp_path / "adapter")
     assert base_identity(other) != base_identity(adapted())
     assert base_identity(init_random(CONFIG, dtype="bfloat16")) == base_identity(adapted(packed=True))
 
 
-def test_a_damaged_adapter(tmp_path):
+def test_a_damaged_adapter_raises(tmp_path):
     save_adapter(adapted(), tmp_path / "adapter")
     flip_a_bit(tmp_path / "adapter/adapter.safetensors")
     with pytest.raises(BimedixError, match=r"content of adapter\.safetensors has changed"):
         load_adapter(init_random(CONFIG), tmp_path / "adapter")
 
 
-def test_a_model_without_adapters_has_none_to_save(tmp_path):
+def test_saving_adapters_of_a_model_without_any_raises(tmp_path):
     with pytest.raises(BimedixError, match="no adapters"):
         save_adapter(init_random(CONFIG), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_pefts_folder_is_not_taken_for_ours(tmp_path):
+def test_a_peft_folder_is_not_read_as_ours(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert not is_adapter(tmp_path)
     with pytest.raises(BimedixError, match="has format None"):
@@ -173,7 +173,7 @@ def write_steps(folder, numbers, keep=9):
 
 
 def test_training_states(tmp_path):
-    """The newest `keep` stay, and a state comes back as it was."""
+    """The newest `keep` checkpoints stay, and a state is restored exactly."""
     write_steps(tmp_path, [5, 10, 15], keep=2)
     assert steps.steps_in(tmp_path) == [10, 15]
     assert steps.newest_valid(tmp_path) == 15
@@ -185,7 +185,7 @@ def test_training_states(tmp_path):
 
 
 def test_every_flipped_bit_of_a_training_state_is_found(tmp_path):
-    """Orbax alone restores them silently."""
+    """Orbax restores them without an error."""
     write_steps(tmp_path, [5])
     folder = steps.step_folder(tmp_path, 5)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
@@ -196,17 +196,17 @@ def test_every_flipped_bit_of_a_training_state_is_found(tmp_path):
     assert find_damage(folder) is None
 
 
-def test_a_damaged_newest_state_is_skipped_and_announced(tmp_path, caplog):
+def test_a_damaged_newest_state_is_skipped_with_a_warning(tmp_path, caplog):
     write_steps(tmp_path, [5, 10])
     flip_a_bit(next((steps.step_folder(tmp_path, 10) / "state/ocdbt.process_0/d").iterdir()))
     with caplog.at_level(logging.WARNING):
         assert steps.newest_valid(tmp_path) == 5
     assert "00000010 is damaged" in caplog.text
-    assert "continuing from the earlier step 5" in caplog.text
+    assert "resuming from the earlier step 5" in caplog.text
 
 
-def test_no_valid_state_is_an_error(tmp_path):
-    with pytest.raises(BimedixError, match="holds no checkpoint"):
+def test_no_valid_state_raises(tmp_path):
+    with pytest.raises(BimedixError, match="contains no checkpoint"):
         steps.newest_valid(tmp_path)
     write_steps(tmp_path, [5])
     (steps.step_folder(tmp_path, 5) / "manifest.json").unlink()
@@ -221,7 +221,7 @@ def test_no_valid_state_is_an_error(tmp_path):
         {"params": {"b": jnp.zeros((40, 30))}, "step": jnp.zeros((), jnp.int32)},
     ],
 )
-def test_a_state_of_another_model_is_refused(tmp_path, template):
+def test_a_state_of_another_model_raises(tmp_path, template):
     write_steps(tmp_path, [5])
     with pytest.raises(BimedixError, match="resume with the experiment"):
         steps.restore_step(tmp_path, 5, template)

@@ -1,4 +1,4 @@
-"""Upcycling: the mixture starts as the dense model; what that costs the router; how far experts lie apart."""
+"""Upcycling: logits equal the dense model's; the router's gradient; the distance between experts."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def identical(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixtral:
 
 
 @pytest.mark.parametrize(("experts", "top_k", "tied"), [(4, 2, False), (8, 1, True), (1, 1, False), (3, 3, True)])
-def test_logits_start_as_the_dense_ones(tmp_path: Path, experts: int, top_k: int, tied: bool) -> None:
+def test_logits_equal_those_of_the_dense_model(tmp_path: Path, experts: int, top_k: int, tied: bool) -> None:
     source = saved_llama(tmp_path / "dense", tie_word_embeddings=tied)
     upcycle(source, tmp_path / "m", UpcycleRecipe(experts, top_k))
     expected = logits_of(source)
@@ -100,7 +100,7 @@ def test_identical_experts_give_the_router_no_gradient(dense: Path, identical: M
     assert apart["layers.moe.router.w"] > 1e-2 * apart["layers.moe.w1.w"]
 
 
-def test_a_zero_router_ties_onto_the_first_experts(dense: Path, identical: Mixtral, tmp_path: Path) -> None:
+def test_a_zero_router_chooses_the_first_experts(dense: Path, identical: Mixtral, tmp_path: Path) -> None:
     report = upcycle(dense, tmp_path / "m", UpcycleRecipe(experts=4, top_k=2, router_init="zero"))
     assert any("ties" in warning for warning in report["warnings"])
     tied = run(load(tmp_path / "m", base="float32")).routing.experts_LBTK
@@ -132,7 +132,7 @@ def test_drop_upcycling_redraws_the_same_share_everywhere(dense: Path, tmp_path:
     assert len(chosen) == 4
 
 
-def test_redrawn_weights_have_the_statistics_of_what_they_replace(tmp_path: Path) -> None:
+def test_redrawn_weights_have_the_statistics_of_the_replaced_ones(tmp_path: Path) -> None:
     source = saved_llama(tmp_path / "dense", intermediate_size=400, num_hidden_layers=1)
     upcycle(source, tmp_path / "m", UpcycleRecipe(experts=2, top_k=1, drop_rate=1.0))
     original = read_folder(source)["model.layers.0.mlp.up_proj.weight"].read()
@@ -142,7 +142,7 @@ def test_redrawn_weights_have_the_statistics_of_what_they_replace(tmp_path: Path
 
 
 @pytest.mark.parametrize("perturbation", [{"drop_rate": 0.5}, {"noise": 0.1}, {"drop_rate": 0.2, "noise": 0.05}])
-def test_the_reported_distance_is_the_distance(dense: Path, tmp_path: Path, perturbation: dict[str, Any]) -> None:
+def test_the_reported_distance_equals_its_definition(dense: Path, tmp_path: Path, perturbation: dict[str, Any]) -> None:
     report = upcycle(dense, tmp_path / "m", UpcycleRecipe(experts=3, top_k=2, **perturbation))
     original = np.concatenate(
         [read_folder(dense)[f"model.layers.0.mlp.{n}_proj.weight"].read().ravel() for n in ("gate", "up", "down")]
@@ -161,7 +161,7 @@ def test_identical_experts_are_reported_as_such(dense: Path, tmp_path: Path) -> 
     assert any("identical" in warning for warning in report["warnings"])
 
 
-def test_the_seed_decides_and_memory_pieces_do_not(
+def test_results_depend_on_the_seed_and_not_on_piece_sizes(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def written(name: str, seed: int) -> dict[str, bytes]:
@@ -186,7 +186,7 @@ def test_the_seed_decides_and_memory_pieces_do_not(
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "scales its rotary"),
     ],
 )
-def test_dense_models_that_are_not_plain(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+def test_unsupported_dense_models_raise(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     source = saved_llama(tmp_path / "dense", **changes)
     with pytest.raises(BimedixError, match=why):
         upcycle(source, tmp_path / "m", UpcycleRecipe(4, 2))
@@ -203,7 +203,7 @@ def test_dense_models_that_are_not_plain(tmp_path: Path, changes: dict[str, Any]
         ({"experts": 2, "top_k": 1, "router_std": 0.0}, "router-init"),
     ],
 )
-def test_recipes_are_checked(arguments: dict[str, Any], why: str) -> None:
+def test_invalid_recipes_raise(arguments: dict[str, Any], why: str) -> None:
     with pytest.raises(BimedixError, match=why):
         UpcycleRecipe(**arguments)
 

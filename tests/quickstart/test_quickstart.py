@@ -1,4 +1,4 @@
-"""The quickstart's smoke run: the whole way on a tiny random model, interrupted once and resumed."""
+"""The quickstart's smoke run, end to end on a tiny random model, interrupted once and resumed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def test_smoke_run_survives_an_interruption(tmp_path: Path) -> None:
+def test_an_interrupted_smoke_run_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(folder, "--smoke")
     while not (folder / "training" / "metrics.jsonl").exists() and process.poll() is None:
@@ -48,12 +48,12 @@ def test_smoke_run_survives_an_interruption(tmp_path: Path) -> None:
     assert (Path(tmp_path / result["adapter"]) / "adapter_config.json").exists()
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_invalid_options_raise(tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("x")
     for options, message in (
-        (("--smoke",), "exists already; continue it with --resume"),
-        (("--resume",), "holds no quickstart to continue"),
+        (("--smoke",), "exists already; resume it with --resume"),
+        (("--resume",), "contains no quickstart to resume"),
         (("--resume", "--smoke"), "keeps its own settings"),
         (("--steps", "0"), "give at least 1"),
     ):
@@ -65,7 +65,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "ar"])
-def test_the_sample_is_what_the_quickstart_needs(language: str) -> None:
+def test_the_sample_has_every_language_and_kind(language: str) -> None:
     from bimedix_jax.data.records import sample
 
     kept = [record for record in sample("heldout") if record.language == language]

@@ -230,14 +230,14 @@ def test_rows_of_another_tokenizer_are_refused(experiment, config, tmp_path, cap
         source = ModelSource(str(model), base="float32")
         train(experiment(lora=LORA, data=data, model=source, eval_every=2), tmp_path / name)
 
-    with pytest.raises(BimedixError, match="holds neither model"):
+    with pytest.raises(BimedixError, match="contains neither model"):
         run(other, own, "a")
     assert "2 packed folders not compared with the model's tokenizer" in " ".join(capsys.readouterr().err.split())
     shutil.copyfile(ours.folder / "tokenizer.json", model / "tokenizer.json")
     for pair in ((other, own), (own, other)):
         with pytest.raises(BimedixError, match=r"other was packed with another tokenizer .*--tokenizer .*model"):
             run(*pair, "b")
-    with pytest.raises(BimedixError, match="holds neither model"):
+    with pytest.raises(BimedixError, match="contains neither model"):
         run(own, own, "c")
     assert "not compared" not in capsys.readouterr().err
     assert not any((tmp_path / name).exists() for name in "abc")
