@@ -3,12 +3,12 @@
     python scripts/load_bnb_fused.py FOLDER --text "The heart"        # needs torch, transformers >= 5, bitsandbytes
 
 For folders of `bimedix export --format bitsandbytes --layout fused` and of transformers' own
-`save_pretrained(save_original_format=False)`. `from_pretrained` alone refuses them: its quantiser knows linear layers,
-and experts are plain parameters. So they are replaced here, after loading, by bitsandbytes' parametrisation, which
-dequantises them in each forward pass. `load` is all there is to it; copy it.
+`save_pretrained(save_original_format=False)`. `from_pretrained` alone fails on them, because its quantiser
+handles linear layers only, and experts are plain parameters. After loading, `load` replaces them by bitsandbytes'
+parametrisation, which dequantises them in each forward pass. `load` has no other dependencies and can be copied.
 
-On a CPU with AVX512-BF16, bitsandbytes computes its linear layers in bfloat16 with scales rounded to bfloat16, whatever
-the model's dtype, in eval mode without gradients. Call `model.train()` to compare logits (Mixtral has no dropout).
+On a CPU with AVX512-BF16, bitsandbytes computes its linear layers in bfloat16 with scales rounded to bfloat16, in eval
+mode without gradients, for any dtype of the model. Call `model.train()` to compare logits (Mixtral has no dropout).
 """
 
 import argparse
@@ -25,10 +25,10 @@ EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
 def load(folder: str | Path, device: str = "cpu") -> Any:
-    """The model, everything that is packed in the folder still packed."""
+    """The model, with all packed tensors of the folder still packed."""
     config = transformers.AutoConfig.from_pretrained(folder)
     width = config.intermediate_size
-    config.intermediate_size = 1  # from_pretrained allocates experts in 16 bits; of this width that costs nothing
+    config.intermediate_size = 1  # from_pretrained allocates experts in 16 bits; with this width they are tiny
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, config=config, ignore_mismatched_sizes=True, device_map={"": device}
     )
@@ -45,7 +45,7 @@ def load(folder: str | Path, device: str = "cpu") -> Any:
 
 
 def packed_parts(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The nibbles of a packed tensor under "", and its companions by the ends of their names."""
+    """The nibbles of a packed tensor under the key "", and its quantisation state by name suffix."""
     index = folder / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"] if index.exists() else None
     files = {places[key] for key in places if key.startswith(name)} if places else {"model.safetensors"}

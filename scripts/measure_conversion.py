@@ -1,4 +1,4 @@
-"""What conversion costs in memory and time, on a checkpoint of Mixtral-8x7B's full width with fewer layers.
+"""Measures the memory and time of conversion, on a checkpoint of Mixtral-8x7B's full width with fewer layers.
 
     python scripts/measure_conversion.py --json                      # 6.3 GB, needs 13 GB of disk, 7 GB of memory
     python scripts/measure_conversion.py --json --small              # seconds
@@ -102,7 +102,7 @@ def child(source: Path, base: Any, output: Path | None) -> dict[str, Any]:
 
 
 def run_child(source: Path, base: str, output: Path | None, allowed: int) -> dict[str, Any]:
-    """`child` in a fresh interpreter, with the bound that holds for it."""
+    """`child` in a new interpreter, with the memory bound."""
     command = [sys.executable, __file__, "--child", base, "--folder", str(source)]
     command += [] if output is None else ["--output", str(output)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -114,7 +114,7 @@ def run_child(source: Path, base: str, output: Path | None, allowed: int) -> dic
 
 
 def identical(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same tensors: names, dtypes, shapes and bytes."""
+    """Whether two folders have the same tensors: names, dtypes, shapes and bytes."""
     ours, theirs = read_folder(one), read_folder(other)
     if ours.keys() != theirs.keys():
         return False

@@ -77,7 +77,7 @@ def with_peft(base: Path, adapter: Path, trainable: bool = False) -> Any:
 
 
 def with_adapters(model: Any) -> Any:
-    """Ours, as in the paper but of a small rank, with a random B."""
+    """Our adapters: the paper's targets with a small rank and a random B."""
     import jax.numpy as jnp
 
     from bimedix_jax.adapters import add_lora, linears
@@ -92,7 +92,7 @@ def with_adapters(model: Any) -> Any:
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """Of one of our models, or of one of torch's."""
+    """The logits of one of our models, or of one of torch's."""
     import torch
 
     if isinstance(model, torch.nn.Module):
@@ -102,7 +102,7 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def peft_fused(base: Path, folder: Path) -> Path:
-    """An adapter that peft made, as it saves it: all of B random, so that w1 and w3 share their ranks."""
+    """An adapter that peft made and saved. All of B is random, so that w1 and w3 share their ranks."""
     import peft
     import torch
 

@@ -1,4 +1,4 @@
-"""How our 4-bit codec differs from bitsandbytes', bit by bit, and what it stores per weight.
+"""Compares our 4-bit codec with bitsandbytes' bit by bit, and counts the bits per weight.
 
     python scripts/measure_quantisation.py --json       # a minute or two, below 3 GiB
     python scripts/measure_quantisation.py --small      # seconds
@@ -41,7 +41,7 @@ def normal(shape: tuple[int, ...], dtype: str, scale: float = 0.02) -> torch.Ten
 
 
 def beside_thresholds(dtype: str) -> torch.Tensor:
-    """Blocks whose elements lie within two units of the last place of the codes' thresholds."""
+    """Blocks whose elements are within two units in the last place of the codes' thresholds."""
     from bimedix_jax.kernels.nf4.tables import NF4_THRESHOLDS
 
     draws = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def formula(t: NF4Tensor) -> torch.Tensor:
 
 
 def imported(packed: torch.Tensor, state: Any, shape: tuple[int, ...], dtype: str) -> NF4Tensor:
-    """bitsandbytes' packed tensor as ours, byte for byte."""
+    """bitsandbytes' packed tensor as an NF4Tensor with the same bytes."""
     nested = offset = None
     if state.state2 is not None:
         nested, offset = jnp.asarray(state.state2.absmax.numpy()), jnp.asarray(state.offset.numpy())
