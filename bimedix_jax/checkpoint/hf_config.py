@@ -117,7 +117,7 @@ class MixtralJson(DenseJson):
     num_experts_per_tok: Size
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """A Llama-architecture model: the fields of MixtralConfig without a router."""
 

@@ -79,7 +79,7 @@ READ = (
 ).split()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftSettings:
     """The settings of adapter_config.json that decide what an adapter computes."""
 

@@ -36,7 +36,7 @@ ROUTER = "layers.moe.router.w"
 KEPT_CONFIG_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UpcycleRecipe:
     """How experts and routers are initialised."""
 

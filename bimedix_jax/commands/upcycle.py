@@ -43,7 +43,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.quickstart.base_model import dense_source
 
     recipe = upcycle.UpcycleRecipe(
-        config.experts, config.top_k, config.drop_rate, config.noise, config.router_init, config.router_std, config.seed
+        experts=config.experts,
+        top_k=config.top_k,
+        drop_rate=config.drop_rate,
+        noise=config.noise,
+        router_init=config.router_init,
+        router_std=config.router_std,
+        seed=config.seed,
     )
     with dense_source(config.base, config.revision, config.output.resolve().parent, console) as folder:
         report = upcycle.upcycle(folder, config.output, recipe, config.base, config.overwrite, config.ignore_config_key)

@@ -53,7 +53,7 @@ LOAD_EVERY = 4
 """Expert load is measured on every fourth held-out record: shares need fewer records than losses."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartOptions:
     """The options of a quickstart. They are saved in its folder, and `--resume` reads them."""
 
@@ -69,8 +69,9 @@ class QuickstartOptions:
     def of(cls, smoke: bool, steps: int | None, base: str) -> "QuickstartOptions":
         recipe = upcycle.UpcycleRecipe(experts=4, top_k=2)
         if smoke:
-            return cls(True, steps or 12, "a tiny random model", recipe, 16)
-        return cls(False, steps or PRESETS["quickstart"]().steps or 1, base, recipe, 72)
+            return cls(smoke=True, steps=steps or 12, base="a tiny random model", recipe=recipe, max_new_tokens=16)
+        steps = steps or PRESETS["quickstart"]().steps or 1
+        return cls(smoke=False, steps=steps, base=base, recipe=recipe, max_new_tokens=72)
 
     @classmethod
     def read(cls, folder: Path) -> "QuickstartOptions":

@@ -66,7 +66,7 @@ def identical(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixtral:
 @pytest.mark.parametrize(("experts", "top_k", "tied"), [(4, 2, False), (8, 1, True), (1, 1, False), (3, 3, True)])
 def test_logits_equal_those_of_the_dense_model(tmp_path: Path, experts: int, top_k: int, tied: bool) -> None:
     source = saved_llama(tmp_path / "dense", tie_word_embeddings=tied)
-    upcycle(source, tmp_path / "m", UpcycleRecipe(experts, top_k))
+    upcycle(source, tmp_path / "m", UpcycleRecipe(experts=experts, top_k=top_k))
     expected = logits_of(source)
     ours = logits(load(tmp_path / "m", base="float32"))
     for found in (ours, logits_of(tmp_path / "m")):
@@ -189,7 +189,7 @@ def test_results_depend_on_the_seed_and_not_on_piece_sizes(
 def test_unsupported_dense_models_raise(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     source = saved_llama(tmp_path / "dense", **changes)
     with pytest.raises(BimedixError, match=why):
-        upcycle(source, tmp_path / "m", UpcycleRecipe(4, 2))
+        upcycle(source, tmp_path / "m", UpcycleRecipe(experts=4, top_k=2))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
