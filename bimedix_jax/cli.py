@@ -11,7 +11,9 @@ import importlib
 import json
 import math
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,18 +145,13 @@ def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
 
 
 def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
-    import tyro
     from rich.console import Console
 
-    help_line, module_name = COMMANDS[name]
-    module = importlib.import_module(module_name)
-    flags = ", ".join(f"{flag} ({text})" for flag, text in GLOBAL_FLAGS.items() if flag != "--version")
-    config = tyro.cli(
-        module.Config,
-        prog=_program(name),
-        description=f"{module.Config.__doc__ or help_line}\n\nEvery command also takes {flags}.",
-        args=options,
-    )
+    from bimedix_jax.options import read_options
+
+    module = importlib.import_module(COMMANDS[name][1])
+    flags = " and ".join(f"{flag} ({text})" for flag, text in GLOBAL_FLAGS.items() if flag != "--version")
+    config = read_options(module.Config, options, _program(name), f"Every command also takes {flags}.")
     if name in REPEATING:
         startup.reuse_memory()
     startup.prepare()
@@ -199,12 +196,21 @@ def _program(name: str) -> str:
 def _help(group: str) -> str:
     rows = {name: text for name, (text, _) in COMMANDS.items() if not group or name.startswith(f"{group} ")}
     width = max(map(len, [*rows, *GLOBAL_FLAGS]))
+    columns = max(shutil.get_terminal_size().columns, width + 24)  # a narrower column of texts cannot be read
+
+    def table(entries: dict[str, str]) -> list[str]:
+        indent = " " * (width + 4)
+        return [
+            textwrap.fill(f"  {name:<{width}}  {text}", columns, subsequent_indent=indent, break_on_hyphens=False)
+            for name, text in entries.items()
+        ]
+
     lines = [f"usage: {_program(group)} COMMAND [options]", ""]
     if not group:
-        lines += ["BiMediX in JAX: bilingual (English, Arabic) medical mixtures of experts. For research only.", ""]
-    lines += ["commands:", *(f"  {name:<{width}}  {text}" for name, text in rows.items()), ""]
-    lines += ["everywhere:", *(f"  {flag:<{width}}  {text}" for flag, text in GLOBAL_FLAGS.items()), ""]
-    lines += [f"`{_program(group)} COMMAND --help` lists a command's options.", ""]
+        title = "BiMediX in JAX: bilingual (English, Arabic) medical mixtures of experts. For research only."
+        lines += [textwrap.fill(title, columns), ""]
+    lines += ["commands:", *table(rows), "", "everywhere:", *table(GLOBAL_FLAGS), ""]
+    lines += [textwrap.fill(f"`{_program(group)} COMMAND --help` lists a command's options.", columns), ""]
     return "\n".join(lines)
 
 

@@ -10,8 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import importlib
-import inspect
 import io
 import json
 import math
@@ -123,12 +121,7 @@ def by_line(document: dict[str, list[Any]]) -> str:
 def help_text(command: str) -> str:
     """What `bimedix COMMAND --help` prints into a pipe, where nothing is coloured; "" is `bimedix` itself."""
     stream = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n")  # not StringIO, which gets ASCII boxes
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, COLUMNS=str(WIDTH)))
-        if command in cli.COMMANDS:  # Python 3.13 strips a docstring's indentation, its predecessors keep it
-            config = importlib.import_module(cli.COMMANDS[command][1]).Config
-            stack.enter_context(mock.patch.object(config, "__doc__", inspect.cleandoc(config.__doc__)))
-        stack.enter_context(contextlib.redirect_stdout(stream))
+    with mock.patch.dict(os.environ, COLUMNS=str(WIDTH)), contextlib.redirect_stdout(stream):
         code = cli.main([*command.split(), "--help"])
     assert code == cli.DONE, f"bimedix {command} --help: exit code {code}"
     stream.seek(0)

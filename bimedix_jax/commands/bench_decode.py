@@ -9,7 +9,7 @@ from bimedix_jax import startup
 from bimedix_jax.errors import BimedixError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Time prefill and greedy decoding of a small Mixtral on this machine.
 

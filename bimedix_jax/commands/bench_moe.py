@@ -9,7 +9,7 @@ from rich.console import Console
 from bimedix_jax.errors import BimedixError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Time the grouped matrix product of a mixture of experts on this machine, in bfloat16, one row a size.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMMANDS_HELP = "/reset forgets the conversation, /system TEXT sets a system prompt and starts anew, /quit leaves."
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Chat with a model in English or Arabic. For research only.
 

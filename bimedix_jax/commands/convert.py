@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Check a Hugging Face Mixtral and write it in another precision: bfloat16 or float32 in the same layout, or
     packed to 4 bits as a native checkpoint."""

@@ -16,7 +16,7 @@ RECIPE = LoraConfig(rank=128, alpha=64.0)
 """BiMediX's adapters (arXiv 2402.13253, section 4.1)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Count what a fine-tuning run stores and trains: every tensor with its shape, bits per weight and adapter.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bimedix_jax.models.mixtral import Mixtral
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Evaluate a model: held-out loss per language and kind, multiple choice, the paper's nine tasks."""
 

@@ -19,7 +19,7 @@ WHICH = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Write a checkpoint for others to load: the model in Hugging Face's hub layout with tokenizer, chat template and
     generation config, its adapters merged on request; its 4-bit weights as bitsandbytes stores them; or its adapters

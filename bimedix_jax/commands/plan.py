@@ -7,16 +7,16 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from bimedix_jax.commands.train import parse_assignment
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override, read
 from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig
+from bimedix_jax.options import Assignment
 from bimedix_jax.presets import PRESETS
 
 DEFAULT = "bimedix-mixtral-8x7b"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Compile the training step, the prefill and a decoding step of a run for devices that need not be here.
 
@@ -31,7 +31,7 @@ class Config:
     model: str | None = None
     """Architecture by name, or a folder whose config.json has it; its weights are not read. By default that of the
     experiment's random model, if it has one, otherwise mixtral-8x7b."""
-    set: tuple[str, ...] = ()
+    set: tuple[Assignment, ...] = ()
     """Fields of the experiment by dotted name and JSON value, such as data.sequence_length=2048 batch.rows=16."""
     router: str | None = None
     """Router variant (topk, softmax_topk, sigmoid_bias) instead of the experiment's."""
@@ -86,7 +86,7 @@ def resolve(config: Config) -> Experiment:
     else:
         raise BimedixError(f"{name} is neither a preset ({', '.join(PRESETS)}) nor a file; correct it.")
     asked = {} if config.router is None else {"router.variant": config.router}
-    return override(experiment, asked | dict(map(parse_assignment, config.set)))
+    return override(experiment, asked | dict(config.set))
 
 
 def architecture_of(model: str | None, experiment: Experiment) -> MixtralConfig:

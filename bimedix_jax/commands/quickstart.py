@@ -12,7 +12,7 @@ from bimedix_jax.errors import BimedixError
 RUNS = Path("runs")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Upcycle a small model, quantise it, fine-tune adapters on the bilingual sample, evaluate, look, ask.
 

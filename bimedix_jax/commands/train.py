@@ -1,7 +1,6 @@
 """`bimedix train`: a preset or an experiment file, with fields changed on the command line, run into a folder."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,10 +9,11 @@ from rich.console import Console
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override, read
+from bimedix_jax.options import Assignment, ChangesField, changed_fields
 from bimedix_jax.presets import PRESETS
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Fine-tune a model: adapters on a frozen base, or every parameter.
 
@@ -27,80 +27,54 @@ class Config:
     """Preset or experiment file; may be left out with --resume."""
     resume: bool = False
     """Continue the run in --out from its newest valid checkpoint."""
-    data: str | None = None
+    data: Annotated[str | None, ChangesField("data.path")] = None
     """Packed folder to learn from (`bimedix data pack` writes one)."""
-    heldout: str | None = None
+    heldout: Annotated[str | None, ChangesField("data.heldout")] = None
     """Packed folder to measure the held-out loss on."""
-    model: str | None = None
+    model: Annotated[str | None, ChangesField("model.path")] = None
     """Folder or hub id of the base model."""
-    revision: str | None = None
+    revision: Annotated[str | None, ChangesField("model.revision")] = None
     """Revision of a hub id."""
-    base: Literal["bfloat16", "float32", "nf4"] | None = None
+    base: Annotated[Literal["bfloat16", "float32", "nf4"] | None, ChangesField("model.base")] = None
     """Storage of the base weights."""
-    sequence_length: int | None = None
+    sequence_length: Annotated[int | None, ChangesField("data.sequence_length")] = None
     """Tokens a row."""
-    rows: int | None = None
+    rows: Annotated[int | None, ChangesField("batch.rows")] = None
     """Rows of a micro-batch."""
-    accumulation: int | None = None
+    accumulation: Annotated[int | None, ChangesField("batch.accumulation")] = None
     """Micro-batches of an optimiser step."""
-    steps: int | None = None
+    steps: Annotated[int | None, ChangesField("steps")] = None
     """Optimiser steps."""
-    epochs: int | None = None
+    epochs: Annotated[int | None, ChangesField("epochs")] = None
     """Passes over the data."""
-    learning_rate: float | None = None
+    learning_rate: Annotated[float | None, ChangesField("optimiser.learning_rate")] = None
     """Peak learning rate."""
-    rank: int | None = None
+    rank: Annotated[int | None, ChangesField("lora.rank")] = None
     """Rank of the adapters."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, ChangesField("lora.alpha")] = None
     """The adapters' alpha; their scale is alpha / rank."""
-    targets: tuple[str, ...] | None = None
+    targets: Annotated[tuple[str, ...] | None, ChangesField("lora.targets")] = None
     """Linear layers to adapt: q k v o w1 w2 w3 router lm_head, or patterns such as layers\\.[0-3]\\..*\\.w2."""
-    aux_loss_coef: float | None = None
+    aux_loss_coef: Annotated[float | None, ChangesField("router.aux_loss_coef")] = None
     """Weight of the load-balancing loss."""
-    aux_scope: Literal["sequence", "micro_batch", "global"] | None = None
+    aux_scope: Annotated[Literal["sequence", "micro_batch", "global"] | None, ChangesField("router.aux_scope")] = None
     """Tokens over which load is balanced."""
-    remat: Literal["none", "experts", "layer"] | None = None
+    remat: Annotated[Literal["none", "experts", "layer"] | None, ChangesField("remat")] = None
     """What the backward pass recomputes."""
-    seed: int | None = None
+    seed: Annotated[int | None, ChangesField("seed")] = None
     """Of the adapters' initial values and of the order of the rows."""
-    eval_every: int | None = None
+    eval_every: Annotated[int | None, ChangesField("eval_every")] = None
     """Steps between measurements of the held-out loss."""
-    checkpoint_every: int | None = None
+    checkpoint_every: Annotated[int | None, ChangesField("checkpoint_every")] = None
     """Steps between checkpoints."""
-    wandb: Literal["disabled", "offline", "online"] | None = None
+    wandb: Annotated[Literal["disabled", "offline", "online"] | None, ChangesField("tracking.mode")] = None
     """Mode of the mirror in Weights & Biases."""
-    set: tuple[str, ...] = ()
-    """Any other field by its dotted name and a JSON value, such as optimiser.weight_decay=0.1 or lora=null."""
+    set: tuple[Assignment, ...] = ()
+    """Other fields by dotted name and JSON value, such as optimiser.weight_decay=0.1 or lora=null."""
     distributed: bool = False
     """Join the other processes of this run, each started with the same options; needs a mesh and a shared --out."""
     dry_run: bool = False
     """Print the resolved experiment and leave."""
-
-
-FIELDS = {
-    "data": "data.path",
-    "heldout": "data.heldout",
-    "model": "model.path",
-    "revision": "model.revision",
-    "base": "model.base",
-    "sequence_length": "data.sequence_length",
-    "rows": "batch.rows",
-    "accumulation": "batch.accumulation",
-    "steps": "steps",
-    "epochs": "epochs",
-    "learning_rate": "optimiser.learning_rate",
-    "rank": "lora.rank",
-    "alpha": "lora.alpha",
-    "targets": "lora.targets",
-    "aux_loss_coef": "router.aux_loss_coef",
-    "aux_scope": "router.aux_scope",
-    "remat": "remat",
-    "seed": "seed",
-    "eval_every": "eval_every",
-    "checkpoint_every": "checkpoint_every",
-    "wandb": "tracking.mode",
-}
-"""Options and the fields that they change."""
 
 
 def resolve(config: Config) -> Experiment:
@@ -120,20 +94,7 @@ def resolve(config: Config) -> Experiment:
         experiment = read(name)
     else:
         raise BimedixError(f"{name} is neither a preset ({', '.join(PRESETS)}) nor a file; correct it.")
-    changes: dict[str, Any] = {field: getattr(config, option) for option, field in FIELDS.items()}
-    changes = {field: value for field, value in changes.items() if value is not None}
-    return override(experiment, changes | dict(map(parse_assignment, config.set)))
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """'a.b=1' as ('a.b', 1); a value that is not JSON is taken as text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise BimedixError(f"--set {text} is not FIELD=VALUE; write --set optimiser.weight_decay=0.1, for example.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
+    return override(experiment, changed_fields(config) | dict(config.set))
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Make a mixture of experts from a dense Llama-architecture model, which it equals at the start."""
 

@@ -1,0 +1,170 @@
+"""Command-line options from the fields of a frozen dataclass, read by tyro.
+
+A field's type gives the option's values and the text below it gives the help. Three rules are added to tyro's own:
+
+- an option that may be left out (`X | None = None`) reads an X; its text says what happens without it;
+- an option with several values takes them after one flag or after repeated flags, `--set a=1 b=2` or
+  `--set a=1 --set b=2`;
+- the text above the options is wrapped to the width of the terminal.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import json
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import docstring_parser
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+)
+
+WIDEST = 100
+"""Columns of the help on a wider terminal: longer lines are hard to read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangesField:
+    """Marks an option that replaces one field of an experiment, named with dots."""
+
+    name: str
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """Field of the experiment -> value, for the marked options of `config` that were given."""
+    changes = {}
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, ChangesField)]
+        if value is not None:
+            changes |= {mark.name: value for mark in marks}
+    return changes
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """'a.b=1' as ('a.b', 1); a value that is not JSON is taken as text.
+
+    Raises:
+      ValueError: there is no name or no equals sign.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{text} is not FIELD=VALUE; write optimiser.weight_decay=0.1, for example")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+Assignment = Annotated[
+    tuple[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FIELD=VALUE",
+        instance_from_str=lambda words: parse_assignment(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda pair: [f"{pair[0]}={json.dumps(pair[1])}"],
+    ),
+]
+"""A field of an experiment and its new value."""
+
+
+def read_options(config: type, words: Sequence[str], prog: str, note: str = "") -> Any:
+    """The `config` that the words of a command line describe; `note` is printed below its docstring in the help.
+
+    Raises:
+      SystemExit: after the help was printed (0), or what is wrong with the options (2).
+    """
+    registry = ConstructorRegistry()
+    registry.struct_rule(lambda info: options_of(info.type) if dataclasses.is_dataclass(info.type) else None)
+    # cleandoc, because Python 3.13 removes the indentation of a docstring and its predecessors do not
+    description = wrapped(f"{inspect.cleandoc(config.__doc__ or '')}\n\n{note}")
+    return tyro.cli(config, prog=prog, description=description, args=words, registry=registry)
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs filled to the terminal's width; indented ones, which are commands to copy, as they are."""
+    columns = min(shutil.get_terminal_size().columns, WIDEST)
+    lines = []
+    for paragraph in filter(None, text.split("\n\n")):
+        if paragraph.startswith(" "):
+            lines += paragraph.split("\n")
+        else:  # tyro joins lines that begin with a letter, which would undo a wrapping without indentation
+            filled = textwrap.fill(_one_line(paragraph), columns, subsequent_indent="  ", break_on_hyphens=False)
+            lines += ["", filled] if lines else [filled]
+    return "\n".join(lines)
+
+
+def options_of(config: type) -> StructConstructorSpec:
+    """What tyro needs to know of a dataclass: an option for each field, and how to build an instance."""
+    texts = {text.arg_name: text.description for text in docstring_parser.parse_from_object(config).params}
+    hints = typing.get_type_hints(config, include_extras=True)
+    options: list[StructFieldSpec] = []
+    repeatable: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        kind, marks = _parts(hints[field.name])
+        default = _default(field, kind)
+        shown = _default_shown(default, marks)
+        several = next((option for option in _alternatives(kind) if typing.get_origin(option) is tuple), None)
+        if several is not None and tyro.conf.Positional not in marks:
+            repeatable[field.name] = default
+            kind, marks, default = tuple[several, ...], (*marks, tyro.conf.UseAppendAction), ()
+        elif default is None:
+            marks = (*marks, tyro.conf.DisallowNone)
+        hint = _annotated(kind, (tyro.conf.arg(help_behavior_hint=shown), *marks))
+        options.append(StructFieldSpec(field.name, hint, default, _one_line(texts.get(field.name))))
+
+    def build(**values: Any) -> Any:
+        for name, default in repeatable.items():
+            values[name] = tuple(itertools.chain(*values[name])) if values[name] else default
+        missing = [f"--{name.replace('_', '-')}" for name in repeatable if values[name] is tyro.MISSING_NONPROP]
+        if missing:  # tyro calls no repeatable option required
+            raise ValueError(f"{', '.join(missing)} is required")
+        return config(**values)
+
+    return StructConstructorSpec(build, tuple(options))
+
+
+def _default(field: dataclasses.Field[Any], kind: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is dataclasses.MISSING or dataclasses.is_dataclass(kind):
+        return tyro.MISSING_NONPROP  # the fields of a nested dataclass have defaults of their own
+    return field.default_factory()
+
+
+def _default_shown(default: Any, marks: Sequence[Any]) -> str | None:
+    if any(isinstance(mark, ChangesField) for mark in marks):
+        return "(default: the preset's)"
+    if default is tyro.MISSING_NONPROP:
+        return "(required)"
+    if default is None or default == ():
+        return "(optional)"  # the text says what happens without it
+    return f"(default: {' '.join(map(str, default))})" if isinstance(default, tuple) else None
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The type and the metadata of an annotation."""
+    return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
+
+
+def _annotated(kind: Any, marks: tuple[Any, ...]) -> Any:
+    return Annotated[(kind, *marks)]  # pyright: ignore[reportInvalidTypeForm]
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type that `kind` is."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)

@@ -1,0 +1,136 @@
+"""Options from the fields of a dataclass: what is read, what the help says, and how wide it is."""
+
+import contextlib
+import dataclasses
+import io
+from typing import Annotated, Literal
+
+import pytest
+
+from bimedix_jax.options import Assignment, ChangesField, changed_fields, read_options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server."""
+
+    url: str = "http://here"
+    """Address."""
+    limit: int | None = None
+    """Requests; by default any number."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Do something.
+
+    A second paragraph, which is long enough to be wrapped on every terminal that is narrower than one hundred and
+    twenty columns.
+
+        bimedix test --rows 1 \\
+            --set a=1
+    """
+
+    name: str | None = None
+    """Whose; by default
+    everybody's."""
+    base: Literal["nf4", "float32"] | None = None
+    """Storage; by default the checkpoint's."""
+    rows: Annotated[int | None, ChangesField("batch.rows")] = None
+    """Rows."""
+    sizes: tuple[int, ...] = (1, 8)
+    """Sizes."""
+    layers: tuple[str, ...] | None = None
+    """Layers; by default all."""
+    set: tuple[Assignment, ...] = ()
+    """Fields."""
+    server: Server = dataclasses.field(default_factory=Server)
+    """Where it is done."""
+
+
+def read(*words: str) -> Config:
+    return read_options(Config, words, "bimedix test")
+
+
+def help_at(columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n")
+    with contextlib.redirect_stdout(stream), pytest.raises(SystemExit) as left:
+        read_options(Config, ["--help"], "bimedix test", "A note.")
+    assert left.value.code == 0
+    stream.seek(0)
+    return stream.read().splitlines()
+
+
+def test_what_is_left_out_has_its_default():
+    assert read() == Config()
+
+
+def test_values_follow_one_flag_or_repeated_flags():
+    for words in (["--set", "a=1", "b.c=x"], ["--set", "a=1", "--set", "b.c=x"]):
+        assert read(*words).set == (("a", 1), ("b.c", "x"))
+    assert read("--sizes", "3", "--sizes", "4", "5").sizes == (3, 4, 5)
+    assert read("--layers", "q").layers == ("q",)
+    assert read("--layers").layers == ()
+
+
+def test_an_assignment_takes_json_or_text():
+    pairs = dict(read("--set", "a=null", "b=[1, 2]", "c=1e-3", "d=text", "e=x=y", "f=").set)
+    assert pairs == {"a": None, "b": [1, 2], "c": 1e-3, "d": "text", "e": "x=y", "f": ""}
+
+
+@pytest.mark.parametrize(
+    "words", [["--set", "a"], ["--set", "=1"], ["--rows", "None"], ["--base", "int8"], ["--nam", "x"]]
+)
+def test_wrong_options_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        read(*words)
+    assert left.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_the_name_none_is_an_ordinary_text():
+    assert read("--name", "None").name == "None"
+
+
+def test_a_nested_dataclass_has_options_with_its_name():
+    assert read("--server.limit", "3").server == Server(limit=3)
+
+
+def test_an_option_without_a_default_is_required(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Required:
+        """Do something."""
+
+        files: tuple[str, ...]
+        """Files."""
+
+    assert read_options(Required, ["--files", "a", "--files", "b"], "x").files == ("a", "b")
+    with pytest.raises(SystemExit) as left:
+        read_options(Required, [], "x")
+    assert left.value.code == 2
+    assert "--files is required" in capsys.readouterr().err
+
+
+def test_marked_options_change_fields():
+    assert changed_fields(Config(rows=3, name="x")) == {"batch.rows": 3}
+    assert changed_fields(Config()) == {}
+
+
+def test_the_help_shows_values_and_defaults_without_none(monkeypatch):
+    text = "\n".join(help_at(100, monkeypatch))
+    assert "None" not in text
+    assert "default: )" not in text
+    for shown in ("--name STR", "by default everybody's.", "--base {nf4,float32}", "(default: 1 8)", "FIELD=VALUE"):
+        assert shown in text
+    assert "Rows. (default: the preset's)" in text
+    assert "Storage; by default the checkpoint's. (optional)" in text
+    assert "\n    bimedix test --rows 1 \\\n        --set a=1\n" in text
+    assert "A note." in text
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 140, 250])
+def test_no_line_of_the_help_is_wider_than_the_terminal(columns, monkeypatch):
+    lines = help_at(columns, monkeypatch)
+    assert max(map(len, lines)) <= columns
+    assert lines[2] == "Do something."
