@@ -179,7 +179,7 @@ def probe_texts(config: Config, model: "Mixtral") -> list[tuple[str, list[int]]]
     """(language, token ids) of the records to compare on, those longer than the model's context left out."""
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.data import records
-    from bimedix_jax.data.chat_template import encode_chat
+    from bimedix_jax.data.encoding import encode_chat
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit
 

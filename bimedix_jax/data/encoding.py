@@ -1,16 +1,15 @@
 """Lines of records as tokens with their loss mask, many at a time: what `bimedix data pack` and `mix` do in workers."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from bimedix_jax.data import chat_template
-from bimedix_jax.data.chat_template import encode_chat, split_wrapper
 from bimedix_jax.data.records import Record, Turn, parse
-from bimedix_jax.data.tokenizer import Tokenizer, load_tokenizer
+from bimedix_jax.data.templates import ChatTemplate, Span, split_wrapper
+from bimedix_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from bimedix_jax.data.tokenizer_words import WordEncoder
 
 
@@ -51,7 +50,7 @@ class ChatEncoder:
         self._template = template = tokenizer.template
         self._words = WordEncoder(tokenizer) if WordEncoder.supports(tokenizer) else None
         bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
-        chat_template.require(tokenizer, template, bos, eos)
+        require(tokenizer, template, bos, eos)
         wrappers = (template.start, template.system, template.human)
         answer = (template.answer_opening, template.answer, template.answer_closing)
         self._wrappers = {wrapper: self._pieces(wrapper, bos, eos) for wrapper in (*wrappers, *answer) if wrapper}
@@ -127,6 +126,46 @@ class EncodeLines:
         return encode_records(self._encoder, [r for r in records if self.split in (None, r.split)])
 
 
+def encode_chat(
+    tokenizer: Tokenizer, turns: Sequence[Turn], add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and for each whether it is learned: the assistant's words and their end token.
+
+    The ids are those of transformers' `apply_chat_template`, with two exceptions: a special token spelled out inside a
+    turn stays ordinary text (a user cannot end their turn or open another), and a token that would join the prompt and
+    the first characters of an answer is cut there, as it is when the model answers.
+    """
+    bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
+    template = tokenizer.template
+    require(tokenizer, template, bos, eos)
+    spans = template.render(turns, bos, eos, add_generation_prompt)
+    text = "".join(span.text for span in spans)
+    learned = _learned_ranges(spans)
+    special = _markup_specials(spans, tokenizer.special_texts)
+    encoding = tokenizer.encode_with_offsets(text)
+    straddled = {edge for edge in (edge for span in learned for edge in span) if _is_inside_a_token(edge, encoding)}
+    if straddled or _special_places(tokenizer, encoding) != special:
+        encoding = _encode_in_pieces(tokenizer, text, special, straddled)
+    mask = [any(low <= start < high for low, high in learned) for start, _ in encoding.offsets]
+    return encoding.ids, mask
+
+
+def require(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -> None:
+    """Raise unless the tokenizer has the tokens that the template is made of, each as one token."""
+    parts = template.start + (template.system or "") + template.human + template.answer
+    for text, role in ((bos, "bos"), (eos, "eos")):
+        if "{" + role + "}" in parts and not text:
+            raise BimedixError(
+                f"the {template.name} template needs a {role}_token, which {tokenizer.folder} lacks; add it"
+            )
+    for text in re.findall(r"<\|im_\w+\|>", parts):
+        if tokenizer.token_id(text) is None:
+            raise BimedixError(
+                f"the {template.name} template needs the token {text}, which {tokenizer.folder} lacks; "
+                "name another template"
+            )
+
+
 def encode_records(encoder: ChatEncoder, records: Sequence[Record]) -> Encoded:
     """Records as one `Encoded`."""
     found = [encoder.encode(record.conversations) for record in records]
@@ -136,3 +175,77 @@ def encode_records(encoder: ChatEncoder, records: Sequence[Record]) -> Encoded:
         np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in found)]),
         np.concatenate([np.empty(0, bool), *(learned for _, learned in found)]),
     )
+
+
+def _learned_ranges(spans: Iterable[Span]) -> list[tuple[int, int]]:
+    """Character ranges that the loss counts; neighbouring spans joined."""
+    ranges: list[tuple[int, int]] = []
+    position = 0
+    for span in spans:
+        end = position + len(span.text)
+        if span.learned and ranges and ranges[-1][1] == position:
+            ranges[-1] = (ranges[-1][0], end)
+        elif span.learned:
+            ranges.append((position, end))
+        position = end
+    return ranges
+
+
+def _markup_specials(spans: Iterable[Span], special_texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Character ranges of the special tokens that the template itself wrote."""
+    if not special_texts:
+        return []
+    pattern = re.compile("|".join(map(re.escape, special_texts)))
+    places, position = [], 0
+    for span in spans:
+        if span.markup:
+            places += [(position + match.start(), position + match.end()) for match in pattern.finditer(span.text)]
+        position += len(span.text)
+    return places
+
+
+def _special_places(tokenizer: Tokenizer, encoding: Encoding) -> list[tuple[int, int]]:
+    special = tokenizer.special_ids
+    return [offset for token, offset in zip(encoding.ids, encoding.offsets, strict=True) if token in special]
+
+
+def _is_inside_a_token(edge: int, encoding: Encoding) -> bool:
+    return any(start < edge < end for start, end in encoding.offsets)
+
+
+def _encode_in_pieces(
+    tokenizer: Tokenizer, text: str, special: Sequence[tuple[int, int]], cuts: Iterable[int]
+) -> Encoding:
+    """Encode the stretches between the template's special tokens, and between `cuts`, each on its own and literally."""
+    tokens = dict(special)
+    edges = sorted({0, len(text), *cuts, *(edge for place in special for edge in place)})
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        if tokens.get(start) == end:
+            found = tokenizer.token_id(text[start:end])
+            assert found is not None  # it is one of the tokenizer's own special texts
+            ids.append(found)
+            offsets.append((start, end))
+            continue
+        follows_special = any(stop == start for _, stop in special)
+        opens = start == 0 or (follows_special and tokenizer.restarts_after_special)
+        piece = (
+            tokenizer.encode_with_offsets(text[start:end], literal=True)
+            if opens
+            else _continue(tokenizer, text[start:end])
+        )
+        ids += piece.ids
+        offsets += [(start + low, start + high) for low, high in piece.offsets]
+    return Encoding(ids, offsets)
+
+
+def _continue(tokenizer: Tokenizer, text: str) -> Encoding:
+    """Encode text that goes on from other text: without the word-start mark that SentencePiece puts before a text."""
+    joined = tokenizer.encode_with_offsets("\n" + text, literal=True)
+    if _is_inside_a_token(1, joined):
+        return tokenizer.encode_with_offsets(text, literal=True)
+    kept = [
+        (token, low - 1, high - 1) for token, (low, high) in zip(joined.ids, joined.offsets, strict=True) if low >= 1
+    ]
+    return Encoding([token for token, *_ in kept], [(low, high) for _, low, high in kept])

@@ -24,8 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bimedix_jax import files
-from bimedix_jax.data.chat_template import encode_chat
-from bimedix_jax.data.encoding import Example
+from bimedix_jax.data.encoding import Example, encode_chat
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError

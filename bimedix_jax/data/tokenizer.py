@@ -10,15 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from bimedix_jax.data import templates
+from bimedix_jax.data.templates import ChatTemplate
 from bimedix_jax.errors import BimedixError
-
-if TYPE_CHECKING:
-    from bimedix_jax.data.chat_template import ChatTemplate
 
 ROLES = ("bos", "eos", "pad", "unk")
 
@@ -90,13 +89,11 @@ class Tokenizer:
         )
 
     @cached_property
-    def template(self) -> "ChatTemplate":
-        """The chat template, by name or as the checkpoint's own is recognised; see chat_template.detect."""
-        from bimedix_jax.data import chat_template
-
+    def template(self) -> ChatTemplate:
+        """The chat template: the one that was named, or else the checkpoint's own; see templates.detect."""
         if self.template_name is not None:
-            return chat_template.named(self.template_name)
-        return chat_template.detect(self.folder, bos=self.special.get("bos", ""), eos=self.special.get("eos", ""))
+            return templates.named(self.template_name)
+        return templates.detect(self.folder, bos=self.special.get("bos", ""), eos=self.special.get("eos", ""))
 
     def token_id(self, text: str) -> int | None:
         """Id of a token by its exact text, None if the vocabulary lacks it."""
@@ -190,8 +187,6 @@ def byte_tokenizer(folder: str | Path) -> Tokenizer:
 
     It needs no download and no training, and serves tests and the offline smoke run.
     """
-    from bimedix_jax.data import chat_template
-
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -207,7 +202,7 @@ def byte_tokenizer(folder: str | Path) -> Tokenizer:
         "eos_token": "<|im_end|>",
         "pad_token": "<|pad|>",
         "clean_up_tokenization_spaces": False,
-        "chat_template": chat_template.named("chatml").jinja,
+        "chat_template": templates.named("chatml").jinja,
     }
     (place / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return load_tokenizer(place)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Turn
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.data.vocabulary import require_ids

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from bimedix_jax.data.chat_template import TEMPLATES
+from bimedix_jax.data.templates import TEMPLATES
 from bimedix_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 SENTENCES = [

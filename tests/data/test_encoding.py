@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from bimedix_jax.data.chat_template import encode_chat
-from bimedix_jax.data.encoding import ChatEncoder, EncodeLines
+from bimedix_jax.data.encoding import ChatEncoder, EncodeLines, encode_chat
 from bimedix_jax.data.parallel import batched, ordered_map
 from bimedix_jax.data.records import Turn, conversation, sample
 from bimedix_jax.data.tokenizer import Tokenizer, load_tokenizer

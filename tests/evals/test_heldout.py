@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.heldout import heldout_loss
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Turn
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.multiple_choice import Accuracy, begin_answer, multiple_choice, question_of

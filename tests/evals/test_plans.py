@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.evals.heldout import heldout_loss
 from bimedix_jax.evals.multiple_choice import multiple_choice
 from bimedix_jax.inference.chat import Chat, ChatOptions

@@ -19,7 +19,7 @@ from bimedix_jax import cli
 from bimedix_jax.bidi import visual
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.commands import chat as command
-from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import conversation
 from bimedix_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from bimedix_jax.errors import BimedixError

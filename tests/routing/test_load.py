@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import tiny
 
-from bimedix_jax.data.chat_template import encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Record, conversation
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.errors import BimedixError

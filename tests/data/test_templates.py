@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from bimedix_jax.data.chat_template import TEMPLATES, encode_chat
+from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Turn, conversation
+from bimedix_jax.data.templates import TEMPLATES
 from bimedix_jax.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from bimedix_jax.errors import BimedixError
 
