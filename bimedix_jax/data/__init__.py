@@ -1,1 +1,1 @@
-"""From medical text to batches: records, readers, tokenizer, chat templates, packing, loading."""
+"""From records to batches: record type, tokenizer, chat templates, encoding, packing, loading."""

@@ -1,4 +1,4 @@
-"""Lines of records as tokens with their loss mask, many at a time: what `bimedix data pack` and `mix` do in workers."""
+"""Conversations as tokens with a loss mask: one at a time (encode_chat) or many in worker processes (EncodeLines)."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +11,12 @@ from bimedix_jax.data.records import Record, Turn, parse
 from bimedix_jax.data.templates import ChatTemplate, Span, split_wrapper
 from bimedix_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from bimedix_jax.data.tokenizer_words import WordEncoder
+from bimedix_jax.errors import BimedixError
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation as tokens. `learned` marks the targets: the assistant's tokens."""
+    """One conversation as tokens; `learned` marks the targets, which are the assistant's tokens."""
 
     id: str
     language: str
@@ -25,133 +26,32 @@ class Example:
     learned: np.ndarray  # bool [N]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A batch of conversations, their tokens one after another: cheap to send between processes."""
-
-    names: list[tuple[str, str, str, str]]  # id, language, kind, source
-    lengths: np.ndarray  # int64 [N]
-    tokens: np.ndarray  # int32 [sum of lengths]
-    learned: np.ndarray  # bool [sum of lengths]
-
-    def examples(self) -> Iterator[Example]:
-        """The conversations, copied: a view would keep the whole batch in memory while it waits for its row to fill."""
-        end = 0
-        for names, length in zip(self.names, self.lengths.tolist(), strict=True):
-            start, end = end, end + length
-            yield Example(*names, self.tokens[start:end].copy(), self.learned[start:end].copy())
-
-
-class ChatEncoder:
-    """Conversations to tokens and loss mask: those of `chat_template.encode_chat`, faster where words can be cached."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._template = template = tokenizer.template
-        self._words = WordEncoder(tokenizer) if WordEncoder.supports(tokenizer) else None
-        bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
-        require(tokenizer, template, bos, eos)
-        wrappers = (template.start, template.system, template.human)
-        answer = (template.answer_opening, template.answer, template.answer_closing)
-        self._wrappers = {wrapper: self._pieces(wrapper, bos, eos) for wrapper in (*wrappers, *answer) if wrapper}
-
-    def encode(self, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int32 [N] and whether each is learned, bool [N]."""
-        if self._words is None:
-            ids, mask = encode_chat(self.tokenizer, turns)
-            return np.asarray(ids, np.int32), np.asarray(mask, bool)
-        pieces = self._stretches(turns, self._words)
-        tokens = np.frombuffer(b"".join([ids for ids, _ in pieces]), np.int32)
-        sizes = [len(ids) // 4 for ids, _ in pieces]
-        return tokens, np.repeat([learned for _, learned in pieces], sizes)
-
-    def _stretches(self, turns: Sequence[Turn], words: WordEncoder) -> list[tuple[bytes, bool]]:
-        """Ids of the stretches between special tokens and the edges of what is learned, and whether they are learned.
-
-        A text may be cut at an edge because encode_chat cuts there whenever a token would run over it, and where none
-        does, merging both sides apart gives the same tokens.
-        """
-        found = []
-        opens, stretch, was_learned = True, "", False
-        for wrapper, value, learned in self._template.parts(turns):
-            for text, special in self._wrappers.get(wrapper, ()):
-                if stretch and (special is not None or learned != was_learned):
-                    found.append((words.encode(stretch, opens), was_learned))
-                    opens, stretch = False, ""
-                if special is None:
-                    stretch, was_learned = stretch + (value if text is None else text), learned
-                else:
-                    found.append((special, learned))
-                    opens = self.tokenizer.restarts_after_special
-        if stretch:
-            found.append((words.encode(stretch, opens), was_learned))
-        return found
-
-    def _pieces(self, wrapper: str, bos: str, eos: str) -> list[tuple[str | None, bytes | None]]:
-        """A wrapper as texts and the ids of special tokens; the text None stands for the turn's."""
-        texts = self.tokenizer.special_texts
-        pattern = re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else r"(?!)")
-        sides = [
-            [(part, self._special(part) if part in texts else None) for part in pattern.split(side) if part]
-            for side in split_wrapper(wrapper, bos, eos)
-        ]
-        return [*sides[0], *([(None, None)] if "{text}" in wrapper else []), *sides[1]]
-
-    def _special(self, text: str) -> bytes:
-        found = self.tokenizer.token_id(text)
-        assert found is not None  # it is one of the tokenizer's own special texts
-        return np.int32(found).tobytes()
-
-
-@dataclass(frozen=True)
-class EncodeLines:
-    """The task of a worker: lines of JSON to `Encoded`. It loads the tokenizer in the process that runs it."""
-
-    tokenizer: str  # folder
-    template: str | None
-    file: str  # where the lines come from, for what is wrong with one
-    split: str | None  # only records of this split
-
-    @cached_property
-    def _encoder(self) -> ChatEncoder:
-        return ChatEncoder(load_tokenizer(self.tokenizer, self.template))
-
-    def __call__(self, lines: Sequence[tuple[int, bytes]]) -> Encoded:
-        """Encode the records of a batch of lines, each with its place in the file in bytes.
-
-        Raises:
-            BimedixError: a line is not a record.
-        """
-        records = [parse(line, f"{self.file} at byte {offset}") for offset, line in lines]
-        return encode_records(self._encoder, [r for r in records if self.split in (None, r.split)])
-
-
 def encode_chat(
     tokenizer: Tokenizer, turns: Sequence[Turn], add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each whether it is learned: the assistant's words and their end token.
 
-    The ids are those of transformers' `apply_chat_template`, with two exceptions: a special token spelled out inside a
-    turn stays ordinary text (a user cannot end their turn or open another), and a token that would join the prompt and
-    the first characters of an answer is cut there, as it is when the model answers.
+    The ids are those of transformers' `apply_chat_template`, with two exceptions. A special token spelled out inside a
+    turn stays ordinary text, so that a user can neither end their turn nor start another. And no token spans the end of
+    a prompt and the start of an answer, since the two are separate when the model answers.
     """
     bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
     template = tokenizer.template
-    require(tokenizer, template, bos, eos)
+    require_tokens(tokenizer, template, bos, eos)
     spans = template.render(turns, bos, eos, add_generation_prompt)
     text = "".join(span.text for span in spans)
     learned = _learned_ranges(spans)
     special = _markup_specials(spans, tokenizer.special_texts)
     encoding = tokenizer.encode_with_offsets(text)
-    straddled = {edge for edge in (edge for span in learned for edge in span) if _is_inside_a_token(edge, encoding)}
-    if straddled or _special_places(tokenizer, encoding) != special:
-        encoding = _encode_in_pieces(tokenizer, text, special, straddled)
+    cuts = {edge for span in learned for edge in span if _is_inside_a_token(edge, encoding)}
+    if cuts or _special_ranges(tokenizer, encoding) != special:
+        encoding = _encode_in_pieces(tokenizer, text, special, cuts)
     mask = [any(low <= start < high for low, high in learned) for start, _ in encoding.offsets]
     return encoding.ids, mask
 
 
-def require(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -> None:
-    """Raise unless the tokenizer has the tokens that the template is made of, each as one token."""
+def require_tokens(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -> None:
+    """Raise BimedixError unless the tokenizer has each special token of the template as one token."""
     parts = template.start + (template.system or "") + template.human + template.answer
     for text, role in ((bos, "bos"), (eos, "eos")):
         if "{" + role + "}" in parts and not text:
@@ -166,19 +66,8 @@ def require(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) ->
             )
 
 
-def encode_records(encoder: ChatEncoder, records: Sequence[Record]) -> Encoded:
-    """Records as one `Encoded`."""
-    found = [encoder.encode(record.conversations) for record in records]
-    return Encoded(
-        [(record.id, record.language, record.kind, record.source) for record in records],
-        np.array([len(tokens) for tokens, _ in found], np.int64),
-        np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in found)]),
-        np.concatenate([np.empty(0, bool), *(learned for _, learned in found)]),
-    )
-
-
 def _learned_ranges(spans: Iterable[Span]) -> list[tuple[int, int]]:
-    """Character ranges that the loss counts; neighbouring spans joined."""
+    """Character ranges that the loss counts; adjacent ones are joined."""
     ranges: list[tuple[int, int]] = []
     position = 0
     for span in spans:
@@ -196,15 +85,15 @@ def _markup_specials(spans: Iterable[Span], special_texts: Sequence[str]) -> lis
     if not special_texts:
         return []
     pattern = re.compile("|".join(map(re.escape, special_texts)))
-    places, position = [], 0
+    ranges, position = [], 0
     for span in spans:
         if span.markup:
-            places += [(position + match.start(), position + match.end()) for match in pattern.finditer(span.text)]
+            ranges += [(position + match.start(), position + match.end()) for match in pattern.finditer(span.text)]
         position += len(span.text)
-    return places
+    return ranges
 
 
-def _special_places(tokenizer: Tokenizer, encoding: Encoding) -> list[tuple[int, int]]:
+def _special_ranges(tokenizer: Tokenizer, encoding: Encoding) -> list[tuple[int, int]]:
     special = tokenizer.special_ids
     return [offset for token, offset in zip(encoding.ids, encoding.offsets, strict=True) if token in special]
 
@@ -216,9 +105,9 @@ def _is_inside_a_token(edge: int, encoding: Encoding) -> bool:
 def _encode_in_pieces(
     tokenizer: Tokenizer, text: str, special: Sequence[tuple[int, int]], cuts: Iterable[int]
 ) -> Encoding:
-    """Encode the stretches between the template's special tokens, and between `cuts`, each on its own and literally."""
+    """Encode the text between the template's special tokens, cut at `cuts` too; each piece alone, as ordinary text."""
     tokens = dict(special)
-    edges = sorted({0, len(text), *cuts, *(edge for place in special for edge in place)})
+    edges = sorted({0, len(text), *cuts, *(edge for span in special for edge in span)})
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     for start, end in zip(edges, edges[1:], strict=False):
@@ -241,7 +130,7 @@ def _encode_in_pieces(
 
 
 def _continue(tokenizer: Tokenizer, text: str) -> Encoding:
-    """Encode text that goes on from other text: without the word-start mark that SentencePiece puts before a text."""
+    """Encode text that continues other text, without the word-start mark that SentencePiece puts before a text."""
     joined = tokenizer.encode_with_offsets("\n" + text, literal=True)
     if _is_inside_a_token(1, joined):
         return tokenizer.encode_with_offsets(text, literal=True)
@@ -249,3 +138,115 @@ def _continue(tokenizer: Tokenizer, text: str) -> Encoding:
         (token, low - 1, high - 1) for token, (low, high) in zip(joined.ids, joined.offsets, strict=True) if low >= 1
     ]
     return Encoding([token for token, *_ in kept], [(low, high) for _, low, high in kept])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of conversations with their tokens in one array, which is cheap to send between processes."""
+
+    names: list[tuple[str, str, str, str]]  # id, language, kind, source
+    lengths: np.ndarray  # int64 [N]
+    tokens: np.ndarray  # int32 [sum of lengths]
+    learned: np.ndarray  # bool [sum of lengths]
+
+    def examples(self) -> Iterator[Example]:
+        """The conversations as copies: a view would keep the whole batch in memory until its row is full."""
+        end = 0
+        for names, length in zip(self.names, self.lengths.tolist(), strict=True):
+            start, end = end, end + length
+            yield Example(*names, self.tokens[start:end].copy(), self.learned[start:end].copy())
+
+
+class ChatEncoder:
+    """The tokens and loss masks of `encode_chat`, faster where the ids of words can be cached (tokenizer_words.py)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._template = template = tokenizer.template
+        self._words = WordEncoder(tokenizer) if WordEncoder.supports(tokenizer) else None
+        bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
+        require_tokens(tokenizer, template, bos, eos)
+        wrappers = (template.start, template.system, template.human)
+        answer = (template.answer_opening, template.answer, template.answer_closing)
+        self._wrappers = {wrapper: self._pieces(wrapper, bos, eos) for wrapper in (*wrappers, *answer) if wrapper}
+
+    def encode(self, turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int32 [N] and whether each is learned, bool [N]."""
+        if self._words is None:
+            ids, mask = encode_chat(self.tokenizer, turns)
+            return np.asarray(ids, np.int32), np.asarray(mask, bool)
+        pieces = self._cached_pieces(turns, self._words)
+        tokens = np.frombuffer(b"".join([ids for ids, _ in pieces]), np.int32)
+        sizes = [len(ids) // 4 for ids, _ in pieces]
+        return tokens, np.repeat([learned for _, learned in pieces], sizes)
+
+    def _cached_pieces(self, turns: Sequence[Turn], words: WordEncoder) -> list[tuple[bytes, bool]]:
+        """Ids and whether they are learned, for each piece between special tokens and edges of learned text.
+
+        Cutting at an edge changes no token: encode_chat cuts there as well if a token would span the edge, and if none
+        does, encoding the two sides separately gives the same tokens.
+        """
+        found = []
+        opens, stretch, was_learned = True, "", False
+        for wrapper, value, learned in self._template.parts(turns):
+            for text, special in self._wrappers.get(wrapper, ()):
+                if stretch and (special is not None or learned != was_learned):
+                    found.append((words.encode(stretch, opens), was_learned))
+                    opens, stretch = False, ""
+                if special is None:
+                    stretch, was_learned = stretch + (value if text is None else text), learned
+                else:
+                    found.append((special, learned))
+                    opens = self.tokenizer.restarts_after_special
+        if stretch:
+            found.append((words.encode(stretch, opens), was_learned))
+        return found
+
+    def _pieces(self, wrapper: str, bos: str, eos: str) -> list[tuple[str | None, bytes | None]]:
+        """A wrapper as (text, None) and (special token, its id) in order; (None, None) is the text of the turn."""
+        texts = self.tokenizer.special_texts
+        pattern = re.compile(f"({'|'.join(map(re.escape, texts))})" if texts else r"(?!)")
+        sides = [
+            [(part, self._special(part) if part in texts else None) for part in pattern.split(side) if part]
+            for side in split_wrapper(wrapper, bos, eos)
+        ]
+        return [*sides[0], *([(None, None)] if "{text}" in wrapper else []), *sides[1]]
+
+    def _special(self, text: str) -> bytes:
+        found = self.tokenizer.token_id(text)
+        assert found is not None  # it is one of the tokenizer's own special texts
+        return np.int32(found).tobytes()
+
+
+@dataclass(frozen=True)
+class EncodeLines:
+    """What a worker process does: lines of JSON to `Encoded`. The tokenizer is loaded in that process."""
+
+    tokenizer: str  # folder
+    template: str | None
+    file: str  # where the lines come from, for error messages
+    split: str | None  # encode only records of this split; None: all
+
+    @cached_property
+    def _encoder(self) -> ChatEncoder:
+        return ChatEncoder(load_tokenizer(self.tokenizer, self.template))
+
+    def __call__(self, lines: Sequence[tuple[int, bytes]]) -> Encoded:
+        """Encode the records of a batch of lines, each given with its byte offset in the file.
+
+        Raises:
+            BimedixError: a line is not a record.
+        """
+        records = [parse(line, f"{self.file} at byte {offset}") for offset, line in lines]
+        return encode_records(self._encoder, [r for r in records if self.split in (None, r.split)])
+
+
+def encode_records(encoder: ChatEncoder, records: Sequence[Record]) -> Encoded:
+    """A list of records as one `Encoded`."""
+    found = [encoder.encode(record.conversations) for record in records]
+    return Encoded(
+        [(record.id, record.language, record.kind, record.source) for record in records],
+        np.array([len(tokens) for tokens, _ in found], np.int64),
+        np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in found)]),
+        np.concatenate([np.empty(0, bool), *(learned for _, learned in found)]),
+    )

@@ -1,14 +1,14 @@
-"""Packing: several conversations in one row of fixed length, kept apart by segment ids.
+"""Packing: several conversations in one row of fixed length, separated by segment ids.
 
-Best fit over a bounded window of open rows: streaming, deterministic, and within about one per cent of full for
-conversations much shorter than a row. A packed folder holds
+Best fit over a bounded window of open rows. It streams, is deterministic, and fills rows to about 99 % if conversations
+are much shorter than a row. A packed folder holds
 
     rows.array_record   one record a row, as `Row.to_bytes` writes it
-    index.json          what went in: counts by language, kind and source, tokenizer fingerprint, template, seed
-    manifest.json       size and SHA-256 of both, and of what they were made from
+    index.json          counts by language, kind and source; tokenizer fingerprint, template, seed
+    manifest.json       size and SHA-256 of the two files above
 
-Segment ids count from 1 within a row and 0 marks padding; the model keeps attention inside a segment and restarts
-positions in each, so packed and unpacked loss agree.
+Segment ids count from 1 within a row, and 0 marks padding. Attention stays inside a segment and positions restart in
+each, so the loss is the same packed and unpacked.
 """
 
 import bisect
@@ -38,9 +38,9 @@ TooLong = Literal["truncate", "drop"]
 
 @dataclass(frozen=True)
 class Segment:
-    """Which conversation a segment of a row is: routing is keyed by these."""
+    """The conversation in one segment of a row, so that a routing record can be traced to it."""
 
-    segment: int  # its id within the row, from 1
+    segment: int  # id within the row, from 1
     id: str
     language: str
     kind: str
@@ -49,7 +49,7 @@ class Segment:
     learned: int
 
     def to_list(self) -> list[int | str]:
-        """The fields in their order."""
+        """The fields in order."""
         return [self.segment, self.id, self.language, self.kind, self.source, self.tokens, self.learned]
 
 
@@ -85,7 +85,7 @@ class Row:
 
 @dataclass
 class PackReport:
-    """What packing did; everything that was cut or left out is counted here."""
+    """Counts of what was packed, truncated and left out."""
 
     rows: int = 0
     examples: int = 0
@@ -98,7 +98,7 @@ class PackReport:
     groups: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)  # examples, tokens, learned
 
     def add(self, example: Example, learned: int) -> None:
-        """Count an example that found a row, and its learned tokens."""
+        """Count an example that was packed, and its learned tokens."""
         tokens = len(example.tokens)
         group = self.groups.setdefault((example.language, example.kind, example.source), [0, 0, 0])
         group[0] += 1
@@ -134,9 +134,9 @@ def pack(
 ) -> Iterator[Row]:
     """Rows of `sequence_length` tokens.
 
-    An example goes into the open row that it fills best; with `window` rows open, the fullest is closed. An example
-    longer than a row loses its end (or is left out, by `too_long`); one that has no learned token left is left out.
-    `packing="none"` gives every example its own row.
+    Each example is placed in the open row that has the least room left for it. When more than `window` rows are open,
+    the fullest is closed. An example longer than a row is truncated or dropped, as `too_long` says. An example without
+    a learned token is dropped. `packing="none"` gives every example its own row.
     """
     report = PackReport() if report is None else report
     open_rows: list[tuple[int, int]] = []  # (free tokens, key), sorted
@@ -183,9 +183,9 @@ def languages_of(row: Row, languages: Sequence[str]) -> np.ndarray:
 
 
 def shuffled_lines(path: str | Path, seed: int) -> Iterator[tuple[int, bytes]]:
-    """Lines of a JSONL file, each with its place in bytes, in an order that `seed` fixes; blank ones are passed over.
+    """Lines of a JSONL file with their byte offsets, in an order that depends on `seed`; blank lines are skipped.
 
-    Memory is 24 bytes a line, whatever its size.
+    It needs 24 bytes of memory for each line, however long the line is.
 
     Raises:
         BimedixError: there is no such file.
@@ -211,8 +211,8 @@ def write(
 ) -> dict[str, Any]:
     """Write rows and index into an existing folder; return the index. Call it inside `files.new_folder`.
 
-    `facts` joins the index: tokenizer fingerprint, template, seed and whatever else decided the rows. The manifest
-    holds size and SHA-256 of the files, so that a copy can be checked (`loader.fingerprint`).
+    `facts` is added to the index: tokenizer fingerprint, template, seed and whatever else determined the rows. The
+    manifest has size and SHA-256 of the files, so that a copy can be checked (`loader.fingerprint`).
 
     Raises:
         BimedixError: there is no row to write.
@@ -226,7 +226,7 @@ def write(
     finally:
         writer.close()
     if not report.rows:
-        raise BimedixError("no record was left to pack; look at the split and at the sequence length")
+        raise BimedixError("no record is left to pack; check --split and --sequence-length")
     index = {"format": FORMAT, "sequence_length": sequence_length, **facts, **report.to_dict(sequence_length)}
     (folder / INDEX).write_text(json.dumps(index, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     written = {name: (folder / name) for name in (ROWS, INDEX)}
@@ -241,10 +241,10 @@ _Placed = tuple[Example, int]  # an example and how many of its tokens are learn
 def _fitting(
     examples: Iterable[Example], sequence_length: int, too_long: TooLong, report: PackReport
 ) -> Iterator[_Placed]:
-    """The examples that get a place, cut to the length of a row; the rest is counted."""
+    """The examples to pack, truncated to the length of a row; those left out are counted in the report."""
     for example in examples:
         if example.learned[:1].any():
-            raise ValueError(f"{example.id}: the first token has nothing before it to be predicted from")
+            raise ValueError(f"{example.id}: the first token cannot be learned, since no token comes before it")
         length = len(example.tokens)
         if length > sequence_length and too_long == "drop":
             report.dropped_too_long += 1

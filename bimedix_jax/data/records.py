@@ -1,8 +1,8 @@
-"""The one record type: a conversation in English or Arabic, from a question with one answer to a long consultation.
+"""The record type: a conversation in English or Arabic, from a question with one answer to a long consultation.
 
-On disk a record is one line of JSON in UTF-8, in the spelling of the BiMediX paper
-(`"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]`) with what is needed to know where
-it came from beside it.
+On disk a record is one line of JSON in UTF-8. Conversations are spelled as in the BiMediX paper
+(`"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]`); the other keys tell what the
+record is and where it came from.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ ANSWER_PREFIX: dict[str, str] = {"en": "Answer: ", "ar": "الإجابة: "}
 
 
 class Turn(BaseModel):
-    """What one side says. In JSON the speaker is spelled `from`, which Python reserves.
+    """What one speaker says. In JSON the speaker's key is `from`, which is a reserved word in Python.
 
-    `language` is given where a turn is not in its record's language, as when a patient switches; JSON leaves it out
-    otherwise.
+    `language` is set only if a turn is not in its record's language, as when a patient switches languages. JSON has no
+    such key otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +46,7 @@ class Turn(BaseModel):
 
 
 class Record(BaseModel):
-    """One conversation with its origin. Raises pydantic's ValidationError for what a reader must not let through."""
+    """One conversation and where it came from. Raises pydantic's ValidationError if it is not a valid record."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,15 +70,15 @@ class Record(BaseModel):
         for index, turn in enumerate(turns):
             expected = "human" if index % 2 == 0 else "gpt"
             if turn.speaker != expected:
-                raise ValueError(f"turn {index + 1} is from {turn.speaker!r} where {expected!r} must speak")
+                raise ValueError(f"turn {index + 1} is from {turn.speaker!r}, but {expected!r} must speak next")
         if turns[-1].speaker != "gpt":
-            raise ValueError("the last turn must be from 'gpt': nothing would be learned from it")
+            raise ValueError("the last turn must be from 'gpt', since only its turns are learned")
         return self
 
     @model_validator(mode="after")
     def _answer_is_a_choice(self) -> Self:
         if (self.choices is None) != (self.answer is None):
-            raise ValueError("choices and answer come together")
+            raise ValueError("choices and answer must be given together")
         if self.choices is None:
             if self.kind == "mcqa":
                 raise ValueError("an mcqa record needs choices and answer")
@@ -96,12 +96,12 @@ class Record(BaseModel):
         return self.conversations[index].speaker == "system"
 
     def to_json(self) -> str:
-        """The record as one line of JSON, Arabic as itself."""
+        """The record as one line of JSON; Arabic letters are not escaped."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), ensure_ascii=False)
 
 
 def conversation(*values: str, system: str | None = None) -> tuple[Turn, ...]:
-    """Turns from texts that alternate human, gpt, human, ..."""
+    """Turns from texts by alternating speakers: human, gpt, human, ..."""
     speakers: tuple[Speaker, Speaker] = ("human", "gpt")
     turns = tuple(Turn(speaker=speakers[index % 2], value=value) for index, value in enumerate(values))
     return turns if system is None else (Turn(speaker="system", value=system), *turns)
@@ -119,9 +119,9 @@ def multiple_choice_answer(choices: tuple[str, ...], answer: int, language: Lang
 
 
 def question_of(record: Record) -> str:
-    """What is asked, without choices or context: what two data sets must not share.
+    """The question without choices or context, by which records are compared across data sets.
 
-    A chat has no single question: its whole text is taken, since openings such as "Hello, doctor." say nothing.
+    A chat has no single question, and openings such as "Hello, doctor." are shared by many. Its whole text is used.
     """
     if record.kind == "chat":
         return "\n".join(turn.value for turn in record.conversations)
@@ -135,7 +135,7 @@ def question_of(record: Record) -> str:
 
 
 def assign_split(key: str, seed: int, heldout_fraction: float) -> Split:
-    """The split of everything that shares `key`, by hash: it does not change when other records come or go."""
+    """The split of all records with this key. It is a hash, so it does not change when other records are added."""
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "big") < heldout_fraction * 2**64 else "train"
 
@@ -144,7 +144,7 @@ def parse(line: str | bytes, where: str) -> Record:
     """The record in one line of JSON.
 
     Raises:
-        BimedixError: the line is not a record; `where` (`file:line`) opens the message.
+        BimedixError: the line is not a record; the message begins with `where`, for example `file:line`.
     """
     try:
         return Record.model_validate_json(line)
@@ -153,7 +153,7 @@ def parse(line: str | bytes, where: str) -> Record:
 
 
 def explain(error: ValidationError) -> str:
-    """What pydantic found, in one line."""
+    """Pydantic's errors in one line."""
     found = []
     for item in error.errors(include_url=False, include_input=False):
         place = ".".join(str(part) for part in item["loc"])
@@ -162,7 +162,7 @@ def explain(error: ValidationError) -> str:
 
 
 def read_jsonl(path: str | Path) -> Iterator[Record]:
-    """Records of a JSONL file, one at a time; blank lines are passed over.
+    """Records of a JSONL file, one at a time; blank lines are skipped.
 
     Raises:
         BimedixError: there is no such file, or a line is not a record (the message names file and line).
@@ -179,7 +179,7 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:
-    """Write records as JSONL and return how many. Not atomic: write inside `files.new_folder`."""
+    """Write records as JSONL and return their number. Not atomic: write inside `files.new_folder`."""
     count = 0
     with Path(path).open("w", encoding="utf-8", newline="\n") as file:
         for record in records:
@@ -189,7 +189,7 @@ def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:
 
 
 def sample(split: Split | None = None) -> Iterator[Record]:
-    """The bilingual sample that ships in the wheel, English and Arabic, all kinds; one split or all of it."""
+    """The English and Arabic sample in the package, with all kinds of records; `split` None gives all of it."""
     folder = resources.files("bimedix_jax") / "assets" / "sample"
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".jsonl"))
     for name in names:

@@ -6,18 +6,18 @@ because Jinja's output does not say which characters the assistant wrote.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bimedix_jax.data.records import Turn, conversation
+from bimedix_jax.data.tokenizer_files import TokenizerConfig, read_if_present
 from bimedix_jax.errors import BimedixError
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of rendered text: the template's own (`markup`) or a speaker's; `learned` if the loss counts it."""
+    """A piece of rendered text, written by the template (`markup`) or by a speaker; `learned` if the loss counts it."""
 
     text: str
     markup: bool
@@ -26,20 +26,20 @@ class Span:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How turns are written down. `{text}` stands for a turn, `{bos}` and `{eos}` for the tokenizer's tokens."""
+    """How turns are rendered. `{text}` is replaced by a turn, `{bos}` and `{eos}` by the tokenizer's tokens."""
 
     name: str
-    start: str  # once, at the very start
-    system: str | None  # a system prompt; None: it goes before the first human turn, a blank line between
+    start: str  # once, before everything
+    system: str | None  # a system prompt; None: it is put before the first human turn, with a blank line between
     human: str
     answer_opening: str  # what a prompt for an answer ends with
-    answer: str  # the rest of an assistant turn: everything that the model must produce
-    answer_closing: str  # what follows it before the next turn; not learned
-    jinja: str  # the same for Hugging Face, written when a checkpoint is exported
+    answer: str  # the rest of an assistant turn: all that the model has to generate
+    answer_closing: str  # what follows before the next turn; not learned
+    jinja: str  # the same template for Hugging Face, written when a checkpoint is exported
     default_system: str | None = None  # the system prompt of a conversation that has none
 
     def parts(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[tuple[str, str, bool]]:
-        """In their order a wrapper of the template, what stands for `{text}` in it, and whether it is learned."""
+        """(a wrapper of the template, the text for its `{text}`, whether it is learned), in order."""
         turns = list(turns)
         if self.system is not None and self.default_system is not None and not _has_system(turns):
             turns.insert(0, Turn(speaker="system", value=self.default_system))
@@ -56,14 +56,16 @@ class ChatTemplate:
                 found.append((self.answer_closing, "", False))
             else:
                 wrapper = self.human if turn.speaker == "human" else self.system
-                assert wrapper is not None  # a system prompt that cannot stand alone was joined above
+                assert (
+                    wrapper is not None
+                )  # without a system wrapper the system prompt was joined to the first human turn above
                 found.append((wrapper, turn.value, False))
         if add_generation_prompt:
             found.append((self.answer_opening, "", False))
         return found
 
     def render(self, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool = False) -> list[Span]:
-        """Spans whose concatenation is the text of the conversation."""
+        """Spans that concatenate to the text of the conversation."""
         spans = []
         for wrapper, value, learned in self.parts(turns, add_generation_prompt):
             before, after = split_wrapper(wrapper, bos, eos)
@@ -101,7 +103,7 @@ _PLAIN_JINJA = (
 TEMPLATES = {
     template.name: template
     for template in (
-        # Mixtral-8x7B-Instruct-v0.1 as its hub page has it now: Mistral's "V1" spacing
+        # Mixtral-8x7B-Instruct-v0.1 as on its hub page today, with the spacing that Mistral calls V1
         ChatTemplate(
             name="mixtral",
             start="{bos}",
@@ -112,7 +114,7 @@ TEMPLATES = {
             answer_closing="",
             jinja=_MISTRAL_JINJA.replace("SPACE", " "),
         ),
-        # the template the same model was published with in December 2023, which derived models still carry
+        # the template of the same model when it was published in December 2023; derived models still have it
         ChatTemplate(
             name="mixtral-2023",
             start="{bos}",
@@ -133,7 +135,7 @@ TEMPLATES = {
             answer_closing="\n",
             jinja=_ROLE_JINJA,
         ),
-        # for base models, which were trained on no template
+        # for base models, which were trained without a template
         ChatTemplate(
             name="plain",
             start="{bos}",
@@ -164,20 +166,17 @@ def source(folder: str | Path) -> str | None:
     place = Path(folder)
     if (place / "chat_template.jinja").is_file():
         return (place / "chat_template.jinja").read_text(encoding="utf-8")
-    path = place / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    value = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(value, list):  # several, by name
-        return next((entry["template"] for entry in value if entry["name"] == "default"), None)
+    value = read_if_present(place / "tokenizer_config.json", TokenizerConfig).chat_template
+    if isinstance(value, list):
+        return next((entry.template for entry in value if entry.name == "default"), None)
     return value
 
 
 def detect(folder: str | Path, bos: str, eos: str) -> ChatTemplate:
-    """The template that renders as the checkpoint's own does, with its default system prompt if it has one.
+    """The template below that renders like the checkpoint's own, with its default system prompt if it has one.
 
     Raises:
-        BimedixError: the checkpoint has no template, or one that is none of ours: name the template to use instead.
+        BimedixError: the checkpoint has no template, or one that renders like none of TEMPLATES.
     """
     jinja = source(folder)
     remedy = f"name the template to use ({', '.join(TEMPLATES)}), for instance `--template plain`"
@@ -187,11 +186,11 @@ def detect(folder: str | Path, bos: str, eos: str) -> ChatTemplate:
         found = _recognise(template, jinja, bos, eos)
         if found is not None:
             return dataclasses.replace(found, jinja=jinja)
-    raise BimedixError(f"the chat template of {folder} is none that is known here; {remedy}")
+    raise BimedixError(f"the chat template of {folder} is not a known one; {remedy}")
 
 
 def split_wrapper(wrapper: str, bos: str, eos: str) -> tuple[str, str]:
-    """What a wrapper puts before and after a turn's text."""
+    """The text that a wrapper writes before and after a turn."""
     before, _, after = wrapper.replace("{bos}", bos).replace("{eos}", eos).partition("{text}")
     return before, after
 
@@ -204,7 +203,7 @@ _PROBE = conversation("First question?", "First answer.", "Second question?")
 
 
 def _recognise(template: ChatTemplate, jinja: str, bos: str, eos: str) -> ChatTemplate | None:
-    """`template`, perhaps with a default system prompt, if it renders the probes as `jinja` does."""
+    """`template` if it renders the probes as `jinja` does, with the default system prompt found there."""
     bare = _render_jinja(jinja, _PROBE, bos, eos, add_generation_prompt=True)
     if bare is None:
         return None
@@ -222,12 +221,12 @@ def _recognise(template: ChatTemplate, jinja: str, bos: str, eos: str) -> ChatTe
         return None
     instructed = (Turn(speaker="system", value="System prompt."), *_PROBE)
     with_system = _render_jinja(jinja, instructed, bos, eos, add_generation_prompt=True)
-    # None: the published template refuses system prompts; ours then goes beyond it
+    # None: the published template raises an error for system prompts; ours renders them nevertheless
     return template if with_system in (None, template.text(instructed, bos, eos, True)) else None
 
 
 def _render_jinja(jinja: str, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool) -> str | None:
-    """What transformers' `apply_chat_template(tokenize=False)` gives; None if the template refuses the conversation."""
+    """What transformers' `apply_chat_template(tokenize=False)` returns; None if the template raises an error."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

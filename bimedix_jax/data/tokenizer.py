@@ -6,25 +6,23 @@ as transformers' LlamaTokenizer does it, so ids, special tokens and character of
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from bimedix_jax.data import templates
 from bimedix_jax.data.templates import ChatTemplate
+from bimedix_jax.data.tokenizer_files import ROLES, SpecialTokens, TokenIds, TokenizerConfig, read_if_present
 from bimedix_jax.errors import BimedixError
-
-ROLES = ("bos", "eos", "pad", "unk")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Token ids and, for each, the half-open range of characters it stands for."""
+    """Token ids, and for each the half-open range of characters that it covers."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -37,9 +35,9 @@ class Tokenizer:
     folder: Path
     engine: tokenizers.Tokenizer
     special: dict[str, str]  # role (bos, eos, pad, unk) -> text, where the checkpoint names one
-    stop_ids: tuple[int, ...]  # ids that end generation: eos, what generation_config.json adds, and the end of a turn
-    fingerprint: str  # SHA-256 over the files that decide the ids
-    template_name: str | None = field(default=None)  # overrides what the checkpoint's own template says
+    stop_ids: tuple[int, ...]  # ids that end generation: eos, those of generation_config.json, and the end of a turn
+    fingerprint: str  # SHA-256 of the files that determine the ids
+    template_name: str | None = field(default=None)  # the template to use instead of the checkpoint's own
 
     @property
     def vocab_size(self) -> int:
@@ -49,7 +47,7 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """Id of the beginning-of-sequence token, None where the checkpoint has none."""
-        return self._id("bos")
+        return self.id_of("bos")
 
     @property
     def eos_id(self) -> int:
@@ -58,15 +56,15 @@ class Tokenizer:
         Raises:
             BimedixError: the checkpoint names none.
         """
-        found = self._id("eos")
+        found = self.id_of("eos")
         if found is None:
             raise BimedixError(f"{self.folder} names no eos_token; add one to its tokenizer_config.json")
         return found
 
     @property
     def pad_id(self) -> int:
-        """Id to fill rows with: the pad token, else eos. Segment id 0 marks padding, so any id would do."""
-        found = self._id("pad")
+        """Id at padding: the pad token, else eos. Segment id 0 marks padding, so any id would do."""
+        found = self.id_of("pad")
         return self.eos_id if found is None else found
 
     @cached_property
@@ -82,7 +80,7 @@ class Tokenizer:
 
     @cached_property
     def restarts_after_special(self) -> bool:
-        """Whether text after a special token is encoded as at the start of a text (SentencePiece's word-start mark)."""
+        """Whether text after a special token gets SentencePiece's word-start mark, as at the start of a text."""
         alone = self.engine.encode("a", add_special_tokens=False).ids
         return all(
             self.engine.encode(f"{text}a", add_special_tokens=False).ids[1:] == alone for text in self.special_texts[:1]
@@ -102,7 +100,7 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of `text`, as transformers' `encode(text, add_special_tokens=False)`.
 
-        Special tokens spelled out in `text` become those tokens: for text that is not ours use `encode_chat`.
+        Special tokens spelled out in `text` become those tokens; use `encode_chat` for text from a user.
         """
         ids = self.engine.encode(text, add_special_tokens=False).ids
         if not add_bos:
@@ -122,12 +120,13 @@ class Tokenizer:
 
     @cached_property
     def _literal_engine(self) -> tokenizers.Tokenizer:
-        """A copy that does not look for special tokens; a copy, since that switch would be shared between threads."""
+        """A copy of the engine that treats special tokens as text; switching the engine itself is not thread-safe."""
         engine = tokenizers.Tokenizer.from_str(self.engine.to_str())
         engine.encode_special_tokens = True
         return engine
 
-    def _id(self, role: str) -> int | None:
+    def id_of(self, role: str) -> int | None:
+        """Id of the special token of a role (bos, eos, pad, unk), None where the checkpoint names none."""
         text = self.special.get(role)
         return None if text is None else self.engine.token_to_id(text)
 
@@ -138,25 +137,25 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint folder. `template` names a chat template instead of recognising the folder's own.
+    """The tokenizer of a checkpoint folder. `template` names a chat template to use instead of the folder's own.
 
     Raises:
-        BimedixError: the folder holds neither tokenizer.json nor a SentencePiece BPE model, or they cannot be read.
+        BimedixError: the folder has neither tokenizer.json nor a SentencePiece BPE model, or they cannot be read.
     """
     place = Path(folder)
-    config = _json(place / "tokenizer_config.json")
+    config = read_if_present(place / "tokenizer_config.json", TokenizerConfig)
     if (place / "tokenizer.json").is_file():
         path = place / "tokenizer.json"
         try:
             engine = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust library raises bare Exception
-            raise BimedixError(f"{path} is not a tokenizer that can be read ({error}); fetch it again") from error
+            raise BimedixError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
     elif (place / "tokenizer.model").is_file():
         path = place / "tokenizer.model"
-        engine = _from_sentencepiece(path, legacy=config.get("legacy") is True)
+        engine = _from_sentencepiece(path, legacy=config.legacy is True)
     else:
-        raise BimedixError(f"{place} holds neither tokenizer.json nor tokenizer.model; name a folder with a tokenizer")
-    engine.post_processor = None  # it would add special tokens and cut leading spaces out of the offsets
+        raise BimedixError(f"{place} has neither tokenizer.json nor tokenizer.model; name a folder with a tokenizer")
+    engine.post_processor = None  # it would add special tokens and trim leading spaces from the offsets
     engine.no_padding()
     engine.no_truncation()
     special = _special_texts(place, config, engine)
@@ -171,21 +170,21 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
 
 
 def fertility(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float]:
-    """Tokens per whitespace-separated word and per UTF-8 byte of `texts`, and the three counts."""
+    """Tokens per whitespace-separated word and per UTF-8 byte of `texts`, with the three counts."""
     tokens = words = size = 0
     for text in texts:
         tokens += len(tokenizer.encode_with_offsets(text, literal=True).ids)
         words += len(text.split())
         size += len(text.encode())
     if not size or not words:
-        raise BimedixError("there is no text to measure fertility on; give at least one word")
+        raise BimedixError("fertility needs a text with at least one word; give one")
     return {"tokens": tokens, "words": words, "bytes": size, "per_word": tokens / words, "per_byte": tokens / size}
 
 
 def byte_tokenizer(folder: str | Path) -> Tokenizer:
     """Write a byte-level tokenizer (304 ids: 256 bytes, 4 special tokens, 44 reserved) with a ChatML template.
 
-    It needs no download and no training, and serves tests and the offline smoke run.
+    It needs no download and no training. Tests and the offline smoke run use it.
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
@@ -211,7 +210,7 @@ def byte_tokenizer(folder: str | Path) -> Tokenizer:
 def _from_sentencepiece(path: Path, legacy: bool) -> tokenizers.Tokenizer:
     """A SentencePiece BPE model in the `tokenizers` library, after transformers 5 (LlamaTokenizer, generate_merges).
 
-    `legacy` (tokenizer_config.json) puts the word-start mark after every special token instead of only at the start.
+    With `legacy` (of tokenizer_config.json), the word-start mark is put after every special token too.
     """
     import sentencepiece
 
@@ -232,12 +231,12 @@ def _from_sentencepiece(path: Path, legacy: bool) -> tokenizers.Tokenizer:
     engine.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
     probe = "Take 2 tablets (500 mg), twice daily.\nخذ قرصين مرتين يوميًا؛ 1.5 mg/kg — naïve β-blocker 😀"
     if engine.encode(probe, add_special_tokens=False).ids != model.encode(probe):
-        raise BimedixError(f"{path} is not a plain SentencePiece BPE model; put a tokenizer.json beside it")
+        raise BimedixError(f"{path} is not a plain SentencePiece BPE model; add a tokenizer.json to the folder")
     return engine
 
 
 def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs of pieces that make a piece, in the order in which BPE joins them: by the result's id, then by length."""
+    """Pairs of pieces that BPE merges, in order: by the id of the result, then by the lengths of the two."""
     found = []
     for piece, rank in vocabulary.items():
         for cut in range(1, len(piece)):
@@ -247,18 +246,18 @@ def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(found, key=lambda pair: pair[:3])]
 
 
-def _special_texts(folder: Path, config: dict[str, Any], engine: tokenizers.Tokenizer) -> dict[str, str]:
+def _special_texts(folder: Path, config: TokenizerConfig, engine: tokenizers.Tokenizer) -> dict[str, str]:
     """Role -> text: tokenizer_config.json, then special_tokens_map.json, then the ids of the two model configs."""
     texts: dict[str, str] = {}
-    for source in (config, _json(folder / "special_tokens_map.json")):
+    for source in (config, read_if_present(folder / "special_tokens_map.json", SpecialTokens)):
         for role in ROLES:
-            value = source.get(f"{role}_token")
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
+            text = source.text(role)
+            if text is not None:
                 texts.setdefault(role, text)
-    for source in (_json(folder / "generation_config.json"), _json(folder / "config.json")):
+    for name in ("generation_config.json", "config.json"):
+        source = read_if_present(folder / name, TokenIds)
         for role in ROLES:
-            ids = _ids(source.get(f"{role}_token_id"))
+            ids = source.ids(role)
             text = engine.id_to_token(ids[0]) if ids else None
             if text is not None:
                 texts.setdefault(role, text)
@@ -269,19 +268,22 @@ def _special_texts(folder: Path, config: dict[str, Any], engine: tokenizers.Toke
     return texts
 
 
-def _add_missing(engine: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+def _add_missing(engine: tokenizers.Tokenizer, config: TokenizerConfig, special: dict[str, str]) -> None:
     """Make the named special tokens special, and add those of `added_tokens_decoder` that the vocabulary lacks.
 
     Raises:
-        BimedixError: an added token's id is not the one its file states: every id after it would be shifted.
+        BimedixError: an added token gets another id than its file states, which would shift every id after it.
     """
-    for name, row in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-        if engine.token_to_id(row["content"]) is None:
-            token = AddedToken(row["content"], normalized=bool(row.get("normalized")), special=bool(row.get("special")))
+    for number, row in sorted(config.added_tokens_decoder.items()):
+        if engine.token_to_id(row.content) is None:
+            token = AddedToken(row.content, normalized=row.normalized, special=row.special)
             (engine.add_special_tokens if token.special else engine.add_tokens)([token])
-        if engine.token_to_id(row["content"]) != int(name):
-            actual = engine.token_to_id(row["content"])
-            raise BimedixError(f"tokenizer_config.json gives {row['content']!r} the id {name}, the vocabulary {actual}")
+        actual = engine.token_to_id(row.content)
+        if actual != number:
+            raise BimedixError(
+                f"tokenizer_config.json gives {row.content!r} the id {number}, the vocabulary {actual}; use the files "
+                "of one checkpoint"
+            )
     for role, text in special.items():
         if engine.token_to_id(text) is None:
             raise BimedixError(f"the {role}_token {text!r} is not in the vocabulary; correct tokenizer_config.json")
@@ -290,26 +292,8 @@ def _add_missing(engine: tokenizers.Tokenizer, config: dict[str, Any], special: 
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    found: list[int | None] = [
-        tokenizer._id("eos"),
-        *_ids(_json(folder / "generation_config.json").get("eos_token_id")),
-    ]
+    found = [tokenizer.id_of("eos"), *read_if_present(folder / "generation_config.json", TokenIds).ids("eos")]
     for text in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>"):
         if text in tokenizer.special_texts:
             found.append(tokenizer.token_id(text))
     return tuple(dict.fromkeys(i for i in found if i is not None))
-
-
-def _ids(value: int | Sequence[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BimedixError(f"{path} is not valid JSON ({error}); fetch it again") from error

@@ -1,9 +1,9 @@
-"""The ids of a SentencePiece BPE tokenizer word by word, from a cache: the same ids, several times as fast.
+"""A cache of the ids of words for a SentencePiece BPE tokenizer: the same ids, several times as fast.
 
-Mixtral's tokenizer has no pre-tokenizer: merging runs over a whole text at once. But no piece of its vocabulary holds a
-word-start mark after another character, so no merge can cross the beginning of a word, and merging each word alone
-gives the same pieces. Words repeat; their ids are looked up. `WordEncoder.supports` checks the vocabulary and the
-tokenizer's other parts, and everything else is encoded by the library itself.
+Mixtral's tokenizer has no pre-tokenizer, so BPE merges a whole text at a time. But no piece of its vocabulary has a
+word-start mark after another character. No merge can therefore span the beginning of a word, and merging each word
+alone gives the same pieces. Words repeat, so their ids are cached. `WordEncoder.supports` checks these conditions;
+other tokenizers are run by the library itself.
 """
 
 import array
@@ -19,11 +19,11 @@ MARK = "▁"
 """SentencePiece's sign for the space before a word."""
 
 LETTERS, PUNCTUATION = "A-Za-z\u0621-\u064a", r".,;:!?)\]\n"
-"""Where no piece holds a letter and then punctuation, a word that was not met yet is made of the word without it."""
+"""If no piece has punctuation after a letter, a new word is encoded as its letters and its punctuation separately."""
 
 CACHED_WORDS = 200_000
-"""Words in a generation of the cache. When it is full it becomes the older one, and that one's words are forgotten
-unless they came back: the frequent ones stay, and both take about 90 MB at most."""
+"""Words in a generation of the cache. A full generation becomes the older one. Words of the older one are dropped
+unless they were used again, so frequent words stay. Both generations take at most about 90 MB."""
 
 _stretches: Callable[[str], list[str]] = re.compile(f"[ {MARK}]*[^ {MARK}]+|[ {MARK}]+$").findall
 
@@ -31,7 +31,8 @@ _stretches: Callable[[str], list[str]] = re.compile(f"[ {MARK}]*[^ {MARK}]+|[ {M
 class WordEncoder(dict[str, bytes]):
     """Text to ids for a tokenizer that `supports` accepts. Special tokens spelled out in a text stay ordinary text.
 
-    As a dictionary it is the cache: a word stands for itself after a space, and what follows a MARK for just that.
+    The dictionary is the cache. A key without a leading MARK is a word after a space; a key with one is the text after
+    the MARK, without a space before it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -51,7 +52,7 @@ class WordEncoder(dict[str, bytes]):
 
     @staticmethod
     def supports(tokenizer: Tokenizer) -> bool:
-        """Whether words can be encoded apart without changing an id."""
+        """Whether words can be encoded separately without changing an id."""
         description = json.loads(tokenizer.engine.to_str())
         model = description["model"]
         normalizer, pre_tokenizer = description["normalizer"], description["pre_tokenizer"]
@@ -105,7 +106,7 @@ def _parts(normalizer: dict) -> list[dict]:
 
 
 def _marks_words(part: dict) -> bool:
-    """Whether a normaliser does no more than write word-start marks, as those of Llama and Mixtral do."""
+    """Whether a normaliser only writes word-start marks, as those of Llama and Mixtral do."""
     if part["type"] == "Prepend":
         return part["prepend"] == MARK
     return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == MARK

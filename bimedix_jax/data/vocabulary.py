@@ -1,9 +1,8 @@
-"""Where tokenizers and models meet: a token id that the model has no row for is an error.
+"""Checks that a tokenizer fits a model: a token id without a row in the embedding is an error.
 
-JAX clamps such a look-up without a word, so that another token's row is used, and a loss over it comes out as NaN.
+JAX clamps an index that is out of range without a warning: another token's row is used, and a loss becomes NaN.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import peek_json
 
 if TYPE_CHECKING:
     from bimedix_jax.data.tokenizer import Tokenizer
@@ -19,31 +19,30 @@ if TYPE_CHECKING:
 def vocab_size_of(folder: str | Path) -> int | None:
     """Rows of the embedding of the model in `folder`, from its configuration alone.
 
-    None where no configuration says so: what is wrong with one is for the loader to say.
+    None if there is none or it is wrong; the error is raised when the model is loaded.
     """
     for name, parents in (("bimedix.json", ("config",)), ("config.json", ())):  # ours, then Hugging Face's
-        try:
-            value: Any = json.loads(Path(folder, name).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        for key in (*parents, "vocab_size"):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value if type(value) is int else None
+        value: Any = peek_json(Path(folder, name))
+        if value:
+            for key in (*parents, "vocab_size"):
+                value = value.get(key) if isinstance(value, dict) else None
+            return value if type(value) is int else None
     return None
 
 
 def require_fit(tokenizer: "Tokenizer", vocab_size: int | None, model: str | Path) -> None:
-    """Checks that every id of the tokenizer is a row of the model's embedding. A smaller tokenizer fits: many
-    vocabularies are padded.
+    """Checks that every id of the tokenizer has a row in the model's embedding.
+
+    A smaller tokenizer fits, since many embeddings are padded.
 
     Args:
-      vocab_size: rows of the embedding; None, where there is no model to compare with, passes.
-      model: what the message calls the model.
+      vocab_size: rows of the embedding; None skips the check.
+      model: name of the model in the message.
 
     Raises:
-      BimedixError: an id, added tokens and those that end a reply included, is not below `vocab_size`.
+      BimedixError: an id is not below `vocab_size`; added tokens and stop tokens count too.
     """
-    # stop tokens may come from generation_config.json, and then need not be in the vocabulary
+    # stop tokens of generation_config.json need not be in the tokenizer's vocabulary
     highest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids, -1)
     if vocab_size is None or highest < vocab_size:
         return

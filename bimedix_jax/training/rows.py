@@ -52,7 +52,7 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
     from bimedix_jax.data import loader
 
     check_length(data.path, data.sequence_length)
-    held = {group["language"] for group in loader.read_index(data.path)["groups"]}
+    held = {group.language for group in loader.read_index(data.path).groups}
     if missing := [language for language in languages if language not in held]:
         raise BimedixError(
             f"{data.path} has no record in {', '.join(missing)}, it has {', '.join(sorted(held))}; correct "
@@ -71,7 +71,7 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
 def check_length(folder: str, sequence_length: int) -> None:
     from bimedix_jax.data import loader
 
-    found = loader.read_index(folder)["sequence_length"]
+    found = loader.read_index(folder).sequence_length
     if found != sequence_length:
         raise BimedixError(
             f"{folder} was packed with {found} tokens a row, the experiment says {sequence_length}; "

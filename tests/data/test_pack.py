@@ -95,7 +95,7 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted() -> None:
 
 
 def test_a_first_token_cannot_be_a_target() -> None:
-    with pytest.raises(ValueError, match="nothing before it"):
+    with pytest.raises(ValueError, match="no token comes before it"):
         list(pack.pack([example(0, 5, learned_from=0)], 40))
 
 
@@ -138,7 +138,7 @@ def test_the_index_says_what_the_rows_are(tmp_path: Path, bytes_tokenizer: Token
     assert {name: entry["sha256"] for name, entry in manifest.items()} == {
         name: files.sha256(tmp_path / name) for name in ("rows.array_record", "index.json")
     }
-    with pytest.raises(BimedixError, match="no record was left"):
+    with pytest.raises(BimedixError, match="no record is left"):
         pack.write(tmp_path, [], PackReport(), 128, {})
 
 

@@ -44,7 +44,7 @@ def test_a_turn_in_another_language_says_so_and_the_others_do_not() -> None:
         ({"conversations": conversation("q", "a", "q2")}, "last turn must be from 'gpt'"),
         ({"conversations": [*conversation("q", "a"), Turn(speaker="system", value="s")]}, "'human' must speak"),
         ({"kind": "mcqa"}, "needs choices and answer"),
-        ({"choices": ["a", "b"]}, "come together"),
+        ({"choices": ["a", "b"]}, "must be given together"),
         ({"kind": "mcqa", "choices": ["a", "b"], "answer": 2}, "not an index"),
         ({"kind": "mcqa", "choices": ["a", "b"], "answer": -1}, "not an index"),
         ({"language": "fr"}, "language"),

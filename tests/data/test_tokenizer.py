@@ -91,11 +91,29 @@ def test_what_is_no_tokenizer_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(BimedixError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BimedixError, match="not a tokenizer that can be read"):
+    with pytest.raises(BimedixError, match="cannot be read as a tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(BimedixError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer_config.json", '{"bos_token": 3}', r"tokenizer_config\.json has bos_token"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json is not valid JSON"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}', "added_tokens_decoder"),
+        ("special_tokens_map.json", "[]", r"special_tokens_map\.json is not a JSON object"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}', r"generation_config\.json has eos_token_id"),
+        ("config.json", '{"pad_token_id": [1.5]}', r"/config\.json has pad_token_id"),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_named_with_its_key(tmp_path: Path, name: str, text: str, message: str) -> None:
+    byte_tokenizer(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BimedixError, match=message):
         load_tokenizer(tmp_path)
 
 
