@@ -83,13 +83,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     options = ChatOptions(
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        config.min_p,
-        config.repetition_penalty,
-        config.seed,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        seed=config.seed,
     )
     chat = Chat(model, tokenizer, config.system, options)
     show_notice(console, config.bidi)

@@ -1,1 +1,1 @@
-"""Evaluation: held-out loss and multiple choice, per language, with counts and intervals."""
+"""Evaluation: held-out loss and multiple choice, per language, with counts and confidence intervals."""

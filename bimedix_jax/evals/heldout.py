@@ -1,7 +1,7 @@
-"""Held-out loss: how surprised the model is by what the assistant says in records that it never trained on.
+"""Held-out loss: the cross-entropy of the assistant's words in records that the model was not trained on.
 
-Per token it is what training minimises. Tokens are not comparable across languages or tokenizers (Mixtral spells Arabic
-nearly letter by letter), so the same surprise is also given in bits per UTF-8 byte of the assistant's text.
+Per token it is the loss that training minimises. Tokens are not comparable across languages or tokenizers (Mixtral's
+splits Arabic nearly letter by letter), so the loss is also given in bits per UTF-8 byte of the assistant's text.
 """
 
 import dataclasses
@@ -10,17 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
-from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import packed, packed_places
-from bimedix_jax.inference.scoring import part_of, target_logprobs
+from bimedix_jax.inference.scoring import score
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
@@ -28,7 +24,7 @@ from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A record as tokens: `learned` marks the assistant's words and end tokens, `text_bytes` counts those words."""
+    """A record as tokens; `learned` marks the assistant's words and end tokens, `text_bytes` is their size."""
 
     groups: tuple[str, ...]
     ids: list[int]
@@ -42,10 +38,12 @@ class HeldoutLoss:
 
     Attributes:
       nats_per_token: mean -log p over supervised tokens.
-      bits_per_byte: -log2 p of all supervised tokens, ends of turns included, over UTF-8 bytes of the assistant's text.
-      tokens, text_bytes, records: what the means are over.
-      too_long: records left out because they exceed the longest length allowed; empty when all were scored.
-      routing: by index of a record, what the routers did with its tokens [L, 1, T, ...]; None unless recorded.
+      bits_per_byte: -log2 p of all supervised tokens, ends of turns included, divided by the UTF-8 bytes of the
+        assistant's text.
+      tokens, text_bytes, records: numbers of these in each group.
+      too_long: records longer than the maximum, which were not scored; empty if there are none.
+      routing: what the routers did with the tokens of each record [L, 1, T, ...], by the record's index; None unless
+        recorded.
     """
 
     nats_per_token: dict[str, float]
@@ -57,31 +55,31 @@ class HeldoutLoss:
     routing: dict[int, Routing] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without the record of the routers."""
+        """The result for JSON, without the routing record."""
         fields = [field.name for field in dataclasses.fields(self) if field.name != "routing"]
         return {name: getattr(self, name) for name in fields}
 
 
 def groups_of(record: Record) -> tuple[str, str]:
-    """The groups that a record counts in."""
+    """The groups that a record belongs to."""
     return record.language, f"{record.language}/{record.kind}"
 
 
 def example_of(record: Record, tokenizer: Tokenizer) -> Example:
-    """`record` as the model sees it."""
+    """`record` as tokens."""
     ids, learned = encode_chat(tokenizer, record.conversations)
     size = sum(len(turn.value.encode()) for turn in record.conversations if turn.speaker == "gpt")
     return Example(groups_of(record), ids, [False, *learned[1:]], size)
 
 
 def finite(nats: dict[str, float]) -> list[str]:
-    """The groups, sorted; raises BimedixError where a loss is NaN or infinite."""
+    """The groups, sorted; raises BimedixError if a loss is NaN or infinite."""
     names = sorted(nats)
     broken = [name for name in names if not math.isfinite(nats[name])]
     if broken:
         raise BimedixError(
-            f"the loss of {', '.join(broken)} is no finite number: the model computes NaN or infinity; check its "
-            "weights, or load it with base float32"
+            f"the loss of {', '.join(broken)} is not finite: the model computes NaN or infinity; check its weights, or "
+            "load it with base float32"
         )
     return names
 
@@ -98,14 +96,14 @@ def heldout_loss(
     """Scores every record.
 
     Args:
-      max_length: longest record in tokens, by default the model's context; longer ones are counted, not cut.
-      batch_tokens: tokens run at a time; it changes speed and memory, not the result.
+      max_length: longest record in tokens, by default the model's context; longer ones are counted and not scored.
+      batch_tokens: tokens run at a time; it affects speed and memory only.
       plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
         longest one that is scored.
       record: "choices" or "full" keeps what the routers did with every token, in `routing`.
 
     Raises:
-      BimedixError: there is no record, none fits, one has a token id that the model lacks, or a loss is no number.
+      BimedixError: there is no record, none fits, one has a token id that the model lacks, or a loss is not finite.
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
@@ -119,12 +117,11 @@ def heldout_loss(
         raise BimedixError(
             f"there is no record of at most {longest} tokens to score; give others or a longer max_length"
         )
-    require_ids((example.ids for example in fitting.values()), model.config.vocab_size)
     plan = checked_plan(plan, model.config, len(examples), max(len(example.ids) for example in fitting.values()))
     nats: dict[str, float] = defaultdict(float)
     tokens, sizes, counts = (defaultdict(int) for _ in range(3))
     routings: dict[int, Routing | None] = {}
-    for number, loss, routing in losses(model, fitting, batch_tokens, longest, plan, record):
+    for number, loss, routing in losses(model, fitting, batch_tokens, plan, record):
         routings[number] = routing
         for group in fitting[number].groups:
             nats[group] += loss
@@ -144,26 +141,12 @@ def heldout_loss(
 
 
 def losses(
-    model: Mixtral,
-    examples: dict[int, Example],
-    batch_tokens: int,
-    longest: int,
-    plan: RoutingPlan,
-    record: RecordKind,
+    model: Mixtral, examples: dict[int, Example], batch_tokens: int, plan: RoutingPlan, record: RecordKind
 ) -> Iterator[tuple[int, float, Routing | None]]:
-    """(number, summed NLL in nats, record) of each example, several packed into a row; numbers are rows of the plan."""
-    numbers, ids = np.array(list(examples), np.int32), [example.ids for example in examples.values()]
-    lengths = list(map(len, ids))
-    graph, weights = nnx.split(model)
-    with tqdm(total=len(ids), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
-        for places, tokens_BT, ids_BT in packed(ids, batch_tokens, longest):
-            learned_BT = np.zeros(tokens_BT.shape, bool)
-            for index, line, start in places:
-                learned_BT[line, start : start + lengths[index]] = examples[int(numbers[index])].learned
-            items_BT, positions_BT = packed_places(tokens_BT.shape, places, lengths)
-            own = plan.at(numbers[items_BT], positions_BT)
-            logprobs_BT, routing = target_logprobs(graph, weights, tokens_BT, ids_BT, learned_BT, own, record)
-            for index, line, start in places:
-                part = None if routing is None else part_of(routing, line, start, lengths[index])
-                yield int(numbers[index]), -float(logprobs_BT[line, start : start + lengths[index]].sum()), part
-            bar.update(len(places))
+    """(key of an example, its summed negative log-likelihood in nats, record); the keys are rows of the plan."""
+    numbers, rows = list(examples), [example.ids for example in examples.values()]
+    learned = [example.learned for example in examples.values()]
+    with tqdm(total=len(rows), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
+        for index, logprobs_T, routing in score(model, rows, learned, plan, record, batch_tokens, numbers):
+            yield numbers[index], -float(logprobs_T.sum()), routing
+            bar.update()

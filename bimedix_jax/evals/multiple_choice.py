@@ -1,22 +1,23 @@
-"""Multiple choice by log-likelihood: the model chooses the option that it finds most likely; nothing is generated.
+"""Multiple choice by log-likelihood: the model's choice is its most likely option, and nothing is generated.
 
-A question is put as in training: the human turn through the chat template, then the assistant's answer begun with
-"Answer:" or "الإجابة:". Two readings of what follows are scored from the same run of the prompt:
+A question is formatted as in training: the human turn in the chat template, then an assistant turn that begins with
+"Answer:" or "الإجابة:". The prompt runs once, and two kinds of continuations are scored after it:
 
 - letter: the letter of the option (" B"), for questions whose human turn lists lettered options;
-- text: the option's text, its log-likelihood divided by its UTF-8 bytes, so that long options have no disadvantage.
+- text: the text of the option, with its log-likelihood divided by its UTF-8 bytes, so that long options are not
+  penalised.
 
-The headline accuracy is by letter where options have letters. Otherwise (PubMedQA's yes, no, maybe) it is by the text's
-whole log-likelihood, as lm-evaluation-harness's `acc`.
+The headline accuracy is by letter if options have letters. Otherwise (PubMedQA's yes, no, maybe) it is by the
+log-likelihood of the text, not divided, like `acc` in lm-evaluation-harness.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from flax import nnx
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from bimedix_jax.data.encoding import encode_chat
@@ -24,8 +25,8 @@ from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Turn
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import bucket, by_length, pad_left, pad_right
-from bimedix_jax.inference.scoring import part_of, run_continuations, run_prompts
+from bimedix_jax.inference.padding import bucket, by_length, pad_left, pad_right, part_of
+from bimedix_jax.inference.scoring import prefill, score_continuations
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
@@ -36,8 +37,8 @@ class Question:
     """A record ready to score.
 
     Attributes:
-      groups: what it counts in: its language, and the language with its subject or specialty.
-      prompt: tokens up to and including the answer's opening words.
+      groups: the groups it belongs to: its language, and the language with its subject or specialty.
+      prompt: tokens up to and including the opening words of the answer.
       candidates: tokens of each option's letter (if it has letters), then of each option's text.
       text_bytes: UTF-8 bytes of each option's text.
     """
@@ -58,13 +59,14 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What came out for one question: log p of each option, in nats.
+    """The result of one question: log p of each option, in nats.
 
     Attributes:
       groups: as the question's.
-      letters: of the letters; None where options have none.
-      texts: of the options' whole texts.
-      chosen, chosen_by_text: index of the option chosen for the headline accuracy, and by text per byte.
+      letters: log p of the letters; None if options have none.
+      texts: log p of the texts of the options.
+      chosen, chosen_by_text: index of the option with the highest score for the headline accuracy, and by text per
+        byte.
     """
 
     id: str
@@ -76,7 +78,7 @@ class Prediction:
     chosen_by_text: int
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields for JSON."""
         return {
             "id": self.id,
             "language": self.groups[0],
@@ -96,7 +98,8 @@ class QuestionRouting:
 
     Attributes:
       prompt: with the tokens that all candidates share.
-      candidates: with those of each candidate; the last token of a candidate is not run, nor one that is alone.
+      candidates: with those of each candidate except its last token, which the model does not read; None if that is its
+        only token.
     """
 
     prompt: Routing
@@ -105,27 +108,24 @@ class QuestionRouting:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `total`, with Wilson's 95 % interval (Wilson 1927), which holds for few questions too."""
+    """`correct` of `total`, with Wilson's 95 % interval (Wilson 1927), which is valid for few questions too."""
 
     correct: int
     total: int
 
     @property
     def value(self) -> float:
-        """Share that is correct."""
+        """Share of correct answers."""
         return self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the 95 % interval."""
-        z, share, total = 1.959964, self.value, self.total
-        centre = share + z * z / (2 * total)
-        spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-        scale = 1 + z * z / total
-        return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+        found = binomtest(self.correct, self.total).proportion_ci(0.95, method="wilson")
+        return float(found.low), float(found.high)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields for JSON."""
         low, high = self.interval
         return {"accuracy": self.value, "low": low, "high": high, "correct": self.correct, "n": self.total}
 
@@ -138,7 +138,7 @@ class MultipleChoice:
       scores: the headline accuracy.
       scores_by_text: accuracy by the option's text per byte.
       chance: expected accuracy of guessing, by group.
-      too_long: questions left out because they exceed the longest length allowed, by group; empty when all were scored.
+      too_long: by group, questions longer than the maximum, which were not scored; empty if there are none.
       routing: what the routers did, in the order of `predictions`; None unless recorded.
     """
 
@@ -155,7 +155,7 @@ class MultipleChoice:
         return {group: score.value for group, score in self.scores.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without the single predictions."""
+        """The accuracies for JSON, without the predictions."""
         return {
             "by_group": {group: score.to_dict() for group, score in self.scores.items()},
             "by_group_text": {group: score.to_dict() for group, score in self.scores_by_text.items()},
@@ -178,7 +178,7 @@ def question_of(record: Record, tokenizer: Tokenizer) -> Question:
     asked = record.conversations[:-1]
     begun = begin_answer(tokenizer, asked, opening)
     full = [begin_answer(tokenizer, asked, f"{opening} {text}") for text in (*letters, *record.choices)]
-    # a tokenizer may join the opening's end with what follows: what is shared by all is the prompt
+    # a tokenizer may merge the end of the opening with what follows, so the prompt is the prefix that all share
     shared = min(_common_prefix(begun, ids) for ids in full)
     subject = record.provenance.get("subject") or record.specialty
     return Question(
@@ -193,9 +193,9 @@ def question_of(record: Record, tokenizer: Tokenizer) -> Question:
 
 
 def begin_answer(tokenizer: Tokenizer, asked: Sequence[Turn], words: str) -> list[int]:
-    """Tokens of a conversation whose last turn, the assistant's, has begun with `words` and goes on."""
+    """Tokens of a conversation that ends in an unfinished assistant turn, which begins with `words`."""
     ids, learned = encode_chat(tokenizer, (*asked, Turn(speaker="gpt", value=words)))
-    while ids and (not learned[-1] or ids[-1] in tokenizer.special_ids):  # what the template closes the turn with
+    while ids and (not learned[-1] or ids[-1] in tokenizer.special_ids):  # the end of the turn
         ids, learned = ids[:-1], learned[:-1]
     return ids
 
@@ -214,19 +214,19 @@ def multiple_choice(
     plan: RoutingPlan | None = None,
     record: RecordKind = "none",
 ) -> MultipleChoice:
-    """Answers every question and counts.
+    """Chooses an option for every question and counts the correct ones.
 
     Args:
-      records: with choices; others are an error.
-      max_length: longest question in tokens, by default the model's context; longer ones are counted, not cut.
-      batch_tokens: tokens run at a time; it changes speed and memory, not the result.
-      plan: what the routers are told to do. Its B is 1 or the number of records; its T is 1 or the most tokens that a
-        question with one of its candidates has.
+      records: records with choices.
+      max_length: longest question in tokens, by default the model's context; longer ones are counted and not scored.
+      batch_tokens: tokens run at a time; it affects speed and memory only.
+      plan: what the routers are told to do. Its B is 1 or the number of records; its T is 1 or the tokens of the
+        longest question with its longest candidate.
       record: "choices" or "full" keeps what the routers did, in `routing`.
 
     Raises:
-      BimedixError: a record without choices, no question at all, none that fits, a token id that the model lacks, or
-        a likelihood that is no number.
+      BimedixError: a record without choices, no question, none that fits, a token id that the model lacks, or a
+        likelihood that is not finite.
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
@@ -255,12 +255,12 @@ def multiple_choice(
 
 
 Scored = tuple[list[float], QuestionRouting | None]
-"""log p of each candidate, and what the routers did."""
+"""(log p of each candidate, what the routers did)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scorer:
-    """A model that scores questions. A prompt runs once; candidates of one token need nothing more."""
+    """A model that scores questions. A prompt runs once; candidates of one token need no further run."""
 
     graph: nnx.GraphDef
     weights: nnx.State
@@ -269,11 +269,13 @@ class _Scorer:
     longest: int
 
     def score(self, batch: Sequence[tuple[int, Question]], rows: int, columns: int) -> list[Scored]:
-        """For each (number in the plan, question) of a batch that is padded to `rows` and about `columns`."""
+        """Scores each (row of the plan, question) of a batch that is padded to `rows` and about `columns`."""
         questions = [question for _, question in batch]
         width = bucket(max(len(ids) for question in questions for ids in question.candidates), smallest=4)
         columns = min(columns, self.longest - width)
-        if max(len(question.prompt) for question in questions) > columns:  # nothing is rounded up at the context's end
+        if (
+            max(len(question.prompt) for question in questions) > columns
+        ):  # lengths are not rounded up at the end of the context
             if len(batch) > 1:
                 return [self.score([item], 1, columns)[0] for item in batch]
             columns = len(questions[0].prompt)
@@ -282,7 +284,7 @@ class _Scorer:
         numbers_B = np.array([number for number, _ in batch] + [0] * (rows - len(batch)), np.int32)
         lengths_B = np.array([len(ids) for ids in filled], np.int32)
         own = self.plan.at(numbers_B[:, None], np.arange(columns)[None] - (columns - lengths_B)[:, None])
-        cache, first_BV, routing = run_prompts(
+        cache, first_BV, routing = prefill(
             self.graph, self.weights, *pad_left(filled, columns), own, columns + width, self.record
         )
         first = np.asarray(first_BV, np.float64)
@@ -299,7 +301,7 @@ class _Scorer:
             rows_R = np.array([row for row, *_ in part] + [0] * (rows - len(part)), np.int32)
             tokens_RT, ids_RT = pad_right([ids for *_, ids in part] + [[]] * (rows - len(part)), width)
             own = self.plan.at(numbers_B[rows_R][:, None], lengths_B[rows_R][:, None] + np.arange(width)[None])
-            logprobs_RT, read = run_continuations(
+            logprobs_RT, read = score_continuations(
                 self.graph, self.weights, cache, rows_R, tokens_RT, ids_RT, own, self.record
             )
             rest = np.asarray(logprobs_RT, np.float64)
@@ -326,8 +328,8 @@ def _predict(question: Question, scores: list[float]) -> Prediction:
     texts = scores[-options:]
     if not np.isfinite(scores).all():  # argmax would choose NaN
         raise BimedixError(
-            f"a likelihood of question {question.id} is no finite number: the model computes NaN or infinity; check "
-            "its weights, or load it with base float32"
+            f"a likelihood of question {question.id} is not finite: the model computes NaN or infinity; check its "
+            "weights, or load it with base float32"
         )
     per_byte = np.array(texts) / np.array(question.text_bytes)
     chosen = int(np.argmax(texts if letters is None else letters))

@@ -1,6 +1,6 @@
-"""Results for people: tables for a terminal, one run alone or two side by side.
+"""Tables of results for a terminal, of one run or of two side by side.
 
-They read the same plain dicts that go into the JSON files, so that a table of an old file needs no model.
+They are made from the dicts in the JSON result files, so no model is needed to show an old result.
 """
 
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 from rich.table import Table
 
 FEWEST = 5
-"""Questions that a group needs for a line in a table: fewer say nothing, and stay in the JSON result."""
+"""Groups with fewer questions have no line in a table, since their accuracy means little. The JSON has all groups."""
 
 
 def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
-    """Held-out loss by group (`HeldoutLoss.to_dict`); with `before`, both values and the change."""
+    """Held-out loss by group (`HeldoutLoss.to_dict`); with `before`, old value, new value and change."""
     table = Table(
         title="Held-out loss" + ("" if before is None else ": before -> after"),
         caption=_left_out("record", result["too_long"]),
@@ -31,7 +31,7 @@ def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> 
 
 
 def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
-    """Multiple-choice accuracy by group (`MultipleChoice.to_dict`), in percent; with `before`, both and the change."""
+    """Multiple-choice accuracy by group (`MultipleChoice.to_dict`), in percent; with `before`, old, new and change."""
     small = sum(score["n"] < FEWEST for score in result["by_group"].values())
     notes = [_left_out("question", result["too_long"])]
     notes.append(f"{small} groups of fewer than {FEWEST} questions are not shown." if small else None)
@@ -61,12 +61,12 @@ def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None)
 def task_table(
     results: dict[str, dict[str, Any]], mean: float | None, before: dict[str, dict[str, Any]] | None = None
 ) -> Table:
-    """The nine tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG where all nine are there."""
+    """The nine tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG if there are all nine."""
     table = Table(
         title="Benchmarks" + ("" if before is None else ": before -> after"),
         caption="AVG is the unweighted mean of the nine tasks, as in the paper."
         if mean is not None
-        else f"{len(results)} of 9 tasks: no average.",
+        else f"{len(results)} of 9 tasks, so there is no average.",
     )
     table.add_column("task", no_wrap=True)
     for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n", "of the paper's"):
@@ -91,12 +91,12 @@ def task_table(
 
 
 def task_note(row: dict[str, Any]) -> str:
-    """What keeps a task's number from being the paper's, or nothing."""
+    """Why a task's number is not comparable with the paper's; empty if it is."""
     notes = []
     if row["limited"]:
         notes.append(f"first {row['n'] + row['too_long']} of {row['available']}")
     elif row["available"] != row["paper_questions"]:
-        notes.append("another selection than the paper's")
+        notes.append("not the paper's selection of questions")
     if row["too_long"]:
         notes.append(f"{row['too_long']} too long, not scored")
     if row["rejected"]:
@@ -106,7 +106,7 @@ def task_note(row: dict[str, Any]) -> str:
 
 def _left_out(what: str, too_long: dict[str, int]) -> str | None:
     count = sum(number for group, number in too_long.items() if "/" not in group)
-    return f"{count} {what}s exceed the longest length and were not scored." if count else None
+    return f"{count} {what}s are longer than the maximum and were not scored." if count else None
 
 
 def _change(value: float, before: float | None) -> str:

@@ -1,6 +1,6 @@
 """The nine benchmark tasks of the BiMediX paper (Tables 3 to 5), read from local folders.
 
-A new task is a row in TASKS, and where its files need it a reader in bimedix_jax/curation/readers/.
+To add a task, add a row to TASKS and, if its files need one, a reader in bimedix_jax/curation/readers/.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.multiple_choice import Accuracy, MultipleChoice, multiple_choice
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import RoutingPlan
 
 
@@ -24,9 +25,9 @@ class Task:
 
     Attributes:
       label: the column's heading.
-      reader: name in readers.READERS, and name of the folder under `--data`.
-      subject: the part of the reader's records that belongs to the task; None for all.
-      questions: how many the paper evaluates on.
+      reader: name in readers.READERS, and name of the folder in `--data`.
+      subject: subject of the reader's records that belong to the task; None: all do.
+      questions: number of questions in the paper.
     """
 
     label: str
@@ -50,12 +51,12 @@ TASKS: dict[str, Task] = {
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """One task's outcome.
+    """The result of one task.
 
     Attributes:
-      available: questions in the local files; `task.questions` is what the paper counts.
+      available: number of questions in the local files; `task.questions` is the number in the paper.
       limited: whether `limit` left some of them out.
-      rejected: rows of the files that are no valid question.
+      rejected: number of rows of the files that are not valid questions.
     """
 
     task: Task
@@ -66,11 +67,11 @@ class TaskResult:
 
     @property
     def score(self) -> Accuracy:
-        """The headline accuracy of the whole task."""
+        """The headline accuracy of the task."""
         return self.choice.scores["en"]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The result for JSON."""
         return {
             "label": self.task.label,
             **self.score.to_dict(),
@@ -85,7 +86,7 @@ class TaskResult:
 
 
 def named(names: Iterable[str]) -> list[str]:
-    """Names of tasks in the table's order; `all` means all nine.
+    """Names of tasks in the order of TASKS; `all` means all nine.
 
     Raises:
       BimedixError: an unknown name.
@@ -98,10 +99,10 @@ def named(names: Iterable[str]) -> list[str]:
 
 
 def questions_of(name: str, data: str | Path) -> tuple[list[Record], int]:
-    """The held-out questions of a task under the folder `data`, and how many rows of its files were rejected.
+    """The held-out questions of a task in the folder `data`, and the number of rows that were rejected.
 
     Raises:
-      BimedixError: the task's folder is missing or laid out otherwise.
+      BimedixError: the task's folder is missing, or it is not laid out as the reader expects.
     """
     task = TASKS[name]
     folder = Path(data).expanduser() / task.reader
@@ -114,7 +115,7 @@ def questions_of(name: str, data: str | Path) -> tuple[list[Record], int]:
         if record.split == "heldout" and task.subject in (None, record.provenance.get("subject"))
     ]
     if not records:
-        raise BimedixError(f"{folder} holds no question of task {name}; check its files")
+        raise BimedixError(f"{folder} has no question of task {name}; check its files")
     return records, len(quarantine.rejected)
 
 
@@ -127,20 +128,26 @@ def run_tasks(
     max_length: int | None = None,
     batch_tokens: int = 4096,
     plan: RoutingPlan | None = None,
+    record: RecordKind = "none",
 ) -> dict[str, TaskResult]:
-    """Scores tasks; `limit` takes the first questions of each, and the result says so. The plan's B and T are 1.
+    """Scores tasks.
 
-    All files are read before the first question is scored, so that a missing one costs nothing.
+    All files are read before the first question is scored, so that a missing file is an error at once.
+
+    Args:
+      limit: number of questions of each task, the first ones; the result marks such a task as limited.
+      plan: what the routers are told to do; its B and T are 1.
+      record: "choices" or "full" keeps what the routers did, in `TaskResult.choice.routing`.
     """
     read = {name: questions_of(name, data) for name in named(names)}
     results = {}
     for name, (records, rejected) in read.items():
         chosen = list(itertools.islice(records, limit))
-        choice = multiple_choice(model, tokenizer, chosen, max_length, batch_tokens, plan)
+        choice = multiple_choice(model, tokenizer, chosen, max_length, batch_tokens, plan, record)
         results[name] = TaskResult(TASKS[name], choice, len(records), len(chosen) < len(records), rejected)
     return results
 
 
 def average(accuracies: Sequence[float]) -> float | None:
-    """The paper's AVG, the unweighted mean of the nine columns; None unless all nine are there."""
+    """The paper's AVG, the unweighted mean of the nine columns; None if one is missing."""
     return sum(accuracies) / len(TASKS) if len(accuracies) == len(TASKS) else None

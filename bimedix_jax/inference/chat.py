@@ -1,12 +1,12 @@
-"""Conversation with a model: replies streamed as text, several turns, in English or Arabic.
+"""Conversation with a model: replies streamed as text, over several turns, in English or Arabic.
 
-Nothing that is said here is written to disk.
+Nothing is written to disk.
 """
 
 import dataclasses
 import time
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any, get_args
+from typing import Any, Literal, get_args, overload
 
 import jax
 import numpy as np
@@ -20,12 +20,12 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
 REPLACEMENT = "\ufffd"
-"""What bytes that are no UTF-8, or not yet, decode to."""
+"""Decoded from bytes that are not valid UTF-8, or not yet complete."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How replies are chosen; see generate.Sampling for the filters."""
+    """Options of generation; see generate.Sampling for the filters."""
 
     max_new_tokens: int = 512
     temperature: float = 0.7
@@ -41,12 +41,12 @@ class Reply:
     """One finished answer.
 
     Attributes:
-      text: without surrounding blanks.
-      tokens: tokens generated, the stop token not counted.
+      text: the answer without surrounding whitespace.
+      tokens: number of tokens generated, without the stop token.
       seconds: from the question to the last token, compilation included.
-      finished: False where max_new_tokens or an interruption cut it.
-      dropped_turns: oldest turns that the model was not shown, since the context was full.
-      routing: what the routers did with every token that the model read, those of the prompt first, as NumPy arrays
+      finished: False if max_new_tokens or an interruption cut it off.
+      dropped_turns: number of the oldest turns that were left out because the context was full.
+      routing: what the routers did with every token that the model read, first those of the prompt, as NumPy arrays
         [L, 1, T, ...]; None unless recorded.
     """
 
@@ -59,19 +59,19 @@ class Reply:
 
 
 class Detokenizer:
-    """Token ids to text as they come, never a part of a character: an Arabic letter may span several tokens.
+    """Text from a stream of token ids, in whole characters: an Arabic letter may span several tokens.
 
-    Pieces joined equal `tokenizer.decode(ids, skip_special=True)` wherever that is valid UTF-8.
+    The pieces together equal `tokenizer.decode(ids, skip_special=True)` if that is valid UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        # ids before `shown` have been given out; those from `context` on are decoded again, for blanks between words
+        # ids before `shown` were returned as text; those from `context` on are decoded again, for spaces between words
         self.context = self.shown = 0
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is incomplete."""
+        """The text that `token` completes; empty if a character is still incomplete."""
         self.ids.append(token)
         before, text = self._decoded()
         if text.endswith(REPLACEMENT) or len(text) <= len(before):
@@ -80,7 +80,7 @@ class Detokenizer:
         return text[len(before) :]
 
     def flush(self) -> str:
-        """What is left at the end: incomplete characters as U+FFFD."""
+        """The rest of the text at the end; an incomplete character becomes U+FFFD."""
         before, text = self._decoded()
         self.context = self.shown = len(self.ids)
         return text[len(before) :]
@@ -91,7 +91,7 @@ class Detokenizer:
 
 
 def pieces_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Text of a stream of tokens, in pieces of whole characters."""
+    """The text of a stream of tokens, in pieces of whole characters."""
     detokenizer = Detokenizer(tokenizer)
     for token in tokens:
         piece = detokenizer.push(token)
@@ -103,12 +103,12 @@ def pieces_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def fit(tokenizer: Tokenizer, turns: list[Turn], room: int) -> tuple[list[int], int]:
-    """Prompt tokens of a conversation in at most `room` tokens, and how many of its oldest turns were dropped for that.
+    """Prompt of a conversation in at most `room` tokens, and the number of its oldest turns that were dropped.
 
-    The system prompt and the last question always stay; turns go in pairs, a question with its answer.
+    Turns are dropped in pairs, a question with its answer. The system prompt and the last question are always kept.
 
     Raises:
-      BimedixError: even the last question alone does not fit.
+      BimedixError: the last question alone does not fit.
     """
     system = turns[:1] if turns[0].speaker == "system" else []
     rest = turns[len(system) :]
@@ -119,13 +119,13 @@ def fit(tokenizer: Tokenizer, turns: list[Turn], room: int) -> tuple[list[int], 
         if length <= room:
             return ids, dropped
     raise BimedixError(
-        f"this question needs {length} tokens and the model's context has room for {room} beside the answer; "
-        "shorten it or ask for fewer new tokens"
+        f"this question has {length} tokens, but the model's context has room for {room} besides the answer; shorten "
+        "it or ask for fewer new tokens"
     )
 
 
 class Chat:
-    """A conversation with its history."""
+    """A conversation and its history."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Chat:
         plan: RoutingPlan | None = None,
         record: Record = "none",
     ):
-        """`plan` steers the routers in every reply, `record` keeps what they did in `Reply.routing`; see `generate`."""
+        """`plan` applies to every reply; `record` keeps what the routers did in `Reply.routing`. See `generate`."""
         self.model = model
         self.tokenizer = tokenizer
         self.options = options or ChatOptions()
@@ -152,16 +152,16 @@ class Chat:
         self.restart(system)
 
     def restart(self, system: str | None) -> None:
-        """Forget the conversation and set the system prompt (None for none)."""
+        """Forget the conversation and set the system prompt; None: no system prompt."""
         self.system = system
         self.turns = [] if system is None else [Turn(speaker="system", value=system)]
         self.last = None
 
     def stream(self, question: str) -> Generator[str, None, None]:
-        """The reply in pieces of text; afterwards `last` describes it and the history holds both turns.
+        """The reply in pieces of text. Afterwards `last` describes it, and both turns are in the history.
 
-        A caller that stops early (closing the iterator, or Ctrl-C) keeps what was said so far. Where the model says
-        nothing, the question leaves the history too: an empty turn fits no template.
+        If the caller stops early, by closing the iterator or with Ctrl-C, the text so far is kept. If the reply is
+        empty, the question is removed from the history as well, since no template allows an empty turn.
 
         Raises:
           BimedixError: the question is blank or longer than the context.
@@ -172,11 +172,11 @@ class Chat:
         options, context = self.options, self.model.config.max_position_embeddings
         if options.max_new_tokens >= context:
             raise BimedixError(
-                f"max_new_tokens {options.max_new_tokens} leaves no room for a question in this model's context of "
-                f"{context}; ask for fewer"
+                f"max_new_tokens is {options.max_new_tokens}, which leaves no room for a question in this model's "
+                f"context of {context}; ask for fewer"
             )
         prompt, dropped = fit(self.tokenizer, turns, context - options.max_new_tokens)
-        start, said, tokens, finished = time.perf_counter(), "", _Answer(self.record), False
+        start, text, tokens, finished = time.perf_counter(), "", _Answer(self.record), False
         answer = stream(
             self.model,
             prompt,
@@ -187,20 +187,20 @@ class Chat:
         )
         try:
             for piece in pieces_of(self.tokenizer, tokens.of(answer)):
-                shown = piece if said else piece.lstrip()  # some templates open an answer with a space
-                said += shown
+                shown = piece if text else piece.lstrip()  # some templates begin an answer with a space
+                text += shown
                 if shown:
                     yield shown
             finished = tokens.count < options.max_new_tokens
         finally:
-            said = said.rstrip()
+            text = text.rstrip()
             seconds = time.perf_counter() - start
-            self.last = Reply(said, tokens.count, seconds, finished, dropped, tokens.routing)
-            if said:
-                self.turns = [*turns, Turn(speaker="gpt", value=said)]
+            self.last = Reply(text, tokens.count, seconds, finished, dropped, tokens.routing)
+            if text:
+                self.turns = [*turns, Turn(speaker="gpt", value=text)]
 
     def ask(self, question: str) -> Reply:
-        """The whole reply at once."""
+        """The complete reply."""
         for _ in self.stream(question):
             pass
         assert self.last is not None  # the stream sets it
@@ -208,7 +208,7 @@ class Chat:
 
 
 class _Answer:
-    """Counts the tokens of an answer as they pass, and keeps what the routers did."""
+    """Counts the tokens of an answer as they are generated, and keeps what the routers did."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -227,10 +227,35 @@ class _Answer:
 
     @property
     def routing(self) -> Routing | None:
-        """Of all parts, one after the other."""
+        """The record of all parts, concatenated."""
         if not self.parts:
             return None
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=2), *self.parts)
+
+
+@overload
+def reply(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    question: str,
+    system: str | None = None,
+    options: ChatOptions | None = None,
+    plan: RoutingPlan | None = None,
+    record: Literal["none"] = "none",
+) -> str: ...
+
+
+@overload
+def reply(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    question: str,
+    system: str | None = None,
+    options: ChatOptions | None = None,
+    plan: RoutingPlan | None = None,
+    *,
+    record: Literal["choices", "full"],
+) -> tuple[str, Routing]: ...
 
 
 def reply(
@@ -240,6 +265,8 @@ def reply(
     system: str | None = None,
     options: ChatOptions | None = None,
     plan: RoutingPlan | None = None,
-) -> str:
-    """The answer to one question."""
-    return Chat(model, tokenizer, system, options, plan).ask(question).text
+    record: Record = "none",
+) -> Any:
+    """The answer to one question; with a record, (answer, what the routers did as in `Reply.routing`)."""
+    found = Chat(model, tokenizer, system, options, plan, record).ask(question)
+    return found.text if record == "none" else (found.text, found.routing)

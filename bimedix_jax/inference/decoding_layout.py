@@ -1,8 +1,9 @@
-"""A model and its cache for decoding few rows on a CPU: layers and experts as separate arrays, in the same memory.
+"""Layers and experts as separate arrays, for decoding few rows on a CPU; they share the memory of the stacked ones.
 
-A loop over stacked layers compiles fast and suits many tokens. But XLA:CPU copies what a loop slices, and for a single
-token that takes many times as long as the products. Here only the layout changes: the forward pass is the model's own,
-whose operations take `Unstacked` arrays as well (kernels/layer_scan, kernels/expert_mlp, kernels/attention).
+A loop over stacked layers compiles fast and suits many tokens. But XLA:CPU copies each slice that a loop takes, and for
+a single token the copies take many times as long as the matrix products. Only the layout changes here. The forward pass
+is the model's own: its operations also take `Unstacked` arrays (kernels/layer_scan, kernels/expert_mlp,
+kernels/attention).
 """
 
 import functools
@@ -22,18 +23,18 @@ from bimedix_jax.models.linear import fill_slots
 from bimedix_jax.models.mixtral import Mixtral
 
 MAX_BRANCHES = 64
-"""Layers times experts, each of which is compiled by itself."""
+"""Most layers times experts: each pair is compiled separately."""
 
 
-def suits(model: Mixtral, rows: int) -> bool:
-    """Whether this layout is the faster one for decoding this many rows of `model` here."""
+def is_faster(model: Mixtral, rows: int) -> bool:
+    """Whether decoding this many rows of `model` on this machine is faster with unstacked layers and experts."""
     config = model.config
     few = config.num_layers * config.router.num_experts <= MAX_BRANCHES and rows <= MAX_ROWS
     return few and backends.platform() == "cpu" and model.placement is None and not shards.active()
 
 
-def separate_model(model: Mixtral) -> Mixtral:
-    """The model with Unstacked layers and experts, which share its memory where alignment allows."""
+def unstack_model(model: Mixtral) -> Mixtral:
+    """A copy of the model with unstacked layers and experts, which share its memory where alignment allows."""
     model = nnx.merge(*nnx.split(model), copy=True)
     fill_slots(model.layers)
     for path, variable in nnx.to_flat_state(nnx.state(model.layers)):
@@ -45,8 +46,8 @@ def separate_model(model: Mixtral) -> Mixtral:
 
 
 @jax.jit
-def separate_cache(cache: KVCache) -> KVCache:
-    """The same cache, layer by layer, with the slots of a head next to each other."""
+def unstack_cache(cache: KVCache) -> KVCache:
+    """The cache with one array per layer, in which the slots of a head are contiguous."""
 
     def layers(x: Any) -> Any:
         return Unstacked(tuple(HeadMajor.of(x[layer]) for layer in range(x.shape[0])))

@@ -1,8 +1,8 @@
-"""Decoding with a key-value cache: greedy or sampled, one prompt or a batch of any lengths, all at once or streamed.
+"""Decoding with a key-value cache: greedy or sampled, one prompt or a batch of any lengths, complete or streamed.
 
-The prompt runs once (prefill), then one compiled step a token, whose cache is donated and so updated in place. Weights
-are arguments of the compiled functions, never constants in them. Lengths are rounded up
-(bimedix_jax/inference/padding.py), so a conversation that grows compiles a handful of shapes.
+The prompt runs once (prefill), then a compiled step for each token. The step's cache is donated and so updated in
+place. Weights are arguments of the compiled functions, never constants in them. Lengths are rounded up
+(bimedix_jax/inference/padding.py), so a growing conversation compiles only a few shapes.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from bimedix_jax.models.routers import NO_EXPERT, Record, Routing, RoutingPlan, 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits, as scalars; None leaves a filter out. Other values compile nothing new.
+    """How a token is chosen from logits, as scalars; None turns a filter off. Changing a value does not recompile.
 
     Attributes:
       temperature: divides the logits; None takes the most likely token.
@@ -54,7 +54,7 @@ class Sampling:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
     ) -> "Sampling":
-        """From plain numbers; temperature 0 is greedy, and then the filters change nothing and are left out.
+        """From plain numbers. Temperature 0 is greedy; the filters are then off, since they would change nothing.
 
         Raises:
           BimedixError: a number outside its range.
@@ -85,13 +85,13 @@ def _require(good: bool, name: str, value: float | None, expected: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Where decoding stands.
+    """State of decoding between two steps.
 
     Attributes:
-      cache: keys and values of the prompt and of every token chosen so far but the last; None where it is donated.
-      token_B: the tokens chosen last.
+      cache: keys and values of the prompt and of all tokens chosen so far except the last; None while it is donated.
+      token_B: the last token chosen, for each prompt.
       seen_BV: which tokens occurred in prompt or answer; None without a repetition penalty.
-      step: int32, tokens chosen so far.
+      step: int32, number of tokens chosen so far.
       lengths_B: int32, tokens of each prompt.
     """
 
@@ -123,35 +123,36 @@ def generate(
       prompt_tokens: token ids of one prompt, or a sequence of prompts that may differ in length; lists or arrays.
       temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
       stop_tokens: ids that end a sequence.
-      seed: of the sampling; a draw depends on seed, row and step.
+      seed: seed of the sampling; a draw depends on seed, row and step.
       segment_ids: for prompts in one padded array, an array of its shape that is 0 at padding.
-      plan: what the routers are told to do. Its B is 1 or the number of prompts; its T is 1 or the longest prompt +
-        max_new_tokens, where 0 is the first token of each prompt, whatever padding stands before it.
-      record: "choices" or "full" returns what the routers did as well.
+      plan: what the routers are told to do. Its B is 1 or the number of prompts. Its T is 1 or the length of the
+        longest prompt + max_new_tokens; index 0 is the first token of each prompt, after its padding.
+      record: "choices" or "full" also returns what the routers did.
 
     Returns:
-      A list of token ids for one prompt, a list of such lists for a batch. With a record, (that, Routing): NumPy arrays
-      over prompt and answer, with the axes of a plan, -1 as the expert and weight 0 where a row has no token.
+      A list of token ids for one prompt, a list of such lists for a batch. With a record, (these ids, Routing): NumPy
+      arrays over prompt and answer with the axes of a plan. Where a row has no token, the expert is -1 and its weight
+      0.
 
     Raises:
-      BimedixError: an empty prompt, an id outside the vocabulary, a number out of range, or more tokens than the
-        model's context holds.
+      BimedixError: an empty prompt, an id outside the vocabulary, a number out of range, or more tokens than fit the
+        model's context.
       ValueError: a plan that does not fit.
     """
     prompts, single = as_prompts(prompt_tokens, segment_ids)
     sampling = Sampling.of(temperature, top_k, top_p, min_p, repetition_penalty)
     answers: list[list[int]] = [[] for _ in prompts]
-    going, stop = set(range(len(prompts))), frozenset(map(int, stop_tokens))
+    unfinished, stop = set(range(len(prompts))), frozenset(map(int, stop_tokens))
     read: list[Routing] = []
     for tokens, routing in decode(model, prompts, max_new_tokens, sampling, seed, plan, record, read_last=True):
         if routing is not None:
             read.append(routing)
-        for row in sorted(going) if tokens else ():
+        for row in sorted(unfinished) if tokens else ():
             if tokens[row] in stop:
-                going.remove(row)
+                unfinished.remove(row)
             else:
                 answers[row].append(tokens[row])
-        if not going:
+        if not unfinished:
             break
     found = answers[0] if single else answers
     if record == "none":
@@ -161,11 +162,11 @@ def generate(
 
 
 def aligned(read: Sequence[Routing], prompts: Sequence[int], answers: Sequence[int], length: int) -> Routing:
-    """The record of left-padded prompts and of each token after them as one, in which every row begins at index 0.
+    """Joins the records of left-padded prompts and of each later token, and shifts every row to begin at index 0.
 
     Args:
-      read: of the prompts [L, B, T, ...], then of one token a row each.
-      prompts, answers: tokens of each row.
+      read: the record of the prompts [L, B, T, ...], then one record for each later token [L, B, 1, ...].
+      prompts, answers: number of tokens of each row.
       length: T of the result.
     """
 
@@ -199,10 +200,11 @@ def stream(
     plan: RoutingPlan | None = None,
     record: Record = "none",
 ) -> Iterator[Any]:
-    """The same tokens as `generate` for one prompt, each as soon as it is chosen.
+    """The tokens of `generate` for one prompt, each as soon as it is chosen.
 
-    With a record, (token, Routing) instead: what the routers did with the tokens that were read to choose this one,
-    which are those of the prompt at first and then the one before it. A stop token ends the stream without a record.
+    With a record, each item is (token, Routing). Its record covers the tokens that the model read to choose this token:
+    the prompt for the first token, and the previous token for each later one. A stop token ends the stream and yields
+    no record.
     """
     prompts, single = as_prompts(prompt_tokens)
     if not single:
@@ -220,7 +222,7 @@ def stream(
 
 
 def as_prompts(prompt_tokens: Any, segment_ids: Any = None) -> tuple[list[np.ndarray], bool]:
-    """Prompts as int arrays without padding, and whether there was just one, given without a batch axis."""
+    """(prompts as integer arrays without padding, whether it was a single prompt without a batch axis)."""
     first = prompt_tokens[0] if len(prompt_tokens) else None
     single = first is None or np.ndim(first) == 0
     rows = [np.asarray(row) for row in ([prompt_tokens] if single else prompt_tokens)]
@@ -234,7 +236,7 @@ def as_prompts(prompt_tokens: Any, segment_ids: Any = None) -> tuple[list[np.nda
             raise BimedixError(f"prompt {index} is empty; give it at least one token, such as the tokenizer's bos_id")
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
             raise BimedixError(
-                f"prompt {index} is no sequence of integers (shape {row.shape}, {row.dtype}); tokenise it"
+                f"prompt {index} is not a sequence of integers (shape {row.shape}, {row.dtype}); tokenise it"
             )
     return rows, single
 
@@ -249,13 +251,13 @@ def decode(
     record: Record = "none",
     read_last: bool = False,
 ) -> Iterator[tuple[list[int], Routing | None]]:
-    """(a token for each prompt, the record of what was read to choose them) for each step.
+    """For each step, (a token for each prompt, the record of the tokens that the model read to choose them).
 
-    It runs to `max_new_tokens` unless the caller stops. With `read_last` and a record, the tokens chosen last are read
-    as well: one more item, without tokens.
+    It runs to `max_new_tokens` unless the caller stops. With `read_last` and a record, the model also reads the tokens
+    chosen last, and there is one more item that has no tokens.
 
     Raises:
-      BimedixError: an id outside the vocabulary, or more tokens than the model's context holds.
+      BimedixError: an id outside the vocabulary, or more tokens than fit the model's context.
       ValueError: a plan that does not fit.
     """
     config = model.config
@@ -275,15 +277,15 @@ def decode(
     graph, weights = nnx.split(model)
     key = jax.random.key(seed)
     state, routing = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, plan, slots, record)
-    if max_new_tokens > 1 and decoding_layout.suits(model, len(prompts)):
-        graph, weights = nnx.split(decoding_layout.separate_model(model))
-        state = dataclasses.replace(state, cache=decoding_layout.separate_cache(state.cache))
+    if max_new_tokens > 1 and decoding_layout.is_faster(model, len(prompts)):
+        graph, weights = nnx.split(decoding_layout.unstack_model(model))
+        state = dataclasses.replace(state, cache=decoding_layout.unstack_cache(state.cache))
     steps = max_new_tokens - (not (read_last and record != "none"))
     for _ in range(steps):
         token_B, read = state.token_B, routing
         rest = dataclasses.replace(state, cache=None, seen_BV=None)
         state, routing = _step(graph, weights, rest, (state.cache, state.seen_BV), sampling, key, plan, record)
-        yield token_B.tolist(), read  # while the next step runs already
+        yield token_B.tolist(), read  # the next step is already running
     yield ([], routing) if steps == max_new_tokens else (state.token_B.tolist(), routing)
 
 
@@ -299,7 +301,7 @@ def _prefill(
     slots: int,
     record: Record,
 ) -> tuple[State, Routing | None]:
-    """Runs left-padded prompts and chooses the first token of each."""
+    """Runs left-padded prompts and chooses the first new token of each."""
     model = nnx.merge(graph, weights)
     batch, length = tokens_BT.shape
     cache = KVCache.zeros(model.config, batch, slots, model.dtype)
@@ -330,7 +332,7 @@ def _step(
 ) -> tuple[State, Routing | None]:
     """Runs the tokens chosen last and chooses the next ones.
 
-    `donated` is the rest of the state, cache and seen tokens, whose memory the new state takes over.
+    `donated` is the rest of the state, cache and seen tokens; the new state reuses their memory.
     """
     model, (cache, seen_BV) = nnx.merge(graph, weights), donated
     rows_B = jnp.arange(state.token_B.shape[0])
@@ -352,7 +354,7 @@ def _choose(logits_BV: jax.Array, state: State, sampling: Sampling, key: jax.Arr
 def sample(
     logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"] | None, sampling: Sampling, key: jax.Array
 ) -> Int[Array, "B"]:
-    """One token a row, int32. Filters apply in Hugging Face's order: penalty, temperature, top-k, top-p, min-p."""
+    """One token for each row, int32. Filters run in Hugging Face's order: penalty, temperature, top-k, top-p, min-p."""
     if sampling.repetition_penalty is not None and seen_BV is not None:
         penalty = sampling.repetition_penalty
         penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
@@ -365,7 +367,7 @@ def sample(
 
 
 def keep_likely(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits with -inf where top-k, top-p or min-p drops a token; tokens as likely as the last one kept stay too."""
+    """Logits with -inf where top-k, top-p or min-p drops a token. Ties with the last kept token are kept."""
     if sampling.top_k is not None or sampling.top_p is not None:
         ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         kept_BV = jnp.ones_like(ordered_BV, bool)
@@ -373,7 +375,7 @@ def keep_likely(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Arr
             kept_BV = jnp.broadcast_to((jnp.arange(ordered_BV.shape[1]) < sampling.top_k)[None], ordered_BV.shape)
         if sampling.top_p is not None:
             probability_BV = jax.nn.softmax(jnp.where(kept_BV, ordered_BV, -jnp.inf), axis=-1)
-            # a token stays while those before it have not reached top_p: the first always does
+            # a token is kept if the more likely ones do not reach top_p; the first is always kept
             before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
             kept_BV = kept_BV & (before_BV < sampling.top_p)
         least_B1 = jnp.min(jnp.where(kept_BV, ordered_BV, jnp.inf), axis=-1, keepdims=True)

@@ -1,13 +1,16 @@
-"""Few shapes for sequences of every length: lengths rounded up to buckets, rows padded on either side.
+"""Batches of few shapes from sequences of any length, and the way back: places, plans and records of each sequence.
 
-Each new shape compiles anew, so lengths are rounded up to 2^k or 3 * 2^(k-1): at most a third of a row is padding, and
-there are two shapes an octave. Padding has segment id 0, which the model neither attends to nor routes.
+Each new shape is compiled, so lengths are rounded up to 2^k or 3 * 2^(k-1). There are two such lengths per octave, and
+at most a third of a row is padding. Padding has segment id 0: the model neither attends to it nor routes it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import jax
 import numpy as np
+
+from bimedix_jax.models.routers import Routing, RoutingPlan
 
 Item = TypeVar("Item")
 
@@ -22,12 +25,12 @@ def bucket(length: int, smallest: int = 16) -> int:
 
 
 def pad_left(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens_BT, segment_ids_BT), int32, with every row ending in the last column."""
+    """(tokens_BT, segment_ids_BT), int32; every row ends in the last column."""
     return _pad(rows, length, left=True)
 
 
 def pad_right(rows: Sequence[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens_BT, segment_ids_BT), int32, with every row beginning in the first column."""
+    """(tokens_BT, segment_ids_BT), int32; every row begins in the first column."""
     return _pad(rows, length, left=False)
 
 
@@ -36,7 +39,7 @@ def _pad(rows: Sequence[Row], length: int, left: bool) -> tuple[np.ndarray, np.n
     segment_ids_BT = np.zeros((len(rows), length), np.int32)
     for index, row in enumerate(rows):
         if len(row) > length:
-            raise ValueError(f"row {index} has {len(row)} tokens, more than the {length} columns to put them in.")
+            raise ValueError(f"row {index} has {len(row)} tokens, more than the {length} columns.")
         place = slice(length - len(row), length) if left else slice(0, len(row))
         tokens_BT[index, place] = row
         segment_ids_BT[index, place] = 1
@@ -46,10 +49,10 @@ def _pad(rows: Sequence[Row], length: int, left: bool) -> tuple[np.ndarray, np.n
 def by_length(
     items: Sequence[Item], length_of: Callable[[Item], int], batch_tokens: int, longest: int
 ) -> Iterator[tuple[list[Item], int, int]]:
-    """Batches of items of like length, longest first: (items, rows, columns), with rows * columns about `batch_tokens`.
+    """Batches of items of similar length, longest first: (items, rows, columns).
 
-    Columns are the longest item's bucket, at most `longest` (no item may be longer). Every batch but the last is full;
-    that one is filled with empty rows up to a bucket.
+    `rows * columns` is about `batch_tokens`. Columns are the bucket of the longest item, at most `longest`; no item may
+    be longer. Every batch except the last is full; the last one has empty rows up to a bucket.
     """
     waiting = sorted(items, key=length_of, reverse=True)
     while waiting:
@@ -60,12 +63,12 @@ def by_length(
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins of at most `capacity`: longest first, each into the first bin that has room."""
+    """Indices of `lengths` in bins of at most `capacity`: longest first, each in the first bin with enough room."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if lengths[index] > capacity:
-            raise ValueError(f"item {index} has length {lengths[index]}, more than a bin of {capacity} holds.")
+            raise ValueError(f"item {index} has length {lengths[index]}, more than the capacity {capacity} of a bin.")
         place = next((number for number, left in enumerate(room) if left >= lengths[index]), None)
         if place is None:
             place = len(bins)
@@ -79,11 +82,11 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def packed(
     rows: Sequence[Row], batch_tokens: int, longest: int, columns: int = 1024
 ) -> Iterator[tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]]:
-    """All rows in batches of one shape, several to a line as segments 1, 2, ...: (places, tokens_BT, segment_ids_BT).
+    """Batches of at most two shapes with all rows, as segments of lines: (places, tokens_BT, segment_ids_BT).
 
-    Segments do not see each other, so a row scores as it does alone, without padding each row to its neighbours'
-    length. Rows longer than `columns` come first, in lines of the longest one's bucket. No line exceeds `longest`, and
-    no row may. A place is (index of the row, line, start).
+    Attention stays inside a segment, so a row scores as it does alone, and rows need no padding to a common length.
+    Rows longer than `columns` come first, in lines as long as the bucket of the longest. Neither a line nor a row may
+    exceed `longest`. A place is (index of the row, line, start).
     """
     columns = min(columns, longest)
     long = [index for index, row in enumerate(rows) if len(row) > columns]
@@ -94,10 +97,10 @@ def packed(
         lines = [[chosen[i] for i in line] for line in first_fit([len(rows[i]) for i in chosen], width)]
         height = min(max(batch_tokens // width, 1), len(lines))
         for start in range(0, len(lines), max(height, 1)):
-            yield _lay_out(rows, lines[start : start + height], height, width)
+            yield _packed_batch(rows, lines[start : start + height], height, width)
 
 
-def _lay_out(
+def _packed_batch(
     rows: Sequence[Row], lines: Sequence[Sequence[int]], height: int, width: int
 ) -> tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]:
     tokens_BT, segment_ids_BT = np.zeros((height, width), np.int32), np.zeros((height, width), np.int32)
@@ -116,10 +119,10 @@ def _lay_out(
 def packed_places(
     shape: tuple[int, ...], places: Sequence[tuple[int, int, int]], lengths: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(item, position within it) of every token of a packed batch, int32 [B, T]; item 0, position 0 at padding.
+    """(item, position in the item) of every token of a packed batch, int32 [B, T]; 0 and 0 at padding.
 
     Args:
-      places: (index of an item, line, start) as `packed` gives them.
+      places: (index of an item, line, start), from `packed`.
       lengths: tokens of each item, by index.
     """
     items_BT, positions_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -127,3 +130,25 @@ def packed_places(
         span = slice(start, start + lengths[index])
         items_BT[line, span], positions_BT[line, span] = index, np.arange(lengths[index])
     return items_BT, positions_BT
+
+
+def packed_plan(
+    plan: RoutingPlan,
+    shape: tuple[int, ...],
+    places: Sequence[tuple[int, int, int]],
+    lengths: Sequence[int],
+    plan_rows: np.ndarray,
+) -> RoutingPlan:
+    """The plan of a packed batch, from a plan whose rows are sequences.
+
+    Args:
+      shape, places, lengths: as for `packed_places`.
+      plan_rows: int32, the row of the plan for each item.
+    """
+    items_BT, positions_BT = packed_places(shape, places, lengths)
+    return plan.at(plan_rows[items_BT], positions_BT)
+
+
+def part_of(routing: Routing, line: int, start: int, length: int) -> Routing:
+    """The record of one sequence of a batch, as NumPy arrays [L, 1, length, ...]."""
+    return jax.tree.map(lambda x: np.asarray(x)[:, line : line + 1, start : start + length], routing)

@@ -1,6 +1,10 @@
-"""Log-probabilities of chosen tokens, without logits of the positions and the vocabulary that nobody asks for."""
+"""Log-probabilities of given tokens: of whole sequences (score), or of continuations of a prompt that runs once.
+
+Logits are computed for the scored positions only, and for few positions at a time, since a vocabulary is large.
+"""
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +12,69 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.data.vocabulary import require_ids
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.inference.padding import packed, packed_plan, part_of
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.models.routers import Record, Routing, RoutingPlan
+from bimedix_jax.models.routers import Record, Routing, RoutingPlan, checked_plan
 
-ROWS_AT_ONCE = 256
-"""Positions whose logits exist at the same time: 256 of a vocabulary of 49,152 are 50 MB in float32."""
+POSITIONS_PER_CHUNK = 256
+"""Positions whose logits are in memory at the same time: 50 MB in float32 for a vocabulary of 49,152."""
+
+
+def score(
+    model: Mixtral,
+    rows: Sequence[Sequence[int] | np.ndarray],
+    scored: Sequence[Sequence[bool] | np.ndarray] | None = None,
+    plan: RoutingPlan | None = None,
+    record: Record = "none",
+    batch_tokens: int = 4096,
+    plan_rows: Sequence[int] | None = None,
+) -> Iterator[tuple[int, np.ndarray, Routing | None]]:
+    """log p of the tokens of sequences, each given the tokens before it. Sequences are packed into batches.
+
+    Args:
+      rows: token ids of each sequence.
+      scored: for each sequence, the tokens to score; by default all. The first token never is: none comes before it.
+      plan: what the routers are told to do. Its B is 1 or the number of sequences, its T is 1 or the longest one.
+      record: "choices" or "full" also returns what the routers did.
+      batch_tokens: tokens run at a time; it affects speed and memory only.
+      plan_rows: the row of the plan for each sequence, by default its index; B is then not checked.
+
+    Yields:
+      (index of a sequence, log p in float64 and 0 where not scored [T], the record [L, 1, T, ...]), batch by batch and
+      so in another order than `rows`.
+
+    Raises:
+      BimedixError: a token id that the model lacks, or a sequence longer than its context.
+      ValueError: a plan that does not fit.
+    """
+    lengths, context = list(map(len, rows)), model.config.max_position_embeddings
+    longest = max(lengths, default=0)
+    if longest > context:
+        raise BimedixError(f"a sequence has {longest} tokens, more than this model's context of {context}; shorten it")
+    require_ids(rows, model.config.vocab_size)
+    if plan_rows is None:
+        plan, plan_rows = checked_plan(plan, model.config, len(rows), longest), range(len(rows))
+    numbers, plan = np.asarray(plan_rows, np.int32), plan or RoutingPlan()
+    graph, weights = nnx.split(model)
+    for places, tokens_BT, ids_BT in packed(rows, batch_tokens, context):
+        scored_BT = np.zeros(tokens_BT.shape, bool)
+        for index, line, start in places:
+            scored_BT[line, start : start + lengths[index]] = True if scored is None else scored[index]
+            scored_BT[line, start : start + 1] = False
+        own = packed_plan(plan, tokens_BT.shape, places, lengths, numbers)
+        logprobs_BT, routing = target_logprobs(graph, weights, tokens_BT, ids_BT, scored_BT, own, record)
+        for index, line, start in places:
+            part = None if routing is None else part_of(routing, line, start, lengths[index])
+            yield index, logprobs_BT[line, start : start + lengths[index]], part
 
 
 def chosen_logprobs(model: Mixtral, hidden_ND: Float[Array, "N D"], targets_N: Int[Array, "N"]) -> Float[Array, "N"]:
-    """log p(target) in float32 from final hidden states, ROWS_AT_ONCE positions at a time."""
+    """log p of each target in float32 from final hidden states, POSITIONS_PER_CHUNK at a time."""
     count = hidden_ND.shape[0]
-    rows = min(ROWS_AT_ONCE, count)
+    rows = min(POSITIONS_PER_CHUNK, count)
     padding = -count % rows
     hidden_CRD = jnp.pad(hidden_ND, ((0, padding), (0, 0))).reshape(-1, rows, hidden_ND.shape[1])
     targets_CR = jnp.pad(targets_N, (0, padding)).reshape(-1, rows)
@@ -38,27 +93,27 @@ def target_logprobs(
     weights: nnx.State,
     tokens_BT: np.ndarray,
     ids_BT: np.ndarray,
-    learned_BT: np.ndarray,
+    scored_BT: np.ndarray,
     plan: RoutingPlan | None = None,
     record: Record = "none",
 ) -> tuple[np.ndarray, Routing | None]:
-    """log p of every token where `learned_BT` is True, given the tokens before it in its segment; 0 elsewhere.
+    """log p of every token where `scored_BT` is True, given the tokens before it in its segment; 0 elsewhere.
 
     Args:
-      tokens_BT, ids_BT: packed segments, ids 0 at padding.
-      learned_BT: bool; False at the first token of a segment, which nothing predicts.
+      tokens_BT, ids_BT: packed segments; ids are 0 at padding.
+      scored_BT: bool; False at the first token of a segment, which has no token before it.
       plan: what the routers are told to do with these rows and columns.
 
     Returns: ([B, T] float64, what the routers did).
     """
     found_BT = np.zeros(tokens_BT.shape, np.float64)
-    flat_M = np.flatnonzero(learned_BT)
+    flat_M = np.flatnonzero(scored_BT)
     if flat_M.size == 0 and record == "none":
         return found_BT, None
-    # in quarters of the batch: at most four shapes to compile, and no head run over prompts for nothing
+    # rounded up to quarters of the batch: at most four shapes are compiled, and few positions are scored in vain
     quarter = -(-tokens_BT.size // 4)
     size = quarter * max(1, -(-flat_M.size // quarter))
-    # the hidden state at t - 1 predicts token t; rows are consecutive in the flat array
+    # the hidden state at t - 1 predicts token t, also in the flat array, since t is never the first of its segment
     before_M = np.pad(flat_M - 1, (0, size - flat_M.size)).astype(np.int32)
     targets_M = np.pad(tokens_BT.reshape(-1)[flat_M], (0, size - flat_M.size))
     plan = plan or RoutingPlan()
@@ -85,7 +140,7 @@ def _logprobs_at(
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "slots", "record"))
-def run_prompts(
+def prefill(
     graph: nnx.GraphDef,
     weights: nnx.State,
     tokens_BT: jax.Array,
@@ -94,7 +149,7 @@ def run_prompts(
     slots: int,
     record: Record = "none",
 ) -> tuple[KVCache, Float[Array, "B V"], Routing | None]:
-    """(a cache of `slots` that holds left-padded prompts, log p of every next token in float32, the record)."""
+    """Runs left-padded prompts: (their cache with `slots` slots, log p of every next token in float32, the record)."""
     model = nnx.merge(graph, weights)
     cache = KVCache.zeros(model.config, tokens_BT.shape[0], slots, model.dtype)
     out = model.hidden(tokens_BT, ids_BT, plan, cache, record=record)
@@ -103,7 +158,7 @@ def run_prompts(
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "record"))
-def run_continuations(
+def score_continuations(
     graph: nnx.GraphDef,
     weights: nnx.State,
     cache: KVCache,
@@ -113,10 +168,11 @@ def run_continuations(
     plan: RoutingPlan,
     record: Record = "none",
 ) -> tuple[Float[Array, "R T"], Routing | None]:
-    """(log p of tokens 1.. of continuations, each after the prompt in row `rows_R[r]` of the cache; the record).
+    """(log p of the tokens of continuations except the first, the record).
 
-    Continuations are padded on the right. Column t holds log p of token t+1; the last column, and those at padding,
-    mean nothing. The cache is read, not changed: one prompt serves any number of continuations.
+    Continuation r, padded on the right, follows the prompt in row `rows_R[r]` of the cache. Column t of the result is
+    log p of its token t + 1; ignore the last column and those at padding. The cache is not changed, so one prompt can
+    have any number of continuations.
     """
     model = nnx.merge(graph, weights)
     own = KVCache(cache.k_LBSGH[:, rows_R], cache.v_LBSGH[:, rows_R], cache.segment_ids_BS[rows_R], cache.length)
@@ -124,8 +180,3 @@ def run_continuations(
     following_RT = jnp.roll(tokens_RT, -1, axis=1)
     flat = chosen_logprobs(model, out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]), following_RT.reshape(-1))
     return flat.reshape(tokens_RT.shape), out.routing
-
-
-def part_of(routing: Routing, line: int, start: int, length: int) -> Routing:
-    """The record of one sequence out of a batch, as NumPy arrays [L, 1, length, ...]."""
-    return jax.tree.map(lambda x: np.asarray(x)[:, line : line + 1, start : start + length], routing)

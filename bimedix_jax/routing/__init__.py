@@ -1,1 +1,1 @@
-"""What the routers do: expert load per layer, language and kind, and its picture."""
+"""What the routers do: expert load per layer, language and kind, its plot, and routing plans on disk."""

@@ -1,6 +1,6 @@
-"""Expert load: how often each layer's router chooses each expert, by language and kind of record.
+"""Expert load: how often the router of each layer chooses each expert, by language and kind of record.
 
-Records run through the model in packed batches and only sums are kept, so that memory does not grow with the data.
+Records run through the model in packed batches, and only sums are kept: memory does not grow with the data.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ class ExpertLoad:
     """Sums over tokens (prompts and answers, padding excluded), by group: "en", "ar", "en/qa", ...
 
     Attributes:
-      counts: [L, E] int64, times each expert was chosen.
-      entropy: [L], mean entropy in nats of the router's probabilities over all experts; log(E) is undecided.
-      top_weight: [L], mean of the largest weight that a token gives to an expert; 1 / top_k is undecided.
-      tokens: tokens summed over.
-      too_long: records left out because they exceed the longest length allowed.
+      counts: [L, E] int64, how often each expert was chosen.
+      entropy: [L], mean entropy in nats of the router's probabilities over all experts; log(E) if they are uniform.
+      top_weight: [L], mean of the largest weight that a token gives to an expert; 1 / top_k if its weights are equal.
+      tokens: number of tokens.
+      too_long: records longer than the maximum, which were not run.
     """
 
     counts: dict[str, np.ndarray]
@@ -48,7 +48,7 @@ class ExpertLoad:
         return counts_LE / counts_LE.sum(axis=1, keepdims=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The load for JSON."""
         return {
             "counts": {group: counts.tolist() for group, counts in self.counts.items()},
             "entropy": {group: values.tolist() for group, values in self.entropy.items()},
@@ -66,11 +66,11 @@ def expert_load(
     batch_tokens: int = 4096,
     plan: RoutingPlan | None = None,
 ) -> ExpertLoad:
-    """Runs the model over records and counts.
+    """Runs the model on records and counts the routers' choices.
 
     Args:
-      max_length: longest record in tokens, by default the model's context; longer ones are counted, not cut.
-      batch_tokens: tokens run at a time; it changes speed and memory, not the result.
+      max_length: longest record in tokens, by default the model's context; longer ones are counted and not run.
+      batch_tokens: tokens run at a time; it affects speed and memory only.
       plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
         longest one that is run.
 
@@ -110,7 +110,7 @@ def expert_load(
 
 
 def _by_group(names: list[str], sums: RouterSums, too_long: int) -> ExpertLoad:
-    """Means for each language and each of its kinds from the sums for each kind."""
+    """Means for each language, and for each of its kinds, from the sums for each kind."""
     counts, entropy, top_weight, tokens = {}, {}, {}, {}
     for group in sorted({name.split("/")[0] for name in names} | set(names)):
         own = [index for index, name in enumerate(names) if name == group or name.startswith(f"{group}/")]

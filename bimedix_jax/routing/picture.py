@@ -1,4 +1,4 @@
-"""The picture of expert load: layers down, experts across, a panel for each language and one for their difference."""
+"""Heatmaps of expert load, layers by experts: one for each language, and one for the difference of two languages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,22 +24,22 @@ def draw(
     """Writes a PNG with a row of panels for each entry of `loads`, for instance {"before": ..., "after": ...}.
 
     Args:
-      subject: what the model read, for the title.
-      expert_distance: mean relative distance between the experts' weights, given when they come from one dense model
-        and have not diverged: the picture then says so, since it shows the router's habits and no specialisation.
+      subject: name of the data, for the title.
+      expert_distance: mean relative distance between the experts' weights. Give it if the experts were copied from one
+        dense model and have not diverged; a note then warns that the plot shows no specialisation of experts.
 
     Raises:
-      BimedixError: nothing to draw, or the rows have different languages.
+      BimedixError: there is nothing to draw, or the rows have different languages.
     """
     languages = _languages(loads)
     columns = len(languages) + (len(languages) == 2)
     layers = next(iter(loads.values())).counts[languages[0]].shape[0]
     figure = Figure(figsize=(3.6 * columns, 1.5 + (1.2 + 0.11 * layers) * len(loads)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no window system, and nothing of pyplot's global state
+    FigureCanvasAgg(figure)  # draws without a window system and without pyplot's global state
     figure.suptitle(_title(loads, subject), fontsize=11)
     axes = np.array(figure.subplots(len(loads), columns, squeeze=False))
     top = max(load.share(language).max() for load in loads.values() for language in languages)
-    reach = 0.1  # percentage points; the colours of all rows mean the same
+    reach = 0.1  # percentage points; all rows share one colour scale
     if columns > len(languages):
         apart = [100 * (load.share(languages[1]) - load.share(languages[0])) for load in loads.values()]
         reach = max(reach, *(float(np.abs(difference).max()) for difference in apart))
@@ -64,14 +64,14 @@ def draw(
 def _languages(loads: Mapping[str, ExpertLoad]) -> list[str]:
     found = {tuple(group for group in load.counts if "/" not in group) for load in loads.values()}
     if len(found) != 1 or not next(iter(found)):
-        raise BimedixError("a picture of expert load needs loads of the same languages; measure on the same records")
+        raise BimedixError("the loads to draw are of different languages; measure them on the same records")
     known = list(LANGUAGES)
     return sorted(next(iter(found)), key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def _title(loads: Mapping[str, ExpertLoad], subject: str) -> str:
     experts = next(iter(next(iter(loads.values())).counts.values())).shape[1]
-    return f"Expert load on {subject}: share of router choices per layer; even would be {100 / experts:.1f} %"
+    return f"Expert load on {subject}: share of router choices per layer; {100 / experts:.1f} % if even"
 
 
 def _spelled(language: str) -> str:

@@ -1,4 +1,4 @@
-"""Routing plans on disk: safetensors, a tensor a field."""
+"""Routing plans on disk: a safetensors file with one tensor for each field."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bimedix_jax.models.plans import RoutingPlan
 
 
 def write_plan(plan: RoutingPlan, path: Path) -> None:
-    """Writes the fields that are set; `path` appears when it is complete."""
+    """Writes the fields that are set. The file gets its name when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     save_file(plan.to_numpy(), partial)
     partial.rename(path)
@@ -20,7 +20,7 @@ def read_plan(path: str | Path) -> RoutingPlan:
     """The plan that `write_plan` wrote.
 
     Raises:
-      BimedixError: the file cannot be read, or holds something else.
+      BimedixError: the file cannot be read, or it is not a routing plan.
     """
     try:
         return RoutingPlan.from_numpy(load_file(path))

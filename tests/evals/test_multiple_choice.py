@@ -105,7 +105,18 @@ def test_records_without_choices_are_refused(model, tokenizer, make_record):
         multiple_choice(model, tokenizer, [make_record("x", "en", "qa", "Why?", "So.")])
 
 
-def test_wilson_intervals():
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (3, 7), (50, 100), (500, 1273), (4183, 4183)])
+def test_the_interval_is_wilsons(correct, total):
+    """Against the formula of Wilson 1927."""
+    z, share = 1.959964, correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    low, high = max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+    assert Accuracy(correct, total).interval == pytest.approx((low, high), abs=1e-8)
+
+
+def test_published_wilson_intervals():
     assert Accuracy(8, 10).interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert Accuracy(0, 10).interval == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert Accuracy(10, 10).interval == pytest.approx((0.7225, 1.0), abs=1e-4)

@@ -114,6 +114,9 @@ def test_a_reply_ends_at_the_stop_token_and_joins_the_history(model, tokenizer):
     assert [turn.speaker for turn in chat.turns] == ["system", "human", "gpt", "human", "gpt"]
     assert chat.turns[-1].value == ANSWER
     assert reply(model, tokenizer, "hello", options=GREEDY) == ANSWER
+    text, routing = reply(model, tokenizer, "hello", options=GREEDY, record="choices")
+    assert text == ANSWER
+    assert routing.experts_LBTK.shape[1] == 1
 
 
 def test_a_reply_that_is_cut_says_so(model, tokenizer):
@@ -178,7 +181,7 @@ def test_the_keyboard_loop(model, tokenizer):
     shown, result = scripted(chat, ["hello", "", "/what", "x" * 300, "/system Be kind.", "سؤال", "/quit", "never read"])
     assert shown.count(ANSWER) == 2  # markup in a reply is text
     assert "no command /what" in shown
-    assert "error: this question needs" in shown
+    assert "error: this question has" in shown
     assert (result["turns"], chat.turns[0].value) == (2, "Be kind.")
     assert "hello" not in json.dumps(result)
     shown, result = scripted(chat, ["/reset", "/system", KeyboardInterrupt])

@@ -1,4 +1,4 @@
-"""Decoding with separate layers and experts gives the tokens of the stacked model."""
+"""Decoding with unstacked layers and experts gives the tokens of the stacked model."""
 
 import dataclasses
 from typing import Any
@@ -48,12 +48,12 @@ def made(kind: str) -> Mixtral:
 def test_tokens_are_those_of_the_stacked_model(kind, monkeypatch):
     model = made(kind)
     plan = RoutingPlan.noisy(model.config, 0.3) if kind == "window" else None
-    assert decoding_layout.suits(model, len(PROMPTS))
+    assert decoding_layout.is_faster(model, len(PROMPTS))
     with backends.recording() as picked:
         found = generate(model, PROMPTS, 9, plan=plan)
     assert "few_rows" in picked.to_dict()["expert_mlp"]
     assert "unrolled" in picked.to_dict()["layer_scan"]
-    monkeypatch.setattr(decoding_layout, "suits", lambda *_: False)
+    monkeypatch.setattr(decoding_layout, "is_faster", lambda *_: False)
     assert found == generate(model, PROMPTS, 9, plan=plan)
 
 
@@ -65,7 +65,7 @@ def test_logits_are_those_of_the_stacked_model(kind):
     assert cache is not None
     token_B1 = jnp.asarray([[7], [50]])
     out = model(token_B1, cache=cache)
-    other = decoding_layout.separate_model(model)(token_B1, cache=decoding_layout.separate_cache(cache))
+    other = decoding_layout.unstack_model(model)(token_B1, cache=decoding_layout.unstack_cache(cache))
     np.testing.assert_allclose(other.logits_BTV, out.logits_BTV, rtol=0.05, atol=0.05)
     assert out.cache is not None
     assert other.cache is not None
@@ -73,10 +73,10 @@ def test_logits_are_those_of_the_stacked_model(kind):
     np.testing.assert_array_equal(other.cache.segment_ids_BS, out.cache.segment_ids_BS)
 
 
-def test_separate_parameters_share_the_models_memory():
+def test_unstacked_parameters_share_the_models_memory():
     model = init_random(dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=128))
     whole = model.layers.moe.w1.w.get_value()
-    parts: Any = decoding_layout.separate_model(model).layers.moe.w1.w.get_value()
+    parts: Any = decoding_layout.unstack_model(model).layers.moe.w1.w.get_value()
     part = parts[1][3]
     np.testing.assert_array_equal(part, whole[1, 3])
     first, size = whole.unsafe_buffer_pointer(), whole.nbytes
@@ -85,8 +85,8 @@ def test_separate_parameters_share_the_models_memory():
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(nnx.state(model)))
 
 
-def test_many_rows_or_branches_keep_to_the_loop(monkeypatch):
+def test_many_rows_or_branches_use_the_loop(monkeypatch):
     model = made("float32")
-    assert not decoding_layout.suits(model, decoding_layout.MAX_ROWS + 1)
+    assert not decoding_layout.is_faster(model, decoding_layout.MAX_ROWS + 1)
     monkeypatch.setattr(decoding_layout, "MAX_BRANCHES", 7)
-    assert not decoding_layout.suits(model, 1)
+    assert not decoding_layout.is_faster(model, 1)
