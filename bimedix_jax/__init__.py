@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# name -> module that defines it; the imports above say the same to type checkers, and a test compares the two
+# name -> module that defines it; a test checks that the imports above, for type checkers, are the same
 _PUBLIC = {
     "BimedixError": "bimedix_jax.errors",
     "LoraConfig": "bimedix_jax.models.config",
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(sorted(_PUBLIC))}")
     value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # the next access does not call this function
     return value
 
 

@@ -1,8 +1,8 @@
-"""`bimedix COMMAND [options]`: finds the command, reads its options, runs it, and says how it ended.
+"""`bimedix COMMAND [options]`: finds the command, reads its options, runs it, and reports errors.
 
-What holds for every command: results go to stdout (with `--json` exactly one JSON document), progress and warnings to
-stderr; exit code 0 means done, 1 failed, 2 wrong usage, 130 interrupted; a failure is one sentence `error: ...`, with
-a traceback only under `--debug`. Nothing here imports JAX: `bimedix --help` answers in well under a second.
+For every command, results are written to stdout (with `--json` exactly one JSON document), progress and warnings to
+stderr. The exit code is 0 for success, 1 for a failure, 2 for wrong usage and 130 for an interruption. A failure is one
+sentence `error: ...`, with a traceback only under `--debug`. `bimedix --help` imports only the standard library.
 """
 
 import dataclasses
@@ -22,48 +22,66 @@ from typing import Any, TextIO
 from bimedix_jax import __version__, startup
 from bimedix_jax.errors import BimedixError
 
-# command -> (one-line help, module with `Config` and `run(config, console) -> dict`); a row appears when it works
+# command -> (one-line help, module with `Config` and `run(config, console) -> dict`)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "quickstart": ("the whole way on a laptop, in minutes: start here", "bimedix_jax.commands.quickstart"),
+    "quickstart": (
+        "the whole pipeline on a laptop, end to end in minutes: start here",
+        "bimedix_jax.commands.quickstart",
+    ),
     "convert": ("check a checkpoint and write it in another precision", "bimedix_jax.commands.convert"),
     "export": (
         "write a model, a merge or adapters for transformers, peft, bitsandbytes",
         "bimedix_jax.commands.export",
     ),
     "upcycle": ("make a mixture of experts from a dense Llama model", "bimedix_jax.commands.upcycle"),
-    "coverage": ("every tensor with its bits, its adapter and what trains", "bimedix_jax.commands.coverage"),
-    "data assemble": ("published data sets into checked records", "bimedix_jax.commands.data_assemble"),
+    "coverage": (
+        "list every tensor with its bits, its adapter and whether it is trained",
+        "bimedix_jax.commands.coverage",
+    ),
+    "data assemble": ("turn published data sets into checked records", "bimedix_jax.commands.data_assemble"),
     "data translate": (
-        "English records into Arabic, scored, refined and queued for review",
+        "translate English records into Arabic: scored, refined, queued for review",
         "bimedix_jax.commands.data_translate",
     ),
     "data mix": (
-        "records in both languages into one training set at an exact ratio",
+        "mix records of both languages into one training set at an exact ratio",
         "bimedix_jax.commands.data_mix",
     ),
     "data review": (
-        "translations to reviewers and back, agreement and error bounds",
+        "send translations to reviewers, read their verdicts, bound the error rate",
         "bimedix_jax.commands.data_review",
     ),
-    "data chats": ("consultations from exam questions, with their answers kept", "bimedix_jax.commands.data_chats"),
-    "data pack": ("records into rows of tokens, ready for training", "bimedix_jax.commands.data_pack"),
-    "data stats": ("what a set of records holds, by language, kind and source", "bimedix_jax.commands.data_stats"),
-    "eval run": ("held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
+    "data chats": (
+        "turn exam questions into consultations that keep the correct answer",
+        "bimedix_jax.commands.data_chats",
+    ),
+    "data pack": ("pack records into rows of tokens for training", "bimedix_jax.commands.data_pack"),
+    "data stats": ("count records and tokens by language, kind and source", "bimedix_jax.commands.data_stats"),
+    "eval run": ("measure held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
     "chat": ("talk with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
-    "plan": ("memory, work and time of a run on devices that need not be here", "bimedix_jax.commands.plan"),
-    "bench moe": ("speed of the experts' matrix products on this machine", "bimedix_jax.commands.bench_moe"),
-    "bench train": ("speed of training steps, against transformers + peft", "bimedix_jax.commands.bench_train"),
-    "bench decode": ("speed of prefill and decoding, against transformers", "bimedix_jax.commands.bench_decode"),
+    "plan": ("memory, work and time of a run on devices that you need not have", "bimedix_jax.commands.plan"),
+    "bench moe": (
+        "measure the speed of the experts' matrix products on this machine",
+        "bimedix_jax.commands.bench_moe",
+    ),
+    "bench train": (
+        "measure the speed of training steps, against transformers + peft",
+        "bimedix_jax.commands.bench_train",
+    ),
+    "bench decode": (
+        "measure the speed of prefill and decoding, against transformers",
+        "bimedix_jax.commands.bench_decode",
+    ),
 }
 
 REPEATING = frozenset({"train", "quickstart"})
-"""Commands that take the same large temporaries step after step: they keep freed memory (startup.reuse_memory)."""
+"""Commands that allocate the same large buffers in every step, and so keep freed memory (startup.reuse_memory)."""
 
 GLOBAL_FLAGS = {
     "--json": "print the result as one JSON document on stdout, everything else on stderr",
     "--debug": "show the traceback of an error",
-    "--version": "print the version and leave",
+    "--version": "print the version and exit",
 }
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -91,17 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(words: list[str], debug: bool, as_json: bool) -> tuple[int, dict[str, Any] | None]:
-    """Exit code and JSON document of a command line; every exception ends here, as a sentence on stderr."""
+    """Exit code and JSON document of a command line. Every exception becomes a sentence on stderr."""
     try:
         try:
             document = _dispatch(words, as_json)
         finally:
-            sys.stdout.flush()  # here, where a reader that has gone is met, not when Python ends
+            sys.stdout.flush()  # a closed pipe raises here, and not when Python exits
         return DONE, _plain(document) if as_json else None
-    except BrokenPipeError:  # as under `bimedix --help | head`: whoever reads has enough
+    except BrokenPipeError:  # as in `bimedix --help | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE, None
-    except SystemExit as left:  # tyro has printed the help (0) or what is wrong with the options (2)
+    except SystemExit as left:  # tyro has printed the help (0) or an error in the options (2)
         code = left.code if isinstance(left.code, int) else (DONE if left.code is None else FAILED)
         if isinstance(left.code, str):
             print(left.code, file=sys.stderr)
@@ -133,7 +151,7 @@ def _print_traceback(error: BaseException) -> None:
 
 
 def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
-    """Run the command that `words` name. None where help was asked for."""
+    """Run the command named by `words`. Returns None if only help was printed."""
     name, options = _find_command(words)
     if name not in COMMANDS:  # the program itself, or a group such as `data`
         if not options:
@@ -159,16 +177,16 @@ def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
 
 
 def _split_flags(words: list[str]) -> tuple[set[str], list[str]]:
-    """Take the global flags out of the words, wherever they stand; a bare `--` ends the search."""
+    """Remove the global flags from the words, wherever they are; a bare `--` ends the search."""
     end = words.index("--") if "--" in words else len(words)
     flags = {word for word in words[:end] if word in GLOBAL_FLAGS}
     return flags, [word for word in words[:end] if word not in GLOBAL_FLAGS] + words[end:]
 
 
 def _find_command(words: list[str]) -> tuple[str, list[str]]:
-    """Longest command that `words` begin with, and what follows it.
+    """The longest command that `words` begin with, and the words after it.
 
-    Where they begin with no command: the group they name ("" is the whole program) and the help flag, if one is there.
+    If they do not begin with a command: the group that they name ("" is the program) and the help flag, if given.
     """
     for length in (2, 1):
         name = " ".join(words[:length])
@@ -196,7 +214,7 @@ def _program(name: str) -> str:
 def _help(group: str) -> str:
     rows = {name: text for name, (text, _) in COMMANDS.items() if not group or name.startswith(f"{group} ")}
     width = max(map(len, [*rows, *GLOBAL_FLAGS]))
-    columns = max(shutil.get_terminal_size().columns, width + 24)  # a narrower column of texts cannot be read
+    columns = max(shutil.get_terminal_size().columns, width + 24)  # texts in a narrower column are unreadable
 
     def table(entries: dict[str, str]) -> list[str]:
         indent = " " * (width + 4)
@@ -216,9 +234,9 @@ def _help(group: str) -> str:
 
 @contextmanager
 def _stdout_reserved(for_good: bool) -> Iterator[TextIO]:
-    """Yield a stream to the real stdout, while whatever else writes there, C++ included, reaches stderr.
+    """Yield a stream to the real stdout, and redirect all other output to stdout, also from C++, to stderr.
 
-    `for_good` keeps it so until the process ends: libraries print from exit handlers too.
+    `for_good` keeps the redirection until the process exits, since libraries print from exit handlers too.
     """
     sys.stdout.flush()
     python_stdout = sys.stdout
@@ -246,9 +264,9 @@ def _stdout_reserved(for_good: bool) -> Iterator[TextIO]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as what JSON can say: arrays as lists, array scalars as numbers, paths as text, dataclasses as objects.
+    """`value` in types of JSON: arrays as lists, array scalars as numbers, paths as text, dataclasses as objects.
 
-    JSON has no NaN and no infinity: they become null.
+    NaN and infinity become null, since JSON has neither.
 
     Raises:
         TypeError: a value of another type, which is a bug in the command.
@@ -267,4 +285,4 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    raise TypeError(f"a command returned a {type(value).__name__}, which JSON cannot hold")
+    raise TypeError(f"a command returned a {type(value).__name__}, which cannot be written as JSON")

@@ -1,4 +1,4 @@
-"""`bimedix` as a process: what it prints where, how it ends, and how fast it answers.
+"""`bimedix` as a process: its output on stdout and stderr, its exit codes and what it imports.
 
 Made-up commands stand in for real ones, so that these tests are about the command line alone.
 """
@@ -119,8 +119,8 @@ def test_the_list_of_commands_is_wrapped_to_the_terminal(columns, monkeypatch):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_each_command_explains_its_options_without_jax(name):
-    """Its module imports, has Config and run, and shows help without loading JAX."""
+def test_each_command_shows_its_options_without_jax(name):
+    """Its module has Config and run, and its help does not import JAX."""
     code = f"""
         import importlib, sys, dataclasses, inspect
         from bimedix_jax import cli
@@ -137,7 +137,7 @@ def test_each_command_explains_its_options_without_jax(name):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_option_says_what_it_is(name):
+def test_every_option_has_a_help_text(name):
     """The text below a field of `Config` is the help of its option."""
     path = Path(bimedix_jax.__file__).parent / "commands" / f"{name.replace(' ', '_')}.py"
     tree = ast.parse(path.read_text("utf-8"))
@@ -149,7 +149,7 @@ def test_every_option_says_what_it_is(name):
             assert isinstance(following.value, ast.Constant)
 
 
-def test_what_trains_keeps_freed_memory_and_asks_for_it_before_jax():
+def test_training_commands_keep_freed_memory_before_jax_is_imported():
     code = """
         import importlib, sys
         from bimedix_jax import cli, startup
@@ -173,7 +173,7 @@ def test_version():
     assert (done.returncode, done.stdout, done.stderr) == (0, f"bimedix_jax {bimedix_jax.__version__}\n", "")
 
 
-def test_unknown_command_and_option_name_the_nearest():
+def test_an_unknown_command_or_option_names_the_nearest():
     for words, suggestion in [
         (["cuont"], "did you mean `bimedix count`?"),
         (["group", "waits"], "did you mean `bimedix group wait`?"),
@@ -240,20 +240,20 @@ def test_json_holds_when_a_library_prints_at_exit():
     ("words", "code"),
     [(["user_error", "--count", "1"], 1), (["bug", "--count", "1"], 1), (["count", "--cnt", "1"], 2), (["cuont"], 2)],
 )
-def test_json_says_when_it_failed(words, code):
+def test_json_has_an_error_after_a_failure(words, code):
     done = bimedix(*words, "--json")
     assert done.returncode == code
     assert list(json.loads(done.stdout)) == ["error"]
 
 
-def test_a_result_that_json_cannot_hold_is_a_bug_that_is_said():
+def test_a_result_that_is_not_json_is_reported_as_a_bug():
     done = bimedix("unprintable", "--count", "1", "--json")
     assert done.returncode == 1
     assert "unexpected TypeError" in done.stderr
     assert "object" in json.loads(done.stdout)["error"]
 
 
-def test_what_the_user_can_fix_is_one_sentence():
+def test_a_user_error_is_one_sentence():
     done = bimedix("user_error", "--count", "1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == "error: the folder is empty; put a model there"
@@ -272,7 +272,7 @@ def test_a_bug_is_one_sentence_too():
     assert debug.stderr.splitlines()[-1] == "error: unexpected KeyError: 'missing'"
 
 
-def test_interruption_says_how_to_go_on():
+def test_an_interruption_prints_how_to_resume():
     done = bimedix("stop", "--count", "1")
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "interrupted: continue with --resume"
@@ -291,7 +291,7 @@ def test_ctrl_c_ends_without_a_traceback():
     assert json.loads(stdout) == {"error": "interrupted"}
 
 
-def test_main_in_process_gives_stdout_back(capfd):
+def test_main_in_process_restores_stdout(capfd):
     assert cli.main(["nothing", "--json"]) == 2
     print("after")
     out = capfd.readouterr().out
@@ -328,20 +328,20 @@ def test_type_checkers_see_the_same_public_names():
     assert sorted(bimedix_jax.__all__) == sorted([*bimedix_jax._PUBLIC, "__version__"])
 
 
-def test_the_cpu_is_chosen_only_where_nothing_else_can_be_meant(tmp_path):
+def test_the_cpu_is_chosen_only_without_an_accelerator(tmp_path):
     assert not startup._has_accelerator(tmp_path)
     (tmp_path / "nvidia0").touch()
     assert startup._has_accelerator(tmp_path)
 
 
-def test_start_up_chatter_is_held_back_and_real_errors_are_not(capfd):
+def test_start_up_messages_are_hidden_and_errors_are_not(capfd):
     with startup._without_lines(startup._CUDA_CHATTER):
         os.write(2, b"I0000 cudart_stub.cc:31] Could not find cuda drivers on your machine\nE0000 out of memory\n")
     assert capfd.readouterr().err == "E0000 out of memory\n"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
-def test_a_reader_that_leaves_early_is_no_error(words):
+def test_a_closed_pipe_is_not_an_error(words):
     """As `bimedix train --help | head -1` does."""
     reading, writing = os.pipe()
     os.close(reading)

@@ -1,4 +1,4 @@
-"""`bimedix coverage` counts from shapes alone, and what it counts is what the model has."""
+"""`bimedix coverage` counts from shapes alone, and its counts are those of the loaded model."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_the_papers_count(capsys):
     assert bits["layers.moe.router.w"] == 16
 
 
-def test_with_the_output_projection_too(capsys):
+def test_the_count_with_the_output_projection(capsys):
     targets = ("q", "k", "v", "o", "w1", "w2", "w3", "router")
     result = counted(capsys, "--model", "mixtral-8x7b", "--targets", *targets, "--base", "bfloat16")
     assert result["trainable_parameters"] == 1_937_801_216
@@ -59,14 +59,14 @@ def test_with_the_output_projection_too(capsys):
 
 
 @pytest.mark.parametrize("base", ["nf4", "bfloat16", "float32"])
-def test_shapes_say_what_the_loaded_model_says(folder, capsys, base):
+def test_the_table_from_shapes_equals_that_of_the_loaded_model(folder, capsys, base):
     result = counted(capsys, "--model", str(folder), "--rank", "2", "--alpha", "4", "--base", base)
     expected = coverage(add_lora(load(folder, base), LORA)).to_dict()
     assert {key: result[key] for key in expected} == json.loads(json.dumps(expected))
     assert result["lora"] == json.loads(json.dumps(dataclasses.asdict(LORA) | {"scale": 2.0}))
 
 
-def test_a_folder_needs_its_configuration_only(folder, tmp_path, capsys):
+def test_a_folder_needs_only_its_configuration(folder, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     words = ("--model", str(tmp_path), "--rank", "0", "--base", "float32")
     result = counted(capsys, *words)
@@ -74,7 +74,7 @@ def test_a_folder_needs_its_configuration_only(folder, tmp_path, capsys):
     assert result["trainable_parameters"] == result["total_parameters"]
 
 
-def test_a_trained_adapter_is_counted_as_it_is(folder, adapter, capsys):
+def test_a_trained_adapter_has_the_count_of_its_file(folder, adapter, capsys):
     result = counted(capsys, "--model", str(folder), "--adapter", str(adapter))
     stored = load_file(adapter / store.ADAPTER_WEIGHTS)
     assert result["trainable_parameters"] == sum(array.size for array in stored.values())
@@ -85,7 +85,7 @@ def test_a_trained_adapter_is_counted_as_it_is(folder, adapter, capsys):
     assert "another base" in refused(capsys, "--model", "mixtral-8x7b", "--adapter", str(adapter))
 
 
-def test_an_adapter_that_lacks_a_tensor_is_refused(folder, adapter, tmp_path, capsys):
+def test_an_adapter_that_lacks_a_tensor_raises(folder, adapter, tmp_path, capsys):
     for file in adapter.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / store.ADAPTER_WEIGHTS)
@@ -112,7 +112,7 @@ def test_a_native_checkpoint_has_its_own_storage_and_adapters(folder, tmp_path, 
         (("--model", "mixtral-8x7b", "--rank", "-1"), "rank must be at least 1"),
     ],
 )
-def test_what_is_wrong_is_said(words, said, capsys):
+def test_wrong_options_raise(words, said, capsys):
     assert said in refused(capsys, *words)
 
 

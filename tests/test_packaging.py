@@ -1,4 +1,4 @@
-"""The wheel, installed into an empty environment and run from elsewhere, works, also beside another `kernels`."""
+"""The wheel works in an empty environment, from another folder, and together with another package `kernels`."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {("bimedix_jax", "kernels"), ("bimedix_jax", "models")}  # the symlinks: their targets count
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Output of a command that must succeed, in an environment that points nowhere near the source tree."""
+def output_of(*command: str | Path, cwd: Path) -> str:
+    """Output of a command that must succeed, in an environment without paths to the source tree."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -27,14 +27,16 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tree's files, so that no stale build/ folder can add to it."""
+    """Built from a copy of the source files, so that files of an old build/ folder are not included."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "bimedix_jax", "kernels", "models"):
         if (ROOT / name).exists():
-            run("cp", "-R", "-P", ROOT / name, source / name if (ROOT / name).is_file() else source, cwd=mkdir(source))
+            output_of(
+                "cp", "-R", "-P", ROOT / name, source / name if (ROOT / name).is_file() else source, cwd=mkdir(source)
+            )
     build = ("wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder, source)
-    run(sys.executable, "-m", "pip", *build, cwd=folder)
+    output_of(sys.executable, "-m", "pip", *build, cwd=folder)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -46,18 +48,18 @@ def mkdir(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """The `bin` of an environment with the wheel in it, and this environment's libraries except ours behind it."""
+    """The `bin` of an environment with the wheel and the libraries of this environment, but not its bimedix_jax."""
     home = wheel.parent / "environment"
     venv.create(home, symlinks=True, with_pip=False)
     python = home / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel, cwd=home)
+    output_of(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel, cwd=home)
     site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(home)}))
     # a plain path entry: .pth files in that folder, such as the one of an editable install, are not read
     (site / "libraries_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return home / "bin"
 
 
-def test_the_wheel_holds_each_file_once_and_under_our_name(wheel):
+def test_the_wheel_has_each_file_once_in_our_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert len(names) == len(set(names))
@@ -70,7 +72,7 @@ def test_the_wheel_holds_each_file_once_and_under_our_name(wheel):
     assert {name for name in names if name.endswith(".py")} == expected
 
 
-def test_the_wheel_holds_the_assets(wheel):
+def test_the_wheel_has_the_assets(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assets = {str(path.relative_to(ROOT)) for path in (ROOT / "bimedix_jax/assets").rglob("*") if path.is_file()}
@@ -83,8 +85,8 @@ def version() -> str:
 
 
 def test_the_installed_wheel_runs_from_elsewhere(installed, tmp_path):
-    assert "usage: bimedix" in run(installed / "bimedix", "--help", cwd=tmp_path)
-    assert run(installed / "bimedix", "--version", cwd=tmp_path) == f"bimedix_jax {version()}\n"
+    assert "usage: bimedix" in output_of(installed / "bimedix", "--help", cwd=tmp_path)
+    assert output_of(installed / "bimedix", "--version", cwd=tmp_path) == f"bimedix_jax {version()}\n"
     code = """
 import bimedix_jax, bimedix_jax.kernels.nf4, bimedix_jax.models.config, importlib, pkgutil
 for module in (bimedix_jax, bimedix_jax.kernels.nf4, bimedix_jax.models.config):
@@ -93,17 +95,17 @@ for found in pkgutil.walk_packages(bimedix_jax.__path__, "bimedix_jax."):
     if not found.name.endswith("__main__"):
         importlib.import_module(found.name)
 """
-    for file in run(installed / "python", "-W", "error", "-c", code, cwd=tmp_path).split():
+    for file in output_of(installed / "python", "-W", "error", "-c", code, cwd=tmp_path).split():
         assert Path(file).is_relative_to(installed.parent)
 
 
-def test_it_lives_beside_the_package_named_kernels(installed, tmp_path):
-    """Hugging Face's `kernels` (an extra of `dev`) stays itself, before and after ours is imported."""
+def test_the_wheel_does_not_affect_the_package_named_kernels(installed, tmp_path):
+    """Hugging Face's `kernels` (in the extra `dev`) is unchanged, before and after ours is imported."""
     code = """
 import kernels, bimedix_jax.kernels.nf4, bimedix_jax.kernels as ours
 print(kernels.get_kernel.__module__, kernels.__file__ != ours.__file__)
 """
-    module, differs = run(installed / "python", "-c", code, cwd=tmp_path).split()
+    module, differs = output_of(installed / "python", "-c", code, cwd=tmp_path).split()
     assert module.startswith("kernels.")
     assert differs == "True"
     theirs = {str(file) for file in metadata.files("kernels") or ()}
@@ -111,7 +113,7 @@ print(kernels.get_kernel.__module__, kernels.__file__ != ours.__file__)
     assert not [name for name in theirs if name.startswith("bimedix_jax/")]
 
 
-def test_bounds_allow_what_is_tested():
+def test_the_tested_versions_are_within_the_bounds():
     """Every package that setup.py asks for has one exact version in constraints.txt, within the bounds."""
     from packaging.requirements import Requirement
 

@@ -1,6 +1,6 @@
-"""One module a subcommand of `bimedix`; the table `COMMANDS` in `bimedix_jax.cli` names them.
+"""One module for each subcommand of `bimedix`; the table `COMMANDS` in `bimedix_jax.cli` lists them.
 
-Each module holds a frozen dataclass `Config`, whose fields with their docstrings are the command's options, and
-`run(config, console) -> dict`, whose result is the command's JSON document. Heavy imports (JAX, Flax) happen inside
-`run`, so that `--help` stays fast.
+Each module has a frozen dataclass `Config`, whose fields with their docstrings are the command's options, and
+`run(config, console) -> dict`, whose result is the command's JSON document. JAX and Flax are imported inside `run`, so
+that `--help` is fast.
 """

@@ -11,43 +11,43 @@ from bimedix_jax.errors import BimedixError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Time prefill and greedy decoding of a small Mixtral on this machine.
+    """Measure the speed of prefill and greedy decoding of a small Mixtral on this machine.
 
-    The model: width 512, expert width 1,792, 4 layers, 8 experts, top-2, vocabulary 32,000, random weights. Beside
-    each row, in the same run and taking turns, the machine's limit: for the prefill its matrix products alone, for
-    decoding one reading of the weights that a step uses. With --against also transformers, in the fastest of its data
-    types and ways to run experts.
+    The model has width 512, expert width 1,792, 4 layers, 8 experts, top-2, a vocabulary of 32,000 and random weights.
+    Each row also has the machine's limit, measured alternately in the same run: for prefill the time of its matrix
+    products alone, for decoding the time to read the weights of a step once. With --against, transformers is measured
+    too, with the fastest of its data types and expert implementations.
     """
 
     against: Literal["transformers"] | None = None
-    """Peer to measure as well; needs torch, transformers and peft."""
+    """Peer to measure too, which needs torch, transformers and peft; by default none."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage of our weights; None takes the fastest in a short trial for each row, as it does for the peer."""
+    """Storage of our weights; by default the fastest in a short trial for each row, as for the peer."""
     batch: int = 2
     """Rows of the prefill."""
     length: int = 512
     """Tokens of a row of the prefill."""
     decode_batches: tuple[int, ...] = (1, 8)
-    """Rows decoded at once, a result for each."""
+    """Batch sizes of decoding; each gives one result."""
     prompt: int = 128
-    """Tokens before the decoded ones."""
+    """Tokens of the prompt that is decoded from."""
     steps: int = 24
     """Tokens decoded in each repetition; the cache keeps growing."""
     repetitions: int = 9
-    """Repetitions whose median counts."""
+    """Repetitions; the result is their median."""
     size: Literal["small", "full_width", "smoke"] = "small"
-    """The model: the one above; four layers of Mixtral-8x7B, for accelerators; or a tiny one, to see that all runs."""
+    """Model: the one above (small), four layers of Mixtral-8x7B for accelerators (full_width), a tiny one (smoke)."""
     router: str | None = None
-    """Router variant of our side (topk, softmax_topk, sigmoid_bias); the peer has topk."""
+    """Router variant of our model (topk, softmax_topk, sigmoid_bias); by default topk, which the peer has."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Rows `prefill` and `decode_b<rows>`."""
+    """Measures the rows `prefill` and `decode_b<batch size>`."""
     from bimedix_jax.bench import model, report, whole
 
     sizes = (config.batch, config.length, config.prompt, config.steps, config.repetitions, *config.decode_batches)
     if min(sizes) < 1:
-        raise BimedixError("All sizes and --repetitions are at least 1.")
+        raise BimedixError("a size or --repetitions is below 1; give at least 1")
     startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, max(config.length, config.prompt + config.steps * (config.repetitions + 7) + 1))

@@ -11,30 +11,31 @@ from bimedix_jax.errors import BimedixError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Time the grouped matrix product of a mixture of experts on this machine, in bfloat16, one row a size.
+    """Measure the speed of the grouped matrix product of a mixture of experts on this machine, in bfloat16.
 
-    Everything is measured in one process, taking turns: one dense product with the same useful FLOPs, ours on balanced
-    and on skewed groups (one expert takes half), with 16-bit and with NF4 weights, lax.ragged_dot, and dequantisation.
+    All of these are measured alternately in one process: a dense product with the same useful FLOPs, our product on
+    balanced and on skewed groups (one expert gets half of the tokens), with 16-bit and with NF4 weights,
+    lax.ragged_dot, and dequantisation.
     """
 
     tokens: tuple[int, ...] = (2048,)
-    """Tokens of a row of the table; the default is the size that the project's targets are stated for."""
+    """Numbers of tokens, one row of the table for each; the default is the size of the project's targets."""
     width: int = 1024
     """Width D of the tokens."""
     hidden: int = 3584
     """Width F of an expert."""
     experts: int = 8
-    """Experts that share the rows."""
+    """Number of experts."""
     top_k: int = 2
     """Experts that each token uses."""
     repetitions: int = 9
-    """Repetitions whose median counts."""
+    """Repetitions; the result is their median."""
     feed_forward: bool = False
-    """Time the whole feed-forward on NF4 weights instead (dispatch to combine), as one operation and as its parts."""
+    """Measure the feed-forward on NF4 weights instead, from dispatch to combine, as one operation and as its parts."""
     rank: int = 16
-    """Rank of the adapters of the feed-forward."""
+    """Rank of the adapters with --feed-forward."""
     plot: Path | None = None
-    """PNG of GFLOP/s by tokens."""
+    """PNG file to write with a plot of GFLOP/s by tokens; by default none."""
 
 
 PRODUCTS = ("dense_gflops", "ours_gflops", "ours_skewed_gflops", "nf4_gflops", "ragged_dot_gflops", "dequant_gelems")
@@ -46,13 +47,15 @@ FEED_FORWARDS = tuple(
 def check(config: Config) -> None:
     sizes = (*config.tokens, config.width, config.hidden, config.experts, config.top_k, config.repetitions, config.rank)
     if min(sizes, default=0) < 1 or config.top_k > config.experts or config.experts < 2 or config.width % 64:
-        raise BimedixError("All sizes are positive, --top-k is at most --experts, --width is a multiple of 64.")
+        raise BimedixError(
+            "sizes must be positive, --top-k at most --experts, and --width a multiple of 64; correct them"
+        )
     if config.feed_forward and (config.hidden % 64 or config.plot is not None):
-        raise BimedixError("With --feed-forward, --hidden is a multiple of 64 and there is no --plot.")
+        raise BimedixError("--feed-forward needs --hidden to be a multiple of 64 and has no --plot; correct them")
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """The rows as a document."""
+    """Measures one row for each number of tokens."""
     import jax
     from rich.table import Table
     from tqdm import tqdm

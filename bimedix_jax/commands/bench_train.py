@@ -1,4 +1,4 @@
-"""`bimedix bench train`: how fast whole training steps are, against transformers + peft and the machine's limit."""
+"""`bimedix bench train`: how fast training steps are, against transformers + peft and the machine's limit."""
 
 import dataclasses
 from typing import Any, Literal
@@ -11,16 +11,16 @@ from bimedix_jax.errors import BimedixError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Time whole optimiser steps of a small Mixtral with adapters on this machine.
+    """Measure the speed of optimiser steps of a small Mixtral with adapters on this machine.
 
-    The model: width 512, expert width 1,792, 4 layers, 8 experts, top-2, vocabulary 32,000, random weights; adapters
-    of rank 16 on q, k, v, the experts and the router. Beside it, in the same run and taking turns, the time of the
-    step's matrix products alone, and with --against the same step in transformers + peft, in the fastest of its data
-    types and ways to run experts.
+    The model has width 512, expert width 1,792, 4 layers, 8 experts, top-2, a vocabulary of 32,000 and random weights,
+    with adapters of rank 16 on q, k, v, the experts and the router. The time of the step's matrix products alone is
+    measured alternately in the same run. With --against, so is the same step in transformers + peft, with the fastest
+    of its data types and expert implementations.
     """
 
     against: Literal["transformers"] | None = None
-    """Peer to measure as well; needs torch, transformers and peft."""
+    """Peer to measure too, which needs torch, transformers and peft; by default none."""
     base: Literal["bfloat16", "float32", "nf4"] = "nf4"
     """Storage of our base weights."""
     remat: Literal["none", "experts", "layer"] = "none"
@@ -30,19 +30,19 @@ class Config:
     length: int = 512
     """Tokens of a row."""
     repetitions: int = 9
-    """Repetitions whose median counts."""
+    """Repetitions; the result is their median."""
     size: Literal["small", "full_width", "smoke"] = "small"
-    """The model: the one above; four layers of Mixtral-8x7B, for accelerators; or a tiny one, to see that all runs."""
+    """Model: the one above (small), four layers of Mixtral-8x7B for accelerators (full_width), a tiny one (smoke)."""
     router: str | None = None
-    """Router variant of our side (topk, softmax_topk, sigmoid_bias); the peer has topk."""
+    """Router variant of our model (topk, softmax_topk, sigmoid_bias); by default topk, which the peer has."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """One row, `train`."""
+    """Measures the row `train`."""
     from bimedix_jax.bench import model, report, whole
 
     if min(config.batch, config.repetitions) < 1 or config.length < 2:
-        raise BimedixError("--batch and --repetitions are at least 1, --length at least 2.")
+        raise BimedixError("--batch or --repetitions is below 1, or --length below 2; give more")
     startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, config.length)

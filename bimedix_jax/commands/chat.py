@@ -1,4 +1,4 @@
-"""`bimedix chat`: talk with a model in the terminal, or put prompts on the command line and read the replies."""
+"""`bimedix chat`: talk with a model in the terminal, or get the replies to prompts from the command line."""
 
 import dataclasses
 import json
@@ -16,57 +16,57 @@ from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 if TYPE_CHECKING:
     from bimedix_jax.inference.chat import Chat
 
-COMMANDS_HELP = "/reset forgets the conversation, /system TEXT sets a system prompt and starts anew, /quit leaves."
+COMMANDS_HELP = "/reset forgets the conversation, /system TEXT sets a system prompt and starts over, /quit exits."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Chat with a model in English or Arabic. For research only.
 
-    Nothing that is said is stored, unless --save names a file. Ctrl-C stops a reply, and leaves at the prompt.
+    The conversation is stored only if --save names a file. Ctrl-C stops a reply, and at the prompt it exits.
     """
 
     model: str
     """Model folder or hub id."""
     adapter: Path | None = None
-    """Adapter folder to put on the model."""
+    """Folder of adapters to apply; by default none."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer, if it is not the model's."""
+    """Folder of the tokenizer; by default the model's."""
     template: str | None = None
-    """Chat template by name (mixtral, chatml, plain, ...) instead of the model's own."""
+    """Chat template by name (mixtral, mixtral-2023, chatml, plain); by default the model's own."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """How the weights are stored; by default bfloat16, and a native checkpoint as it was saved."""
+    """Storage of the weights; by default bfloat16, or that of a native checkpoint."""
     router: str | None = None
-    """Router variant (topk, softmax_topk, sigmoid_bias) instead of the one that the model was trained with."""
+    """Router variant (topk, softmax_topk, sigmoid_bias); by default the one that the model was trained with."""
     revision: str | None = None
-    """Revision of a hub id."""
+    """Revision of a hub id; by default the main branch."""
     prompt: tuple[str, ...] = ()
-    """Ask this instead of reading the keyboard; several are the turns of one conversation."""
+    """Prompts, as the turns of one conversation; by default they are read from the keyboard."""
     system: str | None = None
-    """System prompt."""
+    """System prompt; by default none, or that of the chat template."""
     max_new_tokens: int = 512
     """Longest reply in tokens."""
     temperature: float = 0.7
-    """Randomness; 0 always takes the most likely token."""
+    """Randomness; 0 always chooses the most likely token."""
     top_k: int | None = None
-    """Choose among this many most likely tokens."""
-    top_p: float | None = 0.9
-    """Choose among the most likely tokens that together reach this probability."""
+    """Choose among this many of the most likely tokens; by default among all."""
+    top_p: float = 0.9
+    """Choose among the most likely tokens that together reach this probability; 1 keeps all."""
     min_p: float | None = None
-    """Choose among tokens at least this fraction as likely as the likeliest."""
+    """Choose among tokens at least this fraction as likely as the most likely one; by default among all."""
     repetition_penalty: float | None = None
-    """Above 1, makes tokens that occurred less likely."""
+    """Above 1, makes tokens less likely that occurred before; by default 1."""
     seed: int = 0
     """Seed of the sampling."""
     bidi: bool = False
-    """Reorder and join Arabic here, line by line: for terminals without bidirectional text, such as Windows Terminal,
-    kitty, Alacritty, xterm and tmux."""
+    """Reorder and join Arabic letters before printing, line by line: for terminals without bidirectional text, such as
+    Windows Terminal, kitty, Alacritty, xterm and tmux."""
     save: Path | None = None
-    """Write the conversation to this JSONL file, and nowhere else; it may hold what patients said."""
+    """Write the conversation to this new JSONL file; by default it is not stored. It may contain words of patients."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Runs the conversation. Returns the replies where prompts were given, else counts only."""
+    """Runs the conversation. Returns the replies if prompts were given, otherwise only counts."""
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
@@ -74,12 +74,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.inference.chat import Chat, ChatOptions
 
     if console.stderr and not config.prompt:
-        raise BimedixError("--json has no keyboard conversation; give at least one --prompt")
+        raise BimedixError("with --json nothing is read from the keyboard; give at least one --prompt")
     if config.save is not None and config.save.exists():
         raise BimedixError(f"{config.save} exists; name a new file for the conversation")
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
-    _ = tokenizer.template  # an unknown template is said before the weights load
+    _ = tokenizer.template  # an unknown template is an error before the weights are loaded
     require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     options = ChatOptions(
@@ -104,12 +104,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def show_notice(console: Console, bidi: bool = False) -> None:
-    """The research-only notice in both languages."""
+    """Prints the research-only notice in both languages."""
     console.print(NOTICE_EN, style="yellow")
     if bidi:
         from bimedix_jax.bidi import visual
 
-        # wrapped first: after reordering, a terminal would break the lines from the wrong end
+        # wrapped before it is reordered: a terminal would break reordered lines at the wrong end
         for line in Text(NOTICE_AR).wrap(console, console.width):
             console.print(visual(line.plain.strip()), style="yellow", justify="right", highlight=False)
     else:
@@ -117,7 +117,7 @@ def show_notice(console: Console, bidi: bool = False) -> None:
 
 
 def answer_prompts(chat: "Chat", config: Config, console: Console) -> dict[str, Any]:
-    """Answers the prompts of the command line in order, as turns of one conversation."""
+    """Answers the prompts of the command line in order, as the turns of one conversation."""
     replies = []
     for prompt in config.prompt:
         console.print(Text(f"you> {shown(prompt, config.bidi)}", style="bold"))
@@ -127,7 +127,7 @@ def answer_prompts(chat: "Chat", config: Config, console: Console) -> dict[str, 
 
 
 def converse(chat: "Chat", console: Console, read: Callable[[], str], bidi: bool = False) -> dict[str, Any]:
-    """Reads questions until /quit, the end of the input or Ctrl-C. The result holds counts, not what was said."""
+    """Reads questions until /quit, the end of the input or Ctrl-C. The result has counts and no words of it."""
     console.print(COMMANDS_HELP, style="dim", highlight=False)
     counts = {"turns": 0, "tokens": 0, "dropped_turns": 0, "seconds": 0.0}
     while True:
@@ -139,11 +139,11 @@ def converse(chat: "Chat", console: Console, read: Callable[[], str], bidi: bool
         if line.startswith("/"):
             if line in ("/quit", "/exit"):
                 return counts
-            obey(chat, line, console)
+            run_slash_command(chat, line, console)
         elif line:
             try:
                 print_reply(chat, line, console, bidi)
-            except BimedixError as error:  # the question does not fit: the conversation can go on
+            except BimedixError as error:  # the question does not fit; the conversation continues
                 console.print(f"error: {error}", style="red", highlight=False, markup=False)
                 continue
             if chat.last is not None:
@@ -153,8 +153,8 @@ def converse(chat: "Chat", console: Console, read: Callable[[], str], bidi: bool
                 counts["dropped_turns"] = max(counts["dropped_turns"], chat.last.dropped_turns)
 
 
-def obey(chat: "Chat", line: str, console: Console) -> None:
-    """Carries out a line that begins with a slash."""
+def run_slash_command(chat: "Chat", line: str, console: Console) -> None:
+    """Runs a line that begins with a slash."""
     word, _, rest = line.partition(" ")
     if word == "/reset":
         chat.restart(chat.system)
@@ -182,13 +182,13 @@ def print_reply(chat: "Chat", question: str, console: Console, bidi: bool) -> No
         note = f"The context is full: the model no longer sees the oldest {chat.last.dropped_turns} turns."
         console.print(note, style="bold yellow", highlight=False)
     if not chat.last.text:
-        console.print("The model said nothing; the question is not kept.", style="yellow")
+        console.print("The reply is empty; the question is dropped.", style="yellow")
     elif not chat.last.finished:
         console.print("(cut off)", style="dim", markup=False)
 
 
 def shown(text: str, bidi: bool) -> str:
-    """`text` without control characters, which could steer the terminal, and in visual order if asked for."""
+    """`text` without control characters, which could change the terminal, and with `bidi` in visual order."""
     clean = "".join(letter for letter in text if letter in "\n\t" or letter.isprintable() or letter in "\u200c\u200d")
     if not bidi:
         return clean
@@ -198,7 +198,7 @@ def shown(text: str, bidi: bool) -> str:
 
 
 def lines(pieces: Iterator[str]) -> Iterator[str]:
-    """Pieces joined to whole lines: only a whole line can be reordered."""
+    """Pieces joined to complete lines, since only a complete line can be reordered."""
     waiting = ""
     for piece in pieces:
         *whole, waiting = (waiting + piece).split("\n")
@@ -209,7 +209,7 @@ def lines(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def save(chat: "Chat", model: str, path: Path) -> None:
-    """The conversation as one line of JSON, in the spelling of the project's records; readable by its owner alone."""
+    """Writes the conversation as one line of JSON, with the keys of records; only the owner can read the file."""
     turns = [{"from": turn.speaker, "value": turn.value} for turn in chat.turns]
     row = {"saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "model": model, "conversations": turns}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,21 +10,23 @@ from rich.console import Console
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Check a Hugging Face Mixtral and write it in another precision: bfloat16 or float32 in the same layout, or
-    packed to 4 bits as a native checkpoint."""
+    """Check a Hugging Face Mixtral and write it in another precision.
 
-    source: Annotated[str, tyro.conf.Positional]
+    bfloat16 and float32 keep the layout of Hugging Face; nf4 writes a native checkpoint with 4-bit weights.
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Hugging Face folder or hub id."""
-    destination: Annotated[Path, tyro.conf.Positional]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder to write."""
     base: Literal["bfloat16", "float32", "nf4"] = "bfloat16"
-    """Precision to write. nf4 packs attention and experts with double quantisation."""
+    """Precision to write. nf4 quantises attention and experts, with double quantisation."""
     revision: str | None = None
-    """Revision of a hub id; the published BiMediX models have safetensors at refs/pr/1."""
+    """Revision of a hub id; by default the main branch. The published BiMediX models have safetensors at refs/pr/1."""
     overwrite: bool = False
     """Replace the destination if it is not empty."""
     ignore_config_key: tuple[str, ...] = ()
-    """Keys of config.json to overlook although they are unknown or not implemented."""
+    """Keys of config.json to ignore; by default a key that is unknown or not implemented is an error."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

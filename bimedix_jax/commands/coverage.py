@@ -1,4 +1,4 @@
-"""`bimedix coverage`: every base tensor of a model with its bits, its adapter and what trains, from shapes alone."""
+"""`bimedix coverage`: every base tensor of a model with its bits, its adapter and whether it is trained."""
 
 import dataclasses
 from pathlib import Path
@@ -18,31 +18,31 @@ RECIPE = LoraConfig(rank=128, alpha=64.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Count what a fine-tuning run stores and trains: every tensor with its shape, bits per weight and adapter.
+    """List what a fine-tuning run stores and trains: every tensor with its shape, bits per weight and adapter.
 
-    No weights are read: an architecture by name needs no files, a folder only its configuration.
+    No weights are read. An architecture by name needs no files, and a folder needs only its configuration.
     """
 
     model: str
     """Architecture by name (mixtral-8x7b), or folder in Hugging Face layout or of a native checkpoint."""
     rank: int | None = None
-    """Rank of the adapters, 0 for none. By default 128, the paper's, unless --adapter or the checkpoint has its own."""
+    """Rank of the adapters, 0 for none; by default that of --adapter or the checkpoint, or else 128 as in the paper."""
     alpha: float | None = None
-    """The adapters' alpha, by default 64, the paper's; it sets their scale alpha / rank, not their size."""
+    """Alpha of the adapters, by default 64 as in the paper; it sets their scale alpha / rank and not their size."""
     targets: tuple[str, ...] | None = None
     """Linear layers that get an adapter: q k v o w1 w2 w3 router lm_head, or patterns such as layers\\.0\\..*\\.w2; by
-    default the paper's, which are all but o and lm_head."""
+    default those of the paper, which are all except o and lm_head."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage of the base weights. By default nf4, and of a native checkpoint its own."""
+    """Storage of the base weights; by default nf4, or that of a native checkpoint."""
     adapter: Path | None = None
-    """Folder of a trained adapter, which is checked against the model and counted instead of a new one."""
+    """Folder of trained adapters to check against the model and list; by default new adapters are listed."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """The coverage table as a document, with the adapters' configuration.
+    """Prints the coverage table and returns it with the configuration of the adapters.
 
     Raises:
-      BimedixError: no such model, a target that matches nothing, or an adapter that does not fit.
+      BimedixError: there is no such model, a target matches nothing, or an adapter does not fit.
     """
     from bimedix_jax import adapters
 
@@ -50,7 +50,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     asked = (config.rank, config.alpha, config.targets)
     if config.adapter is not None:
         if asked != (None, None, None):
-            raise BimedixError("--adapter brings its own rank, alpha and targets; leave those options out.")
+            raise BimedixError("--adapter has its own rank, alpha and targets; leave those options out.")
         model = with_adapter(model, config.adapter)
     elif asked != (None, None, None) or not adapters.has_lora(model):
         lora = lora_of(config)
@@ -61,7 +61,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def base_model(config: Config) -> tuple["Mixtral", str]:
-    """(the model with shapes only, storage of its base)."""
+    """(the model without weights, the storage of its base)."""
     from bimedix_jax.adapters import add_lora
     from bimedix_jax.checkpoint import hf_config, store
     from bimedix_jax.experiment import parse
@@ -92,7 +92,7 @@ def base_model(config: Config) -> tuple["Mixtral", str]:
 
 
 def lora_of(config: Config) -> LoraConfig | None:
-    """The adapters that the options ask for, the paper's where they are silent."""
+    """The adapters that the options describe, with the paper's values by default."""
     if config.rank == 0:
         if config.alpha is not None or config.targets is not None:
             raise BimedixError("--rank 0 means no adapters; leave --alpha and --targets out.")
@@ -106,7 +106,7 @@ def lora_of(config: Config) -> LoraConfig | None:
 
 
 def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
-    """The model with the shapes of a saved adapter, whose file must hold exactly these."""
+    """The model with the adapters of a folder, without weights; their file must have exactly these shapes."""
     from bimedix_jax.adapters import add_lora, is_trainable
     from bimedix_jax.checkpoint import store
     from bimedix_jax.checkpoint.peft import is_peft
@@ -114,7 +114,7 @@ def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
 
     if is_peft(folder):
         raise BimedixError(
-            f"{folder} is PEFT's, which only a loaded model can be counted with: bmx.coverage(bmx.load(MODEL, "
+            f"{folder} is an adapter of PEFT, which needs a loaded model; call bmx.coverage(bmx.load(MODEL, "
             f"adapter={str(folder)!r}))."
         )
     adapted = add_lora(model, store.adapter_config(model, folder))
@@ -123,14 +123,14 @@ def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise BimedixError(
-            f"{folder / store.ADAPTER_WEIGHTS} does not hold what its {store.ADAPTER_CONFIG} says ({len(wrong)} "
-            f"tensors differ, {wrong[0]} first); copy the adapter again."
+            f"{folder / store.ADAPTER_WEIGHTS} does not match its {store.ADAPTER_CONFIG} ({len(wrong)} tensors differ, "
+            f"{wrong[0]} first); copy the adapter again."
         )
     return adapted
 
 
 def described(model: "Mixtral") -> dict[str, Any] | None:
-    """The adapters' configuration, and the scale of those without an override."""
+    """The configuration of the adapters, with the scale of those without an override."""
     if model.lora is None:
         return None
     return {**dataclasses.asdict(model.lora), "scale": model.lora.scale_of()}

@@ -23,34 +23,35 @@ class Config:
     model: str
     """Model folder or hub id."""
     adapter: Path | None = None
-    """Adapter folder to put on the model."""
+    """Folder of adapters to apply; by default none."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer, if it is not the model's."""
+    """Folder of the tokenizer; by default the model's."""
     template: str | None = None
-    """Chat template by name (mixtral, chatml, plain, ...) instead of the model's own."""
+    """Chat template by name (mixtral, mixtral-2023, chatml, plain); by default the model's own."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """How the weights are stored; by default bfloat16, and a native checkpoint as it was saved."""
+    """Storage of the weights; by default bfloat16, or that of a native checkpoint."""
     router: str | None = None
-    """Router variant (topk, softmax_topk, sigmoid_bias) instead of the one that the model was trained with."""
+    """Router variant (topk, softmax_topk, sigmoid_bias); by default the one that the model was trained with."""
     revision: str | None = None
-    """Revision of a hub id."""
+    """Revision of a hub id; by default the main branch."""
     heldout: str | None = None
-    """Held-out records: `sample`, or a JSONL file of records. Those marked as training records are left out."""
+    """Held-out records: `sample`, or a JSONL file, without its training records; by default none."""
     tasks: tuple[str, ...] = ()
-    """Benchmark tasks by name, or `all`: mmlu_clinical_knowledge, mmlu_college_biology, mmlu_college_medicine,
-    mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
+    """Benchmark tasks by name, or `all`; by default none. They are mmlu_clinical_knowledge, mmlu_college_biology,
+    mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
     data: Path | None = None
-    """Folder with the tasks' folders: mmlu_medical_en, medmcqa_en, medqa_usmle_en, pubmedqa."""
+    """Folder with the folders mmlu_medical_en, medmcqa_en, medqa_usmle_en and pubmedqa; --tasks needs it."""
     limit: int | None = None
-    """Only N held-out records, spread over the file, and the first N questions of each task; the result says so."""
+    """Use N held-out records, spread over the file, and the first N questions of each task; by default all."""
     max_length: int | None = None
-    """Longest record or question in tokens; by default the model's context. Longer ones are counted and not scored."""
+    """Longest record or question in tokens, by default the model's context; longer ones are counted and not scored."""
     batch_tokens: int = 4096
-    """Tokens run at a time: speed against memory, not results."""
+    """Tokens run at a time; it affects speed and memory only."""
     compare: Path | None = None
-    """JSON result of an earlier run (--out), to show beside this one."""
+    """JSON result of an earlier run (--out) to compare with; by default none."""
     out: Path | None = None
-    """JSON file to write the result to; NAME.predictions.jsonl beside it gets one line for each question."""
+    """JSON file to write the result to; by default it is only printed. NAME.predictions.jsonl in the same folder gets
+    one line for each question."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -64,15 +65,15 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if not config.tasks and config.heldout is None:
         raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")
     if config.tasks and config.data is None:
-        raise BimedixError("--tasks needs --data, the folder that holds the tasks' folders")
+        raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
     if config.limit is not None and config.limit < 1:
-        raise BimedixError(f"limit is {config.limit}; give at least 1")
+        raise BimedixError(f"--limit is {config.limit}; give at least 1")
     before = None if config.compare is None else read_result(config.compare)
     names = tasks.named(config.tasks)
     records = [] if config.heldout is None else heldout_records(config.heldout, config.limit)
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
-    _ = tokenizer.template  # an unknown template is said before the weights load
+    _ = tokenizer.template  # an unknown template is an error before the weights are loaded
     require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
 
@@ -118,17 +119,17 @@ def heldout_records(source: str, limit: int | None) -> "list[Record]":
     found = records.sample() if source == "sample" else records.read_jsonl(source)
     kept = [record for record in found if record.split != "train"]
     if not kept:
-        raise BimedixError(f"{source} holds no held-out record; name a file that does")
+        raise BimedixError(f"{source} has no held-out record; name a file that does")
     if limit is None or limit >= len(kept):
         return kept
-    # files are sorted by source and kind: the first N would be of one
+    # spread, because files are sorted by source and kind
     return [kept[i * len(kept) // limit] for i in range(limit)]
 
 
 def evaluate_records(
     model: "Mixtral", tokenizer: "Tokenizer", records: "list[Record]", max_length: int | None, batch_tokens: int
 ) -> "tuple[dict[str, Any], list[Prediction]]":
-    """Held-out loss of all records, and accuracy on those with choices, with what was chosen for each."""
+    """Held-out loss of all records, and accuracy and predictions for those with choices."""
     from bimedix_jax.evals.heldout import heldout_loss
     from bimedix_jax.evals.multiple_choice import multiple_choice
 
@@ -141,7 +142,7 @@ def evaluate_records(
 
 
 def result_tables(result: dict[str, Any], before: dict[str, Any] | None, tables: Any) -> list[Any]:
-    """Tables of whatever the result holds, beside the same part of `before` where that has it."""
+    """Tables of the parts of the result, each compared with the same part of `before` if it has one."""
     old = before or {}
     found = []
     if "heldout" in result:
@@ -154,18 +155,18 @@ def result_tables(result: dict[str, Any], before: dict[str, Any] | None, tables:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result that an earlier run wrote. Raises BimedixError where the file holds none."""
+    """The result that an earlier run wrote. Raises BimedixError if the file is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BimedixError(f"cannot read {path} as a result ({error}); name a file that --out wrote") from error
     if not isinstance(value, dict) or not {"heldout", "choice", "tasks"} & set(value):
-        raise BimedixError(f"{path} is no result of `bimedix eval run`; name a file that --out wrote")
+        raise BimedixError(f"{path} is not a result of `bimedix eval run`; name a file that --out wrote")
     return value
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """The result as JSON; the folder is made if need be."""
+    """Writes the result as JSON, and creates the folder if needed."""
     from bimedix_jax.files import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,14 +174,14 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def predictions_path(out: Path) -> Path:
-    """Where the predictions of the result `out` go."""
+    """Path of the predictions that belong to the result `out`."""
     return out.with_name(f"{out.name.removesuffix('.json')}.predictions.jsonl")
 
 
 def write_predictions(out: Path, predictions: "dict[str, list[Prediction]]") -> dict[str, Any]:
-    """One JSON object a line for each question that was scored, by set: a task's name, or what --heldout named.
+    """Writes one line of JSON for each scored question; its `set` is the name of the task or the value of --heldout.
 
-    Returns: what the result says about the file; its name is relative to the result's folder.
+    Returns: name of the file in the result's folder, and its number of lines.
     """
     from bimedix_jax.files import write_text
 

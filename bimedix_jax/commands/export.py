@@ -21,52 +21,54 @@ WHICH = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write a checkpoint for others to load: the model in Hugging Face's hub layout with tokenizer, chat template and
-    generation config, its adapters merged on request; its 4-bit weights as bitsandbytes stores them; or its adapters
-    alone, as PEFT stores them.
+    """Write a checkpoint that other libraries can load.
 
-    A merge ends with a report: what rounding took of the fine-tune, and on how many tokens logits and routes of the
-    merged model differ from those of the model with adapters.
+    With --format hf it is the model in Hugging Face's hub layout with tokenizer, chat template and generation config;
+    with --merge, the adapters are merged into it. With --format bitsandbytes it has 4-bit weights, with --format peft
+    only the adapters.
+
+    A merge ends with a report: how much of the fine-tuning was lost to rounding, and on how many tokens the logits and
+    routes of the merged model differ from those of the model with adapters.
     """
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Checkpoint folder (native or Hugging Face) or hub id."""
-    destination: Annotated[Path, tyro.conf.Positional]
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """Folder to write."""
     format: Literal["hf", "peft", "bitsandbytes"] = "hf"
     """hf: the whole model in 16 or 32 bits. peft: the adapters. bitsandbytes: the model in 4 bits."""
     adapter: Path | None = None
-    """Folder of adapters (native or PEFT) to merge, or to write as PEFT's."""
+    """Folder of adapters (native or PEFT) to merge or to export; by default those of the checkpoint, if any."""
     merge: Literal["original", "dequantised"] | None = None
-    """Weights that the adapters are added to: the 16-bit ones of --source, or the dequantised 4-bit ones."""
+    """Merge the adapters into the original 16-bit weights or into the dequantised 4-bit ones; by default no merge."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage that --source is loaded in, nf4 where adapters were trained over 4 bits; by default bfloat16 (nf4 for
-    bitsandbytes), and of a native checkpoint its own."""
+    """Storage of the loaded weights; by default that of a native checkpoint, nf4 for bitsandbytes, or else bfloat16.
+    Give nf4 if the adapters were trained on 4-bit weights."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Precision of the merged weights; bfloat16 by default, float32 keeps deltas that bfloat16 rounds away."""
+    """Precision of the merged weights, by default bfloat16; float32 keeps changes that bfloat16 would round away."""
     layout: Literal["per_expert", "fused", "attention"] = "per_expert"
-    """How peft and bitsandbytes folders hold experts: one by one, as the hub does; fused, as transformers 5 does in
-    memory; or, for bitsandbytes, in 16 bits beside a 4-bit attention: all that transformers 5 loads unaided."""
+    """Layout of experts for peft and bitsandbytes: per_expert as on the hub; fused as in memory in transformers 5; or,
+    for bitsandbytes only, attention: 4-bit attention and 16-bit experts, which transformers 5 loads as it is."""
     probe: str = "sample"
-    """Text on which a merge is compared with the adapters: `sample`, or a JSONL file of records."""
+    """Text on which the merged model is compared with the adapters: `sample`, or a JSONL file of records."""
     probe_records: int = 24
-    """Records of it; 0 leaves the comparison out."""
+    """Number of its records to use; 0 skips the comparison."""
     tokenizer_from: Path | None = None
-    """Folder whose tokenizer files are copied; the source by default."""
+    """Folder whose tokenizer files are copied; by default the source."""
     revision: str | None = None
-    """Revision of a hub id."""
+    """Revision of a hub id; by default the main branch."""
     max_shard_gb: float = 5.0
-    """Largest safetensors file in GB (10^9 bytes); a bigger model is sharded with an index."""
+    """Largest safetensors file in GB (10^9 bytes); a larger model is split into several files with an index."""
     overwrite: bool = False
     """Replace the destination if it is not empty."""
     router: str | None = None
-    """Router variant (topk, softmax_topk, sigmoid_bias) instead of the one that the model was trained with."""
+    """Router variant (topk, softmax_topk, sigmoid_bias); by default the one that the model was trained with."""
     ignore_config_key: tuple[str, ...] = ()
-    """Keys of config.json to overlook although they are unknown or not implemented."""
+    """Keys of config.json to ignore; by default a key that is unknown or not implemented is an error."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Writes the folder; returns its files, and the report of a merge."""
+    """Writes the folder. Returns its files, and the report of a merge."""
     from bimedix_jax.checkpoint.load import load
 
     check(config)
@@ -93,9 +95,9 @@ def check(config: Config) -> None:
     if config.probe_records < 0:
         raise BimedixError(f"--probe-records cannot be negative, got {config.probe_records}.")
     if config.merge is not None and config.format != "hf":
-        raise BimedixError("--merge gives a whole model; leave it out, or --format.")
+        raise BimedixError("--merge writes a model in --format hf; leave out one of the two.")
     if config.dtype is not None and config.merge is None:
-        raise BimedixError("--dtype is the precision of a merge; pass --base, or --merge with it.")
+        raise BimedixError("--dtype is the precision of a merge; pass --merge too, or --base instead.")
     if config.adapter is not None and config.format == "hf" and config.merge is None:
         raise BimedixError(WHICH)
     if config.merge is not None and config.probe != "sample" and not Path(config.probe).is_file():
@@ -109,7 +111,7 @@ def check(config: Config) -> None:
 
 
 def check_tokenizer(config: Config) -> None:
-    """Raises BimedixError where the tokenizer of --tokenizer-from is not one for this model."""
+    """Raises BimedixError if the tokenizer of --tokenizer-from does not fit this model."""
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.data.tokenizer import has_tokenizer, load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
@@ -120,7 +122,7 @@ def check_tokenizer(config: Config) -> None:
 
 
 def write(config: Config, model: "Mixtral", console: Console) -> dict[str, Any]:
-    """The folder that was asked for."""
+    """Writes the folder in the wanted format."""
     from bimedix_jax.checkpoint.hf import export_hf
 
     shard_bytes = round(config.max_shard_gb * 1_000_000_000)
@@ -142,12 +144,12 @@ def write(config: Config, model: "Mixtral", console: Console) -> dict[str, Any]:
 
 
 def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) -> dict[str, Any]:
-    """Writes the merged model, loads it again, and compares the two."""
+    """Writes the merged model, loads it again, and compares it with the model with adapters."""
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.checkpoint.merge import export_merged
     from bimedix_jax.routing.drift import drift, observe
 
-    assert config.merge is not None  # the caller's condition
+    assert config.merge is not None  # checked by the caller
     texts = probe_texts(config, model)
     observed = observe(model, texts) if texts else None
     dtype = config.dtype or "bfloat16"
@@ -176,7 +178,7 @@ def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) 
 
 
 def probe_texts(config: Config, model: "Mixtral") -> list[tuple[str, list[int]]]:
-    """(language, token ids) of the records to compare on, those longer than the model's context left out."""
+    """(language, token ids) of the records to compare on, without those longer than the model's context."""
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.data import records
     from bimedix_jax.data.encoding import encode_chat
@@ -188,7 +190,7 @@ def probe_texts(config: Config, model: "Mixtral") -> list[tuple[str, list[int]]]
     tokenizer = load_tokenizer(config.tokenizer_from or resolve(config.source, config.revision))
     require_fit(tokenizer, model.config.vocab_size, config.source)
     found = list(records.sample("heldout") if config.probe == "sample" else records.read_jsonl(config.probe))
-    # evenly over the file, which is sorted by language and kind
+    # spread, because the file is sorted by language and kind
     chosen = found[:: max(1, len(found) // config.probe_records)][: config.probe_records]
     texts = [(record.language, encode_chat(tokenizer, record.conversations)[0]) for record in chosen]
     fitting = [(label, ids) for label, ids in texts if len(ids) <= model.config.max_position_embeddings]

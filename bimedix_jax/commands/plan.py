@@ -1,4 +1,4 @@
-"""`bimedix plan`: does a run fit a machine that is not here, what would it cost, how long would it take."""
+"""`bimedix plan`: whether a run fits other devices, how much memory it needs and how long it takes."""
 
 import dataclasses
 from pathlib import Path
@@ -18,42 +18,42 @@ DEFAULT = "bimedix-mixtral-8x7b"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Compile the training step, the prefill and a decoding step of a run for devices that need not be here.
+    """Compile the training step, the prefill and a decoding step of a run for devices that you need not have.
 
-    What is compiled is what `bimedix train` and `bimedix chat` run, by the compiler that the devices would use; nothing
-    is estimated but time. A step takes half a minute of a CPU for GPUs and two minutes for TPUs.
+    The steps of `bimedix train` and `bimedix chat` are compiled with the compiler of these devices. Only time is
+    estimated. On a CPU, compiling a step takes half a minute for GPUs and two minutes for TPUs.
     """
 
     devices: str
-    """Devices and their number: a100-80gb:8; also a100-40gb, h100-80gb, v5e and v5p."""
+    """Devices and their number, such as a100-80gb:8. Known are a100-40gb, a100-80gb, h100-80gb, v5e and v5p."""
     experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET|FILE")] = DEFAULT
-    """Preset or experiment file, by default the paper's recipe."""
+    """Preset or experiment file; the default is the paper's recipe."""
     model: str | None = None
-    """Architecture by name, or a folder whose config.json has it; its weights are not read. By default that of the
-    experiment's random model, if it has one, otherwise mixtral-8x7b."""
+    """Architecture by name, or a folder with its config.json; weights are not read. By default the architecture of the
+    experiment's random model, or else mixtral-8x7b."""
     set: tuple[Assignment, ...] = ()
     """Fields of the experiment by dotted name and JSON value, such as data.sequence_length=2048 batch.rows=16."""
     router: str | None = None
-    """Router variant (topk, softmax_topk, sigmoid_bias) instead of the experiment's."""
+    """Router variant (topk, softmax_topk, sigmoid_bias); by default the experiment's."""
     fit: bool = False
-    """Where it does not fit, change the setting until it does, and say what was changed."""
+    """If the run does not fit, change its settings until it does, and list the changes."""
     inference: bool = True
-    """Plan the prefill and the decoding step as well."""
+    """Compile the prefill and the decoding step too."""
     prompt_tokens: int = 512
-    """Tokens of the prompt that is prefilled."""
+    """Tokens of a prompt in the prefill."""
     prompts: int = 1
-    """Prompts that are decoded side by side."""
+    """Prompts in a batch of inference."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """The plan as a document."""
+    """Prints and returns memory, communication, work and time."""
     from bimedix_jax.plan.devices import assumptions, target
     from bimedix_jax.plan.fit import fit
     from bimedix_jax.plan.page import show
     from bimedix_jax.plan.report import described, plan_inference, plan_training
 
     if config.prompt_tokens < 1 or config.prompts < 1:
-        raise BimedixError("--prompt-tokens and --prompts are at least 1.")
+        raise BimedixError("--prompt-tokens or --prompts is below 1; give at least 1.")
     experiment, where = resolve(config), target(config.devices)
     architecture = architecture_of(config.model, experiment)
     progress = Console(stderr=True)
@@ -76,7 +76,7 @@ def resolve(config: Config) -> Experiment:
     """The experiment that the options describe.
 
     Raises:
-      BimedixError: neither a preset nor a file, or a value that does not fit.
+      BimedixError: the experiment is neither a preset nor a file, or a value does not fit.
     """
     name = config.experiment
     if name in PRESETS:
@@ -90,7 +90,7 @@ def resolve(config: Config) -> Experiment:
 
 
 def architecture_of(model: str | None, experiment: Experiment) -> MixtralConfig:
-    """Sizes of a model by name or by the config.json of its folder; None: of the experiment's random model."""
+    """Sizes of a model, by name or from the config.json of its folder; None: those of the experiment."""
     if model is None:
         return experiment.model.random or ARCHITECTURES["mixtral-8x7b"]
     if model in ARCHITECTURES:

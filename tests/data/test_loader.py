@@ -43,7 +43,7 @@ def test_a_batch_has_the_promised_arrays(packed: Path) -> None:
     assert row.segments[0].id == f"r{row.tokens[0]}"
 
 
-def test_every_epoch_is_another_permutation_with_nothing_lost_between(packed: Path) -> None:
+def test_every_epoch_is_another_permutation_of_all_rows(packed: Path) -> None:
     stream = list(itertools.chain.from_iterable(names(batches(packed, 4, seed=0), step) for step in range(11)))
     epochs = [stream[i * ROWS : (i + 1) * ROWS] for i in range(4)]
     assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
@@ -70,7 +70,7 @@ def test_a_bounded_stream_ends_with_empty_rows(packed: Path) -> None:
         found[3]
 
 
-def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
+def test_invalid_arguments_and_folders_raise(packed: Path, tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
     with pytest.raises(BimedixError, match="cannot be divided"):
         batches(packed, 4, seed=0, process_count=3)
     with pytest.raises(BimedixError, match="not a packed folder"):
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused(packed: Path, tmp_path: Path, bytes_tokeni
         _ = batches(tmp_path, 4, seed=0)[0]
 
 
-def test_a_copy_that_is_not_what_was_packed_is_refused(packed: Path, tmp_path: Path) -> None:
+def test_a_changed_copy_of_a_packed_folder_raises(packed: Path, tmp_path: Path) -> None:
     assert fingerprint(packed) == files.sha256(packed / "rows.array_record")
     copy = tmp_path / "copy"
     shutil.copytree(packed, copy)

@@ -29,7 +29,7 @@ lengths = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 
 @settings(deadline=None)
 @given(lengths=lengths, window=st.integers(1, 8), packing=st.sampled_from(["best_fit", "none"]))
-def test_every_token_is_found_again(lengths: list[int], window: int, packing: pack.Packing) -> None:
+def test_every_token_is_in_exactly_one_row(lengths: list[int], window: int, packing: pack.Packing) -> None:
     examples = {f"r{i}": example(i, length) for i, length in enumerate(lengths)}
     report = PackReport()
     rows = list(pack.pack(examples.values(), 40, PAD, packing, window=window, report=report))
@@ -55,7 +55,7 @@ def test_every_token_is_found_again(lengths: list[int], window: int, packing: pa
 
 @settings(deadline=None)
 @given(lengths=lengths)
-def test_packing_is_deterministic_and_rows_survive_the_file(lengths: list[int]) -> None:
+def test_packing_is_deterministic_and_rows_round_trip(lengths: list[int]) -> None:
     examples = [example(i, length) for i, length in enumerate(lengths)]
     first, second = (list(pack.pack(examples, 40, PAD)) for _ in range(2))
     assert [row.to_bytes() for row in first] == [row.to_bytes() for row in second]
@@ -81,7 +81,7 @@ def test_rows_are_nearly_full(languages: tuple[str, ...]) -> None:
     assert report.to_dict(4096)["efficiency"] > 0.98
 
 
-def test_what_is_too_long_is_cut_or_dropped_and_counted() -> None:
+def test_long_examples_are_truncated_or_dropped_and_counted() -> None:
     examples = [example(0, 50), example(1, 8), example(2, 50, learned_from=45)]
     report = PackReport()
     rows = list(pack.pack(examples, 40, report=report))
@@ -124,7 +124,7 @@ def test_the_shuffle_is_a_permutation_fixed_by_the_seed(tmp_path: Path) -> None:
         list(pack.shuffled_lines(tmp_path / "none.jsonl", 0))
 
 
-def test_the_index_says_what_the_rows_are(tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
+def test_the_index_describes_the_rows(tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:
     made = make_records(tmp_path / "r.jsonl", 9)
     report = PackReport()
     encoded = [pack.encode_record(bytes_tokenizer, record) for record in made]
@@ -157,10 +157,10 @@ def test_the_rows_do_not_depend_on_the_workers(tmp_path: Path, bytes_tokenizer: 
     assert set(found[0]) == {"rows.array_record", "index.json", "manifest.json"}
 
 
-def test_packing_takes_a_split_and_a_limit_and_says_what_is_wrong(
+def test_packing_takes_a_split_and_a_limit_and_names_wrong_options(
     tmp_path: Path, bytes_tokenizer: Tokenizer, capsys
 ) -> None:
-    def run(*options: str) -> int:
+    def pack_with(*options: str) -> int:
         out = str(tmp_path / "packed")
         common = [
             "--tokenizer",
@@ -174,17 +174,17 @@ def test_packing_takes_a_split_and_a_limit_and_says_what_is_wrong(
         ]
         return main(["data", "pack", *options, *common])
 
-    assert run("--records", "sample", "--split", "heldout", "--limit", "7") == 0
+    assert pack_with("--records", "sample", "--split", "heldout", "--limit", "7") == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 7
     (tmp_path / "bad.jsonl").write_text("\n{}\n")
-    assert run("--records", str(tmp_path / "bad.jsonl")) == 1
+    assert pack_with("--records", str(tmp_path / "bad.jsonl")) == 1
     assert "bad.jsonl at byte 1: id: Field required" in capsys.readouterr().err
-    assert run("--records", str(tmp_path / "none.jsonl")) == 1
+    assert pack_with("--records", str(tmp_path / "none.jsonl")) == 1
     assert "there is no file" in capsys.readouterr().err
 
 
 def test_memory_of_packing_does_not_grow_with_the_records() -> None:
-    """What waits for its row to fill is all that is held: examples of closed rows are gone."""
+    """Only examples of open rows are in memory; those of closed rows were freed."""
     alive: list[weakref.ref[np.ndarray]] = []
 
     def examples() -> Iterator[Example]:

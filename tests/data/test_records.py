@@ -27,7 +27,7 @@ def test_the_json_spelling_is_the_papers_and_survives_a_round_trip() -> None:
     assert records.parse(line, "here") == record
 
 
-def test_a_turn_in_another_language_says_so_and_the_others_do_not() -> None:
+def test_only_a_turn_in_another_language_has_a_language() -> None:
     turns = (Turn(speaker="human", value="Hi", language="en"), Turn(speaker="gpt", value="أهلا"))
     line = make(conversations=turns).to_json()
     assert '{"from": "human", "value": "Hi", "language": "en"}, {"from": "gpt", "value": "أهلا"}' in line
@@ -51,12 +51,12 @@ def test_a_turn_in_another_language_says_so_and_the_others_do_not() -> None:
         ({"surprise": 1}, "surprise"),
     ],
 )
-def test_a_record_that_cannot_be_right_is_refused(changes: dict[str, object], message: str) -> None:
+def test_an_invalid_record_raises(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         make(**changes)
 
 
-def test_an_empty_turn_is_refused() -> None:
+def test_an_empty_turn_raises() -> None:
     with pytest.raises(ValidationError, match="is empty"):
         Turn(speaker="human", value=" \n")
 
@@ -70,13 +70,13 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path) -> None:
         next(found)
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_records_round_trip_through_a_file(tmp_path: Path) -> None:
     written = [make(id=str(i)) for i in range(3)]
     assert records.write_jsonl(tmp_path / "r.jsonl", written) == 3
     assert list(records.read_jsonl(tmp_path / "r.jsonl")) == written
 
 
-def test_the_split_depends_on_key_and_seed_alone_and_has_the_asked_share() -> None:
+def test_the_split_depends_only_on_key_and_seed() -> None:
     first = [records.assign_split(f"r{i}", 0, 0.1) for i in range(4000)]
     assert first == [records.assign_split(f"r{i}", 0, 0.1) for i in range(4000)]
     assert 330 < first.count("heldout") < 470
@@ -93,7 +93,7 @@ def test_the_question_is_found_without_its_choices() -> None:
     assert records.question_of(record) == "Which lowers glucose?"
 
 
-def test_the_bundled_sample_is_what_was_promised() -> None:
+def test_the_bundled_sample_has_all_languages_kinds_and_splits() -> None:
     everything = list(records.sample())
     assert len(everything) >= 240
     assert len({record.id for record in everything}) == len(everything)

@@ -15,7 +15,7 @@ from bimedix_jax.errors import BimedixError
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
-# SmolLM2-Instruct's template: ChatML that brings its own system prompt
+# SmolLM2-Instruct's template: ChatML with a default system prompt
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
@@ -45,16 +45,16 @@ dialogues = st.builds(
 )
 
 
-def test_the_mask_gives_back_the_assistants_words_in_bytes(bytes_tokenizer: Tokenizer) -> None:
+def test_the_mask_marks_the_assistants_words_with_bytes(bytes_tokenizer: Tokenizer) -> None:
     _check_mask(bytes_tokenizer)
 
 
-def test_the_mask_gives_back_the_assistants_words_in_sentencepiece(mixtral_tokenizer: Tokenizer) -> None:
+def test_the_mask_marks_the_assistants_words_with_sentencepiece(mixtral_tokenizer: Tokenizer) -> None:
     _check_mask(mixtral_tokenizer)
 
 
 def _check_mask(tokenizer: Tokenizer) -> None:
-    """Each stretch of the mask decodes to exactly one answer and its end token, and nothing else is learned."""
+    """Each learned run of tokens decodes to one answer with its end token, and nothing else is learned."""
 
     @fixtures
     @given(turns=dialogues)
@@ -77,7 +77,7 @@ def _check_mask(tokenizer: Tokenizer) -> None:
     check()
 
 
-def test_a_prompt_is_how_the_conversation_begins(mixtral_tokenizer: Tokenizer, bytes_tokenizer: Tokenizer) -> None:
+def test_a_prompt_is_a_prefix_of_the_conversation(mixtral_tokenizer: Tokenizer, bytes_tokenizer: Tokenizer) -> None:
     for tokenizer in (mixtral_tokenizer, bytes_tokenizer):
         for answer in ("Yes.", ") is", "\n\nYes", " 7", "نعم"):
             turns = conversation("Is it?", answer)
@@ -99,7 +99,7 @@ def test_text_and_ids_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_is_recognised_by_what_its_jinja_renders(name: str, tmp_path: Path) -> None:
+def test_every_template_is_recognised_from_its_jinja(name: str, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name].jinja)
     tokenizer = load_tokenizer(tmp_path)
@@ -121,7 +121,7 @@ def test_smollm2s_default_system_prompt_is_found(tmp_path: Path) -> None:
         _same_as_transformers(tokenizer, theirs, turns)
 
 
-def test_a_template_that_refuses_system_prompts_is_recognised(tmp_path: Path) -> None:
+def test_a_template_that_raises_for_system_prompts_is_recognised(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": MIXTRAL_2023})
@@ -136,7 +136,7 @@ def test_a_template_that_refuses_system_prompts_is_recognised(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "jinja", [None, "{{ messages[0]['content'] }}", "{% broken", SMOLLM2.replace("user", "human") + "x"]
 )
-def test_a_template_that_is_not_known_is_never_guessed(jinja: str | None, tmp_path: Path) -> None:
+def test_an_unknown_template_raises(jinja: str | None, tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     config = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": jinja}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -165,14 +165,14 @@ def test_a_user_cannot_write_special_tokens(mixtral_tokenizer: Tokenizer, bytes_
         assert learned.strip() == f"a{eos}b{eos}"
 
 
-def test_a_tokenizer_without_the_templates_tokens_is_refused(sentencepiece_model: bytes, tmp_path: Path) -> None:
+def test_a_tokenizer_without_the_templates_tokens_raises(sentencepiece_model: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
     tokenizer = load_tokenizer(tmp_path, template="chatml")
     with pytest.raises(BimedixError, match=r"needs the token <\|im_start\|>"):
         encode_chat(tokenizer, conversation("q", "a"))
 
 
-def test_the_real_mixtral_tokens_are_mistrals_own(tmp_path: Path) -> None:
+def test_mixtral_prompts_have_the_tokens_of_mistral_common(tmp_path: Path) -> None:
     import mistral_common
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest

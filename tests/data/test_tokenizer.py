@@ -21,7 +21,7 @@ def test_bytes_survive_a_round_trip(bytes_tokenizer: Tokenizer, text: str) -> No
     assert bytes_tokenizer.decode(bytes_tokenizer.encode_with_offsets(text, literal=True).ids) == text
 
 
-def test_the_byte_tokenizer_is_small_and_has_what_a_chat_needs(tmp_path: Path) -> None:
+def test_the_byte_tokenizer_is_small_and_has_the_tokens_of_a_chat(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path)
     assert tokenizer.vocab_size == 304
     assert tokenizer.template.name == "chatml"
@@ -59,7 +59,7 @@ def test_offsets_cover_the_text(mixtral_tokenizer: Tokenizer) -> None:
     assert {i for low, high in encoding.offsets for i in range(low, high)} == set(range(len(text)))
 
 
-def test_the_real_mixtral_tokenizer_is_read_as_published(tmp_path: Path) -> None:
+def test_the_published_mixtral_tokenizer_is_read(tmp_path: Path) -> None:
     import mistral_common
 
     model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
@@ -87,7 +87,7 @@ def test_special_ids_come_from_the_first_file_that_names_them(tmp_path: Path) ->
     assert load_tokenizer(tmp_path).decode([load_tokenizer(tmp_path).eos_id]) == "<|pad|>"
 
 
-def test_what_is_no_tokenizer_is_refused_with_a_remedy(tmp_path: Path) -> None:
+def test_files_that_are_not_a_tokenizer_raise(tmp_path: Path) -> None:
     with pytest.raises(BimedixError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -117,7 +117,7 @@ def test_a_file_with_a_wrong_value_is_named_with_its_key(tmp_path: Path, name: s
         load_tokenizer(tmp_path)
 
 
-def test_an_added_token_with_a_shifted_id_is_refused(tmp_path: Path) -> None:
+def test_an_added_token_with_a_shifted_id_raises(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     config = {"added_tokens_decoder": {"999": {"content": "<|im_start|>", "special": True}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Tokenizers and models that do not fit are refused by every command, ids out of range by every function."""
+"""A tokenizer that does not fit the model raises in every command, and an id out of range in every function."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def folder(small, tokenizer, tmp_path_factory):
-    """The small model beside the tokenizer, without weights: errors are raised before they would load."""
+    """The small model's configuration and the tokenizer, without weights: errors are raised before they are loaded."""
     place = export_hf(small, tmp_path_factory.mktemp("model") / "hf", tokenizer_from=tokenizer.folder)
     (place / "model.safetensors").unlink()
     return place
@@ -90,7 +90,7 @@ def test_the_vocabulary_is_read_from_the_configuration_alone(small, folder, tmp_
         ["export", "MODEL", "OUT", "--tokenizer-from", "MODEL"],
     ],
 )
-def test_every_command_refuses_a_tokenizer_of_another_model(words: list[str], folder, tmp_path, capsys):
+def test_a_tokenizer_of_another_model_raises_in_every_command(words: list[str], folder, tmp_path, capsys):
     places: dict[str, str] = {"MODEL": str(folder), "OUT": str(tmp_path / "out")}
     assert cli.main([places.get(word, word) for word in words]) == 1
     captured = capsys.readouterr()
@@ -99,7 +99,7 @@ def test_every_command_refuses_a_tokenizer_of_another_model(words: list[str], fo
     assert not (tmp_path / "out").exists()
 
 
-def test_an_id_that_the_model_lacks_is_refused_by_every_function(small, tokenizer, records):
+def test_an_id_that_the_model_lacks_raises_in_every_function(small, tokenizer, records):
     for function in (heldout_loss, multiple_choice, expert_load):
         with pytest.raises(BimedixError, match="token id 257 is outside the vocabulary of 256"):
             function(small, tokenizer, records)

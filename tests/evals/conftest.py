@@ -1,4 +1,4 @@
-"""Tiny models over the byte tokenizer, one of which is known exactly: it gives every token the same odds everywhere."""
+"""Tiny models with the byte tokenizer; the output of one is known exactly, since it is the same at every position."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def unigram():
-    """Makes the model whose logits are `logits_V` at every position, whatever came before."""
+    """Makes a model whose logits are `logits_V` at every position of every sequence."""
 
     def make(logits_V):
         model = init_random(dataclasses.replace(TINY, num_layers=1, hidden_size=8, intermediate_size=8), seed=0)
@@ -93,7 +93,7 @@ def forward(graph, weights, tokens_BT, ids_BT):
 
 
 def full_logprobs(model, ids):
-    """log p of ids[1:] from the whole logits of one row that holds nothing else, in float64."""
+    """log p of ids[1:] from the logits of a row with only these tokens, in float64."""
     tokens_BT, ids_BT = np.zeros((1, 512), np.int32), np.zeros((1, 512), np.int32)
     tokens_BT[0, : len(ids)], ids_BT[0, : len(ids)] = ids, 1
     logits = np.asarray(forward(*nnx.split(model), tokens_BT, ids_BT)[0, : len(ids)], np.float64)

@@ -1,4 +1,4 @@
-"""Held-out loss: against whole logits, against a model that is known exactly, and whatever the batches."""
+"""Held-out loss: against whole logits, against a model with known output, and with any batch size."""
 
 import math
 
@@ -25,7 +25,7 @@ def test_loss_equals_that_of_whole_logits_one_record_at_a_time(model, tokenizer,
         assert value == pytest.approx(nats[group] / tokens[group], rel=1e-5)
 
 
-def test_bits_per_byte_of_an_undecided_model(unigram, tokenizer, mixed):
+def test_bits_per_byte_of_a_uniform_model(unigram, tokenizer, mixed):
     found = heldout_loss(unigram(np.zeros(304)), tokenizer, mixed)
     for group, bits in found.bits_per_byte.items():
         assert found.nats_per_token[group] == pytest.approx(math.log(304), rel=1e-6)
@@ -45,7 +45,7 @@ def test_batches_change_nothing(model, tokenizer, mixed):
         assert together.nats_per_token[group] == pytest.approx(value, rel=1e-5)
 
 
-def test_what_is_too_long_is_counted_not_cut(model, tokenizer, mixed):
+def test_long_records_are_counted_and_not_scored(model, tokenizer, mixed):
     whole = heldout_loss(model, tokenizer, mixed)
     short = heldout_loss(model, tokenizer, mixed, max_length=120)
     assert short.too_long

@@ -1,4 +1,4 @@
-"""Multiple choice: likelihoods against whole logits, known answers of a model that is known exactly, any batching."""
+"""Multiple choice: likelihoods against whole logits, answers of a model with known output, any batch size."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from bimedix_jax.models.mixtral import init_random
 
 
 def expected(model, tokenizer, record, words, full_logprobs):
-    """log p of `words` after the begun answer, from whole logits."""
+    """log p of `words` after the opening of the answer, from whole logits."""
     opening = {"en": "Answer:", "ar": "الإجابة:"}[record.language]
     prompt = begin_answer(tokenizer, record.conversations[:-1], opening)
     ids = begin_answer(tokenizer, record.conversations[:-1], f"{opening} {words}")
@@ -43,7 +43,7 @@ def test_batches_change_nothing(model, tokenizer, mcqa):
         assert one.texts == pytest.approx(other.texts, rel=1e-5)
 
 
-def test_a_model_that_always_likes_one_letter(unigram, tokenizer, mcqa):
+def test_a_model_that_always_prefers_one_letter(unigram, tokenizer, mcqa):
     logits = np.zeros(304)
     logits[tokenizer.encode("A")] = 5.0
     found = multiple_choice(unigram(logits), tokenizer, mcqa)
@@ -57,7 +57,7 @@ def test_a_model_that_always_likes_one_letter(unigram, tokenizer, mcqa):
 
 
 def test_length_does_not_count_against_an_option_scored_per_byte(unigram, tokenizer, make_record):
-    """All bytes are equally likely: whole texts favour the short option, per byte the long one."""
+    """All bytes are equally likely: the sum favours the short option, the mean per byte the long one."""
     record = make_record("y", "en", "qa", "Is it?", "Answer: no", ("no", "certainly"), 0)
     (prediction,) = multiple_choice(unigram(np.zeros(304)), tokenizer, [record]).predictions
     assert prediction.letters is None
@@ -66,7 +66,7 @@ def test_length_does_not_count_against_an_option_scored_per_byte(unigram, tokeni
     assert prediction.texts == pytest.approx([-3 * np.log(304), -10 * np.log(304)], rel=1e-5)
 
 
-def test_yes_no_maybe_goes_by_the_whole_text(unigram, tokenizer, make_record):
+def test_options_without_letters_are_scored_by_their_text(unigram, tokenizer, make_record):
     logits = np.zeros(304)
     logits[tokenizer.encode("maybe")] = 9.0
     record = make_record("p", "en", "qa", "Abstract: ...\nQuestion: ...?", "Answer: maybe", ("yes", "no", "maybe"), 2)
@@ -87,7 +87,7 @@ def test_a_question_that_fills_the_context_to_the_last_token(model, tokenizer, m
     assert shorter.scores["en"].total == 1
 
 
-def test_the_prompt_is_the_beginning_of_what_training_saw(tokenizer, mcqa):
+def test_the_prompt_is_a_prefix_of_the_training_text(tokenizer, mcqa):
     for record in mcqa:
         question = question_of(record, tokenizer)
         trained, _ = encode_chat(tokenizer, record.conversations)
@@ -95,12 +95,12 @@ def test_the_prompt_is_the_beginning_of_what_training_saw(tokenizer, mcqa):
         assert trained[: len(right)] == right
 
 
-def test_the_answer_is_begun_and_not_closed(tokenizer):
+def test_the_assistant_turn_is_left_open(tokenizer):
     turns = (Turn(speaker="human", value="Why?"),)
     assert tokenizer.decode(begin_answer(tokenizer, turns, "Answer:")).endswith("assistant\nAnswer:")
 
 
-def test_records_without_choices_are_refused(model, tokenizer, make_record):
+def test_records_without_choices_raise(model, tokenizer, make_record):
     with pytest.raises(BimedixError, match="no choices"):
         multiple_choice(model, tokenizer, [make_record("x", "en", "qa", "Why?", "So.")])
 

@@ -1,4 +1,4 @@
-"""A plan reaches everything that runs a model: banning an expert is the same as a model that does not have it."""
+"""Every function that runs a model follows a plan: banning an expert equals a model without that expert."""
 
 import dataclasses
 
@@ -157,7 +157,7 @@ def test_expert_load_under_a_ban(model, models, tokenizer, mixed):
 @pytest.mark.usefixtures("quick_kernels")
 @pytest.mark.parametrize("base", ["same", "other"])
 def test_recorded_routes_replay_by_row_and_position(model, tokenizer, mixed, base):
-    """With fields that differ at every token of every record, whatever batch it runs in."""
+    """With fields that differ at every token of every record, in any batch."""
     source = model if base == "same" else init_random(model.config, seed=9, std=0.3)
     recorded = heldout_loss(source, tokenizer, mixed, record="choices")
     assert recorded.routing is not None
@@ -177,7 +177,7 @@ def test_recorded_routes_replay_by_row_and_position(model, tokenizer, mixed, bas
 
 
 def test_a_generation_replays_from_its_own_record(model):
-    """The plan's index 0 is a prompt's first token, also where padding stands before it."""
+    """Index 0 of the plan is the first token of a prompt, after its padding."""
     tokens, routing = generate(model, PROMPTS, 6, plan=RoutingPlan.noisy(model.config, 0.5, seed=1), record="choices")
     experts = jnp.asarray(np.where(routing.experts_LBTK == NO_EXPERT, -1, routing.experts_LBTK))
     plan = RoutingPlan(experts_LBTK=experts, weights_LBTK=jnp.asarray(routing.weights_LBTK))
@@ -190,7 +190,7 @@ def test_a_generation_replays_from_its_own_record(model):
     assert one[0] == tokens[0]
 
 
-def test_a_plan_of_another_length_is_refused(model, tokenizer, mixed):
+def test_a_plan_of_another_length_raises(model, tokenizer, mixed):
     plan = RoutingPlan(temperature_LBT=jnp.ones((2, 1, 7)))
     with pytest.raises(ValueError, match=r"temperature_LBT has shape \(2, 1, 7\)"):
         generate(model, PROMPTS, 9, plan=plan)

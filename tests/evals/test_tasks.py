@@ -1,4 +1,4 @@
-"""The table of tasks over three-record fixtures, tables for people, and `bimedix eval run` from end to end."""
+"""The table of tasks on three-record fixtures, the printed tables, and `bimedix eval run` end to end."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def test_every_task_reads_its_own_questions(data):
         tasks.questions_of("medqa", data / "nowhere")
 
 
-def test_results_say_what_they_are_of(scored):
+def test_results_have_the_counts_of_their_files(scored):
     assert list(scored) == list(tasks.TASKS)
     medqa = scored["medqa"].to_dict()
     assert (medqa["n"], medqa["available"], medqa["paper_questions"], medqa["limited"]) == (2, 3, 1273, True)
@@ -89,7 +89,7 @@ def printed(table):
     return screen.getvalue()
 
 
-def test_tables_show_results_alone_and_beside_earlier_ones(model, tokenizer, mixed, mcqa, scored):
+def test_tables_show_results_alone_and_against_earlier_ones(model, tokenizer, mixed, mcqa, scored):
     loss = heldout_loss(model, tokenizer, mixed).to_dict()
     worse = loss | {"nats_per_token": {group: value + 1 for group, value in loss["nats_per_token"].items()}}
     assert "(-1.0000)" in printed(tables.loss_table(loss, worse))
@@ -148,7 +148,7 @@ def test_the_command_gives_one_json_document_and_the_same_file(folder, data, mix
     assert "before -> after" in capsys.readouterr().err
 
 
-def test_predictions_lie_beside_the_result_under_its_name(tmp_path):
+def test_predictions_are_in_the_folder_of_the_result(tmp_path):
     assert predictions_path(tmp_path / "a.json") == tmp_path / "a.predictions.jsonl"
     assert predictions_path(tmp_path / "a.v2") == tmp_path / "a.v2.predictions.jsonl"
     assert write_predictions(tmp_path / "new/a.json", {"sample": []}) == {"file": "a.predictions.jsonl", "lines": 0}
@@ -166,13 +166,13 @@ def test_predictions_lie_beside_the_result_under_its_name(tmp_path):
         (["--heldout", "sample", "--compare", "nowhere.json"], "cannot read"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_model_loads(options, message, capsys):
+def test_wrong_options_raise_before_the_model_loads(options, message, capsys):
     assert cli.main(["eval", "run", "--model", "no-such-model", *options]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_a_limit_spreads_over_the_records():
-    """The sample is sorted by language and kind; a few of its records still show all of them."""
+    """The sample is sorted by language and kind, yet a few spread records have all of them."""
     few = heldout_records("sample", 12)
     assert len(few) == 12
     assert {record.language for record in few} == {"en", "ar"}

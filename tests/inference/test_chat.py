@@ -39,7 +39,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Says ANSWER to everything: each token fixes the next, from the line break that ends every prompt."""
+    """Answers everything with ANSWER: each token determines the next, from the line break that ends every prompt."""
     model = init_random(CONFIG, seed=0)
     for variable in (model.layers.attention.o.w, model.layers.moe.w2.w):
         variable.set_value(jnp.zeros_like(variable.get_value()))
@@ -58,7 +58,7 @@ def folder(model, tokenizer, tmp_path_factory):
 
 
 def pieces_byte_fallback():
-    """A tokenizer as SentencePiece's: words with a mark for the blank before them, unknown characters as bytes."""
+    """A tokenizer like SentencePiece's: a mark for the space before a word, and unknown characters as bytes."""
     words = ["▁the", "▁ربو", "▁", "ربو", "a"]
     vocabulary = {f"<0x{value:02X}>": value for value in range(256)} | {word: 256 + i for i, word in enumerate(words)}
     engine = Engine(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
@@ -73,7 +73,7 @@ FALLBACK = pieces_byte_fallback()
 
 
 @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("سعال شديد ًٌ😀é")), max_size=60))
-def test_bytes_of_a_text_come_out_as_its_characters(tokenizer, text):
+def test_streamed_bytes_are_whole_characters(tokenizer, text):
     ids = tokenizer.encode_with_offsets(text, literal=True).ids
     pieces = list(pieces_of(tokenizer, ids))
     assert "".join(pieces) == text
@@ -82,12 +82,12 @@ def test_bytes_of_a_text_come_out_as_its_characters(tokenizer, text):
 
 
 @given(st.lists(st.integers(0, 303), max_size=40))
-def test_any_ids_of_a_byte_tokenizer_stream_as_they_decode(tokenizer, ids):
+def test_streaming_any_bytes_equals_decoding(tokenizer, ids):
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids, skip_special=True)
 
 
 @given(st.lists(st.sampled_from(["▁the", "▁ربو", "▁", "ربو", "a", "</s>", "س", "😀", "é"]), max_size=30))
-def test_words_and_byte_pieces_stream_as_they_decode(words):
+def test_streaming_words_and_byte_pieces_equals_decoding(words):
     ids = []
     for word in words:
         known = FALLBACK.token_id(word)
@@ -97,7 +97,7 @@ def test_words_and_byte_pieces_stream_as_they_decode(words):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_a_character_is_given_out_with_its_last_byte(tokenizer):
+def test_a_character_is_returned_with_its_last_byte(tokenizer):
     detokenizer = Detokenizer(tokenizer)
     assert [detokenizer.push(token) for token in tokenizer.encode("aس")] == ["a", "", "س"]
     assert detokenizer.flush() == ""
@@ -119,13 +119,13 @@ def test_a_reply_ends_at_the_stop_token_and_joins_the_history(model, tokenizer):
     assert routing.experts_LBTK.shape[1] == 1
 
 
-def test_a_reply_that_is_cut_says_so(model, tokenizer):
+def test_a_reply_that_is_cut_off_is_not_finished(model, tokenizer):
     chat = Chat(model, tokenizer, options=dataclasses.replace(GREEDY, max_new_tokens=3))
     answer = chat.ask("hello")
     assert (answer.text, answer.finished) == ("شo", False)
 
 
-def test_stopping_early_keeps_what_was_said(model, tokenizer):
+def test_stopping_early_keeps_the_text_so_far(model, tokenizer):
     chat = Chat(model, tokenizer, options=GREEDY)
     pieces = chat.stream("hello")
     assert next(pieces) == "ش"
@@ -135,7 +135,7 @@ def test_stopping_early_keeps_what_was_said(model, tokenizer):
     assert not chat.last.finished
 
 
-def test_a_full_context_drops_the_oldest_turns_and_says_so(model, tokenizer):
+def test_a_full_context_drops_and_counts_the_oldest_turns(model, tokenizer):
     chat = Chat(model, tokenizer, "Be brief.", GREEDY)
     dropped = [chat.ask(f"question {number} " + "x" * 40).dropped_turns for number in range(5)]
     assert dropped[:2] == [0, 0]
@@ -155,7 +155,7 @@ def test_fitting_keeps_the_system_prompt_and_the_last_question(tokenizer):
         fit(tokenizer, turns, 20)
 
 
-def test_what_cannot_be_asked(model, tokenizer):
+def test_empty_and_oversized_questions_raise(model, tokenizer):
     with pytest.raises(BimedixError, match="empty"):
         Chat(model, tokenizer).ask("  ")
     with pytest.raises(BimedixError, match="no room"):
@@ -163,7 +163,7 @@ def test_what_cannot_be_asked(model, tokenizer):
 
 
 def scripted(chat, lines, **options):
-    """What the console shows for lines typed, and the result."""
+    """The output on the console for typed lines, and the result."""
     screen, typed = io.StringIO(), iter(lines)
 
     def read() -> str:

@@ -23,7 +23,7 @@ def model():
 
 
 def without_cache(model, prompt, count):
-    """Greedy decoding that runs the whole sequence anew for each token."""
+    """Greedy decoding that runs the whole sequence again for each token."""
     forward = jax.jit(lambda tokens, ids: model(tokens, ids).logits_BTV)
     tokens = list(prompt)
     for _ in range(count):
@@ -34,12 +34,12 @@ def without_cache(model, prompt, count):
     return tokens[len(prompt) :]
 
 
-def test_greedy_with_the_cache_equals_greedy_without(model):
+def test_greedy_decoding_is_the_same_with_and_without_a_cache(model):
     for prompt in PROMPTS[1:3]:
         assert generate(model, prompt, 20) == without_cache(model, prompt, 20)
 
 
-def test_a_sliding_window_reaches_back_equally_far_in_the_cache():
+def test_a_sliding_window_is_the_same_with_a_cache():
     model = init_random(dataclasses.replace(CONFIG, sliding_window=4), seed=2, std=0.3)
     assert generate(model, PROMPTS[2], 20) == without_cache(model, PROMPTS[2], 20)
 
@@ -56,13 +56,13 @@ def test_a_padded_array_with_segment_ids_equals_lists(model):
     assert generate(model, tokens, 8, segment_ids=ids) == generate(model, PROMPTS[:2], 8)
 
 
-def test_the_stream_equals_the_whole(model):
+def test_stream_yields_the_tokens_of_generate(model):
     for options in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 5}):
         whole = generate(model, PROMPTS[0], 16, **options)
         assert list(stream(model, PROMPTS[0], 16, **options)) == whole
 
 
-def test_a_stop_token_ends_its_row_only_and_is_left_out(model):
+def test_a_stop_token_ends_only_its_row_and_is_not_returned(model):
     free = generate(model, PROMPTS[:2], 12)
     stop = free[0][5]
     ended = [row[: row.index(stop)] if stop in row else row for row in free]
@@ -70,7 +70,7 @@ def test_a_stop_token_ends_its_row_only_and_is_left_out(model):
     assert list(stream(model, PROMPTS[0], 12, stop_tokens=np.array([stop]))) == ended[0]
 
 
-def test_a_seed_repeats_and_another_differs(model):
+def test_the_same_seed_repeats_and_another_differs(model):
     first = generate(model, PROMPTS[0], 16, temperature=1.0, seed=1)
     assert first == generate(model, PROMPTS[0], 16, temperature=1.0, seed=1)
     assert first != generate(model, PROMPTS[0], 16, temperature=1.0, seed=2)
@@ -96,7 +96,7 @@ def kept(logits, **options):
     return np.isfinite(keep_likely(jnp.asarray(logits)[None], Sampling.of(temperature=1.0, **options))[0]).tolist()
 
 
-def test_filters_keep_what_their_definitions_say():
+def test_filters_keep_the_tokens_of_their_definitions():
     logits = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
     assert kept(logits, top_k=2) == [False, True, False, True, False]
     assert kept(logits, top_k=99) == [True] * 5
@@ -115,7 +115,7 @@ def test_sampling_frequencies_follow_the_temperature():
     np.testing.assert_allclose(np.bincount(draws, minlength=3) / 20_000, expected, atol=0.015)
 
 
-def test_other_values_and_like_lengths_compile_nothing_new(model):
+def test_other_values_and_similar_lengths_do_not_recompile(model):
     generate(model, PROMPTS[0], 5, temperature=0.5, top_k=4)
     compiled: list[Any] = [_step, _prefill]
     before = [function._cache_size() for function in compiled]
@@ -144,6 +144,6 @@ def test_the_whole_context_can_be_used(model):
         ([1], {"segment_ids": [0]}, "empty"),
     ],
 )
-def test_what_cannot_be_done_is_said(model, prompt, options, message):
+def test_invalid_arguments_raise(model, prompt, options, message):
     with pytest.raises(BimedixError, match=message):
         generate(model, prompt, **({"max_new_tokens": 10} | options))

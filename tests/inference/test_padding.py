@@ -1,4 +1,4 @@
-"""Buckets, batches and packing lose nothing and put nothing twice."""
+"""Buckets, batches and packing keep every token exactly once."""
 
 import numpy as np
 import pytest
@@ -18,11 +18,11 @@ def test_a_bucket_is_big_enough_and_wastes_at_most_a_third(length):
     assert bucket(found) == found
 
 
-def test_buckets_are_two_an_octave():
+def test_there_are_two_buckets_per_octave():
     assert sorted({bucket(n, smallest=1) for n in range(1, 65)}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
 
 
-def test_padding_is_on_the_side_it_says():
+def test_padding_is_on_the_named_side():
     assert [array.tolist() for array in pad_left([[7, 8], []], 3)] == [[[0, 7, 8], [0, 0, 0]], [[0, 1, 1], [0, 0, 0]]]
     assert [array.tolist() for array in pad_right([[7, 8], []], 3)] == [[[7, 8, 0], [0, 0, 0]], [[1, 1, 0], [0, 0, 0]]]
     with pytest.raises(ValueError, match="more than"):

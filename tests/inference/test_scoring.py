@@ -52,7 +52,7 @@ def test_scores_equal_those_of_whole_logits(model, batch_tokens):
         np.testing.assert_allclose(found[index][1:], logprobs(model, ids), rtol=1e-5)
 
 
-def test_only_the_wanted_tokens_are_scored(model):
+def test_only_the_selected_tokens_are_scored(model):
     wanted = [[True, False, False, True, False, False, True], [False, False], [True] * 4]
     for index, row, _ in score(model, ROWS, wanted):
         expected = np.where(wanted[index][1:], logprobs(model, ROWS[index]), 0)
@@ -78,7 +78,7 @@ def test_a_plan_and_a_record_follow_the_sequence_through_packing(model):
 
 
 def test_rows_of_the_plan_can_be_chosen(model):
-    """As where some sequences of a data set are too long and left out."""
+    """As when some sequences of a data set are too long and left out."""
     plan = RoutingPlan.ban(CONFIG, 2)
     chosen = {i: row for i, row, _ in score(model, ROWS[1:], plan=plan, plan_rows=[1, 2])}
     every = {i: row for i, row, _ in score(model, ROWS, plan=plan)}

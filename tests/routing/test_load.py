@@ -1,4 +1,4 @@
-"""Expert load: against the model's own record, in any batching, and its picture."""
+"""Expert load against the model's record, in any batch size, and its plot."""
 
 import math
 
@@ -45,7 +45,7 @@ def records():
     ]
 
 
-def test_counts_are_the_models_own(model, tokenizer, records):
+def test_counts_equal_those_of_the_models_record(model, tokenizer, records):
     found = expert_load(model, tokenizer, records)
     assert sorted(found.counts) == ["ar", "ar/qa", "en", "en/chat", "en/qa"]
     ids, _ = encode_chat(tokenizer, records[2].conversations)
@@ -75,7 +75,7 @@ def test_batches_change_nothing(model, tokenizer, records):
         np.testing.assert_allclose(one.entropy[group], other.entropy[group], rtol=1e-5)
 
 
-def test_an_undecided_router_has_the_largest_entropy(tokenizer, records):
+def test_a_uniform_router_has_the_largest_entropy(tokenizer, records):
     model = init_random(CONFIG, seed=4)
     router = model.layers.moe.router.w
     router.set_value(jnp.zeros_like(router.get_value()))
@@ -84,13 +84,13 @@ def test_an_undecided_router_has_the_largest_entropy(tokenizer, records):
     np.testing.assert_allclose(found.top_weight["en"], 0.5, rtol=1e-6)
 
 
-def test_what_is_too_long_is_counted(model, tokenizer, records):
+def test_long_records_are_counted(model, tokenizer, records):
     assert expert_load(model, tokenizer, records, max_length=50).too_long == 2
     with pytest.raises(BimedixError, match="at most 3 tokens"):
         expert_load(model, tokenizer, records, max_length=3)
 
 
-def test_the_picture(model, tokenizer, records, tmp_path):
+def test_the_plot_is_a_png_with_every_panel(model, tokenizer, records, tmp_path):
     found = expert_load(model, tokenizer, records)
     path = draw({"before": found, "after": found}, tmp_path / "new" / "load.png", expert_distance=0.0)
     assert path.read_bytes().startswith(b"\x89PNG")
