@@ -1,11 +1,12 @@
 """Command-line options from the fields of a frozen dataclass, read by tyro.
 
-A field's type gives the option's values and the text below it gives the help. Three rules are added to tyro's own:
+The type of a field determines the values of its option, and the text below the field is its help. Three rules are added
+to those of tyro:
 
-- an option that may be left out (`X | None = None`) reads an X; its text says what happens without it;
+- an optional option (`X | None = None`) takes an X and not the word None; its text says what happens without it;
 - an option with several values takes them after one flag or after repeated flags, `--set a=1 b=2` or
   `--set a=1 --set b=2`;
-- the text above the options is wrapped to the width of the terminal.
+- the description above the options is wrapped to the width of the terminal.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from tyro.constructors import (
 )
 
 WIDEST = 100
-"""Columns of the help on a wider terminal: longer lines are hard to read."""
+"""Most columns of the description, since longer lines are hard to read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ChangesField:
 
 
 def changed_fields(config: Any) -> dict[str, Any]:
-    """Field of the experiment -> value, for the marked options of `config` that were given."""
+    """Field of the experiment -> value, for the options with ChangesField that were given."""
     changes = {}
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
@@ -51,7 +52,7 @@ def changed_fields(config: Any) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """'a.b=1' as ('a.b', 1); a value that is not JSON is taken as text.
+    """'a.b=1' as ('a.b', 1); a value that is not JSON is a text.
 
     Raises:
       ValueError: there is no name or no equals sign.
@@ -79,20 +80,20 @@ Assignment = Annotated[
 
 
 def read_options(config: type, words: Sequence[str], prog: str, note: str = "") -> Any:
-    """The `config` that the words of a command line describe; `note` is printed below its docstring in the help.
+    """The `config` that the words of a command line describe; the help has its docstring and then `note`.
 
     Raises:
-      SystemExit: after the help was printed (0), or what is wrong with the options (2).
+      SystemExit: 0 after printing the help, 2 after printing an error in the options.
     """
     registry = ConstructorRegistry()
-    registry.struct_rule(lambda info: options_of(info.type) if dataclasses.is_dataclass(info.type) else None)
+    registry.struct_rule(lambda info: options_of(info.type, info.default) if _is_dataclass(info.type) else None)
     # cleandoc, because Python 3.13 removes the indentation of a docstring and its predecessors do not
     description = wrapped(f"{inspect.cleandoc(config.__doc__ or '')}\n\n{note}")
     return tyro.cli(config, prog=prog, description=description, args=words, registry=registry)
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs filled to the terminal's width; indented ones, which are commands to copy, as they are."""
+    """Paragraphs wrapped to the terminal's width; indented paragraphs, which are commands to copy, are unchanged."""
     columns = min(shutil.get_terminal_size().columns, WIDEST)
     lines = []
     for paragraph in filter(None, text.split("\n\n")):
@@ -104,15 +105,15 @@ def wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
-def options_of(config: type) -> StructConstructorSpec:
-    """What tyro needs to know of a dataclass: an option for each field, and how to build an instance."""
+def options_of(config: type, given: Any = tyro.MISSING_NONPROP) -> StructConstructorSpec:
+    """An option for each field of a dataclass, and how to build an instance; `given` is an instance with defaults."""
     texts = {text.arg_name: text.description for text in docstring_parser.parse_from_object(config).params}
     hints = typing.get_type_hints(config, include_extras=True)
     options: list[StructFieldSpec] = []
     repeatable: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         kind, marks = _parts(hints[field.name])
-        default = _default(field, kind)
+        default = getattr(given, field.name) if isinstance(given, config) else _default(field, kind)
         shown = _default_shown(default, marks)
         several = next((option for option in _alternatives(kind) if typing.get_origin(option) is tuple), None)
         if several is not None and tyro.conf.Positional not in marks:
@@ -137,8 +138,8 @@ def options_of(config: type) -> StructConstructorSpec:
 def _default(field: dataclasses.Field[Any], kind: Any) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
-    if field.default_factory is dataclasses.MISSING or dataclasses.is_dataclass(kind):
-        return tyro.MISSING_NONPROP  # the fields of a nested dataclass have defaults of their own
+    if field.default_factory is dataclasses.MISSING or _is_dataclass(kind):
+        return tyro.MISSING_NONPROP  # the fields of a nested dataclass have their own defaults
     return field.default_factory()
 
 
@@ -150,6 +151,10 @@ def _default_shown(default: Any, marks: Sequence[Any]) -> str | None:
     if default is None or default == ():
         return "(optional)"  # the text says what happens without it
     return f"(default: {' '.join(map(str, default))})" if isinstance(default, tuple) else None
+
+
+def _is_dataclass(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def _one_line(text: str | None) -> str:

@@ -1,7 +1,7 @@
-"""Golden text: what the code says and computes today, as files under tests/golden that a refactoring must not change.
+"""Golden text: files in tests/golden with help, presets, parameters, losses and tokens. A refactoring keeps them.
 
-    python scripts/golden.py              # compares, prints a diff of what differs, exits 1; about a minute on 2 cores
-    python scripts/golden.py --rewrite    # writes what differs; the commit that holds it must say why
+    python scripts/golden.py              # compares, prints a diff, exits 1 if there is one; a minute on 2 cores
+    python scripts/golden.py --rewrite    # rewrites files that differ; the commit must explain why
 
 Presets, tables of parameters, greedy tokens and help are compared exactly, losses and gradient norms to 1e-5 relative.
 """
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests/golden"
 TOLERANCE = 1e-5
-"""Relative, of losses and gradient norms in float32."""
+"""Relative tolerance of losses and gradient norms in float32."""
 WIDTH = 100
-"""Columns of the help."""
+"""Columns of the terminal for the help."""
 PROMPT = [7, 77, 177]
 BATCH = [PROMPT, [1, 2, 3, 5, 8, 13, 21, 34], [250]]
 NEW_TOKENS = 16
@@ -45,7 +45,7 @@ def presets() -> str:
 
 
 def parameters(config: MixtralConfig, experiment: Experiment) -> str:
-    """A line for each variable of the experiment's model, from shapes alone: path, shape, logical axes, bits."""
+    """A line for each variable of the experiment's model, from shapes alone: path, shape, logical axes and bits."""
     from flax import nnx
 
     from bimedix_jax.plan.step import abstract_model
@@ -59,7 +59,7 @@ def parameters(config: MixtralConfig, experiment: Experiment) -> str:
 
 
 def describe(path: str, variable: "nnx.Variable") -> tuple[str, str, str, str]:
-    """A row of the table. The shape of a 4-bit weight is its logical one; its bits include the scales."""
+    """A row of the table. A 4-bit weight has its logical shape, and its bits include the scales."""
     import jax
 
     value = variable.get_value()
@@ -77,7 +77,7 @@ def smoke_parameters() -> str:
 
 
 def losses() -> str:
-    """Loss and gradient norm of each step of the smoke preset, for each choice of what is recomputed."""
+    """Loss and gradient norm of each step of the smoke preset, for each value of remat."""
     return by_line({"none": steps("none"), "experts": steps("experts"), "layer": steps("layer")})
 
 
@@ -93,14 +93,14 @@ def steps(remat: Any) -> list[dict[str, float]]:
 
 
 def tokens() -> str:
-    """Greedy tokens of a random model, for one prompt and for a batch of prompts of different lengths."""
+    """Greedy tokens of a random model, for one prompt and for a batch of prompts with different lengths."""
     from bimedix_jax.inference.generate import generate
     from bimedix_jax.models.mixtral import init_random
     from bimedix_jax.quantise import quantise_base
 
     config = smoke().model.random
     assert config is not None
-    base = init_random(config, dtype="float32", std=0.2)  # at 0.02 a model repeats the last token for ever
+    base = init_random(config, dtype="float32", std=0.2)  # at 0.02 a model only repeats the last token
     found = {}
     for name, model in {"float32": base, "nf4": quantise_base(base)}.items():
         found[f"{name}, one prompt"] = [{"prompt": PROMPT, "tokens": generate(model, PROMPT, NEW_TOKENS)}]
@@ -110,7 +110,7 @@ def tokens() -> str:
 
 
 def by_line(document: dict[str, list[Any]]) -> str:
-    """JSON with a line for each item of the lists; floats in full precision."""
+    """JSON with one line for each item of a list; floats in full precision."""
     blocks = [
         f"  {json.dumps(name)}: [\n" + ",\n".join(f"    {json.dumps(item)}" for item in items) + "\n  ]"
         for name, items in document.items()
@@ -119,8 +119,8 @@ def by_line(document: dict[str, list[Any]]) -> str:
 
 
 def help_text(command: str) -> str:
-    """What `bimedix COMMAND --help` prints into a pipe, where nothing is coloured; "" is `bimedix` itself."""
-    stream = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n")  # not StringIO, which gets ASCII boxes
+    """What `bimedix COMMAND --help` prints into a pipe, without colours; "" is `bimedix` itself."""
+    stream = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n")  # with StringIO, tyro would draw ASCII boxes
     with mock.patch.dict(os.environ, COLUMNS=str(WIDTH)), contextlib.redirect_stdout(stream):
         code = cli.main([*command.split(), "--help"])
     assert code == cli.DONE, f"bimedix {command} --help: exit code {code}"
@@ -129,7 +129,7 @@ def help_text(command: str) -> str:
 
 
 def help_pages() -> dict[str, Callable[[], str]]:
-    """Golden file -> its text, for the program, every group and every command."""
+    """Golden file -> function that gives its text, for the program, every group and every command."""
     groups = sorted({name.split()[0] for name in cli.COMMANDS if " " in name})
     pages = {f"help/{name.replace(' ', '_')}.txt": name for name in [*groups, *cli.COMMANDS]}
     return {file: lambda name=name: help_text(name) for file, name in {"help/bimedix.txt": "", **pages}.items()}
@@ -143,22 +143,22 @@ FILES: dict[str, Callable[[], str]] = {
     "tokens.json": tokens,
     **help_pages(),
 }
-"""Golden file -> what its text must be."""
+"""Golden file -> function that gives its text."""
 
 
 def names() -> list[str]:
-    """Every golden file that should be there or is there, left-over ones included."""
+    """Every golden file that should exist or does exist, obsolete ones included."""
     found = {path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*") if path.is_file()}
     return [*FILES, *sorted(found - FILES.keys())]
 
 
 def current(name: str) -> str | None:
-    """The text that a golden file must have; None for a left-over one."""
+    """The text that a golden file must have; None for an obsolete file."""
     return FILES[name]() if name in FILES else None
 
 
 def difference(name: str, text: str | None) -> str:
-    """A unified diff from the golden file to `text`; empty where they agree."""
+    """A unified diff from the golden file to `text`; empty if they are equal."""
     path = GOLDEN / name
     golden = path.read_text("utf-8") if path.is_file() else None
     if golden == text:
@@ -166,7 +166,7 @@ def difference(name: str, text: str | None) -> str:
     if golden is None:
         return f"tests/golden/{name} is missing.\n"
     if text is None:
-        return f"tests/golden/{name} is left over: nothing writes it any more.\n"
+        return f"tests/golden/{name} is obsolete; delete it.\n"
     if name == "losses.json":
         text = by_line(within_tolerance(json.loads(text), json.loads(golden)))
     lines = difflib.unified_diff(
@@ -176,7 +176,7 @@ def difference(name: str, text: str | None) -> str:
 
 
 def within_tolerance(new: Any, old: Any) -> Any:
-    """`new`, in which each number that is as good as the one in its place in `old` becomes that one."""
+    """`new`, with each number replaced by the one at its place in `old` if the two are equal within TOLERANCE."""
     if isinstance(new, dict) and isinstance(old, dict):
         return {key: within_tolerance(value, old.get(key)) for key, value in new.items()}
     if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):

@@ -1,4 +1,4 @@
-"""Golden text: presets, parameters, losses, greedy tokens and help are what tests/golden holds (scripts/golden.py)."""
+"""Presets, parameters, losses, greedy tokens and help equal the files in tests/golden (scripts/golden.py)."""
 
 import importlib.util
 from pathlib import Path

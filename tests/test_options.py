@@ -46,6 +46,8 @@ class Config:
     """Fields."""
     server: Server = dataclasses.field(default_factory=Server)
     """Where it is done."""
+    other: Server = Server(url="http://there")
+    """Another one."""
 
 
 def read(*words: str) -> Config:
@@ -95,6 +97,7 @@ def test_the_name_none_is_an_ordinary_text():
 
 def test_a_nested_dataclass_has_options_with_its_name():
     assert read("--server.limit", "3").server == Server(limit=3)
+    assert read("--other.limit", "3").other == Server(url="http://there", limit=3)
 
 
 def test_an_option_without_a_default_is_required(capsys):

@@ -156,11 +156,10 @@ def result_tables(result: dict[str, Any], before: dict[str, Any] | None, tables:
 
 def read_result(path: Path) -> dict[str, Any]:
     """The result that an earlier run wrote. Raises BimedixError if the file is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BimedixError(f"cannot read {path} as a result ({error}); name a file that --out wrote") from error
-    if not isinstance(value, dict) or not {"heldout", "choice", "tasks"} & set(value):
+    from bimedix_jax.files import read_json
+
+    value = read_json(path, dict[str, Any], "name a file that --out wrote")
+    if not {"heldout", "choice", "tasks"} & set(value):
         raise BimedixError(f"{path} is not a result of `bimedix eval run`; name a file that --out wrote")
     return value
 

@@ -163,7 +163,7 @@ def test_predictions_are_in_the_folder_of_the_result(tmp_path):
         (["--tasks", "nope", "--data", "."], "no task nope"),
         (["--heldout", "nowhere.jsonl"], "there is no file"),
         (["--heldout", "sample", "--limit", "0"], "at least 1"),
-        (["--heldout", "sample", "--compare", "nowhere.json"], "cannot read"),
+        (["--heldout", "sample", "--compare", "nowhere.json"], "cannot be read"),
     ],
 )
 def test_wrong_options_raise_before_the_model_loads(options, message, capsys):

@@ -4,35 +4,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import TINY
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.padding import pad_left, pad_right
 from bimedix_jax.inference.scoring import prefill, score, score_continuations
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral, init_random
 from bimedix_jax.models.routers import RoutingPlan
 
-CONFIG = MixtralConfig(
-    vocab_size=96,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    router=RouterConfig(num_experts=4, top_k=2),
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    sliding_window=None,
-    tie_embeddings=False,
-    max_position_embeddings=64,
-)
 ROWS = [[5, 17, 3, 60, 2, 9, 9], [9, 1], [44, 8, 8, 20]]
 
 
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
-    return init_random(CONFIG, seed=3, std=0.3)
+    return init_random(TINY, seed=3, std=0.3)
 
 
 def logprobs(model: Mixtral, ids: list[int], plan: RoutingPlan | None = None) -> np.ndarray:
@@ -79,7 +64,7 @@ def test_a_plan_and_a_record_follow_the_sequence_through_packing(model):
 
 def test_rows_of_the_plan_can_be_chosen(model):
     """As when some sequences of a data set are too long and left out."""
-    plan = RoutingPlan.ban(CONFIG, 2)
+    plan = RoutingPlan.ban(TINY, 2)
     chosen = {i: row for i, row, _ in score(model, ROWS[1:], plan=plan, plan_rows=[1, 2])}
     every = {i: row for i, row, _ in score(model, ROWS, plan=plan)}
     for index in (0, 1):
@@ -88,7 +73,7 @@ def test_rows_of_the_plan_can_be_chosen(model):
 
 def test_continuations_follow_a_prompt_that_ran_once(model):
     prompts, endings = [[5, 17, 3], [44]], [(0, [60, 2, 9]), (1, [8, 8]), (0, [7])]
-    plan = RoutingPlan.ban(CONFIG, 1)
+    plan = RoutingPlan.ban(TINY, 1)
     graph, weights = nnx.split(model)
     cache, first_BV, read = prefill(graph, weights, *pad_left(prompts, 4), plan, 8, record="choices")
     assert read is not None
@@ -104,9 +89,9 @@ def test_continuations_follow_a_prompt_that_ran_once(model):
 
 
 def test_sequences_that_the_model_cannot_read_raise(model):
-    with pytest.raises(BimedixError, match="has 65 tokens, more than this model's context of 64"):
-        list(score(model, [[1] * 65]))
-    with pytest.raises(BimedixError, match="token id 96 is outside"):
-        list(score(model, [[96]]))
+    with pytest.raises(BimedixError, match="has 513 tokens, more than this model's context of 512"):
+        list(score(model, [[1] * 513]))
+    with pytest.raises(BimedixError, match="token id 304 is outside"):
+        list(score(model, [[304]]))
     with pytest.raises(ValueError, match="temperature_LBT has shape"):
         list(score(model, ROWS, plan=RoutingPlan(temperature_LBT=jnp.ones((2, 1, 3)))))
