@@ -3,7 +3,8 @@
 The type of a field determines the values of its option, and the text below the field is its help. Three rules are added
 to those of tyro:
 
-- an optional option (`X | None = None`) takes an X and not the word None; its text says what happens without it;
+- an option that may be left out (`X | None = None`) takes an X and not the word None; its text says what happens
+  without it;
 - an option with several values takes them after one flag or after repeated flags, `--set a=1 b=2` or
   `--set a=1 --set b=2`;
 - the description above the options is wrapped to the width of the terminal.

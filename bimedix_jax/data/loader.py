@@ -45,7 +45,7 @@ class Batches:
         source: Any = grain.sources.ArrayRecordDataSource([str(self.folder / pack.ROWS)])
         if len(source) != self.index.rows:
             raise BimedixError(
-                f"{self.folder} holds {len(source)} rows, its index says {self.index.rows}; pack it again"
+                f"{self.folder} has {len(source)} rows, but its index says {self.index.rows}; pack it again"
             )
         rows = grain.MapDataset.source(source)
         return rows.seed(self.seed).shuffle() if self.shuffle else rows
@@ -117,7 +117,7 @@ def batches(
         raise BimedixError(f"there is no process {process_index} among {process_count}; count from 0")
     found = Batches(Path(folder), batch_size, seed, process_index, process_count, shuffle, epochs)
     if not found.index.rows:
-        raise BimedixError(f"{folder} holds no rows; pack it again")
+        raise BimedixError(f"{folder} has no rows; pack it again")
     return found
 
 

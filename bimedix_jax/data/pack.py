@@ -1,7 +1,7 @@
 """Packing: several conversations in one row of fixed length, separated by segment ids.
 
 Best fit over a bounded window of open rows. It streams, is deterministic, and fills rows to about 99 % if conversations
-are much shorter than a row. A packed folder holds
+are much shorter than a row. A packed folder has
 
     rows.array_record   one record a row, as `Row.to_bytes` writes it
     index.json          counts by language, kind and source; tokenizer fingerprint, template, seed

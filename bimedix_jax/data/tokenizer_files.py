@@ -1,7 +1,7 @@
-"""The JSON files beside a tokenizer that a checkpoint brings, checked as they are read.
+"""The JSON files that describe a checkpoint's tokenizer, checked as they are read.
 
-Only the keys that decide token ids, special tokens or the chat template are listed. These files come from other
-libraries and hold many more, which are ignored.
+Only the keys that determine token ids, special tokens or the chat template are declared. Other libraries write these
+files with many more keys, which are ignored.
 """
 
 from pathlib import Path

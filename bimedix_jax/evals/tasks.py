@@ -132,7 +132,7 @@ def run_tasks(
 ) -> dict[str, TaskResult]:
     """Scores tasks.
 
-    All files are read before the first question is scored, so that a missing file is an error at once.
+    All files are read before the first question is scored, so that a missing file is an error early.
 
     Args:
       limit: number of questions of each task, the first ones; the result marks such a task as limited.

@@ -90,7 +90,7 @@ def test_invalid_arguments_and_folders_raise(packed: Path, tmp_path: Path, bytes
     assert not require_tokenizer(tmp_path, bytes_tokenizer)
     (tmp_path / "index.json").write_text(json.dumps({**index, "rows": 5}))
     (tmp_path / "rows.array_record").write_bytes((packed / "rows.array_record").read_bytes())
-    with pytest.raises(BimedixError, match="11 rows, its index says 5"):
+    with pytest.raises(BimedixError, match="11 rows, but its index says 5"):
         _ = batches(tmp_path, 4, seed=0)[0]
 
 
