@@ -95,7 +95,7 @@ def check(config: Config) -> None:
     if config.probe_records < 0:
         raise BimedixError(f"--probe-records cannot be negative, got {config.probe_records}.")
     if config.merge is not None and config.format != "hf":
-        raise BimedixError("--merge writes a model in --format hf; leave out one of the two.")
+        raise BimedixError("--merge gives a whole model; leave out --merge or --format.")
     if config.dtype is not None and config.merge is None:
         raise BimedixError("--dtype is the precision of a merge; pass --merge too, or --base instead.")
     if config.adapter is not None and config.format == "hf" and config.merge is None:

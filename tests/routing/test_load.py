@@ -96,6 +96,6 @@ def test_the_plot_is_a_png_with_every_panel(model, tokenizer, records, tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
     english = expert_load(model, tokenizer, records[:2])
     draw({"now": english}, tmp_path / "one.png")
-    with pytest.raises(BimedixError, match="same languages"):
+    with pytest.raises(BimedixError, match="different languages"):
         draw({"before": found, "after": english}, tmp_path / "no.png")
     assert not (tmp_path / "no.png").exists()
