@@ -68,6 +68,17 @@ def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"
     return index_BT - lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
 
 
+def locate(segment_ids_BT: Int[Array, "B T"], cache: KVCache | None) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """(position of each token in its segment, segment of each key, where the cache's keys include these tokens)."""
+    positions_BT = positions_in_segments(segment_ids_BT)
+    if cache is None:
+        return positions_BT, segment_ids_BT
+    # a segment continues where the cache ends: add the number of its cached tokens
+    earlier_BT = jnp.sum(segment_ids_BT[:, :, None] == cache.segment_ids_BS[:, None, :], axis=-1, dtype=jnp.int32)
+    key_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, 1)
+    return positions_BT + earlier_BT, key_ids_BS
+
+
 def rotations(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Float[Array, "B T width"]:
     """Cosines, then sines, of each position's angle for each pair of a head of this width.
 

@@ -16,11 +16,8 @@ from bimedix_jax.models.axes import BATCH, EMBED, EXPERTS, LAYERS, MLP
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.linear import ExpertLinear, Linear
 from bimedix_jax.models.plans import RoutingPlan, token_keys
+from bimedix_jax.models.remat import ROUTES
 from bimedix_jax.models.routers import NO_EXPERT, Decision, Routing, decide, router_of
-
-ROUTES = "routes"
-"""Name in checkpoint policies of what routers decided. The backward pass must not recompute it: rounding differs there,
-and one token that flips to another expert would differentiate another function than the one that gave the loss."""
 
 
 class RouterState(nnx.Variable):

@@ -95,7 +95,7 @@ def steps(remat: Any) -> list[dict[str, float]]:
 def tokens() -> str:
     """Greedy tokens of a random model, for one prompt and for a batch of prompts with different lengths."""
     from bimedix_jax.inference.generate import generate
-    from bimedix_jax.models.mixtral import init_random
+    from bimedix_jax.models.init import init_random
     from bimedix_jax.quantise import quantise_base
 
     config = smoke().model.random

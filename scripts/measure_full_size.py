@@ -35,7 +35,7 @@ from bimedix_jax.errors import BimedixError, run_script
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.plan import hlo
 from bimedix_jax.plan.devices import DEVICES, Device
 from bimedix_jax.plan.report import BIMED_TOKENS, EPOCHS

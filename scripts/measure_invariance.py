@@ -26,7 +26,8 @@ from tqdm import tqdm
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import AXES, make_mesh

@@ -74,13 +74,13 @@ def disturbed(host: Host) -> Any:
 @contextlib.contextmanager
 def without_kept_routes() -> Iterator[None]:
     """A policy that names nothing a router decides."""
-    from bimedix_jax.models import mixtral
+    from bimedix_jax.models import remat
 
-    kept, mixtral.ROUTES = mixtral.ROUTES, "nothing has this name"
+    kept, remat.ROUTES = remat.ROUTES, "nothing has this name"
     try:
         yield
     finally:
-        mixtral.ROUTES = kept
+        remat.ROUTES = kept
 
 
 def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Host]:
@@ -93,8 +93,8 @@ def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Ho
 
     from bimedix_jax.experiment import RouterTraining
     from bimedix_jax.models.config import RouterConfig
+    from bimedix_jax.models.init import init_random
     from bimedix_jax.models.linear import Linear
-    from bimedix_jax.models.mixtral import init_random
     from bimedix_jax.presets import smoke
     from bimedix_jax.sharding.placement import place
     from bimedix_jax.sharding.rules import make_mesh

@@ -18,8 +18,9 @@ from bimedix_jax.models.config import (
     LoraConfig,
     LoraOverride,
 )
+from bimedix_jax.models.init import init_random
 from bimedix_jax.models.linear import with_dropout
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import quantise_base
 
 EVERYTHING = LoraConfig(rank=3, alpha=6.0, targets=LORA_TARGETS)

@@ -14,7 +14,7 @@ from bimedix_jax.checkpoint.integrity import write_manifest
 from bimedix_jax.checkpoint.load import load
 from bimedix_jax.cli import main
 from bimedix_jax.models.config import LoraConfig
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 
 TINY = tiny(GROUPED, hidden_size=64, intermediate_size=128)
 LORA = LoraConfig(rank=2, alpha=4.0)

@@ -14,7 +14,7 @@ from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.safetensors_io import read_folder
 from bimedix_jax.cli import COMMANDS, main
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.kernels import backends
 from bimedix_jax.models import routers
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "docs/tutorials"

@@ -16,7 +16,8 @@ from bimedix_jax.checkpoint.load import check_router_name
 from bimedix_jax.experiment import DataSource, Experiment, ModelSource, OptimiserConfig, RouterTraining
 from bimedix_jax.inference.generate import Sampling, decode
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import init_state, take_apart

@@ -26,6 +26,7 @@ from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, progress, stre
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
+from bimedix_jax.models.init import reset_router_state
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.sharding.rules import own_experts
 
@@ -102,7 +103,7 @@ def load_hf(
     for path, variable in parameters(model).items():
         leaf = leaves.pop(path)
         variable.set_value(jax.device_put(leaf) if mesh is None else leaf)
-    model.reset_router_state()
+    reset_router_state(model)
     return model
 
 

@@ -18,7 +18,8 @@ from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.files import peek_json
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random, with_router
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import ROUTERS, router_of
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.layout import host_memory
@@ -112,7 +113,8 @@ def rerouted(model: Mixtral, variant: str, source: str) -> Mixtral:
         "%s was trained with the router %s and runs with %s, so its outputs differ.", source, own.variant, variant
     )
     kept = {name: getattr(own, name) for name in ROUTERS[variant].reads}
-    return model.with_router(RouterConfig(num_experts=own.num_experts, top_k=own.top_k, variant=variant, **kept))
+    router = RouterConfig(num_experts=own.num_experts, top_k=own.top_k, variant=variant, **kept)
+    return with_router(model, router)
 
 
 def is_run(folder: str | Path) -> bool:
@@ -188,7 +190,7 @@ def with_router_of(run: Experiment, model: Mixtral, source: str) -> Mixtral:
             requested.variant,
         )
     try:
-        return model if requested == own else model.with_router(requested)
+        return model if requested == own else with_router(model, requested)
     except ValueError as error:
         raise BimedixError(f"router: {error}") from error
 

@@ -41,6 +41,7 @@ from bimedix_jax.experiment import parse
 from bimedix_jax.files import new_folder, peek_json, read_json, validate
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.init import with_router
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.moe import RouterState
 
@@ -187,7 +188,7 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
     folder = Path(folder)
     config = adapter_config(model, folder)
     verify_manifest(folder)
-    adapted = add_lora(model.with_router(adapter_router(model, folder)), config)
+    adapted = add_lora(with_router(model, adapter_router(model, folder)), config)
     trained = list(leaves_of(adapted, saved_with_adapters(adapted)))
     fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), trained)
     found = leaves_of(adapted, saved_with_adapters(adapted))

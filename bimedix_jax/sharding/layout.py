@@ -90,8 +90,8 @@ class Layout:
 
         return jax.shard_map(on_shard, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    def run(self, graph: Any, state: Any, call: Call) -> Output:
-        """`Mixtral.run` on every shard; rows that the mesh cannot divide are computed on several devices alike."""
+    def forward(self, graph: Any, state: Any, call: Call) -> Output:
+        """`Mixtral.forward` on every shard; rows that the mesh cannot divide are computed on several devices alike."""
         batch_axes = self.batch_axes(call.tokens_BT.shape[0])
         rows: Any = P(batch_axes)
         by_layer: Any = P(None, batch_axes)
@@ -109,7 +109,7 @@ class Layout:
 
         def function(values: dict[str, Any], call: Call) -> Output:
             variables = [(path, v.replace(values[name])) for name, (path, v) in zip(names, flat, strict=True)]
-            out = nnx.merge(graph, nnx.from_flat_state(variables)).run(call)
+            out = nnx.merge(graph, nnx.from_flat_state(variables)).forward(call)
             return dataclasses.replace(out, sums=shards.sum_over(BATCH, out.sums))
 
         none: Any = None

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.cross_entropy import cross_entropy
-from bimedix_jax.models import mixtral, shards
+from bimedix_jax.models import embedding, shards
 from bimedix_jax.models.axes import LENGTH
 
 Head = Callable[[jax.Array], jax.Array]
@@ -45,7 +45,7 @@ def token_losses(
     at a time.
     """
     batch, length, _ = hidden_BTD.shape
-    weight_DV = head.weight_DV if isinstance(head, mixtral.Head) else None
+    weight_DV = head.weight_DV if isinstance(head, embedding.Head) else None
     if weight_DV is not None and backends.platform() == "cpu" and not shards.active():
         states_ND = hidden_BTD.reshape(batch * length, -1)
         return cross_entropy(states_ND, weight_DV, targets_BT.reshape(-1)).reshape(batch, length)

@@ -21,6 +21,7 @@ from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import BATCH, LENGTH
 from bimedix_jax.models.config import Remat
+from bimedix_jax.models.embedding import gather_head
 from bimedix_jax.models.linear import with_dropout
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.router_sums import Load, RouterSums, load_balancing_loss, load_of, router_z_loss
@@ -107,7 +108,7 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
         tokens_BT, segment_ids_BT = micro["tokens_BT"], micro["segment_ids_BT"]
         out = model.hidden(tokens_BT, segment_ids_BT, plan, remat=remat, **grouping.ask(micro))
         assert out.sums is not None  # there is at least one group
-        model.gather_head()
+        gather_head(model.head)
         nll_sum, _ = next_token_loss(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
         nll = share(nll_sum, totals.targets)
         copies = shards.count(LENGTH)  # shards of the same rows: each takes its tokens' NLL, all compute these
@@ -264,7 +265,7 @@ def make_eval_step(structure: Structure) -> Callable[..., tuple[jax.Array, jax.A
     ) -> tuple[jax.Array, jax.Array]:
         model = structure.merge(params, frozen)
         out = model.hidden(batch["tokens_BT"], batch["segment_ids_BT"], plan)
-        model.gather_head()
+        gather_head(model.head)
         sums = next_token_loss(
             model.head, out.hidden_BTD, batch["tokens_BT"], batch["segment_ids_BT"], batch["loss_mask_BT"]
         )

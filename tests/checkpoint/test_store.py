@@ -25,7 +25,7 @@ from bimedix_jax.checkpoint.store import (
 )
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import LoraConfig
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.quantise import quantise_base
 
 CONFIG = tiny(vocab_size=61, rope_theta=1e6, sliding_window=7, max_position_embeddings=64)

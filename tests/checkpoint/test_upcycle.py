@@ -16,7 +16,8 @@ from bimedix_jax.checkpoint.safetensors_io import read_folder
 from bimedix_jax.checkpoint.upcycle import REPORT_NAME, UpcycleRecipe, upcycle
 from bimedix_jax.commands import upcycle as command
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.models.mixtral import Mixtral, Output
+from bimedix_jax.models.call import Output
+from bimedix_jax.models.mixtral import Mixtral
 
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 13))
 LLAMA = {

@@ -18,7 +18,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.heldout import heldout_loss
 from bimedix_jax.evals.multiple_choice import multiple_choice
 from bimedix_jax.inference.generate import generate
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.routing.drift import observe
 from bimedix_jax.routing.load import expert_load
 from bimedix_jax.training.loop import measure_heldout

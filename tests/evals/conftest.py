@@ -12,7 +12,7 @@ from tiny import TINY
 
 from bimedix_jax.data.records import Record, conversation, multiple_choice_answer, multiple_choice_question
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 
 
 @pytest.fixture(scope="session")

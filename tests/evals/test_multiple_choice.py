@@ -9,7 +9,7 @@ from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Turn
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.multiple_choice import Accuracy, begin_answer, multiple_choice, question_of
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 
 
 def expected(model, tokenizer, record, words, full_logprobs):

@@ -14,7 +14,8 @@ from bimedix_jax.inference.chat import Chat, ChatOptions
 from bimedix_jax.inference.generate import generate, stream
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import NO_EXPERT, ROUTERS, RoutingPlan
 from bimedix_jax.routing.load import expert_load
 

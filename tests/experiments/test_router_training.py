@@ -12,7 +12,7 @@ from bimedix_jax.cli import main
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.experiment import differences, from_dict
 from bimedix_jax.models.config import LORA_TARGETS
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.presets import quickstart
 
 STUDY = runpy.run_path(str(Path(__file__).resolve().parents[2] / "experiments/router_training.py"))

@@ -24,7 +24,7 @@ from bimedix_jax.data.records import conversation
 from bimedix_jax.data.tokenizer import Tokenizer, byte_tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.chat import Chat, ChatOptions, Detokenizer, fit, pieces_of, reply
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 
 CONFIG = tiny(hidden_size=304, intermediate_size=8, num_layers=1, experts=2, top_k=1, max_position_embeddings=256)

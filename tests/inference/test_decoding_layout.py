@@ -16,7 +16,8 @@ from bimedix_jax.inference.generate import generate
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.config import LoraConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.state import put_back, take_apart

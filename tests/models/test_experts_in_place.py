@@ -13,7 +13,7 @@ from bimedix_jax.kernels.expert_mlp import LayerOf
 from bimedix_jax.kernels.layer_scan import InPlace, bits
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import MixtralConfig
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.presets import smoke
 from bimedix_jax.quantise import quantise_base
 

@@ -16,7 +16,8 @@ from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.attention import KVCache, positions_in_segments
 from bimedix_jax.models.call import Output
 from bimedix_jax.models.config import MIXTRAL_8X7B, Remat, RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
 

@@ -11,7 +11,8 @@ from flax import nnx
 from tiny import GROUPED, tiny
 
 from bimedix_jax.models.call import Output
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 
 L, B, T, K, E = 7, 2, 19, 3, 11
 """No product of some of them is another one, so that an axis can be told from its size."""

@@ -13,7 +13,7 @@ from tiny import GROUPED, tiny
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import Remat
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 
 WIDE = tiny(GROUPED, intermediate_size=256, num_layers=6, tie_embeddings=True)
 

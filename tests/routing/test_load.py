@@ -11,7 +11,7 @@ from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Record, conversation
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.routing.load import expert_load
 from bimedix_jax.routing.picture import draw
 

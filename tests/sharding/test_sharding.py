@@ -18,7 +18,8 @@ from bimedix_jax.experiment import MeshConfig, RouterTraining
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.units import split_units
 from bimedix_jax.models.config import LoraConfig, RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.layout import layout_of
 from bimedix_jax.sharding.placement import place, take_back

@@ -20,7 +20,7 @@ from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import BatchConfig, DataSource, ModelSource, OptimiserConfig, Tracking, read
 from bimedix_jax.models.config import LoraConfig
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics

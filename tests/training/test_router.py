@@ -17,7 +17,8 @@ from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.inference.generate import generate
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import RouterConfig
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.plans import read_plan
 from bimedix_jax.sharding.placement import place

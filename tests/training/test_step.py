@@ -13,7 +13,7 @@ from bimedix_jax.adapters import add_lora
 from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import LoraConfig, Remat
-from bimedix_jax.models.mixtral import init_random
+from bimedix_jax.models.init import init_random
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.routing import load_spread

@@ -1,0 +1,52 @@
+"""The loop over layers. One stacked block runs once for each layer, so that compile time does not grow with depth."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bimedix_jax.kernels.attention import Cached
+from bimedix_jax.kernels.layer_scan import layer_scan
+from bimedix_jax.models import shards
+from bimedix_jax.models.call import Call, recorded
+from bimedix_jax.models.linear import fill_slots
+from bimedix_jax.models.remat import checkpointed
+from bimedix_jax.models.router_sums import RouterSums, sums_of
+from bimedix_jax.models.routers import Recorded
+
+
+def run_layers(
+    blocks: Any, x_BTD: jax.Array, rotations_BTH: jax.Array, key_ids_BS: jax.Array, call: Call
+) -> tuple[jax.Array, Recorded, RouterSums | None, tuple[Cached, Cached] | None]:
+    """(states after the last layer, the routers' records, their sums, all layers' keys and values).
+
+    Args:
+      blocks: a `Block` whose parameters are stacked over layers. On a shard, those of a layer are gathered
+        just before it runs.
+    """
+    fill_slots(blocks)
+    blocks.moe.read_in_place()
+    graph, state = nnx.split(blocks)
+    group_BT = None if call.group_BT is None else jnp.where(call.segment_ids_BT != 0, call.group_BT, -1)
+
+    def body(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
+        rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, offset = constants
+        state, plan = layer
+        block = nnx.merge(graph, shards.whole_state("layers", state))
+        x, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, kv, offset)
+        sums = sums_of(decision, group_BT, call.groups) if call.groups else None
+        return x, (recorded(decision.routing, call.record), sums), kv
+
+    cache = call.cache
+    kv, offset = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
+    constants = (rotations_BTH, call.segment_ids_BT, key_ids_BS, group_BT, offset)
+    x_BTD, (routing, sums), kv = layer_scan(
+        checkpointed(body, call.remat),
+        constants,
+        x_BTD,
+        (state, call.plan),
+        kv,
+        backend="scan" if shards.active() else None,  # the other backends do not support collectives
+    )
+    return x_BTD, routing, sums, kv
