@@ -23,6 +23,7 @@ class RMSNorm(nnx.Module):
         self.scale = placeholder(shape, axes, dtype)
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
@@ -112,6 +113,7 @@ class Attention(nnx.Module):
         self.v = Linear((layers, width, kv_width), (LAYERS, EMBED, KV_HEADS), dtype)
         self.o = Linear((layers, q_width, width), (LAYERS, HEADS, EMBED), dtype)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
@@ -124,21 +126,26 @@ class Attention(nnx.Module):
         """The mixed values and, given a cache of keys and values, that with ours written from slot `offset` on."""
         config = self.config
         batch, length, _ = x_BTD.shape
-        q_BTQH, k_BTGH, v_BTGH = (  # this shard's heads
-            layer(x_BTD).reshape(batch, length, -1, config.head_dim) for layer in (self.q, self.k, self.v)
-        )
-        q_BTQH = rotate(q_BTQH, rotations_BTH)
-        k_BTGH = rotate(k_BTGH, rotations_BTH)
+        with jax.named_scope("qkv"):
+            q_BTQH, k_BTGH, v_BTGH = (  # this shard's heads
+                layer(x_BTD).reshape(batch, length, -1, config.head_dim) for layer in (self.q, self.k, self.v)
+            )
+        with jax.named_scope("rope"):
+            q_BTQH = rotate(q_BTQH, rotations_BTH)
+            k_BTGH = rotate(k_BTGH, rotations_BTH)
         k_BSGH, v_BSGH = k_BTGH, v_BTGH
         if cache is not None and offset is not None:
-            cache = k_BSGH, v_BSGH = write(cache[0], k_BTGH, offset), write(cache[1], v_BTGH, offset)
-        mixed = attention(
-            q_BTQH,
-            k_BSGH,
-            v_BSGH,
-            segment_ids_BT,
-            key_ids_BS,
-            offset=offset,
-            window=config.sliding_window,
-        )
-        return shards.sum_over(HEADS, self.o(mixed.reshape(batch, length, -1))), cache
+            with jax.named_scope("cache"):
+                cache = k_BSGH, v_BSGH = write(cache[0], k_BTGH, offset), write(cache[1], v_BTGH, offset)
+        with jax.named_scope("scores"):
+            mixed_BTQH = attention(
+                q_BTQH,
+                k_BSGH,
+                v_BSGH,
+                segment_ids_BT,
+                key_ids_BS,
+                offset=offset,
+                window=config.sliding_window,
+            )
+        with jax.named_scope("output"):
+            return shards.sum_over(HEADS, self.o(mixed_BTQH.reshape(batch, length, -1))), cache

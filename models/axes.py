@@ -13,7 +13,8 @@ An array's name ends in its dimensions: `x_BTD` is [batch, query tokens, model w
 | D | embed | model width (a matmul's input) |
 | F | mlp | feed-forward width (a matmul's output) |
 | V | vocab | vocabulary |
-| E | experts | experts of a layer |
+| E | experts | experts of a layer; in kernels/, the experts that an operation is given |
+| e | experts | the experts of one shard: E divided by the expert parallelism |
 | K | | experts chosen for a token |
 | Q | heads | query heads |
 | G | kv_heads | key and value heads |

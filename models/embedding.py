@@ -20,6 +20,7 @@ class Embedding(nnx.Module):
     def __init__(self, config: MixtralConfig, dtype: jnp.dtype | str):
         self.table = placeholder((config.vocab_size, config.hidden_size), (VOCAB, EMBED), dtype)
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return shards.whole("embed.table", self.table[...])[tokens_BT]
 
@@ -31,6 +32,7 @@ class Head:
     embed: Embedding
     layer: Linear | None
 
+    @jax.named_scope("head")
     def __call__(self, hidden_BTD: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of final hidden states."""
         if self.layer is not None:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bimedix_jax.kernels.attention import Cached
 from bimedix_jax.kernels.layer_scan import layer_scan
 from bimedix_jax.models import shards
 from bimedix_jax.models.call import Call, recorded
@@ -18,8 +17,8 @@ from bimedix_jax.models.routers import Recorded
 
 def run_layers(
     blocks: Any, x_BTD: jax.Array, rotations_BTH: jax.Array, key_ids_BS: jax.Array, call: Call
-) -> tuple[jax.Array, Recorded, RouterSums | None, tuple[Cached, Cached] | None]:
-    """(states after the last layer, the routers' records, their sums, all layers' keys and values).
+) -> tuple[jax.Array, Recorded, RouterSums | None, Any]:
+    """(states after the last layer, the routers' records, their sums, (keys, values) of all layers or None).
 
     Args:
       blocks: a `Block` whose parameters are stacked over layers. On a shard, those of a layer are gathered

@@ -114,7 +114,7 @@ class Linear(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix, and one adapter, an expert: w [E, in, out]; rows come sorted by expert."""
+    """One matrix and one adapter for each expert: w [E, in, out], on a shard [e, in, out]; rows sorted by expert."""
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype | str):
         self.w = placeholder(shape, axes, dtype)
@@ -126,19 +126,19 @@ class ExpertLinear(nnx.Module):
         return self.lora is not None and self.lora.key is not None
 
     def factors(self, dtype: jnp.dtype) -> tuple[Any, Any] | None:
-        """(a [E, in, R], scale * b [E, R, out]) in `dtype`."""
+        """(a [e, in, R], scale * b [e, R, out]) in `dtype`."""
         if self.lora is None:
             return None
         scale = jnp.asarray(self.lora.scale, dtype)
         a = jax.tree.map(lambda x: x.astype(dtype), self.lora.a.get_value())  # experts may be Unstacked
         return a, jax.tree.map(lambda x: x.astype(dtype) * scale, self.lora.b.get_value())
 
-    def __call__(self, x_MD: Float[Array, "M D"], group_sizes_E: Int[Array, "E"]) -> Float[Array, "M F"]:
+    def __call__(self, x_MD: Float[Array, "M D"], group_sizes_e: Int[Array, "e"]) -> Float[Array, "M F"]:
         [w] = out_of_stacks((self.w.get_value(),))
-        y_MF = grouped_matmul(x_MD, w, group_sizes_E)
+        y_MF = grouped_matmul(x_MD, w, group_sizes_e)
         if self.lora is None:
             return y_MF
-        delta_MF = grouped_low_rank(self.lora.dropped(x_MD), self.lora.a[...], self.lora.b[...], group_sizes_E)
+        delta_MF = grouped_low_rank(self.lora.dropped(x_MD), self.lora.a[...], self.lora.b[...], group_sizes_e)
         return y_MF + delta_MF * jnp.asarray(self.lora.scale, y_MF.dtype)
 
 

@@ -71,9 +71,10 @@ class Mixtral(Model):
         rotations_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta)
         x_BTD = self.embed(call.tokens_BT).astype(self.dtype)
         x_BTD, routing, sums, kv = run_layers(self.layers, x_BTD, rotations_BTH, key_ids_BS, call)
-        cache = None
-        if call.cache is not None and kv is not None:
-            cache = KVCache(*kv, key_ids_BS, call.cache.length + call.tokens_BT.shape[1])
+        cache = call.cache
+        if cache is not None:
+            k_LBSGH, v_LBSGH = kv
+            cache = KVCache(k_LBSGH, v_LBSGH, key_ids_BS, cache.length + call.tokens_BT.shape[1])
         none: Any = None  # the logits, see Output
         return Output(self.norm(x_BTD), none, routing, sums, cache)
 

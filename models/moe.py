@@ -58,6 +58,7 @@ class MoE(nnx.Module):
         )
         return y_ND.reshape(x_BTD.shape), decision
 
+    @jax.named_scope("router")
     def decide(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], plan: RoutingPlan) -> Decision:
         """What the router does with these states; kept for the backward pass in every checkpoint policy."""
         logits_BTE = checkpoint_name(self.router(x_BTD.astype(jnp.float32)), ROUTES)
@@ -78,14 +79,16 @@ class MoE(nnx.Module):
         and the sums return to the tokens' own shards. Rows are counted for the worst case, so none is ever dropped.
         """
         exchanged = shards.is_split_like(EXPERTS, BATCH)  # otherwise these shards hold the same tokens already
-        if exchanged:
-            x_ND, owners_NK, weights_NK = (shards.gather(EXPERTS, x) for x in (x_ND, owners_NK, weights_NK))
         experts = self.config.num_experts // shards.count(EXPERTS)
-        owners_NK, weights_NK = own_choices(owners_NK, weights_NK, shards.index(EXPERTS) * experts, experts)
-        permutation = checkpoint_name(sort_by_expert(owners_NK, experts), ROUTES)
+        with jax.named_scope("dispatch"):
+            if exchanged:
+                x_ND, owners_NK, weights_NK = (shards.gather(EXPERTS, x) for x in (x_ND, owners_NK, weights_NK))
+            owners_NK, weights_NK = own_choices(owners_NK, weights_NK, shards.index(EXPERTS) * experts, experts)
+            permutation = checkpoint_name(sort_by_expert(owners_NK, experts), ROUTES)
         y_ND = self.feed_forward(x_ND, weights_NK, permutation)
-        y_ND = shards.sum_and_scatter(EXPERTS, y_ND) if exchanged else shards.sum_over(EXPERTS, y_ND)
-        return shards.sum_over(MLP, y_ND)
+        with jax.named_scope("combine"):
+            y_ND = shards.sum_and_scatter(EXPERTS, y_ND) if exchanged else shards.sum_over(EXPERTS, y_ND)
+            return shards.sum_over(MLP, y_ND)
 
     def read_in_place(self) -> None:
         """Lets the loop over layers leave dense experts where they are, in place; to be called on stacked layers."""
@@ -101,8 +104,11 @@ class MoE(nnx.Module):
         if not any(layer.drops for layer in layers):
             base, deltas = zip(*((layer.w.get_value(), layer.factors(x_ND.dtype)) for layer in layers), strict=True)
             return expert_mlp(x_ND, weights_NK, permutation, base, deltas)
-        x_MD, sizes_E = dispatch(x_ND, permutation), permutation.group_sizes_E
-        y_MD = self.w2(jax.nn.silu(self.w1(x_MD, sizes_E)) * self.w3(x_MD, sizes_E), sizes_E)
+        x_MD, sizes_e = dispatch(x_ND, permutation), permutation.group_sizes_E
+        with jax.named_scope("experts/w1_w3"):
+            hidden_MF = jax.nn.silu(self.w1(x_MD, sizes_e)) * self.w3(x_MD, sizes_e)
+        with jax.named_scope("experts/w2"):
+            y_MD = self.w2(hidden_MF, sizes_e)
         return combine(y_MD, weights_NK, permutation)
 
 

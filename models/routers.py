@@ -211,18 +211,22 @@ def decide(
 ) -> Decision:
     """`route`, with the ranks."""
     router, logits_BTE = router_of(config), logits_BTE.astype(jnp.float32)
-    steered_BTE = steer(logits_BTE, plan, keys_BT)
-    allowed_BTE = ~(steered_BTE < BANNED)  # NaN is allowed: it must not vanish
-    scores_BTE = router.score(steered_BTE, config)
-    ranks_BTE = router.rank(scores_BTE, state_E)
-    experts_BTK, exists_BTK = choose(ranks_BTE, allowed_BTE, plan.experts_LBTK, config.top_k)
-    weights_BTK = router.weigh(jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1), exists_BTK, config)
-    if plan.weights_LBTK is not None:
-        weights_BTK = jnp.where(plan.weights_LBTK >= 0, plan.weights_LBTK, weights_BTK)
-    if valid_BT is not None:
-        exists_BTK = exists_BTK & valid_BT[..., None]
-    experts_BTK = jnp.where(exists_BTK, experts_BTK, NO_EXPERT)
-    weights_BTK = jnp.where(exists_BTK, weights_BTK, 0.0)
+    with jax.named_scope("steer"):
+        steered_BTE = steer(logits_BTE, plan, keys_BT)
+        allowed_BTE = ~(steered_BTE < BANNED)  # NaN is allowed: it must not vanish
+    with jax.named_scope("score"):
+        scores_BTE = router.score(steered_BTE, config)
+    with jax.named_scope("choose"):
+        ranks_BTE = router.rank(scores_BTE, state_E)
+        experts_BTK, exists_BTK = choose(ranks_BTE, allowed_BTE, plan.experts_LBTK, config.top_k)
+    with jax.named_scope("weigh"):
+        weights_BTK = router.weigh(jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1), exists_BTK, config)
+        if plan.weights_LBTK is not None:
+            weights_BTK = jnp.where(plan.weights_LBTK >= 0, plan.weights_LBTK, weights_BTK)
+        if valid_BT is not None:
+            exists_BTK = exists_BTK & valid_BT[..., None]
+        experts_BTK = jnp.where(exists_BTK, experts_BTK, NO_EXPERT)
+        weights_BTK = jnp.where(exists_BTK, weights_BTK, 0.0)
     return Decision(Routing(experts_BTK, weights_BTK, logits_BTE), jnp.where(allowed_BTE, ranks_BTE, -jnp.inf))
 
 

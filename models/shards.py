@@ -125,7 +125,8 @@ def whole(path: str, value: Any) -> Any:
     gathered = []
     for leaf, steps in zip(leaves, storage.gathers, strict=True):
         for axis, names in steps:
-            leaf = lax.all_gather(leaf, names, axis=leaf.ndim + axis, tiled=True)
+            with jax.named_scope("gather_parameters"):
+                leaf = lax.all_gather(leaf, names, axis=leaf.ndim + axis, tiled=True)
         gathered.append(checkpoint_name(leaf, GATHERED) if steps else leaf)
     value = jax.tree.unflatten(tree, gathered)
     return value[(slice(None),) * (len(value.batch_shape) - 1) + (0,)] if storage.units else value

@@ -70,6 +70,7 @@ def token_losses(
     return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
 
 
+@jax.named_scope("loss")
 def next_token_loss(
     head: Head,
     hidden_BTD: Float[Array, "B T D"],

@@ -22,6 +22,9 @@ def expert_mlp(
         return y if pair is None else y + grouped_low_rank(x, *pair, sizes)
 
     x_MD = dispatch(x_ND, permutation)
-    gate_MF, up_MF = (checkpoint_name(linear(x_MD, i), PRODUCTS) for i in (0, 1))
-    y_MD = checkpoint_name(linear(jax.nn.silu(gate_MF) * up_MF, 2), PRODUCTS)
+    with jax.named_scope("experts/w1_w3"):
+        gate_MF, up_MF = (checkpoint_name(linear(x_MD, i), PRODUCTS) for i in (0, 1))
+        hidden_MF = jax.nn.silu(gate_MF) * up_MF
+    with jax.named_scope("experts/w2"):
+        y_MD = checkpoint_name(linear(hidden_MF, 2), PRODUCTS)
     return combine(y_MD, weights_NK, permutation)

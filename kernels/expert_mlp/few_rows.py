@@ -48,21 +48,26 @@ def expert_mlp(
     deltas: GivenDeltas,
 ) -> jax.Array:
     """JAX differentiates it like any function; nothing here is made for that."""
-    weights_NE, chosen_NE = weights_by_expert(weights_NK, permutation)
+    with jax.named_scope("dispatch"):
+        weights_NE, chosen_NE = weights_by_expert(weights_NK, permutation)
 
     def linear(x: jax.Array, i: int, e: int, out_dtype: jnp.dtype) -> jax.Array:
         y, pair = matmul(x, weights[i][e], out_dtype), deltas[i]
         return y if pair is None else y + matmul(matmul(x, pair[0][e]), pair[1][e], out_dtype)
 
-    def run(e: int, x_ND: jax.Array) -> jax.Array:
-        hidden_NF = jax.nn.silu(linear(x_ND, 0, e, x_ND.dtype)) * linear(x_ND, 1, e, x_ND.dtype)
-        y_ND = linear(hidden_NF, 2, e, jnp.dtype("float32")) * weights_NE[:, e, None]
-        return jnp.where(chosen_NE[:, e, None], y_ND, 0)  # a row that chose others may overflow here
+    def expert(e: int, x_ND: jax.Array) -> jax.Array:
+        with jax.named_scope("experts/w1_w3"):
+            hidden_NF = jax.nn.silu(linear(x_ND, 0, e, x_ND.dtype)) * linear(x_ND, 1, e, x_ND.dtype)
+        with jax.named_scope("experts/w2"):
+            y_ND = linear(hidden_NF, 2, e, jnp.dtype("float32"))
+        with jax.named_scope("combine"):
+            # rows that did not choose this expert may overflow
+            return jnp.where(chosen_NE[:, e, None], y_ND * weights_NE[:, e, None], 0)
 
     def skip(x_ND: jax.Array) -> jax.Array:
         return jnp.zeros(x_ND.shape, jnp.float32)
 
     total_ND = skip(x_ND)
     for e in range(weights[0].shape[0]):
-        total_ND = total_ND + lax.cond(permutation.group_sizes_E[e] > 0, functools.partial(run, e), skip, x_ND)
+        total_ND = total_ND + lax.cond(permutation.group_sizes_E[e] > 0, functools.partial(expert, e), skip, x_ND)
     return total_ND.astype(x_ND.dtype)

@@ -48,6 +48,7 @@ def tokens_of(permutation: Permutation, k: int, spare: int) -> jax.Array:
     return jnp.pad(permutation.order_M // k, (0, spare))
 
 
+@jax.named_scope("experts/w1_w3")
 def gate_and_up(x_BD: jax.Array, expert: Expert, inward: int) -> jax.Array:
     """float32 [B, 2 F]."""
     if expert.a.shape[1]:
@@ -58,12 +59,15 @@ def gate_and_up(x_BD: jax.Array, expert: Expert, inward: int) -> jax.Array:
 def swiglu(x_BD: jax.Array, expert: Expert, inward: int) -> jax.Array:
     """float32 [B, F]."""
     if isinstance(expert.up, tuple):
-        gate, up = (dot(x_BD, w) for w in expert.up)
+        with jax.named_scope("experts/w1_w3"):
+            gate, up = (dot(x_BD, w) for w in expert.up)
     else:
         gate, up = jnp.split(gate_and_up(x_BD, expert, inward), 2, axis=1)
-    return jax.nn.silu(gate) * up
+    with jax.named_scope("experts/w1_w3"):
+        return jax.nn.silu(gate) * up
 
 
+@jax.named_scope("combine")
 def sum_pairs(rows_MD: jax.Array, permutation: Permutation, weights_NK: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """float32: each token's weighted sum of the rows (as bits) of its pairs; those of no expert count as zero."""
     inverse_NK = permutation.inverse_M.reshape(weights_NK.shape)
@@ -90,11 +94,14 @@ def forward(
 
     def step(y: jax.Array, e: jax.Array, start: jax.Array, stop: jax.Array, size: int, expert: Expert) -> jax.Array:
         del e, stop
-        hidden = swiglu(from_bits(gather(x_bits, cut(token_M, start, size)), dtype), expert, inward)
-        out = dot(hidden.astype(dtype), expert.down, inward)
-        out_BD = out[:, :width]
-        if expert.b.shape[0]:
-            out_BD = out_BD + dot(out[:, width:].astype(dtype), expert.b)
+        with jax.named_scope("dispatch"):
+            x_BD = from_bits(gather(x_bits, cut(token_M, start, size)), dtype)
+        hidden = swiglu(x_BD, expert, inward)
+        with jax.named_scope("experts/w2"):
+            out = dot(hidden.astype(dtype), expert.down, inward)
+            out_BD = out[:, :width]
+            if expert.b.shape[0]:
+                out_BD = out_BD + dot(out[:, width:].astype(dtype), expert.b)
         return put(y, out_BD.astype(dtype), start)
 
     y = for_each_block(
@@ -117,24 +124,27 @@ def backward_block(
     gate, up = jnp.split(both_B2F, 2, axis=1)
     sigmoid = jax.nn.sigmoid(gate)
     h = gate * sigmoid * up
-    q_BR = dot(dout_BD, expert.b, 1).astype(dtype) if rank else None
-    dh = dot(dout_BD if q_BR is None else join([dout_BD, q_BR], 1), expert.down, 1 - inward)
+    with jax.named_scope("experts/w2"):
+        q_BR = dot(dout_BD, expert.b, 1).astype(dtype) if rank else None
+        dh = dot(dout_BD if q_BR is None else join([dout_BD, q_BR], 1), expert.down, 1 - inward)
     dscale_B = jnp.sum(dh * h, axis=1)
     dh = dh * scale_B[:, None]
     dgate = dh * up * sigmoid * (1 + gate * (1 - sigmoid))
     dboth = join([dgate.astype(dtype), (dh * gate * sigmoid).astype(dtype)], 1)
-    dx = dot(dboth, expert.up, 1 - inward)
-    dx_BD = dx[:, :width]
     found: list[jax.Array] = []
-    if has_a:
-        dp_BS = dx[:, width:].astype(dtype)
-        dx_BD = dx_BD + dot(dp_BS, expert.a, 1)
-        found += [dot_rows(dp_BS, x_BD), dot_rows(dot(x_BD, expert.a).astype(dtype), dboth)]
+    with jax.named_scope("experts/w1_w3"):
+        dx = dot(dboth, expert.up, 1 - inward)
+        dx_BD = dx[:, :width]
+        if has_a:
+            dp_BS = dx[:, width:].astype(dtype)
+            dx_BD = dx_BD + dot(dp_BS, expert.a, 1)
+            found += [dot_rows(dp_BS, x_BD), dot_rows(dot(x_BD, expert.a).astype(dtype), dboth)]
     if q_BR is not None:
-        h = h.astype(dtype)
-        a2 = expert.down[width:] if inward else expert.down[:, width:]
-        p_BR = (dot(h, a2, inward) * scale_B[:, None]).astype(dtype)
-        found += [dot_rows((q_BR * scale_B[:, None]).astype(dtype), h), dot_rows(p_BR, dout_BD)]
+        with jax.named_scope("experts/w2"):
+            h = h.astype(dtype)
+            a2 = expert.down[width:] if inward else expert.down[:, width:]
+            p_BR = (dot(h, a2, inward) * scale_B[:, None]).astype(dtype)
+            found += [dot_rows((q_BR * scale_B[:, None]).astype(dtype), h), dot_rows(p_BR, dout_BD)]
     return dx_BD, dscale_B, tuple(found)
 
 
@@ -159,7 +169,8 @@ def backward(
     def step(carry: Any, e: jax.Array, start: jax.Array, stop: jax.Array, size: int, expert: Expert) -> Any:
         dx, dscale, sums = carry
         token_B = cut(token_M, start, size)
-        x_BD = from_bits(gather(x_bits, token_B), dtype)
+        with jax.named_scope("dispatch"):
+            x_BD = from_bits(gather(x_bits, token_B), dtype)
         # rows of the next group would count in this expert's factors
         own_B = start + jnp.arange(size) < stop
         dout = jnp.where(own_B[:, None], gather(dout_bits, token_B), jnp.zeros((), dout_bits.dtype))

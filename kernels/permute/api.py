@@ -36,6 +36,7 @@ def sort_by_expert(experts_NK: Int[Array, "N K"], num_experts: int) -> Permutati
     return Permutation(order_M, inverse_M, group_sizes_E)
 
 
+@jax.named_scope("dispatch")
 def dispatch(x_ND: Float[Array, "N D"], permutation: Permutation) -> Float[Array, "M D"]:
     """The row of each pair's token, sorted by expert."""
     return gathered(*vary_alike(x_ND, permutation))
@@ -61,6 +62,7 @@ def gathered_backward(residuals: tuple[Permutation, int], dy_MD: jax.Array):
 gathered.defvjp(gathered_forward, gathered_backward)
 
 
+@jax.named_scope("combine")
 def combine(
     y_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], permutation: Permutation
 ) -> Float[Array, "N D"]:
