@@ -1,4 +1,5 @@
 """Kernels: arrays in, arrays out.
 
-Each operation is a folder: `reference.py` is obviously right, every other file is one backend, and `api.py` picks one.
+Each operation is a folder: `reference.py` is simple enough to be obviously right, each other file is
+a backend, and `api.py` chooses the backend.
 """

@@ -1,4 +1,4 @@
-"""Which backend of an operation runs: the caller's choice, else `use`'s, else the platform's."""
+"""Choosing the backend of an operation: the caller's choice, else that of `use`, else the platform's default."""
 
 import contextlib
 import logging
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 
 OPERATIONS = ("layer_scan", "expert_mlp", "grouped_matmul", "nf4_matmul", "grouped_low_rank")
-"""Operations with more than one backend; each has its table in its api.py."""
+"""Operations with more than one backend; the table of backends is in the api.py of each."""
 
 
 class Record:
-    """Names of the backends that were picked, by operation."""
+    """Names of the backends that were chosen, by operation."""
 
     def __init__(self) -> None:
         self.names: dict[str, set[str]] = {}
@@ -23,20 +23,20 @@ class Record:
         return {operation: sorted(self.names[operation]) for operation in sorted(self.names)}
 
 
-# part of the key of JAX's caches, so that a function compiled under one choice is compiled anew under another
+# part of the key of JAX's caches: a function compiled under one choice is compiled again under another
 overrides = jax.make_user_context(())
-# likewise, so that what was traced before is traced again, and its choices are seen
+# also part of the key: functions are traced again inside `recording`, so that their choices are recorded
 recorder = jax.make_user_context(None)
 announced: set[tuple[str, str]] = set()
 
 
 @contextlib.contextmanager
 def use(platform: str | None = None, **names: str) -> Iterator[None]:
-    """Chooses backends by operation, and the platform ("cpu", "gpu", "tpu") that the others are chosen for.
+    """Sets the backends of operations, and the platform ("cpu", "gpu", "tpu") that decides all others.
 
-    A choice made here counts as named by the caller: where the backend cannot take the operands, that is an error. The
-    platform is the one that is compiled for, which need not be there: Pallas kernels are interpreted only for "cpu".
-    `with use(platform="gpu"): jax.jit(f).lower(...)` compiles for an absent GPU.
+    A backend set here counts as named by the caller: if it cannot take the operands, that is an error. The platform may
+    be one that this machine does not have: `with use(platform="gpu"): jax.jit(f).lower(...)` compiles for an absent
+    GPU. Pallas kernels are interpreted for "cpu" only.
 
     Raises:
       ValueError: unknown operation.
@@ -51,23 +51,23 @@ def use(platform: str | None = None, **names: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Record]:
-    """Records what is picked within, which is while functions are traced: lower or call them inside."""
+    """Records the backends that are chosen inside, which happens while functions are traced."""
     with recorder(record := Record()):
         yield record
 
 
 def platform() -> str:
-    """The platform that is compiled for: "cpu", "gpu" or "tpu"."""
+    """The platform to compile for: "cpu", "gpu" or "tpu"."""
     return dict(overrides.value).get("platform") or jax.default_backend()
 
 
 def named(operation: str) -> str | None:
-    """The backend that `use` names for an operation."""
+    """The backend that `use` sets for an operation."""
     return dict(overrides.value).get(operation)
 
 
 def announce(operation: str, message: str, level: int = logging.INFO) -> None:
-    """Logs a message once in the life of the process."""
+    """Logs a message once in each process."""
     if (operation, message) not in announced:
         announced.add((operation, message))
         logging.getLogger(__name__).log(level, "%s: %s", operation, message)
@@ -80,13 +80,13 @@ def pick(
     name: str | None,
     refusal: Callable[[str], str | None],
 ) -> str:
-    """Name of the backend that runs; it is announced, where it was not named, and recorded.
+    """The name of the backend to run. It is recorded, and logged if nobody named it.
 
     Args:
       names: the operation's backends.
-      preferred: names for each platform, best first; the last one takes everything.
-      name: the caller's choice, if any. Neither it nor that of `use` ever falls back.
-      refusal: why a backend cannot take the operands, in a sentence, or None where it can.
+      preferred: backends of each platform, best first; the last one takes all operands.
+      name: the caller's choice, if any. A named backend never falls back, nor does one set by `use`.
+      refusal: the reason why a backend cannot take the operands, as a sentence; None if it can.
 
     Raises:
       ValueError: unknown name.
@@ -105,7 +105,7 @@ def pick(
 
 
 def best(operation: str, preferred: Mapping[str, Sequence[str]], refusal: Callable[[str], str | None]) -> str:
-    """The first of the platform's backends that takes the operands."""
+    """The first of the platform's backends that can take the operands."""
     *first, last = preferred.get(platform(), preferred["cpu"])
     for candidate in first:
         if (reason := refusal(candidate)) is None:

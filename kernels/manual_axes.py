@@ -1,4 +1,4 @@
-"""Operands inside shard_map with its check of what varies (`check_vma=True`)."""
+"""Operands inside shard_map with `check_vma=True`, where JAX tracks which arrays vary across devices."""
 
 from typing import Any
 
@@ -7,16 +7,17 @@ from jax import lax
 
 
 def varying(*operands: Any) -> frozenset[str]:
-    """Mesh axes along which any of the arrays (of any pytree of them) differs from device to device."""
+    """Mesh axes along which any array of these pytrees differs between devices."""
     axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands))
     return frozenset[str]().union(*axes)
 
 
 def vary_alike(*operands: Any) -> Any:
-    """The operands, those that are the same on all devices marked as differing where another one differs.
+    """The operands, all marked as varying along every mesh axis along which any of them varies.
 
-    A custom gradient cannot tell which operands are replicated, and would have to return their gradients summed over
-    devices; the transpose of this marking sums them. Without the check, or outside of shard_map, nothing happens.
+    A custom gradient would have to sum the gradients of replicated operands over devices, but it does not know which
+    operands are replicated. The transpose of this marking does the sum. Outside of shard_map, and with
+    `check_vma=False`, the operands are returned unchanged.
     """
     axes = varying(*operands)
 

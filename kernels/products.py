@@ -1,4 +1,4 @@
-"""The two shapes of matrix product that kernels are made of, accumulating in float32, and moves of 16-bit floats."""
+"""Matrix products that accumulate in float32, and 16-bit floats as integers of their bits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ def dot(x: jax.Array, w: jax.Array, contract_w: int = 0) -> jax.Array:
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """x.T of a matrix, written out in a way that XLA:CPU cannot fold into a product.
+    """x.T of a matrix, materialised so that XLA:CPU cannot fold it into a product.
 
-    It is moved as bits, because a transpose next to a product becomes a product with transposed sides, which XLA:CPU
-    does not have for 16-bit floats; and through one axis, because the result of a transpose alone carries a
-    column-major layout, with which it would convert both sides to float32.
+    XLA:CPU folds a transpose into the product next to it, and has no such product for 16-bit floats: hence the
+    transpose of integers. A transpose alone would also give a column-major layout, for which XLA:CPU converts both
+    operands to float32: hence the reshape to one axis.
     """
     kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     bits = lax.optimization_barrier(lax.bitcast_convert_type(x, kind).T.reshape(-1))
@@ -26,7 +26,7 @@ def transposed(x: jax.Array) -> jax.Array:
 def dot_rows(x: jax.Array, y: jax.Array) -> jax.Array:
     """x [K, M] and y [K, N] over their rows: float32 [M, N].
 
-    Transposes x, or a narrow y and then the result, whichever moves less.
+    Transposes x, or instead y and the result, whichever moves fewer elements.
     """
     (rows, m), n = x.shape, y.shape[1]
     if rows * m > rows * n + 2 * m * n:
@@ -35,11 +35,11 @@ def dot_rows(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def to_bits(x: Shaped[Array, "*n"]) -> Shaped[Array, "*n"]:
-    """A 16-bit float as the integers of its bits; other dtypes as they are.
+    """16-bit floats as integers of their bits; other dtypes unchanged.
 
-    XLA:CPU does everything but products of 16-bit floats in float32, moves included. In a loop that is dear: it makes
-    a float32 copy of a whole operand before the loop that slices it, and rewrites the whole target of each update.
-    Integers are moved as they lie.
+    XLA:CPU converts 16-bit floats to float32 for everything but products, even for copies. This is expensive in a loop:
+    XLA makes a float32 copy of a whole operand before the loop that slices it, and rewrites the whole target of each
+    update. Integers are copied unchanged.
     """
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype in (jnp.bfloat16, jnp.float16) else x
 

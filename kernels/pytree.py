@@ -7,5 +7,5 @@ import jax
 if TYPE_CHECKING:
     Leaf = jax.Array
 else:
-    # tree transformations put shapes, shardings and cotangents where the arrays stand; run-time checks must pass them
+    # tree transformations replace arrays by shapes, shardings or cotangents, which run-time type checks must accept
     Leaf = Any

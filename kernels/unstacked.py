@@ -1,4 +1,4 @@
-"""Arrays whose leading axis is a tuple of separate arrays, so that no part is sliced or copied before it is used."""
+"""Arrays whose leading axis is a tuple of separate arrays, so that no part is sliced or copied before its use."""
 
 import dataclasses
 from typing import Any
@@ -12,10 +12,10 @@ from jax.core import Tracer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unstacked:
-    """An array, or an NF4Tensor, with a leading axis that exists in Python only.
+    """An array, or an NF4Tensor, whose leading axis is a Python tuple.
 
-    XLA:CPU copies what it slices from a stack. Multiplying one row by one of many stacked matrices then costs several
-    times the product. Parts may themselves be Unstacked: layers, then experts.
+    XLA:CPU copies a slice of a stack before it is used. For one row times one of many stacked matrices, the copy takes
+    several times as long as the product. Parts may be Unstacked too: layers, then experts.
 
     Attributes:
       parts: one value for each index of the leading axis, all of one shape.
@@ -33,7 +33,7 @@ class Unstacked:
 
     @property
     def dtype(self) -> Any:
-        """That of the parts; for NF4Tensors the name of the dtype that was quantised."""
+        """The dtype of the parts; for NF4Tensors the name of the dtype that was quantised."""
         return self.parts[0].dtype
 
     def __len__(self) -> int:
@@ -48,10 +48,10 @@ def is_unstacked(value: Any) -> bool:
 
 
 def unstack(value: Any, depth: int) -> Any:
-    """An array or NF4Tensor with its first `depth` axes Unstacked; itself at depth 0.
+    """An array or NF4Tensor with its first `depth` axes Unstacked; unchanged at depth 0.
 
-    On a CPU each part is a view of the array's own memory where its alignment allows (XLA wants 64 bytes), and a copy
-    elsewhere. The array must therefore not be donated while the parts are in use.
+    On a CPU, a part that is aligned to 64 bytes, as XLA requires, is a view of the array's memory. Other parts are
+    copies. The array must not be donated while the parts are in use.
 
     Raises:
       ValueError: more levels than axes.
@@ -68,7 +68,7 @@ def unstack(value: Any, depth: int) -> Any:
 
 
 def view(leaf: Any, index: tuple[int, ...]) -> jax.Array:
-    """leaf[index], in the same memory where the leaf is an array on a CPU and the part is aligned."""
+    """leaf[index]; for an array on a CPU a view of its memory if the part is aligned."""
     if isinstance(leaf, Tracer) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or not on_one_cpu(leaf):
         return leaf[index]
     return jax.device_put(np.asarray(leaf)[index], may_alias=True)
@@ -82,7 +82,7 @@ def on_one_cpu(leaf: jax.Array | np.ndarray) -> bool:
 
 
 def stack(value: Any) -> Any:
-    """Inverse of `unstack`: every Unstacked in a pytree as one array (or NF4Tensor) again, which copies its parts."""
+    """Inverse of `unstack`: replaces every Unstacked in a pytree by one array or NF4Tensor. This copies the parts."""
 
     def stacked(leaf: Any) -> Any:
         return stack_parts([stack(part) for part in leaf.parts]) if is_unstacked(leaf) else leaf
@@ -91,5 +91,5 @@ def stack(value: Any) -> Any:
 
 
 def stack_parts(parts: list[Any] | tuple[Any, ...]) -> Any:
-    """Equal pytrees as one with a new leading axis; differentiable, which a copy of their bits would not be."""
+    """Pytrees of one structure stacked on a new leading axis. Not stacked as bits: that would not be differentiable."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)

@@ -1,9 +1,9 @@
-"""Attention in chunks of queries that keeps no scores for the backward pass.
+"""Attention in chunks of queries. The backward pass recomputes the scores, as FlashAttention does (arXiv 2205.14135).
 
-The backward pass recomputes them, as FlashAttention does (arXiv 2205.14135). Query heads that share a key head become
+ Query heads that share a key head become
 rows of one matrix product per (batch, key head): on a CPU this is several times faster than a product with the shared
-heads as a batch axis. Without a cache, a chunk reads only the keys that causality and the window leave it, so about
-half of the products are never computed.
+heads as a batch axis. Without a cache, a chunk reads only the keys that causality and the window allow, so about half
+of the products are never computed.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from bimedix_jax.kernels.attention.cache import HeadMajor, heads_of
 from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
 
 MASKED = -1e30
-"""Score of a key that a query may not see; finite, so that a row without any visible key gives no NaN."""
+"""Score of a key that a query may not attend to; finite, so that a row without any visible key gives no NaN."""
 MIN_CHUNK, MAX_CHUNKS = 256, 8
-"""Queries of a chunk at least, and chunks at most: each is compiled on its own."""
+"""Minimum of queries in a chunk and maximum of chunks; each chunk is compiled separately."""
 CPU_SCORES = 1 << 22
-"""Scores of the heads that a CPU computes at once: 16 MiB, half of the cache that two cores share."""
+"""Scores that a CPU computes at a time: 16 MiB, half of the cache that two cores share."""
 ACCELERATOR_SCORES = 1 << 28
-"""Those that an accelerator does: 1 GiB. At 4,096 tokens that is every head, at 32,768 one after the other."""
+"""Scores that an accelerator computes at a time: 1 GiB. At 4,096 tokens these are all heads, at 32,768 a single one."""
 
 
 def each_head(function: Callable[..., Any], scores: int, *operands: jax.Array) -> Any:
-    """`function`, which makes that many scores a slice, on each slice of the leading axis (batch * key heads).
+    """`function` on each slice of the leading axis (batch * key heads); each call computes `scores` scores.
 
-    In groups of heads, one after the other, so that a group's scores stay in a CPU's cache or fit in memory.
+    Groups of heads run one after another, so that the scores of a group stay in a CPU's cache or fit in memory.
     """
     heads = operands[0].shape[0]
     most = CPU_SCORES if backends.platform() == "cpu" else ACCELERATOR_SCORES
@@ -77,7 +77,7 @@ def head_backward(
     weights = jnp.exp(head_scores(q, k, visible_CS) - log_total)
     dv = dot_rows(weights.astype(dout.dtype), dout)
     inner = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    # held back from XLA:CPU's library for products, which would take in what follows and run it slower than a loop
+    # without the barrier, XLA:CPU's matrix library would fuse the operations that follow, and run slower than a loop
     dweights = lax.optimization_barrier(dot(dout, v, 1))
     dscores = (weights * (dweights - inner)).astype(q.dtype)
     dq, dk = dot(dscores, k), dot_rows(dscores, q)
@@ -110,14 +110,14 @@ def visible(
     key_slot: int,
     window: int | None,
 ) -> Bool[Array, "B C S"]:
-    """Which keys each query sees: same segment, not later, at most `window` back; slots are those of the first ones."""
+    """Which keys each query attends to. The slots are those of the first query and of the first key."""
     query = query_slot + jnp.arange(query_ids_BC.shape[1])[:, None]
     key = key_slot + jnp.arange(key_ids_BS.shape[1])[None]
     near = key <= query if window is None else (key <= query) & (key > query - window)
     return near[None] & (query_ids_BC[:, :, None] == key_ids_BS[:, None])
 
 
-@jax.named_scope("attention_products")  # by which bimedix_jax/plan recognises them in a compiled program
+@jax.named_scope("attention_products")  # bimedix_jax/plan finds the products in a compiled program by this name
 def attention(
     q_BTQH: Float[Array, "B T Q H"],
     k_BSGH: Float[Array, "B S G H"] | HeadMajor,
@@ -134,9 +134,9 @@ def attention(
       q_BTQH: queries; Q is a multiple of the number G of key heads, and query head h reads key head h // (Q / G).
       k_BSGH, v_BSGH: keys and values, cast to the dtype of q; from a cache also HeadMajor, which gets no gradient.
       query_ids_BT, key_ids_BS: segment of each query and key.
-      offset: slot of the first query among the keys, when decoding with a cache; None where queries and keys are the
-        same tokens.
-      window: keys that a query sees at most, itself included.
+      offset: slot of the first query among the keys, for decoding with a cache; None if queries and keys are the same
+        tokens.
+      window: maximum of keys that a query attends to, itself included.
 
     Returns:
       [B, T, Q, H] in the dtype of q; scores, softmax and sums are float32.

@@ -1,8 +1,8 @@
-"""One layer's cache of keys or of values, in two layouts that `attention` reads.
+"""One layer's cache of keys or values, in the two layouts that `attention` reads.
 
-An array [B, S, G, H] is what a loop over layers and an accelerator take. `HeadMajor` is for decoding on a CPU: XLA:CPU
-would transpose all cached heads for each token's product, and would convert a whole 16-bit cache to float32 to write
-one token into it.
+Loops over layers and accelerators use an array [B, S, G, H]. Decoding on a CPU uses `HeadMajor`. With the array,
+XLA:CPU would transpose all cached heads for each token's product, and would convert the whole 16-bit cache to float32
+to write one token.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from bimedix_jax.kernels.pytree import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadMajor:
-    """Keys or values with slots next to each other in each head, 16-bit floats as their bits.
+    """Keys or values with heads before slots, 16-bit floats as integers of their bits.
 
     Attributes:
-      bits_BGSH: what `to_bits` gives; more axes may lead.
+      bits_BGSH: result of `to_bits`; there may be more leading axes.
       dtype: name of the floats' dtype.
     """
 
@@ -35,7 +35,7 @@ class HeadMajor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the array: [..., B, S, G, H]."""
+        """The shape of the array: [..., B, S, G, H]."""
         *lead, groups, slots, width = self.bits_BGSH.shape
         return (*lead, slots, groups, width)
 

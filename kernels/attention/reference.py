@@ -12,7 +12,7 @@ def attention(
     offset: int = 0,
     window: int | None = None,
 ) -> np.ndarray:
-    """float32 [B, T, Q, H]; query t stands in slot offset + t and sees its own segment, itself and earlier."""
+    """float32 [B, T, Q, H]; query t is in slot offset + t and attends to earlier keys of its segment and itself."""
     batch, length, heads, width = q_BTQH.shape
     shared = heads // k_BSGH.shape[2]
     out = np.zeros(q_BTQH.shape, np.float32)

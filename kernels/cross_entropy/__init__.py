@@ -1,4 +1,4 @@
-"""Next-token losses straight from hidden states, without the logits of all tokens."""
+"""Next-token losses from hidden states, without storing the logits of all tokens."""
 
 from bimedix_jax.kernels.cross_entropy.api import cross_entropy
 

@@ -1,9 +1,9 @@
-"""Cross entropy over a large vocabulary, in tiles of it, with the gradient to the states taken on the way forward.
+"""Cross entropy over a large vocabulary, in tiles. The forward pass also computes the gradient of the states.
 
-The gradient to a state is (sum over v of p_v w_v) - w_target: attention of that state over the vocabulary, whose keys
-and values are the columns of w. So one pass over tiles with a running maximum, as in FlashAttention (arXiv 2205.14135),
-gives loss and gradient at once: the logits of a tile stay in the cache, and the backward pass computes nothing again,
-it scales the finished gradient. Only where w itself is trained does the backward pass go over the tiles again.
+The gradient of a state is (sum over v of p_v w_v) - w_target. This is attention of the state over the vocabulary: keys
+and values are the columns of w. One pass over tiles with a running maximum, as in FlashAttention (arXiv 2205.14135),
+gives both loss and gradient. The logits of a tile stay in the cache, and the backward pass only scales the gradient. If
+w is trained, the backward pass also computes the tiles again, for the gradient of w.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
 
 TILE_LOGITS, MIN_TILE = 1280 * 1024, 256
-"""Logits of a tile, 5 MiB in float32 (two cores with 1 MiB of L2 each and 32 MiB of L3), and its columns at least."""
+"""Logits of a tile (5 MiB in float32, for two cores with 1 MiB of L2 each and 32 MiB of L3); its minimum of columns."""
 
 
 def tile_at(w_DV: jax.Array, tile: jax.Array, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(w of a tile [D, width], its first column, which of its columns no earlier tile had)."""
-    start = jnp.minimum(tile * width, w_DV.shape[1] - width)  # the last tile begins early enough to be whole
+    """(w of a tile [D, width], its first column, a mask of the columns that no earlier tile has)."""
+    start = jnp.minimum(tile * width, w_DV.shape[1] - width)  # the last tile overlaps the one before it
     w = from_bits(lax.dynamic_slice_in_dim(to_bits(w_DV), start, width, 1), w_DV.dtype)
     return w, start, start + jnp.arange(width) >= tile * width
 
@@ -69,7 +69,7 @@ def differentiable(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> ja
 
 
 def forward(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> tuple[jax.Array, tuple]:
-    """The losses, and what each adds to the gradient of its state."""
+    """(losses, residuals with the gradient of each loss with respect to its state)."""
     rows, width = x_ND.shape
 
     def step(carry: tuple, w: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
@@ -80,7 +80,7 @@ def forward(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> tuple[jax
         shrink_N = jnp.exp(peak_N - higher_N)
         weights = jnp.exp(logits - higher_N[:, None])
         total_N = total_N * shrink_N + jnp.sum(weights, axis=1)
-        # without the target: p - 1 would lose a confident token's small gradient to rounding
+        # the target is left out of the sum: p - 1 would round a confident token's small gradient away
         own = start + jnp.arange(new_C.shape[0])[None] == targets_N[:, None]
         others = jnp.where(own, 0.0, weights).astype(x_ND.dtype)
         return higher_N, total_N, target_N, sum_ND * shrink_N[:, None] + dot(others, w, 1)
@@ -104,7 +104,7 @@ def backward(residuals: tuple, dlosses_N: jax.Array) -> tuple[jax.Array, jax.Arr
         dlogits = (jnp.exp(dot(x_ND, w) - log_total_N[:, None]) - own) * dlosses_N[:, None]
         return (lax.dynamic_update_slice_in_dim(dw_DV, dot_rows(x_ND, dlogits.astype(x_ND.dtype)), start, 1),)
 
-    # where w is frozen nobody reads this, and the compiler leaves the loop out
+    # if w is frozen, nothing uses this result, and the compiler removes the loop
     (dw_DV,) = over_tiles(w_DV, x_ND.shape[0], step, (jnp.zeros(w_DV.shape, jnp.float32),))
     return (dx_ND * dlosses_N[:, None]).astype(x_ND.dtype), dw_DV.astype(w_DV.dtype), None
 
@@ -117,6 +117,6 @@ def cross_entropy(
 ) -> Float[Array, "N"]:
     """float32 -log softmax(x w)[target] in nats; the products have the dtype of x and float32 sums.
 
-    Differentiable in x and w. Targets lie in [0, V).
+    Differentiable in x and w. Targets must be in [0, V).
     """
     return differentiable(x_ND, w_DV.astype(x_ND.dtype), targets_N)

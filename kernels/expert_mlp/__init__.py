@@ -1,4 +1,4 @@
-"""A mixture's feed-forward experts as one operation: dispatch, gate, up, SwiGLU, down, combine."""
+"""The feed-forward experts as one operation: dispatch, gate, up, SwiGLU, down, combine."""
 
 from bimedix_jax.kernels.expert_mlp.api import expert_mlp
 from bimedix_jax.kernels.expert_mlp.layout import LayerOf, out_of_stacks

@@ -15,8 +15,8 @@ from bimedix_jax.kernels.unstacked import is_unstacked, stack
 
 BACKENDS = ("xla", "composed", "few_rows")
 FUSED_SHARE = 1 / 4
-"""Pairs an expert, on average and over the width, from which on the fused loop is the faster one on two AVX-512 cores
-(docs/results/moe_kernels.md). With fewer, as in decoding, its time goes into putting an expert's matrices together."""
+"""The fused loop is the faster one from this many pairs for each expert on, as a share of the width D, on two AVX-512
+cores (docs/results/moe_kernels.md). With fewer, as in decoding, joining the expert's matrices dominates."""
 
 
 def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights) -> str:
@@ -44,7 +44,7 @@ def fused(
 def fused_forward(x_ND, weights_NK, permutation, weights, deltas):
     operands = jax.tree.map(lambda leaf: leaf.value, (x_ND, weights_NK, permutation, weights, deltas))
     if not is_packed(operands[3]) and any(leaf.perturbed for leaf in jax.tree.leaves(weights)):
-        # the gradient of a dense weight needs the hidden rows of all experts
+        # the gradient of a dense weight needs the hidden rows of all experts, which the fused loop does not store
         y_ND, pullback = jax.vjp(composed.expert_mlp, *operands)
         return y_ND, (None, pullback)
     return xla.forward(*operands), (operands, None)
@@ -76,17 +76,18 @@ def expert_mlp(
 ) -> Float[Array, "N D"]:
     """Each token's sum over its pairs of weight * w2(silu(w1 x) * w3 x), accumulated in float32.
 
-    Differentiable in x, the pairs' weights and the factors of `deltas`; in the weights where they are dense (then the
-    operation runs as its parts do); a 4-bit weight is frozen.
+    Differentiable in x, the pairs' weights, the factors of `deltas`, and dense weights (which are then trained by the
+    composed backend). A 4-bit weight is frozen.
 
     Args:
-      weights_NK: what each pair counts, as routed; a pair of no expert counts nothing.
+      weights_NK: the routing weight of each pair; pairs without an expert do not count.
       permutation: of the pairs, by `sort_by_expert`.
-      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors; without gradients also LayerOf.
+      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors; LayerOf where no gradient is taken.
         Experts may be Unstacked, for `few_rows`; the other backends stack them first, which copies all of them.
-      deltas: for each, the factors (a [E, in, R], b [E, R, out]) of what is added to it, or None; b times any scale.
-      backend: one of BACKENDS; None takes the one of `backends.use`, else the platform's best for the size that takes
-        the operands. A named one never falls back.
+      deltas: for each weight, the factors (a [E, in, R], b [E, R, out]) of its low-rank delta, or None. The scale of
+        the delta is part of b.
+      backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best for the size that can take
+        the operands. A named backend never falls back.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown backend.

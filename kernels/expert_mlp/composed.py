@@ -1,4 +1,4 @@
-"""Backend made of the other operations, which every platform has, and which differentiates dense weights too."""
+"""Backend composed of the other operations. It runs on every platform and differentiates dense weights too."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -9,7 +9,7 @@ from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.permute import Permutation, combine, dispatch
 
 PRODUCTS = "expert_products"
-"""Name in checkpoint policies of what the three products give."""
+"""Name in checkpoint policies of the results of the three products."""
 
 
 def expert_mlp(

@@ -1,8 +1,8 @@
-"""Backend for the few rows that a CPU decodes at once: each row runs through every expert that any row chose.
+"""Backend for decoding a few rows on a CPU: every row runs through each expert that any row chose.
 
-Experts are branches of the program, and only the chosen ones run. Each multiplies its own arrays, where the other
-backends would first copy an expert's matrices from a stack, which takes longer than one row's products with them.
-Sorting and gathering 16 rows would cost more than the products that it saves.
+Each expert is a branch of the program with separate arrays, and only the branches of chosen experts run. The other
+backends would copy an expert's matrices from a stack, which takes longer than one row's products with them. Sorting and
+gathering 16 rows would cost more than the products that it saves.
 """
 
 import functools
@@ -17,17 +17,17 @@ from bimedix_jax.kernels.permute import Permutation
 from bimedix_jax.kernels.unstacked import Unstacked, is_unstacked
 
 MAX_ROWS, MAX_EXPERTS = 16, 64
-"""Rows, all of which run through every chosen expert; experts, each of which is compiled by itself."""
+"""Limits: every row runs through each chosen expert, and each expert is compiled separately."""
 
 
 def refusal(rows: int, weights: GivenWeights) -> str | None:
-    """Why this backend does not take that many rows or these weights, or None."""
+    """The reason why this backend cannot take these operands, or None."""
     if not all(map(is_unstacked, weights)):
         return "it takes weights whose experts are Unstacked, and some of these are stacked."
     if rows > MAX_ROWS:
-        return f"it takes {MAX_ROWS} rows or fewer, and these are {rows}."
+        return f"it takes {MAX_ROWS} rows or fewer, not {rows}."
     if (experts := weights[0].shape[0]) > MAX_EXPERTS:
-        return f"it takes {MAX_EXPERTS} experts or fewer, and these are {experts}."
+        return f"it takes {MAX_EXPERTS} experts or fewer, not {experts}."
     return None
 
 
@@ -47,7 +47,7 @@ def expert_mlp(
     weights: tuple[Unstacked, ...],
     deltas: GivenDeltas,
 ) -> jax.Array:
-    """JAX differentiates it like any function; nothing here is made for that."""
+    """Differentiated by JAX, without a custom gradient."""
     with jax.named_scope("dispatch"):
         weights_NE, chosen_NE = weights_by_expert(weights_NK, permutation)
 

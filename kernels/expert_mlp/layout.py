@@ -1,10 +1,11 @@
-"""One expert's matrices as the fused loop reads them: gate and up in one, and the adapters' factors inside.
+"""One expert's matrices as the fused loop reads them: gate and up joined, with the adapters' factors appended.
 
-x w1 + (x a1) b1 is one product, [x, x a1] times [w1; b1], and so is h [w2, a2], which gives the factor's input h a2
-with the base's output. A delta then costs no pass of its own over rows of the hidden width.
+x w1 + (x a1) b1 is one product: [x, x a1] times [w1; b1]. And h [w2, a2] is one product that gives both h w2 and the
+input h a2 of the second factor. So a delta needs no separate pass over rows of the hidden width.
 
-NF4 matrices lie as (out, in), two neighbouring inputs in a byte. Instead of interleaving them, inputs go in the order
-"even ones, then odd ones": x and a1, a3 are put in that order, and so are the outputs of w1 and w3, which w2 takes in.
+NF4 matrices are stored as (out, in), with two neighbouring inputs in a byte. Interleaving them is slow, so the inputs
+are reordered instead: even ones first, then odd ones. This is the order of x, a1 and a3, and of the outputs of w1 and
+w3, which are the inputs of w2.
 """
 
 import dataclasses
@@ -26,13 +27,13 @@ from bimedix_jax.kernels.unstacked import Unstacked, stack
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerOf:
-    """Dense weights [E, in, out] of one layer, left in the stack of all layers.
+    """Dense weights [E, in, out] of one layer, without slicing them from the stack of all layers.
 
-    A loop over experts reads each out of the stack, where a loop over layers would first copy all experts of a layer.
+    A loop over experts reads each expert from the stack. Slicing the layer would first copy all of its experts.
 
     Attributes:
       stack: [L, E, in, out].
-      layer: int32, which one.
+      layer: int32, index of the layer.
     """
 
     stack: Leaf
@@ -46,21 +47,21 @@ class LayerOf:
         return index(*pin(self.stack, self.layer))
 
     def expert(self, e: jax.Array) -> jax.Array:
-        """[in, out]; the stack is pinned."""
+        """[in, out]; the stack must have been through `pin`."""
         return index(self.stack.reshape(-1, *self.stack.shape[2:]), self.layer * self.stack.shape[1] + e)
 
 
 Weights = tuple[jax.Array | NF4Tensor | LayerOf, ...]
 """(w1 [E, D, F], w3 [E, D, F], w2 [E, F, D])."""
 Deltas = tuple[tuple[jax.Array, jax.Array] | None, ...]
-"""Factors (a [E, in, R], b [E, R, out]) of what is added to each, or None."""
+"""Factors (a [E, in, R], b [E, R, out]) of the delta of each, or None."""
 GivenWeights = tuple[jax.Array | NF4Tensor | LayerOf | Unstacked, ...]
 GivenDeltas = tuple[tuple[jax.Array | Unstacked, jax.Array | Unstacked] | None, ...]
-"""The same as callers may give them, with experts also Unstacked."""
+"""The forms that callers may pass: experts may also be Unstacked."""
 
 
 class Expert(NamedTuple):
-    """One expert, or all of them on a leading axis. S = R1 + R3 columns of factors; [out, in] where `inward` is 1.
+    """One expert, or all of them on a leading axis. S = R1 + R3. In NF4, `up` and `down` are [out, in] (`inward` is 1).
 
     Attributes:
       up: [w1 w3; b1 0; 0 b3], [D + S, 2 F]; or (w1, w3).
@@ -76,12 +77,12 @@ class Expert(NamedTuple):
 
 
 def packed(weights: tuple[Any, ...]) -> tuple[NF4Tensor, ...]:
-    """Those of the weights that are in NF4."""
+    """The weights that are in NF4."""
     return tuple(w for w in weights if isinstance(w, NF4Tensor))
 
 
 def refusal(weights: tuple[Any, ...]) -> str | None:
-    """Why the fused loop does not take these weights (or their shapes), or None."""
+    """The reason why the fused loop cannot take weights of these shapes, or None."""
     if not (tensors := packed(weights)):
         return None
     planar = [t for t in tensors if is_planar(t) and t.transposed and len(t.batch_shape) == 1]
@@ -111,12 +112,12 @@ def interleaved(x: Shaped[Array, "*n"], axis: int = -1) -> Shaped[Array, "*n"]:
 
 
 def join(parts: list[jax.Array], axis: int) -> jax.Array:
-    """Concatenation as bits: XLA:CPU joins 16-bit floats through float32, at half the speed of their dequantisation."""
+    """Concatenation as bits: XLA:CPU would concatenate 16-bit floats in float32, slower than dequantising them."""
     return from_bits(jnp.concatenate([to_bits(part) for part in parts], axis=axis), parts[0].dtype)
 
 
 def factors(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> Expert:
-    """The adapters' part of every expert, with factors of rank 0 where there is none."""
+    """The adapters' factors of every expert; those without an adapter have rank 0."""
     shapes = [w.shape for w in weights]
     empty = [(jnp.zeros((*s[:2], 0), dtype), jnp.zeros((s[0], 0, s[2]), dtype)) for s in shapes]
     pairs = [none if pair is None else pair for pair, none in zip(deltas, empty, strict=True)]
@@ -134,14 +135,14 @@ def factors(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> Expert:
 
 
 def sources(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> tuple[Any, Expert]:
-    """What `load` slices an expert from."""
+    """The arrays from which `load` slices an expert."""
     if tensors := packed(weights):
         return tuple((t.packed, block_scales(t)) for t in tensors), factors(weights, deltas, dtype)
     return tuple(as_dtype(w, dtype) for w in weights), factors(weights, deltas, dtype)
 
 
 def as_dtype(w: Any, dtype: jnp.dtype) -> Any:
-    """Dense weights in the rows' dtype; what has to be converted leaves the stack."""
+    """Dense weights in the rows' dtype. A LayerOf that has to be converted is sliced from its stack."""
     if isinstance(w, LayerOf):
         return w if w.stack.dtype == dtype else w.array().astype(dtype)
     return w.astype(dtype)
@@ -152,13 +153,13 @@ def out_of_stacks(weights: GivenWeights) -> tuple[jax.Array | NF4Tensor, ...]:
     return tuple(w.array() if isinstance(w, LayerOf) else stack(w) for w in weights)
 
 
-def load(weights: Weights, dtype: jnp.dtype, apart: bool, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:
-    """One expert. `apart`: dense matrices that nothing is joined to may stay as they are, w1 and w3 a pair in `up`."""
+def load(weights: Weights, dtype: jnp.dtype, separate: bool, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:
+    """One expert. With `separate`, dense w1 and w3 without adapters are not joined; `up` is then the pair of them."""
     base, adapters = pinned
     up, down, a, b = (index(part, e) for part in adapters)
     if not is_packed(weights):
         w1, w3, w2 = (w.expert(e) if isinstance(w, LayerOf) else index(w, e) for w in base)
-        if apart and not (up.shape[0] or down.shape[1]):
+        if separate and not (up.shape[0] or down.shape[1]):
             return Expert((w1, w3), w2, a, b)
         return Expert(join([join([w1, w3], 1), up], 0), join([w2, down], 1), a, b)
     w1, _, w2 = packed(weights)

@@ -1,4 +1,4 @@
-"""The experts' feed-forward as NumPy loops over token-expert pairs' groups, in float32."""
+"""The experts' feed-forward as NumPy loops over tokens and their experts, in float32."""
 
 from collections.abc import Sequence
 
@@ -18,9 +18,9 @@ def expert_mlp(
     w2_EFD: np.ndarray,
     deltas: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> np.ndarray:
-    """y_ND: for each token the sum over its pairs of weight * w2(silu(w1 x) * w3 x); owners of E or more are none.
+    """y_ND: for each token the sum over its pairs of weight * w2(silu(w1 x) * w3 x). Owners from E on mean no expert.
 
-    `deltas` are the factors (a, b) of what is added to w1, w3 and w2.
+    `deltas` are the factors (a, b) of the low-rank deltas of w1, w3 and w2.
     """
     w1_EDF, w3_EDF, w2_EFD = (
         w if deltas is None else w + deltas[i][0] @ deltas[i][1] for i, w in enumerate((w1_EDF, w3_EDF, w2_EFD))

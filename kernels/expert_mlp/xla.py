@@ -1,8 +1,8 @@
-"""Fused backend in plain XLA operations: one visit an expert, whose blocks of rows pass gate, up, SwiGLU and down.
+"""Fused backend in plain XLA operations: for each expert, blocks of its rows run through gate, up, SwiGLU and down.
 
-What lies between the products never exists for all rows, and an expert is dequantised once in the forward and once in
-the backward pass, where its matrices serve in both directions. The backward pass computes gate and up again (keeping
-them for all rows was slower), but no output: the gradient of a pair's weight is <w2^T dout, h>, which it has anyway.
+Intermediate results exist for one block of rows only. An expert is dequantised once in the forward pass and once in
+the backward pass. The backward pass recomputes gate and up (storing them for all rows was slower). It does not need the
+outputs: the gradient of a pair's weight is <w2^T dout, h>, and both are computed anyway.
 """
 
 import functools
@@ -44,7 +44,7 @@ def put(rows: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
 
 
 def tokens_of(permutation: Permutation, k: int, spare: int) -> jax.Array:
-    """Token of each sorted row, and of `spare` rows that belong to none."""
+    """Token of each sorted row, followed by zeros for `spare` unused rows."""
     return jnp.pad(permutation.order_M // k, (0, spare))
 
 
@@ -69,7 +69,7 @@ def swiglu(x_BD: jax.Array, expert: Expert, inward: int) -> jax.Array:
 
 @jax.named_scope("combine")
 def sum_pairs(rows_MD: jax.Array, permutation: Permutation, weights_NK: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """float32: each token's weighted sum of the rows (as bits) of its pairs; those of no expert count as zero."""
+    """float32: each token's weighted sum of the rows (bits) of its pairs; pairs without an expert count as zero."""
     inverse_NK = permutation.inverse_M.reshape(weights_NK.shape)
     owned_NK = inverse_NK < jnp.sum(permutation.group_sizes_E)
 
@@ -171,7 +171,7 @@ def backward(
         token_B = cut(token_M, start, size)
         with jax.named_scope("dispatch"):
             x_BD = from_bits(gather(x_bits, token_B), dtype)
-        # rows of the next group would count in this expert's factors
+        # without the mask, rows of the next group would add to the gradients of this expert's factors
         own_B = start + jnp.arange(size) < stop
         dout = jnp.where(own_B[:, None], gather(dout_bits, token_B), jnp.zeros((), dout_bits.dtype))
         both = gate_and_up(x_BD, expert, inward)
@@ -198,7 +198,7 @@ def backward(
 
 
 def delta_gradients(sums: tuple[jax.Array, ...], deltas: Deltas, hidden: int, packed: bool) -> Deltas:
-    """Sums over blocks, taken apart into the factors' own shapes and order."""
+    """Sums over blocks, split into the factors' shapes and order."""
     order = interleaved if packed else lambda x, axis=-1: x
     found: list[tuple[jax.Array, jax.Array] | None] = [None, None, None]
     parts = list(sums)

@@ -1,4 +1,4 @@
-"""The low-rank delta of every expert, rows sorted by expert."""
+"""The low-rank deltas of experts, for rows sorted by expert."""
 
 from bimedix_jax.kernels.grouped_low_rank.api import grouped_low_rank
 

@@ -1,9 +1,9 @@
-"""x A_e B_e for the expert e that owns each row, without ever building A_e B_e or a dense gradient of it.
+"""x A_e B_e for the expert e that owns each row, without computing A_e B_e or a dense gradient of it.
 
-Two ways, by platform and size. On a CPU with few columns in all (experts * rank): one product with all experts' A side
-by side, the columns of other experts masked, one product with all B stacked. It does `experts` times the work of a
-delta that is itself a few percent of the base, as plain GEMMs that no grouped loop reaches. Otherwise, and on GPUs and
-TPUs, whose grouped kernels reach them: two grouped matmuls.
+`masked`, for a CPU and few columns in all (experts * rank): one product with the A of all experts side by side, a mask
+over the columns of other experts, one product with all B stacked. It does `experts` times the work of a delta, which is
+a few percent of the base's, but in plain matrix products, which are faster than a grouped loop. `grouped`, for GPUs,
+TPUs and many columns: two grouped matmuls.
 """
 
 import jax
@@ -15,7 +15,7 @@ from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.nf4_matmul import matmul
 
 MASKED_COLUMNS = 128
-"""Largest experts * rank for the masked way; beyond it the extra work costs more than the loop (two AVX-512 cores)."""
+"""Largest experts * rank for `masked`; with more, the extra work costs more than the loop (two AVX-512 cores)."""
 
 
 def masked(x_MD: jax.Array, a_EDR: jax.Array, b_ERF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -51,7 +51,7 @@ def grouped_low_rank(
 ) -> Float[Array, "M F"]:
     """The delta of each row in the dtype of x, accumulated in float32; rows that no group owns are zero.
 
-    Differentiable in x, a and b. `backend` is one of BACKENDS; None takes the one of `backends.use`, else the one for
+    Differentiable in x, a and b. `backend` is one of BACKENDS; None takes that of `backends.use`, else the one for
     the platform and the size.
 
     Raises:

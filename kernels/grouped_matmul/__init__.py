@@ -1,4 +1,4 @@
-"""Rows sorted by expert times each expert's matrix, dense or NF4, forward and backward."""
+"""Rows sorted by expert times the matrices of their experts, dense or NF4, with gradients."""
 
 from bimedix_jax.kernels.grouped_matmul.api import grouped_matmul
 

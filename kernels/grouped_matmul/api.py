@@ -13,18 +13,18 @@ from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 
 BACKENDS = ("xla", "ragged_dot", "triton", "mosaic_tpu")
-"""Modules of this folder; a backend is a module with `grouped_matmul`, `weight_gradient` and perhaps `refusal`."""
+"""Modules of this folder; a backend is a module with `grouped_matmul`, `weight_gradient` and optionally `refusal`."""
 PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "ragged_dot"), "tpu": ("mosaic_tpu", "ragged_dot")}
-"""Backends of each platform, best first; the last one takes everything."""
+"""Backends of each platform, best first; the last one takes all operands."""
 
 
 def load(backend: str) -> ModuleType:
-    """Imported when it is needed: Pallas alone takes as long to import as JAX."""
+    """Imports a backend on first use: Pallas alone takes as long to import as JAX."""
     return importlib.import_module(f"bimedix_jax.kernels.grouped_matmul.{backend}")
 
 
 def pick_backend(name: str | None, x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str:
-    """A backend may have `refusal(x_MD, w_EDF)`: why it cannot take these operands, forward or backward, or None."""
+    """The backend to use. A backend may define `refusal(x_MD, w_EDF)`: the reason why it cannot take them, or None."""
 
     def refusal(backend: str) -> str | None:
         module = load(backend)
@@ -34,7 +34,7 @@ def pick_backend(name: str | None, x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor
 
 
 def orient(w: jax.Array | NF4Tensor, d: int) -> jax.Array | NF4Tensor:
-    """An NF4Tensor of [E, F, D] weights as [E, D, F]; a square one is taken as it is."""
+    """An NF4Tensor of [E, F, D] weights as [E, D, F]; a tensor of square matrices is returned unchanged."""
     if isinstance(w, NF4Tensor) and w.ndim == 3 and w.shape[1] != d and w.shape[2] == d:
         return w.mT
     return w
@@ -46,7 +46,7 @@ def product(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Ar
 
 
 def product_forward(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str):
-    # a 4-bit weight is kept packed for the backward pass; x only where the weight's own gradient needs it
+    # the backward pass keeps a 4-bit weight packed, and keeps x only for the gradient of a dense weight
     residual_x = None if isinstance(w_EDF, NF4Tensor) else x_MD
     return product(x_MD, w_EDF, group_sizes_E, backend), (residual_x, w_EDF, group_sizes_E)
 
@@ -75,10 +75,10 @@ def grouped_matmul(
 
     Args:
       x_MD: rows sorted by expert.
-      w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (a square one is read as [E, D, F]).
+      w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (square matrices are read as [E, D, F]).
       group_sizes_E: rows of each expert, in order; their sum may be below M.
-      backend: one of BACKENDS; None takes the one of `backends.use`, else the platform's best that takes the
-        operands. A named one never falls back.
+      backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
+        operands. A named backend never falls back.
 
     Returns:
       y_MF in the dtype of x, accumulated in float32; rows that no group owns are zero. Differentiable in x, and in w

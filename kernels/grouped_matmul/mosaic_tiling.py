@@ -1,4 +1,4 @@
-"""Sizes of the tiles of the TPU kernels, from what fits into vector memory (VMEM), and what does not fit at all."""
+"""Tile sizes of the TPU kernels that fit into vector memory (VMEM), and the operands for which no tile fits."""
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +7,24 @@ from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.mosaic_tile import CHUNK, LANES
 
 HEIGHT = 128
-"""Rows of a visit: the matrix unit takes 128 cycles to load 128 x 128 weights, so fewer rows are not faster."""
+"""Rows of a visit. The matrix unit takes 128 cycles to load 128 x 128 weights, so fewer rows are not faster."""
 
 VMEM_LIMIT = 60 * 2**20
-"""What a kernel may use: v5p has 64 MiB a core, v5e and v6e 128. TPUs up to v4 have 16, and their compiler refuses."""
+"""Limit of a kernel. v5p has 64 MiB a core, v5e and v6e have 128. TPUs up to v4 have 16: compilation fails there."""
 
-VMEM_PLANNED = {2: 48 * 2**20, 4: 32 * 2**20}
-"""What tiles are chosen for, by bytes of an element; the rest is the compiler's, which cuts float32 operands into three
+VMEM_FOR_TILES = {2: 48 * 2**20, 4: 32 * 2**20}
+"""Bytes that tiles may take, by bytes of an element. The compiler needs the rest: it splits float32 operands into three
 bfloat16 parts."""
 
 WIDTHS = (1024, 512, 256, 128)
-"""Columns of a tile of the result. The activations are read once for each: n columns give n FLOPs a byte in bfloat16,
-of which a v5e needs 240."""
+"""Columns of a tile of the result. The activations are read once for each tile: n columns give n FLOPs a byte in
+bfloat16, and a v5e needs 240 to be limited by compute."""
 
 GRADIENT_TILE = 2**20
 """Elements of a tile of the weight gradient: 1,024 x 1,024 give 512 FLOPs a byte."""
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""Sizes of NF4 blocks of which a chunk of columns holds a whole number."""
+"""Sizes of NF4 blocks that divide a chunk of columns."""
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -32,7 +32,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
-    """Why these operands cannot be taken, forward or backward, or None."""
+    """The reason why the kernels cannot take these operands in either pass, or None."""
     if x_MD.dtype not in (jnp.bfloat16, jnp.float32):
         return f"TPUs multiply bfloat16 and float32, not {x_MD.dtype}."
     if isinstance(w_EDF, NF4Tensor):
@@ -49,7 +49,7 @@ def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
 
 
 def tile_columns(dtype: jnp.dtype, w_EDF: jax.Array | NF4Tensor, swapped: bool) -> int | None:
-    """Columns of a tile of the result in this dtype, or None where none fits."""
+    """Columns of a tile of the result in this dtype, or None if no tile fits."""
     k, n = w_EDF.shape[1:][::-1] if swapped else w_EDF.shape[1:]
     if isinstance(w_EDF, NF4Tensor):
         return packed_columns(k, n, dtype, w_EDF.transposed != swapped, w_EDF.block_size)
@@ -57,15 +57,15 @@ def tile_columns(dtype: jnp.dtype, w_EDF: jax.Array | NF4Tensor, swapped: bool) 
 
 
 def dense_columns(k: int, n: int, dtype: jnp.dtype) -> int | None:
-    # rows and results are in VMEM twice, for the transfers behind the computation; the product once more in float32
+    # VMEM has rows and results twice, to overlap transfers and computation, and the product once more in float32
     item, lanes = dtype.itemsize, round_up(k, LANES)
-    return widest(n, 2 * lanes * item + HEIGHT * (2 * item + 4), VMEM_PLANNED[item] - 2 * HEIGHT * lanes * item)
+    return widest(n, 2 * lanes * item + HEIGHT * (2 * item + 4), VMEM_FOR_TILES[item] - 2 * HEIGHT * lanes * item)
 
 
 def packed_columns(k: int, n: int, dtype: jnp.dtype, contracts_pairs: bool, block_size: int) -> int | None:
-    # as above, but a column of the matrix once, its bytes and its scales twice
+    # as above, but values of the matrix once, its packed bytes and scales twice
     item, lanes = dtype.itemsize, round_up(k, CHUNK)
-    column, room = lanes * (item + 1) + HEIGHT * (2 * item + 4), VMEM_PLANNED[item] - 2 * HEIGHT * lanes * item
+    column, room = lanes * (item + 1) + HEIGHT * (2 * item + 4), VMEM_FOR_TILES[item] - 2 * HEIGHT * lanes * item
     if contracts_pairs:
         return widest(n, column + 8 * round_up(-(-k // block_size), LANES), room)
     whole, scales = round_up(n, CHUNK), 8 * LANES * k
@@ -74,7 +74,7 @@ def packed_columns(k: int, n: int, dtype: jnp.dtype, contracts_pairs: bool, bloc
 
 
 def widest(columns: int, bytes_per_column: int, room: int) -> int | None:
-    """As many columns as `room` bytes hold where at most a sixteenth of those computed are beyond the matrix."""
+    """The most columns that fit into `room` bytes, of widths for which padding is at most a sixteenth of the matrix."""
     tight = [width for width in WIDTHS if -columns % width * 16 <= columns or width == WIDTHS[-1]]
     widths = [columns, *tight] if columns <= WIDTHS[0] else tight
     return next((width for width in widths if width * bytes_per_column <= room), None)

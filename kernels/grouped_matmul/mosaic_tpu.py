@@ -1,20 +1,20 @@
 """Backend for TPUs in Pallas (Mosaic): each expert's matrix is read once, and NF4 stays packed until it is in VMEM.
 
 The grid runs over tiles of output columns, and for each of them over the visits of `tiles.aligned_visits`. A step
-multiplies 128 rows by the *whole* contraction, so that nothing is accumulated between steps, and the expert's columns
-stay in VMEM for as long as its rows last: weights cross from HBM once, activations once for each tile of columns. An
-NF4 tile is dequantised once for each expert into a scratch that the following visits multiply with; that takes as long
-as two visits (instructions that libtpu schedules for v5e), of which an expert has eight or nine at 4,096 tokens. Where
-two groups meet in a block of rows, the second visit keeps the rows that the first one wrote; the block stays in VMEM
-meanwhile.
+multiplies 128 rows by the *whole* contraction, so nothing is accumulated between steps. The expert's columns stay in
+VMEM for all visits of the expert. So weights are read from HBM once, and activations once for each tile of columns. An
+NF4 tile is dequantised once for each expert into a scratch buffer, which the following visits read. Dequantising takes
+as long as two visits (instructions that libtpu schedules for v5e); at 4,096 tokens an expert has eight or nine visits.
+If a block of rows contains the end of one group and the start of the next, the second visit keeps the rows that the
+first one wrote. The block stays in VMEM between the two.
 
 NF4 is read in the layout of bitsandbytes, [rows, bytes of a row]: a product that contracts along lanes costs the matrix
-unit nothing extra. But leaves are stored as [experts, bytes], which a TPU lays out with experts interleaved, so that
-taking the rows apart is a copy of the packed bytes at run time (for Mixtral-8x7B 224 MiB read and written a matrix of a
-layer, next to 0.9 GiB that dense weights would be); under double quantisation the scales are decoded beside it.
+unit nothing extra. But leaves are stored as [experts, bytes], which a TPU lays out with experts interleaved. Splitting
+them into rows copies the packed bytes at run time: for Mixtral-8x7B 224 MiB are read and written for each matrix of a
+layer, where dense weights would have 0.9 GiB. Under double quantisation the scales are decoded as well.
 
 Bounds (Mixtral-8x7B, 4,096 tokens): 71 visits of 128 rows for 8,192 useful rows, 1.11 times the useful FLOPs. TPUs up
-to v4 have too little VMEM for these tiles: the compiler says so.
+to v4 have too little VMEM for these tiles, and compilation fails there.
 """
 
 import functools
@@ -62,7 +62,7 @@ def pad_columns(x: jax.Array, columns: int) -> jax.Array:
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision:
-    """float32 operands are multiplied as such, not rounded to bfloat16."""
+    """The precision that keeps float32 operands from being rounded to bfloat16."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
@@ -83,7 +83,7 @@ def call(
     scratch: tuple[Any, ...] = (),
     flops: int = 0,
 ) -> jax.Array:
-    """pallas_call with our limits; all axes of the grid but the last are independent of each other.
+    """pallas_call with VMEM_LIMIT. All axes of the grid but the last are parallel.
 
     Interpreted for "cpu" (`backends.platform`).
     """
@@ -105,18 +105,18 @@ def call(
 
 
 def own_rows(visit: jax.Array, blocks: Any, starts: Any, stops: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Mask of `shape` for the rows of this visit, which lie in a block as high as the mask."""
+    """Mask of this shape that is True at the rows of the visit, for a block with as many rows as the mask."""
     row = blocks[visit] * shape[0] + lax.broadcasted_iota(jnp.int32, shape, 0)
     return (row >= starts[visit]) & (row < stops[visit])
 
 
 def changed(visit: jax.Array, ids: Any) -> jax.Array:
-    """Whether this visit's id is not the one before."""
+    """Whether the id differs from that of the visit before."""
     return (visit == 0) | (ids[visit] != ids[jnp.maximum(visit - 1, 0)])
 
 
 def store_rows(visits: tiles.Visits, y_ref: Any, multiply: Callable[[], jax.Array]) -> None:
-    """y_ref = multiply() in the rows of this visit; elsewhere what an earlier visit of the block left, or zeros."""
+    """y_ref = multiply() at the rows of this visit; other rows keep what an earlier visit wrote, or are zero."""
     visit = pl.program_id(1)
     blocks, starts, stops = visits[1:]
     first, occupied = changed(visit, blocks), stops[visit] > starts[visit]
@@ -167,7 +167,7 @@ def deinterleave(x_ref: Any, y_ref: Any) -> None:
 
 
 def split_rows(x_MK: jax.Array) -> jax.Array:
-    """x with the columns of each chunk in the order of `split_pairs`; columns a multiple of CHUNK."""
+    """x with the columns of each chunk in the order of `split_pairs`; the number of columns is a multiple of CHUNK."""
     rows, columns = x_MK.shape
     width = next(width for width in WIDTHS if columns % width == 0)
     spec = pl.BlockSpec((min(rows, HEIGHT), width), lambda i, j: (i, j))
@@ -178,9 +178,9 @@ def split_rows(x_MK: jax.Array) -> jax.Array:
 def matrix_spec(
     shape: tuple[int, ...], rows: int | None = None, columns: int | None = None, repeat: int = 1
 ) -> pl.BlockSpec:
-    """A tile of the visit's expert of weights of this shape [E, R, C]: so many rows or columns, all of the other axis.
+    """The tile that a visit reads from weights of this shape [E, R, C]: `rows` or `columns` of its expert.
 
-    `repeat` tiles of the result use the same tile of the weights.
+    The other axis is whole. `repeat` tiles of the result use the same tile of the weights.
     """
     size = (shape[1] if rows is None else rows, shape[2] if columns is None else columns)
 
@@ -230,7 +230,7 @@ def float32_scales(t: NF4Tensor) -> jax.Array:
     units, blocks = math.prod(t.batch_shape), t.absmax.shape[-1]
     if t.nested_absmax is None or t.nested_offset is None:
         return t.absmax.reshape(units, blocks)
-    # a look-up needs more rows than one, so a single unit is cut into eight, at multiples of a grid step
+    # a look-up needs more than one row, so a single unit is cut into eight, at multiples of a grid step
     parts, step = 8 if units == 1 else 1, NESTED_BLOCK_SIZE * LANES
     rows, columns = units * parts, round_up(-(-blocks // parts), step)
     codes = pad_columns(t.absmax.reshape(units, blocks), parts * columns).reshape(rows, columns)
@@ -268,7 +268,7 @@ def packed_matmul(x_MK: jax.Array, t: NF4Tensor, group_sizes_E: jax.Array, swapp
         columns, tile = n, (width, x_MK.shape[1])
     else:
         columns, tile = 2 * packed.shape[2], (x_MK.shape[1], width)
-        tiles_a_lane_row = LANES * t.block_size // width  # of scales, of which a tile takes width / block_size
+        tiles_a_lane_row = LANES * t.block_size // width  # a tile uses width / block_size of the LANES scales
         specs = [
             matrix_spec(packed.shape, columns=width // 2),
             matrix_spec(scales.shape, columns=LANES, repeat=tiles_a_lane_row),
@@ -283,7 +283,7 @@ def packed_matmul(x_MK: jax.Array, t: NF4Tensor, group_sizes_E: jax.Array, swapp
 def grouped_matmul(
     x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"], swapped: bool = False
 ) -> Float[Array, "M F"]:
-    """Raises NotImplementedError for what `refusal` names."""
+    """Raises NotImplementedError for operands that `refusal` rejects."""
     columns = None if (reason := refusal(x_MD, w_EDF)) else tile_columns(x_MD.dtype, w_EDF, swapped)
     if columns is None:
         raise NotImplementedError(f"grouped_matmul backend 'mosaic_tpu': {reason}")
@@ -304,7 +304,7 @@ def grouped_gradient(*refs: Any) -> None:
 
     @pl.when(stops[visit] > starts[visit])
     def _() -> None:
-        # both sides: a row that is not this expert's may hold anything, and 0 * NaN is not 0
+        # mask both operands: rows of other experts may hold NaN, and 0 * NaN is not 0
         x, dy = (
             jnp.where(own_rows(visit, blocks, starts, stops, ref.shape), ref[...].astype(jnp.float32), 0.0)
             for ref in (x_ref, dy_ref)

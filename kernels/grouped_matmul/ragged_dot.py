@@ -1,4 +1,4 @@
-"""Backend on `lax.ragged_dot`, for platforms without a kernel of ours. NF4 weights are dequantised whole."""
+"""Backend on `lax.ragged_dot`, for platforms without a Pallas kernel. NF4 weights are dequantised as a whole."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def grouped_matmul(
     y_MF = lax.ragged_dot_general(
         x_MD, dense_EDF.astype(x_MD.dtype), group_sizes_E, dimension_numbers, preferred_element_type=jnp.float32
     ).astype(x_MD.dtype)
-    # what lands in rows that no group owns is up to the platform
+    # rows that no group owns have platform-dependent values
     owned_M = jnp.arange(x_MD.shape[0]) < jnp.sum(group_sizes_E)
     return jnp.where(owned_M[:, None], y_MF, 0)
 

@@ -1,4 +1,4 @@
-"""Grouped matmul as NumPy loops: what every backend must equal up to rounding."""
+"""Grouped matmul as NumPy loops. Every backend must give the same up to rounding."""
 
 import numpy as np
 

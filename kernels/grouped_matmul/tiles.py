@@ -1,9 +1,9 @@
 """Which rows each step of a kernel over row tiles works on, for a grid of static size.
 
-Two ways to cut rows that are sorted by expert. Where blocks must start at multiples of their height (TPU): a block in
-which one group ends and the next begins is visited once for each of them. M rows in E groups need at most
-ceil(M / height) + E - 1 visits, whatever the group sizes; visits beyond the needed ones have no rows. Where rows can be
-read from anywhere (GPU): every group is cut from its own first row, and so are the rows behind the last group.
+There are two ways to cut rows that are sorted by expert. On a TPU, blocks must start at multiples of their height. A
+block in which one group ends and the next begins is visited once for each of them. M rows in E groups need at most
+ceil(M / height) + E - 1 visits; unneeded visits have no rows. On a GPU, tiles may start at any row. Each group is cut
+from its first row on, and so are the rows after the last group.
 """
 
 from typing import NamedTuple
@@ -30,9 +30,9 @@ def visit_count(rows: int, experts: int, height: int) -> int:
 def aligned_visits(group_sizes_E: Int[Array, "E"], rows: int, height: int, every_expert: bool = False) -> Visits:
     """Visits in the order of rows, hence of experts.
 
-    Blocks without an owned row follow, each visited once with start == stop, so that every block of an output [M, N] is
-    visited. With `every_expert` that is not so; instead an expert without rows is visited once with start == stop, so
-    that every expert of an output [E, D, F] is. What is left over repeats the last visit with start == stop.
+    For an output [M, N], every block must be visited: blocks without an owned row come last, each visited once with
+    start == stop. For an output [E, D, F], `every_expert` visits every expert instead: those without rows once, with
+    start == stop. Unneeded visits repeat the last one with start == stop.
     """
     experts, blocks = group_sizes_E.shape[0], -(-rows // height)
     stops_E = jnp.minimum(jnp.cumsum(group_sizes_E.astype(jnp.int32)), rows)
@@ -44,7 +44,9 @@ def aligned_visits(group_sizes_E: Int[Array, "E"], rows: int, height: int, every
     total = ends_E[-1]
 
     t = jnp.arange(visit_count(rows, experts, height), dtype=jnp.int32)
-    inside_T = jnp.clip(t, 0, jnp.maximum(total - 1, 0))  # what is left over keeps the last expert, to load none anew
+    inside_T = jnp.clip(
+        t, 0, jnp.maximum(total - 1, 0)
+    )  # unneeded visits keep the last expert, so that no other one is loaded
     expert_T = jnp.minimum(jnp.sum(ends_E[None] <= inside_T[:, None], axis=1, dtype=jnp.int32), experts - 1)
     block_T = first_E[expert_T] + inside_T - (ends_E - needed_E)[expert_T]
     used_T = (t < total) & filled_E[expert_T]
@@ -57,7 +59,7 @@ def aligned_visits(group_sizes_E: Int[Array, "E"], rows: int, height: int, every
 
 
 class Tiles(NamedTuple):
-    """int32 arrays [T]: tile t is rows [start, stop) of this expert; expert E stands for rows that no group owns."""
+    """int32 arrays [T]: tile t is rows [start, stop) of this expert; expert E means rows that no group owns."""
 
     expert: jax.Array
     start: jax.Array
@@ -70,7 +72,7 @@ def tile_count(rows: int, experts: int, height: int) -> int:
 
 
 def group_tiles(group_sizes_E: Int[Array, "E"], rows: int, height: int) -> Tiles:
-    """Tiles in the order of rows that cover each row once; what is left over has start == stop."""
+    """Tiles in the order of rows that cover each row once; unneeded tiles have start == stop."""
     experts = group_sizes_E.shape[0]
     stops_E = jnp.minimum(jnp.cumsum(group_sizes_E.astype(jnp.int32)), rows)
     stops_G = jnp.concatenate([stops_E, jnp.full(1, rows, jnp.int32)])

@@ -1,10 +1,10 @@
 """Backend in Pallas kernels that Triton compiles, for NVIDIA GPUs from compute capability 8.0 (A100) on.
 
 A program computes one tile of the output: rows of one expert times columns of its matrix, accumulated in float32
-registers. The grid is static; a tile without rows ends at once. NF4 weights come as packed bytes. For few rows they
-become values on their way to the tensor cores, one tile at a time, and memory sees the packed bytes alone; for many,
-where every weight would become a value once for each tile of rows, they are written out first, one matrix of all
-experts at a time. On a CPU the kernels are interpreted.
+registers. The grid is static; programs of tiles without rows exit immediately. NF4 weights are passed as packed bytes.
+For few rows, each program dequantises the tiles that it multiplies, and only packed bytes are read from memory. For
+many rows, each weight would be dequantised once for each tile of rows. Then a kernel dequantises one matrix of all
+experts to memory first. On a CPU the kernels are interpreted.
 """
 
 import dataclasses
@@ -29,16 +29,16 @@ from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.triton_tile import dequantised
 
 BLOCK_SIZES = (32, 64, 128)
-"""NF4 blocks of which tiles are whole multiples."""
+"""Sizes of NF4 blocks that divide the tiles."""
 MULTIPROCESSORS = 108
 """Of an A100."""
 UNPACKED_ROWS = 512
-"""Rows of an expert, on average, from which its NF4 weights are written out first. Writing and reading 2 bytes a weight
-takes an H100 as long as its products on packed weights lose on 300 rows (docs/results/gpu.md)."""
+"""Average rows of an expert from which its NF4 weights are dequantised to memory first. On an H100, writing and reading
+2 bytes a weight takes as long as products on packed weights lose with 300 rows (docs/results/gpu.md)."""
 UNPACKING = (16, 512, 4)
-"""Rows and columns of a tile that is written out, and the warps that do it."""
+"""Rows and columns of a tile of dequantised weights, and the warps of its program."""
 SWIZZLE = 8
-"""Row tiles that run through all columns together: they and a wave's columns of weights fit into the L2 cache."""
+"""Row tiles that share all column tiles: their rows and the weights that run at the same time fit into the L2 cache."""
 
 
 class Tile(NamedTuple):
@@ -52,10 +52,10 @@ class Tile(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How weights [experts, rows, columns] lie, and along which axis a product contracts them.
+class StoredWeights:
+    """Sizes of stored weights [experts, rows, columns], and along which axis a product contracts them.
 
-    `block` is the size of NF4 blocks, 0 for dense weights; `recorded` the dtype that was quantised.
+    `block` is the size of NF4 blocks, 0 for dense weights; `recorded` is the dtype that was quantised.
     """
 
     experts: int
@@ -79,7 +79,7 @@ def stored_shape(t: NF4Tensor) -> tuple[int, ...]:
 
 
 def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
-    """Why these operands cannot be taken, or None."""
+    """The reason why the kernels cannot take these operands, or None."""
     if backends.platform() == "tpu":
         return "Triton compiles for GPUs, not for TPUs."
     if jax.default_backend() == "gpu":
@@ -97,36 +97,36 @@ def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
             f"with whole blocks of {', '.join(map(str, BLOCK_SIZES))} in each row."
         )
     if w_EDF.packed.size >= 2**31:
-        return f"{w_EDF.packed.size} packed bytes are more than 32-bit offsets reach."
+        return f"{w_EDF.packed.size} packed bytes are too many for 32-bit offsets."
     return None
 
 
 def power_of_two(size: int, most: int) -> int:
-    """The smallest that holds `size`, from 16, the least that tensor cores take, to `most`."""
+    """The smallest power of two that is at least `size`, at least 16 (for tensor cores) and at most `most`."""
     return min(most, max(16, pl.next_power_of_2(max(size, 1))))
 
 
-def product_tile(rows: int, layout: Layout, itemsize: int) -> Tile:
-    """The tile of a product, by shapes alone; at Mixtral's none spills on an A100 (tests/kernels/test_codegen.py)."""
-    # of dense weights at most half an expert's even share of rows, so that the last tile of a group costs at most half
-    # as much again; packed ones become values once for each tile of rows, so that one holds most groups whole
-    m = power_of_two(-(-rows * (4 if layout.block else 1) // (2 * layout.experts)), 128)
-    if itemsize == 4:  # three products of TF32 each, whose operands take twice the registers
+def product_tile(rows: int, stored: StoredWeights, itemsize: int) -> Tile:
+    """The tile of a product; for Mixtral's shapes none spills on an A100 (tests/kernels/test_codegen.py)."""
+    # dense weights: at most half of an expert's even share of rows, so that the last, partly empty tile of a group adds
+    # at most half of the work; packed weights are dequantised once for each row tile, so one tile holds most groups
+    m = power_of_two(-(-rows * (4 if stored.block else 1) // (2 * stored.experts)), 128)
+    if itemsize == 4:  # each is three products of TF32, whose operands take twice the registers
         m, n, k, warps, stages = min(m, 32), 64, 32, 4, 2
-    elif layout.block:
+    elif stored.block:
         n, k, warps, stages = (128, 64, 8, 3) if m == 128 else (64, 256, 4, 4) if m == 16 else (64, 128, 4, 3)
-    elif m == 128 and layout.width >= 1024:
+    elif m == 128 and stored.width >= 1024:
         n, k, warps, stages = 256, 64, 8, 3
-    else:  # a narrow output, such as that of an adapter's first factor, has few tiles; lower ones occupy more of a GPU
+    else:  # a narrow output, such as that of an adapter's first factor: lower tiles are more, and occupy more of a GPU
         m, n, k, warps, stages = min(m, 64), 128, 32, 4, 4
-    # few rows only read the weights: every multiprocessor takes part, as many bytes at once as before
-    narrows = m == 16 and itemsize == 2 and layout.block > 0 and layout.contract_columns
-    while narrows and n > 32 and n * MULTIPROCESSORS > layout.width:
+    # few rows are limited by reading the weights: use every multiprocessor, with as many bytes in flight as before
+    narrows = m == 16 and itemsize == 2 and stored.block > 0 and stored.contract_columns
+    while narrows and n > 32 and n * MULTIPROCESSORS > stored.width:
         n, k = n // 2, k * 2
-    n, k = power_of_two(layout.width, n), power_of_two(layout.depth, k)
-    if layout.block:  # whole blocks, and as many tiles as the columns have
-        along = max(layout.block, min(layout.columns & -layout.columns, k if layout.contract_columns else n))
-        n, k = (n, along) if layout.contract_columns else (along, k)
+    n, k = power_of_two(stored.width, n), power_of_two(stored.depth, k)
+    if stored.block:  # whole blocks that divide the columns
+        along = max(stored.block, min(stored.columns & -stored.columns, k if stored.contract_columns else n))
+        n, k = (n, along) if stored.contract_columns else (along, k)
         m = 16 if itemsize == 4 and k == 128 else m
     return Tile(m, n, k, warps, stages)
 
@@ -140,7 +140,7 @@ def gradient_tile(rows: int, experts: int, depth: int, width: int, itemsize: int
 
 
 def load(ref: Any, lead: tuple[Any, ...], *axes: tuple[jax.Array, jax.Array | int | None]) -> jax.Array:
-    """`ref[*lead]` at every combination of the index vectors; zero where one reaches its bound, unless that is None."""
+    """`ref[*lead]` at all combinations of the index vectors; zero where an index reaches its bound, if it has one."""
     shape = tuple(vector.shape[0] for vector, _ in axes)
 
     def spread(vector: jax.Array, axis: int, full: tuple[int, ...]) -> jax.Array:
@@ -157,13 +157,13 @@ def load(ref: Any, lead: tuple[Any, ...], *axes: tuple[jax.Array, jax.Array | in
 
 
 def bound(size: int, tile: int) -> int | None:
-    """The bound that `load` must check for an axis of this size."""
+    """The bound that `load` must check for an axis of this size; None if tiles divide it."""
     return size if size % tile else None
 
 
 def weight_tile(
     refs: tuple[Any, ...],
-    layout: Layout,
+    stored: StoredWeights,
     e: jax.Array,
     row: jax.Array,
     column: jax.Array,
@@ -172,18 +172,18 @@ def weight_tile(
     interpret: bool,
 ) -> jax.Array:
     """Values of expert e in a tile of this shape whose first element is [row, column]; NF4: of whole blocks."""
-    rows, row_bound = row + jnp.arange(shape[0]), bound(layout.rows, shape[0])
-    if not layout.block:
-        return load(refs[0], (e,), (rows, row_bound), (column + jnp.arange(shape[1]), bound(layout.columns, shape[1])))
+    rows, row_bound = row + jnp.arange(shape[0]), bound(stored.rows, shape[0])
+    if not stored.block:
+        return load(refs[0], (e,), (rows, row_bound), (column + jnp.arange(shape[1]), bound(stored.columns, shape[1])))
     packed_ref, scale_ref = refs
-    blocks = lax.div(column, layout.block) + jnp.arange(shape[1] // layout.block)
-    packed = load(packed_ref, (e,), (rows, row_bound), (blocks, None), (jnp.arange(layout.block // 2), None))
+    blocks = lax.div(column, stored.block) + jnp.arange(shape[1] // stored.block)
+    packed = load(packed_ref, (e,), (rows, row_bound), (blocks, None), (jnp.arange(stored.block // 2), None))
     scales = load(scale_ref, (e,), (rows, row_bound), (blocks, None))
-    # Triton would move everything between a load and a product to the product's operand layout, in which the warps of
-    # different rows would each dequantise the same weights; indices among the ancestors keep it from that
-    scales = jnp.where(lax.broadcast_in_dim(rows < layout.rows, scales.shape, (0,)), scales, 0.0)
+    # Triton would compute everything between a load and a product in the layout of the product's operand, in which the
+    # warps of different rows would all dequantise the same weights; it does not if the values depend on indices
+    scales = jnp.where(lax.broadcast_in_dim(rows < stored.rows, scales.shape, (0,)), scales, 0.0)
     spread = lax.broadcast_in_dim(scales, packed.shape, (0, 1))
-    return dequantised(packed, spread, layout.recorded, dtype, interpret).reshape(shape)
+    return dequantised(packed, spread, stored.recorded, dtype, interpret).reshape(shape)
 
 
 def dot(x: jax.Array, w: jax.Array, contract: tuple[int, int], interpret: bool) -> jax.Array:
@@ -196,7 +196,7 @@ def dot(x: jax.Array, w: jax.Array, contract: tuple[int, int], interpret: bool) 
 
 
 def swizzled(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """(row tile, column tile) of a program: SWIZZLE row tiles go through all columns before the next ones start."""
+    """(row tile, column tile) of a program: SWIZZLE row tiles visit all column tiles before the next row tiles."""
     first = lax.div(program, SWIZZLE * columns) * SWIZZLE
     height = jnp.minimum(tiles - first, SWIZZLE)
     inside = lax.rem(program, SWIZZLE * columns)
@@ -204,27 +204,34 @@ def swizzled(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, j
 
 
 def product_kernel(
-    expert_ref: Any, start_ref: Any, stop_ref: Any, x_ref: Any, *refs: Any, tile: Tile, layout: Layout, interpret: bool
+    expert_ref: Any,
+    start_ref: Any,
+    stop_ref: Any,
+    x_ref: Any,
+    *refs: Any,
+    tile: Tile,
+    stored: StoredWeights,
+    interpret: bool,
 ) -> None:
     *weights, y_ref = refs
-    t, column = swizzled(pl.program_id(0), expert_ref.shape[0], -(-layout.width // tile.n))
+    t, column = swizzled(pl.program_id(0), expert_ref.shape[0], -(-stored.width // tile.n))
     e, start, stop = expert_ref[t], start_ref[t], stop_ref[t]
     rows, first = start + jnp.arange(tile.m), column * tile.n
-    x_rows = jnp.minimum(rows, x_ref.shape[0] - 1)  # rows from `stop` on are computed and not stored
+    x_rows = jnp.minimum(rows, x_ref.shape[0] - 1)  # rows from `stop` on are computed, but not stored
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
         depth = i * tile.k
-        x = load(x_ref, (), (x_rows, None), (depth + jnp.arange(tile.k), bound(layout.depth, tile.k)))
+        x = load(x_ref, (), (x_rows, None), (depth + jnp.arange(tile.k), bound(stored.depth, tile.k)))
         corner, shape = (
-            ((first, depth), (tile.n, tile.k)) if layout.contract_columns else ((depth, first), (tile.k, tile.n))
+            ((first, depth), (tile.n, tile.k)) if stored.contract_columns else ((depth, first), (tile.k, tile.n))
         )
-        w = weight_tile(tuple(weights), layout, e, *corner, shape, x.dtype, interpret)
-        return total + dot(x, w, (1, 1 if layout.contract_columns else 0), interpret)
+        w = weight_tile(tuple(weights), stored, e, *corner, shape, x.dtype, interpret)
+        return total + dot(x, w, (1, 1 if stored.contract_columns else 0), interpret)
 
-    busy = ((e < layout.experts) & (start < stop)).astype(jnp.int32)
-    total = lax.fori_loop(0, busy * -(-layout.depth // tile.k), step, jnp.zeros((tile.m, tile.n), jnp.float32))
+    busy = ((e < stored.experts) & (start < stop)).astype(jnp.int32)
+    total = lax.fori_loop(0, busy * -(-stored.depth // tile.k), step, jnp.zeros((tile.m, tile.n), jnp.float32))
     columns = first + jnp.arange(tile.n)
-    mask = (rows < stop)[:, None] & (columns < layout.width)[None]
+    mask = (rows < stop)[:, None] & (columns < stored.width)[None]
     plt.store(y_ref.at[rows[:, None], columns[None]], total.astype(y_ref.dtype), mask=mask)
 
 
@@ -252,7 +259,7 @@ def gradient_kernel(
 
 
 def launch(kernel: Any, name: str, grid: tuple[int, ...], tile: Tile, out: jax.ShapeDtypeStruct, *operands: Any) -> Any:
-    """pallas_call with a name that says what runs; interpreted for "cpu" (`backends.platform`)."""
+    """pallas_call named after the kernel and its tile; interpreted for "cpu" (`backends.platform`)."""
     interpret = backends.platform() == "cpu"
     return pl.pallas_call(
         functools.partial(kernel, tile=tile, interpret=interpret),
@@ -264,64 +271,66 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], tile: Tile, out: jax.S
     )(*operands)
 
 
-def layout_of(w_EDF: jax.Array | NF4Tensor, swapped: bool) -> Layout:
+def stored_as(w_EDF: jax.Array | NF4Tensor, swapped: bool) -> StoredWeights:
     if not isinstance(w_EDF, NF4Tensor):
         experts, rows, columns = w_EDF.shape
-        return Layout(experts, rows, columns, contract_columns=swapped)
+        return StoredWeights(experts, rows, columns, contract_columns=swapped)
     experts, rows, columns = stored_shape(w_EDF)
-    return Layout(experts, rows, columns, w_EDF.transposed != swapped, w_EDF.block_size, w_EDF.dtype)
+    return StoredWeights(experts, rows, columns, w_EDF.transposed != swapped, w_EDF.block_size, w_EDF.dtype)
 
 
-def arrays_of(w_EDF: jax.Array | NF4Tensor, layout: Layout) -> tuple[jax.Array, ...]:
-    """What the kernel reads: the weights, or packed bytes and scales with an axis of blocks."""
+def arrays_of(w_EDF: jax.Array | NF4Tensor, stored: StoredWeights) -> tuple[jax.Array, ...]:
+    """The operands of the kernel: the weights, or packed bytes and scales with an axis of blocks."""
     if not isinstance(w_EDF, NF4Tensor):
         return (w_EDF,)
-    blocks = (layout.experts, layout.rows, layout.columns // layout.block)
-    return w_EDF.packed.reshape(*blocks, layout.block // 2), block_scales(w_EDF).reshape(blocks)
+    blocks = (stored.experts, stored.rows, stored.columns // stored.block)
+    return w_EDF.packed.reshape(*blocks, stored.block // 2), block_scales(w_EDF).reshape(blocks)
 
 
-def unpack_kernel(packed_ref: Any, scale_ref: Any, w_ref: Any, *, tile: Tile, layout: Layout, interpret: bool) -> None:
-    across = layout.columns // tile.n
+def unpack_kernel(
+    packed_ref: Any, scale_ref: Any, w_ref: Any, *, tile: Tile, stored: StoredWeights, interpret: bool
+) -> None:
+    across = stored.columns // tile.n
     row, column = lax.div(pl.program_id(0), across) * tile.m, lax.rem(pl.program_id(0), across) * tile.n
     e = pl.program_id(1)
     refs, shape = (packed_ref, scale_ref), (tile.m, tile.n)
-    w = weight_tile(refs, layout, e, row, column, shape, w_ref.dtype, interpret)
+    w = weight_tile(refs, stored, e, row, column, shape, w_ref.dtype, interpret)
     rows, columns = row + jnp.arange(tile.m), column + jnp.arange(tile.n)
-    plt.store(w_ref.at[e, rows[:, None], columns[None]], w, mask=jnp.broadcast_to((rows < layout.rows)[:, None], shape))
+    plt.store(w_ref.at[e, rows[:, None], columns[None]], w, mask=jnp.broadcast_to((rows < stored.rows)[:, None], shape))
 
 
-def unpacked(arrays: tuple[jax.Array, ...], layout: Layout, dtype: Any) -> jax.Array:
-    """The values [experts, rows, columns] of `arrays_of` NF4 weights, as they lie."""
+def unpacked(arrays: tuple[jax.Array, ...], stored: StoredWeights, dtype: Any) -> jax.Array:
+    """The values [experts, rows, columns] of `arrays_of` NF4 weights, in the stored order of axes."""
     m, n, warps = UNPACKING
-    n = max(layout.block, min(n, layout.columns & -layout.columns))
-    tile = Tile(min(m, pl.next_power_of_2(layout.rows)), n, 1, warps, 1)
-    out = jax.ShapeDtypeStruct((layout.experts, layout.rows, layout.columns), dtype)
-    grid = (-(-layout.rows // tile.m) * (layout.columns // tile.n), layout.experts)
-    return launch(functools.partial(unpack_kernel, layout=layout), "unpack", grid, tile, out, *arrays)
+    n = max(stored.block, min(n, stored.columns & -stored.columns))
+    tile = Tile(min(m, pl.next_power_of_2(stored.rows)), n, 1, warps, 1)
+    out = jax.ShapeDtypeStruct((stored.experts, stored.rows, stored.columns), dtype)
+    grid = (-(-stored.rows // tile.m) * (stored.columns // tile.n), stored.experts)
+    return launch(functools.partial(unpack_kernel, stored=stored), "unpack", grid, tile, out, *arrays)
 
 
-def is_unpacked(rows: int, layout: Layout, itemsize: int) -> bool:
-    """Whether a product of so many rows has its NF4 weights written out first."""
-    fits = layout.experts * layout.rows * layout.columns < 2**31  # 32-bit offsets
-    return layout.block > 0 and itemsize == 2 and fits and rows >= UNPACKED_ROWS * layout.experts
+def is_unpacked(rows: int, stored: StoredWeights, itemsize: int) -> bool:
+    """Whether a product with this number of rows dequantises its NF4 weights to memory first."""
+    fits = stored.experts * stored.rows * stored.columns < 2**31  # 32-bit offsets
+    return stored.block > 0 and itemsize == 2 and fits and rows >= UNPACKED_ROWS * stored.experts
 
 
 def multiply(
     name: str, x_MK: jax.Array, w: jax.Array | NF4Tensor, swapped: bool, cut: Callable[[int], Tiles]
 ) -> jax.Array:
-    """x times the stacked weights, or their transposes, by the row tiles that `cut` makes for a height."""
-    layout, rows = layout_of(w, swapped), x_MK.shape[0]
-    out = jax.ShapeDtypeStruct((rows, layout.width), x_MK.dtype)
+    """x times the stacked weights, or their transposes; `cut(height)` gives the row tiles."""
+    stored, rows = stored_as(w, swapped), x_MK.shape[0]
+    out = jax.ShapeDtypeStruct((rows, stored.width), x_MK.dtype)
     if math.prod(out.shape) == 0:
         return jnp.zeros(out.shape, out.dtype)
-    weights = arrays_of(w, layout)
-    if is_unpacked(rows, layout, x_MK.dtype.itemsize):
-        weights = (unpacked(weights, layout, x_MK.dtype),)
-        layout = dataclasses.replace(layout, block=0)
-    tile = product_tile(rows, layout, x_MK.dtype.itemsize)
+    weights = arrays_of(w, stored)
+    if is_unpacked(rows, stored, x_MK.dtype.itemsize):
+        weights = (unpacked(weights, stored, x_MK.dtype),)
+        stored = dataclasses.replace(stored, block=0)
+    tile = product_tile(rows, stored, x_MK.dtype.itemsize)
     tiles = cut(tile.m)
-    grid = (tiles.expert.shape[0] * -(-layout.width // tile.n),)
-    kernel = functools.partial(product_kernel, layout=layout)
+    grid = (tiles.expert.shape[0] * -(-stored.width // tile.n),)
+    kernel = functools.partial(product_kernel, stored=stored)
     return launch(kernel, name, grid, tile, out, *tiles, x_MK, *weights)
 
 
@@ -337,7 +346,7 @@ def grouped_matmul(
 def weight_gradient(
     x_MD: Float[Array, "M D"], dy_MF: Float[Array, "M F"], group_sizes_E: Int[Array, "E"]
 ) -> Float[Array, "E D F"]:
-    """float32 [E, D, F], each expert's rows contracted by the programs of its own tiles."""
+    """float32 [E, D, F]; a program contracts all rows of its expert."""
     rows, depth = x_MD.shape
     experts, width = group_sizes_E.shape[0], dy_MF.shape[1]
     out = jax.ShapeDtypeStruct((experts, depth, width), jnp.float32)

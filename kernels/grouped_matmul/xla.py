@@ -1,13 +1,13 @@
-"""Backend in plain XLA operations that computes no row for an expert that does not own it.
+"""Backend in plain XLA operations that multiplies each expert's matrix by the rows of this expert only.
 
-Experts that own rows are visited in order by a loop of dynamic length. Each visit materialises one expert's matrix
-(NF4: as two planes, one for each nibble, since interleaving them costs four times the dequantisation itself) and
-multiplies its rows in blocks of a few static sizes: the largest while it fits, then the smallest that holds the rest.
-That last block runs over into rows of the next group, which their own expert overwrites, so nothing is masked on the
-way. FLOPs beyond the useful ones are those of the last blocks: on average a sixteenth of the largest for each expert.
+A loop of dynamic length visits the experts that own rows, in order. Each visit materialises one expert's matrix (NF4:
+as two planes, one for each nibble, because interleaving them costs four times the dequantisation). It multiplies the
+rows in blocks of a few static sizes: the largest while it fits, then the smallest that holds the rest. The last block
+may include rows of the next group. Their results are overwritten by the next visit, so no mask is needed. The extra
+FLOPs are those of the last blocks: on average a sixteenth of the largest block for each expert.
 
-The blocks are loops, not branches of a switch: XLA updates the result in place through a loop, and copies it for every
-branch. Rows and result cross the loops as integers (`to_bits`), weights behind a barrier (`pin`).
+The block sizes are loops, not branches of a switch: XLA updates the result of a loop in place, but copies it for every
+branch. Rows and result are integers inside the loops (`to_bits`), and weights are behind a barrier (`pin`).
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, spl
 from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
 
 MAX_BLOCK = 512
-"""Rows of one product: from 256 on, products on two AVX-512 cores are within 5 % of their plateau, and at 512 what
-passes between the operations still fits the caches."""
+"""Rows of one product: from 256 rows on, products on two AVX-512 cores are within 5 % of their best speed, and with 512
+the intermediate results still fit into the caches."""
 EIGHTHS = (1, 2, 3, 4, 5, 6, 8)
-"""Sizes of blocks, of the largest. A call costs as much as about 30 rows more, and each size 40 ms of compile time."""
+"""Sizes of blocks, in eighths of the largest. A product costs as much as 30 extra rows, a size 40 ms of compiling."""
 NEAR = (30, 33, 34, 35, 36)
-"""Sizes in 32nds of an expert's even share, which most groups are close to where load is balanced: finer steps there
-take a tenth off a feed-forward of 2,048 pairs."""
+"""More sizes, in 32nds of an expert's even share. Under balanced load most groups are close to that share, and these
+finer steps make a feed-forward of 2,048 pairs a tenth faster."""
 
 
 def pick_blocks(rows: int, experts: int) -> tuple[int, ...]:
@@ -46,15 +46,15 @@ def pick_blocks(rows: int, experts: int) -> tuple[int, ...]:
 
 
 def overrun(blocks: tuple[int, ...]) -> int:
-    """Rows that a block may reach beyond the group that it ends."""
+    """The most rows of a block that may be beyond the end of its group."""
     return max(b - below - 1 for below, b in zip((0, *blocks[:-1]), blocks, strict=True))
 
 
 def pin(operands: Any, e: jax.Array) -> tuple[Any, jax.Array]:
-    """The same, to be called in a loop over `e`: XLA then sees operands that may change with `e`.
+    """The operands and `e` behind a barrier, so that XLA assumes that the operands change in a loop over `e`.
 
-    XLA:CPU slices 16-bit floats in float32. Of weights that do not change in the loop it hoists the conversion before
-    the loop, as a float32 copy of all experts; of these it converts the slice alone.
+    XLA:CPU slices 16-bit floats in float32. For loop-invariant weights it hoists the conversion out of the loop, which
+    makes a float32 copy of all experts. Behind the barrier it converts the slice only.
     """
     return lax.optimization_barrier((operands, e))
 
@@ -73,7 +73,7 @@ def for_each_block(
 ) -> Any:
     """Runs `carry = step(carry, e, start, stop, size, load(operands, e))` for blocks that cover all groups in order.
 
-    `size`, one of `blocks`, is static; [start, stop) are the block's own rows, at most `size`.
+    `size`, one of `blocks`, is static. [start, stop) are the rows of group e in the block, at most `size`.
     """
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
     experts, count = jnp.argsort(group_sizes_E == 0, stable=True), jnp.sum(group_sizes_E > 0)
@@ -98,11 +98,11 @@ def for_each_block(
 
 
 def pad_rows(x: jax.Array, rows: int) -> jax.Array:
-    """A block that starts at any row must fit; dynamic_slice would otherwise shift it back silently."""
+    """x with zero rows appended. Without them, dynamic_slice would silently shift a block that does not fit."""
     return jnp.pad(x, ((0, rows), (0, 0)))
 
 
-def run_blocks(
+def multiply_blocks(
     x_parts: tuple[jax.Array, ...],
     group_sizes_E: Int[Array, "E"],
     operands: tuple[jax.Array, ...],
@@ -139,7 +139,7 @@ def nf4_matmul(x_MD: jax.Array, t: NF4Tensor, group_sizes_E: jax.Array) -> jax.A
 
     operands, width = (t.packed, block_scales(t)), t.shape[2]
     if t.transposed:  # stored [F, D]: the planes split the contraction
-        y = run_blocks(
+        y = multiply_blocks(
             split_columns(x_MD),
             group_sizes_E,
             operands,
@@ -148,7 +148,7 @@ def nf4_matmul(x_MD: jax.Array, t: NF4Tensor, group_sizes_E: jax.Array) -> jax.A
             width,
         )
         return from_bits(y, dtype)
-    halves = run_blocks(  # stored [D, F]: the planes split the output
+    halves = multiply_blocks(  # stored [D, F]: the planes split the output
         (x_MD,),
         group_sizes_E,
         operands,
@@ -168,13 +168,13 @@ def grouped_matmul(
         if is_planar(w_EDF):
             return nf4_matmul(x_MD, w_EDF, group_sizes_E)
         w_EDF = layer_weights(w_EDF, x_MD.dtype)
-    y = run_blocks(
+    y = multiply_blocks(
         (x_MD,),
         group_sizes_E,
         (w_EDF.astype(x_MD.dtype),),
         lambda operands, e: (index(operands[0], e),),
-        # the product reads the matrix as it lies: a transpose here would be hoisted out of the layer scan on GPUs, as a
-        # transposed copy of every layer's weights
+        # contract the stored axis: on GPUs, XLA would hoist a transpose out of the layer scan, which makes a transposed
+        # copy of every layer's weights
         lambda x, w: dot(x[0], w[0], 1 if swapped else 0),
         w_EDF.shape[1 if swapped else 2],
     )

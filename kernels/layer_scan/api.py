@@ -1,4 +1,4 @@
-"""layer_scan: checks the operands and picks a backend."""
+"""layer_scan: checks the operands and chooses a backend."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from bimedix_jax.kernels.unstacked import is_unstacked
 
 BACKENDS = {"scan": reference, "bits": bits, "unrolled": unrolled}
 PREFERRED = {"cpu": ("bits", "unrolled"), "gpu": ("scan", "unrolled"), "tpu": ("scan", "unrolled")}
-"""Backends of each platform, best first, for stacked operands; Unstacked ones run unrolled everywhere."""
+"""Backends of each platform, best first, for stacked operands. With Unstacked ones, layers are always unrolled."""
 EVERYWHERE_UNROLLED = dict.fromkeys(PREFERRED, ("unrolled",))
 
 
@@ -27,34 +27,34 @@ def pick_backend(name: str | None, layers: Any, memory: Any) -> str:
 def layer_scan(
     body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any = None, *, backend: str | None = None
 ) -> tuple[jax.Array, Any, Any]:
-    """Runs x through all layers: x, out, slot = body(constants, x, layer, slot) for each of them.
+    """Runs x through all layers: `x, out, slot = body(constants, x, layer, slot)` for each of them.
 
     Differentiable in x and in floating-point arrays of `layers`. `constants` and `memory` get no gradient.
 
     Args:
-      body: one layer. It must read arrays through its arguments only, not from an enclosing function that is traced.
+      body: one layer. It must read all arrays from its arguments: it must not capture values that are being traced.
       constants: what every layer reads, such as positions and segments.
       x: the activations; the same shape and dtype before and after each layer.
       layers: a pytree of arrays with a leading axis of layers: stacked, Unstacked, or marked by InPlace. The body gets
-        one layer's values; of an array marked by InPlace it gets a `LayerOf` where the backend is "bits" and nothing is
-        differentiated, else the values.
-      memory: a pytree, stacked or Unstacked, of what each layer reads and replaces, such as a cache of keys and
-        values; None where there is none, and then each slot is None.
-      backend: one of BACKENDS; None takes the one of `backends.use`, else the platform's best that takes the operands.
-        A named one never falls back.
+        one layer's values. If the backend is "bits" and nothing is differentiated, it gets a `LayerOf` instead of the
+        values of an array marked by InPlace.
+      memory: a pytree, stacked or Unstacked, of values that each layer reads and replaces, such as a cache of keys
+        and values; with None, each slot is None.
+      backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the operands.
+        A named backend never falls back.
 
     Returns:
-      (x after the last layer, the layers' `out` stacked on a leading axis, the memory in the form in which it came).
+      (x after the last layer, the layers' `out` stacked on a leading axis, the new memory, in the form of `memory`).
 
     Raises:
-      ValueError: arrays that differ in their number of layers, or an unknown backend.
+      ValueError: arrays with different numbers of layers, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
     plain = unmarked(layers)
     depths = {leaf.shape[0] for leaf in parts_of((plain, memory))}
     if len(depths) != 1:
         raise ValueError(
-            f"layer_scan needs arrays with one number of layers on their leading axes; got {sorted(depths)}."
+            f"layer_scan needs arrays with the same number of layers on their leading axes; got {sorted(depths)}."
         )
     name = pick_backend(backend, plain, memory)
     given = unmarked(layers, keep_arrays=True) if name == "bits" else plain

@@ -1,8 +1,9 @@
-"""The loop in the form that XLA:CPU runs fast: whatever is stacked is stacked as its bits.
+"""The loop in the form that XLA:CPU runs fast: 16-bit floats are stacked as integers of their bits.
 
-XLA:CPU computes on 16-bit floats as float32. In a loop, every dynamic slice of a stack of bfloat16 weights converts the
+XLA:CPU converts 16-bit floats to float32. In a loop, every dynamic slice of a stack of bfloat16 weights converts the
 whole stack first, and every update of a stack of bfloat16 residuals rewrites all of it. Integers of 16 bits are copied
-unchanged. `lax.scan` stacks residuals itself, so the gradient is written out here: one loop forward, one backward.
+unchanged. `lax.scan` would stack residuals as floats, so this module defines the gradient: one loop forward, one
+backward.
 """
 
 import dataclasses
@@ -23,14 +24,14 @@ from bimedix_jax.kernels.products import from_bits, to_bits
 
 def refusal(layers: Any, memory: Any) -> str | None:
     if backends.platform() != "cpu":
-        return "it is for CPUs."
+        return "it runs on CPUs only."
     return refuse_unstacked(layers, memory)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """A pytree whose 16-bit floats are held as integers; PRNG keys and all other arrays are as they were."""
+    """A pytree whose 16-bit floats are stored as integers; PRNG keys and all other arrays are unchanged."""
 
     leaves: list[Any]
     dtypes: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
@@ -51,7 +52,7 @@ class Bits:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fixed:
-    """A constant of the program among the residuals, the same for all layers: part of the structure, not stacked."""
+    """A residual that is a constant of the program, equal for all layers: part of the structure, not stacked."""
 
     value: Any
 
@@ -62,14 +63,16 @@ jax.tree_util.register_static(Fixed)
 def layer_scan(
     body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any, depth: int
 ) -> tuple[jax.Array, Any, Any]:
-    if memory is not None:  # no custom gradient: JAX differentiates the loop itself
-        return run(body, constants, x, layers, memory, depth)
+    if memory is not None:  # without the custom gradient: JAX differentiates the loop
+        return without_gradient(body, constants, x, layers, memory, depth)
     found: tuple[jax.Array, Any] = differentiable(body, depth, constants, x, layers)
     return *found, None
 
 
-def run(body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any, depth: int) -> tuple[jax.Array, Any, Any]:
-    """The loop as it runs without gradients: arrays that InPlace marks stay in their stacks."""
+def without_gradient(
+    body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any, depth: int
+) -> tuple[jax.Array, Any, Any]:
+    """The loop when nothing is differentiated. Arrays that InPlace marks are not sliced from their stacks."""
     sliced = jax.tree.map(lambda leaf: None if is_in_place(leaf) else leaf, layers, is_leaf=is_in_place)
 
     def step(x: jax.Array, given: tuple[jax.Array, Bits, Bits]) -> tuple[jax.Array, tuple[Bits, Bits]]:
@@ -89,30 +92,30 @@ def run(body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any, dept
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def differentiable(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
-    x, outs, _ = run(body, constants, x, layers, None, depth)
+    x, outs, _ = without_gradient(body, constants, x, layers, None, depth)
     return x, outs
 
 
 def is_argument(node: Any) -> bool:
-    """Whether a node of a VJP's `args_res`, nested tuples, is an argument or the note that it is not needed."""
+    """Whether a node of `args_res` of a VJP, nested tuples, is an argument or the marker of an unneeded one."""
     return not isinstance(node, tuple)
 
 
 def without_values(args_res: Any) -> Any:
-    """The nested tuples alone, with None for each argument."""
+    """The same nested tuples with None for each argument."""
     return jax.tree.map(lambda _: None, args_res, is_leaf=is_argument)
 
 
 def with_values(args_res: Any, arguments: Any) -> Any:
-    """Inverse of `without_values`: every argument is back, needed or not."""
+    """Inverse of `without_values`. It inserts every argument, also those that are not needed."""
     return jax.tree.unflatten(jax.tree.structure(args_res, is_leaf=is_argument), jax.tree.leaves(arguments))
 
 
 def forward(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -> tuple[tuple[jax.Array, Any], Any]:
-    """(outputs, residuals): of each layer, stacked, only x and what the layer computed.
+    """(outputs, residuals). The residuals of a layer that are stacked are x and computed values only.
 
-    jax.vjp tells argument values from computed ones (https://docs.jax.dev/en/latest/301/vjp-objects.html). Constants
-    and weights are the arguments of this function already, and are not stacked a second time.
+    jax.vjp separates arguments from computed values (https://docs.jax.dev/en/latest/301/vjp-objects.html). Constants
+    and weights are already arguments of this function, so they are not stacked again.
     """
     del depth
 
@@ -133,7 +136,7 @@ def forward(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -
 
 
 def backward(body: Body, depth: int, residuals: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, jax.Array, Any]:
-    """Gradients of x and of the floating-point arrays of `layers`; XLA removes those that nothing uses."""
+    """Gradients of x and of the floating-point arrays of `layers`; XLA removes those that are not used."""
     del body, depth
     pulls, constants, marked = residuals
     layers, (dx, douts) = unmarked(marked), cotangents
@@ -159,7 +162,7 @@ def backward(body: Body, depth: int, residuals: Any, cotangents: tuple[jax.Array
 
 
 def no_cotangent(shape: tuple[int, ...]) -> np.ndarray:
-    """What JAX takes as the cotangent of integers and keys."""
+    """The cotangent that JAX expects for integers and keys."""
     return np.zeros(shape, jax.dtypes.float0)
 
 

@@ -1,4 +1,4 @@
-"""The loop as `lax.scan`: what is right by definition, and the backend of GPUs and TPUs."""
+"""The loop as `lax.scan`: the reference, and the backend for GPUs and TPUs."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
-"""The layers one after the other in the compiled program.
+"""All layers unrolled in the compiled program, for decoding on a CPU.
 
-Compile time grows with depth, but no layer is sliced from a stack: with Unstacked weights and memory, nothing is copied
-before it is used and each layer's memory is updated in place. This is how a CPU decodes.
+Compile time grows with depth, but no layer is sliced from a stack: with Unstacked weights and memory, no weight is
+copied and each layer's memory is updated in place.
 """
 
 from typing import Any

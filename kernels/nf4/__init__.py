@@ -1,4 +1,4 @@
-"""4-bit NormalFloat (NF4) with optional double quantisation, to the bit as bitsandbytes stores it."""
+"""4-bit NormalFloat (NF4) with optional double quantisation, bit for bit as bitsandbytes stores it."""
 
 from bimedix_jax.kernels.nf4.api import dequantize, quantize
 from bimedix_jax.kernels.nf4.tensor import NF4Tensor

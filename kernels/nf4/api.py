@@ -1,4 +1,4 @@
-"""quantize and dequantize, jit-able on every platform."""
+"""quantize and dequantize; both can be jitted on every platform."""
 
 import functools
 import math
@@ -27,17 +27,17 @@ TINY = jnp.finfo(jnp.float32).tiny
 
 
 def normalise(blocks: Float[Array, "*batch blocks n"]) -> tuple[Float[Array, "*batch blocks n"], jax.Array]:
-    """(blocks times 1 / absmax, absmax [*batch, blocks]); zeros from zeros or denormals, which XLA flushes."""
+    """(blocks times 1 / absmax, absmax [*batch, blocks]); denormals become zeros, because XLA flushes them."""
     blocks = jnp.where(jnp.abs(blocks) < TINY, 0.0, blocks)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    # the reciprocal of a value above 2**126 would be denormal
+    # without this, the reciprocal of a value above 2**126 would be denormal
     shrink = jnp.where(absmax >= HUGE, SHRINK, 1.0)
     inverse = jnp.where(absmax > 0, 1.0 / jnp.maximum(absmax * shrink, TINY), 0.0)
     return (blocks * shrink[..., None]) * inverse[..., None], absmax
 
 
 def unfused(product: jax.Array) -> jax.Array:
-    """Keeps XLA from contracting this product and a later sum into one FMA, which would round once, not twice."""
+    """Prevents XLA from fusing this product and a later sum into one FMA, which would round once instead of twice."""
     return jnp.where(product == product, product, 0.0)
 
 
@@ -46,7 +46,7 @@ def pad_last(x: jax.Array, multiple: int) -> jax.Array:
 
 
 def code_of(x: jax.Array, thresholds: tuple[float, ...]) -> jax.Array:
-    """uint8 number of thresholds strictly below x: a sum of comparisons, which vectorises where a search does not."""
+    """uint8 number of thresholds strictly below x: a sum of comparisons, because a search does not vectorise."""
     return functools.reduce(jnp.add, [(x > t).astype(jnp.uint8) for t in thresholds])
 
 
@@ -66,11 +66,11 @@ def quantize_scales(absmax: Float[Array, "*batch blocks"]) -> tuple[jax.Array, j
 def quantize_blocks(w: Float[Array, "*batch n"], block_size: int) -> tuple[UInt8[Array, "*batch b"], jax.Array]:
     """Nibbles and float32 scales of flattened units: packed [*batch, ceil(n/2)], absmax [*batch, ceil(n/block)].
 
-    An unfinished last block is divided by its scale, the others are multiplied by the reciprocal, which can differ in
-    the last bit: so does bitsandbytes on CPU (backends/default/ops.py, 0.50.2).
+    An incomplete last block is divided by its scale, the others are multiplied by the reciprocal, as in bitsandbytes on
+    CPU (backends/default/ops.py, 0.50.2). The two can differ in the last bit.
     """
     size = w.shape[-1]
-    # an odd block size can leave an odd padded length; one block more makes it even, and is cut off below
+    # with an odd block size, one more block may be needed for an even length; it is cut off below
     blocks = pad_last(w.astype(jnp.float32), math.lcm(block_size, 2)).reshape(*w.shape[:-1], -1, block_size)
     normalised, absmax = normalise(blocks)
     thresholds = tuple(NF4_THRESHOLDS.tolist())
@@ -78,10 +78,10 @@ def quantize_blocks(w: Float[Array, "*batch n"], block_size: int) -> tuple[UInt8
     if size % block_size:
         last = size // block_size
         tail, scale = blocks[..., last, :], absmax[..., last, None]
-        # a divisor that is not plainly one value for all: XLA would multiply by its reciprocal
+        # XLA would replace the division by a broadcast scalar with a product with its reciprocal; `where` prevents that
         divisor = jnp.where((tail == tail) & (scale > 0), scale, 1.0)
         codes = codes.at[..., last, :].set(code_of(tail / divisor, thresholds))
-        # chosen as bits, since a denormal number may be flushed on the way
+        # select bits, since XLA may flush a denormal number
         bits = jnp.where(scale > 0, lax.bitcast_convert_type(scale, jnp.uint32), EMPTY_TAIL.view(np.uint32))
         absmax = absmax.at[..., last].set(lax.bitcast_convert_type(bits, jnp.float32)[..., 0])
     codes = codes.reshape(*w.shape[:-1], -1)
@@ -95,9 +95,9 @@ def quantize(
     """Packs `w` to 4 bits; nibbles and scales are those of bitsandbytes.
 
     Args:
-      w: array of any shape; each of its `w.shape[:batch_dims]` sub-arrays is quantised on its own.
+      w: array of any shape; each of its `w.shape[:batch_dims]` sub-arrays is quantised separately.
       block_size: elements of the row-major flattening of a unit that share a scale.
-      double_quant: keep the scales in 8 bits too, 4.127 instead of 4.5 bits per weight at block size 64.
+      double_quant: store the scales in 8 bits too: 4.127 instead of 4.5 bits a weight at block size 64.
 
     Raises:
       ValueError: `w` is not floating point, is empty, or batch_dims leaves no axis.
@@ -116,7 +116,7 @@ def quantize(
 
 @jax.jit
 def all_finite(w: Float[Array, "..."]) -> Bool[Array, ""]:
-    """Whether `w` has neither NaN nor infinity. `quantize` does not check: XLA:CPU's maximum passes over NaN."""
+    """Whether all values are finite. `quantize` does not check: XLA:CPU's maximum ignores NaN."""
     return jnp.all(jnp.isfinite(w))
 
 
@@ -124,12 +124,13 @@ def all_finite(w: Float[Array, "..."]) -> Bool[Array, ""]:
 def flushed_blocks(w: Float[Array, "..."], block_size: int = 64, batch_dims: int = 0) -> Int[Array, ""]:
     """Blocks of `w`, cut as `quantize` cuts it, that lose values because denormals are quantised as zeros.
 
-    bitsandbytes codes denormals like other numbers. The two differ only in blocks whose largest magnitude is so near
-    to the smallest normal float32 that a denormal would not be coded as zero anyway (NF4 codes below 0.0398 are zero).
+    bitsandbytes quantises denormals like other numbers. The results differ only in blocks whose largest magnitude is
+    close to the smallest normal float32. In other blocks, denormals are quantised as zero by both (scaled values below
+    0.0398 are zero).
     """
     if w.dtype == jnp.float16:  # its denormals are normal float32 numbers
         return jnp.zeros((), jnp.int32)
-    # by their bits, since comparisons of denormals are flushed too; magnitudes of floats order as these integers do
+    # compare bits, because comparisons flush denormals too; magnitudes have the same order as these integers
     bits = lax.bitcast_convert_type(w.astype(jnp.float32), jnp.uint32) & 0x7FFFFFFF
     blocks = pad_last(bits.reshape(*w.shape[:batch_dims], -1), block_size).reshape(-1, block_size)
     denormal = jnp.any((blocks > 0) & (blocks < 1 << 23), axis=-1)
@@ -137,7 +138,7 @@ def flushed_blocks(w: Float[Array, "..."], block_size: int = 64, batch_dims: int
 
 
 def block_scales(t: NF4Tensor) -> Float[Array, "*batch blocks"]:
-    """float32 scale of every block, with double quantisation undone."""
+    """float32 scale of every block; scales under double quantisation are decoded."""
     if t.nested_absmax is None or t.nested_offset is None:
         return t.absmax
     blocks = t.absmax.shape[-1]
@@ -147,7 +148,7 @@ def block_scales(t: NF4Tensor) -> Float[Array, "*batch blocks"]:
 
 
 def nibble_values(codes: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
-    """Table look-up without bounds checks: codes are nibbles by construction."""
+    """Table look-up without bounds checks; codes must be below 16."""
     return jnp.asarray(NF4_VALUES).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
@@ -161,10 +162,10 @@ def dequantize(t: NF4Tensor, dtype: jnp.dtype | type | str | None = None) -> Flo
 
 
 def as_recorded(values: Float[Array, "*n"], t: NF4Tensor, dtype: jnp.dtype | str) -> Float[Array, "*n"]:
-    """float32 `values` of `t` in `dtype`, rounded to the dtype that `t` records first.
+    """float32 `values` of `t`, rounded to the dtype that `t` records and then to `dtype`.
 
-    bitsandbytes' layers round twice in this way: a tensor quantised from bfloat16 has bfloat16 values also in a float32
-    model. XLA may skip a cast to bfloat16 and back (xla_allow_excess_precision), but not this rounding.
+    bitsandbytes' layers round twice in the same way: a tensor quantised from bfloat16 has bfloat16 values in a float32
+    model too. XLA may skip a cast to bfloat16 and back (xla_allow_excess_precision), but not `reduce_precision`.
     """
     if t.dtype == "bfloat16" and jnp.dtype(dtype) != jnp.bfloat16:
         values = lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7)
@@ -172,5 +173,5 @@ def as_recorded(values: Float[Array, "*n"], t: NF4Tensor, dtype: jnp.dtype | str
 
 
 def layer_weights(t: NF4Tensor, dtype: jnp.dtype | str) -> Float[Array, "..."]:
-    """`dequantize` to the values that a layer computing in `dtype` multiplies with; see `as_recorded`."""
+    """`dequantize` to the values that a layer uses when it computes in `dtype`; see `as_recorded`."""
     return as_recorded(dequantize(t, "float32"), t, dtype)

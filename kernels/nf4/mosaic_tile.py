@@ -1,10 +1,9 @@
-"""NF4 inside TPU kernels: packed bytes in the layout of bitsandbytes to a tile of a matrix, in vector registers.
+"""NF4 inside TPU kernels: from packed bytes in the layout of bitsandbytes to a tile of a matrix, in vector registers.
 
-A row of the stored matrix lies along the 128 lanes, two elements a byte. Interleaving lanes is what a TPU does worst,
-so columns go by chunks of 256: the 128 even ones (high nibbles), then the 128 odd ones. The activations that meet such
-a tile are put into the same order (`split_pairs`) or out of it (`merge_pairs`). Values and scales are looked up by
-gathers along lanes, which take fewer instructions than a chain of selects (libtpu schedules 4.3 of them per 1,024
-elements on a v5e, against 6).
+A row of the stored matrix runs along the 128 lanes, two elements a byte. Interleaving lanes is slow on a TPU, so the
+columns of each chunk of 256 are reordered: the 128 even ones (high nibbles), then the 128 odd ones. Activations are
+reordered in the same way (`split_pairs`), and results are ordered back (`merge_pairs`). Values and scales are looked up
+by gathers along lanes: libtpu schedules 4.3 instructions per 1,024 elements on a v5e, against 6 for a chain of selects.
 """
 
 from typing import Any
@@ -21,12 +20,12 @@ LANES = 128
 CHUNK = 2 * LANES
 """Columns that 128 bytes hold."""
 ROWS = 64
-"""Rows that one step dequantises: a multiple of the 32 that a register of bytes holds."""
+"""Rows that one step dequantises: a multiple of 32, the rows of a register of bytes."""
 
 
 def look_up(table: jax.Array, lanes: jax.Array) -> jax.Array:
     """table[r, lanes[r, c]] for both [rows, 128]."""
-    if (rows := lanes.shape[0]) == 1:  # JAX writes the gather of a single row in a way that Mosaic does not know
+    if (rows := lanes.shape[0]) == 1:  # Mosaic does not support the gather that JAX emits for a single row
         return look_up(jnp.tile(table, (2, 1)), jnp.tile(lanes, (2, 1)))[:rows]
     return jnp.take_along_axis(table, lanes, axis=1, mode="promise_in_bounds")
 
@@ -36,17 +35,17 @@ def lane_iota(rows: int) -> jax.Array:
 
 
 def value_table() -> jax.Array:
-    """float32 [ROWS, 128], every row the 16 values over and over: an operand, as kernels capture no arrays."""
+    """float32 [ROWS, 128], every row repeating the 16 values; an operand, because kernels cannot capture arrays."""
     return jnp.tile(jnp.asarray(NF4_VALUES), (ROWS, LANES // NF4_VALUES.size))
 
 
 def code_table(units: int) -> jax.Array:
-    """float32 [2, units, 128]: the two halves of the code book of scales, on every row."""
+    """float32 [2, units, 128]: the two halves of the code book of scales, repeated for every unit."""
     return jnp.broadcast_to(jnp.asarray(DYNAMIC_MAP).reshape(2, 1, LANES), (2, units, LANES))
 
 
 def decode_scales(codes_ref: Any, nested_ref: Any, offset_ref: Any, table_ref: Any, scales_ref: Any) -> None:
-    """Undoes double quantisation as `nf4.api.block_scales` does, whose look-up XLA turns into slow gathers on a TPU.
+    """Decodes double quantisation like `nf4.api.block_scales`, whose look-up becomes slow gathers on a TPU.
 
     Args:
       codes_ref: uint8 [units, 256 * 128].
@@ -85,7 +84,7 @@ def dequantise_tile(
       table_ref: `value_table`.
       block_size: elements that share a scale, a power of two from 16 to 256.
       recorded: the dtype that was quantised; a tile in another one is rounded to it first.
-      first_scale: column of scales_ref for byte 0, a multiple of what a chunk needs.
+      first_scale: column of scales_ref for byte 0, a multiple of the scales of a chunk.
     """
     rows, width = packed_ref.shape
     per_chunk = CHUNK // block_size
@@ -106,7 +105,7 @@ def dequantise_tile(
                 column = chunk * CHUNK + half * LANES
                 w_ref[here, column : column + LANES] = values.astype(w_ref.dtype)
 
-    if rows >= ROWS:  # a loop without steps would be traced all the same, and its slices do not fit
+    if rows >= ROWS:  # a loop without steps would still be traced, and its slices would not fit
 
         @pl.loop(0, rows // ROWS)
         def _(step: jax.Array) -> None:
@@ -119,7 +118,7 @@ def dequantise_tile(
 def as_recorded(values: jax.Array, recorded: str) -> jax.Array:
     """float32 values rounded to the dtype that was quantised, as `nf4.api.as_recorded` does, ties to even.
 
-    On the bits, since a TPU has no float16 and XLA may drop a cast there and back.
+    It computes on bits, because a TPU has no float16 and XLA may remove a cast and its inverse.
     """
     if recorded == "float32":
         return values
@@ -136,7 +135,7 @@ def as_recorded(values: jax.Array, recorded: str) -> jax.Array:
 
 
 def split_pairs(x: jax.Array) -> jax.Array:
-    """float32 [rows, 256] to the order of a chunk: even columns, then odd ones."""
+    """float32 [rows, 256] in the order of a chunk: even columns, then odd ones."""
     lane = lane_iota(x.shape[0])
     low, high = x[:, :LANES], x[:, LANES:]
 

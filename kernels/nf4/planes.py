@@ -1,7 +1,7 @@
-"""The two-plane view of packed weights that matmul kernels on XLA consume.
+"""The two-plane view of packed weights that matmul kernels on XLA use.
 
-Interleaving low and high nibbles back into one matrix costs several times the look-up itself on a CPU, so kernels keep
-the even and the odd columns of the stored matrix apart and split or merge the (much smaller) activations instead.
+On a CPU, interleaving low and high nibbles into one matrix costs several times the look-up. So kernels keep the even
+and the odd columns of the stored matrix separate, and split or merge the (much smaller) activations instead.
 """
 
 import jax
@@ -13,14 +13,14 @@ from bimedix_jax.kernels.nf4.tensor import NF4Tensor
 
 
 def is_planar(w: jax.Array | NF4Tensor) -> bool:
-    """Whether the two-plane path applies: units are matrices, and blocks stay inside rows of the stored matrix."""
+    """Whether the two-plane view exists: units are matrices, and no block crosses rows of the stored matrix."""
     return isinstance(w, NF4Tensor) and len(w.unit_shape) == 2 and w.unit_shape[1] % w.block_size == 0
 
 
 def planes(
     packed: UInt8[Array, "bytes"], scales: Float[Array, "blocks"], t: NF4Tensor, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Even and odd columns, each [rows, columns / 2] in storage order, of one unit of `t` with these leaves."""
+    """Even and odd columns, each [rows, columns / 2] in storage order, of the unit of `t` with these leaves."""
     rows, columns = t.unit_shape
     by_block = packed.reshape(-1, t.block_size // 2)
 

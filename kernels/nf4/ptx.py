@@ -1,10 +1,11 @@
-"""NF4 look-up in the registers of an NVIDIA GPU, for kernels that dequantise inside.
+"""NF4 look-up in the registers of an NVIDIA GPU, for kernels that dequantise.
 
-The table's 16 float32 values are cut into four planes of bytes, each 16 bytes in four registers. PRMT picks four bytes
-by four selectors of 4 bits, and two packed bytes of NF4 are four such selectors: the low nibble of a byte is its odd
-element, the high nibble the even one. A selector reaches 8 bytes, so each plane is asked twice, and a third PRMT
-chooses by the codes' highest bits. The four planes are then transposed into four float32 words. This takes 6 integer
-instructions a value; a tree of selects takes 20, which would cost more than the products of a tile of 128 rows.
+The table's 16 float32 values are split into four planes of bytes, each 16 bytes in four registers. PRMT selects four
+bytes by four selectors of 4 bits. Two packed bytes of NF4 are four such selectors: the low nibble of a byte is its odd
+element, the high nibble the even one. A selector can address 8 bytes only. So there are two look-ups for each plane,
+and a third PRMT chooses between them by the codes' highest bits. The four planes are then transposed into four float32
+words. This takes 6 integer instructions a value. A tree of selects takes 20, which would cost more than the products of
+a tile of 128 rows.
 """
 
 import numpy as np
@@ -42,7 +43,7 @@ def dequantize_pairs() -> str:
     The even element is the lower half. Value times scale in float32, rounded once, as `dequantize` does.
     """
     lines = [".reg .b32 code, half, low, high, plane<4>, word<4>;", ".reg .f32 f<4>;"]
-    # a selector's highest bit would replicate a sign; `half` picks byte i of the first or of the second answer
+    # PRMT replicates a sign if a selector's highest bit is set; `half` selects between the two look-ups
     lines += ["and.b32 code, $4, 0x77777777;", "shr.b32 half, $4, 1;", "and.b32 half, half, 0x44444444;"]
     lines += ["or.b32 half, half, 0x32103210;", *four_values(5)]
     lines += ["cvt.rn.bf16x2.f32 $0, f0, f1;", "cvt.rn.bf16x2.f32 $1, f2, f3;"]

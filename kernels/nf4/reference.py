@@ -1,4 +1,4 @@
-"""NF4 in NumPy, one unit at a time: what every backend must equal bit for bit."""
+"""NF4 in NumPy, one unit at a time. Every backend must give the same bits."""
 
 import math
 from typing import NamedTuple
@@ -33,10 +33,10 @@ def pad_to(x: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def normalise(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks times 1 / absmax, absmax) in float32; zeros from zeros or denormals, which XLA:CPU flushes."""
+    """(blocks times 1 / absmax, absmax) in float32; denormals become zeros, because XLA:CPU flushes them."""
     blocks = np.where(np.abs(blocks) < np.finfo(np.float32).tiny, np.float32(0), blocks)
     absmax = np.abs(blocks).max(axis=1)
-    # the reciprocal of a value above 2**126 would be denormal
+    # without this, the reciprocal of a value above 2**126 would be denormal
     shrink = np.where(absmax >= HUGE, SHRINK, np.float32(1))
     inverse = np.float32(1) / np.where(absmax > 0, absmax * shrink, np.float32(np.inf))
     return (blocks * shrink[:, None]) * inverse[:, None], absmax
@@ -45,7 +45,7 @@ def normalise(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def quantize(w: np.ndarray, block_size: int = 64, double_quant: bool = True) -> PackedUnit:
     """Quantises one array of any shape; blocks run over its row-major flattening, the last one zero-padded.
 
-    That last one is divided by its scale if it is not full; the others are multiplied by the reciprocal.
+    An incomplete last block is divided by its scale; the others are multiplied by the reciprocal.
     """
     blocks = pad_to(w.astype(np.float32).reshape(-1), block_size).reshape(-1, block_size)
     normalised, absmax = normalise(blocks)
@@ -66,7 +66,7 @@ def quantize(w: np.ndarray, block_size: int = 64, double_quant: bool = True) -> 
 
 
 def block_scales(unit: PackedUnit) -> np.ndarray:
-    """float32 [blocks]: map[code] * nested_absmax + offset, each step rounded on its own."""
+    """float32 [blocks]: map[code] * nested_absmax + offset, each step rounded separately."""
     if unit.nested_absmax is None:
         return unit.absmax
     groups = np.repeat(unit.nested_absmax, NESTED_BLOCK_SIZE)[: unit.absmax.size]

@@ -32,22 +32,22 @@ NESTED_BLOCK_SIZE = 256
 """Scales that share one second-level scale under double quantisation."""
 
 EMPTY_TAIL = np.float32(1e-38)
-"""bitsandbytes' scale of an unfinished last block of zeros (denormal; finished blocks of zeros have scale 0)."""
+"""bitsandbytes' scale of an incomplete last block of zeros (denormal; complete blocks of zeros have scale 0)."""
 
 HUGE, SHRINK = np.float32(2.0**120), np.float32(2.0**-10)
-"""Blocks with a scale from HUGE on are multiplied by SHRINK, which is exact, before the reciprocal is taken."""
+"""Blocks with a scale of at least HUGE are multiplied by SHRINK, which is exact, before the reciprocal."""
 
 SUM_HUGE, SUM_SHRINK = np.float32(2.0**64), np.float32(2.0**-64)
-"""Scales of which one is SUM_HUGE or more are multiplied by SUM_SHRINK, which is exact, before they are summed."""
+"""If one scale is at least SUM_HUGE, all are multiplied by SUM_SHRINK, which is exact, before they are summed."""
 
 
 def dynamic_map() -> np.ndarray:
     """The signed 8-bit dynamic code book, ascending, 256 float32 values in [-1, 1].
 
-    Seven decades, of which decade i (10**(i-6)) is cut into 2**i equal parts whose centres are the code values, for
-    both signs, plus 0 and 1 (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1). The edges
-    run from both ends towards the middle with one rounding each, and every later step rounds to float32: the bits that
-    bitsandbytes writes follow from that.
+    There are seven decades for each sign. Decade i (10**(i-6)) is divided into 2**i equal parts, and the code values
+    are their centres; 0 and 1 are added (8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1).
+    To get the bits that bitsandbytes writes, the edges are computed from both ends towards the middle with one rounding
+    each, and every later step rounds to float32.
     """
     values = [np.float32(0), np.float32(1)]
     low, high = np.float32(0.1), np.float32(1)

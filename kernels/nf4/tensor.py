@@ -16,20 +16,20 @@ from bimedix_jax.kernels.pytree import Leaf
 class NF4Tensor:
     """A stack of independently quantised units, each stored exactly as bitsandbytes stores one tensor.
 
-    A unit is flattened row-major and cut into blocks; two codes share a byte, the even element in the high nibble.
-    Leading batch axes (layers, experts) are ordinary array axes of every leaf, so `lax.scan`, `vmap` and sharding act
-    on them. `transposed` swaps the last two *logical* axes and moves no byte: a weight stored (out, in) is used
+    A unit is flattened row-major and divided into blocks; two codes share a byte, the even element in the high nibble.
+    Leading batch axes (layers, experts) are ordinary array axes of every leaf, so `lax.scan`, `vmap` and sharding work
+    on them. `transposed` swaps the last two *logical* axes without copying: a weight stored as (out, in) is used as
     (in, out).
 
     Attributes:
       packed: uint8 [*batch, ceil(unit size / 2)].
       absmax: scale of each block: float32 [*batch, blocks], or uint8 codes of it under double quantisation.
       nested_absmax: float32 [*batch, ceil(blocks / 256)] under double quantisation, else None.
-      nested_offset: float32 [*batch], mean of the unit's scales, subtracted before their quantisation, else None.
+      nested_offset: float32 [*batch] under double quantisation: the mean of the scales, which is subtracted first.
       unit_shape: shape of one unit as stored.
       transposed: whether the logical shape swaps the last two axes of `unit_shape`.
       block_size: elements that share a scale.
-      dtype: name of the dtype that was quantised, and the one `dequantize` returns.
+      dtype: name of the dtype that was quantised, and that `dequantize` returns by default.
     """
 
     packed: Leaf
@@ -62,7 +62,7 @@ class NF4Tensor:
 
     @property
     def block_axis(self) -> int:
-        """The logical axis along which the elements of a block are neighbours: -1, or -2 when transposed."""
+        """The logical axis along which blocks run: -1, or -2 if transposed."""
         return -2 if self.transposed else -1
 
     @property
@@ -79,12 +79,12 @@ class NF4Tensor:
         """The same bytes, with the last two logical axes swapped."""
         if len(self.unit_shape) < 2:
             raise ValueError(
-                f"mT needs a unit of two axes or more; this NF4Tensor's units have shape {self.unit_shape}."
+                f"mT needs units with at least two axes; the units of this NF4Tensor have shape {self.unit_shape}."
             )
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def __getitem__(self, index: Any) -> "NF4Tensor":
-        """Indexes batch axes only: packed bytes of a part of a unit are not themselves a unit."""
+        """Indexes batch axes only, because a part of a packed unit is not a unit."""
         depth = len(index) if isinstance(index, tuple) else 1
         if depth > len(self.batch_shape):
             raise IndexError(
@@ -94,12 +94,12 @@ class NF4Tensor:
 
 
 def one_unit_stack(t: NF4Tensor) -> NF4Tensor:
-    """The tensor with a leading batch axis of length 1: a matrix as a stack of one."""
+    """The tensor with a leading batch axis of length 1."""
     return jax.tree.map(lambda leaf: leaf[None], t)
 
 
 def zero_cotangent(leaf: jax.Array) -> jax.Array | np.ndarray:
-    """The gradient of a frozen leaf: zeros, of the dtype float0 where the leaf holds integers."""
+    """The gradient of a frozen leaf: zeros, of dtype float0 for integers."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros_like(leaf)
     return np.zeros(leaf.shape, jax.dtypes.float0)

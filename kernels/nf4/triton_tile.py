@@ -1,4 +1,4 @@
-"""NF4 inside Triton kernels: packed bytes and scales to a tile of values."""
+"""NF4 inside Triton kernels: from packed bytes and scales to a tile of values."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from bimedix_jax.kernels.nf4.tables import NF4_VALUES
 
 
 def round_to_bfloat16(x: jax.Array) -> jax.Array:
-    """float32 values rounded to nearest even by their bits: a cast there and back may be optimised away."""
+    """float32 values rounded to nearest even, on bits: the compiler may remove a cast and its inverse."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     rounded = bits + 0x7FFF + (lax.shift_right_logical(bits, 16) & 1)
     return lax.bitcast_convert_type(rounded & -0x10000, jnp.float32)
@@ -40,7 +40,7 @@ def dequantised(packed: jax.Array, scales: jax.Array, recorded: str, dtype: Any,
         halves = (words.astype(jnp.uint16), lax.shift_right_logical(words, 16).astype(jnp.uint16))
         return jnp.stack([lax.bitcast_convert_type(half, jnp.bfloat16) for half in halves], axis=-1)
 
-    def values(codes: jax.Array) -> jax.Array:  # rounded as nf4.api.as_recorded does
+    def values(codes: jax.Array) -> jax.Array:  # rounded like nf4.api.as_recorded
         exact = nibble_values(codes) * scales
         if recorded == "bfloat16" and dtype != jnp.bfloat16:
             exact = round_to_bfloat16(exact)

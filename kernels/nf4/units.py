@@ -1,4 +1,4 @@
-"""Cutting the matrices of an NF4Tensor into smaller units, so that each device can hold and use its own."""
+"""Splitting the matrices of an NF4Tensor into smaller units, one for each device."""
 
 import dataclasses
 
@@ -11,25 +11,25 @@ from bimedix_jax.kernels.nf4.tensor import NF4Tensor
 
 
 def split_units(t: NF4Tensor, axis: int, parts: int) -> NF4Tensor:
-    """The same values with every [R, C] unit cut into `parts` along a logical axis (-1 or -2).
+    """The same values with every [R, C] unit split into `parts` along a logical axis (-1 or -2).
 
-    The parts lie along a new last batch axis. Nibbles move, none changes. The scales stay in 8 bits where their groups
-    of 256 blocks fall into one part each; otherwise they become float32, 4.5 instead of 4.127 bits a weight.
+    The parts are a new last batch axis. Nibbles are reordered, not changed. If no group of 256 scales is split, scales
+    stay in 8 bits. Otherwise they become float32: 4.5 instead of 4.127 bits a weight.
 
     Raises:
-      ValueError: units that are no matrices, or a cut through a block of elements that share a scale.
+      ValueError: units that are not matrices, or a split of a block of elements that share a scale.
     """
     if len(t.unit_shape) != 2:
-        raise ValueError(f"Units of shape {t.unit_shape} are no matrices and cannot be cut along axis {axis}.")
+        raise ValueError(f"Units of shape {t.unit_shape} are not matrices and cannot be split along axis {axis}.")
     rows, columns = t.unit_shape
     by_rows = (axis == -1) == t.transposed
     size = rows if by_rows else columns
     part = (size // parts, columns) if by_rows else (rows, size // parts)
-    run = part[0] * columns if by_rows else part[1]  # neighbours in storage that stay together
+    run = part[0] * columns if by_rows else part[1]  # contiguous elements that stay together
     if size % parts or run % t.block_size or run % 2 or columns % (2 if by_rows else t.block_size):
         raise ValueError(
-            f"A stored matrix {t.unit_shape} cannot be cut into {parts} along its {'rows' if by_rows else 'columns'} "
-            f"without cutting through blocks of {t.block_size}."
+            f"A stored matrix {t.unit_shape} cannot be split into {parts} along its {'rows' if by_rows else 'columns'} "
+            f"without splitting blocks of {t.block_size}."
         )
 
     def cut(leaf: jax.Array) -> jax.Array:

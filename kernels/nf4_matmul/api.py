@@ -16,21 +16,21 @@ from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.products import dot, dot_rows
 
 BACKENDS = ("xla", "triton", "mosaic_tpu")
-"""Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and perhaps `refusal`."""
+"""Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and optionally `refusal`."""
 PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
-"""Backends of each platform, best first; the last one takes everything."""
+"""Backends of each platform, best first; the last one takes all operands."""
 FEW_ROWS = 8
-"""A CPU's dense bfloat16 products are padded to this many rows: XLA:CPU reads weights at 7 GB/s for one row, at 20 for
-8. Products in float16 and float32 take longer with more rows."""
+"""A CPU's dense bfloat16 products are padded to this many rows: XLA:CPU reads weights at 7 GB/s with one row and at
+20 GB/s with 8. Products in float16 and float32 are not padded: they take longer with more rows."""
 
 
 def load(backend: str) -> ModuleType:
-    """Imported when it is needed: Pallas alone takes as long to import as JAX."""
+    """Imports a backend on first use: Pallas alone takes as long to import as JAX."""
     return importlib.import_module(f"bimedix_jax.kernels.nf4_matmul.{backend}")
 
 
 def pick_backend(name: str | None, x: jax.Array, t: NF4Tensor) -> str:
-    """A backend may have `refusal(x, t)`: why it cannot take these operands, forward or backward, or None."""
+    """The backend to use. A backend may define `refusal(x, t)`: the reason why it cannot take them, or None."""
 
     def refusal(backend: str) -> str | None:
         module = load(backend)
@@ -59,8 +59,8 @@ frozen_product.defvjp(frozen_forward, frozen_backward)
 def dense_product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
     """x [..., K] @ w [K, N] in out_dtype.
 
-    JAX would transpose a product with float32 output into float32 products; here the cotangent is rounded to the dtype
-    of x first, so that the backward products run on 16-bit units too.
+    JAX's gradient of a product with float32 output is products in float32. Here the cotangent is first rounded to the
+    dtype of x, so that the backward products run on 16-bit units too.
     """
     rows = math.prod(x.shape[:-1])
     if backends.platform() != "cpu" or x.dtype != jnp.bfloat16 or rows >= FEW_ROWS:
@@ -99,8 +99,8 @@ def matmul(
     gets no gradient, and the backward pass keeps its packed bytes, not its dequantised values.
 
     Args:
-      backend: for a 4-bit weight, one of BACKENDS; None takes the one of `backends.use`, else the platform's best that
-        takes the operands. A named one never falls back.
+      backend: for a 4-bit weight, one of BACKENDS; None takes that of `backends.use`, else the platform's best that can
+        take the operands. A named backend never falls back.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown backend.

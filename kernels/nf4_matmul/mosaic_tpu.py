@@ -1,4 +1,4 @@
-"""Backend for TPUs: the Pallas Mosaic kernel of grouped_matmul with one matrix; every block of rows is visited once."""
+"""Backend for TPUs: the Pallas Mosaic kernel of grouped_matmul with one matrix. Every block of rows is visited once."""
 
 import jax
 import jax.numpy as jnp

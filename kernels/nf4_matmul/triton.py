@@ -1,4 +1,4 @@
-"""Backend for NVIDIA GPUs: the Pallas Triton kernel of grouped_matmul with one matrix, whose tiles are cut evenly."""
+"""Backend for NVIDIA GPUs: the Pallas Triton kernel of grouped_matmul with one matrix and even tiles."""
 
 import functools
 

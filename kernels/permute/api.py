@@ -1,7 +1,7 @@
-"""Dispatch and combine as gathers in both directions.
+"""Dispatch and combine as gathers, also in the backward pass.
 
-Every token-expert pair is one row, so the permutation is a bijection and the transpose of a gather by it is a gather by
-its inverse. XLA would differentiate a gather into a scatter-add, which is serial on a CPU and atomic on a GPU.
+Every token-expert pair is one row, so the permutation is a bijection. The transpose of a gather by it is a gather by
+its inverse. JAX's gradient of a gather would be a scatter-add, which is serial on a CPU and atomic on a GPU.
 """
 
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from bimedix_jax.kernels.manual_axes import vary_alike
 
 
 class Permutation(NamedTuple):
-    """Where each token-expert pair goes, with M = N * K.
+    """The order of token-expert pairs after sorting by expert, M = N * K.
 
     Attributes:
-      order_M: pair n * K + k that stands in each sorted row.
+      order_M: the pair, n * K + k, of each sorted row.
       inverse_M: sorted row of each pair.
-      group_sizes_E: rows of each expert; pairs of no expert stand after the last group.
+      group_sizes_E: rows of each expert; pairs without an expert come after the last group.
     """
 
     order_M: jax.Array
@@ -28,7 +28,7 @@ class Permutation(NamedTuple):
 
 
 def sort_by_expert(experts_NK: Int[Array, "N K"], num_experts: int) -> Permutation:
-    """Stable sort of all pairs by expert; a pair whose expert id is num_experts belongs to none and sorts last."""
+    """Stable sort of all pairs by expert; the id num_experts means no expert, and sorts last."""
     flat_M = experts_NK.reshape(-1)
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     inverse_M = jnp.argsort(order_M).astype(jnp.int32)

@@ -236,10 +236,10 @@ def test_refusals() -> None:
     assert expert_mlp(x, pairs, permutation, mixed, deltas).shape == x.shape
     with pytest.raises(NotImplementedError, match="Unstacked, and some of these are stacked"):
         expert_mlp(x[:1], pairs[:1], sort_by_expert(jnp.zeros((1, 2), jnp.int32), EXPERTS), weights, backend="few_rows")
-    with pytest.raises(NotImplementedError, match=f"{MAX_ROWS} rows or fewer, and these are {TOKENS}"):
+    with pytest.raises(NotImplementedError, match=f"{MAX_ROWS} rows or fewer, not {TOKENS}"):
         expert_mlp(x, pairs, permutation, unstacked(weights), backend="few_rows")
     many = tuple(unstack(jnp.zeros((MAX_EXPERTS + 1, 2, 2)), 1) for _ in range(3))
-    with pytest.raises(NotImplementedError, match=f"{MAX_EXPERTS} experts or fewer, and these are {MAX_EXPERTS + 1}"):
+    with pytest.raises(NotImplementedError, match=f"{MAX_EXPERTS} experts or fewer, not {MAX_EXPERTS + 1}"):
         pick_backend("few_rows", 1, 2, many)
     with pytest.raises(ValueError, match="needs w1 and w3"):
         expert_mlp(x, pairs, permutation, weights[::-1], deltas)

@@ -297,7 +297,7 @@ def test_refusals() -> None:
             run(unstack(layers, 1), backend=name)
         with pytest.raises(NotImplementedError, match=f"'{name}': it takes stacked arrays only"):
             run(layers, unstack(layers, 1), backend=name)
-    with backends.use("gpu"), pytest.raises(NotImplementedError, match="it is for CPUs"):
+    with backends.use("gpu"), pytest.raises(NotImplementedError, match="it runs on CPUs only"):
         run(layers, backend="bits")
     with pytest.raises(ValueError, match=r"one number of layers .* got \[3, 4\]"):
         run((layers, jnp.ones(4)))
