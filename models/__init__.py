@@ -1,1 +1,1 @@
-"""Mixtral in Flax NNX. Modules name logical axes; they never see meshes, files or data."""
+"""Mixtral in Flax NNX. Modules name logical axes, never meshes, files or data."""

@@ -37,10 +37,10 @@ class KVCache:
     """Keys and values of earlier tokens, for decoding.
 
     Attributes:
-      k_LBSGH, v_LBSGH: rotated keys, and values; slots from `length` on are unwritten. Arrays, or for decoding on a
-        CPU Unstacked layers of HeadMajor, whose shape is the same.
-      segment_ids_BS: segment of each slot, 0 where unwritten or padding.
-      length: int32 scalar, slots written so far, the same for all rows (shorter prompts are padded on the left).
+      k_LBSGH, v_LBSGH: rotated keys, and values; slots from `length` on are empty. They are arrays, or for decoding on
+        a CPU Unstacked layers of HeadMajor with the same shape.
+      segment_ids_BS: segment of each slot, 0 if it is empty or padding.
+      length: int32 scalar, number of slots in use, the same for all rows (shorter prompts are padded on the left).
     """
 
     k_LBSGH: Leaf
@@ -61,7 +61,7 @@ class KVCache:
 
 
 def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of each token in its segment, a segment being a run of equal ids."""
+    """Index of each token in its segment; a segment is a run of equal ids."""
     index_BT = jnp.broadcast_to(jnp.arange(segment_ids_BT.shape[1]), segment_ids_BT.shape)
     starts_BT = jnp.concatenate(
         [jnp.ones_like(segment_ids_BT[:, :1], bool), segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]], axis=1
@@ -83,7 +83,8 @@ def locate(segment_ids_BT: Int[Array, "B T"], cache: KVCache | None) -> tuple[In
 def rotations(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Float[Array, "B T width"]:
     """Cosines, then sines, of each position's angle for each pair of a head of this width.
 
-    Computed once for all heads and layers: XLA:CPU would fuse them into every use, and they cost more than the use.
+    They are computed once for all heads and layers. Without the barrier, XLA:CPU would recompute them at every use,
+    which costs more than the use.
     """
     half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -94,7 +95,7 @@ def rotations(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Floa
 def rotate(x_BTQH: Float[Array, "B T Q H"], rotations_BTH: Float[Array, "B T H"]) -> Float[Array, "B T Q H"]:
     """Rotary embedding in Hugging Face's layout: element i pairs with i + H/2 (RoFormer, arXiv 2104.09864).
 
-    Angles get no gradient, which would keep every layer's queries and keys for nothing.
+    Angles get no gradient: it would keep the queries and keys of every layer for the backward pass.
     """
     cos, sin = jnp.split(lax.stop_gradient(rotations_BTH)[:, :, None], 2, axis=-1)
     low, high = jnp.split(x_BTQH.astype(jnp.float32), 2, axis=-1)
@@ -123,7 +124,7 @@ class Attention(nnx.Module):
         cache: tuple[Cached, Cached] | None = None,
         offset: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Cached, Cached] | None]:
-        """The mixed values and, given a cache of keys and values, that with ours written from slot `offset` on."""
+        """(attention output, the cache with these keys and values written from slot `offset` on)."""
         config = self.config
         batch, length, _ = x_BTD.shape
         with jax.named_scope("qkv"):

@@ -8,7 +8,7 @@ An array's name ends in its dimensions: `x_BTD` is [batch, query tokens, model w
 | T | length | query tokens |
 | S | length | key and value tokens |
 | N | tokens | B * T tokens as one axis |
-| M | rows | token-expert pairs, N * K, sorted by expert |
+| M | rows | token-expert pairs, N * K in number, sorted by expert |
 | L | layers | transformer blocks, the scanned axis |
 | D | embed | model width (a matmul's input) |
 | F | mlp | feed-forward width (a matmul's output) |
@@ -21,7 +21,7 @@ An array's name ends in its dimensions: `x_BTD` is [batch, query tokens, model w
 | H | head | width of a head |
 | R | rank | rank of an adapter |
 
-Parameters carry their logical axes as metadata (`axes=` of the variable). bimedix_jax/sharding/rules.py maps them to a
+Parameters have their logical axes as metadata (`axes=` of the variable). bimedix_jax/sharding/rules.py maps them to a
 mesh.
 """
 

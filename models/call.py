@@ -1,4 +1,4 @@
-"""What a call of the model is given, and what it returns."""
+"""Operands and results of a call of the model."""
 
 import dataclasses
 from typing import Any
@@ -15,15 +15,15 @@ from bimedix_jax.models.routers import Record, Recorded, Routing, RoutingPlan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of the model: what it reads, and what is asked of it.
+    """Operands of one call of the model.
 
     Attributes:
       plan: what the routers are told to do.
       cache: keys and values of earlier tokens.
-      group_BT: int32, group of each token whose routers' sums are asked for; outside of [0, groups) it is in none.
+      group_BT: int32 group of each token in the routers' sums; tokens outside of [0, groups) are not summed.
       remat: what the backward pass recomputes.
-      record: how much the result says about each token's routing.
-      groups: number of groups; 0 asks for no sums.
+      record: how much of each token's routing is returned.
+      groups: number of groups; 0 means no sums.
     """
 
     tokens_BT: Leaf
@@ -39,13 +39,13 @@ class Call:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What one call of the model returns.
+    """Results of one call of the model.
 
     Attributes:
       hidden_BTD: states after the final norm, in the compute dtype.
-      logits_BTV: float32; None from `Mixtral.hidden`, which the type leaves out so that other callers need not narrow.
+      logits_BTV: float32. None from `Mixtral.hidden`; the type omits this, so that other callers need no check.
       routing: what every router did, as far as it was recorded; None with record "none".
-      sums: the routers' sums over tokens; None unless they were asked for.
+      sums: the routers' sums over tokens; None with groups 0.
       cache: the updated cache, if one was given.
     """
 
@@ -57,22 +57,22 @@ class Output:
 
     @property
     def aux_loss(self) -> jax.Array:
-        """Hugging Face's load-balancing loss of this batch, unscaled, padding excluded; needs `groups`."""
+        """Hugging Face's load-balancing loss of this batch, unscaled and without padding; needs `groups`."""
         return load_balancing_loss(self._sums())
 
     @property
     def z_loss(self) -> jax.Array:
-        """Router z-loss of this batch, unscaled, padding excluded; needs `groups`."""
+        """Router z-loss of this batch, unscaled and without padding; needs `groups`."""
         return router_z_loss(self._sums())
 
     def _sums(self) -> RouterSums:
         if self.sums is None:
-            raise ValueError("This call made no sums over its tokens; pass groups=1.")
+            raise ValueError("This call computed no sums over tokens; pass groups=1.")
         return self.sums
 
 
 def recorded(routing: Routing, record: Record) -> Recorded:
-    """As much of what a router did as was asked for."""
+    """The part of a router's record that `record` selects."""
     none: Any = None
     if record == "none":
         return none

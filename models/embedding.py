@@ -22,7 +22,7 @@ class Embedding(nnx.Module):
 
     @jax.named_scope("embedding")
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return shards.whole("embed.table", self.table[...])[tokens_BT]
+        return shards.gather_parameter("embed.table", self.table[...])[tokens_BT]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,6 @@ class Head:
 def gather_head(head: Head) -> None:
     """On a shard: gathers the parameters of the model's head, in place, before the head is called several times."""
     if head.layer is not None:
-        nnx.update(head.layer, shards.whole_state("lm_head", nnx.state(head.layer)))
+        nnx.update(head.layer, shards.gather_state("lm_head", nnx.state(head.layer)))
     else:
-        head.embed.table.set_value(shards.whole("embed.table", head.embed.table[...]))
+        head.embed.table.set_value(shards.gather_parameter("embed.table", head.embed.table[...]))

@@ -32,7 +32,7 @@ def run_layers(
     def body(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
         rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, offset = constants
         state, plan = layer
-        block = nnx.merge(graph, shards.whole_state("layers", state))
+        block = nnx.merge(graph, shards.gather_state("layers", state))
         x, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, kv, offset)
         sums = sums_of(decision, group_BT, call.groups) if call.groups else None
         return x, (recorded(decision.routing, call.record), sums), kv

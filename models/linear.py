@@ -18,25 +18,25 @@ from bimedix_jax.models.axes import EXPERTS, LAYERS, RANK
 
 
 def placeholder(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: jnp.dtype | str) -> nnx.Param:
-    """A parameter without storage: conversion, initialisation and sharding fill or read it by shape and axes."""
+    """A parameter without storage. Conversion, initialisation and sharding use its shape and axes."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), axes=axes)
 
 
 class TrainedParam(nnx.Param):
-    """A base weight that trains in full beside adapters."""
+    """A base weight that is trained together with the adapters."""
 
 
 class Lora(nnx.Module):
     """Factors of one low-rank delta, float32.
 
     Attributes:
-      a, b: [..., in, R] and [..., R, out] with the leading axes of the weight; where only some of its matrices are
-        adapted, [S, in, R] and [S, R, out].
+      a, b: [..., in, R] and [..., R, out] with the leading axes of the weight. If only S of its matrices are adapted:
+        [S, in, R] and [S, R, out].
       scale: multiplies the delta.
       slots: row-major indices, into the weight's leading axes, of the S adapted matrices; None: all of them.
-      dropout: share of the inputs that `with_dropout` sets to zero.
-      key: of the dropout, one a layer; None outside training.
+      dropout: share of the inputs that are set to zero after `with_dropout`.
+      key: PRNG key of the dropout, one for each layer; None outside of training.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Lora(nnx.Module):
         self.key: nnx.Variable | None = nnx.data(None)
 
     def dropped(self, x: jax.Array) -> jax.Array:
-        """x, with features dropped and the others scaled up in training."""
+        """x; in training, some features are dropped and the others scaled up."""
         if self.key is None:
             return x
         keep = 1 - self.dropout
@@ -64,12 +64,12 @@ class Lora(nnx.Module):
 
 
 def fill_slots(layers: nnx.Module) -> None:
-    """Gives every adapter below `layers` the leading axes of its weight, in place: zero factors where it has none."""
+    """Expands every adapter in `layers` to the leading axes of its weight, in place, with zeros for other matrices."""
     for _, layer in nnx.iter_modules(layers):
         if not isinstance(layer, Linear | ExpertLinear) or layer.lora is None or layer.lora.slots is None:
             continue
         lora = layer.lora
-        axes = layer.w.get_metadata("axes")[:-2]  # slots count the experts of all shards
+        axes = layer.w.get_metadata("axes")[:-2]  # slots number the experts of all shards
         lead = [size * shards.count(axis) for axis, size in zip(axes, layer.w.get_value().shape, strict=False)]
         for factor in (lora.a, lora.b):
             some = factor.get_value()
@@ -83,9 +83,9 @@ def fill_slots(layers: nnx.Module) -> None:
 
 
 def with_dropout(model: nnx.Module, key: jax.Array) -> None:
-    """Turns on the dropout of every adapter of `model`, in place; randomness follows from `key` and the layer's name.
+    """Turns on the dropout of every adapter of `model`, in place. Randomness depends on `key` and the layer's name.
 
-    The output head runs over chunks of the sequence and drops the same features in each.
+    The output head runs on chunks of the sequence, and drops the same features in each chunk.
     """
     for path, layer in nnx.iter_modules(model):
         if not isinstance(layer, Linear | ExpertLinear) or layer.lora is None or not layer.lora.dropout:
@@ -105,7 +105,7 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*rows D"], out_dtype: jnp.dtype | type | None = None
     ) -> Float[Array, "*rows F"]:
-        """The product in `out_dtype`, that of x if None."""
+        """The product in `out_dtype`, by default the dtype of x."""
         y = matmul(x, self.w.get_value(), out_dtype)
         if self.lora is None:
             return y
@@ -122,7 +122,7 @@ class ExpertLinear(nnx.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether the adapter drops some of its inputs in this call."""
+        """Whether the adapter's dropout is on."""
         return self.lora is not None and self.lora.key is not None
 
     def factors(self, dtype: jnp.dtype) -> tuple[Any, Any] | None:
@@ -130,7 +130,7 @@ class ExpertLinear(nnx.Module):
         if self.lora is None:
             return None
         scale = jnp.asarray(self.lora.scale, dtype)
-        a = jax.tree.map(lambda x: x.astype(dtype), self.lora.a.get_value())  # experts may be Unstacked
+        a = jax.tree.map(lambda x: x.astype(dtype), self.lora.a.get_value())  # a may be Unstacked
         return a, jax.tree.map(lambda x: x.astype(dtype) * scale, self.lora.b.get_value())
 
     def __call__(self, x_MD: Float[Array, "M D"], group_sizes_e: Int[Array, "e"]) -> Float[Array, "M F"]:
@@ -143,6 +143,6 @@ class ExpertLinear(nnx.Module):
 
 
 def lora_axes(axes: tuple[str | None, ...]) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
-    """Logical axes of (a, b) for a weight with these axes: leading ones are shared, the rank is never sharded."""
+    """Logical axes of (a, b) for a weight with these axes. Leading axes are the same; the rank is not sharded."""
     leading = tuple(axis for axis in axes[:-2] if axis in (LAYERS, EXPERTS))
     return (*leading, axes[-2], RANK), (*leading, RANK, axes[-1])

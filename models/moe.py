@@ -1,4 +1,4 @@
-"""The sparse mixture of experts: route, dispatch, experts, combine. No pair of a valid token is dropped."""
+"""The sparse mixture of experts: route, dispatch, experts, combine. No token is ever dropped."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ from bimedix_jax.models.routers import NO_EXPERT, Decision, Routing, decide, rou
 
 
 class RouterState(nnx.Variable):
-    """What a router variant learns outside of the gradient, float32 [L, E]."""
+    """What a router variant learns without gradients, float32 [L, E]."""
 
 
 class MoE(nnx.Module):
@@ -37,7 +37,7 @@ class MoE(nnx.Module):
         self.w3 = ExpertLinear((layers, experts, width, hidden), (LAYERS, EXPERTS, EMBED, MLP), dtype)
 
     def set_router(self, config: MixtralConfig) -> None:
-        """Takes the variant of this configuration, whose state has no storage yet."""
+        """Sets the router variant of this configuration; its state has no storage yet."""
         self.config = config.router
         shape = (config.num_layers, config.router.num_experts)
         state = RouterState(jax.ShapeDtypeStruct(shape, jnp.float32), axes=(LAYERS, None))
@@ -46,7 +46,7 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], plan: RoutingPlan
     ) -> tuple[Float[Array, "B T D"], Decision]:
-        """The mixture, and what the router decided. Padding gets no expert: its output is 0."""
+        """(the mixture, what the router decided). Padding has no expert, and its output is 0."""
         decision = self.decide(x_BTD, valid_BT, plan)
         owners_BTK = jnp.where(
             decision.routing.experts_LBTK == NO_EXPERT, self.config.num_experts, decision.routing.experts_LBTK
@@ -60,7 +60,7 @@ class MoE(nnx.Module):
 
     @jax.named_scope("router")
     def decide(self, x_BTD: Float[Array, "B T D"], valid_BT: Bool[Array, "B T"], plan: RoutingPlan) -> Decision:
-        """What the router does with these states; kept for the backward pass in every checkpoint policy."""
+        """What the router decides for these states. Every checkpoint policy keeps it for the backward pass."""
         logits_BTE = checkpoint_name(self.router(x_BTD.astype(jnp.float32)), ROUTES)
         state_E = None if self.state is None else self.state.get_value()
         decision = decide(logits_BTE, self.config, plan, valid_BT, state_E, noise_keys(plan, valid_BT))
@@ -73,12 +73,12 @@ class MoE(nnx.Module):
     def mix(
         self, x_ND: Float[Array, "N D"], owners_NK: Int[Array, "N K"], weights_NK: Float[Array, "N K"]
     ) -> Float[Array, "N D"]:
-        """Each token's weighted sum over its experts; an owner of num_experts is no expert.
+        """Each token's weighted sum over its experts; the owner num_experts means no expert.
 
-        Where experts are split over shards, every shard takes the tokens of all, computes what its experts owe them,
-        and the sums return to the tokens' own shards. Rows are counted for the worst case, so none is ever dropped.
+        Under expert parallelism, every shard gathers the tokens of all shards and computes the part of its experts. The
+        sums are scattered back to the shards of the tokens. Shapes allow for the worst case, so no token is dropped.
         """
-        exchanged = shards.is_split_like(EXPERTS, BATCH)  # otherwise these shards hold the same tokens already
+        exchanged = shards.is_split_like(EXPERTS, BATCH)  # otherwise the shards of experts have the same tokens
         experts = self.config.num_experts // shards.count(EXPERTS)
         with jax.named_scope("dispatch"):
             if exchanged:
@@ -91,7 +91,7 @@ class MoE(nnx.Module):
             return shards.sum_over(MLP, y_ND)
 
     def read_in_place(self) -> None:
-        """Lets the loop over layers leave dense experts where they are, in place; to be called on stacked layers."""
+        """Marks the dense experts of stacked layers, so that the loop over layers does not copy them."""
         for layer in (self.w1, self.w2, self.w3):
             if isinstance(w := layer.w.get_value(), jax.Array):
                 layer.w.set_value(InPlace(w))
@@ -99,7 +99,7 @@ class MoE(nnx.Module):
     def feed_forward(
         self, x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], permutation: Permutation
     ) -> Float[Array, "N D"]:
-        """The experts of this shard, as one operation where nothing comes between its parts."""
+        """The experts of this shard, as one operation unless adapters have dropout, which applies between its parts."""
         layers = (self.w1, self.w3, self.w2)
         if not any(layer.drops for layer in layers):
             base, deltas = zip(*((layer.w.get_value(), layer.factors(x_ND.dtype)) for layer in layers), strict=True)
@@ -113,7 +113,7 @@ class MoE(nnx.Module):
 
 
 def noise_keys(plan: RoutingPlan, valid_BT: Bool[Array, "B T"]) -> jax.Array | None:
-    """A key for each token of one layer, where the plan has noise."""
+    """A key for each token of one layer; None for a plan without noise."""
     keys = plan.keys_LBT
     if keys is None or keys.shape == valid_BT.shape:
         return keys
@@ -125,9 +125,10 @@ def noise_keys(plan: RoutingPlan, valid_BT: Bool[Array, "B T"]) -> jax.Array | N
 def own_choices(
     owners_NK: Int[Array, "N K"], weights_NK: Float[Array, "N K"], first: Int[Array, ""], count: int
 ) -> tuple[Int[Array, "N C"], Float[Array, "N C"]]:
-    """(owners, weights) of the `count` experts from `first` on, numbered from 0; `count` is the owner of other slots.
+    """(owners, weights) for one shard's experts, the `count` experts from `first` on, numbered from 0.
 
-    A token chooses an expert at most once, so C = min(K, count) slots are enough.
+    The owner `count` means an expert of another shard, or none. A token chooses an expert at most once, so
+    C = min(K, count) slots are enough.
     """
     if shards.count(EXPERTS) == 1:
         return owners_NK, weights_NK

@@ -1,4 +1,4 @@
-"""RoutingPlan: what routers are told to do. Data, not code: another plan of the same form compiles nothing anew."""
+"""RoutingPlan: what routers are told to do. It is data, not code: other values of the same fields do not recompile."""
 
 import dataclasses
 import hashlib
@@ -17,21 +17,23 @@ from bimedix_jax.models.config import MixtralConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingPlan:
-    """What the routers are told to do. B and T may be 1 to mean every sequence, every token; None leaves them free.
+    """What the routers are told to do.
 
-    Setting a field that was None compiles once more; other values of it do not. The order of effects is that of the
-    fields. What B and T count depends on the call: rows and columns of `tokens_BT` for a model; prompts and their
-    tokens, counted from the first one after padding, for `generate`; records and their tokens for an evaluation.
+    A field of None has no effect. B = 1 applies a field to every sequence, T = 1 to every token. Setting a field that
+    was None recompiles; changing its values does not. Fields take effect in this order: noise, bias, temperature,
+    experts, weights. The meaning of B and T depends on the call. For a model they are rows and columns of `tokens_BT`.
+    For `generate` they are prompts and their tokens, counted from the first one after padding. For an evaluation they
+    are records and their tokens.
 
     Attributes:
       noise_LBT: float32 standard deviation of Gaussian noise on the logits; needs `keys_LBT`.
-      keys_LBT: PRNG keys of the noise; where B and T are 1, each token's key follows from its row and position.
+      keys_LBT: PRNG keys of the noise. If B and T are 1, row and position of a token are folded into its key.
       bias_LBTE: float32 added to the logits; below -1e8 it bans an expert.
       temperature_LBT: float32 that divides the logits; 1 is neutral.
-      experts_LBTK: int32 experts to use, banned or not; -1 leaves a slot to the router's best expert that is not forced
-        already.
-      weights_LBTK: float32 weights to use; -1 leaves a slot its own. A replay needs experts and weights, since a slot
-        that was empty has the weight 0.
+      experts_LBTK: int32 experts to use, even banned ones; for a slot of -1 the router chooses its best remaining
+        expert.
+      weights_LBTK: float32 weights to use; a slot of -1 keeps the router's weight. A replay needs experts and weights,
+        because an empty slot is recorded with the weight 0.
     """
 
     bias_LBTE: Leaf | None = None
@@ -43,7 +45,7 @@ class RoutingPlan:
 
     @classmethod
     def neutral(cls, config: MixtralConfig, batch: int = 1, length: int = 1) -> "RoutingPlan":
-        """A plan with every field but noise set that changes nothing: vary any of them without recompiling."""
+        """A plan without effect in which all fields but noise are set: changing their values does not recompile."""
         lead = (config.num_layers, batch, length)
         return cls(
             jnp.zeros((*lead, config.router.num_experts), jnp.float32),
@@ -54,10 +56,10 @@ class RoutingPlan:
 
     @classmethod
     def ban(cls, config: MixtralConfig, experts: Any, layers: Any = None) -> "RoutingPlan":
-        """A plan that bans experts (one number, several or none) in some layers, by default in all.
+        """A plan that bans experts (a number or a list of numbers) in some layers, by default in all.
 
         Raises:
-          ValueError: a number that the model does not have, or no whole number.
+          ValueError: not an integer, or not an expert or layer of the model.
         """
         banned = np.zeros((config.num_layers, 1, 1, config.router.num_experts), np.float32)
         experts_X = whole_numbers("expert", experts, config.router.num_experts)
@@ -67,7 +69,7 @@ class RoutingPlan:
 
     @classmethod
     def noisy(cls, config: MixtralConfig, std: float, seed: int = 0) -> "RoutingPlan":
-        """A plan that adds noise of this standard deviation to all logits; it depends on seed, layer, row, position."""
+        """A plan that adds noise of this standard deviation to all logits, by seed, layer, row and position."""
         lead = (config.num_layers, 1, 1)
         return cls(
             noise_LBT=jnp.full(lead, std, jnp.float32),
@@ -75,9 +77,9 @@ class RoutingPlan:
         )
 
     def check(self, config: MixtralConfig, batch: int, length: int) -> None:
-        """Raises ValueError if a field does not fit the model or the batch, or holds what no router can do.
+        """Raises ValueError if a field does not fit the model or the batch, or has invalid values.
 
-        Values are looked at where they are known, that is outside of a function that is being compiled.
+        Values are checked only outside of functions that are being compiled.
         """
         last = {"bias_LBTE": config.router.num_experts, "experts_LBTK": config.router.top_k}
         last["weights_LBTK"] = config.router.top_k
@@ -90,25 +92,25 @@ class RoutingPlan:
                     f"{(config.num_layers, batch, length, *tail)}, where batch and length may be 1."
                 )
         if (self.noise_LBT is None) != (self.keys_LBT is None):
-            raise ValueError("RoutingPlan.noise_LBT and keys_LBT go together; RoutingPlan.noisy makes both.")
+            raise ValueError("RoutingPlan needs noise_LBT and keys_LBT together; RoutingPlan.noisy makes both.")
         for name, value in self.present().items():
             if name != "keys_LBT" and not isinstance(value, Tracer):
                 check_values(name, np.asarray(value), config.router.num_experts)
 
     def canonical(self) -> "RoutingPlan":
-        """The same plan as arrays of JAX in float32 and int32, from any arrays or nested lists.
+        """The same plan as JAX arrays in float32 and int32, from any arrays or nested lists.
 
         Raises:
-          ValueError: a field that holds no numbers, or fractions where whole numbers belong.
+          ValueError: a field of another type than numbers, or of floats where integers are needed.
         """
         return dataclasses.replace(self, **{name: as_field(name, value) for name, value in self.present().items()})
 
     def at(self, rows: Int[Array | np.ndarray, "B #T"], positions_BT: Int[Array | np.ndarray, "B T"]) -> "RoutingPlan":
-        """The plan for tokens that stand elsewhere: each one's row and position in this plan.
+        """The plan for other tokens, given the row and position in this plan of each of them.
 
         Args:
-          rows, positions_BT: int; rows [B, T], or [B, 1] where the tokens of a row share one. Those outside of the plan
-            (padding has positions below 0) read the nearest entry.
+          rows, positions_BT: int; rows are [B, T], or [B, 1] if all tokens of a row share one. Tokens outside of the
+            plan (padding has negative positions) use the nearest entry.
         """
 
         def take(x: Any) -> Any:
@@ -133,7 +135,7 @@ class RoutingPlan:
 
     @property
     def is_free(self) -> bool:
-        """Whether it tells the routers nothing."""
+        """Whether no field is set."""
         return not self.present()
 
     def digest(self) -> str:
@@ -152,10 +154,10 @@ class RoutingPlan:
 
     @classmethod
     def from_numpy(cls, fields: dict[str, Any]) -> "RoutingPlan":
-        """Inverse of `to_numpy`; arrays of JAX stay where they are.
+        """Inverse of `to_numpy`; JAX arrays are not copied.
 
         Raises:
-          ValueError: a name that is no field.
+          ValueError: a name that is not a field.
         """
         unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
         if unknown:
@@ -174,10 +176,10 @@ class RoutingPlan:
 
 
 def checked_plan(plan: Any, config: MixtralConfig, batch: int, length: int) -> RoutingPlan:
-    """`plan`, or a free one for None, with arrays of JAX in its fields.
+    """`plan` with JAX arrays as fields; an empty plan for None.
 
     Raises:
-      ValueError: it is no RoutingPlan, does not fit, or holds what no router can do.
+      ValueError: it is not a RoutingPlan, does not fit, or has invalid values.
     """
     if plan is None:
         return RoutingPlan()
@@ -189,52 +191,55 @@ def checked_plan(plan: Any, config: MixtralConfig, batch: int, length: int) -> R
 
 
 def as_field(name: str, value: Any) -> Any:
-    """A field's value as an array of JAX in its dtype."""
+    """A field's value as a JAX array in the dtype of the field."""
     if name == "keys_LBT":
         if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
-            raise ValueError("RoutingPlan.keys_LBT holds no PRNG keys; RoutingPlan.noisy makes them.")
+            raise ValueError("RoutingPlan.keys_LBT must be PRNG keys; RoutingPlan.noisy makes them.")
         return value
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     kinds = "iu" if name == "experts_LBTK" else "iuf"
     if jnp.dtype(array.dtype).kind not in kinds and not (kinds == "iuf" and array.dtype == jnp.bfloat16):
-        what = "whole numbers" if kinds == "iu" else "real numbers"
-        raise ValueError(f"RoutingPlan.{name} holds values of type {array.dtype}; give {what}.")
-    with np.errstate(over="ignore"):  # -1e300 bans as well as -inf
+        what = "integers" if kinds == "iu" else "real numbers"
+        raise ValueError(f"RoutingPlan.{name} has type {array.dtype}; give {what}.")
+    with np.errstate(over="ignore"):  # -1e300 becomes -inf, which bans too
         return jnp.asarray(array, jnp.int32 if kinds == "iu" else jnp.float32)
 
 
 def check_values(name: str, value: np.ndarray, num_experts: int) -> None:
-    """Raises ValueError for values of a field that mean nothing to a router."""
+    """Raises ValueError for invalid values of a field."""
     if name == "experts_LBTK":
         if ((value < -1) | (value >= num_experts)).any():
-            raise ValueError(f"RoutingPlan.{name} holds numbers outside of -1 .. {num_experts - 1}.")
+            raise ValueError(f"RoutingPlan.{name} has numbers outside of -1 .. {num_experts - 1}.")
         ordered = np.sort(value, axis=-1)
         if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
-            raise ValueError(f"RoutingPlan.{name} forces the same expert twice on one token; name it once.")
+            raise ValueError(f"RoutingPlan.{name} forces the same expert twice on one token; list it once.")
         return
     allowed = {
         "bias_LBTE": (value < np.inf, "numbers, or -inf for a ban"),
-        "temperature_LBT": ((value > 0) & (value < np.inf), "finite numbers above 0, and 1 to leave a token alone"),
-        "weights_LBTK": (((value >= 0) & (value < np.inf)) | (value == -1), "finite numbers from 0, or -1 for its own"),
+        "temperature_LBT": ((value > 0) & (value < np.inf), "finite numbers above 0; 1 has no effect"),
+        "weights_LBTK": (
+            ((value >= 0) & (value < np.inf)) | (value == -1),
+            "finite numbers from 0, or -1 for the router's weight",
+        ),
         "noise_LBT": ((value >= 0) & (value < np.inf), "finite standard deviations from 0"),
     }
     good, wanted = allowed[name]
     if not good.all():
-        raise ValueError(f"RoutingPlan.{name} holds {value[~good].flat[0]}; give {wanted}.")
+        raise ValueError(f"RoutingPlan.{name} has the value {value[~good].flat[0]}; give {wanted}.")
 
 
 def whole_numbers(what: str, values: Any, count: int) -> np.ndarray:
-    """One number, several or none of what a model has `count` of, as an int array."""
+    """Indices of experts or layers, of which a model has `count`, as an int array; `values` may be a single number."""
     array = np.atleast_1d(np.asarray(sorted(values) if isinstance(values, set) else values))
     if array.size == 0:
         return np.zeros(0, int)
     if array.dtype.kind not in "iu" or array.ndim != 1 or not ((array >= 0) & (array < count)).all():
-        raise ValueError(f"{values!r} is no {what} of this model; give numbers from 0 to {count - 1}.")
+        raise ValueError(f"{values!r} is not among the {what}s of this model; give numbers from 0 to {count - 1}.")
     return array.astype(int)
 
 
 def token_keys(keys: Array, rows: Any, positions: Any) -> Array:
-    """A key for each token from keys [..., 1, 1], its row and its position: [..., B, T]."""
+    """[..., B, T] a key for each token: keys [..., 1, 1] with the row and position folded in."""
     rows, positions = jnp.broadcast_arrays(jnp.asarray(rows), jnp.asarray(positions))
 
     def of_token(key: Array, row: Array, position: Array) -> Array:

@@ -1,7 +1,7 @@
-"""What routers did, as sums over tokens, and the losses that follow from them.
+"""Sums over tokens of what routers did, and the router losses, which are functions of the sums.
 
-Each layer sums over its own tokens, so no array over both layers and tokens is made. Sums of parts add up: those of
-micro-batches, shards and layers.
+Each layer sums inside the loop over layers, so no array has both a layer and a token axis. Sums of micro-batches and
+shards can be added.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ from bimedix_jax.models.routers import Decision
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RouterSums:
-    """Sums over the tokens of each group X (all tokens, rows, languages), padding excluded; [L, ...] once stacked.
+    """Sums over the tokens of each group X (all tokens, rows, languages), without padding; L is absent for one layer.
 
-    `mass_LXE` and `z_LX` carry gradients, the others do not.
+    Only `mass_LXE` and `z_LX` have gradients.
 
     Attributes:
-      chosen_LXE: times each expert was chosen.
-      mass_LXE: probability that the softmax of the router's logits gives each expert.
+      chosen_LXE: how often each expert was chosen.
+      mass_LXE: probability of each expert in the softmax of the router's logits.
       entropy_LX: entropy of these probabilities in nats.
-      margin_LX: rank of the last chosen expert minus that of the best one that was allowed and not chosen.
+      margin_LX: rank of the last chosen expert minus the rank of the best expert that was allowed but not chosen.
       top_weight_LX: largest weight of a token.
       z_LX: logsumexp of the logits, squared.
       tokens_LX: tokens.
@@ -43,12 +43,12 @@ class RouterSums:
 
 
 def sums_of(decision: Decision, group_BT: Int[Array, "B T"], groups: int) -> RouterSums:
-    """Sums of one layer, without L. `group_BT` numbers each token's group; outside of [0, groups) it is in none."""
+    """Sums of one layer, without L. Tokens whose `group_BT` is outside of [0, groups) are not summed."""
     routing, logits_BTE = decision.routing, decision.routing.logits_LBTE
-    assert logits_BTE is not None  # a decision has them
+    assert logits_BTE is not None  # a decision always has logits
     experts = logits_BTE.shape[-1]
     chosen_BTE = jnp.zeros(logits_BTE.shape, bool)
-    for k in range(routing.experts_LBTK.shape[-1]):  # a token chooses an expert once at most
+    for k in range(routing.experts_LBTK.shape[-1]):  # a token chooses an expert at most once
         chosen_BTE = chosen_BTE | (routing.experts_LBTK[..., k, None] == jnp.arange(experts)[None, None])
     log_mass_BTE = jax.nn.log_softmax(logits_BTE, axis=-1)
     mass_BTE, z_BT = jnp.exp(log_mass_BTE), jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
@@ -73,7 +73,7 @@ def sum_by_group(x_BTC: Float[Array, "B T C"], group_BT: Int[Array, "B T"], grou
 
 
 def margins(ranks_BTE: jax.Array, chosen_BTE: jax.Array) -> jax.Array:
-    """[B, T]; 0 where no expert was refused, or a banned one was forced."""
+    """[B, T]; 0 if no allowed expert was left, or if a banned one was forced."""
     last_BT = jnp.min(jnp.where(chosen_BTE, ranks_BTE, jnp.inf), axis=-1)
     refused_BT = jnp.max(jnp.where(chosen_BTE, -jnp.inf, ranks_BTE), axis=-1)
     return jnp.where(jnp.isfinite(last_BT) & jnp.isfinite(refused_BT), last_BT - refused_BT, 0.0)
@@ -82,11 +82,11 @@ def margins(ranks_BTE: jax.Array, chosen_BTE: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What the load-balancing loss pools: sums over layers, for all tokens [E] or for each group [X, E].
+    """Sums over layers for the load-balancing loss, for all tokens [E] or for each group [X, E].
 
     Attributes:
-      chosen_E: times each expert was chosen, without gradient.
-      mass_E: probability that each expert received.
+      chosen_E: how often each expert was chosen, without gradient.
+      mass_E: summed probability of each expert.
       tokens: token-layer pairs.
     """
 
@@ -96,7 +96,7 @@ class Load:
 
 
 def load_of(sums: RouterSums, by_group: bool = False) -> Load:
-    """Pools layers, and groups unless `by_group`."""
+    """Sums over layers, and over groups unless `by_group`."""
     axes = (0,) if by_group else (0, 1)
     return Load(
         lax.stop_gradient(jnp.sum(sums.chosen_LXE, axis=axes)),
@@ -108,7 +108,7 @@ def load_of(sums: RouterSums, by_group: bool = False) -> Load:
 def balance(chosen_E: jax.Array, mass_E: jax.Array, tokens: jax.Array) -> jax.Array:
     """E * sum_e (share of choices) * (share of probability), over the last axis (arXiv 2101.03961, eq. 4).
 
-    It is top_k when balanced.
+    Under balanced load it is top_k.
     """
     tokens = jnp.maximum(tokens, 1)[..., None]
     return chosen_E.shape[-1] * jnp.sum((chosen_E / tokens) * (mass_E / tokens), axis=-1)
@@ -120,12 +120,12 @@ AuxScope = Literal["sequence", "micro_batch", "global"]
 def load_balancing_loss(
     sums: RouterSums, scope: AuxScope = "micro_batch", total: Load | None = None
 ) -> Float[Array, ""]:
-    """Load-balancing loss with an explicit scope; it is not linear in the batch, so the scope changes it.
+    """Load-balancing loss. It is not linear in the batch, so it depends on the scope.
 
     Args:
-      scope: "micro_batch" pools all layers and tokens, as Hugging Face does; "sequence" averages the loss of each
-        group that has a token, which must be rows; "global" uses the choices and token count of `total`, the load of
-        the whole optimiser step, so that the sum of this value over the step's micro-batches is the loss of the step.
+      scope: "micro_batch" sums over all layers and tokens first, as Hugging Face does. "sequence" averages the losses
+        of the groups, which must be rows, and skips groups without tokens. "global" uses the choices and the number of
+        tokens in `total`, the load of the whole optimiser step; the sum over micro-batches is then the step's loss.
 
     Raises:
       ValueError: scope "global" without `total`, or an unknown scope.

@@ -1,11 +1,11 @@
-"""Routing: which experts a token uses, with what weights. The one seam for variants, interventions and replay.
+"""Routing: which experts a token uses, and with which weights. Variants, interventions and replay all use these stages.
 
     steer -> score -> choose -> weigh
 
-`steer` changes the router's logits as a plan says: noise, bias, temperature. `score` turns them into scores. `choose`
-takes the best experts, never a banned one and always a forced one. `weigh` turns the scores of the chosen experts into
-weights, which a plan may overrule. Steering, bans and forced slots are shared by all variants, so each of them obeys
-every plan. A new variant is a row of ROUTERS.
+`steer` applies a plan's noise, bias and temperature to the router's logits. `score` computes scores from the logits.
+`choose` selects the best experts, never a banned one and always a forced one. `weigh` computes weights from the scores
+of the chosen experts, and a plan may replace them. Steering, bans and forced slots are the same code for all variants,
+so every variant obeys every plan. A new variant is a row of ROUTERS.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ from bimedix_jax.models.plans import RoutingPlan, checked_plan
 __all__ = ["ROUTERS", "Router", "Routing", "RoutingPlan", "checked_plan", "route"]
 
 BANNED = -1e8
-"""An expert whose steered logit is below this is never chosen, unless the plan forces it."""
+"""An expert with a steered logit below this is never chosen, unless the plan forces it."""
 NO_EXPERT = -1
-"""What a slot of the record holds at padding, and where a plan bans so many experts that fewer than k are left."""
+"""Expert id in the record of a slot without an expert: padding, or a plan that leaves fewer than k experts."""
 FORCED = 1e6
 """Rank of a forced expert, above that of any other."""
 
 Record = Literal["none", "choices", "full"]
-"""How much a call records of what its routers did: nothing; experts and weights; the logits as well."""
+"""What a call records of its routers: nothing; experts and weights; or also the logits."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the routers did. For one layer the leading L is absent; the loop over layers stacks it.
+    """What the routers did. L is absent for one layer; the loop over layers stacks the layers.
 
     Attributes:
-      experts_LBTK: int32, chosen experts in the order of choice; NO_EXPERT (-1) at padding and where none was left.
-      weights_LBTK: float32, weight of each expert's output; 0 where there is no expert.
-      logits_LBTE: float32, the router's own logits, before the plan's noise, bias and temperature; None where only the
-        choices were recorded, which the type leaves out so that other callers need not narrow.
+      experts_LBTK: int32, chosen experts in the order of choice; NO_EXPERT (-1) in a slot without an expert.
+      weights_LBTK: float32, weight of each expert's output; 0 in a slot without an expert.
+      logits_LBTE: float32, the router's logits, before the plan's noise, bias and temperature. None with record
+        "choices"; the type omits this, so that other callers need no check.
     """
 
     experts_LBTK: Leaf
@@ -55,22 +55,22 @@ if TYPE_CHECKING:
     Recorded = Routing
 else:
     Recorded = Any
-"""The type of a field that holds a record or None: callers know whether they asked for one."""
+"""Routing, or None without a record. The type omits None, because callers know whether they asked for a record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """A variant: the pieces in which routers differ, and what it declares about itself.
+    """A variant: the functions in which routers differ, and properties that the tests check.
 
     Attributes:
       score: (steered logits [B, T, E], config) -> scores [B, T, E], from which weights are made.
-      rank: (scores, state [E] or None) -> ranks [B, T, E]; the k best are chosen. No gradient passes through.
-      weigh: (scores of the chosen [B, T, K], which of them exist, config) -> weights [B, T, K].
-      update: (state [L, E], times each expert was chosen [L, E], config) -> state after an optimiser step; None for a
-        variant without state. The state starts at zero and gets no gradient.
-      reads: fields of RouterConfig that it reads besides num_experts, top_k and variant.
-      normalised: whether the weights of a token's experts sum to `config.scale`; otherwise to at most that.
-      shift_invariant: whether a number added to all logits of a token changes nothing.
+      rank: (scores, state [E] or None) -> ranks [B, T, E]; the k highest are chosen. Ranks have no gradient.
+      weigh: (scores of the chosen experts [B, T, K], which of them exist, config) -> weights [B, T, K].
+      update: (state [L, E], how often each expert was chosen [L, E], config) -> state after an optimiser step; None for
+        a variant without state. The state starts at zero and has no gradient.
+      reads: fields of RouterConfig that it uses besides num_experts, top_k and variant.
+      normalised: whether the weights of a token sum to `config.scale`; otherwise they sum to at most that.
+      shift_invariant: whether adding a number to all logits of a token has no effect.
     """
 
     score: Callable[[jax.Array, RouterConfig], jax.Array]
@@ -85,8 +85,8 @@ class Router:
 def masked_softmax(scores_BTK: jax.Array, exists_BTK: jax.Array, config: RouterConfig) -> jax.Array:
     """Mixtral's weights: softmax over the logits of the chosen experts.
 
-    It equals the renormalised top-k of the softmax over all experts (arXiv 2401.04088, section 2.1), and stays finite
-    where the other experts' probabilities underflow.
+    It equals the renormalised top-k of the softmax over all experts (arXiv 2401.04088, section 2.1), but stays finite
+    if the probabilities of the chosen experts would underflow.
     """
     del config
     return jax.nn.softmax(jnp.where(exists_BTK, scores_BTK, 2 * BANNED), axis=-1)
@@ -94,7 +94,7 @@ def masked_softmax(scores_BTK: jax.Array, exists_BTK: jax.Array, config: RouterC
 
 def scaled(scores_BTK: jax.Array, exists_BTK: jax.Array, config: RouterConfig) -> jax.Array:
     """The scores themselves, times `scale`."""
-    del exists_BTK  # `route` gives a slot without an expert the weight 0
+    del exists_BTK  # `decide` sets the weights of these slots to 0
     return config.scale * scores_BTK
 
 
@@ -110,7 +110,7 @@ def biased_ranks(scores_BTE: jax.Array, state_E: jax.Array | None) -> jax.Array:
 
 
 def balancing_bias(state_LE: jax.Array, chosen_LE: jax.Array, config: RouterConfig) -> jax.Array:
-    """b + u * sign(mean load - load): experts that were used too little become more attractive (arXiv 2412.19437)."""
+    """b + u * sign(mean load - load): raises the rank of experts with little load (arXiv 2412.19437)."""
     mean_L1 = jnp.mean(chosen_LE, axis=-1, keepdims=True)
     return state_LE + config.bias_rate * jnp.sign(mean_L1 - chosen_LE)
 
@@ -118,14 +118,14 @@ def balancing_bias(state_LE: jax.Array, chosen_LE: jax.Array, config: RouterConf
 ROUTERS: dict[str, Router] = {
     # Mixtral (arXiv 2401.04088)
     "topk": Router(score=lambda logits_BTE, _: logits_BTE, weigh=masked_softmax),
-    # scale * softmax over all experts, at the chosen ones: Switch (arXiv 2101.03961, eq. 2), OLMoE (arXiv 2409.02060)
+    # scale * softmax over all experts: Switch (arXiv 2101.03961, eq. 2), OLMoE (arXiv 2409.02060)
     "softmax_topk": Router(
         score=lambda logits_BTE, _: jax.nn.softmax(logits_BTE, axis=-1),
         weigh=scaled,
         reads=("scale",),
         normalised=False,
     ),
-    # DeepSeek-V3 (arXiv 2412.19437, eqs. 12-16): chosen by sigmoid + bias, weighed without the bias
+    # DeepSeek-V3 (arXiv 2412.19437, eqs. 12-16): sigmoid + bias for the choice, sigmoid alone for the weights
     "sigmoid_bias": Router(
         score=lambda logits_BTE, _: jax.nn.sigmoid(logits_BTE),
         weigh=scaled_shares,
@@ -141,7 +141,7 @@ def router_of(config: RouterConfig) -> Router:
     """The variant that a configuration names.
 
     Raises:
-      ValueError: unknown `config.variant`, or a parameter set that this variant does not read.
+      ValueError: unknown `config.variant`, or a parameter that this variant does not use.
     """
     if config.variant not in ROUTERS:
         raise ValueError(f"Unknown router variant {config.variant!r}; choose one of {', '.join(sorted(ROUTERS))}.")
@@ -159,11 +159,11 @@ def router_of(config: RouterConfig) -> Router:
 def steer(logits_BTE: Float[Array, "B T E"], plan: RoutingPlan, keys_BT: Array | None = None) -> Float[Array, "B T E"]:
     """The logits with the plan's noise, bias and temperature, in this order.
 
-    A temperature softens no ban, and bans nothing.
+    A high temperature does not lift a ban, and a low one does not cause a ban.
     """
     if plan.noise_LBT is not None:
         if keys_BT is None:
-            raise ValueError("A plan with noise needs a key for each token; RoutingPlan.noisy makes one.")
+            raise ValueError("A plan with noise needs a key for each token; RoutingPlan.noisy makes the keys.")
         draw = jax.vmap(jax.vmap(lambda key: jax.random.normal(key, logits_BTE.shape[-1:], jnp.float32)))
         logits_BTE = logits_BTE + plan.noise_LBT[..., None] * draw(keys_BT)
     if plan.bias_LBTE is not None:
@@ -183,7 +183,7 @@ def choose(
     """(the k experts of highest rank, whether each of them exists): forced ones first, then allowed ones."""
     ranks_BTE = lax.stop_gradient(jnp.where(allowed_BTE, ranks_BTE, -jnp.inf))
     if forced_BTK is not None:
-        # earlier slots rank higher, so that a fully forced token keeps the order of the plan
+        # earlier slots rank higher, so that forced experts keep the order of the plan
         order_K = FORCED + jnp.arange(top_k, 0, -1, dtype=jnp.float32)
         experts_E = jnp.arange(ranks_BTE.shape[-1])
         placed_BTKE = forced_BTK[..., None] == experts_E[None, None, None]
@@ -195,7 +195,7 @@ def choose(
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What `decide` found for one layer: the record, and the ranks by which experts were chosen (bans are -inf)."""
+    """Result of `decide` for one layer: the record, and the ranks by which experts were chosen (-inf for bans)."""
 
     routing: Routing
     ranks_BTE: jax.Array
@@ -209,11 +209,11 @@ def decide(
     state_E: Float[Array, "E"] | None = None,
     keys_BT: Array | None = None,
 ) -> Decision:
-    """`route`, with the ranks."""
+    """Like `route`, but also returns the ranks."""
     router, logits_BTE = router_of(config), logits_BTE.astype(jnp.float32)
     with jax.named_scope("steer"):
         steered_BTE = steer(logits_BTE, plan, keys_BT)
-        allowed_BTE = ~(steered_BTE < BANNED)  # NaN is allowed: it must not vanish
+        allowed_BTE = ~(steered_BTE < BANNED)  # NaN is allowed, so that it stays visible
     with jax.named_scope("score"):
         scores_BTE = router.score(steered_BTE, config)
     with jax.named_scope("choose"):
@@ -238,16 +238,16 @@ def route(
     state: Float[Array, "E"] | None = None,
     key: Array | None = None,
 ) -> Routing:
-    """Decides for one layer, in float32.
+    """Routes the tokens of one layer, in float32.
 
     Args:
-      logits_BTE: the router's own logits.
-      plan: that layer's fields, without L.
+      logits_BTE: the router's logits.
+      plan: the fields of this layer, without L.
       valid_BT: False at padding, which gets no expert; None: all tokens are valid.
-      state: what the variant has learned outside of the gradient; None: none.
+      state: what the variant has learned without gradients; None: no state.
       key: PRNG key of each token [B, T], for the plan's noise.
 
     Raises:
-      ValueError: unknown `config.variant`, a parameter that it does not read, or noise without keys.
+      ValueError: unknown `config.variant`, a parameter that it does not use, or noise without keys.
     """
     return decide(logits_BTE, config, plan, valid_BT, state, key).routing

@@ -1,12 +1,12 @@
-"""Collectives by logical axis: what a model asks for that runs on one shard of its arrays.
+"""Collectives by logical axis, for model code that runs on one shard.
 
-Inside `split`, a module holds its part of the heads, of the experts, of the feed-forward columns and of the rows of the
-batch, and asks by logical name for what it lacks. Outside, everything here is the identity, so that the code of a layer
-is the same on one device and on many. Which mesh axes a logical name means is decided in bimedix_jax/sharding/rules.py.
+Inside `split`, a module has its part of the heads, of the experts, of the feed-forward columns and of the rows of the
+batch. It calls collectives by logical name. Outside of `split`, they are the identity, so the code of a layer is the
+same on one device and on many. bimedix_jax/sharding/rules.py maps logical names to mesh axes.
 
-Gradients: each device differentiates its own share of the objective, and the shares of all devices sum to it. Then a
-sum over devices transposes to a sum and a gather to a summed scatter, whatever is computed in between; what several
-devices compute alike must enter the objective divided by their number (`copies`).
+Gradients: each device differentiates its share of the objective, and the objective is the sum of all shares. Then the
+transpose of a sum over devices is a sum, and the transpose of a gather is a summed scatter. A term that several devices
+compute redundantly must be divided by their number.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ GATHERED = "gathered"
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How a whole parameter is put together from what devices store.
+    """How a parameter is assembled from the parts that devices store.
 
     Attributes:
-      gathers: for each leaf, (axis counted from the end, mesh axes) of every gather.
-      units: whether the parameter is an NF4Tensor whose last batch axis numbers parts of a unit, one on each device.
+      gathers: for each leaf, the (axis counted from the end, mesh axes) of every gather.
+      units: whether the parameter is an NF4Tensor whose last batch axis has one part of a unit for each device.
     """
 
     gathers: tuple[tuple[tuple[int, tuple[str, ...]], ...], ...]
@@ -41,24 +41,24 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What one shard lacks.
+    """How computation and storage are divided among shards.
 
     Attributes:
-      axes: mesh axes over which computation is split, by logical name.
-      stored: by dotted path, for parameters of which devices store less than they compute with.
+      axes: mesh axes that divide the computation, by logical name.
+      stored: by dotted path, parameters that must be gathered before use.
     """
 
     axes: tuple[tuple[str, tuple[str, ...]], ...]
     stored: tuple[tuple[str, Storage], ...]
 
 
-# part of the key of JAX's caches: a function traced for a shard is traced anew for a whole model
+# part of the key of JAX's caches: a function traced for a shard is traced again for a model on one device
 current = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def split(how: Split) -> Iterator[None]:
-    """Runs the model code within on one shard; to be entered inside of shard_map."""
+    """Marks that the code inside runs on one shard; to be entered inside of shard_map."""
     with current(how):
         yield
 
@@ -73,12 +73,12 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 
 
 def count(name: str) -> int:
-    """Number of parts that a logical axis is split into."""
+    """Number of shards of a logical axis."""
     return lax.axis_size(mesh_axes(name)) if mesh_axes(name) else 1
 
 
 def index(name: str) -> jax.Array:
-    """This shard's part of a logical axis, int32 scalar."""
+    """Index of this shard along a logical axis, int32 scalar."""
     return lax.axis_index(mesh_axes(name)) if mesh_axes(name) else jnp.zeros((), jnp.int32)
 
 
@@ -88,12 +88,12 @@ def is_split_like(name: str, other: str) -> bool:
 
 
 def sum_over(name: str, x: Any) -> Any:
-    """The sum of a pytree over the parts of a logical axis, on all of them."""
+    """The sum of a pytree over the shards of a logical axis, on each of them."""
     return lax.psum(x, mesh_axes(name)) if mesh_axes(name) else x
 
 
 def gather(name: str, x: jax.Array, axis: int = 0) -> jax.Array:
-    """The parts of all shards side by side along `axis`, on all of them."""
+    """The parts of all shards concatenated along `axis`, on each of them."""
     return lax.all_gather(x, mesh_axes(name), axis=axis, tiled=True) if mesh_axes(name) else x
 
 
@@ -103,7 +103,7 @@ def sum_and_scatter(name: str, x: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def own_part(name: str, x: jax.Array, axis: int) -> jax.Array:
-    """This shard's part along `axis` of an array that all shards hold, with zeros behind its end where needed."""
+    """This shard's part along `axis` of an array that all shards have, padded with zeros at its end."""
     parts = count(name)
     if parts == 1:
         return x
@@ -113,10 +113,10 @@ def own_part(name: str, x: jax.Array, axis: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(jnp.pad(x, padding), index(name) * width, width, axis)
 
 
-def whole(path: str, value: Any) -> Any:
-    """A parameter, or this shard's part of it if computation is split, from what this device stores of it.
+def gather_parameter(path: str, value: Any) -> Any:
+    """The parameter that this shard computes with, gathered from the parts that devices store.
 
-    A 4-bit parameter is gathered as packed bytes.
+    4-bit parameters are gathered as packed bytes.
     """
     storage = None if current.value is None else dict(current.value.stored).get(path)
     if storage is None:
@@ -133,10 +133,10 @@ def whole(path: str, value: Any) -> Any:
 
 
 def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Checkpoint policy that keeps every value but gathered parameters, which the backward pass gathers again.
+    """Checkpoint policy that keeps all values but gathered parameters, which the backward pass gathers again.
 
-    Kept, the gathered parameters of all layers would be the whole model on each device. JAX 0.10's own
-    `save_anything_except_these_names` ignores its names. Slices are not kept either, since a gathered one would be.
+    If it kept the gathered parameters of all layers, each device would have the whole model. In JAX 0.10,
+    `save_anything_except_these_names` ignores its names. Slices are not kept either: they may be gathered parameters.
     """
     if primitive.name == "name":
         return params["name"] != GATHERED
@@ -146,13 +146,16 @@ def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name not in ("slice", "squeeze")
 
 
-def whole_state(prefix: str, state: Any) -> Any:
-    """`whole` of every variable of a state whose paths continue `prefix`."""
+def gather_state(prefix: str, state: Any) -> Any:
+    """`gather_parameter` of every variable of a state; `prefix` is the path of the state in the model."""
     if not active():
         return state
     flat = nnx.to_flat_state(state)
     return nnx.from_flat_state(
-        [(path, variable.replace(whole(dotted(prefix, path), variable.get_value()))) for path, variable in flat]
+        [
+            (path, variable.replace(gather_parameter(dotted(prefix, path), variable.get_value())))
+            for path, variable in flat
+        ]
     )
 
 

@@ -1,4 +1,4 @@
-"""The layout of a model on a mesh: PartitionSpecs of its parameters, gathers before their use, calls on each shard.
+"""The layout of a model on a mesh: PartitionSpecs of its parameters, how they are gathered, calls on each shard.
 
 RULES  ->  layout_of(model, mesh)  ->  Layout.over_shards: a function of the model on every shard
 """
@@ -30,7 +30,7 @@ from bimedix_jax.sharding.rules import BATCH_AXES, RULES, check_mesh, divide, sp
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one parameter lies: a PartitionSpec for each leaf, and how a device puts it together."""
+    """How one parameter is sharded: a PartitionSpec for each leaf, and how devices gather it before use."""
 
     specs: tuple[P, ...]
     storage: shards.Storage | None
@@ -42,7 +42,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the parameters of a model lie on a mesh; the `placement` of a placed model.
+    """How the parameters of a model are sharded on a mesh; the `placement` of a sharded model.
 
     Attributes:
       places: by dotted path.
@@ -63,7 +63,7 @@ class Layout:
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
     def batch_axes(self, rows: int) -> tuple[str, ...]:
-        """Mesh axes that divide `rows` rows: all of BATCH_AXES, or the first ones whose sizes do."""
+        """Mesh axes that divide `rows` rows: all of BATCH_AXES, or the first ones whose sizes divide `rows`."""
         axes: tuple[str, ...] = ()
         for name in BATCH_AXES:
             if rows % math.prod(self.mesh.shape[axis] for axis in (*axes, name)):
@@ -72,7 +72,7 @@ class Layout:
         return axes
 
     def split(self, batch_axes: tuple[str, ...] = BATCH_AXES) -> shards.Split:
-        """What a shard lacks, for rows divided over these mesh axes."""
+        """How the model is divided among shards, if rows are divided over these mesh axes."""
         axes = {BATCH: batch_axes, LENGTH: ("tensor",)}
         axes |= {name: (rule.split,) for name, rule in RULES.items() if rule.split is not None}
         present = {name: tuple(a for a in names if self.mesh.shape[a] > 1) for name, names in axes.items()}
@@ -82,7 +82,7 @@ class Layout:
     def over_shards(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any, batch_axes: tuple[str, ...] = BATCH_AXES
     ) -> Callable[..., Any]:
-        """`function` on every shard, where `models.shards` knows what it lacks."""
+        """`function` on every shard, where the collectives of `models.shards` are active."""
 
         def on_shard(*operands: Any) -> Any:
             with shards.split(self.split(batch_axes)):
@@ -91,7 +91,7 @@ class Layout:
         return jax.shard_map(on_shard, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     def forward(self, graph: Any, state: Any, call: Call) -> Output:
-        """`Mixtral.forward` on every shard; rows that the mesh cannot divide are computed on several devices alike."""
+        """`Mixtral.forward` on every shard. Rows that the mesh cannot divide are computed redundantly."""
         batch_axes = self.batch_axes(call.tokens_BT.shape[0])
         rows: Any = P(batch_axes)
         by_layer: Any = P(None, batch_axes)
@@ -120,7 +120,7 @@ class Layout:
 
 
 def plan_specs(plan: RoutingPlan, batch_axes: tuple[str, ...], lead: tuple[None, ...] = ()) -> RoutingPlan:
-    """PartitionSpecs of a plan, whose fields may have axes `lead` before L: rows are divided where each has its own."""
+    """PartitionSpecs of a plan whose fields have axes `lead` before L. Fields with a value for each row are divided."""
     row = 1 + len(lead)
     return jax.tree.map(lambda x: P(*lead, None, batch_axes if x.shape[row] > 1 else None), plan)
 
@@ -131,7 +131,7 @@ def place_dense(value: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Place:
 
 
 def place_nf4(t: NF4Tensor, units: bool, mesh: Mesh) -> Place:
-    """A packed weight, cut into units already (`units`) where `tensor` divides it: fsdp divides the bytes of a unit."""
+    """A packed weight; `units`: it has already been split for `tensor`. The axis `fsdp` divides the bytes of a unit."""
     lead: list[Any] = [None] * len(t.batch_shape)
     if len(lead) - units == 2 and mesh.shape["expert"] > 1:
         lead[1] = "expert"
@@ -148,7 +148,7 @@ def place_nf4(t: NF4Tensor, units: bool, mesh: Mesh) -> Place:
 
 
 def prepared(model: Mixtral, mesh: Mesh) -> list[tuple[tuple, nnx.Variable, Any, bool]]:
-    """(path, variable, value as devices hold it, whether it was cut into units) of every parameter."""
+    """(path, variable, value to be sharded, whether it was split into units) of every parameter."""
     found = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         value, axes = variable.get_value(), variable.get_metadata("axes")
@@ -166,7 +166,7 @@ def prepared(model: Mixtral, mesh: Mesh) -> list[tuple[tuple, nnx.Variable, Any,
 
 
 def layout_of(model: Mixtral, mesh: Mesh) -> Layout:
-    """The layout of a model on a mesh; works on a model that has shapes only.
+    """The layout of a model on a mesh; the model may have shapes only.
 
     Raises:
       BimedixError: the mesh cannot divide the model.
@@ -187,5 +187,5 @@ def layout_from(model: Mixtral, mesh: Mesh, parameters: list[tuple[tuple, nnx.Va
 
 
 def host_memory() -> contextlib.AbstractContextManager[Any]:
-    """Within, JAX makes arrays in host memory: where a model is made that one device may be too small for."""
+    """Inside, JAX creates arrays in host memory, for models that may be too large for one device."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])

@@ -1,4 +1,4 @@
-"""Placing a model on the devices of a mesh, and fetching what an export of its adapters needs."""
+"""Sharding a model over the devices of a mesh, and gathering what an export of its adapters needs."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ from bimedix_jax.sharding.layout import layout_from, prepared
 
 
 def place(model: Mixtral, mesh: Mesh) -> Mixtral:
-    """The model with its parameters on the devices of `mesh`; a model that has shapes only gets shapes with shardings.
+    """The model with its parameters sharded over `mesh`. A model of shapes only gets shapes with shardings.
 
     Raises:
-      BimedixError: the mesh cannot divide the model, or it is placed already.
+      BimedixError: the mesh cannot divide the model, or the model is already sharded.
     """
     if model.placement is not None:
-        raise BimedixError("The model lies on a mesh already; load it again to put it on another one.")
+        raise BimedixError("The model is already sharded; load it again to shard it over another mesh.")
     parameters = prepared(model, mesh)
     layout = layout_from(model, mesh, parameters)
     placed = nnx.merge(*nnx.split(model), copy=True)
@@ -31,13 +31,13 @@ def place(model: Mixtral, mesh: Mesh) -> Mixtral:
     flat = []
     for path, variable, value, _ in parameters:
         shardings = layout.shardings(layout.spec(".".join(map(str, path)), value))
-        flat.append((path, variable.replace(jax.tree.map(put, value, shardings))))
+        flat.append((path, variable.replace(jax.tree.map(shard, value, shardings))))
     nnx.update(placed, nnx.from_flat_state(flat))
     return placed
 
 
-def put(leaf: Any, sharding: NamedSharding) -> Any:
-    """An array on its devices; every process brings the parts of its own devices."""
+def shard(leaf: Any, sharding: NamedSharding) -> Any:
+    """An array on its devices. Each process supplies the parts of its devices."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     if sharding.is_fully_addressable:
@@ -46,11 +46,11 @@ def put(leaf: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-def take_back(model: Mixtral) -> Mixtral:
-    """What exports of adapters need of a placed model, in host memory on every process.
+def gather_for_export(model: Mixtral) -> Mixtral:
+    """The parameters of a sharded model that an export of its adapters needs, in host memory on every process.
 
-    That is what was trained and what tells a base from others (norms, embeddings, routers), or everything where no
-    adapters are; the frozen matrices have shapes only. A model that is not placed is returned as it is.
+    These are the trained ones and those that identify the base (norms, embeddings, routers); without adapters, all. The
+    frozen matrices have shapes only. A model that is not sharded is returned unchanged.
     """
     if model.placement is None:
         return model

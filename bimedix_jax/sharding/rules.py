@@ -1,8 +1,8 @@
-"""The mesh and the one table from logical axes to mesh axes.
+"""The mesh, and the table from logical axes to mesh axes.
 
-The mesh has four axes. `data`, `fsdp` and `expert` divide the rows of a batch; `fsdp` also shards the storage of every
-matrix, which is gathered layer by layer (4-bit ones as packed bytes); `expert` also divides the experts, each shard of
-which takes the tokens of all others; `tensor` divides heads and feed-forward columns of one matrix product.
+The mesh has four axes. `data`, `fsdp` and `expert` divide the rows of a batch. `fsdp` also shards the storage of every
+matrix, which is gathered layer by layer (4-bit ones as packed bytes). `expert` also divides the experts, and each of
+its shards gathers the tokens of the others. `tensor` divides the heads and feed-forward columns of matrix products.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ from bimedix_jax.models.axes import EMBED, EXPERTS, HEADS, KV_HEADS, MLP, VOCAB
 from bimedix_jax.models.config import MixtralConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
-"""Axes of the mesh, the slowest network first."""
+"""Axes of the mesh, from the slowest network to the fastest."""
 
 BATCH_AXES = ("data", "fsdp", "expert")
 """Axes that divide the rows of a batch."""
 
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
-"""By platform, for programs on several devices: gathers begin while the work before them still runs."""
+"""By platform, for programs on several devices: overlap gathers and computation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a logical axis of a parameter means on the mesh.
+    """How a logical axis of a parameter is divided over the mesh.
 
     Attributes:
-      split: mesh axis that divides the computation: a device never sees more than its part.
-      stored: mesh axes that divide storage further; gathered before use.
+      split: mesh axis that divides computation and storage; a device has its part only.
+      stored: mesh axes that further divide storage; the parameter is gathered before use.
     """
 
     split: str | None = None
@@ -49,12 +49,12 @@ RULES = {
     VOCAB: Rule(stored=("tensor", "fsdp")),
     EMBED: Rule(stored=("fsdp",)),
 }
-"""Logical axes of parameters; those not named here are whole on every device. A mesh axis divides a parameter once: the
-first axis of this table that the parameter has, and whose size it divides, takes it."""
+"""Logical axes of parameters. Axes that are missing here are not divided. A mesh axis divides one axis of a parameter:
+the first one in this table that the parameter has and whose size is a multiple of the mesh axis."""
 
 
 def make_mesh(data: int = 1, fsdp: int | None = None, expert: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
-    """A mesh of these sizes over `devices` (all by default); `fsdp` None takes what the others leave.
+    """A mesh of these sizes over `devices` (all by default); `fsdp` None takes the remaining devices.
 
     Raises:
       BimedixError: the sizes do not multiply to the number of devices.
@@ -62,7 +62,7 @@ def make_mesh(data: int = 1, fsdp: int | None = None, expert: int = 1, tensor: i
     devices = jax.devices() if devices is None else list(devices)
     sizes = {"data": data, "fsdp": fsdp or 1, "expert": expert, "tensor": tensor}
     if min(sizes.values()) < 1:
-        raise BimedixError(f"The axes of a mesh are at least 1, got {sizes}.")
+        raise BimedixError(f"The sizes of mesh axes must be at least 1, got {sizes}.")
     if fsdp is None:
         sizes["fsdp"] = max(1, len(devices) // math.prod(sizes.values()))
     if math.prod(sizes.values()) != len(devices):
@@ -80,7 +80,7 @@ def make_mesh(data: int = 1, fsdp: int | None = None, expert: int = 1, tensor: i
 
 
 def check_mesh(config: MixtralConfig, mesh: Mesh) -> None:
-    """Raises BimedixError where heads, experts or columns of the model cannot be divided as the mesh wants."""
+    """Raises BimedixError if the mesh cannot divide the heads, experts or columns of the model."""
     size = {name: mesh.shape[name] for name in AXES}
     for what, number, axis in (
         ("experts", config.router.num_experts, "expert"),
@@ -98,10 +98,10 @@ def check_mesh(config: MixtralConfig, mesh: Mesh) -> None:
 def divide(
     shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, whole: tuple[str, ...] = ()
 ) -> tuple[P, tuple[tuple[int, tuple[str, ...]], ...]]:
-    """(PartitionSpec of an array with these logical axes, gathers that put a device's part together).
+    """(PartitionSpec of an array with these logical axes, the gathers before its use).
 
     Args:
-      whole: mesh axes that are not to divide it.
+      whole: mesh axes that must not divide it.
     """
     names: list[list[str]] = [[] for _ in shape]
     gathers = []
@@ -126,13 +126,13 @@ def divide(
 
 
 def own_experts(mesh: Mesh, experts: int) -> set[int]:
-    """Experts that this process's devices hold a part of."""
+    """Experts of which the devices of this process have a part."""
     parts = NamedSharding(mesh, P("expert")).addressable_devices_indices_map((experts,)).values()
     return {number for part in parts if part for number in range(*part[0].indices(experts))}
 
 
 def split_axis(axes: tuple[str | None, ...], mesh: Mesh) -> int | None:
-    """Axis, -1 or -2, along which `tensor` divides the computation with a matrix of these logical axes."""
+    """Axis, -1 or -2, along which `tensor` divides products with a matrix of these logical axes; None for neither."""
     if mesh.shape["tensor"] == 1:
         return None
     return next((axis for axis in (-1, -2) if RULES.get(axes[axis] or "", Rule()).split == "tensor"), None)

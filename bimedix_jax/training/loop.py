@@ -22,7 +22,7 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.sharding.layout import host_memory
-from bimedix_jax.sharding.placement import place, take_back
+from bimedix_jax.sharding.placement import gather_for_export, place
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
@@ -121,7 +121,7 @@ def train(
 
 def save_trained(model: Mixtral, folder: Path) -> Path:
     """Writes what was trained: the adapters, or the model where every parameter was."""
-    whole = take_back(model)  # by all processes, since each has a part
+    whole = gather_for_export(model)  # by all processes, since each has a part
     trained = folder / ("model" if model.lora is None else "adapter")
     write = save if model.lora is None else save_adapter
     distributed.by_leader(lambda: write(whole, trained, overwrite=True))

@@ -15,7 +15,7 @@ from bimedix_jax.experiment import Experiment
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan, checked_plan
 from bimedix_jax.sharding.layout import Layout
-from bimedix_jax.sharding.placement import put
+from bimedix_jax.sharding.placement import shard
 from bimedix_jax.sharding.rules import BATCH_AXES, make_mesh
 from bimedix_jax.training.run_folder import check_plan
 from bimedix_jax.training.state import Params
@@ -104,7 +104,7 @@ def replicated_plan(plan: RoutingPlan | None, layout: Layout | None) -> RoutingP
     if plan is None or layout is None:
         return plan
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
-    return RoutingPlan.from_numpy({name: put(value, everywhere) for name, value in plan.to_numpy().items()})
+    return RoutingPlan.from_numpy({name: shard(value, everywhere) for name, value in plan.to_numpy().items()})
 
 
 def check_router_rate(experiment: Experiment, params: Params) -> None:

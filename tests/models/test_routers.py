@@ -270,9 +270,9 @@ def test_experts_that_do_not_exist_are_refused(base_config) -> None:
         RoutingPlan(experts_LBTK=jnp.full((2, 1, 1, 2), 1)).check(base_config, 1, 1)
     with pytest.raises(ValueError, match="above 0"):
         RoutingPlan(temperature_LBT=jnp.zeros((2, 1, 1))).check(base_config, 1, 1)
-    with pytest.raises(ValueError, match="bias_LBTE holds nan"):
+    with pytest.raises(ValueError, match="bias_LBTE has the value nan"):
         RoutingPlan(bias_LBTE=jnp.full((2, 1, 1, 4), jnp.nan)).check(base_config, 1, 1)
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="needs noise_LBT and keys_LBT together"):
         RoutingPlan(noise_LBT=jnp.ones((2, 1, 1))).check(base_config, 1, 1)
 
 
@@ -291,7 +291,7 @@ def test_values_without_meaning_are_refused(base_config, field: str, value: floa
     fields = {"noise_LBT": np.zeros((2, 1, 1)), "keys_LBT": RoutingPlan.noisy(base_config, 1.0).keys_LBT}
     plan = dataclasses.replace(plan, **fields)
     changed = np.full(np.shape(getattr(plan, field)), value)
-    with pytest.raises(ValueError, match=f"RoutingPlan.{field} holds {value}; give"):
+    with pytest.raises(ValueError, match=f"RoutingPlan.{field} has the value {value}; give"):
         checked_plan(dataclasses.replace(plan, **{field: changed}), base_config, 1, 1)
 
 
@@ -311,7 +311,7 @@ def test_a_plan_may_be_lists_or_float64(base_config) -> None:
 
 @pytest.mark.parametrize("experts", [-1, 4, 1.5, True, [True, False, False, True], "1", [[1]], None])
 def test_a_ban_names_experts_of_the_model(base_config, experts: Any) -> None:
-    with pytest.raises(ValueError, match="is no expert of this model; give numbers from 0 to 3"):
+    with pytest.raises(ValueError, match="is not among the experts of this model; give numbers from 0 to 3"):
         RoutingPlan.ban(base_config, experts)
 
 

@@ -1,0 +1,45 @@
+"""A training run on a mesh."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bimedix_jax.checkpoint import store
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.experiment import BatchConfig, MeshConfig, RouterTraining
+from bimedix_jax.models.init import init_random
+from bimedix_jax.sharding.placement import gather_for_export
+from bimedix_jax.training.loop import train
+from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.state import take_apart
+
+
+def assert_alike(ours, theirs, tolerance):
+    for path, value in theirs.items():
+        limit = tolerance * max(np.max(np.abs(np.asarray(value))), 1e-6)
+        np.testing.assert_allclose(ours[path], value, rtol=0, atol=limit, err_msg=str(path))
+
+
+def test_a_run_on_a_mesh_equals_the_run_on_one_device(tmp_path, experiment):
+    """Metrics and saved adapters are equal up to rounding."""
+    plain = experiment(batch=BatchConfig(rows=4), router=RouterTraining(0.01, "global"), steps=4)
+    one = train(plain, tmp_path / "one")
+    mesh = dataclasses.replace(plain, mesh=MeshConfig(fsdp=4, expert=2))
+    with pytest.raises(BimedixError, match="4 rows of a micro-batch cannot be divided among the 8 parts"):
+        train(mesh, tmp_path / "refused")
+    mesh = dataclasses.replace(plain, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), model=plain.model)
+    with pytest.raises(BimedixError, match="1 key heads cannot be divided"):
+        train(mesh, tmp_path / "refused too")
+    mesh = dataclasses.replace(plain, batch=BatchConfig(rows=8), mesh=MeshConfig(fsdp=2, expert=4))
+    whole = dataclasses.replace(plain, batch=BatchConfig(rows=8))
+    ours, theirs = train(mesh, tmp_path / "mesh"), train(whole, tmp_path / "whole")
+    assert one.steps == ours.steps
+    for ours_line, theirs_line in zip(read_metrics(ours.folder), read_metrics(theirs.folder), strict=True):
+        np.testing.assert_allclose(ours_line["loss"], theirs_line["loss"], rtol=1e-5)
+        np.testing.assert_allclose(ours_line["grad_norm"], theirs_line["grad_norm"], rtol=1e-4)
+        assert ours_line["tokens"] == theirs_line["tokens"]
+    base = init_random(plain.model.random, seed=0, dtype="float32")
+    saved = [take_apart(store.load_adapter(base, result.trained))[1] for result in (ours, theirs)]
+    assert_alike(*saved, tolerance=1e-3)
+    assert_alike(take_apart(gather_for_export(ours.model))[1], saved[0], tolerance=0)
