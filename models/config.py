@@ -1,4 +1,4 @@
-"""What a model is, as frozen values. No JAX here: the command line reads these before JAX is imported."""
+"""Configurations of models, routers and adapters. No JAX here: the command line reads these before importing JAX."""
 
 import dataclasses
 import re
@@ -140,7 +140,7 @@ class LoraConfig:
                 re.compile(target)
             except re.error as error:
                 raise ValueError(f"Target {target} is not a regular expression ({error}); correct it.") from error
-        require(0 <= self.dropout < 1, f"dropout lies in [0, 1), got {self.dropout}.")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}.")
         require(
             not (self.train_router and "router" in self.targets),
             "train_router trains the routers' own weights, so router cannot be a target as well; drop one of the two.",

@@ -277,7 +277,7 @@ def test_adding_adapters_twice_raises(model: Mixtral) -> None:
         ({"targets": ()}, "targets is empty"),
         ({"targets": ("q", "q")}, "duplicates"),
         ({"targets": (r"layers\.(0",)}, "not a regular expression"),
-        ({"dropout": 1.0}, r"dropout lies in \[0, 1\)"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ({"train_router": True}, "router cannot be a target as well"),
         ({"overrides": (LoraOverride(target="q", rank=2), LoraOverride(target="q", rank=3))}, "names a target twice"),
     ],

@@ -1,16 +1,16 @@
-"""Kernels on another platform than the CPU: BIMEDIX_TEST_PLATFORM=gpu (or tpu) compiles the Pallas kernels for what is
-there, where a CPU interprets them, and runs the tests of that platform's kernels. docs/kernels.md has the command."""
+"""Tests of kernels on an accelerator: with BIMEDIX_TEST_PLATFORM=gpu (or tpu), Pallas kernels are compiled instead of
+interpreted, and the tests of that platform's kernels run. docs/kernels.md has the command."""
 
 import jax
 import pytest
 
 OWN = {"gpu": {"triton", "grouped"}, "tpu": {"mosaic_tpu", "grouped"}}
-"""Backends that are tested on an accelerator: its own, and what is made of them. XLA's are tested on CPUs, in float32
-with its full precision, which products on accelerators do not have by default."""
+"""Backends that are tested on an accelerator: its Pallas kernels, and backends composed of them. XLA's are tested on
+CPUs: by default, products in float32 have full precision only there."""
 EVERY = {"xla", "ragged_dot", "triton", "mosaic_tpu", "masked", "grouped", "bits", "few_rows"}
 
 if jax.default_backend() != "cpu":
-    collect_ignore_glob = ["test_codegen*.py"]  # for absent devices, which JAX offers only beside a CPU
+    collect_ignore_glob = ["test_codegen*.py"]  # these compile for absent devices, which JAX can do only on a CPU
 
 
 @pytest.fixture(autouse=True)

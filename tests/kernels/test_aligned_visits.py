@@ -1,4 +1,4 @@
-"""Visits cover what they must for any group sizes, in the static number of steps that `visit_count` gives."""
+"""For any group sizes, visits cover all rows in the static number of steps that `visit_count` gives."""
 
 import hypothesis.strategies as st
 import jax
@@ -14,7 +14,7 @@ compiled = jax.jit(aligned_visits, static_argnums=(1, 2, 3))
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_each_owned_row_is_visited_once_by_its_expert(data: st.DataObject) -> None:
-    # few shapes, since each is a compilation, but any group sizes
+    # few shapes, because each is compiled, but any group sizes
     shapes = [(1, 1, 8), (3, 5, 1), (4, 64, 16), (9, 70, 8), (5, 70, 64), (7, 3, 128)]
     experts, rows, height = data.draw(st.sampled_from(shapes))
     stops = sorted(data.draw(st.lists(st.integers(0, rows), min_size=experts, max_size=experts)))

@@ -18,7 +18,7 @@ def draw(length: int, slots: int, heads: int, groups: int) -> tuple[np.ndarray, 
 
 
 def segments(length: int) -> np.ndarray:
-    """Padding left, two documents, padding right; and one document."""
+    """Two rows: padding on both sides of two documents; one document."""
     ids = np.ones((2, length), np.int32)
     ids[0, : length // 5] = 0
     ids[0, length // 2 :] = 2
@@ -64,9 +64,7 @@ def test_chunks_and_gradients(window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("length", [1, 2, 7])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1)])
-def test_both_layouts_of_a_cache_give_what_the_reference_does(
-    heads: int, groups: int, length: int, window: int | None
-) -> None:
+def test_both_cache_layouts_equal_the_reference(heads: int, groups: int, length: int, window: int | None) -> None:
     q, k, v = draw(length, 12, heads, groups)
     ids, start = segments(12), 5
     end = start + length
@@ -74,13 +72,13 @@ def test_both_layouts_of_a_cache_give_what_the_reference_does(
     for layout in (lambda x: x, HeadMajor.of):
 
         @jax.jit
-        def run(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, offset: jax.Array, layout: Any = layout):
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, offset: jax.Array, layout: Any = layout):
             new_k, new_v = (jax.lax.dynamic_slice_in_dim(x, offset, length, 1) for x in (k, v))
             before_k, before_v = (layout(x.at[:, start:end].set(7)) for x in (k, v))
             cached = write(before_k, new_k, offset), write(before_v, new_v, offset)
             return cached, attention(q, *cached, ids[:, start:end], ids, offset=offset, window=window)
 
-        cached, found = run(*map(jnp.asarray, (q, k, v, ids, np.int32(start))))
+        cached, found = attend(*map(jnp.asarray, (q, k, v, ids, np.int32(start))))
         for x, whole in zip(cached, (k, v), strict=True):
             assert x.shape == whole.shape
             np.testing.assert_array_equal(x.array() if isinstance(x, HeadMajor) else x, whole)
@@ -89,8 +87,8 @@ def test_both_layouts_of_a_cache_give_what_the_reference_does(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("length", [1, 8])
-def test_layouts_agree_in_every_dtype(length: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few scores at a time, so that groups of heads run one after the other."""
+def test_cache_layouts_agree_in_every_dtype(length: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit on scores, so that groups of heads run one after another."""
     monkeypatch.setattr(api, "CPU_SCORES", 2 * length * 10)
     q, k, v = (jnp.asarray(x, dtype) for x in draw(length, 10, 4, 2))
     ids = jnp.asarray(segments(10))
@@ -102,7 +100,7 @@ def test_layouts_agree_in_every_dtype(length: int, dtype: str, monkeypatch: pyte
     assert HeadMajor.of(k).bits_BGSH.dtype == ("float32" if dtype == "float32" else "uint16")
 
 
-def test_a_cache_in_another_dtype_than_the_queries() -> None:
+def test_cache_and_queries_of_different_dtypes() -> None:
     q, k, v = map(jnp.asarray, draw(2, 10, 4, 2))
     ids = jnp.asarray(segments(10))
     k16, v16 = (x.astype("bfloat16") for x in (k, v))
@@ -115,8 +113,8 @@ def test_a_cache_in_another_dtype_than_the_queries() -> None:
         assert written.dtype == "bfloat16"
 
 
-def test_no_cache_becomes_float32_in_decoding() -> None:
-    """One token's attention reads a 16-bit cache as it is stored and writes its own slot in place."""
+def test_decoding_does_not_convert_the_cache_to_float32() -> None:
+    """One token's attention reads the 16-bit cache as stored, and writes its slot in place."""
     q, k, v = (jnp.asarray(x, "bfloat16") for x in draw(1, 64, 4, 2))
     ids = jnp.ones((2, 64), jnp.int32)
 

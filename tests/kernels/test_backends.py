@@ -1,4 +1,4 @@
-"""Which backend runs can be said by the caller, by a block of code and by configuration, and is known afterwards."""
+"""Backends can be chosen by the caller, by `use` and by configuration, and choices are recorded."""
 
 import typing
 
@@ -32,8 +32,8 @@ def picked(platform: str, **names: str) -> dict[str, list[str]]:
     return record.to_dict()
 
 
-def test_what_was_picked_is_recorded() -> None:
-    """Although the function was traced before: each recording traces it anew."""
+def test_choices_are_recorded() -> None:
+    """Also for a function that was traced before: each recording traces it again."""
     for _ in range(2):
         assert picked("cpu") == {
             "grouped_low_rank": ["masked"],
@@ -52,7 +52,7 @@ def test_what_was_picked_is_recorded() -> None:
     }
 
 
-def test_several_backends_of_one_operation_are_all_recorded() -> None:
+def test_all_backends_of_an_operation_are_recorded() -> None:
     with backends.recording() as record:
         for name in ("xla", "ragged_dot", "xla"):
             grouped_matmul.grouped_matmul(X, W, GROUPS, backend=name)
@@ -77,7 +77,7 @@ def test_every_operation_can_be_chosen_by_configuration(operation: str) -> None:
     assert set(tables) == set(backends.OPERATIONS) == set(typing.get_type_hints(experiment.KernelChoice))
 
 
-def test_a_configuration_names_what_it_chooses() -> None:
+def test_configured_backends() -> None:
     choice = experiment.KernelChoice(grouped_matmul="ragged_dot")
     assert choice.named() == {"grouped_matmul": "ragged_dot"}
     with backends.use(**choice.named()), backends.recording() as record:

@@ -1,4 +1,4 @@
-"""Kernels compile for an A100 that need not be there: without spills, within its shared memory, with little padding.
+"""Kernels compile for an absent A100: without spills, within its shared memory, with little padding.
 
 Some of the cases of `scripts/measure_kernel_codegen.py`, at the shapes of Mixtral-8x7B.
 """
@@ -9,7 +9,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.plan.codegen import gpu, layer
 
 SHARED_BYTES = 163 * 1024
-"""That one block may have on an A100 (CUDA C++ Programming Guide, compute capability 8.0)."""
+"""Shared memory of one block on an A100 (CUDA C++ Programming Guide, compute capability 8.0)."""
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ SHARED_BYTES = 163 * 1024
         "w1 lora_a weight, float32",
     ],
 )
-def test_an_a100_keeps_every_value_in_registers(name: str) -> None:
+def test_nothing_spills_on_an_a100(name: str) -> None:
     rows = list(gpu.measure("a100-80gb", [name]))
     for row in rows:
         assert row["spill_bytes"] == 0
@@ -47,12 +47,12 @@ def test_an_a100_keeps_every_value_in_registers(name: str) -> None:
     )
 
 
-def test_a_moe_layer_multiplies_little_beyond_the_useful() -> None:
-    """No product over all experts: that alone would make it 8 times the useful FLOPs."""
+def test_a_moe_layer_does_few_extra_flops() -> None:
+    """There is no product over all experts, which would multiply the useful FLOPs by 8."""
     assert 1 <= layer.measure("a100-80gb")["flops_ratio"] <= 1.15
 
 
-def test_flops_that_cannot_be_counted_are_an_error() -> None:
+def test_uncountable_flops_raise() -> None:
     dot = "%a = f32[4,6]{1,0} parameter(0)\n%d = f32[4,5]{1,0} dot(%a, %b), lhs_contracting_dims={1}"
     assert gpu.program_flops(dot) == 2 * 4 * 5 * 6
     for text in (None, dot + '\n%c = custom-call(%a), custom_call_target="__cublas$gemm"'):

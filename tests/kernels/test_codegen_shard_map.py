@@ -1,4 +1,4 @@
-"""Kernels inside shard_map compile for eight A100s and eight TPUs, with JAX's check of what varies and without."""
+"""Kernels inside shard_map compile for eight A100s and eight TPUs, with `check_vma` and without."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ KERNELS = {"gpu": ("grouped_matmul_", "nf4_matmul_", "weight_gradient_"), "tpu":
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(("target", "platform"), [("a100-80gb", "gpu"), ("v5e", "tpu")])
 def test_compiles_under_shard_map(target: str, platform: str, check_vma: bool) -> None:
-    """Each of eight multiplies its own rows by shared 4-bit and shared dense weights, whose gradient they sum."""
+    """Each of eight devices multiplies its rows by shared weights, 4-bit and dense; gradients are summed."""
     mesh = jax.make_mesh((8,), ("data",), devices=devices(target, 8), axis_types=(jax.sharding.AxisType.Auto,))
 
     def array(*shape: int, dtype: str, spec: P) -> jax.ShapeDtypeStruct:

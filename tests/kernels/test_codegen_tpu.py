@@ -1,4 +1,4 @@
-"""Every TPU kernel compiles for v5e and v5p at the shapes of Mixtral-8x7B, by the compiler that libtpu brings."""
+"""Every TPU kernel compiles for v5e and v5p at the shapes of Mixtral-8x7B, with the compiler of libtpu."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ from bimedix_jax.plan.hardware import devices
 
 @pytest.mark.parametrize("name", cases())
 @pytest.mark.parametrize("target", tpu.TARGETS)
-def test_compiles_tight(target: str, name: str) -> None:
+def test_compiles_within_limits(target: str, name: str) -> None:
     case = cases()[name]
     compiled = tpu.compile_case(case, target)
     kernels = tpu.tpu_kernels(compiled)
@@ -26,13 +26,13 @@ def test_compiles_tight(target: str, name: str) -> None:
     assert kernels[-1].vmem_bytes > 0
     assert all(0 <= kernel.vmem_bytes <= VMEM_LIMIT for kernel in kernels)
     assert 1 <= tpu.program_flops(compiled) / case.useful_flops <= 1.15
-    assert not re.search(r"= \S+ (dot|convolution|gather)\(", compiled.as_text())  # XLA adds no product, no look-up
+    assert not re.search(r"= \S+ (dot|convolution|gather)\(", compiled.as_text())  # outside of kernels
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", ["q nf4 forward", "w2 nf4 forward"])
-def test_a_token_alone_compiles_too(name: str, rows: int) -> None:
-    """As decoding has it."""
+def test_a_single_token_compiles(name: str, rows: int) -> None:
+    """As in decoding."""
     compiled = tpu.compile_case(dataclasses.replace(cases()[name], rows=rows), tpu.TARGETS[0])
     assert tpu.tpu_kernels(compiled)[-1].name == "grouped_nf4"
 
@@ -45,12 +45,12 @@ def test_rows_for_the_script() -> None:
     assert product["flops_ratio"] == pytest.approx(71 / 64)
 
 
-def test_a_moe_layer_multiplies_little_beyond_the_useful() -> None:
-    """No product over all experts: that alone would make it 8 times the useful FLOPs."""
+def test_a_moe_layer_does_few_extra_flops() -> None:
+    """There is no product over all experts, which would multiply the useful FLOPs by 8."""
     assert 1 <= layer.measure("v5e")["flops_ratio"] <= 1.15
 
 
-def test_flops_that_cannot_be_counted_are_an_error() -> None:
+def test_uncountable_flops_raise() -> None:
     placed = jax.sharding.SingleDeviceSharding(devices("v5e")[0])
     x = jax.ShapeDtypeStruct((128, 128), jnp.float32, sharding=placed)
     looped = jax.jit(lambda x: jax.lax.fori_loop(0, 5, lambda i, y: jnp.tanh(y @ x), x)).lower(x).compile()

@@ -1,4 +1,4 @@
-"""Losses from hidden states: equal to the reference, with the gradients that JAX finds for the plain formula."""
+"""Losses from hidden states equal the reference; gradients equal JAX's for the plain formula."""
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,15 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "vocabulary"), [(5, 37), (1, 16), (3, 7), (8, 64)])
-def test_losses_are_the_references(rows, vocabulary):
+def test_losses_equal_the_reference(rows, vocabulary):
     x, w, targets = made(rows, 12, vocabulary, jnp.float32)
     expected = reference(np.asarray(x), np.asarray(w), np.asarray(targets))
     np.testing.assert_allclose(jax.jit(cross_entropy)(x, w, targets), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 2e-2)])
-@pytest.mark.parametrize("scale", [0.3, 8.0])  # an even guess, and near-certain tokens
-def test_gradients_are_those_of_the_plain_formula(dtype, tolerance, scale):
+@pytest.mark.parametrize("scale", [0.3, 8.0])  # uncertain and almost certain predictions
+def test_gradients_equal_those_of_the_plain_formula(dtype, tolerance, scale):
     x, w, targets = made(6, 24, 45, dtype, scale)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(6), jnp.float32)
 
@@ -61,7 +61,7 @@ def test_a_certain_token_keeps_its_small_gradient():
 
 
 def test_the_backward_pass_of_a_frozen_head_has_no_loop():
-    """The gradient is ready, and the one to w, which nobody asks for, is left out."""
+    """The forward pass computed the gradient of x, and the unused gradient of w is removed."""
     x, w, targets = made(6, 24, 45, "float32")
     _, pull = jax.vjp(lambda x: cross_entropy(x, w, targets), x)
     text = jax.jit(pull).lower(jnp.ones(6)).compile().as_text() or ""

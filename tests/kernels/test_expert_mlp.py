@@ -23,7 +23,7 @@ RANKS = {"no deltas": (0, 0, 0), "all deltas": (RANK, RANK, RANK), "down alone":
 
 
 def owners(kind: str) -> np.ndarray:
-    """[N, 2] experts of each token; EXPERTS is none."""
+    """[N, 2] experts of each token; EXPERTS means no expert."""
     found = np.argsort(-np.random.default_rng(3).standard_normal((TOKENS, EXPERTS)), axis=1)[:, :2]
     if kind == "some unassigned":
         found[3, 1], found[7], found[found == 1] = EXPERTS, EXPERTS, 2  # and an expert without rows
@@ -55,14 +55,14 @@ def draw(dtype: str, packed: bool, ranks: tuple[int, ...]) -> tuple[jax.Array, j
 
 
 def unstacked(factors: Any) -> Any:
-    """Weights or deltas whose experts are separate arrays."""
+    """Weights or deltas with Unstacked experts."""
     if factors is None:
         return None
     return tuple(unstacked(part) for part in factors) if isinstance(factors, tuple) else unstack(factors, 1)
 
 
 def operands_for(backend: str, dtype: str, packed: bool, ranks: tuple[int, ...], kind: str) -> tuple:
-    """(x, pairs, owners, weights, deltas), in the form and with as many rows as the backend takes."""
+    """(x, pairs, owners, weights, deltas) in a form and size that the backend takes."""
     x, pairs, weights, deltas = draw(dtype, packed, ranks)
     if backend != "few_rows":
         return x, pairs, jnp.asarray(owners(kind)), weights, deltas
@@ -78,7 +78,7 @@ def values(weights: tuple, deltas: tuple) -> tuple[list[np.ndarray], list]:
 
 @functools.cache
 def compiled(backend: str):
-    def run(x, pairs, experts_NK, weights, deltas, dout):
+    def compute(x, pairs, experts_NK, weights, deltas, dout):
         permutation = sort_by_expert(experts_NK, EXPERTS)
         y, pullback = jax.vjp(
             lambda x, pairs, deltas: expert_mlp(x, pairs, permutation, weights, deltas, backend=backend),
@@ -88,7 +88,7 @@ def compiled(backend: str):
         )
         return y, pullback(dout)
 
-    return jax.jit(run)
+    return jax.jit(compute)
 
 
 def close(got: Any, expected: Any, dtype: str) -> None:
@@ -118,8 +118,8 @@ def test_forward_against_loops(backend: str, packed: bool, dtype: str, kind: str
     [(False, "all deltas"), (False, "gate alone"), (True, "no deltas"), (True, "all deltas"), (True, "down alone")],
 )
 @pytest.mark.parametrize("backend", ["xla", "few_rows"])
-def test_gradients_are_those_of_its_parts(backend: str, packed: bool, ranks: str) -> None:
-    """`composed` is differentiated by the operations that it is made of, which have parity suites of their own."""
+def test_gradients_equal_those_of_composed(backend: str, packed: bool, ranks: str) -> None:
+    """`composed` is differentiated by its operations, whose gradients have separate tests."""
     for kind in ("some unassigned", "one takes all"):
         operands = operands_for(backend, "float32", packed, RANKS[ranks], kind)
         dout = jnp.cos(operands[0])
@@ -134,7 +134,7 @@ def test_gradients_in_bfloat16(packed: bool) -> None:
 
 
 def test_dense_weights_train() -> None:
-    """In scanned, recomputed layers, where some of the weights train and others do not."""
+    """In scanned and recomputed layers; some of the weights are trained, others are not."""
     x, pairs, weights, deltas = draw("float32", False, RANKS["gate alone"])
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
     trained = jnp.stack([weights[0], 2 * weights[0]])
@@ -152,14 +152,14 @@ def test_dense_weights_train() -> None:
     close(got, expected, "float32")
 
 
-def test_many_rows_an_expert_are_fused_on_cpus() -> None:
+def test_cpus_fuse_many_rows_for_each_expert() -> None:
     weights = draw("float32", False, RANKS["no deltas"])[2]
     least = int(FUSED_SHARE * weights[0].shape[1]) * EXPERTS
     assert pick_backend(None, least, least, weights) == "xla"
     assert pick_backend(None, least, least - 1, weights) == "composed"
 
 
-def test_few_rows_of_unstacked_experts_have_their_own_backend_on_cpus() -> None:
+def test_cpus_use_few_rows_for_unstacked_experts() -> None:
     weights = unstacked(draw("float32", True, RANKS["no deltas"])[2])
     assert pick_backend(None, MAX_ROWS, 2 * MAX_ROWS, weights) == "few_rows"
     assert pick_backend(None, MAX_ROWS + 1, 2 * MAX_ROWS, weights) == "composed"
@@ -171,21 +171,21 @@ def test_few_rows_of_unstacked_experts_have_their_own_backend_on_cpus() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unstacked_experts(backend: str, packed: bool) -> None:
-    """Other backends stack them; the gradients of dense ones and of factors come back in the same form."""
+    """Other backends stack them. Gradients of dense weights and of factors have the same form."""
     operands = operands_for("few_rows", "float32", packed, RANKS["all deltas"], "some unassigned")
     x, pairs, experts_NK, weights, deltas = operands
 
-    def run(x: jax.Array, weights: Any, deltas: Any) -> jax.Array:
+    def compute(x: jax.Array, weights: Any, deltas: Any) -> jax.Array:
         return expert_mlp(x, pairs, sort_by_expert(experts_NK, EXPERTS), weights, deltas, backend=backend)
 
     stacked = draw("float32", packed, RANKS["all deltas"])[2]
     permutation = sort_by_expert(experts_NK, EXPERTS)
     expected = expert_mlp(x, pairs, permutation, stacked, deltas, backend="composed")
-    close(jax.jit(run)(x, weights, unstacked(deltas)), expected, "float32")
+    close(jax.jit(compute)(x, weights, unstacked(deltas)), expected, "float32")
     if packed:
         return
     trained = (weights, unstacked(deltas))
-    got = jax.jit(jax.grad(lambda trained: jnp.sum(jnp.sin(run(x, *trained)))))(trained)
+    got = jax.jit(jax.grad(lambda trained: jnp.sum(jnp.sin(compute(x, *trained)))))(trained)
     assert jax.tree.structure(got) == jax.tree.structure(trained)
     plain = jax.grad(lambda trained: jnp.sum(jnp.sin(expert_mlp(x, pairs, permutation, *trained, backend="composed"))))(
         (stacked, deltas)
@@ -193,7 +193,7 @@ def test_unstacked_experts(backend: str, packed: bool) -> None:
     close(got, tuple(map(unstacked, plain)), "float32")
 
 
-def test_a_row_that_overflows_in_an_expert_of_others_is_not_affected() -> None:
+def test_overflow_in_other_experts_does_not_affect_a_row() -> None:
     x, pairs, _, weights, deltas = operands_for("few_rows", "float32", False, RANKS["no deltas"], "one takes all")
     huge = tuple(unstack(w.at[1].multiply(1e30), 1) for w in draw("float32", False, RANKS["no deltas"])[2])
     experts_NK = jnp.zeros((MAX_ROWS, 2), jnp.int32).at[:, 1].set(2).at[5].set(1)
@@ -227,7 +227,7 @@ def test_orders_are_inverse() -> None:
     np.testing.assert_array_equal(interleaved(evens_first(x, 1), 1), x)
 
 
-def test_refusals() -> None:
+def test_invalid_operands_raise() -> None:
     x, pairs, weights, deltas = draw("float32", True, RANKS["no deltas"])
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
     mixed = (dequantize(weights[0], "float32"), *weights[1:])

@@ -1,4 +1,4 @@
-"""The experts' low-rank delta against NumPy loops and JAX's own gradients of a plain formula, on every backend."""
+"""The experts' low-rank delta of every backend against NumPy loops and JAX's gradients of a plain formula."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ from bimedix_jax.kernels.grouped_low_rank.api import BACKENDS, MASKED_COLUMNS
 from bimedix_jax.kernels.grouped_matmul.api import BACKENDS as GROUPED
 
 RELATIVE = {"float32": 2e-5, "bfloat16": 3e-2}
-"""Of the largest value; in bfloat16 the rows are rounded between the two factors as well."""
+"""Relative to the largest value; in bfloat16, rows are also rounded between the two factors."""
 CASES = {  # rows, D, R, F, group sizes
     "empty_and_unassigned": (50, 33, 3, 17, [10, 0, 25, 5]),
     "one_takes_all": (20, 12, 3, 7, [0, 0, 20, 0]),
@@ -29,22 +29,22 @@ CASES = {  # rows, D, R, F, group sizes
 
 @functools.cache
 def compiled(backend: str):
-    """(y, (dx, da, db)) of x, a, b, dy and group sizes."""
+    """(x, a, b, dy, group sizes) -> (y, (dx, da, db))."""
 
-    def run(x: jax.Array, a: jax.Array, b: jax.Array, dy: jax.Array, groups: jax.Array) -> tuple:
+    def compute(x: jax.Array, a: jax.Array, b: jax.Array, dy: jax.Array, groups: jax.Array) -> tuple:
         y, pullback = jax.vjp(lambda x, a, b: grouped_low_rank(x, a, b, groups, backend=backend), x, a, b)
         return y, pullback(dy)
 
-    return jax.jit(run)
+    return jax.jit(compute)
 
 
-def check(run: Any, rows: int, d: int, r: int, f: int, sizes: list[int], dtype: str) -> None:
-    """Rows in `dtype`, factors in float32, as layers have them."""
+def check(compute: Any, rows: int, d: int, r: int, f: int, sizes: list[int], dtype: str) -> None:
+    """Rows in `dtype`, factors in float32, as in layers."""
     rng, experts = np.random.default_rng(rows), len(sizes)
     shapes = [(rows, d), (experts, d, r), (experts, r, f), (rows, f)]
     x, a, b, dy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
     x, dy = x.astype(dtype), dy.astype(dtype)
-    y, gradients = run(x, a, b, dy, jnp.asarray(sizes, jnp.int32))
+    y, gradients = compute(x, a, b, dy, jnp.asarray(sizes, jnp.int32))
     assert (y.dtype, gradients[0].dtype, gradients[1].dtype) == (x.dtype, x.dtype, a.dtype)
     owner = np.repeat(np.arange(experts + 1), [*sizes, rows - sum(sizes)])
 
@@ -85,7 +85,7 @@ def test_any_skew(backend: str) -> None:
     of_these_sizes()
 
 
-def test_the_way_follows_from_platform_and_size() -> None:
+def test_default_backend_depends_on_platform_and_size() -> None:
     groups = jnp.asarray([4, 4], jnp.int32)
 
     def picked(platform: str, rank: int, **names: str) -> list[str]:

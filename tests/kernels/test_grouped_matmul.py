@@ -31,9 +31,9 @@ CASES = {  # rows, D, F, group sizes
 }
 
 INTERPRETED = ("triton", "mosaic_tpu")
-"""Pallas backends, which a CPU interprets: a compilation of a second or two for each shape."""
+"""Pallas backends. A CPU interprets them, and compiles a second or two for each shape."""
 REFUSED = {("triton", "blocks_straddle_rows"), ("mosaic_tpu", "blocks_straddle_rows")}
-"""NF4 storage that a backend does not take."""
+"""NF4 storage that a backend does not support."""
 
 
 def close(got: jax.Array, expected: np.ndarray, dtype: str) -> None:
@@ -57,11 +57,11 @@ def test_dense_forward_and_gradients(backend: str, case: str, dtype: str) -> Non
     groups = jnp.asarray(sizes, jnp.int32)
 
     @jax.jit
-    def run(x, w):
+    def compute(x, w):
         y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, groups, backend=backend), x, w)
         return y, pullback(dy)
 
-    y, (dx, dw) = run(x, w)
+    y, (dx, dw) = compute(x, w)
     assert y.dtype == x.dtype
     assert dx.dtype == x.dtype
     assert dw.dtype == w.dtype
@@ -91,11 +91,11 @@ def test_nf4_forward_and_gradient(backend: str, storage: str, double_quant: bool
         return
 
     @jax.jit
-    def run(x: jax.Array, t: NF4Tensor):
+    def compute(x: jax.Array, t: NF4Tensor):
         y, pullback = jax.vjp(lambda x: grouped_matmul(x, t, groups, backend=backend), x)
         return y, pullback(dy)[0]
 
-    y, dx = run(x, t)
+    y, dx = compute(x, t)
     close(y, reference.grouped_matmul(np.asarray(x), values, np.array(sizes)), "float32")
     close(dx, reference.grouped_matmul(np.asarray(dy), values.swapaxes(1, 2), np.array(sizes)), "float32")
 
@@ -105,8 +105,8 @@ def test_nf4_forward_and_gradient(backend: str, storage: str, double_quant: bool
     [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nf4_rounds_as_layers_do(backend: str, dtype: str, recorded: str) -> None:
-    """A row that is a unit vector reads a row of the weights: the very bits of `layer_weights`, several tiles wide."""
+def test_nf4_rounds_like_layer_weights(backend: str, dtype: str, recorded: str) -> None:
+    """The product with a unit vector is a row of the weights, bit for bit as `layer_weights`, over several tiles."""
     d, f, block = 192, 320, 32
     w = jnp.asarray(np.random.default_rng(1).standard_normal((2, f, d)), recorded)
     t = quantize(w, block_size=block, batch_dims=1).mT
@@ -122,17 +122,17 @@ def test_nf4_rounds_as_layers_do(backend: str, dtype: str, recorded: str) -> Non
 
 
 @pytest.mark.parametrize("recorded", ["bfloat16", "float32", "float16"])
-def test_weights_that_triton_writes_out_first_round_likewise(monkeypatch: pytest.MonkeyPatch, recorded: str) -> None:
+def test_weights_that_triton_dequantises_first_round_the_same(monkeypatch: pytest.MonkeyPatch, recorded: str) -> None:
     from bimedix_jax.kernels.grouped_matmul import triton
 
     monkeypatch.setattr(triton, "UNPACKED_ROWS", 1)
-    test_nf4_rounds_as_layers_do("triton", "bfloat16", recorded)
+    test_nf4_rounds_like_layer_weights("triton", "bfloat16", recorded)
 
 
 @pytest.mark.parametrize("storage", ["EDF", "EFD_transposed", "whole"])
 @pytest.mark.parametrize("backend", INTERPRETED)
 def test_nf4_with_many_rows(backend: str, storage: str) -> None:
-    """As many as a training step has, by which a backend may choose another way; rows of no group among them."""
+    """As many rows as in training, for which a backend may use another algorithm; some rows have no group."""
     d, f, sizes = 64, 128, [0, 700, 900]
     x, w, dy = draw(1700, d, f, len(sizes), "bfloat16")
     transposed = storage == "EFD_transposed"
@@ -141,11 +141,11 @@ def test_nf4_with_many_rows(backend: str, storage: str) -> None:
     values, groups = np.asarray(dequantize(t), np.float32), jnp.asarray(sizes, jnp.int32)
 
     @jax.jit
-    def run(x: jax.Array, t: NF4Tensor):
+    def compute(x: jax.Array, t: NF4Tensor):
         y, pullback = jax.vjp(lambda x: grouped_matmul(x, t, groups, backend=backend), x)
         return y, pullback(dy)[0]
 
-    y, dx = run(x, t)
+    y, dx = compute(x, t)
     close(y, reference.grouped_matmul(np.asarray(x, np.float32), values, np.array(sizes)), "bfloat16")
     wanted = reference.grouped_matmul(np.asarray(dy, np.float32), values.swapaxes(1, 2), np.array(sizes))
     close(dx, wanted, "bfloat16")
@@ -153,18 +153,18 @@ def test_nf4_with_many_rows(backend: str, storage: str) -> None:
 
 @functools.cache
 def compiled(backend: str) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple]:
-    """(y, (dx, dw)) of x, w, dy and group sizes: compiled once a shape, since sizes are data."""
+    """(x, w, dy, group sizes) -> (y, (dx, dw)); compiled once for each shape, because sizes are data."""
 
-    def run(x: jax.Array, w: jax.Array, dy: jax.Array, groups: jax.Array) -> tuple:
+    def compute(x: jax.Array, w: jax.Array, dy: jax.Array, groups: jax.Array) -> tuple:
         y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, groups, backend=backend), x, w)
         return y, pullback(dy)
 
-    return jax.jit(run)
+    return jax.jit(compute)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_sizes_and_skew(backend: str) -> None:
-    # rows, experts, D, F; few shapes, since each is a compilation, but any group sizes
+    # rows, experts, D, F; few shapes, because each is compiled, but any group sizes
     shapes = [(1, 1, 1, 1), (23, 5, 9, 7), (40, 6, 12, 3), (150, 2, 4, 11)]
 
     @settings(max_examples=40 if backend in INTERPRETED else 150, deadline=None)
@@ -183,7 +183,7 @@ def test_any_sizes_and_skew(backend: str) -> None:
     check()
 
 
-def test_refusals() -> None:
+def test_invalid_operands_raise() -> None:
     x, w, _ = draw(8, 4, 6, 2, "float32")
     groups = jnp.asarray([4, 4], jnp.int32)
     with pytest.raises(ValueError, match="Unknown grouped_matmul backend 'fastest'"):
@@ -193,7 +193,7 @@ def test_refusals() -> None:
 
 
 def test_the_named_backend_runs() -> None:
-    """The caller's name, else that of `use`, else the platform's; each is its own entry in JAX's caches."""
+    """The caller's choice, else that of `use`, else the platform's; each has a separate entry in JAX's caches."""
     x, w, _ = draw(8, 4, 6, 2, "float32")
     groups = jnp.asarray([4, 4], jnp.int32)
     product = jax.jit(lambda x, w: grouped_matmul(x, w, groups))
@@ -214,7 +214,7 @@ def test_the_named_backend_runs() -> None:
         pass
 
 
-def test_what_falls_back_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_falling_back_is_announced_once(caplog: pytest.LogCaptureFixture) -> None:
     x, w, _ = draw(8, 4, 6, 2, "float32")
     groups = jnp.asarray([4, 4], jnp.int32)
     t = quantize(w, batch_dims=1)  # blocks of 64 in rows of 6
@@ -228,8 +228,8 @@ def test_what_falls_back_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     assert (ragged, best) == ("grouped_matmul: backend ragged_dot on gpu", "grouped_matmul: backend triton on gpu")
 
 
-def test_triton_programs_write_their_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU they run in any order; interpreted backwards, a tile that wrote into its neighbour would be the last."""
+def test_triton_programs_write_only_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run in any order on a GPU. Interpreted in reverse order, a write to a neighbouring tile would show."""
     from bimedix_jax.kernels.grouped_matmul import triton
 
     def backwards(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""The loop over layers: every backend computes what lax.scan does, forward and backward."""
+"""The loop over layers: every backend gives the results of lax.scan, forward and backward."""
 
 import functools
 from typing import Any
@@ -83,7 +83,7 @@ BODIES = {
 @pytest.mark.parametrize("kind", BODIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", OTHERS)
-def test_values_and_gradients_are_those_of_a_scan(backend: str, dtype: str, kind: str) -> None:
+def test_values_and_gradients_equal_those_of_a_scan(backend: str, dtype: str, kind: str) -> None:
     found, expected = (value_and_gradients(name, kind, dtype) for name in (backend, "scan"))
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(expected[1]))
     assert_close(found, expected, dtype)
@@ -103,8 +103,8 @@ def compiled_text(function: Any, *operands: jax.Array) -> str:
     return jax.jit(function).lower(*operands).compile().as_text() or ""
 
 
-def test_residuals_for_gradients_that_nothing_uses_are_not_kept() -> None:
-    """The gradient of a floating-point constant would need each layer's product; XLA drops both."""
+def test_residuals_of_unused_gradients_are_not_kept() -> None:
+    """The gradient of a floating-point constant would need each layer's product; XLA removes both."""
     _, x, trained, _ = draw("float32")
 
     def layer(constants: Any, x: jax.Array, layer: Any, slot: Any) -> tuple[jax.Array, None, Any]:
@@ -120,12 +120,12 @@ def test_residuals_for_gradients_that_nothing_uses_are_not_kept() -> None:
 
 
 def residuals_of(body: Any, *operands: Any) -> list[tuple[tuple[int, ...], str]]:
-    """(shape, dtype) of all that the forward rule hands to the backward one beside its own arguments."""
+    """(shape, dtype) of all residuals but the arguments of the forward rule."""
     _, (pulls, _, _) = jax.eval_shape(functools.partial(bits.forward, body, LAYERS), *operands)
     return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pulls)]
 
 
-def test_no_weight_or_constant_is_stacked_a_second_time() -> None:
+def test_weights_and_constants_are_not_stacked_again() -> None:
     constants, x, trained, frozen = draw("bfloat16")
     found = residuals_of(BODIES["recomputed"], constants, x, (trained, frozen))
     assert found == [((LAYERS, ROWS, WIDTH), "uint16")], "x alone"
@@ -148,7 +148,7 @@ def test_outputs_keep_their_dtypes(backend: str) -> None:
 
 
 def test_no_stack_becomes_float32() -> None:
-    """XLA:CPU would convert all weights before the loop, and all of what is kept at each layer."""
+    """XLA:CPU would convert all weights before the loop, and all residuals at each layer."""
     constants, x, trained, frozen = draw("bfloat16")
 
     def loss(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -162,7 +162,7 @@ def test_no_stack_becomes_float32() -> None:
 
 
 def remember(constants: Any, x: jax.Array, layer: Any, slot: Any) -> tuple[jax.Array, Any, Any]:
-    """Adds to x what the layer remembers, and remembers x instead of one of its rows."""
+    """Adds the layer's memory to x, and writes x to one row of the memory."""
     row, kept = constants, slot["kept"]
     y = jnp.tanh(x @ layer) + kept[:ROWS]
     return y, jnp.sum(y), {"kept": jax.lax.dynamic_update_slice_in_dim(kept, y[:1], row, 0), "calls": slot["calls"] + 1}
@@ -185,21 +185,21 @@ def memories(form: str, dtype: str) -> Any:
         ("unrolled", "unstacked", "unstacked"),
     ],
 )
-def test_memory_comes_back_in_its_own_form(backend: str, weights: str, form: str, dtype: str) -> None:
+def test_memory_keeps_its_form(backend: str, weights: str, form: str, dtype: str) -> None:
     _, x, trained, _ = draw(dtype)
     weight = trained["weight"]
     expected = layer_scan(remember, jnp.int32(2), x, weight, memories("stacked", dtype), backend="scan")
     given = memories(form, dtype)
     layers = unstack(weight, 1) if weights == "unstacked" else weight
-    run = jax.jit(functools.partial(layer_scan, remember, backend=backend))
-    found = run(jnp.int32(2), x, layers, given)
+    scan_layers = jax.jit(functools.partial(layer_scan, remember, backend=backend))
+    found = scan_layers(jnp.int32(2), x, layers, given)
     assert jax.tree.structure(found[2]) == jax.tree.structure(given)
     assert_close((*found[:2], stack(found[2])), expected, dtype)
     np.testing.assert_array_equal(expected[2]["calls"], 1 + np.arange(LAYERS))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_x_is_differentiable_beside_a_memory(backend: str) -> None:
+def test_x_is_differentiable_with_a_memory(backend: str) -> None:
     _, x, trained, _ = draw("float32")
 
     def loss(x: jax.Array, backend: str) -> jax.Array:
@@ -228,27 +228,27 @@ def experts(constants: Any, x: jax.Array, layer: Any, slot: Any) -> tuple[jax.Ar
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_in_place_arrays_stay_in_their_stack_without_gradients_on_a_cpu(backend: str, dtype: str) -> None:
+def test_in_place_arrays_are_not_sliced_on_a_cpu_without_gradients(backend: str, dtype: str) -> None:
     rng = np.random.default_rng(3)
     w = jnp.asarray(rng.standard_normal((LAYERS, 2, WIDTH, WIDTH)) / 8, dtype)
     x, shift = draw(dtype)[1], draw(dtype)[2]["shift"][:, 0]
 
-    def run(w: jax.Array, wrap: Any) -> tuple[jax.Array, jax.Array]:
+    def scan_layers(w: jax.Array, wrap: Any) -> tuple[jax.Array, jax.Array]:
         layers = {"w": wrap(w), "shift": shift}
         x_last, in_place, _ = layer_scan(experts, (), x, layers, backend=backend)
         return x_last, in_place
 
-    expected, _ = run(w, lambda w: w)
-    found, in_place = jax.jit(lambda w: run(w, InPlace))(w)
+    expected, _ = scan_layers(w, lambda w: w)
+    found, in_place = jax.jit(lambda w: scan_layers(w, InPlace))(w)
     assert_close(found, expected, dtype)
     assert np.all(in_place) == np.any(in_place) == (backend == "bits")
-    found, pull, in_place = jax.vjp(lambda w: run(w, InPlace), w, has_aux=True)
+    found, pull, in_place = jax.vjp(lambda w: scan_layers(w, InPlace), w, has_aux=True)
     assert not np.any(in_place)
-    _, plain, _ = jax.vjp(lambda w: run(w, lambda w: w), w, has_aux=True)
+    _, plain, _ = jax.vjp(lambda w: scan_layers(w, lambda w: w), w, has_aux=True)
     assert_close(pull(jnp.cos(found)), plain(jnp.cos(found)), dtype)
 
 
-def test_in_place_arrays_beside_a_memory() -> None:
+def test_in_place_arrays_with_a_memory() -> None:
     w = jnp.asarray(np.random.default_rng(3).standard_normal((LAYERS, 2, WIDTH, WIDTH)) / 8, jnp.float32)
     x, layers = draw("float32")[1], {"w": InPlace(w), "shift": draw("float32")[2]["shift"][:, 0]}
     for backend in BACKENDS:
@@ -257,7 +257,7 @@ def test_in_place_arrays_beside_a_memory() -> None:
         np.testing.assert_array_equal(memory, np.arange(LAYERS))
 
 
-def test_packed_experts_are_sliced_although_marked() -> None:
+def test_packed_experts_are_sliced_even_if_marked() -> None:
     packed = quantize(jnp.ones((LAYERS, 2, WIDTH, WIDTH), jnp.bfloat16), batch_dims=2)
 
     def layer(constants: Any, x: jax.Array, layer: Any, slot: Any) -> tuple[jax.Array, None, Any]:
@@ -270,15 +270,15 @@ def test_packed_experts_are_sliced_although_marked() -> None:
 
 
 def picked(platform: str, layers: Any, memory: Any = None) -> list[str]:
-    def run(x: jax.Array, layers: Any, memory: Any) -> Any:
+    def scan_layers(x: jax.Array, layers: Any, memory: Any) -> Any:
         return layer_scan(lambda constants, x, layer, slot: (x, None, slot), (), x, layers, memory)
 
     with backends.use(platform), backends.recording() as record:
-        jax.eval_shape(run, jnp.ones(2), layers, memory)
+        jax.eval_shape(scan_layers, jnp.ones(2), layers, memory)
     return record.to_dict()["layer_scan"]
 
 
-def test_what_runs_on_each_platform() -> None:
+def test_default_backend_of_each_platform() -> None:
     stacked = jnp.ones((LAYERS, 2))
     assert picked("cpu", stacked) == ["bits"]
     assert picked("gpu", stacked) == picked("tpu", stacked) == ["scan"]
@@ -286,22 +286,22 @@ def test_what_runs_on_each_platform() -> None:
         assert picked(platform, unstack(stacked, 1)) == picked(platform, stacked, unstack(stacked, 1)) == ["unrolled"]
 
 
-def test_refusals() -> None:
+def test_invalid_operands_raise() -> None:
     x, layers = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
 
-    def run(layers: Any, memory: Any = None, backend: str | None = None) -> Any:
+    def scan_layers(layers: Any, memory: Any = None, backend: str | None = None) -> Any:
         return layer_scan(lambda constants, x, layer, slot: (x, None, slot), (), x, layers, memory, backend=backend)
 
     for name in ("scan", "bits"):
         with pytest.raises(NotImplementedError, match=f"'{name}': it takes stacked arrays only"):
-            run(unstack(layers, 1), backend=name)
+            scan_layers(unstack(layers, 1), backend=name)
         with pytest.raises(NotImplementedError, match=f"'{name}': it takes stacked arrays only"):
-            run(layers, unstack(layers, 1), backend=name)
+            scan_layers(layers, unstack(layers, 1), backend=name)
     with backends.use("gpu"), pytest.raises(NotImplementedError, match="it runs on CPUs only"):
-        run(layers, backend="bits")
-    with pytest.raises(ValueError, match=r"one number of layers .* got \[3, 4\]"):
-        run((layers, jnp.ones(4)))
-    with pytest.raises(ValueError, match=r"one number of layers .* got \[\]"):
-        run(None)
+        scan_layers(layers, backend="bits")
+    with pytest.raises(ValueError, match=r"same number of layers .* got \[3, 4\]"):
+        scan_layers((layers, jnp.ones(4)))
+    with pytest.raises(ValueError, match=r"same number of layers .* got \[\]"):
+        scan_layers(None)
     with pytest.raises(ValueError, match="Unknown layer_scan backend 'fastest'; choose one of bits, scan, unrolled"):
-        run(layers, backend="fastest")
+        scan_layers(layers, backend="fastest")

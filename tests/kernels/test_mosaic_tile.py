@@ -1,4 +1,4 @@
-"""NF4 in TPU kernels has the bits of `nf4.api`; tiles fit the memory that they are chosen for."""
+"""NF4 in TPU kernels gives the bits of `nf4.api`; tiles fit into VMEM."""
 
 import functools
 
@@ -31,7 +31,7 @@ def test_pairs_split_and_merge() -> None:
 
 
 @pytest.mark.parametrize("recorded", ["bfloat16", "float16", "float32"])
-def test_rounding_is_that_of_a_cast(recorded: str) -> None:
+def test_rounding_equals_a_cast(recorded: str) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal(20_000) * 10.0 ** rng.uniform(-9, 5, 20_000)
     edges = [0, 65504, 65519.9, 65520, -65520, 2**-14, 2**-25, 3 * 2**-25, 1 + 2**-9, 1 + 3 * 2**-9]  # ties, limits
@@ -42,7 +42,7 @@ def test_rounding_is_that_of_a_cast(recorded: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 70, 192), (1, 1, 64), (2, 520, 1024)])
-def test_scales_are_decoded_to_the_bit(shape: tuple[int, ...]) -> None:
+def test_decoded_scales_are_bit_equal(shape: tuple[int, ...]) -> None:
     t = quantize(weights(*shape) * 1e-2, block_size=16, batch_dims=1)  # the last: 33,280 blocks, two steps of the grid
     assert (bits(jax.jit(mosaic_tpu.float32_scales)(t)) == bits(jax.jit(block_scales)(t))).all()
 
@@ -65,7 +65,7 @@ def test_tiles_have_the_bits_of_layer_weights(dtype: str, block_size: int) -> No
     assert (bits(dequantise(t)) == bits(jnp.concatenate(chunks, axis=1))).all()
 
 
-def test_float32_scales_pass_through() -> None:
+def test_float32_scales_are_unchanged() -> None:
     t = quantize(weights(2, 8, 64), double_quant=False, batch_dims=1)
     assert (mosaic_tpu.float32_scales(t) == t.absmax).all()
 
@@ -76,14 +76,14 @@ def test_tiles_are_as_wide_as_memory_allows() -> None:
     assert mosaic_tiling.dense_columns(14_336, 4096, bfloat16) == 512
     assert mosaic_tiling.dense_columns(4096, 14_336, float32) == 512
     assert mosaic_tiling.dense_columns(4096, 128 + 64, bfloat16) == 192  # all columns at once
-    assert mosaic_tiling.dense_columns(64, 1024 + 128, bfloat16) == 128  # 1,024 would compute 896 for nothing
+    assert mosaic_tiling.dense_columns(64, 1024 + 128, bfloat16) == 128  # 1,024 would compute 896 columns of padding
     assert mosaic_tiling.packed_columns(14_336, 4096, bfloat16, False, 64) == 512
     assert mosaic_tiling.packed_columns(2**18, 4096, bfloat16, True, 64) is None
     assert mosaic_tiling.gradient_tile(4096, 14_336) == (1024, 1024)
     assert mosaic_tiling.gradient_tile(14_336, 128) == (7168, 128)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_operands_raise() -> None:
     x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4, 2**18), (2, 2**18, 2**18)))
     with pytest.raises(NotImplementedError, match=r"'mosaic_tpu': tiles .* do not fit into VMEM"):
         jax.eval_shape(mosaic_tpu.grouped_matmul, x, w, jax.ShapeDtypeStruct((2,), jnp.int32))

@@ -1,4 +1,4 @@
-"""NF4 equals bitsandbytes bit for bit, and its own NumPy reference everywhere."""
+"""NF4 equals bitsandbytes and the NumPy reference bit for bit."""
 
 import bitsandbytes.functional as bnb
 import hypothesis.extra.numpy as hnp
@@ -30,7 +30,7 @@ def unit_of(t: NF4Tensor) -> reference.PackedUnit:
     return reference.PackedUnit(np.asarray(t.packed), np.asarray(t.absmax), *nested)
 
 
-def test_code_books_are_those_of_bitsandbytes() -> None:
+def test_code_books_equal_those_of_bitsandbytes() -> None:
     assert np.array_equal(bnb.create_dynamic_map().numpy(), DYNAMIC_MAP)
     assert np.array_equal(bnb.get_4bit_type("nf4", device="cpu").numpy(), NF4_VALUES)
 
@@ -66,7 +66,7 @@ def test_double_quantisation_equals_the_reference_eager_and_jitted(shape: tuple[
 @pytest.mark.parametrize("block_size", [32, 64, 512])
 @pytest.mark.parametrize("dtype", TORCH)
 def test_double_quantised_states_of_bitsandbytes_dequantise_bit_equal(dtype: str, block_size: int) -> None:
-    """Eager and under jit, where XLA would contract the sum of the scales; and as layers cast it."""
+    """Eagerly, under jit (where XLA might fuse into an FMA), and with the casts of layers."""
     source = torch.tensor(weights((300, 50))).to(TORCH[dtype])
     packed, state = bnb.quantize_4bit(source, quant_type="nf4", blocksize=block_size, compress_statistics=True)
     assert state.state2 is not None
@@ -94,14 +94,14 @@ def test_double_quantised_states_of_bitsandbytes_dequantise_bit_equal(dtype: str
 @given(
     hnp.arrays(
         np.float32,
-        st.sampled_from([(1,), (63,), (64,), (65,), (1000,), (20, 50), (3, 5, 7)]),  # few: each is a compilation
+        st.sampled_from([(1,), (63,), (64,), (65,), (1000,), (20, 50), (3, 5, 7)]),  # few, because each is compiled
         elements=st.floats(-1, 1, width=32, allow_subnormal=False),
     ),
     st.integers(-116, 127),
     st.sampled_from(sorted(TORCH)),
 )
 def test_any_normal_weights_quantise_and_dequantise_as_in_bitsandbytes(w: np.ndarray, power: int, dtype: str) -> None:
-    """The largest magnitude is 2**power, down to where denormals begin to count, and up to the largest numbers."""
+    """The largest magnitude is 2**power, from the first effect of denormals to the largest numbers."""
     largest = np.abs(w).max()
     power = max(-14, min(15, power)) if dtype == "float16" else power
     w = np.ldexp(w / largest if largest > 0 else w, power).astype(np.float32)
@@ -118,8 +118,8 @@ def test_any_normal_weights_quantise_and_dequantise_as_in_bitsandbytes(w: np.nda
 
 
 @pytest.mark.parametrize("size", [64, 63, 127, 1], ids=["full", "unfinished", "both", "single"])
-def test_weights_beside_a_threshold_get_the_codes_of_bitsandbytes(size: int) -> None:
-    """Within two units of the last place: full blocks are multiplied by a reciprocal, an unfinished one is divided."""
+def test_weights_near_a_threshold_get_the_codes_of_bitsandbytes(size: int) -> None:
+    """Within two units in the last place, for complete blocks (times a reciprocal) and incomplete ones (divided)."""
     draws = np.random.default_rng(0)
     w = draws.standard_normal((300, size)).astype(np.float32)
     w[:, 1:16] = (NF4_THRESHOLDS * np.abs(w[:, :1]) * (1 + draws.integers(-2, 3, (300, 15)) * 2.0**-24))[:, : size - 1]
@@ -133,7 +133,7 @@ def test_weights_beside_a_threshold_get_the_codes_of_bitsandbytes(size: int) -> 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 129])
 def test_zeros_have_the_scales_of_bitsandbytes(size: int) -> None:
-    """0 in full blocks, 1e-38 in an unfinished one."""
+    """0 in complete blocks, 1e-38 in an incomplete one."""
     packed, state = bnb.quantize_4bit(torch.zeros(size), quant_type="nf4", blocksize=64)
     for t in (quantize(jnp.zeros(size), double_quant=False), reference.quantize(np.zeros(size), double_quant=False)):
         assert np.array_equal(packed.numpy().reshape(-1), t.packed)
@@ -142,7 +142,7 @@ def test_zeros_have_the_scales_of_bitsandbytes(size: int) -> None:
 
 
 def extreme(dtype: str) -> np.ndarray:
-    """Blocks of the largest and of small finite numbers, of zeros (also negative) and of one number in each place."""
+    """Blocks of the largest and of small finite numbers, of zeros (also negative), and with a single nonzero number."""
     limit = float(torch.finfo(TORCH[dtype]).max)
     small = 6e-8 if dtype == "float16" else 1e-35
     rows = [np.full(64, value) for value in (limit, -limit, small, -small, 0.0, -0.0)]
@@ -170,8 +170,8 @@ def test_denormals_become_zeros_and_are_counted() -> None:
     w = np.zeros((6, 64), np.float32)
     w[1, 0] = 1e-45  # alone: lost
     w[2] = 1e-39
-    w[3, :2] = 1.0, 1e-39  # beside a normal number it is zero in 4 bits anyway
-    w[4, :2] = 2e-38, -8e-39  # not beside one that is nearly denormal
+    w[3, :2] = 1.0, 1e-39  # next to 1.0, its 4-bit code is zero anyway
+    w[4, :2] = 2e-38, -8e-39  # next to 2e-38, it is not
     w[5, 0] = 1.2e-38
     for dtype in ("float32", "bfloat16"):
         stored = jnp.asarray(w).astype(dtype)
@@ -184,7 +184,7 @@ def test_denormals_become_zeros_and_are_counted() -> None:
 
 
 @pytest.mark.parametrize("dtype", TORCH)
-def test_nan_and_infinity_are_found(dtype: str) -> None:
+def test_nan_and_infinity_are_detected(dtype: str) -> None:
     w = jnp.asarray(weights((3, 70))).astype(dtype)
     assert all_finite(w)
     for value in (jnp.nan, jnp.inf, -jnp.inf):
@@ -195,7 +195,7 @@ def test_nan_and_infinity_are_found(dtype: str) -> None:
 @given(
     hnp.arrays(
         np.float32,
-        st.sampled_from([(1,), (64,), (65,), (1000,), (7, 13), (20, 32), (3, 5, 7)]),  # few: each is a compilation
+        st.sampled_from([(1,), (64,), (65,), (1000,), (7, 13), (20, 32), (3, 5, 7)]),  # few, because each is compiled
         elements=st.floats(-(2.0**127), 2.0**127, width=32),
     ),
     st.booleans(),
@@ -224,7 +224,7 @@ def test_huge_scales_do_not_overflow_their_mean() -> None:
     assert np.array_equal(dequantize(quantize(jnp.asarray(w))), w)
 
 
-def test_batched_units_equal_units_on_their_own() -> None:
+def test_batched_units_equal_separate_units() -> None:
     w = jnp.asarray(weights((2, 3, 5, 64)))
     t = quantize(w, batch_dims=2)
     assert t.shape == w.shape
@@ -247,7 +247,7 @@ def test_storage_of_a_mixtral_layer_is_below_4_13_bits() -> None:
     assert 8 * t.nbytes / t.size <= 4.13
 
 
-def test_planes_are_the_columns() -> None:
+def test_planes_are_even_and_odd_columns() -> None:
     t = quantize(jnp.asarray(weights((6, 128))))
     assert is_planar(t)
     assert not is_planar(quantize(jnp.asarray(weights((6, 96)))))
@@ -256,7 +256,7 @@ def test_planes_are_the_columns() -> None:
     assert np.array_equal(merge_columns(*split_columns(dequantize(t))), dequantize(t))
 
 
-def test_refusals() -> None:
+def test_invalid_operands_raise() -> None:
     with pytest.raises(ValueError, match="floating-point"):
         quantize(jnp.arange(4))
     with pytest.raises(ValueError, match="more than 1 axes"):

@@ -40,11 +40,11 @@ def draw(*shapes: tuple[int, ...], dtype: str = "float32") -> list[jax.Array]:
 def compiled(backend: str):
     """(y, dx) of x, 4-bit weights and dy."""
 
-    def run(x: jax.Array, t: NF4Tensor, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def compute(x: jax.Array, t: NF4Tensor, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, pullback = jax.vjp(lambda x: matmul(x, t, backend=backend), x)
         return y, pullback(dy)[0]
 
-    return jax.jit(run)
+    return jax.jit(compute)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
@@ -64,7 +64,7 @@ def test_dense_product_and_gradients(dtype: str) -> None:
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (FEW_ROWS,), (0,)])
 @pytest.mark.parametrize("dtype", [*RELATIVE, "float16"])
 def test_few_dense_rows(dtype: str, lead: tuple[int, ...]) -> None:
-    """Which a CPU pads in bfloat16: the result and the gradients are those of the rows themselves."""
+    """A CPU pads them in bfloat16, which must not change result or gradients."""
     x, w, dy = draw((*lead, 16), (16, 24), (*lead, 24), dtype=dtype)
     y, pullback = jax.vjp(lambda x, w: matmul(x, w, "float32"), x, w)
     x32, w32, dy32 = (np.asarray(value, np.float32) for value in (x, w, dy))
@@ -107,8 +107,8 @@ def test_forward_and_gradient(backend: str, case: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bits_are_those_of_layer_weights(backend: str, dtype: str) -> None:
-    """A row that is a unit vector reads a row of the weights."""
+def test_values_are_bit_equal_to_layer_weights(backend: str, dtype: str) -> None:
+    """The product with a unit vector is a row of the weights."""
     d, f = 192, 320
     t = quantize(draw((f, d), dtype="bfloat16")[0], block_size=32).mT
     expected = np.asarray(layer_weights(t, dtype), np.float32)
@@ -121,7 +121,7 @@ def test_the_bits_are_those_of_layer_weights(backend: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_values(backend: str) -> None:
-    shapes = [(1, 32, 96), (33, 64, 32)]  # few, since each is a compilation
+    shapes = [(1, 32, 96), (33, 64, 32)]  # few, because each is compiled
 
     @settings(max_examples=15, deadline=None)
     @given(st.sampled_from(shapes), st.integers(0, 2**31), st.floats(-12, 12))
@@ -140,8 +140,8 @@ def test_any_values(backend: str) -> None:
 
 @pytest.mark.parametrize("width", [128, 50])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_blocks_that_straddle_rows(transposed: bool, width: int) -> None:
-    """Only XLA takes them; a named backend does not fall back, the platform's best does."""
+def test_blocks_that_cross_rows(transposed: bool, width: int) -> None:
+    """Only XLA supports them. The default backend falls back to it, a named one does not."""
     x, w, dy = draw((5, 96), (width, 96) if transposed else (96, width), (5, width))
     t = quantize(w).mT if transposed else quantize(w)
     values = np.asarray(dequantize(t))
@@ -157,7 +157,7 @@ def test_blocks_that_straddle_rows(transposed: bool, width: int) -> None:
             assert picked.to_dict() == {"nf4_matmul": ["xla"]}
 
 
-def test_refusals() -> None:
+def test_invalid_operands_raise() -> None:
     x, w = draw((5, 8), (9, 4))
     with pytest.raises((ValueError, TypeError)):
         matmul(x, w)

@@ -1,4 +1,4 @@
-"""The look-up in PTX against the table, bit for bit: a small interpreter runs the very text that the GPU runs.
+"""The look-up in PTX against the table, bit for bit: a small interpreter executes the PTX text.
 
 Interpret mode has no inline assembly, so nothing else tests it without a GPU. Semantics: PTX ISA 8.7, 9.7.1 to 9.7.9.
 """
@@ -47,7 +47,7 @@ OPERATIONS: dict[str, Callable[..., int]] = {
 }
 
 
-def run(text: str, registers: dict[str, int]) -> dict[str, int]:
+def execute(text: str, registers: dict[str, int]) -> dict[str, int]:
     """Every instruction once, in order."""
     for line in text.strip("{}\n ").splitlines():
         if line.startswith(".reg"):
@@ -69,14 +69,14 @@ def test_every_byte_with_any_scale(seed: int) -> None:
     for first in range(0, 256, 4):
         inputs = {"$4": int(octets[first : first + 4].view("<u4")[0])}
         inputs |= {f"${5 + i}": int(scales[first + i].view(np.uint32)) for i in range(4)}
-        found = run(text, inputs)
+        found = execute(text, inputs)
         words = np.array([found[f"${i}"] for i in range(4)], np.uint32)
         codes = np.stack([octets[first : first + 4] >> 4, octets[first : first + 4] & 15], axis=1)
         expected = (NF4_VALUES[codes] * scales[first : first + 4, None]).astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(words.view("<u2").reshape(4, 2), expected.view(np.uint16))
 
 
-def test_operands_are_as_declared() -> None:
-    """Four words out, four bytes in one register and four scales in; every operand is used."""
+def test_every_declared_operand_is_used() -> None:
+    """Outputs: four words. Inputs: four bytes in one register, four scales."""
     assert ptx.CONSTRAINTS.split(",") == ["=r"] * 4 + ["r"] + ["f"] * 4
     assert {int(n) for n in re.findall(r"\$(\d)", ptx.dequantize_pairs())} == set(range(9))

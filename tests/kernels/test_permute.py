@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from bimedix_jax.kernels.permute import combine, dispatch, reference, sort_by_expert
 
 
-# tokens, experts, top_k; few, since each is a compilation
+# tokens, experts, top_k; few, because each is compiled
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([(1, 1, 1), (1, 5, 3), (9, 2, 2), (12, 4, 1), (11, 64, 3)]), st.integers(0, 2**31))
 def test_equals_the_reference(shape: tuple[int, int, int], seed: int) -> None:
     tokens, experts, top_k = shape
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((tokens, 4)).astype(np.float32)
-    chosen = rng.integers(0, experts + 1, (tokens, top_k)).astype(np.int32)  # id `experts` belongs to nobody
+    chosen = rng.integers(0, experts + 1, (tokens, top_k)).astype(np.int32)  # id `experts` means no expert
     weights = rng.random((tokens, top_k)).astype(np.float32)
     permutation = sort_by_expert(jnp.asarray(chosen), experts)
     rows, sizes = reference.dispatch(x, chosen, experts)
@@ -32,7 +32,7 @@ def test_equals_the_reference(shape: tuple[int, int, int], seed: int) -> None:
 
 @jax.jit
 def gradients(x: jax.Array, weights: jax.Array, chosen: jax.Array) -> tuple:
-    """Of our operations in the dtype of x, and of plain indexing in float32: to x and to the weights."""
+    """Gradients of x and of the weights: of our operations in the dtype of x, and of plain indexing in float32."""
     permutation = sort_by_expert(chosen, 4)
 
     def ours(x, weights):

@@ -1,4 +1,4 @@
-"""Row tiles cover what they should, whatever the group sizes."""
+"""Row tiles cover all rows for any group sizes."""
 
 import hypothesis.strategies as st
 import jax

@@ -1,4 +1,4 @@
-"""What JAX does to a function changes no operation: jit, vmap, scan, remat and shard_map, forward and gradients.
+"""JAX transformations do not change results: jit, vmap, scan, remat and shard_map, forward and gradients.
 
 Every operation stands here as a function of rows [24, 32] to rows [24, 32], on each of its backends. A new backend is
 in its operation's BACKENDS and thereby here.
@@ -26,9 +26,9 @@ from bimedix_jax.kernels.permute import combine, dispatch, sort_by_expert
 
 ROWS, WIDTH, EXPERTS, RANK = 24, 32, 3, 4
 GROUPS = ([4, 0, 20], [10, 9, 1])
-"""Two divisions of the rows among the experts."""
+"""Two sets of group sizes."""
 INTERPRETED = ("triton", "mosaic_tpu")
-"""JAX's interpreter of Pallas kernels has no types for what varies over a mesh; compilers do (test_codegen_*.py)."""
+"""JAX's interpreter of Pallas kernels does not support `check_vma`; the compilers do (test_codegen_*.py)."""
 
 Operation = Callable[[jax.Array, Any, Any, jax.Array], jax.Array]
 """(x, trained weights, frozen weights, group sizes) -> y like x."""
@@ -51,7 +51,7 @@ def mixed(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.A
 
 
 def layered(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
-    """As many layers as there are experts; the groups are what all of them read."""
+    """One layer for each expert; all layers use the same groups."""
 
     def body(rows: jax.Array, x: jax.Array, layer: Any, slot: Any) -> tuple[jax.Array, None, Any]:
         return jnp.tanh(x @ layer + rows[:, None]), None, slot
@@ -84,7 +84,7 @@ OPERATIONS = operations()
 
 
 def draw(layers: int) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
-    """(x of two divisions, trained and frozen weights of each layer, group sizes of the divisions)."""
+    """(x for each set of group sizes, trained and frozen weights of each layer, the group sizes)."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, ROWS, WIDTH)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((layers, EXPERTS, WIDTH, WIDTH)), jnp.float32) / 4
@@ -92,7 +92,7 @@ def draw(layers: int) -> tuple[jax.Array, jax.Array, Any, jax.Array]:
 
 
 def gradients(operation: Operation, x: jax.Array, trained: Any, frozen: Any, groups: jax.Array) -> tuple:
-    """(y, (dx, dtrained)) of a loss that is not linear in y."""
+    """(y, (dx, dtrained)) for a loss that is nonlinear in y."""
     y, pullback = jax.vjp(lambda x, trained: operation(x, trained, frozen, groups), x, trained)
     return y, pullback(jnp.cos(y))
 
@@ -104,15 +104,15 @@ def assert_equal(got: Any, expected: Any) -> None:
 
 @functools.cache
 def one_by_one(name: str) -> list[tuple]:
-    """`gradients` of each division on its own, compiled: what all else must equal."""
+    """`gradients` for each set of group sizes separately, compiled: the expected values of all tests."""
     x, trained, frozen, groups = draw(1)
     run = jax.jit(functools.partial(gradients, OPERATIONS[name]))
     return [run(x[i], trained[0], frozen[0], groups[i]) for i in range(2)]
 
 
-# an interpreted kernel is compiled in either case
+# interpreted kernels are compiled with and without jit
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if not any(backend in name for backend in INTERPRETED)])
-def test_jit_changes_nothing(name: str) -> None:
+def test_jit(name: str) -> None:
     x, trained, frozen, groups = draw(1)
     assert_equal(OPERATIONS[name](x[0], trained[0], frozen[0], groups[0]), one_by_one(name)[0][0])
 

@@ -10,7 +10,7 @@ from bimedix_jax.kernels.unstacked import Unstacked, stack, unstack
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
-def test_parts_are_those_of_the_array(dtype: str) -> None:
+def test_parts_equal_the_array(dtype: str) -> None:
     array = jnp.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).astype(dtype)
     found = unstack(array, 2)
     assert (found.shape, found.ndim, found.dtype, len(found)) == (array.shape, 4, array.dtype, 2)
@@ -43,6 +43,6 @@ def test_traced_arrays_and_keys_are_indexed() -> None:
     np.testing.assert_array_equal(jax.jit(lambda x: unstack(x, 1)[1])(jnp.arange(6).reshape(2, 3)), [3, 4, 5])
 
 
-def test_no_more_levels_than_axes() -> None:
+def test_more_levels_than_axes_raise() -> None:
     with pytest.raises(ValueError, match="between 0 and the 2 axes of the array; got 3"):
         unstack(jnp.ones((2, 3)), 3)

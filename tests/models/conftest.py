@@ -1,4 +1,4 @@
-"""Live Hugging Face Mixtrals as the reference, and the same weights in ours."""
+"""Random Hugging Face Mixtrals as the reference, and our models with the same weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from bimedix_jax.models.mixtral import Mixtral
 
 
 def hugging_face(config: MixtralConfig, seed: int = 0) -> transformers.MixtralForCausalLM:
-    """A random float32 model of this architecture, with weights large enough to route decisively."""
+    """A random float32 model of this architecture, with weights large enough for clear routing decisions."""
     torch.manual_seed(seed)
-    # torch's grouped_mm refuses odd widths; the constructor takes both names without declaring them
+    # torch's grouped_mm rejects odd widths; the constructor accepts both names but does not declare them
     eager: dict[str, Any] = {"attn_implementation": "eager", "experts_implementation": "eager"}
     hf_config = transformers.MixtralConfig(
         vocab_size=config.vocab_size,
@@ -45,7 +45,7 @@ def hugging_face(config: MixtralConfig, seed: int = 0) -> transformers.MixtralFo
 
 
 def tree_of(hf: transformers.MixtralForCausalLM, of: Callable[[Any], torch.Tensor | None]) -> dict[str, np.ndarray]:
-    """`of(parameter)` (its value, its gradient) of every weight, in our names and layout."""
+    """`of(parameter)`, such as the value or the gradient, of every weight, with our names and shapes."""
     layers, width = hf.model.layers, hf.config.intermediate_size
 
     def array(parameter: Any) -> np.ndarray:
@@ -89,7 +89,7 @@ def ours(config: MixtralConfig, tree: dict[str, np.ndarray]) -> Mixtral:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """The same weights twice."""
+    """The reference and our model, with the same weights."""
 
     config: MixtralConfig
     hf: transformers.MixtralForCausalLM

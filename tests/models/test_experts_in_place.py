@@ -1,4 +1,4 @@
-"""On a CPU the loop over layers leaves dense experts in their stack, unless their gradient is taken."""
+"""On a CPU the loop over layers does not slice dense experts from their stack, unless their gradient is taken."""
 
 import dataclasses
 
@@ -25,8 +25,8 @@ def config() -> MixtralConfig:
 
 
 @pytest.mark.parametrize("base", ["bfloat16", "float32"])
-def test_experts_stay_in_the_stack_only_without_gradients(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as many rows as the fused experts take; the layers differ, so that reading a wrong one shows."""
+def test_experts_are_sliced_only_for_gradients(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With enough rows for the fused backend. The layers differ, so that reading a wrong layer fails."""
     graph, weights = nnx.split(init_random(config(), dtype=base))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config().vocab_size, (2, 64)))
     seen = []

@@ -1,4 +1,4 @@
-"""Properties of the model: causality; padding and packing change nothing; plans steer; fresh adapters are the base."""
+"""Properties of the model: causality, padding, packing, caches, plans, rematerialisation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def tokens() -> np.ndarray:
 
 
 @nnx.jit
-def run(
+def apply(
     model: Mixtral,
     tokens: jax.Array | np.ndarray,
     segments: jax.Array | np.ndarray | None = None,
@@ -50,16 +50,16 @@ def close(got: jax.Array, expected: jax.Array, limit: float = 2e-5) -> None:
 def test_causality(model: Mixtral, tokens: np.ndarray) -> None:
     changed = tokens.copy()
     changed[:, 7] = (changed[:, 7] + 1) % 53
-    before, after = run(model, tokens), run(model, changed)
+    before, after = apply(model, tokens), apply(model, changed)
     close(after.logits_BTV[:, :7], before.logits_BTV[:, :7])
     assert np.abs(after.logits_BTV[:, 7:] - before.logits_BTV[:, 7:]).max() > 1e-3
 
 
-def test_padding_on_either_side_changes_nothing(model: Mixtral, tokens: np.ndarray) -> None:
-    expected = run(model, tokens)
+def test_padding_has_no_effect(model: Mixtral, tokens: np.ndarray) -> None:
+    expected = apply(model, tokens)
     for left, right in ((3, 0), (0, 3), (2, 4)):
         pad = ((0, 0), (left, right))
-        out = run(model, np.pad(tokens, pad), np.pad(np.ones_like(tokens), pad))
+        out = apply(model, np.pad(tokens, pad), np.pad(np.ones_like(tokens), pad))
         inside = slice(left, left + tokens.shape[1])
         close(out.logits_BTV[:, inside], expected.logits_BTV)
         close(out.aux_loss, expected.aux_loss)
@@ -71,9 +71,9 @@ def test_packed_documents_equal_documents_alone(model: Mixtral, tokens: np.ndarr
     a, b = tokens[:1, :5], tokens[1:, :9]
     packed = np.concatenate([a, b, np.zeros((1, 2), int)], axis=1)
     segments = np.array([[1] * 5 + [2] * 9 + [0] * 2])
-    out = run(model, packed, segments)
-    close(out.logits_BTV[:, :5], run(model, a).logits_BTV)
-    close(out.logits_BTV[:, 5:14], run(model, b).logits_BTV)
+    out = apply(model, packed, segments)
+    close(out.logits_BTV[:, :5], apply(model, a).logits_BTV)
+    close(out.logits_BTV[:, 5:14], apply(model, b).logits_BTV)
 
 
 def test_positions_restart_in_each_segment() -> None:
@@ -82,7 +82,7 @@ def test_positions_restart_in_each_segment() -> None:
 
 
 def test_cache_continues_left_padded_prompts(model: Mixtral, tokens: np.ndarray) -> None:
-    expected = run(model, tokens)
+    expected = apply(model, tokens)
     segments = np.ones_like(tokens)
     short = np.pad(tokens[:, :6], ((0, 0), (3, 0)))
     cache = KVCache.zeros(model.config, 2, 16, "float32")
@@ -93,19 +93,19 @@ def test_cache_continues_left_padded_prompts(model: Mixtral, tokens: np.ndarray)
         close(out.logits_BTV[:, 0], expected.logits_BTV[:, t])
 
 
-def test_too_long_an_input_is_refused(model: Mixtral) -> None:
+def test_too_long_inputs_raise(model: Mixtral) -> None:
     with pytest.raises(ValueError, match="max_position_embeddings 64; use shorter"):
         model(np.zeros((1, 65), int))
 
 
 def test_any_integer_dtype(model: Mixtral, tokens: np.ndarray) -> None:
-    expected = run(model, tokens).logits_BTV
+    expected = apply(model, tokens).logits_BTV
     for dtype in (np.int64, np.int32, np.uint8):
-        assert np.array_equal(run(model, tokens.astype(dtype)).logits_BTV, expected)
+        assert np.array_equal(apply(model, tokens.astype(dtype)).logits_BTV, expected)
 
 
 def test_routing_record(model: Mixtral, tokens: np.ndarray) -> None:
-    routing = run(model, tokens).routing
+    routing = apply(model, tokens).routing
     assert routing.experts_LBTK.shape == (3, 2, 12, 2)
     assert routing.logits_LBTE.shape == (3, 2, 12, 4)
     assert np.allclose(routing.weights_LBTK.sum(-1), 1, atol=1e-6)
@@ -117,9 +117,9 @@ def vary(plan: RoutingPlan, field: str, change: Callable[[jax.Array], jax.Array]
     return dataclasses.replace(plan, **{field: change(getattr(plan, field))})
 
 
-def test_a_neutral_plan_changes_nothing_and_other_values_do_not_recompile(model: Mixtral, tokens: np.ndarray) -> None:
+def test_neutral_plans_have_no_effect_and_new_values_do_not_recompile(model: Mixtral, tokens: np.ndarray) -> None:
     plan = RoutingPlan.neutral(model.config)
-    expected = run(model, tokens)
+    expected = apply(model, tokens)
     graph, state = nnx.split(model)
     traces = 0
 
@@ -146,21 +146,23 @@ def test_a_neutral_plan_changes_nothing_and_other_values_do_not_recompile(model:
 
 
 def test_replaying_the_record_reproduces_the_run(model: Mixtral, tokens: np.ndarray) -> None:
-    expected = run(model, tokens)
+    expected = apply(model, tokens)
     record = expected.routing
-    other = run(model, tokens, None, RoutingPlan(bias_LBTE=jnp.full((3, 1, 1, 4), 0.0).at[..., 0].set(-1e9)))
+    other = apply(model, tokens, None, RoutingPlan(bias_LBTE=jnp.full((3, 1, 1, 4), 0.0).at[..., 0].set(-1e9)))
     assert np.abs(other.logits_BTV - expected.logits_BTV).max() > 1e-3
-    replayed = run(model, tokens, None, RoutingPlan(experts_LBTK=record.experts_LBTK, weights_LBTK=record.weights_LBTK))
+    replayed = apply(
+        model, tokens, None, RoutingPlan(experts_LBTK=record.experts_LBTK, weights_LBTK=record.weights_LBTK)
+    )
     assert np.array_equal(replayed.routing.experts_LBTK, record.experts_LBTK)
     close(replayed.logits_BTV, expected.logits_BTV)
 
 
-def test_a_plan_that_does_not_fit_is_refused(model: Mixtral, tokens: np.ndarray) -> None:
+def test_plans_of_wrong_shape_raise(model: Mixtral, tokens: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"temperature_LBT has shape \(3, 5, 1\)"):
         model(tokens, plan=RoutingPlan(temperature_LBT=jnp.ones((3, 5, 1))))
 
 
-def test_remat_changes_no_gradient(model: Mixtral, tokens: np.ndarray) -> None:
+def test_remat_does_not_change_gradients(model: Mixtral, tokens: np.ndarray) -> None:
     graph, state = nnx.split(model)
 
     def spread(state: nnx.State, remat: Remat) -> jax.Array:
@@ -171,23 +173,23 @@ def test_remat_changes_no_gradient(model: Mixtral, tokens: np.ndarray) -> None:
         jax.tree.map(close, other, first)
 
 
-def test_nf4_base_is_the_dequantised_base(model: Mixtral, tokens: np.ndarray) -> None:
+def test_nf4_base_equals_the_dequantised_base(model: Mixtral, tokens: np.ndarray) -> None:
     packed = quantise_base(model)
     w = model.layers.moe.w1.w.get_value()
     t = packed.layers.moe.w1.w.get_value()
     assert isinstance(t, NF4Tensor)
     assert t.shape == w.shape
     assert isinstance(w, jax.Array)
-    # the bytes are those of the (out, in) matrix that PyTorch stores
+    # PyTorch stores (out, in) matrices, and so do the packed bytes
     assert np.array_equal(t.packed[1, 2], quantize(w[1, 2].T).packed)
     restored = nnx.merge(*nnx.split(packed), copy=True)
     for layer in linears(restored).values():
         if isinstance(value := layer.w.get_value(), NF4Tensor):
             layer.w.set_value(dequantize(value))
-    close(run(packed, tokens).logits_BTV, run(restored, tokens).logits_BTV)
+    close(apply(packed, tokens).logits_BTV, apply(restored, tokens).logits_BTV)
 
 
-def test_mixtral_config_refuses() -> None:
+def test_invalid_configurations_raise() -> None:
     with pytest.raises(ValueError, match="top_k must be between 1 and num_experts=4"):
         RouterConfig(num_experts=4, top_k=5)
     with pytest.raises(ValueError, match="multiple of num_kv_heads"):

@@ -80,7 +80,7 @@ def test_logits_aux_loss_and_gradients(make_pair, name: str) -> None:
     for path, variable in nnx.to_flat_state(grads):
         key = ".".join(map(str, path))
         ours, theirs = np.asarray(variable.get_value()), reference.pop(key)
-        # with a renormalised top-1 the language model gives the router no gradient; what is left is the aux loss's
+        # under renormalised top-1, the router has no gradient of the language-model loss, only of the aux loss
         scale = max(np.abs(theirs).max(), 1e-2 if key.endswith("router.w") and name == "top1" else 1e-6)
         assert np.abs(ours - theirs).max() <= 1e-3 * scale, key
     assert not reference

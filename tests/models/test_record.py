@@ -1,4 +1,4 @@
-"""How much a call records is static: what was not asked for is not in the program."""
+"""The record of a call is static: parts that are not requested are not in the compiled program."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 
 L, B, T, K, E = 7, 2, 19, 3, 11
-"""No product of some of them is another one, so that an axis can be told from its size."""
+"""No size is a product of others, so that sizes identify axes."""
 CONFIG = tiny(GROUPED, num_layers=L, experts=E, top_k=K, tie_embeddings=True)
 
 
@@ -25,7 +25,7 @@ def model() -> Mixtral:
 
 
 def shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    """Of every value of a program, inner ones too."""
+    """Shapes of all values of a jaxpr, including inner ones."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape"))
     for inner in inner_of(jaxpr):
@@ -44,32 +44,32 @@ def program(model: Mixtral, **asked: Any) -> list[tuple[int, ...]]:
     """Shapes in the forward program."""
     graph, state = nnx.split(model)
 
-    def run(state: nnx.State, tokens: jax.Array) -> Output:
+    def apply(state: nnx.State, tokens: jax.Array) -> Output:
         return nnx.merge(graph, state).hidden(tokens, **asked)
 
-    return list(shapes(jax.make_jaxpr(run)(state, jnp.ones((B, T), jnp.int32)).jaxpr))
+    return list(shapes(jax.make_jaxpr(apply)(state, jnp.ones((B, T), jnp.int32)).jaxpr))
 
 
 def over_layers_and_tokens(found: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
     return {shape for shape in found if L in shape and any(size % T == 0 for size in shape)}
 
 
-def test_no_record_means_no_value_over_layers_and_tokens(model: Mixtral) -> None:
+def test_without_a_record_no_value_has_layer_and_token_axes(model: Mixtral) -> None:
     assert not over_layers_and_tokens(program(model, record="none"))
     assert not over_layers_and_tokens(program(model, record="none", groups=2))
 
 
-def test_a_record_has_what_was_asked_for_and_no_more(model: Mixtral) -> None:
+def test_a_record_has_the_requested_parts_only(model: Mixtral) -> None:
     assert over_layers_and_tokens(program(model, record="choices")) == {(L, B, T, K)}
     assert over_layers_and_tokens(program(model, record="full")) == {(L, B, T, K), (L, B, T, E)}
 
 
-def test_no_choice_is_written_out_for_every_expert(model: Mixtral) -> None:
+def test_choices_are_not_expanded_to_all_experts(model: Mixtral) -> None:
     for shape in program(model, record="full", groups=2):
         assert not (K in shape and E in shape and any(size % T == 0 for size in shape)), shape
 
 
-def test_what_is_recorded_does_not_change_with_how_much(model: Mixtral) -> None:
+def test_all_records_agree(model: Mixtral) -> None:
     tokens = np.random.default_rng(0).integers(0, 64, (B, T))
     full, choices, none = (model(tokens, record=record, groups=1) for record in ("full", "choices", "none"))
     assert none.routing is None
@@ -83,7 +83,7 @@ def test_what_is_recorded_does_not_change_with_how_much(model: Mixtral) -> None:
         np.testing.assert_allclose(other.aux_loss, full.aux_loss, rtol=1e-6)
 
 
-def test_sums_that_were_not_asked_for_are_refused(model: Mixtral) -> None:
+def test_losses_without_sums_raise(model: Mixtral) -> None:
     out = model(np.ones((1, 4), int))
     assert out.sums is None
     with pytest.raises(ValueError, match="pass groups=1"):

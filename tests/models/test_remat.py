@@ -1,4 +1,4 @@
-"""What the backward pass recomputes changes its memory and nothing else."""
+"""Rematerialisation changes memory, not gradients."""
 
 import importlib.util
 from pathlib import Path
@@ -32,7 +32,7 @@ def gradient_of(remat: Remat) -> tuple[dict, int]:
     return nnx.to_pure_dict(compiled(state)), memory.temp_size_in_bytes
 
 
-def test_three_policies_give_the_same_gradients_in_ever_less_memory() -> None:
+def test_policies_give_the_same_gradients_with_less_memory() -> None:
     (everything, most), (products, some), (layers, least) = (
         gradient_of(remat) for remat in ("none", "experts", "layer")
     )
@@ -56,8 +56,8 @@ def routes() -> Any:
 
 
 @pytest.mark.parametrize(("mode", "devices"), [("none", 1), ("experts", 1), ("layer", 1), ("layer", 2)])
-def test_a_recomputation_that_routes_differently_changes_no_gradient(routes, mode: str, devices: int) -> None:
-    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):  # they compile fast
+def test_gradients_do_not_depend_on_recomputed_routes(routes, mode: str, devices: int) -> None:
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):  # these compile fast
         found = routes.compare(mode, devices)
     assert found["gradient_change"] <= 1e-6
     if mode == "none":
@@ -67,7 +67,7 @@ def test_a_recomputation_that_routes_differently_changes_no_gradient(routes, mod
         assert found["flips_injected"] >= 100
 
 
-def test_without_kept_routes_the_gradient_is_another_one(routes) -> None:
-    """What the test above would find."""
+def test_without_kept_routes_gradients_change(routes) -> None:
+    """So the test above can fail."""
     with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
         assert routes.unprotected("layer") > 0.01

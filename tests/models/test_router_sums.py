@@ -27,7 +27,7 @@ def logits() -> jax.Array:
 
 
 def summed(x: jax.Array, group_BT: jax.Array, groups: int, valid_BT: jax.Array) -> RouterSums:
-    """Layers one by one, stacked as the loop over layers does it."""
+    """Sums of each layer, stacked like in the loop over layers."""
     layers = [
         sums_of(
             decide(layer, RouterConfig(num_experts=E, top_k=2), RoutingPlan(), valid_BT),
@@ -43,7 +43,7 @@ def everywhere(value: int = 0) -> jax.Array:
     return jnp.full((B, T), value)
 
 
-def test_sums_are_those_of_the_record() -> None:
+def test_sums_equal_those_of_the_record() -> None:
     group = jnp.asarray(np.random.default_rng(1).integers(0, 3, (B, T)))
     valid = jnp.ones((B, T), bool).at[0, 4:].set(False)
     sums = summed(logits(), group, 3, valid)
@@ -64,7 +64,7 @@ def test_sums_are_those_of_the_record() -> None:
         close(sums.tokens_LX[:, g], inside.sum())
 
 
-def test_balanced_routing_costs_top_k() -> None:
+def test_loss_of_balanced_routing_is_top_k() -> None:
     x = 9.0 * jnp.eye(4)[jnp.array([[0, 1, 2, 3]])] + 8.0 * jnp.eye(4)[jnp.array([[1, 2, 3, 0]])]
     sums = sums_of(decide(x, RouterConfig(num_experts=4, top_k=2), RoutingPlan()), jnp.zeros((1, 4), jnp.int32), 1)
     sums = jax.tree.map(lambda leaf: leaf[None], sums)
@@ -72,7 +72,7 @@ def test_balanced_routing_costs_top_k() -> None:
         assert np.isclose(load_balancing_loss(sums, scope), 2.0)
 
 
-def test_padding_counts_nowhere() -> None:
+def test_padding_is_not_summed() -> None:
     valid = jnp.ones((B, T), bool).at[1, 2:].set(False).at[2].set(False)
     by_row = jnp.broadcast_to(jnp.arange(B)[:, None], (B, T))
     x = logits()
@@ -85,7 +85,7 @@ def test_padding_counts_nowhere() -> None:
     np.testing.assert_allclose(losses(changed), losses(x), rtol=1e-5)
 
 
-def test_global_scope_adds_up_over_micro_batches_and_its_gradient_is_exact() -> None:
+def test_global_scope_sums_over_micro_batches_with_exact_gradients() -> None:
     valid = jnp.ones((B, T), bool).at[0, 4:].set(False)
     rows = [slice(i, i + 1) for i in range(B)]
 

@@ -1,4 +1,4 @@
-"""What every router variant declares about itself, and that each obeys every field of a plan."""
+"""Declared properties of every router variant, and its obedience to every field of a plan."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from bimedix_jax.models.routers import NO_EXPERT, ROUTERS, Routing, RoutingPlan,
 
 B, T, E = 3, 6, 4
 SCALES = {name: 1.7 if "scale" in router.reads else 1.0 for name, router in ROUTERS.items()}
-"""A scale that shows, where the variant reads one."""
+"""Configuration with a scale other than 1, if the variant reads one."""
 
 every_variant = pytest.mark.parametrize("variant", ROUTERS)
 
@@ -28,11 +28,11 @@ def config(variant: str, top_k: int = 2, experts: int = E) -> RouterConfig:
 
 
 def state(variant: str, experts: int = E) -> jax.Array | None:
-    """Large enough to change choices; the first ones of more experts."""
+    """Logits that are far enough apart for clear choices."""
     return None if ROUTERS[variant].update is None else jnp.linspace(-0.5, 0.5, E)[:experts]
 
 
-def run(variant: str, plan: RoutingPlan | None = None, top_k: int = 2, experts: int = E, **given) -> Routing:
+def routed(variant: str, plan: RoutingPlan | None = None, top_k: int = 2, experts: int = E, **given) -> Routing:
     return route(
         logits(experts), config(variant, top_k, experts), plan or RoutingPlan(), state=state(variant, experts), **given
     )
@@ -47,7 +47,7 @@ FORMULAS = {
     "softmax_topk": lambda x, chosen, scale: scale * np.exp(x)[chosen] / np.exp(x).sum(),
     "sigmoid_bias": lambda x, chosen, scale: scale * sigmoid(x)[chosen] / sigmoid(x)[chosen].sum(),
 }
-"""Weights of the chosen experts [K] of one token with logits x [E], from the papers; a new variant adds its own."""
+"""Weights of the chosen experts [K] of one token with logits x [E], from the papers. Add a row for a new variant."""
 
 
 def oracle(x: np.ndarray, chosen: np.ndarray, router: RouterConfig) -> np.ndarray:
@@ -58,7 +58,7 @@ def oracle(x: np.ndarray, chosen: np.ndarray, router: RouterConfig) -> np.ndarra
 @every_variant
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_declared_properties(variant: str, top_k: int) -> None:
-    routing = run(variant, top_k=top_k)
+    routing = routed(variant, top_k=top_k)
     experts, weights = np.asarray(routing.experts_LBTK), np.asarray(routing.weights_LBTK)
     assert experts.shape == weights.shape == (B, T, top_k)
     assert experts.dtype == np.int32
@@ -76,8 +76,8 @@ def test_declared_properties(variant: str, top_k: int) -> None:
 
 
 @every_variant
-def test_weights_and_gradients_are_those_of_a_float64_oracle(variant: str) -> None:
-    experts = np.asarray(run(variant).experts_LBTK)
+def test_weights_and_gradients_equal_the_float64_formula(variant: str) -> None:
+    experts = np.asarray(routed(variant).experts_LBTK)
     mix = np.random.default_rng(1).standard_normal(experts.shape)
 
     def loss(x: jax.Array) -> jax.Array:
@@ -99,8 +99,8 @@ def test_weights_and_gradients_are_those_of_a_float64_oracle(variant: str) -> No
 
 
 @every_variant
-def test_a_token_is_routed_by_its_own_logits_alone(variant: str) -> None:
-    before = run(variant)
+def test_tokens_are_routed_independently(variant: str) -> None:
+    before = routed(variant)
     changed = logits().at[1, 2].set(-logits()[1, 2])
     after = route(changed, config(variant), RoutingPlan(), state=state(variant))
     differs = np.asarray(before.weights_LBTK != after.weights_LBTK).any(-1)
@@ -110,18 +110,18 @@ def test_a_token_is_routed_by_its_own_logits_alone(variant: str) -> None:
 @every_variant
 def test_shift_invariance_is_as_declared(variant: str) -> None:
     shifted = route(logits() + 3.0, config(variant), RoutingPlan(), state=state(variant))
-    same = np.allclose(shifted.weights_LBTK, run(variant).weights_LBTK, rtol=1e-5)
+    same = np.allclose(shifted.weights_LBTK, routed(variant).weights_LBTK, rtol=1e-5)
     assert same == ROUTERS[variant].shift_invariant
 
 
 @every_variant
-def test_a_ban_is_obeyed(variant: str) -> None:
+def test_banned_experts_are_not_chosen(variant: str) -> None:
     bias = jnp.zeros((1, 1, E)).at[..., 3].set(-1e9)
-    routing = run(variant, RoutingPlan(bias_LBTE=bias))
+    routing = routed(variant, RoutingPlan(bias_LBTE=bias))
     experts = np.asarray(routing.experts_LBTK)
     assert (experts != 3).all()
-    assert (run(variant).experts_LBTK == 3).any(), "without the ban it is chosen"
-    # it is as if the expert did not exist: what is left is renormalised
+    assert (routed(variant).experts_LBTK == 3).any(), "without the ban it is chosen"
+    # the same as without the expert: the weights of the others are renormalised
     three = route(logits()[..., :3], config(variant, experts=3), RoutingPlan(), state=state(variant, 3))
     np.testing.assert_array_equal(experts, three.experts_LBTK)
     np.testing.assert_allclose(routing.weights_LBTK, three.weights_LBTK, rtol=1e-5)
@@ -129,23 +129,23 @@ def test_a_ban_is_obeyed(variant: str) -> None:
 
 @every_variant
 @pytest.mark.parametrize("temperature", [1e-9, 1e9])
-def test_no_temperature_softens_a_ban_or_bans(variant: str, temperature: float) -> None:
+def test_temperatures_do_not_change_bans(variant: str, temperature: float) -> None:
     plan = RoutingPlan(
         bias_LBTE=jnp.zeros((1, 1, E)).at[..., 1].set(-1e9), temperature_LBT=jnp.full((1, 1), temperature)
     )
-    experts = np.asarray(run(variant, plan).experts_LBTK)
+    experts = np.asarray(routed(variant, plan).experts_LBTK)
     assert (experts != 1).all()
     assert (experts != NO_EXPERT).all()
 
 
 @every_variant
-def test_bans_that_leave_too_few_experts_leave_slots_empty(variant: str) -> None:
+def test_slots_are_empty_if_too_few_experts_are_left(variant: str) -> None:
     bias = jnp.full((1, 1, E), -1e9).at[..., 2].set(0.0)
-    routing = run(variant, RoutingPlan(bias_LBTE=bias))
+    routing = routed(variant, RoutingPlan(bias_LBTE=bias))
     assert (np.asarray(routing.experts_LBTK) == [2, NO_EXPERT]).all()
     assert (routing.weights_LBTK[..., 1] == 0).all()
     assert (routing.weights_LBTK[..., 0] > 0).all()
-    nothing = run(variant, RoutingPlan(bias_LBTE=jnp.full((1, 1, E), -1e9)))
+    nothing = routed(variant, RoutingPlan(bias_LBTE=jnp.full((1, 1, E), -1e9)))
     assert (nothing.experts_LBTK == NO_EXPERT).all()
     assert (nothing.weights_LBTK == 0).all()
     gradient = jax.grad(
@@ -155,18 +155,20 @@ def test_bans_that_leave_too_few_experts_leave_slots_empty(variant: str) -> None
 
 
 @every_variant
-def test_forced_experts_are_used_in_their_order(variant: str) -> None:
+def test_forced_experts_keep_their_order(variant: str) -> None:
     forced = jnp.asarray(
         np.random.default_rng(0).permuted(np.tile(np.arange(E), (B, T, 1)), axis=-1)[..., :2], jnp.int32
     )
-    routing = run(variant, RoutingPlan(experts_LBTK=forced))
+    routing = routed(variant, RoutingPlan(experts_LBTK=forced))
     np.testing.assert_array_equal(routing.experts_LBTK, forced)
     for place in np.ndindex(B, T):
         expected = oracle(np.asarray(logits(), np.float64)[place], np.asarray(forced)[place], config(variant))
         np.testing.assert_allclose(routing.weights_LBTK[place], expected, rtol=1e-5)
-    half = run(variant, RoutingPlan(experts_LBTK=jnp.asarray([[[2, -1]]], jnp.int32)))
+    half = routed(variant, RoutingPlan(experts_LBTK=jnp.asarray([[[2, -1]]], jnp.int32)))
     best = np.where(
-        np.asarray(run(variant, top_k=1).experts_LBTK[..., 0]) == 2, -2, run(variant, top_k=1).experts_LBTK[..., 0]
+        np.asarray(routed(variant, top_k=1).experts_LBTK[..., 0]) == 2,
+        -2,
+        routed(variant, top_k=1).experts_LBTK[..., 0],
     )
     assert (half.experts_LBTK[..., 0] == 2).all()
     assert ((best == -2) | (half.experts_LBTK[..., 1] == best)).all(), "the other slot is the router's best"
@@ -174,36 +176,36 @@ def test_forced_experts_are_used_in_their_order(variant: str) -> None:
 
 @every_variant
 def test_forced_weights_are_used(variant: str) -> None:
-    routing = run(variant, RoutingPlan(weights_LBTK=jnp.asarray([[[0.25, -1.0]]])))
+    routing = routed(variant, RoutingPlan(weights_LBTK=jnp.asarray([[[0.25, -1.0]]])))
     assert (routing.weights_LBTK[..., 0] == 0.25).all()
-    np.testing.assert_array_equal(routing.weights_LBTK[..., 1], run(variant).weights_LBTK[..., 1])
+    np.testing.assert_array_equal(routing.weights_LBTK[..., 1], routed(variant).weights_LBTK[..., 1])
 
 
 @every_variant
-def test_bias_then_temperature_act_on_the_logits(variant: str) -> None:
+def test_bias_applies_before_temperature(variant: str) -> None:
     bias, temperature = jnp.asarray([[[0.5, -0.25, 0.0, 1.0]]]), jnp.asarray([[0.5]])
     steered = (logits() + bias) / temperature[..., None]
     direct = route(steered, config(variant), RoutingPlan(), state=state(variant))
-    planned = run(variant, RoutingPlan(bias_LBTE=bias, temperature_LBT=temperature))
+    planned = routed(variant, RoutingPlan(bias_LBTE=bias, temperature_LBT=temperature))
     np.testing.assert_array_equal(planned.experts_LBTK, direct.experts_LBTK)
     np.testing.assert_allclose(planned.weights_LBTK, direct.weights_LBTK, rtol=1e-5)
     np.testing.assert_array_equal(planned.logits_LBTE, logits(), "the record has the router's own")
 
 
 @every_variant
-def test_noise_depends_on_key_row_and_position_alone(variant: str) -> None:
+def test_noise_depends_on_key_row_and_position_only(variant: str) -> None:
     keys = token_keys(jax.random.key(5).reshape(1, 1), jnp.arange(B)[:, None], jnp.arange(T)[None])
     plan = RoutingPlan(noise_LBT=jnp.full((1, 1), 2.0))
-    noisy = run(variant, plan, key=keys)
-    assert not np.array_equal(noisy.weights_LBTK, run(variant).weights_LBTK)
-    np.testing.assert_array_equal(noisy.weights_LBTK, run(variant, plan, key=keys).weights_LBTK)
+    noisy = routed(variant, plan, key=keys)
+    assert not np.array_equal(noisy.weights_LBTK, routed(variant).weights_LBTK)
+    np.testing.assert_array_equal(noisy.weights_LBTK, routed(variant, plan, key=keys).weights_LBTK)
     rows = route(logits()[1:, 2:], config(variant), plan, state=state(variant), key=keys[1:, 2:])
     np.testing.assert_array_equal(rows.weights_LBTK, noisy.weights_LBTK[1:, 2:])
     with pytest.raises(ValueError, match="needs a key for each token"):
-        run(variant, plan)
+        routed(variant, plan)
 
 
-def test_noise_has_the_standard_deviation_that_is_asked_for() -> None:
+def test_noise_has_the_requested_standard_deviation() -> None:
     rows, columns = jnp.arange(50)[:, None], jnp.arange(40)[None]
     keys = token_keys(jax.random.key(0).reshape(1, 1), rows, columns)
     plan = RoutingPlan(noise_LBT=jnp.full((1, 1), 3.0), bias_LBTE=jnp.asarray([[[0.0, 0, -1e9, -1e9]]]))
@@ -217,18 +219,18 @@ def test_padding_gets_no_expert(variant: str) -> None:
     valid = jnp.ones((B, T), bool).at[0, :3].set(False)
     forced = RoutingPlan(experts_LBTK=jnp.asarray([[[1, -1]]], jnp.int32), weights_LBTK=jnp.asarray([[[0.5, 0.5]]]))
     for plan in (RoutingPlan(), forced):
-        routing = run(variant, plan, valid_BT=valid)
+        routing = routed(variant, plan, valid_BT=valid)
         assert (routing.experts_LBTK[0, :3] == NO_EXPERT).all()
         assert (routing.weights_LBTK[0, :3] == 0).all()
         assert (routing.experts_LBTK[valid] != NO_EXPERT).all()
 
 
-def test_nan_is_not_hidden() -> None:
+def test_nan_stays_visible() -> None:
     routing = route(logits().at[0, 0, 0].set(jnp.nan), RouterConfig(num_experts=E, top_k=2), RoutingPlan())
     assert np.isnan(routing.weights_LBTK[0, 0]).any()
 
 
-def test_the_balancing_bias_changes_choices_and_no_weights() -> None:
+def test_the_balancing_bias_changes_choices_but_not_weights() -> None:
     router = config("sigmoid_bias")
     plain = route(logits(), router, RoutingPlan(), state=jnp.zeros(E))
     pushed = route(logits(), router, RoutingPlan(), state=jnp.asarray([2.0, 0, 0, 0]))
@@ -256,14 +258,14 @@ def test_unknown_variant() -> None:
         route(logits(), RouterConfig(num_experts=4, top_k=2, variant="best"), RoutingPlan())
 
 
-def test_a_parameter_that_the_variant_does_not_read_is_refused() -> None:
+def test_parameters_that_the_variant_does_not_read_raise() -> None:
     with pytest.raises(ValueError, match="'topk' does not read scale"):
         router_of(RouterConfig(num_experts=4, top_k=2, scale=2.0))
     with pytest.raises(ValueError, match="'softmax_topk' does not read bias_rate"):
         router_of(RouterConfig(num_experts=4, top_k=2, variant="softmax_topk", bias_rate=0.1))
 
 
-def test_experts_that_do_not_exist_are_refused(base_config) -> None:
+def test_invalid_plans_raise(base_config) -> None:
     with pytest.raises(ValueError, match=r"outside of -1 .. 3"):
         RoutingPlan(experts_LBTK=jnp.full((2, 1, 1, 2), 4)).check(base_config, 1, 1)
     with pytest.raises(ValueError, match="same expert twice"):
@@ -286,7 +288,7 @@ def test_experts_that_do_not_exist_are_refused(base_config) -> None:
         ("noise_LBT", -1.0),
     ],
 )
-def test_values_without_meaning_are_refused(base_config, field: str, value: float) -> None:
+def test_invalid_plan_values_raise(base_config, field: str, value: float) -> None:
     plan = RoutingPlan.neutral(base_config)
     fields = {"noise_LBT": np.zeros((2, 1, 1)), "keys_LBT": RoutingPlan.noisy(base_config, 1.0).keys_LBT}
     plan = dataclasses.replace(plan, **fields)
@@ -296,7 +298,7 @@ def test_values_without_meaning_are_refused(base_config, field: str, value: floa
 
 
 @pytest.mark.parametrize("wrong", [{"experts_LBTK": [0.5, 1]}, {"bias_LBTE": ["a"] * 4}, {"keys_LBT": [1]}, False, {}])
-def test_what_is_no_plan_is_refused(base_config, wrong: Any) -> None:
+def test_objects_other_than_plans_raise(base_config, wrong: Any) -> None:
     plan = RoutingPlan(**wrong) if wrong else wrong
     with pytest.raises(ValueError, match="RoutingPlan"):
         checked_plan(plan, base_config, 1, 1)
@@ -310,12 +312,12 @@ def test_a_plan_may_be_lists_or_float64(base_config) -> None:
 
 
 @pytest.mark.parametrize("experts", [-1, 4, 1.5, True, [True, False, False, True], "1", [[1]], None])
-def test_a_ban_names_experts_of_the_model(base_config, experts: Any) -> None:
+def test_bans_of_missing_experts_raise(base_config, experts: Any) -> None:
     with pytest.raises(ValueError, match="is not among the experts of this model; give numbers from 0 to 3"):
         RoutingPlan.ban(base_config, experts)
 
 
-def test_a_plan_reads_each_token_at_its_own_place(base_config) -> None:
+def test_a_plan_for_other_tokens_reads_their_rows_and_positions(base_config) -> None:
     rng = np.random.default_rng(0)
     noisy = RoutingPlan.noisy(base_config, 1.0)
     fields: dict[str, Any] = {
