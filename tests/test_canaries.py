@@ -149,7 +149,7 @@ def sizes_kept(function: Any, policy: Any, size: int) -> set[int]:
 
 
 def test_checkpoint_policies():
-    """checkpoint_name of a pytree, and a policy that keeps the named values alone (models/mixtral.py)."""
+    """checkpoint_name of a pytree, and a policy that keeps the named values only (models/remat.py)."""
 
     def function(x: Any) -> Any:
         named = checkpoint_name(Packed(x @ jnp.ones((5, 2)), x @ jnp.ones((5, 3))), "routes")
@@ -326,7 +326,7 @@ def test_text_of_collectives():
 
 
 def test_graphdef():
-    """A GraphDef is a static argument of jit, equal for equal structures only (models/mixtral.py, generate.py)."""
+    """A GraphDef is a static argument of jit, equal for equal structures only (models/base.py, generate.py)."""
     traced = []
     run = jax.jit(lambda graph, state: (traced.append(graph), nnx.merge(graph, state).w[...])[1], static_argnums=0)
     for value, width in ((1.0, 3), (2.0, 3), (2.0, 4)):
@@ -353,7 +353,7 @@ def test_variable_replace():
 
 
 def test_variable_value():
-    """A Variable holds a pytree, whose leaves lax.scan slices in a State (models/linear.py, models/mixtral.py)."""
+    """A Variable holds a pytree, whose leaves lax.scan slices in a State (models/linear.py, models/layer_loop.py)."""
     graph, state = nnx.split(Layer(Packed(jnp.arange(2), jnp.arange(2.0))))
     _, layers = lax.scan(lambda _, state: (None, nnx.merge(graph, state).w.get_value()), None, state)
     assert (type(layers), layers.codes.tolist(), layers.scales.tolist()) == (Packed, [0, 1], [0.0, 1.0])
