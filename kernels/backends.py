@@ -10,7 +10,7 @@ OPERATIONS = ("layer_scan", "expert_mlp", "grouped_matmul", "nf4_matmul", "group
 """Operations with more than one backend; the table of backends is in the api.py of each."""
 
 
-class Record:
+class Choices:
     """Names of the backends that were chosen, by operation."""
 
     def __init__(self) -> None:
@@ -50,9 +50,9 @@ def use(platform: str | None = None, **names: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Record]:
+def recording() -> Iterator[Choices]:
     """Records the backends that are chosen inside, which happens while functions are traced."""
-    with recorder(record := Record()):
+    with recorder(record := Choices()):
         yield record
 
 

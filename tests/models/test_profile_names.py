@@ -1,5 +1,6 @@
 """Stages have names in compiled programs, so that a profile shows which stage of the model an operation belongs to."""
 
+import dataclasses
 import re
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import GROUPED
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.attention import KVCache
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LoraConfig, RouterConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.training.losses import next_token_loss
@@ -38,21 +40,8 @@ TOKENS = np.arange(12)[None] % 31
 
 @pytest.fixture(scope="module")
 def model() -> Mixtral:
-    config = MixtralConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        router=RouterConfig(num_experts=4, top_k=2, variant="softmax_topk"),
-        rope_theta=1e4,
-        rms_norm_eps=1e-5,
-        sliding_window=None,
-        tie_embeddings=False,
-        max_position_embeddings=32,
-    )
+    router = RouterConfig(num_experts=4, top_k=2, variant="softmax_topk")  # scores of `topk` need no operation
+    config = dataclasses.replace(GROUPED, router=router)
     return add_lora(init_random(config, std=0.2), LoraConfig(rank=4, alpha=8.0))
 
 
