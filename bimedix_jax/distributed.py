@@ -1,7 +1,7 @@
-"""Several processes as one program: start, agreement, and what becomes of the others when one dies.
+"""Several processes as one program: joining them, exchanging values, and stopping when one of them dies.
 
-JAX's own runtime does the work (`jax.distributed`): it finds the processes of SLURM, TPU pods, Open MPI and Kubernetes
-by itself; elsewhere three environment variables say who is who. Every process runs the same command.
+`jax.distributed` does the work. It detects the processes of SLURM, TPU pods, Open MPI and Kubernetes; elsewhere three
+environment variables name the coordinator and number the processes. Every process runs the same command.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from bimedix_jax.errors import BimedixError
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 40
-"""Silence after which a process counts as dead; the others are told within about as long again."""
+"""A process without a heartbeat for this long counts as dead; the others learn of it within about as long again."""
 START_SECONDS = 300
-"""How long processes wait for each other at the start."""
+"""How long the processes wait for each other when they start."""
 VARIABLES = ("BIMEDIX_COORDINATOR", "BIMEDIX_PROCESSES", "BIMEDIX_PROCESS")
-"""host:port of process 0, number of processes, and this process's number from 0: for plain ssh and for tests."""
+"""host:port of process 0, number of processes, and the number of this process from 0; for plain ssh and tests."""
 
 
 def start() -> None:
-    """Joins the other processes of this run; to be called before any other use of JAX, by `--distributed`.
+    """Joins the other processes of this run, for `--distributed`. Call it before any other use of JAX.
 
     Raises:
-      BimedixError: no cluster is recognised and VARIABLES are not set, or the others cannot be reached.
+      BimedixError: JAX detects no cluster and VARIABLES are not set, or the other processes cannot be reached.
     """
-    # CPU processes reduce over Gloo; where there are accelerators this changes nothing
+    # collectives between CPU processes use Gloo; this has no effect on accelerators
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     if given and len(given) < len(VARIABLES):
@@ -54,84 +54,82 @@ def start() -> None:
         )
     except (ValueError, RuntimeError) as error:  # JaxRuntimeError is a RuntimeError
         raise BimedixError(
-            f"The processes of this run do not find each other ({str(error).splitlines()[0]}); start them "
-            f"by SLURM, on a TPU pod or with mpirun, or set {', '.join(VARIABLES)} in each (see scripts/launch/)."
+            f"The processes of this run cannot connect to each other ({str(error).splitlines()[0]}); start them with "
+            f"SLURM, on a TPU pod or with mpirun, or set {', '.join(VARIABLES)} for each (see scripts/launch/)."
         ) from error
 
 
-def leader() -> bool:
-    """Whether this process writes the files and speaks to the user."""
+def is_process_zero() -> bool:
+    """Whether this process writes the files and prints progress."""
     return jax.process_index() == 0
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
     return jax.process_count() > 1
 
 
-def agree(asked: bool) -> bool:
-    """Whether any process asks; all must call this at the same point."""
-    return bool(np.max(multihost_utils.process_allgather(np.int32(asked)))) if several() else asked
+def any_process(condition: bool) -> bool:
+    """Whether the condition holds on any process. Every process must call this at the same point."""
+    return bool(np.max(multihost_utils.process_allgather(np.int32(condition)))) if is_multiprocess() else condition
 
 
-def agree_later(asks: Callable[[], bool]) -> Callable[[], bool]:
-    """`agree` without a wait: what it returns gives the answer, and waits no longer than for what was launched before.
+def any_process_later(condition: Callable[[], bool]) -> Callable[[], bool]:
+    """`any_process` without blocking: returns a function that gives the answer.
 
-    Several processes exchange their present answers; a single one is asked when the result is called.
+    With several processes the condition is evaluated and exchanged now; the returned function waits at most for the
+    programs that were launched before. With one process the condition is evaluated when the function is called.
     """
-    if not several():
-        return asks
+    if not is_multiprocess():
+        return condition
     devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
     mesh = Mesh(devices, ("process", "device"))
-    each = multihost_utils.host_local_array_to_global_array(np.array([asks()]), mesh, P("process"))
+    each = multihost_utils.host_local_array_to_global_array(np.array([condition()]), mesh, P("process"))
     anyone = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))(each)
     return lambda: bool(anyone.addressable_data(0))
 
 
-def by_leader(action: Callable[[], Any]) -> None:
-    """Runs an action on process 0, and raises on all where it fails there."""
+def on_process_zero(action: Callable[[], Any]) -> None:
+    """Runs an action on process 0. If it fails there, all processes raise."""
     failure: Exception | None = None
-    if leader():
+    if is_process_zero():
         try:
             action()
         except Exception as error:
-            if not several():
+            if not is_multiprocess():
                 raise
             failure = error
-    if agree(failure is not None):
-        raise failure or BimedixError("process 0 stopped; its message says why.")
+    if any_process(failure is not None):
+        raise failure or BimedixError("Process 0 failed; its output has the reason.")
 
 
-def shared_token(token: str) -> str:
-    """Process 0's token (ASCII), on all."""
-    if not several():
+def broadcast_token(token: str) -> str:
+    """The ASCII token of process 0, returned on every process."""
+    if not is_multiprocess():
         return token
     raw = np.frombuffer(token.encode("ascii"), np.uint8)
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(raw))).decode("ascii")
 
 
-def wait(name: str) -> None:
-    """Until all processes are here."""
-    if several():
-        multihost_utils.sync_global_devices(name)
-
-
 def on_host(value: jax.Array) -> np.ndarray:
-    """A whole array on every process; all must call this where it lies on the devices of several."""
+    """The whole array in host memory, on every process.
+
+    If the array is sharded over several processes, all of them must call this.
+    """
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
     return np.asarray(value)
 
 
 LOST = ("closed by peer", "connection reset", "socket closed", "gloo", "coordination", "barrier", "unavailable")
-"""What JAX's runtime says, in one of many ways, when a process has gone."""
+"""Parts of the messages with which JAX's runtime reports that a process has died."""
 
 
 @contextlib.contextmanager
 def joined(wanted: bool) -> Iterator[None]:
-    """The block as one process of several, if `wanted`; when another process dies this one ends within a minute.
+    """Runs the block as one of several processes, if `wanted`. If another one dies, this one exits within a minute.
 
-    Where the runtime reports the loss, that becomes one sentence; where it ends the process itself, its own words stand
-    in the output. Either way the exit code is not 0, and checkpoints stay whole.
+    If the runtime raises an error for it, one sentence is printed. If the runtime ends the process itself, the output
+    has the runtime's own message. In both cases the exit code is not 0, and the checkpoints remain valid.
     """
     if not wanted:
         yield
@@ -143,23 +141,23 @@ def joined(wanted: bool) -> Iterator[None]:
         print(f"error: {lost_peer(error) or error}", file=sys.stderr)
         if not isinstance(error, BimedixError):
             log.debug("", exc_info=error)
-        leave_at_once(1)
+        exit_without_waiting(1)
     jax.distributed.shutdown()
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """One clear sentence for an error that means that another process died, else None."""
+    """A one-sentence message if the error means that another process died, else None."""
     text = str(error)
     if isinstance(error, BimedixError) or not any(sign in text.lower() for sign in LOST):
         return None
     return (
         f"another process of this run has stopped, so process {jax.process_index()} stops too "
-        f"({text.splitlines()[0][:160]}); look at that process's output, then continue all with --resume."
+        f"({text.splitlines()[0][:160]}); read the output of that process, then restart all of them with --resume."
     )
 
 
-def leave_at_once(code: int) -> None:
-    """Ends this process without waiting for the others: the runtime's own farewell waits for those that are dead."""
+def exit_without_waiting(code: int) -> None:
+    """Exits immediately: the normal shutdown of JAX's runtime would wait for processes that are dead."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -61,12 +61,12 @@ def compiled_memory(
     from bimedix_jax.models.mixtral import Mixtral
     from bimedix_jax.plan.hardware import devices
     from bimedix_jax.quantise import quantise_base
-    from bimedix_jax.training.state import take_apart
+    from bimedix_jax.training.state import split_params
     from bimedix_jax.training.step import make_gradient
 
     base = quantise_base(Mixtral(config))
-    structure, params, frozen = take_apart(base if lora is None else add_lora(base, lora))
-    if lora is None:  # nothing trains, and what `take_apart` calls trained is the base
+    structure, params, frozen = split_params(base if lora is None else add_lora(base, lora))
+    if lora is None:  # nothing trains, and what `split_params` calls trained is the base
         params, frozen = {}, {**params, **frozen}
     shape = (1, 1, length) if program == "gradient" else (1, length)
     ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))

@@ -57,11 +57,11 @@ def child(layers: int, width: int, length: int) -> dict[str, float]:
     from bimedix_jax.experiment import RouterTraining
     from bimedix_jax.models.mixtral import Mixtral
     from bimedix_jax.quantise import quantise_base
-    from bimedix_jax.training.state import take_apart
+    from bimedix_jax.training.state import split_params
     from bimedix_jax.training.step import make_gradient
 
     model = add_lora(quantise_base(Mixtral(architecture(layers, width))), LoraConfig(rank=16, alpha=32.0))
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     tokens_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
     ids_ABT, mask_ABT = (jax.ShapeDtypeStruct((2, 1, length), kind) for kind in (jnp.int32, jnp.bool_))
     batch_A = {"tokens_BT": ids_ABT, "segment_ids_BT": ids_ABT, "loss_mask_BT": mask_ABT}

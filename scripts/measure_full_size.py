@@ -46,7 +46,7 @@ from bimedix_jax.presets import bimedix_mixtral_8x7b
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.optimiser import make_optimiser
-from bimedix_jax.training.state import init_state, take_apart
+from bimedix_jax.training.state import init_state, split_params
 
 LAST_NUMBER = re.compile(r"[._]\d+$")
 """XLA counts the kernels of a kind, ours included: `grouped_matmul_128x128x64.3`."""
@@ -74,7 +74,7 @@ def arrays(config: MixtralConfig, experiment: Experiment, abstract: Any) -> tupl
     """State, frozen parameters and batch: those of a random model of one layer, repeated where more are asked for."""
     one = quantise_base(init_random(dataclasses.replace(config, num_layers=1), dtype="bfloat16"))
     assert experiment.lora is not None
-    _, params, frozen = take_apart(add_lora(one, experiment.lora))
+    _, params, frozen = split_params(add_lora(one, experiment.lora))
 
     def deepen(value: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         if value.shape == wanted.shape:

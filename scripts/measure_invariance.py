@@ -31,7 +31,7 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import AXES, make_mesh
-from bimedix_jax.training.state import take_apart
+from bimedix_jax.training.state import split_params
 from bimedix_jax.training.step import make_gradient
 
 RATE = 0.1
@@ -83,7 +83,7 @@ def make_batch(parts: int) -> dict[str, np.ndarray]:
 
 def outcome(model: Mixtral, batch: dict[str, np.ndarray], scope: Any) -> dict[str, Any]:
     """Loss, gradients, weights after one SGD step, and who was routed where."""
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     router = RouterTraining(aux_loss_coef=0.1, aux_scope=scope, z_loss_coef=0.01)
     gradients, sums = jax.jit(make_gradient(structure, router, "layer"))(params, frozen, batch)
     stepped = {name: params[name] - RATE * gradients[name] for name in params}

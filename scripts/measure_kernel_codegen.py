@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bimedix_jax import startup
 from bimedix_jax.errors import run_script
-from bimedix_jax.plan.codegen import layer
+from bimedix_jax.plan.codegen import gpu, layer, tpu
 
 MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     target: module.measure for module in (gpu, tpu) for target in module.TARGETS

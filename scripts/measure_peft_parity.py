@@ -195,7 +195,7 @@ def train_here(model: Any) -> tuple[dict[str, np.ndarray], list[float]]:
     from bimedix_jax.experiment import DataSource, Experiment, ModelSource, OptimiserConfig, RouterTraining
     from bimedix_jax.training.optimiser import make_optimiser
     from bimedix_jax.training.rows import micro_batches
-    from bimedix_jax.training.state import init_state, take_apart
+    from bimedix_jax.training.state import init_state, split_params
     from bimedix_jax.training.step import make_gradient, make_train_step
 
     experiment = Experiment(
@@ -210,7 +210,7 @@ def train_here(model: Any) -> tuple[dict[str, np.ndarray], list[float]]:
         steps=STEPS,
         remat="none",
     )
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
     state, losses = init_state(params, optimiser), []
     step = make_train_step(structure, experiment, STEPS, optimiser)

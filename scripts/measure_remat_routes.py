@@ -98,7 +98,7 @@ def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Ho
     from bimedix_jax.presets import smoke
     from bimedix_jax.sharding.placement import place
     from bimedix_jax.sharding.rules import make_mesh
-    from bimedix_jax.training.state import take_apart
+    from bimedix_jax.training.state import split_params
     from bimedix_jax.training.step import make_gradient
 
     tiny = smoke().model.random
@@ -117,7 +117,7 @@ def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Ho
     router.__class__ = Disturbed
     if devices > 1:
         model = place(model, make_mesh(fsdp=devices, devices=jax.devices()[:devices]))
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, config.vocab_size, (1, ROWS, LENGTH), dtype=np.int32)
     batch = {"tokens_BT": tokens, "segment_ids_BT": np.ones_like(tokens), "loss_mask_BT": np.ones(tokens.shape, bool)}

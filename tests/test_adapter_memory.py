@@ -18,7 +18,7 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.plan import hardware
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.training.state import take_apart
+from bimedix_jax.training.state import split_params
 from bimedix_jax.training.step import make_gradient
 
 WIDE = tiny(GROUPED, vocab_size=64, hidden_size=256, intermediate_size=512, head_dim=64, experts=8)
@@ -27,7 +27,7 @@ WIDE = tiny(GROUPED, vocab_size=64, hidden_size=256, intermediate_size=512, head
 def memory_of(layers: int, device: Any) -> tuple[int, int, int]:
     """(base, adapters, temporaries) in bytes, of the gradient of one step on 32 tokens."""
     base = quantise_base(Mixtral(dataclasses.replace(WIDE, num_layers=layers)))
-    structure, params, frozen = take_apart(add_lora(base, LoraConfig(rank=64, alpha=64.0)))
+    structure, params, frozen = split_params(add_lora(base, LoraConfig(rank=64, alpha=64.0)))
     ids, mask = (jax.ShapeDtypeStruct((1, 1, 32), kind) for kind in (jnp.int32, jnp.bool_))
     batch = {"tokens_BT": ids, "segment_ids_BT": ids, "loss_mask_BT": mask}
     placed = jax.sharding.SingleDeviceSharding(device)

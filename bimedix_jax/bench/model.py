@@ -20,7 +20,7 @@ from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.optimiser import make_optimiser
-from bimedix_jax.training.state import init_state, take_apart
+from bimedix_jax.training.state import init_state, split_params
 from bimedix_jax.training.step import make_train_step
 
 
@@ -128,7 +128,7 @@ def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length:
         steps=STEPS,
         remat=remat,
     )
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
     step = make_train_step(structure, experiment, STEPS, optimiser)
     state = init_state(params, optimiser, structure.router_state(frozen))

@@ -47,13 +47,13 @@ def save_step(folder: Path, step: int, state: Any, position: dict[str, Any], kee
       BimedixError: the folder cannot be written.
     """
     target = step_folder(folder, step)
-    if distributed.several():
+    if distributed.is_multiprocess():
         save_together(target, step, state, position)
     else:
         with new_folder(target, overwrite=True) as partial:
             save_arrays(partial, state)
             finish(partial, step, state, position)
-    if distributed.leader():
+    if distributed.is_process_zero():
         for old in [other for other in steps_in(folder) if other != step][: -(keep - 1) or None]:
             remove(step_folder(folder, old))
     return target
@@ -73,8 +73,8 @@ def finish(partial: Path, step: int, state: Any, position: dict[str, Any]) -> No
 
 def save_together(target: Path, step: int, state: Any, position: dict[str, Any]) -> None:
     """`save_step` for several processes on one file system: each writes its arrays, and process 0 writes the rest."""
-    partial = target.with_name(f".{target.name}.{distributed.shared_token(secrets.token_hex(4))}.partial")
-    distributed.by_leader(lambda: partial.mkdir(parents=True))
+    partial = target.with_name(f".{target.name}.{distributed.broadcast_token(secrets.token_hex(4))}.partial")
+    distributed.on_process_zero(lambda: partial.mkdir(parents=True))
     save_arrays(partial, state)
 
     def complete() -> None:
@@ -83,7 +83,7 @@ def save_together(target: Path, step: int, state: Any, position: dict[str, Any])
             remove(target)
         partial.rename(target)
 
-    distributed.by_leader(complete)
+    distributed.on_process_zero(complete)
 
 
 def shapes_of(state: Any) -> dict[str, str]:

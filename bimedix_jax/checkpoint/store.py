@@ -146,7 +146,7 @@ def restore(folder: str | Path, verify: bool = True, mapped: bool = False) -> Mi
     folder = Path(folder)
     config = read_config(folder / MODEL_CONFIG, ModelJson, MODEL_FORMAT)
     if verify:
-        distributed.by_leader(lambda: verify_manifest(folder))
+        distributed.on_process_zero(lambda: verify_manifest(folder))
     model = Mixtral(parse(MixtralConfig, config.config, f"config in {folder}"), config.dtype)
     lora = parse(LoraConfig | None, config.lora, f"lora in {folder}")
     model = model if lora is None else add_lora(model, lora)

@@ -28,7 +28,7 @@ from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import BATCH_AXES, COMPILER_OPTIONS, make_mesh
 from bimedix_jax.training.optimiser import make_optimiser
-from bimedix_jax.training.state import TrainState, take_apart
+from bimedix_jax.training.state import TrainState, split_params
 from bimedix_jax.training.step import make_train_step
 
 STEPS = 10_000
@@ -122,7 +122,7 @@ def training_arguments(
 ) -> tuple[tuple[TrainState, dict[str, Any], dict[str, Any]], Any]:
     """((state, frozen parameters, batch), the jitted step that takes them), all without storage."""
     lying = on_devices(abstract_model(config, experiment), experiment, devices)
-    structure, params, frozen = take_apart(lying.model)
+    structure, params, frozen = split_params(lying.model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=lying.everywhere)
     router = structure.router_state(frozen)

@@ -33,7 +33,7 @@ from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
-from bimedix_jax.training.state import Structure, TrainState, init_state, put_back, take_apart
+from bimedix_jax.training.state import Structure, TrainState, init_state, split_params, update_params
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 from bimedix_jax.training.tracking import Mirror
@@ -80,9 +80,9 @@ def train(
       BimedixError: something asked for is impossible, or the loss stopped being a number; nothing is saved then.
       Interrupted: Ctrl-C or SIGTERM, after the step in progress was saved.
     """
-    console = (console or Console(stderr=True)) if distributed.leader() else Console(quiet=True)
+    console = (console or Console(stderr=True)) if distributed.is_process_zero() else Console(quiet=True)
     folder = Path(out)
-    distributed.by_leader(lambda: check_folder(folder, experiment, resume))
+    distributed.on_process_zero(lambda: check_folder(folder, experiment, resume))
     say_unchecked(check_tokenizer(experiment), console)
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():
@@ -92,13 +92,13 @@ def train(
         plan = plan_of_run(experiment, model, plan, folder if resume else None)
         covered = coverage(model).to_dict()
     model = model if mesh is None else place(model, mesh)
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     check_router_rate(experiment, params)
     same = identity(frozen, rows.fingerprint, rows.steps, plan)
     feed = Feed.of(experiment, rows, structure.layout)
     optimiser = make_optimiser(experiment.optimiser, rows.steps)
     state = init_state(params, optimiser, structure.router_state(frozen))
-    distributed.by_leader(lambda: begin(folder, experiment, plan))
+    distributed.on_process_zero(lambda: begin(folder, experiment, plan))
     if resume:
         state = resume_state(folder, state, console)
     if (done := int(state.step)) > 0:
@@ -110,12 +110,12 @@ def train(
         step, plan = make_train_step(structure, experiment, rows.steps, optimiser), replicated_plan(plan, feed.layout)
         with backends.use(**experiment.kernels.named()):
             compiled, cost = compile_step(step, state, frozen, feed, plan, console)
-            distributed.by_leader(lambda: write_run(folder, covered, same, done, cost))
+            distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
             say_start(experiment, rows, done, cost["kernels"], console)
             state, last = run_steps(
                 experiment, folder, feed, compiled, structure, state, frozen, plan, console, resume_command
             )
-    put_back(model, {**state.params, **state.router})
+    update_params(model, {**state.params, **state.router})
     return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
 
 
@@ -124,7 +124,7 @@ def save_trained(model: Mixtral, folder: Path) -> Path:
     whole = gather_for_export(model)  # by all processes, since each has a part
     trained = folder / ("model" if model.lora is None else "adapter")
     write = save if model.lora is None else save_adapter
-    distributed.by_leader(lambda: write(whole, trained, overwrite=True))
+    distributed.on_process_zero(lambda: write(whole, trained, overwrite=True))
     return trained
 
 
@@ -190,7 +190,7 @@ def run_steps(
     While a step runs, the next batch is read and the line of the step before is written. The state is donated to the
     next step, so before a checkpoint or a measurement of its own a step is waited for, and its loss looked at.
     """
-    evaluate, rows, speaks = make_eval_step(structure), feed.rows, distributed.leader()
+    evaluate, rows, speaks = make_eval_step(structure), feed.rows, distributed.is_process_zero()
     done, vocab_size = int(state.step), structure.vocab_size
     command = resume_command or f"bimedix train --resume --out {folder}"
 
@@ -205,7 +205,7 @@ def run_steps(
         ReadAhead(read, done, rows.steps) as batches,
     ):
         lines = LateLines(experiment, (log.write, mirror.write, progress.update))
-        asked = distributed.agree_later(lambda: stop.asked)
+        asked = distributed.any_process_later(lambda: stop.asked)
         while done < rows.steps:
             try:
                 batch = batches.next()
@@ -215,7 +215,7 @@ def run_steps(
             state, metrics = step(state, frozen, batch, plan)
             done += 1
             lines.add(done, metrics)
-            stopping, asked = asked(), distributed.agree_later(lambda: stop.asked)
+            stopping, asked = asked(), distributed.any_process_later(lambda: stop.asked)
             evaluates = experiment.eval_every > 0 and done % experiment.eval_every == 0
             saves = stopping or done % experiment.checkpoint_every == 0 or done == rows.steps
             if not (evaluates or saves):

@@ -29,7 +29,7 @@ def mesh_of(experiment: Experiment) -> Mesh | None:
     """
     wanted = experiment.mesh
     if wanted is None:
-        if distributed.several():
+        if distributed.is_multiprocess():
             raise BimedixError("Several processes need a mesh over their devices; give mesh.fsdp, for example.")
         return None
     mesh = make_mesh(wanted.data, wanted.fsdp, wanted.expert, wanted.tensor)

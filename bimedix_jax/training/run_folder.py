@@ -81,7 +81,7 @@ def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainStat
     else:
         console.print(f"{folder} has no checkpoint yet: starting from the beginning", highlight=False)
     step = int(state.step)
-    side = rewind(folder, step) if distributed.leader() else None
+    side = rewind(folder, step) if distributed.is_process_zero() else None
     if side is not None:
         console.print(
             f"metrics of steps after {step} were moved to {side.name}; those steps are taken again", highlight=False

@@ -1,4 +1,4 @@
-"""A model as three parts: what trains, what is frozen, and how to put it together again."""
+"""A model split into trained parameters, frozen parameters and the structure that merges them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ Params = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What an optimiser step changes, and a checkpoint holds.
+    """What an optimiser step changes and a checkpoint stores.
 
     Attributes:
       params: trained parameters by dotted path, float32.
-      optimiser: state of the optimiser, for these parameters only.
-      step: int32, optimiser steps done; also the position in the data, whose batches are indexed by step.
-      router: what the router variant learns outside of the gradient, by dotted path; empty for most variants.
+      optimiser: state of the optimiser for these parameters.
+      step: int32, optimiser steps done. It is also the position in the data, whose batches are indexed by step.
+      router: what the router variant learns without a gradient, by dotted path; empty for most variants.
     """
 
     params: dict[str, Any]  # not Params: JAX also builds this with placeholders for leaves
@@ -39,7 +39,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """Everything of a model but its values: what a jitted function closes over without holding any array."""
+    """A model without its values. A jitted function can close over it without capturing any array."""
 
     vocab_size: int
     router: RouterConfig
@@ -48,20 +48,20 @@ class Structure:
     variables: tuple[tuple[tuple, nnx.Variable], ...]
 
     def merge(self, params: Mapping[str, jax.Array], frozen: Mapping[str, Any]) -> Mixtral:
-        """The model with these values; inside jit, with tracers."""
+        """The model with these values, which may be tracers."""
         values = {**frozen, **params}
         flat = [(path, variable.replace(values[dotted(path)])) for path, variable in self.variables]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
     def router_state(self, frozen: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """Those of the values that the router variant learns outside of the gradient."""
+        """The values that the router variant learns without a gradient."""
         names = [dotted(path) for path, variable in self.variables if isinstance(variable, RouterState)]
         return {name: frozen[name] for name in names}
 
     def update_router_state(self, state_LE: jax.Array, chosen_LE: jax.Array) -> jax.Array:
         """The router state after a step in which each expert was chosen `chosen_LE` times."""
         update = router_of(self.router).update
-        assert update is not None  # only such variants have a state
+        assert update is not None  # only variants with an update have a state
         return update(state_LE, chosen_LE, self.router)
 
 
@@ -69,16 +69,16 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def take_apart(model: Mixtral) -> tuple[Structure, Params, dict[str, Any]]:
-    """(structure, trained parameters, frozen parameters), both by dotted path and sharing the model's arrays.
+def split_params(model: Mixtral) -> tuple[Structure, Params, dict[str, Any]]:
+    """(structure, trained parameters, frozen parameters). Both are keyed by dotted path and share the model's arrays.
 
-    Frozen values are jax arrays and NF4Tensors. The structure keeps no array alive.
+    Frozen values are jax arrays and NF4Tensors. The structure references no array.
     """
     graph, trained, rest = nnx.split(model, is_trainable(model), ...)
     parts = [list(nnx.to_flat_state(part)) for part in (trained, rest)]
     params, frozen = ({dotted(path): variable.get_value() for path, variable in part} for part in parts)
     hollow = tuple((path, variable.replace(None)) for part in parts for path, variable in part)
-    placement: Any = model.placement  # sharding.place put it there
+    placement: Any = model.placement  # set by sharding.placement.place
     return Structure(model.config.vocab_size, model.config.router, placement, graph, hollow), params, frozen
 
 
@@ -87,13 +87,13 @@ def init_state(
 ) -> TrainState:
     """Step 0, on copies of `params` and `router` (from `Structure.router_state`).
 
-    The step donates its state, and the model's own arrays must survive that.
+    The step donates its state, so the state must not share the model's arrays.
     """
     own, state = ({name: jnp.array(x, copy=True) for name, x in values.items()} for values in (params, router or {}))
     return TrainState(own, optimiser.init(own), jnp.zeros((), jnp.int32), state)
 
 
-def put_back(model: Mixtral, values: Mapping[str, jax.Array]) -> None:
+def update_params(model: Mixtral, values: Mapping[str, jax.Array]) -> None:
     """Sets values of `model` by dotted path, in place."""
     flat = [(path, variable) for path, variable in nnx.to_flat_state(nnx.state(model)) if dotted(path) in values]
     nnx.update(model, nnx.from_flat_state([(path, v.replace(values[dotted(path)])) for path, v in flat]))

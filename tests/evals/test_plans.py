@@ -202,12 +202,12 @@ def test_a_plan_of_another_length_raises(model, tokenizer, mixed):
 def test_adapters_are_banned_with_their_expert(model):
     from bimedix_jax.adapters import add_lora
     from bimedix_jax.models.config import LoraConfig
-    from bimedix_jax.training.state import put_back, take_apart
+    from bimedix_jax.training.state import split_params, update_params
 
     adapted = add_lora(model, LoraConfig(rank=2, alpha=4.0))
-    _, params, _ = take_apart(adapted)
+    _, params, _ = split_params(adapted)
     rng = np.random.default_rng(0)
-    put_back(adapted, {name: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()})
+    update_params(adapted, {name: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()})
     tokens, routing = generate(adapted, PROMPTS, 6, plan=ban(adapted), record="choices")
     assert (routing.experts_LBTK != BANNED).all()
     longest = jax.tree.map(lambda x: x[:, :1], routing)

@@ -20,7 +20,7 @@ from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
-from bimedix_jax.training.state import put_back, take_apart
+from bimedix_jax.training.state import split_params, update_params
 
 CONFIG = tiny(GROUPED, hidden_size=64, intermediate_size=64)
 PROMPTS = [[5, 17, 3, 60, 2], [9], [44, 8, 8]]
@@ -37,8 +37,9 @@ def made(kind: str) -> Mixtral:
         )
         model = add_lora(init_random(CONFIG, std=0.2), LoraConfig(rank=4, alpha=8.0, targets=targets))
         draw = np.random.default_rng(0)
-        _, params, _ = take_apart(model)
-        put_back(model, {name: jnp.asarray(draw.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()})
+        _, params, _ = split_params(model)
+        values = {name: jnp.asarray(draw.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()}
+        update_params(model, values)
         return model
     dtype = "bfloat16" if kind == "nf4" else kind
     model = init_random(CONFIG, dtype=dtype, std=0.2)

@@ -24,7 +24,7 @@ from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.layout import layout_of
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import make_mesh
-from bimedix_jax.training.state import take_apart
+from bimedix_jax.training.state import split_params
 from bimedix_jax.training.step import make_eval_step, make_gradient
 
 CONFIG = tiny(GROUPED, vocab_size=48, hidden_size=64, intermediate_size=128, head_dim=32)
@@ -56,7 +56,7 @@ def make_batch(parts: int, rows: int = 8, length: int = 12) -> dict[str, np.ndar
 
 
 def gradients_of(model: Mixtral, batch: dict[str, np.ndarray], scope) -> tuple[dict, dict]:
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     router = RouterTraining(aux_loss_coef=0.1, aux_scope=scope, z_loss_coef=0.01)
     return jax.jit(make_gradient(structure, router, "none"))(params, frozen, batch)
 
@@ -101,7 +101,7 @@ def gathers(jaxpr) -> int:
 
 def test_gathered_parameters_are_not_kept_for_the_backward_pass():
     """Also without rematerialisation, the backward pass gathers the parameters of each layer again."""
-    structure, params, frozen = take_apart(place(make_model(True), make_mesh(fsdp=8)))
+    structure, params, frozen = split_params(place(make_model(True), make_mesh(fsdp=8)))
     batch = make_batch(1)
     evaluation = jax.make_jaxpr(make_eval_step(structure))(params, frozen, {name: x[0] for name, x in batch.items()})
     gradient = jax.make_jaxpr(make_gradient(structure, RouterTraining(), "none"))(params, frozen, batch)
@@ -156,7 +156,7 @@ def test_the_held_out_loss_on_a_mesh():
     model, batch = make_model(False), {name: x[0] for name, x in make_batch(1).items()}
     sums = []
     for placed in (model, place(model, make_mesh(fsdp=2, expert=2, tensor=2))):
-        structure, params, frozen = take_apart(placed)
+        structure, params, frozen = split_params(placed)
         sums.append(make_eval_step(structure)(params, frozen, batch))
     np.testing.assert_allclose(*sums, rtol=1e-5)
 
@@ -164,7 +164,7 @@ def test_the_held_out_loss_on_a_mesh():
 def test_packed_bytes_are_gathered_inside_the_layer_loop():
     """Base weights are gathered as packed bytes, and never more than one layer."""
     model = place(make_model(True), make_mesh(fsdp=8))
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     gradient = jax.jit(make_gradient(structure, RouterTraining(), "layer"))
     compiled = gradient.lower(params, frozen, make_batch(1)).compile()
     gathers = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", compiled.as_text() or "")

@@ -25,7 +25,7 @@ from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.rows import check_tokenizer
-from bimedix_jax.training.state import take_apart
+from bimedix_jax.training.state import split_params
 from bimedix_jax.training.stopping import Interrupted
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "w2", "router"))
@@ -93,7 +93,7 @@ def test_a_run_leaves_what_it_promises(whole, experiment):
     )
     assert len(lines[0]["load_entropy"]) == len(lines[0]["load_max_share"]) == 2
     facts = json.loads((folder / "run.json").read_text())
-    assert facts["coverage"]["trainable_parameters"] == sum(x.size for x in take_apart(result.model)[1].values())
+    assert facts["coverage"]["trainable_parameters"] == sum(x.size for x in split_params(result.model)[1].values())
     assert facts["starts"][0]["backend"] == "cpu"
     assert facts["starts"][0]["versions"]["jax"] == jax.__version__
 
@@ -107,7 +107,7 @@ def test_the_adapter_folder_is_the_trained_model(whole, config):
     """On a fresh base it gives the trained values."""
     result, folder = whole
     restored = load_adapter(init_random(config, seed=0, dtype="float32"), folder / "adapter")
-    ours, theirs = take_apart(result.model)[1], take_apart(restored)[1]
+    ours, theirs = split_params(result.model)[1], split_params(restored)[1]
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert any(np.any(x) for name, x in theirs.items() if name.endswith(".b"))
 
@@ -140,7 +140,7 @@ def test_resumed_losses_are_those_of_a_run_that_never_stopped(whole, experiment,
 
     result = train(plan, folder, resume=True)
     assert numbers(folder) == numbers(whole[1])
-    jax.tree.map(np.testing.assert_array_equal, take_apart(result.model)[1], take_apart(whole[0].model)[1])
+    jax.tree.map(np.testing.assert_array_equal, split_params(result.model)[1], split_params(whole[0].model)[1])
     assert [start["step"] for start in json.loads((folder / "run.json").read_text())["starts"]] == [0, 4, 5]
 
 

@@ -12,7 +12,7 @@ from bimedix_jax.models.init import init_random
 from bimedix_jax.sharding.placement import gather_for_export
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
-from bimedix_jax.training.state import take_apart
+from bimedix_jax.training.state import split_params
 
 
 def assert_alike(ours, theirs, tolerance):
@@ -40,6 +40,6 @@ def test_a_run_on_a_mesh_equals_the_run_on_one_device(tmp_path, experiment):
         np.testing.assert_allclose(ours_line["grad_norm"], theirs_line["grad_norm"], rtol=1e-4)
         assert ours_line["tokens"] == theirs_line["tokens"]
     base = init_random(plain.model.random, seed=0, dtype="float32")
-    saved = [take_apart(store.load_adapter(base, result.trained))[1] for result in (ours, theirs)]
+    saved = [split_params(store.load_adapter(base, result.trained))[1] for result in (ours, theirs)]
     assert_alike(*saved, tolerance=1e-3)
-    assert_alike(take_apart(gather_for_export(ours.model))[1], saved[0], tolerance=0)
+    assert_alike(split_params(gather_for_export(ours.model))[1], saved[0], tolerance=0)

@@ -29,7 +29,7 @@ from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.prepare import prepare_model, replicated_plan
 from bimedix_jax.training.routing import Grouping
 from bimedix_jax.training.rows import micro_batches
-from bimedix_jax.training.state import init_state, take_apart
+from bimedix_jax.training.state import init_state, split_params
 from bimedix_jax.training.step import make_gradient, make_train_step
 
 BIAS = "layers.moe.state"
@@ -60,7 +60,7 @@ def test_a_step_under_a_ban_is_that_of_a_model_without_the_expert(config, batch,
     router = RouterConfig(num_experts=4, top_k=2, variant=variant)
     whole = init_random(dataclasses.replace(config, router=router), std=0.4)
     smaller = init_random(dataclasses.replace(config, router=dataclasses.replace(router, num_experts=3)))
-    _, params, _ = take_apart(whole)
+    _, params, _ = split_params(whole)
 
     def without(name: str, x: jax.Array) -> jax.Array:
         if name == "layers.moe.router.w":
@@ -70,9 +70,9 @@ def test_a_step_under_a_ban_is_that_of_a_model_without_the_expert(config, batch,
     fewer = {name: without(name, x) for name, x in params.items()}
     losses = RouterTraining(aux_loss_coef=0.0)
     data = stacked(batch(4, 12, seed=2), 2)
-    gradient = jax.jit(make_gradient(take_apart(whole)[0], losses, "layer"))
+    gradient = jax.jit(make_gradient(split_params(whole)[0], losses, "layer"))
     ours, sums = gradient(params, {}, data, None, RoutingPlan.ban(whole.config, banned))
-    theirs, expected = jax.jit(make_gradient(take_apart(smaller)[0], losses, "layer"))(fewer, {}, data)
+    theirs, expected = jax.jit(make_gradient(split_params(smaller)[0], losses, "layer"))(fewer, {}, data)
     np.testing.assert_allclose(sums["nll"], expected["nll"], rtol=1e-5)
     for name, other in theirs.items():
         np.testing.assert_allclose(without(name, ours[name]), other, rtol=1e-4, atol=1e-6, err_msg=name)
@@ -83,7 +83,7 @@ def test_a_step_under_a_ban_is_that_of_a_model_without_the_expert(config, batch,
 
 def test_a_plan_may_name_every_row_of_a_step(config, batch) -> None:
     model = init_random(config, std=0.4)
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     bias = np.zeros((2, 4, 1, 4), np.float32)
     bias[:, 1, 0, 3] = bias[:, 2, 0, 0] = -1e9
     plan, data = RoutingPlan(bias_LBTE=jnp.asarray(bias)), batch(4, 12, seed=2)
@@ -105,10 +105,10 @@ def test_a_mesh_changes_nothing_of_a_plan(config, batch) -> None:
         bias_LBTE=RoutingPlan.ban(config, 1).bias_LBTE,
         temperature_LBT=jnp.asarray(heat, jnp.float32),
     )
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     expected, sums = jax.jit(make_gradient(structure, RouterTraining(), "none"))(params, frozen, data, None, plan)
     mesh = make_mesh(fsdp=2, expert=2, devices=jax.devices()[:4])
-    structure, params, frozen = take_apart(place(model, mesh))
+    structure, params, frozen = split_params(place(model, mesh))
     plan = replicated_plan(plan, structure.layout)
     found, sharded = jax.jit(make_gradient(structure, RouterTraining(), "none"))(params, frozen, data, None, plan)
     np.testing.assert_allclose(sharded["router"].chosen_LXE, sums["router"].chosen_LXE)
@@ -126,7 +126,7 @@ def test_the_balancing_bias_follows_the_load_of_the_whole_step(config, batch, ex
     counts = np.stack([np.bincount(layer[layer >= 0], minlength=4) for layer in np.asarray(out.routing.experts_LBTK)])
     expected = 0.05 * np.sign(counts.mean(1, keepdims=True) - counts)
     for placed in (model, place(model, make_mesh(fsdp=2, devices=jax.devices()[:2]))):
-        structure, params, frozen = take_apart(placed)
+        structure, params, frozen = split_params(placed)
         optimiser = make_optimiser(plan.optimiser, 6)
         state = init_state(params, optimiser, structure.router_state(frozen))
         state, _ = make_train_step(structure, plan, 6, optimiser)(state, frozen, stacked(data, 2))
@@ -209,7 +209,7 @@ def test_a_plan_that_does_not_fit_starts_nothing(tmp_path, config, experiment) -
 
 def test_sums_by_language(config, batch) -> None:
     """Sums by language add up to those of all tokens, whether rows are groups for the aux loss or not."""
-    structure, params, frozen = take_apart(init_random(config, std=0.4))
+    structure, params, frozen = split_params(init_random(config, std=0.4))
     data = batch(4, 12, seed=2)
     plain = {**data, "language_BT": np.random.default_rng(0).integers(0, 3, (4, 12), dtype=np.int32)}
     for scope in ("sequence", "global"):
@@ -230,7 +230,7 @@ def test_sums_by_language(config, batch) -> None:
 def test_noise_is_drawn_anew_for_every_step_and_micro_batch(config, batch) -> None:
     plan, data = RoutingPlan.noisy(config, 3.0), batch(2, 12)
     twice = {name: np.concatenate([x, x]) for name, x in data.items()}  # the same rows in both micro-batches
-    structure, params, frozen = take_apart(init_random(config, std=0.4))
+    structure, params, frozen = split_params(init_random(config, std=0.4))
     gradient = jax.jit(make_gradient(structure, RouterTraining(), "none"))
     _, one = gradient(params, frozen, stacked(data, 1), None, plan)
     _, two = gradient(params, frozen, stacked(twice, 2), None, plan)

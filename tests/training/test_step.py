@@ -18,7 +18,7 @@ from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.routing import load_spread
 from bimedix_jax.training.rows import micro_batches
-from bimedix_jax.training.state import init_state, put_back, take_apart
+from bimedix_jax.training.state import init_state, split_params, update_params
 from bimedix_jax.training.step import make_gradient, make_train_step
 
 ROUTER = RouterTraining(aux_loss_coef=0.5, z_loss_coef=0.1)
@@ -28,14 +28,15 @@ ROUTER = RouterTraining(aux_loss_coef=0.5, z_loss_coef=0.1)
 def adapted(config, spread=0.3, targets=("q", "w2", "router")):
     """A model whose adapters already do something, and prefer some experts. Few of them: each costs compilation."""
     model = add_lora(init_random(config, std=0.4), LoraConfig(rank=2, alpha=4.0, targets=targets))
-    _, params, _ = take_apart(model)
+    _, params, _ = split_params(model)
     draw = np.random.default_rng(7)
-    put_back(model, {name: jnp.asarray(draw.normal(0, spread, x.shape), jnp.float32) for name, x in params.items()})
+    values = {name: jnp.asarray(draw.normal(0, spread, x.shape), jnp.float32) for name, x in params.items()}
+    update_params(model, values)
     return model
 
 
 def gradients_of(model, batch, accumulation, scope, remat: Remat = "none"):
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     gradient = jax.jit(make_gradient(structure, dataclasses.replace(ROUTER, aux_scope=scope), remat))
     return gradient(params, frozen, jax.tree.map(jnp.asarray, micro_batches(batch, accumulation)))
 
@@ -102,7 +103,7 @@ def test_the_objective_is_its_definition(config, batch):
 def test_the_gradient_is_that_of_the_objective(config, batch):
     """A finite difference along a random direction."""
     model, data = adapted(config, spread=0.1), batch(2, 12, seed=4)
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     gradient = jax.jit(make_gradient(structure, RouterTraining(aux_loss_coef=0.0, z_loss_coef=0.1), "none"))
     stacked = jax.tree.map(jnp.asarray, micro_batches(data, 1))
     gradients, _ = gradient(params, frozen, stacked)
@@ -128,7 +129,7 @@ def test_remat_changes_nothing_but_rounding(config, batch):
 def test_only_adapters_train(config, batch, experiment):
     """A 4-bit base is left as it is, gets no optimiser state, and is no constant of the compiled step."""
     model = add_lora(quantise_base(init_random(config)), LoraConfig(rank=2, alpha=4.0))
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     assert params
     assert all(".lora." in name and x.dtype == jnp.float32 for name, x in params.items())
     assert isinstance(frozen["layers.moe.w1.w"], NF4Tensor)
@@ -146,7 +147,7 @@ def test_only_adapters_train(config, batch, experiment):
 
 def test_the_models_own_arrays_survive_donation(config, batch, experiment):
     model = adapted(config)
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     optimiser = make_optimiser(experiment().optimiser, 6)
     step = make_train_step(structure, experiment(), 6, optimiser)
     step(init_state(params, optimiser), frozen, jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 1)))
@@ -154,7 +155,7 @@ def test_the_models_own_arrays_survive_donation(config, batch, experiment):
 
 
 def test_every_parameter_trains_without_adapters(config):
-    _, params, frozen = take_apart(init_random(config))
+    _, params, frozen = split_params(init_random(config))
     assert not frozen
     assert {"embed.table", "lm_head.w", "layers.moe.router.w", "norm.scale"} <= set(params)
 
@@ -176,7 +177,7 @@ def test_load_spread():
 def test_dropout_is_drawn_anew_in_every_step(config, batch, experiment):
     """And not at all in the gradient without a key."""
     model = add_lora(init_random(config, std=0.4), LoraConfig(rank=2, alpha=4.0, targets=("q", "w2"), dropout=0.5))
-    structure, params, frozen = take_apart(model)
+    structure, params, frozen = split_params(model)
     data = jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 2))
     gradient = jax.jit(make_gradient(structure, dataclasses.replace(ROUTER, aux_scope="global"), "layer"))
     plain, _ = gradient(params, frozen, data)

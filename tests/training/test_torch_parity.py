@@ -12,7 +12,7 @@ from bimedix_jax.checkpoint.load import load
 from bimedix_jax.experiment import OptimiserConfig, RouterTraining
 from bimedix_jax.training.optimiser import make_optimiser, schedule
 from bimedix_jax.training.rows import micro_batches
-from bimedix_jax.training.state import init_state, take_apart
+from bimedix_jax.training.state import init_state, split_params
 from bimedix_jax.training.step import make_train_step
 
 STEPS = 5
@@ -86,7 +86,7 @@ def test_losses_of_five_steps(pretrained, experiment):
     }
     router = RouterTraining(aux_loss_coef=0.1, aux_scope="micro_batch")
     plan = dataclasses.replace(experiment(), lora=None, router=router, optimiser=OPTIMISER)
-    structure, params, frozen = take_apart(load(folder, base="float32"))
+    structure, params, frozen = split_params(load(folder, base="float32"))
     optimiser = make_optimiser(OPTIMISER, STEPS)
     state, ours = init_state(params, optimiser), []
     step = make_train_step(structure, plan, STEPS, optimiser)
