@@ -38,10 +38,10 @@ from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.plan import hlo
 from bimedix_jax.plan.devices import DEVICES, Device
+from bimedix_jax.plan.flops import training_flops
 from bimedix_jax.plan.report import BIMED_TOKENS, EPOCHS
 from bimedix_jax.plan.roofline import costs_of
 from bimedix_jax.plan.step import STEPS, abstract_model, peak, training_arguments
-from bimedix_jax.plan.useful import training_flops
 from bimedix_jax.presets import bimedix_mixtral_8x7b
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS

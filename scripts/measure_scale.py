@@ -30,12 +30,12 @@ LENGTH, DEPTH, GIB = 4096, 32, 2**30
 def measure(target: str, remat: str, length: int, layers: int) -> dict[str, Any]:
     """One row: the step's memory on each device, and the seconds that lowering and compiling took."""
     from bimedix_jax.plan.devices import target as parse
-    from bimedix_jax.plan.report import described, plan_training
+    from bimedix_jax.plan.report import estimate_training, to_document
 
     where = parse(target)
     changes = {"data.sequence_length": length, "batch.rows": where.count, "batch.accumulation": 1, "remat": remat}
     config = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
-    plan = described(plan_training(config, override(bimedix_mixtral_8x7b(), changes), where))
+    plan = to_document(estimate_training(config, override(bimedix_mixtral_8x7b(), changes), where))
     kept = ("fits", "peak_bytes_per_device", "parts", "compile_seconds", "step_seconds", "tokens_per_s")
     return {"target": target, "remat": remat, "sequence": length, "layers": layers} | {
         name: plan.get(name) for name in kept

@@ -1,1 +1,1 @@
-"""Timings against peers and physical limits, each a ratio within one run."""
+"""Timings against peers and hardware limits; every ratio compares two timings of the same run."""

@@ -1,4 +1,4 @@
-"""The model that whole-model benchmarks run, and our side of them: a training step, a prefill, a decoding step."""
+"""The model of the whole-model benchmarks, and our side of them: a training step, a prefill, a decoding step."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ from bimedix_jax.training.step import make_train_step
 
 
 def architecture(vocabulary: int, width: int, hidden: int, layers: int, head_dim: int) -> MixtralConfig:
-    """A Mixtral of 8 experts, 2 of them a token, whose key heads each serve 4 query heads."""
+    """A Mixtral with 8 experts, top-2 routing, and 4 query heads for each key head."""
     heads = width // head_dim
     return MixtralConfig(
         vocab_size=vocabulary,
@@ -45,21 +45,21 @@ def architecture(vocabulary: int, width: int, hidden: int, layers: int, head_dim
 
 
 MODEL = architecture(vocabulary=32_000, width=512, hidden=1792, layers=4, head_dim=64)
-"""122 M parameters in Mixtral-8x7B's proportions: enough work to fill two cores, little enough to wait for."""
+"""122 M parameters in Mixtral-8x7B's proportions: enough work for two cores, and done in minutes."""
 FULL_WIDTH = architecture(vocabulary=32_000, width=4096, hidden=14_336, layers=4, head_dim=128)
-"""Four of the 32 layers of Mixtral-8x7B: 5.9 G parameters, a model for accelerators."""
+"""Four of the 32 layers of Mixtral-8x7B: 5.9 G parameters, for accelerators."""
 SMOKE = architecture(vocabulary=128, width=64, hidden=64, layers=2, head_dim=16)
-"""Seconds, compilation included."""
+"""Runs in seconds, compilation included."""
 SIZES = {"small": MODEL, "full_width": FULL_WIDTH, "smoke": SMOKE}
 
 RANK, ALPHA = 16, 32.0
 TARGETS = ("q", "k", "v", "w1", "w2", "w3", "router")
-"""Adapters of the training benchmark, on both sides."""
+"""Adapters of the training benchmark, the same on both sides."""
 BASES = ("bfloat16", "float32", "nf4")
-"""Storage of our weights; without training, the fastest one is ours to choose."""
+"""Storage of our weights. For prefill and decoding the fastest is chosen unless --base names one."""
 AUX_COEF, LEARNING_RATE, CLIP_NORM = 0.02, 1e-4, 1.0
 STEPS = 1000
-"""Length of the schedule, of which a benchmark runs the beginning."""
+"""Length of the learning-rate schedule; a benchmark runs its first steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Side:
     """One side of a comparison.
 
     Attributes:
-      run: does the work once, the results ready when it returns.
-      dtype: of base and arithmetic, in words; its first word is the base.
-      implementation: which way of several.
-      compile_seconds: until the first result was there, less a warm run; 0 where nothing is compiled.
+      run: does the work once, and returns when the results are ready.
+      dtype: of base and arithmetic, as text; its first word is the base.
+      implementation: which implementation runs, as text.
+      compile_seconds: time of the first run less that of a warm one; 0 where nothing is compiled.
     """
 
     run: Callable[[], Any]
@@ -80,7 +80,7 @@ class Side:
 
 
 def threads() -> int:
-    """Cores that this process may use: what XLA takes, and what the peer is given."""
+    """Cores that this process may use. XLA uses all of them, and so does the peer."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -88,7 +88,7 @@ def with_variant(config: MixtralConfig, variant: str | None) -> MixtralConfig:
     """The architecture with this router.
 
     Raises:
-      BimedixError: there is no such router.
+      BimedixError: no router has this name.
     """
     check_router_name(variant)
     router = config.router if variant is None else dataclasses.replace(config.router, variant=variant)
@@ -96,7 +96,7 @@ def with_variant(config: MixtralConfig, variant: str | None) -> MixtralConfig:
 
 
 def base_model(config: MixtralConfig, base: str) -> Mixtral:
-    """Random weights; computes in bfloat16 unless the base is float32."""
+    """A model with random weights. It computes in bfloat16 unless the base is float32."""
     model = init_random(config, dtype="float32" if base == "float32" else "bfloat16")
     return quantise_base(model) if base == "nf4" else model
 
@@ -105,8 +105,8 @@ def tokens(config: MixtralConfig, batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
 
 
-def compiled(run: Callable[[], Any]) -> float:
-    """Seconds that the first run took longer than the second."""
+def compile_seconds(run: Callable[[], Any]) -> float:
+    """Seconds that the first run takes longer than the second."""
     taken = []
     for _ in range(2):
         began = time.perf_counter()
@@ -116,7 +116,7 @@ def compiled(run: Callable[[], Any]) -> float:
 
 
 def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length: int) -> Side:
-    """Whole optimiser steps: forward, backward, load balancing, clipping, AdamW."""
+    """Whole optimiser steps: forward and backward pass, load balancing, clipping, AdamW."""
     model = add_lora(base_model(config, base), LoraConfig(rank=RANK, alpha=ALPHA, targets=TARGETS))
     experiment = Experiment(
         name="bench",
@@ -139,18 +139,18 @@ def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length:
         "loss_mask_BT": jnp.ones(tokens_ABT.shape, bool),
     }
 
-    def run() -> float:
+    def train_step() -> float:
         nonlocal state
         state, metrics = step(state, frozen, data)
         jax.block_until_ready(state.params)
         return float(metrics["loss"])
 
     implementation = f"adapters of rank {RANK}, remat {remat}"
-    return Side(run, f"{base} base, {model.dtype} arithmetic", implementation, compiled(run))
+    return Side(train_step, f"{base} base, {model.dtype} arithmetic", implementation, compile_seconds(train_step))
 
 
 def fastest(make: Callable[[str], Side], base: str | None, runs: int = 3) -> Side:
-    """Our side on that base; None tries all of BASES, as all ways of the peer are tried."""
+    """Our side on this base. None tries all of BASES, as `peer.fastest` tries all implementations of the peer."""
     sides = {name: make(name) for name in (BASES if base is None else (base,))}
     if len(sides) == 1:
         return sides[base or BASES[0]]
@@ -164,26 +164,31 @@ def fastest(make: Callable[[str], Side], base: str | None, runs: int = 3) -> Sid
 
 
 def prefill(config: MixtralConfig, base: str, batch: int, length: int) -> Side:
-    """Logits of every position, as a forward call returns them."""
+    """A forward pass with the logits of all positions."""
     model = base_model(config, base)
     tokens_BT = jnp.asarray(tokens(model.config, batch, length))
     graph, weights = nnx.split(model)
     forward = jax.jit(lambda weights, tokens_BT: nnx.merge(graph, weights)(tokens_BT).logits_BTV)
 
-    def run() -> jax.Array:
+    def all_logits() -> jax.Array:
         return jax.block_until_ready(forward(weights, tokens_BT))
 
-    return Side(run, f"{base} base, {model.dtype} arithmetic", "logits of all positions", compiled(run))
+    dtype = f"{base} base, {model.dtype} arithmetic"
+    return Side(all_logits, dtype, "logits of all positions", compile_seconds(all_logits))
 
 
 def decoding(config: MixtralConfig, base: str, batch: int, prompt: int, steps: int, runs: int) -> Side:
-    """`steps` greedy tokens a row, going on from where the last run ended; `runs` times at most besides two here."""
+    """Decodes `steps` greedy tokens for each row, continuing where the last call ended.
+
+    It can be called `runs` times, besides the two calls that are made here.
+    """
     model = base_model(config, base)
     prompts = list(tokens(config, batch, prompt))
     decoded = (tokens for tokens, _ in decode(model, prompts, 1 + steps * (runs + 2), Sampling.of(), seed=0))
-    next(decoded)  # the prefill's own token
+    next(decoded)  # the token of the prefill
 
-    def run() -> list[list[int]]:
+    def decode_steps() -> list[list[int]]:
         return [next(decoded) for _ in range(steps)]
 
-    return Side(run, f"{base} base, {model.dtype} arithmetic", "key-value cache, one step a token", compiled(run))
+    dtype = f"{base} base, {model.dtype} arithmetic"
+    return Side(decode_steps, dtype, "key-value cache, one step a token", compile_seconds(decode_steps))

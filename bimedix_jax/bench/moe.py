@@ -1,4 +1,4 @@
-"""The experts' products against one dense product and JAX's own, and their feed-forward in one piece and in parts."""
+"""Grouped products against one dense product and `lax.ragged_dot`; the experts' feed-forward, fused and composed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import planes
 from bimedix_jax.kernels.permute import sort_by_expert
+from bimedix_jax.plan.flops import matmul_flops
 
 FEED_FORWARD = ("xla", "composed")
-"""Backends of the feed-forward that are compared; the third is for decoding a few rows."""
+"""The backends that are compared: fused and composed. The third one, few_rows, is for decoding."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """One layer's product: `tokens` tokens of width D, top_k of E experts of width F."""
+    """Sizes of one layer: its tokens and their width, the experts and their hidden width."""
 
     tokens: int
     width: int
@@ -38,12 +39,12 @@ class Size:
 
     @property
     def flops(self) -> int:
-        """Of the rows that experts own: no padding, no expert that a row did not choose."""
-        return 2 * self.rows * self.width * self.hidden
+        """FLOPs of one product over the rows that experts own, without padding."""
+        return matmul_flops(self.rows, self.width, self.hidden)
 
 
 def balanced(size: Size) -> np.ndarray:
-    """Rows of each expert under a router that draws uniformly."""
+    """Rows of each expert under a uniform router."""
     return np.random.default_rng(0).multinomial(size.rows, np.full(size.experts, 1 / size.experts)).astype(np.int32)
 
 
@@ -56,7 +57,7 @@ def skewed(size: Size) -> np.ndarray:
 
 
 def dequantise_all(t: NF4Tensor) -> tuple[jax.Array, jax.Array]:
-    """Every matrix of a stack as the two planes that the CPU's kernel consumes, each overwriting the one before."""
+    """Dequantises every matrix of a stack into the two planes of the CPU kernel. Each overwrites the one before."""
     scales = block_scales(t)
 
     def one(e: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -67,12 +68,12 @@ def dequantise_all(t: NF4Tensor) -> tuple[jax.Array, jax.Array]:
 
 
 def contestants(size: Size) -> dict[str, Callable[[], Any]]:
-    """What runs, by name; all operands are arguments of compiled functions."""
+    """The functions to time, by name. All operands are arguments of compiled functions, so that none is a constant."""
     key = jax.random.key(0)
     x = jax.random.normal(key, (size.rows, size.width), jnp.bfloat16)
     stored = jax.random.normal(key, (size.experts, size.hidden, size.width), jnp.bfloat16)
     w = stored.swapaxes(1, 2) + jnp.zeros((), jnp.bfloat16)
-    t = quantize(stored, batch_dims=1).mT  # as PyTorch stores it, (out, in), which is how checkpoints come
+    t = quantize(stored, batch_dims=1).mT  # stored (out, in), as in PyTorch and its checkpoints
     even, uneven = jnp.asarray(balanced(size)), jnp.asarray(skewed(size))
     first = jnp.copy(w[0])
     dense = jax.jit(lambda x, w: product(x, w).astype(jnp.bfloat16))
@@ -96,7 +97,7 @@ def contestants(size: Size) -> dict[str, Callable[[], Any]]:
 
 
 def measure(size: Size, repetitions: int) -> dict[str, Any]:
-    """One row: useful GFLOP/s of each contestant, their ratios to the dense product, G elements/s of dequantisation."""
+    """One row: useful GFLOP/s of each contestant, ratios to the dense product, G elements/s of dequantisation."""
     seconds = medians(contestants(size), repetitions)
     row: dict[str, Any] = {"tokens": size.tokens, "rows": size.rows, "width": size.width, "hidden": size.hidden}
     row |= {"experts": size.experts, "top_k": size.top_k, "dtype": "bfloat16", "repetitions": repetitions}
@@ -111,7 +112,7 @@ def measure(size: Size, repetitions: int) -> dict[str, Any]:
 
 
 def feed_forwards(size: Size, rank: int) -> dict[str, Callable[[], Any]]:
-    """The whole feed-forward on NF4 weights: alone, with adapters, and with the gradients of a training step."""
+    """The feed-forward on NF4 weights: forward, forward with adapters, and with the gradients of a training step."""
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> jax.Array:
@@ -124,16 +125,16 @@ def feed_forwards(size: Size, rank: int) -> dict[str, Callable[[], Any]]:
     weights = tuple(quantize(draw(size.experts, f, d).astype(jnp.bfloat16), batch_dims=1).mT for d, f in shapes)
     deltas = tuple((draw(size.experts, d, rank), draw(size.experts, rank, f)) for d, f in shapes)
 
-    def run(backend: str, x: jax.Array, weights: Any, deltas: Any) -> jax.Array:
+    def forward_pass(backend: str, x: jax.Array, weights: Any, deltas: Any) -> jax.Array:
         return expert_mlp(x, pairs, sort_by_expert(owners, size.experts), weights, deltas, backend=backend)
 
-    def train(backend: str, x: jax.Array, weights: Any, deltas: Any) -> Any:
-        y, pullback = jax.vjp(lambda x, deltas: run(backend, x, weights, deltas), x, deltas)
+    def forward_and_gradients(backend: str, x: jax.Array, weights: Any, deltas: Any) -> Any:
+        y, pullback = jax.vjp(lambda x, deltas: forward_pass(backend, x, weights, deltas), x, deltas)
         return y, pullback(y)
 
     found: dict[str, Callable[[], Any]] = {}
     for backend in FEED_FORWARD:
-        forward, both = (jax.jit(function, static_argnums=0) for function in (run, train))
+        forward, both = (jax.jit(function, static_argnums=0) for function in (forward_pass, forward_and_gradients))
         found[f"forward_{backend}"] = lambda f=forward, b=backend: f(b, x, weights, (None,) * 3)
         found[f"forward_adapters_{backend}"] = lambda f=forward, b=backend: f(b, x, weights, deltas)
         found[f"training_{backend}"] = lambda f=both, b=backend: f(b, x, weights, deltas)
@@ -141,7 +142,7 @@ def feed_forwards(size: Size, rank: int) -> dict[str, Callable[[], Any]]:
 
 
 def measure_feed_forward(size: Size, rank: int, repetitions: int) -> dict[str, Any]:
-    """One row: milliseconds of each way and pass, and how many times as fast the fused one is."""
+    """One row: milliseconds of each backend and pass, and the speed-up of the fused one."""
     seconds = medians(feed_forwards(size, rank), repetitions)
     row: dict[str, Any] = dataclasses.asdict(size) | {"rank": rank, "base": "nf4", "repetitions": repetitions}
     row |= {f"{name}_ms": 1000 * taken for name, taken in seconds.items()}

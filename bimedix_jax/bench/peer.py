@@ -1,6 +1,6 @@
-"""transformers + peft on the same model, in the fastest of their ways. The one module that may import torch, lazily.
+"""The peer: transformers + peft on the same model, with the fastest of their implementations.
 
-On a machine with a GPU that JAX uses, the peer runs there too.
+Only this module may import torch, and only inside functions. If JAX runs on a GPU, so does the peer.
 """
 
 import gc
@@ -17,18 +17,18 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig
 
 DTYPES = ("float32", "bfloat16")
-"""What is tried on a CPU; on a GPU bfloat16 alone, since nothing is faster there in float32."""
+"""Data types tried on a CPU. On a GPU only bfloat16 is tried, since float32 is never faster there."""
 EXPERTS = ("eager", "grouped_mm")
-"""transformers' ways to run experts."""
+"""Experts implementations of transformers."""
 DECODING_EXPERTS = (*EXPERTS, "batched_mm")
-"""The last one copies the experts of every token, which only a few tokens can afford."""
+"""batched_mm copies the experts of each token, so it fits in memory for a few tokens only."""
 LINEAR_TARGETS = ["q_proj", "k_proj", "v_proj"]
 FUSED_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
-"""What corresponds to ours: transformers 5 keeps all experts of a layer in one parameter each way."""
+"""Where transformers 5 keeps our targets: all experts of a layer share two parameters, up and down."""
 
 
 def require_peer() -> str:
-    """Versions of the peer, in words.
+    """Versions of the peer, as text.
 
     Raises:
       BimedixError: torch, transformers or peft is not installed.
@@ -43,7 +43,7 @@ def require_peer() -> str:
 
 
 def place() -> str:
-    """Where torch runs, by its name.
+    """The name of the torch device to run on.
 
     Raises:
       BimedixError: JAX has a GPU that torch cannot use.
@@ -53,7 +53,7 @@ def place() -> str:
     if jax.default_backend() != "gpu":
         return "cpu"
     if not torch.cuda.is_available():
-        raise BimedixError("JAX runs on a GPU, for which this torch is not built; install torch with CUDA.")
+        raise BimedixError("JAX runs on a GPU, but this torch has no CUDA support; install torch with CUDA.")
     return "cuda"
 
 
@@ -84,7 +84,7 @@ def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
         router_aux_loss_coef=AUX_COEF,
         pad_token_id=None,
     )
-    with torch.device(place()):  # a GPU draws random weights in no time
+    with torch.device(place()):  # random weights are drawn much faster on a GPU
         model: Any = transformers.MixtralForCausalLM(settings)
     model = model.to(getattr(torch, dtype)).eval()
     model.set_experts_implementation(experts)
@@ -92,7 +92,7 @@ def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
 
 
 def training(config: MixtralConfig, dtype: str, experts: str, batch: int, length: int) -> Side:
-    """The same step: forward, backward, load balancing, clipping, AdamW on adapters that peft keeps in float32."""
+    """The same optimiser step. peft keeps its adapters in float32."""
     import peft
     import torch
 
@@ -105,7 +105,7 @@ def training(config: MixtralConfig, dtype: str, experts: str, batch: int, length
     adamw = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     ids = input_ids(config, batch, length)
 
-    def run() -> float:
+    def train_step() -> float:
         adamw.zero_grad()
         loss = model(input_ids=ids, labels=ids, output_router_logits=True, use_cache=False).loss
         loss.backward()
@@ -113,29 +113,29 @@ def training(config: MixtralConfig, dtype: str, experts: str, batch: int, length
         adamw.step()
         return loss.item()
 
-    return Side(run, dtype, f"{experts} experts, peft adapters of rank {RANK}")
+    return Side(train_step, dtype, f"{experts} experts, peft adapters of rank {RANK}")
 
 
 def prefill(config: MixtralConfig, dtype: str, experts: str, batch: int, length: int) -> Side:
-    """Logits of every position."""
+    """A forward pass with the logits of all positions."""
     import torch
 
     model, ids = build(config, dtype, experts), input_ids(config, batch, length)
 
     @torch.inference_mode()
-    def run() -> Any:
+    def all_logits() -> Any:
         logits = model(input_ids=ids, use_cache=False).logits
         if logits.is_cuda:
             torch.cuda.synchronize()
         return logits
 
-    return Side(run, dtype, f"{experts} experts")
+    return Side(all_logits, dtype, f"{experts} experts")
 
 
 def decoding(config: MixtralConfig, dtype: str, experts: str, batch: int, prompt: int, steps: int) -> Side:
-    """`steps` greedy tokens a row with the key-value cache, going on from where the last run ended.
+    """Decodes `steps` greedy tokens for each row with a key-value cache, continuing where the last call ended.
 
-    The bare loop: `generate` of transformers adds its own work to each token.
+    This is a bare loop, since `generate` of transformers adds work to each token.
     """
     import torch
     import transformers
@@ -148,10 +148,10 @@ def decoding(config: MixtralConfig, dtype: str, experts: str, batch: int, prompt
     def step(ids: Any) -> Any:
         return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
-    last = step(ids)  # the prompt, for which batched_mm would copy the experts of every token
+    last = step(ids)  # the prompt with eager experts: batched_mm would copy the experts of all its tokens
     model.set_experts_implementation(experts)
 
-    def run() -> np.ndarray:
+    def decode_steps() -> np.ndarray:
         nonlocal last
         chosen = []
         for _ in range(steps):
@@ -159,11 +159,11 @@ def decoding(config: MixtralConfig, dtype: str, experts: str, batch: int, prompt
             chosen.append(last[:, 0].tolist())
         return np.array(chosen)
 
-    return Side(run, dtype, f"{experts} experts, DynamicCache")
+    return Side(decode_steps, dtype, f"{experts} experts, DynamicCache")
 
 
 def release() -> None:
-    """Memory of a GPU that torch keeps for itself goes back, so that ours finds it."""
+    """Frees the GPU memory that torch caches, so that JAX can allocate it."""
     import torch
 
     if torch.cuda.is_available():
@@ -176,7 +176,7 @@ def fastest(
     """(the fastest side over data types and implementations, seconds of each), from short trials.
 
     Args:
-      make: side of a dtype and an experts implementation.
+      make: builds the side of a dtype and an experts implementation.
     """
     trials, best = [], None
     for dtype in DTYPES if place() == "cpu" else DTYPES[1:]:
@@ -191,7 +191,7 @@ def fastest(
             if best is None or seconds < best[0]:
                 best = seconds, side
             del side
-            gc.collect()  # torch's modules refer to each other in circles, and each trial holds gigabytes
+            gc.collect()  # torch's modules are in reference cycles, and each trial takes gigabytes
             release()
     assert best is not None
     return best[1], trials

@@ -1,4 +1,4 @@
-"""Speed by size, as a picture."""
+"""A plot of speed by number of tokens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

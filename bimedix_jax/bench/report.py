@@ -1,4 +1,4 @@
-"""What the whole-model benchmarks say about themselves."""
+"""Checks, versions and tables that the whole-model benchmarks share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,16 +13,16 @@ from bimedix_jax.models.config import MixtralConfig
 
 
 def check(config: MixtralConfig, positions: int) -> None:
-    """Raises BimedixError where a run would need more positions than the model has."""
+    """Raises BimedixError if a benchmark needs more positions than the model has."""
     if positions > config.max_position_embeddings:
         raise BimedixError(
-            f"The run needs {positions} positions, the model has {config.max_position_embeddings}; lower --length, "
-            "--prompt, --steps or --repetitions."
+            f"The benchmark needs {positions} positions, the model has {config.max_position_embeddings}; lower "
+            "--length, --prompt, --steps or --repetitions."
         )
 
 
 def versions(against: bool) -> dict[str, Any]:
-    """Where and with what it was measured; also the check that the peer is installed."""
+    """Device, threads and versions of a measurement. Raises BimedixError if a peer is asked for and not installed."""
     return {
         "device": jax.devices()[0].device_kind,
         "threads": threads(),

@@ -1,4 +1,4 @@
-"""Medians of interleaved repetitions: what slows the machine for a while slows every contestant alike."""
+"""Medians of interleaved repetitions, so that a temporary slow-down of the machine affects all contestants alike."""
 
 import math
 import statistics
@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 BURST_SECONDS, LONGEST_BURST = 0.02, 100
-"""An accelerator is given so much to do at once: a host takes longer to start a short kernel than it takes to run."""
+"""Accelerators are timed over bursts of calls, since launching a short kernel takes longer than running it."""
 
 
-def calls_at_once(run: Callable[[], Any]) -> int:
+def burst_calls(run: Callable[[], Any]) -> int:
+    """Calls in one burst."""
     if jax.default_backend() == "cpu":
         return 1
     began = time.perf_counter()
@@ -21,15 +22,18 @@ def calls_at_once(run: Callable[[], Any]) -> int:
 
 
 def medians(contestants: Mapping[str, Callable[[], Any]], repetitions: int = 9, warm_up: int = 2) -> dict[str, float]:
-    """Seconds of each contestant, a function that returns JAX arrays (or anything, if it blocks itself).
+    """Median seconds of a call of each contestant.
 
-    Each runs `warm_up` times, which compiles it; then they take turns, on accelerators in bursts.
+    Each is called `warm_up` times, which compiles it. Then they take turns, on accelerators in bursts.
+
+    Args:
+      contestants: functions that return JAX arrays, or that block until their work is done.
     """
     calls: dict[str, int] = {}
     for name, run in contestants.items():
         for _ in range(warm_up):
             jax.block_until_ready(run())
-        calls[name] = calls_at_once(run)
+        calls[name] = burst_calls(run)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repetitions):
         for name, run in contestants.items():

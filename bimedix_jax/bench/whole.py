@@ -1,4 +1,4 @@
-"""Rows of the whole-model benchmarks: ours, the peer and the physical limit, taking turns in one process."""
+"""Rows of the whole-model benchmarks: our side, the peer and the hardware limit, interleaved in one process."""
 
 import dataclasses
 from collections import Counter
@@ -10,17 +10,17 @@ from bimedix_jax.bench.timing import medians
 from bimedix_jax.models.config import MixtralConfig, Remat
 
 TRIALS = 3
-"""Runs by which a side chooses its way."""
+"""Runs that choose the fastest implementation of a side."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all rows share.
+    """Options that all rows share.
 
     Attributes:
       config: the architecture.
-      against: whether the peer is measured.
-      repetitions: whose median counts.
+      against: whether the peer is measured too.
+      repetitions: timings of each contestant; their median counts.
     """
 
     config: MixtralConfig
@@ -49,7 +49,7 @@ def prefill_row(options: Options, base: str | None, batch: int, length: int) -> 
 
 
 def decoding_row(options: Options, base: str | None, batch: int, prompt: int, steps: int) -> dict[str, Any]:
-    """Tokens per second of greedy decoding, all rows together, without the prefill."""
+    """Tokens per second of greedy decoding, all rows of the batch together, without the prefill."""
     runs = options.repetitions + 2 + TRIALS
     ours = model.fastest(lambda base: model.decoding(options.config, base, batch, prompt, steps, runs), base, TRIALS)
     used = model.base_model(options.config, ours.dtype.split()[0])
@@ -66,31 +66,31 @@ def decoding_row(options: Options, base: str | None, batch: int, prompt: int, st
     return row | {"bytes_read_per_step": read.bytes, "read_gbytes_per_s": read.bytes / once / 1e9}
 
 
-Found = tuple[model.Side, list[dict[str, Any]]] | None
-"""The peer's fastest side and its trials."""
+Peer = tuple[model.Side, list[dict[str, Any]]] | None
+"""The peer's fastest side and the trials that chose it; None where the peer is not measured."""
 
 
-def chosen_peer(options: Options, make: Callable[[str, str], model.Side], implementations: tuple[str, ...]) -> Found:
+def chosen_peer(options: Options, make: Callable[[str, str], model.Side], implementations: tuple[str, ...]) -> Peer:
     return peer.fastest(make, implementations) if options.against else None
 
 
 def compute_row(
-    name: str, options: Options, ours: model.Side, theirs: Found, products: Counter[bounds.Product], tokens: int
+    name: str, options: Options, ours: model.Side, theirs: Peer, products: Counter[bounds.Product], tokens: int
 ) -> dict[str, Any]:
-    """A row whose limit is its matrix products."""
+    """A row whose limit is the time of its matrix products alone."""
     alone = bounds.contestants(products)
     contestants = {"ours": ours.run} | ({} if theirs is None else {"peer": theirs[0].run})
     seconds = medians(contestants | {str(product): run for product, (run, _) in alone.items()}, options.repetitions)
     limit = sum(count * seconds[str(product)] / alone[product][1] for product, count in products.items())
     row = compared(name, ours, theirs, seconds, tokens, tokens / limit)
-    work = bounds.flops(products)
+    work = bounds.total_flops(products)
     return row | {"useful_gflop": work / 1e9, "bound_gflops": work / limit / 1e9}
 
 
 def compared(
-    name: str, ours: model.Side, theirs: Found, seconds: dict[str, float], tokens: int, limit: float
+    name: str, ours: model.Side, theirs: Peer, seconds: dict[str, float], tokens: int, limit: float
 ) -> dict[str, Any]:
-    """What every row holds; the peer's fields are None where it was not asked for."""
+    """The fields of every row. Those of the peer are None where it is not measured."""
     speed, other = tokens / seconds["ours"], None if theirs is None else tokens / seconds["peer"]
     row: dict[str, Any] = {
         "name": name,

@@ -52,7 +52,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, max(config.length, config.prompt + config.steps * (config.repetitions + 7) + 1))
     versions = report.versions(config.against is not None)
-    options = whole.Options(architecture, config.against is not None, config.repetitions)
+    options = whole.Options(config=architecture, against=config.against is not None, repetitions=config.repetitions)
     rows = [whole.prefill_row(options, config.base, config.batch, config.length)]
     rows += [
         whole.decoding_row(options, config.base, batch, config.prompt, config.steps) for batch in config.decode_batches

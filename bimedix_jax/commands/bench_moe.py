@@ -65,7 +65,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     check(config)
     rows = []
     for tokens in tqdm(config.tokens, desc="sizes", delay=2.0, disable=None):
-        size = Size(tokens, config.width, config.hidden, config.experts, config.top_k)
+        size = Size(
+            tokens=tokens,
+            width=config.width,
+            hidden=config.hidden,
+            experts=config.experts,
+            top_k=config.top_k,
+        )
         if config.feed_forward:
             rows.append(measure_feed_forward(size, config.rank, config.repetitions))
         else:

@@ -47,7 +47,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, config.length)
     versions = report.versions(config.against is not None)
-    options = whole.Options(architecture, config.against is not None, config.repetitions)
+    options = whole.Options(config=architecture, against=config.against is not None, repetitions=config.repetitions)
     rows = [whole.training_row(options, config.base, config.remat, config.batch, config.length)]
     console.print(report.table(rows))
     return versions | {"batch": config.batch, "length": config.length, "size": config.size, "rows": rows}

@@ -50,7 +50,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.plan.devices import assumptions, target
     from bimedix_jax.plan.fit import fit
     from bimedix_jax.plan.page import show
-    from bimedix_jax.plan.report import described, plan_inference, plan_training
+    from bimedix_jax.plan.report import estimate_inference, estimate_training, to_document
 
     if config.prompt_tokens < 1 or config.prompts < 1:
         raise BimedixError("--prompt-tokens or --prompts is below 1; give at least 1.")
@@ -62,11 +62,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         if config.fit:
             planned, changed = fit(architecture, experiment, where, lambda line: progress.print(line, highlight=False))
         else:
-            planned = plan_training(architecture, experiment, where)
-    document = {"model": config.model or experiment.name, **described(planned), "changed": changed}
+            planned = estimate_training(architecture, experiment, where)
+    document = {"model": config.model or experiment.name, **to_document(planned), "changed": changed}
     if config.inference:
         with progress.status(f"compiling prefill and decoding for {where.name}"):
-            document |= plan_inference(architecture, planned.experiment, where, config.prompts, config.prompt_tokens)
+            document |= estimate_inference(
+                architecture, planned.experiment, where, config.prompts, config.prompt_tokens
+            )
     document |= {"assumptions": assumptions(where.device), "experiment": planned.experiment.to_dict()}
     show(document, console)
     return document

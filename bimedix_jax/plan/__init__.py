@@ -1,1 +1,1 @@
-"""`bimedix plan`: compiles the real steps for absent hardware, and says what they need and how long they take."""
+"""`bimedix plan`: compiles the real steps for absent hardware and estimates their memory, communication and time."""

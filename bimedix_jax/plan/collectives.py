@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices."""
+"""The collectives of a compiled program."""
 
 import dataclasses
 import math
@@ -13,19 +13,19 @@ from bimedix_jax.plan.hlo import Computation, Instruction, Program
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 NAMED = re.compile(r"replica_groups=mesh\[((?:'[\w.]+'=\d+,?)+)\] \{((?:'[\w.]+',? ?)+)\}")
 BEGINNING, WAITING = "async-collective-start", "async-collective-done"
-"""Names of a TPU's fusions that begin an exchange and wait for it."""
+"""Prefixes of the TPU fusions that start a collective and wait for it."""
 CHANNEL = re.compile(r"channel_id=(\d+)")
 IOTA = re.compile(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange, for one device.
+    """One collective.
 
     Attributes:
       kind: one of KINDS.
-      payload: bytes of the whole array: what an all-gather returns, what a reduction takes.
-      groups: device numbers that exchange with one another.
+      payload: bytes of the whole array: the result of an all-gather, the operand of a reduction.
+      groups: the groups of device numbers that communicate.
     """
 
     kind: str
@@ -34,26 +34,27 @@ class Collective:
 
     @property
     def size(self) -> int:
+        """Devices of the largest group."""
         return max(map(len, self.groups))
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in a ring."""
+        """Bytes that each device sends, if the collective is a ring."""
         share = (self.size - 1) / self.size
         if self.kind == "all-reduce":
             return 2 * self.payload * share
         return self.payload * (1.0 if self.kind in ("collective-permute", "collective-broadcast") else share)
 
     def crosses(self, node: int) -> bool:
-        """Whether a group spans nodes of so many devices."""
+        """Whether a group spans several nodes, of this many devices each."""
         return any(len({device // node for device in group}) > 1 for group in self.groups)
 
 
 def collective_of(program: Program, computation: Computation, instruction: Instruction) -> Collective | None:
-    """The exchange that an instruction performs or begins.
+    """The collective that an instruction performs or starts, if any.
 
-    A TPU's compiler cuts an exchange into a fusion that begins it, fusions with products that carry it on, and one that
-    waits for it; each holds a copy of the exchange, of which the first counts.
+    The TPU compiler splits a collective over several fusions: one starts it, others continue it beside products, and
+    the last one waits for it. Each contains a copy of the collective. Only the one that starts it counts.
     """
     if instruction.opcode == "async-start" or instruction.name.startswith(BEGINNING):
         inside = program.callee(instruction)
@@ -68,7 +69,7 @@ def collective_of(program: Program, computation: Computation, instruction: Instr
 
 
 def key_of(program: Program, instruction: Instruction) -> str:
-    """What the beginning of an exchange and the wait for it have in common: the name of the former, or its channel."""
+    """A key that the start of a collective and its wait share: the name of the start, or the channel."""
     if instruction.opcode == "fusion":
         inside = program.callee(instruction)
         channels = [CHANNEL.search(i.attributes) for i in inside.instructions.values() if i.opcode in KINDS]
@@ -81,7 +82,7 @@ def first(found: Iterable[Collective | None]) -> Collective | None:
 
 
 def groups_of(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
-    """Device numbers of each group; of a permutation, each sender with its receiver."""
+    """Device numbers of each group. For a permutation, each group is a sender and its receiver."""
     text = instruction.attributes
     if (pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)) is not None:
         return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])) or ((0,),)
@@ -101,4 +102,4 @@ def groups_of(instruction: Instruction) -> tuple[tuple[int, ...], ...]:
         grouped = numbers.transpose([*outside, *inside])
         size = math.prod(numbers.shape[axis] for axis in inside)
         return tuple(map(tuple, grouped.reshape(-1, size).tolist()))
-    raise BimedixError(f"The groups of {instruction.name} are printed in a way that is not known here: {text[:200]}")
+    raise BimedixError(f"The groups of {instruction.name} are printed in an unknown format: {text[:200]}")

@@ -1,4 +1,4 @@
-"""Facts of the devices that can be planned for, with their sources, and what of them is assumed to be reached."""
+"""Data of the devices that `bimedix plan` knows, with sources, and the assumed efficiencies."""
 
 import dataclasses
 import re
@@ -19,16 +19,16 @@ class Device:
 
     Attributes:
       platform: "gpu" or "tpu".
-      memory_bytes: that a program may use: of a GPU 95 % (the rest is for the CUDA context, NCCL and cuBLAS; JAX must
-        be told so by XLA_PYTHON_CLIENT_MEM_FRACTION=0.95), of a TPU what its compiler allows.
-      bfloat16_flops, float32_flops: peak FLOP/s of dense matrix products. float32: TF32 on GPUs; on TPUs six passes of
-        bfloat16 (JAX's precision HIGHEST).
-      bandwidth: of its memory, bytes/s.
-      link_bandwidth: bytes/s that it sends to the others of its node (GPU: NVLink, one direction) or slice (TPU: a ring
-        over the two links of one axis).
-      node: devices that `link_bandwidth` holds among.
-      node_bandwidth: bytes/s that each device sends beyond its node.
-      launch_seconds: between the end of one kernel and the start of the next.
+      memory_bytes: memory that a program may use. Of a GPU 95 %, with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; the rest is
+        for the CUDA context, NCCL and cuBLAS. Of a TPU what its compiler allows.
+      bfloat16_flops, float32_flops: peak FLOP/s of dense matrix products. float32 is TF32 on GPUs, and six passes of
+        bfloat16 on TPUs (JAX's precision HIGHEST).
+      bandwidth: bytes/s of its memory.
+      link_bandwidth: bytes/s that it sends within its node (GPU: NVLink, one direction) or slice (TPU: a ring over the
+        two links of one axis).
+      node: number of devices of a node or slice.
+      node_bandwidth: bytes/s that each device sends to other nodes.
+      launch_seconds: time between the end of one kernel and the start of the next.
     """
 
     name: str
@@ -84,21 +84,21 @@ DEVICES = {
     "v5e": Device("v5e", memory_bytes=int(15.75 * GIB), bandwidth=8.19e11, **V5E),
     "v5p": Device("v5p", memory_bytes=95 * GIB, bandwidth=2.765e12, **V5P),
 }
-"""What `--devices NAME:COUNT` knows. `hardware.py` holds what the compilers are told of the same devices."""
+"""The names of `--devices NAME:COUNT`. `hardware.py` describes the same devices to the compilers."""
 
 MATMUL_SHARE = 0.7
-"""Of the peak FLOP/s that dense products reach: large 16-bit GEMMs of cuBLAS and of XLA:TPU reach 0.7 to 0.85."""
+"""Share of the peak FLOP/s that dense products reach. Large 16-bit GEMMs of cuBLAS and XLA:TPU reach 0.7 to 0.85."""
 KERNEL_SHARE, PACKED_SHARE = {"gpu": 0.58, "tpu": 0.5}, {"gpu": 0.28, "tpu": 0.5}
-"""Of the peak FLOP/s that our kernels reach, on 16-bit values and where they unpack weights themselves. GPU: measured
-on an H100 (docs/results/gpu.md), not on an A100; TPU: not measured."""
+"""Share of the peak FLOP/s that our kernels reach, with 16-bit weights and where they unpack weights themselves. The
+GPU's are measured on an H100 (docs/results/gpu.md), not on an A100. The TPU's are not measured."""
 MEMORY_SHARE = 0.8
-"""Of the bandwidth of HBM that kernels reach."""
+"""Share of the HBM bandwidth that kernels reach."""
 NETWORK_SHARE = 0.75
-"""Of the bandwidth of links that collectives reach: NCCL's rings come to about 230 of 300 GB/s on A100s."""
+"""Share of the link bandwidth that collectives reach. NCCL's rings reach about 230 of 300 GB/s on A100s."""
 
 
 def assumptions(device: Device) -> dict[str, float | str]:
-    """What every predicted time rests on, as it is printed beside it."""
+    """The assumptions behind all predicted times, which are printed with them."""
     measured = {"gpu": "measured on one H100", "tpu": "never measured on TPUs"}[device.platform]
     return {
         "dense products reach, of peak FLOP/s": MATMUL_SHARE,
@@ -115,7 +115,7 @@ def assumptions(device: Device) -> dict[str, float | str]:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """So many devices of a kind."""
+    """A number of devices of one kind."""
 
     device: Device
     count: int
@@ -126,10 +126,10 @@ class Target:
 
 
 def target(text: str) -> Target:
-    """`a100-80gb:8` as a target; one device where no number is given.
+    """Parses `a100-80gb:8`. Without a number it is one device.
 
     Raises:
-      BimedixError: an unknown device, or no number behind the colon.
+      BimedixError: the device is unknown, or what follows the colon is not a positive number.
     """
     match = re.fullmatch(r"([\w-]+?)(?::(\d+))?", text)
     if match is None or match[1] not in DEVICES or match[2] == "0":

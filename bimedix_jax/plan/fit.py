@@ -1,4 +1,4 @@
-"""A setting of an experiment that fits a target: what costs nothing but time is changed first."""
+"""`bimedix plan --fit`: changes an experiment until it fits a target, the changes that cost only time first."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,53 +8,56 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, differences, override
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.plan.devices import Target
-from bimedix_jax.plan.report import Planned, plan_training
+from bimedix_jax.plan.report import Estimate, estimate_training
 
 SHORTEST = 512
-"""Tokens a row below which no shorter rows are tried: documents would be cut apart."""
+"""Rows are not made shorter than this many tokens, since more documents would be cut."""
 
 
 def fit(
     config: MixtralConfig,
     experiment: Experiment,
     target: Target,
-    say: Callable[[str], None],
-) -> tuple[Planned, list[str]]:
-    """The first setting that fits, and what differs from the one asked for; the last one tried where none does.
+    report: Callable[[str], None],
+) -> tuple[Estimate, list[str]]:
+    """The estimate of the first experiment that fits, and its changes. If none fits, that of the last one tried.
 
-    In this order, each on top of those before it:
-      1. fewer rows of a micro-batch, and more micro-batches: the same step, with more kernels and gathers;
+    The changes are made in this order, each in addition to the ones before it:
+      1. fewer rows in a micro-batch, and more micro-batches: the same step, with more kernels and gathers;
       2. layers recomputed in the backward pass: the same step, a third slower;
-      3. heads and feed-forward columns divided among devices (mesh.tensor): the same step, with more communication;
-      4. the optimiser's moments in bfloat16: other rounding;
-      5. shorter rows, as many more of them: other data, since documents are cut elsewhere.
+      3. heads and feed-forward columns sharded (mesh.tensor): the same step, with more communication;
+      4. the optimiser's moments in bfloat16: different rounding;
+      5. shorter rows, and more of them: different data, since documents are cut at other places.
+
+    Args:
+      report: called with a sentence about each experiment that does not fit and the next one.
     """
-    planned, first = None, divisible(experiment, target)
-    for setting in [first, *settings(config, first, target)]:
-        if planned is not None:
-            if hopeless(planned, setting):
+    estimate, first = None, with_divisible_rows(experiment, target)
+    for candidate in [first, *candidates(config, first, target)]:
+        if estimate is not None:
+            if cannot_fit(estimate, candidate):
                 continue
-            say(f"{target.name}: {shortage(planned)}; trying {'; '.join(changes(setting, experiment))}")
-        planned = plan_training(config, setting, target)
-        if planned.fits:
+            report(f"{target.name}: {shortage(estimate)}; trying {'; '.join(changes(candidate, experiment))}")
+        estimate = estimate_training(config, candidate, target)
+        if estimate.fits:
             break
-    assert planned is not None
-    return planned, changes(planned.experiment, experiment)
+    assert estimate is not None
+    return estimate, changes(estimate.experiment, experiment)
 
 
 def changes(ours: Experiment, asked: Experiment) -> list[str]:
-    """What differs, as 'batch.rows: 1, 8 asked for'."""
+    """The fields that differ, as 'batch.rows: 1, 8 asked for'."""
     return [line.replace(" here", "").replace(" there", " asked for") for line in differences(ours, asked)]
 
 
-def shortage(planned: Planned) -> str:
-    peak = planned.compiled.peak_bytes
+def shortage(estimate: Estimate) -> str:
+    peak = estimate.compiled.peak_bytes
     needs = "more" if peak is None else f"{peak / 2**30:.1f} GiB"
-    return f"needs {needs} of {planned.target.device.memory_bytes / 2**30:.1f} GiB a device"
+    return f"needs {needs} of {estimate.target.device.memory_bytes / 2**30:.1f} GiB a device"
 
 
-def divisible(experiment: Experiment, target: Target) -> Experiment:
-    """The experiment with rows that all devices can share, in a step of at least as many."""
+def with_divisible_rows(experiment: Experiment, target: Target) -> Experiment:
+    """The experiment with rows that the devices divide, and at least as many rows in a step."""
     parts = row_parts(experiment, target)
     if experiment.batch.rows % parts == 0:
         return experiment
@@ -63,15 +66,15 @@ def divisible(experiment: Experiment, target: Target) -> Experiment:
 
 
 def row_parts(experiment: Experiment, target: Target) -> int:
-    """Devices that the rows of a micro-batch are divided among."""
+    """Number of devices that the rows of a micro-batch are sharded over."""
     tensor = 1 if experiment.mesh is None else experiment.mesh.tensor
     if target.count % tensor:
         raise BimedixError(f"mesh.tensor {tensor} does not divide {target.count} devices; choose one that does.")
     return target.count // tensor
 
 
-def settings(config: MixtralConfig, experiment: Experiment, target: Target) -> Iterator[Experiment]:
-    """Settings in the order of `fit`."""
+def candidates(config: MixtralConfig, experiment: Experiment, target: Target) -> Iterator[Experiment]:
+    """Experiments in the order of `fit`."""
     current = experiment
     for fewer in fewer_rows(experiment, row_parts(experiment, target)):
         current = fewer
@@ -97,7 +100,7 @@ def settings(config: MixtralConfig, experiment: Experiment, target: Target) -> I
 
 
 def fewer_rows(experiment: Experiment, parts: int) -> Iterator[Experiment]:
-    """Rows of a micro-batch halved until every part has one, with as many rows a step."""
+    """Halves the rows of a micro-batch until each device has one. The rows of a step stay the same."""
     rows = experiment.batch.rows
     while rows > parts:
         rows = max(parts, rows // 2 // parts * parts)
@@ -111,14 +114,17 @@ def with_rows(experiment: Experiment, rows: int) -> Experiment:
     )
 
 
-def hopeless(tried: Planned, next_one: Experiment) -> bool:
-    """Whether a setting with fewer rows need not be compiled: its share of what rows cost would still be too much."""
+def cannot_fit(tried: Estimate, next_one: Experiment) -> bool:
+    """Whether an experiment that only has fewer rows need not be compiled, since it would not fit either.
+
+    Memory beyond the arguments is assumed to be proportional to the rows. The last candidate is always compiled.
+    """
     peak = tried.compiled.peak_bytes
     before = tried.experiment
     changed: Any = {"batch.rows": next_one.batch.rows, "batch.accumulation": next_one.batch.accumulation}
     if peak is None or override(before, changed) != next_one or next_one.batch.rows >= before.batch.rows:
         return False
-    held = sum(tried.compiled.held.values())
-    estimate = held + (peak - held) * next_one.batch.rows / before.batch.rows
+    arguments = sum(tried.compiled.argument_bytes.values())
+    expected = arguments + (peak - arguments) * next_one.batch.rows / before.batch.rows
     last = next_one.batch.rows <= row_parts(next_one, tried.target)
-    return estimate > tried.target.device.memory_bytes and not last
+    return expected > tried.target.device.memory_bytes and not last

@@ -1,7 +1,7 @@
-"""Devices that programs are compiled for although they are not there.
+"""Absent devices to compile for.
 
-XLA needs a description of a GPU, not the GPU, and a TPU's compiler is a library that knows all TPUs:
-`pip install bimedix_jax[aot]` brings both compilers. Nothing that is compiled here can run here.
+To compile for a GPU, XLA needs only a description of it. The TPU compiler is a library that knows all TPUs. `pip
+install bimedix_jax[aot]` installs both compilers. The compiled programs cannot run on this machine.
 """
 
 import functools
@@ -21,7 +21,7 @@ GPU = (
     'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 patch: 0 }} '
     'device_description_str: "{name}"'
 )
-"""What XLA asks to know of a GPU."""
+"""XLA's description of a GPU."""
 
 A100 = {"shared": 167936, "cores": 108, "fpus": 64, "cache": 41943040, "clock": 1.41, "block": 166912, "capability": 8}
 """NVIDIA A100 data sheet and CUDA C++ Programming Guide, compute capability 8.0."""
@@ -33,33 +33,33 @@ TARGETS = {
     "a100-40gb": GPU.format(name="NVIDIA A100-SXM4-40GB", bandwidth=1555200000000, memory=42331013120, **A100),
     "h100-80gb": GPU.format(name="NVIDIA H100 80GB HBM3", bandwidth=3352320000000, memory=84942979072, **H100),
 }
-"""GPUs by name; bytes of memory as their drivers report them (openxla/xla, xla/backends/gpu/target_config/specs)."""
+"""GPUs by name, with the memory that their drivers report (openxla/xla, xla/backends/gpu/target_config/specs)."""
 
 TOPOLOGIES = {
     "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     "v5p": {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
 }
-"""TPUs by name: how chips are wired, by their number (Google Cloud TPU documentation, "TPU v5e" and "TPU v5p")."""
+"""TPUs by name: topology by number of chips (Google Cloud TPU documentation, "TPU v5e" and "TPU v5p")."""
 
 NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud metadata server
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # what it would answer; the topology asked for decides
+    "TPU_SKIP_MDS_QUERY": "1",  # do not query the cloud metadata server
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # the metadata server's answer; the requested topology overrides it
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # otherwise a second process fails at a lock, though no TPU is shared
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # otherwise a second process fails on a lock
 }
-"""Environment that libtpu reads when it is loaded, on a machine without TPUs. What the user set stays as it is."""
+"""Environment for loading libtpu on a machine without TPUs. Variables that the user has set are kept."""
 
 
 @functools.cache
 def devices(name: str, count: int = 1) -> list[Any]:
-    """`count` absent devices of a kind, to put into shardings of abstract arguments of `jax.jit(...).lower`.
+    """`count` absent devices of a kind, for the shardings of abstract arguments of `jax.jit(...).lower`.
 
-    A GPU is a name of TARGETS; a TPU one of TOPOLOGIES, of which the first `count` chips of the smallest slice that has
-    as many are taken. JAX must run on the CPU (JAX_PLATFORMS=cpu, as `startup.prepare` sets it). Before libtpu is
-    loaded for the first time, NO_TPU is put into the environment.
+    GPUs are named in TARGETS, TPUs in TOPOLOGIES. For TPUs these are the first `count` chips of the smallest slice that
+    is large enough. JAX must run on the CPU (JAX_PLATFORMS=cpu, as `startup.prepare` sets it). On a machine without
+    TPUs, the variables of NO_TPU are set before libtpu is loaded.
 
     Raises:
-      BimedixError: unknown name, more chips than a slice has, or the compiler for it is not installed.
+      BimedixError: the name is unknown, no slice has this many chips, or the compiler is not installed.
     """
     import jax
     from jax.experimental import topologies
@@ -89,11 +89,11 @@ def devices(name: str, count: int = 1) -> list[Any]:
 
 
 def tpu_slice(name: str, count: int) -> dict[str, Any]:
-    """What `get_topology_desc` must be asked for the smallest slice of a kind of TOPOLOGIES with this many chips."""
+    """Arguments of `get_topology_desc` for the smallest slice with this many chips."""
     fitting = [chips for chips in TOPOLOGIES[name] if chips >= count]
     if not fitting:
         raise BimedixError(f"The largest {name} slice known has {max(TOPOLOGIES[name])} chips, fewer than {count}.")
     chips = min(fitting)
     request: dict[str, Any] = {"platform": "tpu", "topology_name": f"{name}:{TOPOLOGIES[name][chips]}"}
-    # a host has four chips otherwise, and a topology must be made of whole hosts
+    # by default a host has four chips, and a topology consists of whole hosts
     return {**request, "chips_per_host_bounds": (1, 1, 1)} if chips == 1 else request

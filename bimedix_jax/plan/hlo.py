@@ -1,7 +1,7 @@
-"""The text of a compiled XLA program as data: computations of instructions, and how often each one runs.
+"""Parses the text of a compiled XLA program into computations and instructions, and finds the trip counts of its loops.
 
-What is read is HLO after all of XLA's passes, scheduled and fused, as `compiled.as_text()` prints it: the program that
-the device would execute, for one device of an SPMD module.
+The input is the text of `compiled.as_text()`: HLO after all of XLA's passes, scheduled and fused. It is the program of
+one device of an SPMD module.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
     "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "token": 0, "opaque": 0,
 }  # fmt: skip
-"""Bits of an element; the kinds of 8-bit floats (f8e4m3fn and others) are recognised by their prefix."""
+"""Bits of an element. 8-bit floats such as f8e4m3fn are recognised by their prefix."""
 
 ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
 SPACE = re.compile(r"S\((\d+)\)")
@@ -28,12 +28,12 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 MAIN_MEMORY = 0
-"""Memory space of HBM; a TPU's compiler keeps what it can in others (1 is VMEM)."""
+"""Memory space of HBM. The TPU compiler also uses others; 1 is VMEM."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array of a program. `space` is the memory that it lies in."""
+    """An array of a program. `space` is its memory space."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -47,7 +47,7 @@ class Shape:
     def nbytes(self) -> int:
         bits = BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 4 if self.dtype.startswith("f4") else None)
         if bits is None:
-            raise BimedixError(f"The compiled program holds an array of {self.dtype}, whose size is not known here.")
+            raise BimedixError(f"The compiled program has an array of {self.dtype}, whose size is unknown.")
         return -(-self.size * bits // 8)
 
 
@@ -56,9 +56,10 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      shapes: of the result, one for each array of a tuple.
+      shapes: of the result; a tuple has one for each of its arrays.
       operands: names of instructions of the same computation.
-      text: the operands as they stand (a constant's value, a parameter's number); attributes: what follows them.
+      text: the text between the parentheses, such as the value of a constant or the number of a parameter.
+      attributes: the text after the parentheses.
     """
 
     name: str
@@ -71,13 +72,13 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from; empty where XLA made it."""
+        """The JAX operation that it comes from; empty if XLA added it."""
         match = OP_NAME.search(self.attributes)
         return match[1] if match else ""
 
     @property
     def called(self) -> dict[str, str]:
-        """Names of the computations that it runs, by attribute; branches are numbered."""
+        """Names of the computations that it calls, by attribute. Branches are numbered."""
         found = dict(CALLED.findall(self.attributes))
         if branches := BRANCHES.search(self.attributes):
             found |= {f"branch {i}": name for i, name in enumerate(OPERAND.findall(branches[1]))}
@@ -91,7 +92,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order in which they run."""
+    """Instructions by name, in execution order."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -128,13 +129,13 @@ class Program:
 
 
 def balanced(text: str, start: int) -> int:
-    """Index behind the parenthesis that closes the one at `start`."""
+    """Index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
         if depth == 0:
             return match.end()
-    raise BimedixError("The compiled program's text ends inside parentheses; XLA prints another format than expected.")
+    raise BimedixError("The text of the compiled program ends inside parentheses; XLA prints an unexpected format.")
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
@@ -147,7 +148,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """One line of a computation; None where it is none."""
+    """Parses one line of a computation. Returns None if it is not an instruction."""
     head = NAME.match(line)
     if head is None:
         return None
@@ -170,10 +171,10 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str | None) -> Program:
-    """The program of `compiled.as_text()`.
+    """Parses the text of `compiled.as_text()`.
 
     Raises:
-      BimedixError: XLA gave no text, or one without an entry.
+      BimedixError: there is no text, or it has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
@@ -183,19 +184,20 @@ def parse(text: str | None) -> Program:
             if line.endswith("{") and (header := HEADER.fullmatch(line)) and not line.startswith("HloModule"):
                 current = computations.setdefault(header[2], Computation(header[2], {}))
                 entry = header[2] if header[1] else entry
-        elif line == "}" or line.startswith("}, "):  # behind it stands which thread runs it, if not the main one
+        elif line == "}" or line.startswith("}, "):  # an execution thread may follow the brace
             current = None
         elif (instruction := parse_instruction(line)) is not None:
             current.instructions[instruction.name] = instruction
     if not entry:
-        raise BimedixError("XLA does not print the compiled program, so that nothing of it can be counted.")
+        raise BimedixError("XLA does not print the compiled program, so its work cannot be counted.")
     return Program(computations, computations[entry])
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
-    """Times that a `while` of this computation runs its body; None where data decide.
+    """How often a `while` runs its body; None if that depends on data.
 
-    XLA writes it down for GPUs. Elsewhere it is read from the loop: `i < constant`, from a constant on, in equal steps.
+    XLA annotates it for GPUs. Otherwise it is derived from the loop: a counter that starts at a constant, is increased
+    by a constant, and is compared with a constant.
     """
     if (known := TRIP_COUNT.search(loop.attributes)) is not None:
         return int(known[1])
@@ -215,20 +217,20 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
 
 
 def carried(computation: Computation, name: str, place: int) -> Instruction | None:
-    """The element of a tuple that is built in this computation."""
+    """Element number `place` of a tuple that this computation builds."""
     built = unwrapped(computation, computation.instructions[name])
     return computation.operand(built, place) if built.opcode == "tuple" else None
 
 
 def unwrapped(computation: Computation, instruction: Instruction) -> Instruction:
-    """What copies and the like are copies of."""
+    """The instruction behind copies, bitcasts, conversions and barriers."""
     while instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start", "optimization-barrier", "convert"):
         instruction = computation.operand(instruction, 0)
     return instruction
 
 
 def scalar(computation: Computation, instruction: Instruction | None) -> int | None:
-    """The value of an integer constant."""
+    """The value, if it is an integer constant."""
     if instruction is None:
         return None
     found = unwrapped(computation, instruction)
@@ -236,7 +238,7 @@ def scalar(computation: Computation, instruction: Instruction | None) -> int | N
 
 
 def step_of(program: Program, body: Computation, place: int) -> int | None:
-    """What an iteration adds to element `place` of what the loop carries."""
+    """The constant that an iteration adds to element `place` of the loop's carry."""
     built = unwrapped(body, body.root)
     if built.opcode != "tuple":
         return None
@@ -255,16 +257,16 @@ def step_of(program: Program, body: Computation, place: int) -> int | None:
 
 
 def trip_count_of(program: Program, computation: Computation, loop: Instruction) -> int:
-    """`trip_count`, where it is known.
+    """`trip_count`, which must be known.
 
     Raises:
-      BimedixError: data decide.
+      BimedixError: it depends on data.
     """
     trips = trip_count(program, computation, loop)
     if trips is None:
         raise BimedixError(
-            f"Data decide how long the loop {loop.op_name or loop.name} runs, so that its work cannot be counted; plan "
-            "for a target whose kernels have static grids."
+            f"The trip count of the loop {loop.op_name or loop.name} depends on data, so its work cannot be counted; "
+            "choose a target whose kernels have static grids."
         )
     return trips
 
@@ -273,4 +275,4 @@ SILENT = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id optimization-barrier "
     "async-update add-dependency".split()
 )
-"""Opcodes that move and compute nothing; neither does one ending in -done, which waits for what -start began."""
+"""Opcodes without work. Opcodes that end in -done have none either: they wait for an operation that -start began."""

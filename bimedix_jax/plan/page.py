@@ -1,4 +1,4 @@
-"""A plan for a terminal."""
+"""The estimate of `bimedix plan` as tables for a terminal."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ LABELS = {
 
 
 def show(document: dict[str, Any], console: Console) -> None:
-    """The document of `bimedix plan` as tables."""
+    """Prints the document of `bimedix plan` as tables."""
     verdict = "fits" if document["fits"] else "does NOT fit"
     limit = document["memory_bytes_per_device"] / GIB
     peak = document["peak_bytes_per_device"]

@@ -1,4 +1,4 @@
-"""A plan as numbers: memory, FLOPs, communication and time of the compiled steps of an experiment."""
+"""Estimates of the compiled steps of an experiment: memory, FLOPs, communication and time."""
 
 import dataclasses
 import math
@@ -7,31 +7,31 @@ from typing import Any
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.models.config import MixtralConfig
-from bimedix_jax.plan import devices, hardware, hlo, useful
+from bimedix_jax.plan import devices, flops, hardware, hlo
 from bimedix_jax.plan.devices import Target
 from bimedix_jax.plan.roofline import Costs, costs_of
 from bimedix_jax.plan.saved import saved_bytes
-from bimedix_jax.plan.step import Compiled, abstract_model, inference_steps, training_step
+from bimedix_jax.plan.step import CompiledStep, abstract_model, inference_steps, training_step
 
 BIMED_TOKENS = 632e6
-"""Of BiMed1.3M (arXiv 2402.13253, table 8)."""
+"""Tokens of BiMed1.3M (arXiv 2402.13253, table 8)."""
 EPOCHS = 2
 PAPER = {"devices": "8 x A100-80GB", "hours": 35.0, "device_hours": 280.0, "tokens_per_s": 2 * 632e6 / (35 * 3600)}
-"""The paper's own run (section 4.1)."""
+"""The training run of the paper (section 4.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
-    """A training step that was compiled.
+class Estimate:
+    """What compiling a training step for a target shows.
 
     Attributes:
-      program, costs: None where the compiler ran out of memory.
+      program, costs: None if the step needs more memory than the compiler can allocate on the device.
     """
 
     experiment: Experiment
     config: MixtralConfig
     target: Target
-    compiled: Compiled
+    compiled: CompiledStep
     program: hlo.Program | None
     costs: Costs | None
 
@@ -41,11 +41,11 @@ class Planned:
         return self.compiled.compiles and peak is not None and peak <= self.target.device.memory_bytes
 
 
-def plan_training(config: MixtralConfig, experiment: Experiment, target: Target) -> Planned:
+def estimate_training(config: MixtralConfig, experiment: Experiment, target: Target) -> Estimate:
     """Compiles the training step of an experiment for a target.
 
     Raises:
-      BimedixError: the experiment cannot run on so many devices, or the compiler for them is not installed.
+      BimedixError: the experiment cannot run on this many devices, or their compiler is not installed.
     """
     if experiment.data.sequence_length > config.max_position_embeddings:
         raise BimedixError(
@@ -56,50 +56,52 @@ def plan_training(config: MixtralConfig, experiment: Experiment, target: Target)
     compiled = training_step(config, experiment, absent, target.device.platform)
     program = hlo.parse(compiled.text) if compiled.compiles else None
     costs = costs_of(program, target.device) if program is not None else None
-    return Planned(experiment, config, target, compiled, program, costs)
+    return Estimate(experiment, config, target, compiled, program, costs)
 
 
-def described(planned: Planned) -> dict[str, Any]:
-    """The plan of a training step, as it is printed under --json."""
-    target, compiled = planned.target, planned.compiled
+def to_document(estimate: Estimate) -> dict[str, Any]:
+    """The estimate of a training step as `bimedix plan --json` prints it."""
+    target, compiled = estimate.target, estimate.compiled
     document: dict[str, Any] = {
         "target": target.name,
-        "fits": planned.fits,
+        "fits": estimate.fits,
         "memory_bytes_per_device": target.device.memory_bytes,
         "peak_bytes_per_device": compiled.peak_bytes,
-        "parts": parts(planned),
+        "parts": parts(estimate),
         "compile_seconds": compiled.seconds,
     }
-    if planned.costs is None:
+    if estimate.costs is None:
         return document | {"compiler": "ran out of the device's memory"}
-    return document | work(planned, planned.costs) | speed(planned, planned.costs)
+    return document | work(estimate, estimate.costs) | speed(estimate, estimate.costs)
 
 
-def parts(planned: Planned) -> dict[str, int]:
-    """Bytes of each device: what it holds, what the forward pass keeps, and the rest (gradients, gathered weights,
-    working space)."""
-    found = dict(planned.compiled.held)
-    if planned.program is not None and planned.compiled.peak_bytes is not None:
-        found["activations"] = saved_bytes(planned.program, planned.config.num_layers)
-        found["temporaries"] = planned.compiled.peak_bytes - sum(found.values())
+def parts(estimate: Estimate) -> dict[str, int]:
+    """Bytes on each device: arguments, activations kept for the backward pass, and temporaries.
+
+    Temporaries are gradients, gathered weights and working space.
+    """
+    found = dict(estimate.compiled.argument_bytes)
+    if estimate.program is not None and estimate.compiled.peak_bytes is not None:
+        found["activations"] = saved_bytes(estimate.program, estimate.config.num_layers)
+        found["temporaries"] = estimate.compiled.peak_bytes - sum(found.values())
     return found
 
 
-def work(planned: Planned, costs: Costs) -> dict[str, Any]:
-    """FLOPs of a step on all devices against the useful ones, and what each device moves."""
-    experiment, count = planned.experiment, planned.target.count
+def work(estimate: Estimate, costs: Costs) -> dict[str, Any]:
+    """FLOPs of a step on all devices beside the useful ones, and the bytes that each device moves."""
+    experiment, count = estimate.experiment, estimate.target.count
     tokens, length = experiment.batch.size * experiment.data.sequence_length, experiment.data.sequence_length
-    wanted = useful.training_flops(abstract_model(planned.config, experiment), tokens, length)
-    flops = costs.total_flops * count
+    wanted = flops.training_flops(abstract_model(estimate.config, experiment), tokens, length)
+    total = costs.total_flops * count
     excess = {
         "recomputation": costs.flops["recomputed"] * count,
         "tile padding": costs.padding * count,
         "attention beyond the causal half, and its scores again in the backward pass": costs.flops["attention"] * count
         - wanted["attention"],
     }
-    excess["other"] = flops - sum(wanted.values()) - sum(excess.values())
+    excess["other"] = total - sum(wanted.values()) - sum(excess.values())
     return {
-        "flops": flops,
+        "flops": total,
         "flops_per_device": costs.total_flops,
         "useful_flops": sum(wanted.values()),
         "useful_parts": wanted,
@@ -110,14 +112,14 @@ def work(planned: Planned, costs: Costs) -> dict[str, Any]:
     }
 
 
-def speed(planned: Planned, costs: Costs) -> dict[str, Any]:
-    """Predicted times, and what they mean for the paper's run."""
-    device, count = planned.target.device, planned.target.count
-    tokens = planned.experiment.batch.size * planned.experiment.data.sequence_length
+def speed(estimate: Estimate, costs: Costs) -> dict[str, Any]:
+    """Predicted times, and the hours that the training run of the paper would take."""
+    device, count = estimate.target.device, estimate.target.count
+    tokens = estimate.experiment.batch.size * estimate.experiment.data.sequence_length
     rate = tokens / costs.step_seconds
     hours = BIMED_TOKENS * EPOCHS / rate / 3600
-    wanted = sum(useful.training_flops(
-        abstract_model(planned.config, planned.experiment), tokens, planned.experiment.data.sequence_length
+    wanted = sum(flops.training_flops(
+        abstract_model(estimate.config, estimate.experiment), tokens, estimate.experiment.data.sequence_length
     ).values())  # fmt: skip
     return {
         "roofline": {
@@ -137,12 +139,12 @@ def speed(planned: Planned, costs: Costs) -> dict[str, Any]:
     }
 
 
-def plan_inference(
+def estimate_inference(
     config: MixtralConfig, experiment: Experiment, target: Target, rows: int, length: int
 ) -> dict[str, dict[str, Any]]:
-    """The prefill of `rows` prompts of `length` tokens and one decoding step, adapters unmerged.
+    """The prefill of `rows` prompts of `length` tokens, and one decoding step. Adapters are not merged.
 
-    On one device where the model fits there, otherwise with heads and columns divided among as many as divide them.
+    Both run on one device if the model fits there. Otherwise heads and columns are sharded over 2, 4 or 8 devices.
     """
     device = target.device
     sizes = [1] + [n for n in (2, 4, 8) if n <= target.count and config.num_kv_heads % n == 0]
@@ -150,7 +152,7 @@ def plan_inference(
     for size in sizes:
         mesh = {"mesh.data": 1, "mesh.fsdp": 1, "mesh.expert": 1, "mesh.tensor": size, "batch.rows": 1}
         alone = override(experiment, mesh) if size > 1 else experiment
-        least = held_bytes(config, experiment) / size
+        least = model_bytes(config, experiment) / size
         if least > device.memory_bytes and size != sizes[-1]:
             continue
         absent = hardware.devices(device.name, size)
@@ -158,15 +160,15 @@ def plan_inference(
         model = abstract_model(config, experiment)
         for name, compiled, new in (("prefill", steps[0], length), ("decode", steps[1], 1)):
             before = 0 if name == "prefill" else length
-            wanted = useful.inference_flops(model, rows, new, before)
+            wanted = flops.inference_flops(model, rows, new, before)
             found[name] = inference_row(compiled, device, size, rows, new, wanted) | {"prompt_tokens": length}
         if all(row["fits"] for row in found.values()):
             break
     return found
 
 
-def held_bytes(config: MixtralConfig, experiment: Experiment) -> int:
-    """Bytes of base and adapters."""
+def model_bytes(config: MixtralConfig, experiment: Experiment) -> int:
+    """Bytes of the base weights and the adapters."""
     import jax
     from flax import nnx
 
@@ -175,16 +177,16 @@ def held_bytes(config: MixtralConfig, experiment: Experiment) -> int:
 
 
 def inference_row(
-    compiled: Compiled, device: devices.Device, count: int, rows: int, new: int, wanted: dict[str, float]
+    compiled: CompiledStep, device: devices.Device, count: int, rows: int, new: int, wanted: dict[str, float]
 ) -> dict[str, Any]:
-    """One of the steps of inference; `tokens_per_s` counts the tokens that go in (prefill) or come out (decode)."""
+    """The row of one inference step. `tokens_per_s` counts prompt tokens (prefill) or new tokens (decode)."""
     peak = compiled.peak_bytes
     row: dict[str, Any] = {
         "devices": count,
         "rows": rows,
         "fits": compiled.compiles and peak is not None and peak <= device.memory_bytes,
         "peak_bytes_per_device": peak,
-        "parts": compiled.held,
+        "parts": compiled.argument_bytes,
         "compile_seconds": compiled.seconds,
     }
     if not compiled.compiles:

@@ -1,4 +1,4 @@
-"""What a compiled program costs on a device: FLOPs, bytes of memory and of the network, and the time they take."""
+"""Costs of a compiled program on a device: FLOPs, bytes of memory and network, and time."""
 
 import dataclasses
 import functools
@@ -12,25 +12,27 @@ from bimedix_jax.plan.hlo import SILENT, Computation, Instruction, Program, trip
 from bimedix_jax.plan.work import Flops, bytes_of, flops_of
 
 RECOMPUTED = "rematted_computation"
-"""What JAX writes into the name of an operation that `jax.checkpoint` runs a second time."""
+"""Part of the name that JAX gives to operations recomputed by `jax.checkpoint`."""
 ATTENTION = "attention_products"
-"""Scope that kernels/attention/api.py gives its products."""
+"""Named scope of the products in kernels/attention/api.py."""
 
 
 @dataclasses.dataclass
 class Costs:
-    """Totals of one device and one run of a program.
+    """Totals of one execution of a program on one device.
 
     Attributes:
-      flops: of all matrix products, by cause: "recomputed", "attention", "kernels", "dense".
-      padding: of "kernels", those of tiles beyond the rows that exist; recomputed ones are not in it.
-      bytes: of HBM. collectives: bytes sent, by kind. exchanges: number of them, by kind.
-      compute_seconds, memory_seconds, network_seconds: each resource alone, at the shares assumed.
-      device_seconds: of all kernels one after another; step_seconds: with what of the network is not hidden.
-      kernels: that are started.
+      flops: FLOPs of all matrix products, by cause: "recomputed", "attention", "kernels", "dense".
+      padding: the FLOPs of "kernels" in tiles beyond the existing rows, without recomputed ones.
+      bytes: HBM traffic.
+      collectives, exchanges: bytes sent in collectives, and number of collectives, by kind.
+      compute_seconds, memory_seconds, network_seconds: time if only this resource counted.
+      device_seconds: time of all kernels one after another.
+      step_seconds: device_seconds plus the network time that no kernel hides.
+      kernels: number of kernels launched.
     """
 
-    flops: Any = dataclasses.field(default_factory=Counter)  # counters of floats, which their type does not allow
+    flops: Any = dataclasses.field(default_factory=Counter)  # Any, since Counter[float] is no valid type
     padding: float = 0.0
     bytes: float = 0.0
     collectives: Any = dataclasses.field(default_factory=Counter)
@@ -43,7 +45,7 @@ class Costs:
     kernels: float = 0.0
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
-        """Another program's costs, so many times."""
+        """Adds the costs of another program, `times` times."""
         for field in dataclasses.fields(self):
             ours, theirs = getattr(self, field.name), getattr(other, field.name)
             if isinstance(ours, Counter):
@@ -58,7 +60,7 @@ class Costs:
 
 
 def network_seconds(collective: Collective, device: Device) -> float:
-    """Time of one exchange in a ring; a ring that leaves the node is as fast as its slowest link."""
+    """Time of one collective as a ring. A ring across nodes is as fast as its slowest link."""
     rate = device.node_bandwidth if collective.crosses(device.node) else device.link_bandwidth
     return collective.sent / (rate * devices.NETWORK_SHARE)
 
@@ -80,7 +82,7 @@ def cause(instruction: Instruction, flops: Flops) -> str:
 
 @dataclasses.dataclass
 class Clock:
-    """Two streams of one device: kernels, and the network; `ready` is when each running exchange ends."""
+    """Time on the two streams of a device, kernels and network. `ready` has the end of each running collective."""
 
     kernels: float = 0.0
     network: float = 0.0
@@ -98,42 +100,42 @@ class Clock:
         return max(self.kernels, self.network)
 
 
-class Meter:
-    """Measures the computations of one program on one device."""
+class CostModel:
+    """Computes the costs of the computations of one program on one device."""
 
     def __init__(self, program: Program, device: Device):
         self.program = program
         self.device = device
-        self.measured = functools.cache(self.measure)
+        self.costs_once = functools.cache(self.compute)
 
-    def measure(self, name: str) -> Costs:
-        """One run of a computation. A loop's body is measured once and counted as often as it runs."""
+    def compute(self, name: str) -> Costs:
+        """Costs of one execution of a computation. Those of a loop's body are multiplied by its trip count."""
         computation, costs, clock = self.program.computations[name], Costs(), Clock()
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
                 times = trip_count_of(self.program, computation, instruction)
-                self.inner(instruction.called["body"], times, costs, clock)
+                self.add_computation(instruction.called["body"], times, costs, clock)
             elif instruction.opcode == "conditional":
-                branches = [self.measured(branch) for branch in instruction.called.values()]
+                branches = [self.costs_once(branch) for branch in instruction.called.values()]
                 self.add(max(branches, key=lambda branch: branch.step_seconds), 1, costs, clock)
             elif instruction.opcode == "call":
-                self.inner(instruction.called["to_apply"], 1, costs, clock)
+                self.add_computation(instruction.called["to_apply"], 1, costs, clock)
             elif instruction.opcode.endswith("-done") or instruction.name.startswith(WAITING):
                 clock.wait(key_of(self.program, instruction))
             elif instruction.opcode not in SILENT:
-                self.run(computation, instruction, costs, clock)
+                self.add_instruction(computation, instruction, costs, clock)
         costs.step_seconds = clock.end
         return costs
 
-    def inner(self, name: str, times: float, costs: Costs, clock: Clock) -> None:
-        self.add(self.measured(name), times, costs, clock)
+    def add_computation(self, name: str, times: float, costs: Costs, clock: Clock) -> None:
+        self.add(self.costs_once(name), times, costs, clock)
 
     def add(self, inner: Costs, times: float, costs: Costs, clock: Clock) -> None:
         costs.add(inner, times)
         clock.kernels = max(clock.kernels, clock.network) + inner.step_seconds * times
 
-    def run(self, computation: Computation, instruction: Instruction, costs: Costs, clock: Clock) -> None:
-        """One instruction on the device."""
+    def add_instruction(self, computation: Computation, instruction: Instruction, costs: Costs, clock: Clock) -> None:
+        """Adds the costs of one instruction."""
         collective = collective_of(self.program, computation, instruction)
         if collective is not None and collective.size > 1:
             seconds = network_seconds(collective, self.device)
@@ -155,7 +157,7 @@ class Meter:
         costs.bytes += moved
         costs.compute_seconds += computing
         costs.memory_seconds += moving
-        if instruction.opcode.endswith("-start"):  # a transfer between memories, beside the kernels
+        if instruction.opcode.endswith("-start"):  # a transfer between memories, parallel to the kernels
             return
         seconds = max(computing, moving) + self.device.launch_seconds
         costs.kernels += 1
@@ -164,9 +166,9 @@ class Meter:
 
 
 def costs_of(program: Program, device: Device) -> Costs:
-    """Costs of one run of a program on each device.
+    """Costs of one execution of a program on each device.
 
     Raises:
-      BimedixError: something in it cannot be counted.
+      BimedixError: the program has an instruction or a loop whose work is unknown.
     """
-    return Meter(program, device).measured(program.entry.name)
+    return CostModel(program, device).costs_once(program.entry.name)

@@ -1,12 +1,12 @@
-"""What the forward pass of a compiled training step keeps for the backward pass."""
+"""Size of the activations that a compiled training step keeps for the backward pass."""
 
 from bimedix_jax.plan.hlo import Computation, Instruction, Program, trip_count, unwrapped
 
 
 def saved_bytes(program: Program, layers: int) -> int:
-    """Bytes of the arrays with an entry for each layer that the forward pass's loop over layers fills, one at a time.
+    """Bytes of the arrays, one entry per layer, that the forward pass's loop over layers fills.
 
-    They exist until the backward pass has used them: the inputs of rematerialised layers, or what is kept of others.
+    They live until the backward pass has used them. With rematerialised layers they are the layers' inputs.
     """
     found = 0
     for computation in program.computations.values():
@@ -17,7 +17,7 @@ def saved_bytes(program: Program, layers: int) -> int:
 
 
 def is_forward(loop: Instruction) -> bool:
-    """Whether a loop belongs to a forward pass that is differentiated: JAX writes both into the name."""
+    """Whether a loop belongs to the forward pass of a gradient. JAX writes both into the operation's name."""
     return "jvp(" in loop.op_name and "transpose(" not in loop.op_name
 
 
@@ -32,7 +32,7 @@ def stacked_bytes(program: Program, body: Computation, layers: int) -> int:
 
 
 def is_update(program: Program, computation: Computation, value: Instruction) -> bool:
-    """Whether it is an array with a part replaced, perhaps inside of a fusion."""
+    """Whether the value is an array with a part replaced, possibly inside a fusion."""
     value = unwrapped(computation, value)
     if value.opcode == "dynamic-update-slice":
         return True

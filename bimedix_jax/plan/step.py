@@ -1,4 +1,4 @@
-"""The real steps, compiled for devices that are not there: training, prefill and decoding."""
+"""Compiles the real training, prefill and decoding steps for absent devices."""
 
 import dataclasses
 import math
@@ -32,26 +32,26 @@ from bimedix_jax.training.state import TrainState, split_params
 from bimedix_jax.training.step import make_train_step
 
 STEPS = 10_000
-"""Of a run; the schedule's length does not change the program."""
+"""Steps of the learning-rate schedule; its length does not change the program."""
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|exceeds the memory|Ran out of memory")
 USED = re.compile(r"Used (?P<size>[\d.]+)(?P<unit>[KMGT]?)i?B? of")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One step for one device of a target.
+class CompiledStep:
+    """A step compiled for the devices of a target.
 
     Attributes:
-      text: of the compiled program; None where the compiler ran out of the device's memory.
-      held: bytes of the arguments on each device, by what they are.
-      peak_bytes: arguments, results and temporaries at their highest; where the compiler gave up, what it said it
-        needs, if it said it.
-      seconds: that lowering and compiling took.
+      text: of the compiled program; None if the compiler ran out of the device's memory.
+      argument_bytes: bytes of the arguments on each device, by kind.
+      peak_bytes: peak of arguments, results and temporaries. If the compiler ran out of memory, the size that its
+        message names, or None if it names none.
+      seconds: time to lower and compile.
     """
 
     text: str | None
-    held: dict[str, int]
+    argument_bytes: dict[str, int]
     peak_bytes: int | None
     seconds: float
 
@@ -61,7 +61,7 @@ class Compiled:
 
 
 def abstract_model(config: MixtralConfig, experiment: Experiment) -> Mixtral:
-    """The experiment's model without storage: base, precision and adapters."""
+    """The model of the experiment with its base, precision and adapters, as shapes only."""
     source, router = experiment.model, requested_router(experiment.router, config.router)
     config = dataclasses.replace(config, router=router)
     model = Mixtral(config, source.dtype or ("bfloat16" if source.base == "nf4" else source.base))
@@ -76,15 +76,15 @@ def local_bytes(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """An abstract model on absent devices, and how arrays that every device holds lie there."""
+    """An abstract model on absent devices, with the shardings of replicated arrays and of the batch."""
 
     model: Mixtral
-    everywhere: Any
-    rows: Any
+    replicated: Any
+    batch: Any
 
 
 def on_devices(model: Mixtral, experiment: Experiment, devices: list[Any]) -> Placed:
-    """The model on the mesh that the experiment asks for; on a single device without a mesh, as training does it.
+    """Places the model on the mesh of the experiment, or on a single device if the experiment has no mesh.
 
     Raises:
       BimedixError: the mesh does not fit the devices, the rows or the model.
@@ -94,24 +94,24 @@ def on_devices(model: Mixtral, experiment: Experiment, devices: list[Any]) -> Pl
         graph, state = nnx.split(model)
         whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), state)
         return Placed(nnx.merge(graph, whole), single, single)
-    sizes = experiment.mesh or MeshConfig()  # all devices share the storage of everything
+    sizes = experiment.mesh or MeshConfig()  # by default everything is sharded over all devices
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.expert, sizes.tensor, devices)
     parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
     if experiment.batch.rows % parts:
         raise BimedixError(
             f"{experiment.batch.rows} rows of a micro-batch cannot be divided among {parts} devices; set batch.rows to "
-            f"a multiple of {parts} (and batch.accumulation to match), or give a mesh.tensor."
+            f"a multiple of {parts} (and batch.accumulation to match), or set mesh.tensor."
         )
     return Placed(place(model, mesh), NamedSharding(mesh, P()), NamedSharding(mesh, P(None, BATCH_AXES)))
 
 
-def optimiser_state(optimiser: optax.GradientTransformation, params: dict[str, Any], everywhere: Any) -> Any:
-    """The abstract state of an optimiser; what it keeps for a parameter lies as the parameter does."""
+def optimiser_state(optimiser: optax.GradientTransformation, params: dict[str, Any], replicated: Any) -> Any:
+    """The abstract state of an optimiser. State of a parameter's shape is sharded like the parameter."""
 
     def shard(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in params), None)
         same = name is not None and params[name].shape == leaf.shape
-        sharding = params[name].sharding if name is not None and same else everywhere
+        sharding = params[name].sharding if name is not None and same else replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(shard, jax.eval_shape(optimiser.init, params))
@@ -120,46 +120,46 @@ def optimiser_state(optimiser: optax.GradientTransformation, params: dict[str, A
 def training_arguments(
     config: MixtralConfig, experiment: Experiment, devices: list[Any]
 ) -> tuple[tuple[TrainState, dict[str, Any], dict[str, Any]], Any]:
-    """((state, frozen parameters, batch), the jitted step that takes them), all without storage."""
-    lying = on_devices(abstract_model(config, experiment), experiment, devices)
-    structure, params, frozen = split_params(lying.model)
+    """((state, frozen parameters, batch), the jitted step). The arguments are shapes without storage."""
+    placed = on_devices(abstract_model(config, experiment), experiment, devices)
+    structure, params, frozen = split_params(placed.model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=lying.everywhere)
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=placed.replicated)
     router = structure.router_state(frozen)
-    state = TrainState(params, optimiser_state(optimiser, params, lying.everywhere), count, router)
+    state = TrainState(params, optimiser_state(optimiser, params, placed.replicated), count, router)
     shape = (experiment.batch.accumulation, experiment.batch.rows, experiment.data.sequence_length)
     kinds = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
-    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=lying.rows) for name, kind in kinds.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=placed.batch) for name, kind in kinds.items()}
     return (state, frozen, batch), make_train_step(structure, experiment, STEPS, optimiser)
 
 
-def training_step(config: MixtralConfig, experiment: Experiment, devices: list[Any], platform: str) -> Compiled:
-    """The optimiser step of an experiment on so many devices."""
+def training_step(config: MixtralConfig, experiment: Experiment, devices: list[Any], platform: str) -> CompiledStep:
+    """Compiles the optimiser step of an experiment for these devices."""
     (state, frozen, batch), step = training_arguments(config, experiment, devices)
-    held = {"base": frozen, "adapters": state.params, "optimiser": state.optimiser, "batch": batch}
-    return compile_for(platform, held, step, state, frozen, batch)
+    kinds = {"base": frozen, "adapters": state.params, "optimiser": state.optimiser, "batch": batch}
+    return compile_for(platform, kinds, step, state, frozen, batch)
 
 
 def inference_steps(
     config: MixtralConfig, experiment: Experiment, devices: list[Any], platform: str, rows: int, length: int
-) -> tuple[Compiled, Compiled]:
-    """(prefill of `rows` prompts of `length` tokens, one decoding step behind them), greedy, with the adapters on."""
-    lying = on_devices(abstract_model(config, experiment), experiment, devices)
-    model, everywhere = lying.model, lying.everywhere
+) -> tuple[CompiledStep, CompiledStep]:
+    """(prefill of `rows` prompts of `length` tokens, one decoding step after it), greedy, with unmerged adapters."""
+    placed = on_devices(abstract_model(config, experiment), experiment, devices)
+    model, replicated = placed.model, placed.replicated
     graph, weights = nnx.split(model)
     sampling, slots = Sampling.of(), bucket(length + 1)
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=everywhere)
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=everywhere)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=replicated)
     cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, model.dtype))
     token, count = jax.eval_shape(lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32)))
     state: Any = State(cache, token, None, count, token)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
-    held = {"base": weights}
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)
+    kinds: dict[str, Any] = {"base": weights}
     rest, plan = dataclasses.replace(state, cache=None), RoutingPlan()
-    prefill = compile_for(platform, held, _prefill, graph, weights, ids, ids, sampling, key, plan, slots, "none")
+    prefill = compile_for(platform, kinds, _prefill, graph, weights, ids, ids, sampling, key, plan, slots, "none")
     decode = compile_for(
         platform,
-        held | {"cache": state.cache},
+        kinds | {"cache": state.cache},
         _step,
         graph,
         weights,
@@ -173,10 +173,14 @@ def inference_steps(
     return prefill, decode
 
 
-def compile_for(platform: str, held: dict[str, Any], function: Any, *arguments: Any) -> Compiled:
-    """The compiled program, or what its compiler says of memory that does not suffice."""
+def compile_for(platform: str, kinds: dict[str, Any], function: Any, *arguments: Any) -> CompiledStep:
+    """Lowers and compiles a jitted function for a platform.
+
+    Args:
+      kinds: the arguments to report in `argument_bytes`, by kind.
+    """
     began = time.perf_counter()
-    sizes = {name: local_bytes(tree) for name, tree in held.items()}
+    sizes = {name: local_bytes(tree) for name, tree in kinds.items()}
     with backends.use(platform=platform):
         lowered = function.lower(*arguments)
         try:
@@ -186,17 +190,17 @@ def compile_for(platform: str, held: dict[str, Any], function: Any, *arguments: 
                 raise
             used = USED.search(str(error))
             needed = int(float(used["size"]) * UNITS[used["unit"]]) if used else None
-            return Compiled(None, sizes, needed, time.perf_counter() - began)
+            return CompiledStep(None, sizes, needed, time.perf_counter() - began)
     memory = compiled.memory_analysis()
     if memory is None:
-        raise BimedixError("XLA says nothing of the memory of this program, so that nothing can be planned.")
-    # a TPU's compiler has checked its own sum; ours would count what it keeps in other memories
+        raise BimedixError("XLA reports no memory analysis for this program, so its memory cannot be estimated.")
+    # the TPU compiler reports its own peak; the sum in `peak` would include arrays in other memories
     needed = memory.peak_memory_in_bytes if platform == "tpu" else peak(memory)
-    return Compiled(compiled.as_text(), sizes, needed, time.perf_counter() - began)
+    return CompiledStep(compiled.as_text(), sizes, needed, time.perf_counter() - began)
 
 
 def peak(memory: Any) -> int:
-    """Bytes at the highest; results that take the place of donated arguments count once."""
+    """Peak bytes. Results that reuse donated arguments count once."""
     whole = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

@@ -1,7 +1,8 @@
-"""FLOPs and bytes of HBM of one instruction of a compiled program.
+"""FLOPs and HBM traffic of one instruction of a compiled program.
 
-FLOPs are those of matrix products: `dot`, the `convolution` that a TPU's compiler makes of it, and the grids of our own
-kernels. Everything else (norms, softmax, dequantisation outside of kernels) counts by the bytes that it moves.
+FLOPs are those of matrix products: `dot`, `convolution` (the TPU compiler turns products into convolutions), products
+of cuBLAS, and the grids of our own kernels. All other instructions, such as norms, softmax and dequantisation outside
+of kernels, only count the bytes that they move. `plan/flops.py` counts the useful FLOPs.
 """
 
 import dataclasses
@@ -10,15 +11,20 @@ import math
 import re
 
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.plan.codegen.gpu import GRADIENT, TILE, UNPACK, kernel_flops
+from bimedix_jax.plan.flops import matmul_flops
 from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
 
 KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
+GRADIENT, UNPACK = "weight_gradient", "unpack"
+TILE = re.compile(
+    rf"(?P<kernel>grouped_matmul|nf4_matmul|{GRADIENT}|{UNPACK})_(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)(__\d+)?"
+)
+"""Name of a Triton kernel of ours: its operation, its tile, and a number where a program has several."""
 ROW_TYPES = ("bf16", "f16", "f32")
 OPAQUE_PRODUCTS = re.compile(r"cublas|cudnn|onednn|gemm|conv", re.IGNORECASE)
-"""Custom calls of libraries that multiply matrices; XLA uses none of them where it cannot time them first."""
+"""Custom calls of libraries that multiply matrices. XLA uses them only where it can time them on a present device."""
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
-"""Those of them that are counted: what XLA may choose where the GPU is there."""
+"""Those that are counted: XLA may choose them when the GPU is present."""
 CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\[((?:"\d+",?)*)\]')
 GRID = re.compile(r"grid_x = (\d+) : i32, grid_y = (\d+)")
 MOSAIC_FLOPS = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
@@ -30,10 +36,11 @@ class Flops:
     """FLOPs of one run of an instruction.
 
     Attributes:
-      total: of all tiles, whether rows fill them or not.
-      filled: of the rows and columns that the operands have.
-      single: those of `total` whose operands are float32.
-      kernel: whether they are those of a kernel of ours; packed: one that unpacks weights itself.
+      total: of all tiles, including their padding.
+      filled: without the padding of tiles.
+      single: the part of `total` with float32 operands.
+      kernel: whether a kernel of ours executes them.
+      packed: whether that kernel unpacks the weights itself.
     """
 
     total: float = 0.0
@@ -53,10 +60,10 @@ class Flops:
 
 
 def flops_of(program: Program, computation: Computation, instruction: Instruction) -> Flops:
-    """FLOPs of one run, those of a fusion's inside included.
+    """FLOPs of one execution, including the instructions inside a fusion.
 
     Raises:
-      BimedixError: it is a kernel that nothing is known of.
+      BimedixError: it calls a kernel whose FLOPs are unknown.
     """
     if instruction.opcode == "dot":
         return dense(computation, instruction, dot_flops(computation, instruction))
@@ -91,9 +98,9 @@ def cublas_flops(computation: Computation, instruction: Instruction) -> float:
 
 
 def convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    """2 * outputs * inputs of each, without the positions of the window that lie in the padding.
+    """FLOPs of a convolution, without the window positions in the padding.
 
-    A TPU's compiler writes products with several batch or output axes as convolutions whose windows are mostly padding.
+    The TPU compiler turns products with several batch or output axes into convolutions with much padding.
     """
     left, right, out = (
         computation.operand(instruction, 0).shapes[0].dims,
@@ -127,10 +134,10 @@ def window_axis(window: dict[str, str], place: int) -> tuple[int, int, int, int]
 
 
 def window_positions(size: int, kernel: int, out: int, stride: int, low: int, spread: int, step: int) -> int:
-    """Pairs of an output and a window position that meet an element of the left operand."""
+    """Pairs of an output and a window position that read an element of the left operand, not padding."""
     found = 0
     for k in range(kernel):
-        # the place read is o * stride + k * step - low; it must be a multiple of `spread` within the operand
+        # output o reads position o * stride + k * step - low, which must be a multiple of `spread` inside the operand
         first = k * step - low
         if stride == 1 and spread == 1:
             found += max(0, min(out, size - first) - max(0, -first))
@@ -141,7 +148,7 @@ def window_positions(size: int, kernel: int, out: int, stride: int, low: int, sp
 
 
 def kernel_call(instruction: Instruction) -> Flops:
-    """FLOPs of a custom call: by its grid where it is a kernel of ours, none where it multiplies nothing."""
+    """FLOPs of a custom call: those of its grid for a kernel of ours, 0 for a call that multiplies nothing."""
     target = instruction.attribute("custom_call_target") or ""
     target = target.strip('"')
     if target == MOSAIC:
@@ -159,7 +166,7 @@ def kernel_call(instruction: Instruction) -> Flops:
 
 
 def is_packed(instruction: Instruction) -> bool:
-    """Whether a kernel's weights are bytes of NF4."""
+    """Whether a kernel's weights are packed NF4."""
     return any(shape.dtype == "u8" for shape in kernel_operands(instruction))
 
 
@@ -174,7 +181,7 @@ def triton_call(instruction: Instruction) -> Flops:
         raise BimedixError(f"The compiled program calls {instruction.op_name}, whose FLOPs are not counted.")
     if part["kernel"] == UNPACK:
         return Flops()
-    # the first operand that is no tile's row or expert is x: [rows, contracted columns]
+    # the first floating-point operand is x: [rows, contracted columns]; the operands before it are indices
     x = next(shape for shape in kernel_operands(instruction) if shape.dtype in ("bf16", "f16", "f32"))
     rows, columns = x.dims
     out = instruction.shapes[0].dims
@@ -186,8 +193,25 @@ def triton_call(instruction: Instruction) -> Flops:
     return Flops(total, min(total, filled), single, kernel=True, packed=is_packed(instruction))
 
 
+def kernel_flops(kernel: str, tile: tuple[int, int, int], grid: tuple[int, ...], contracted: int) -> int:
+    """FLOPs of all programs of a Triton kernel. UNPACK multiplies nothing.
+
+    Programs that exit early because their tile has no rows are counted. For GRADIENT, so are the masked rows under the
+    worst group sizes.
+
+    Args:
+      contracted: columns that the product contracts; for GRADIENT, rows.
+    """
+    m, n, k = tile
+    if kernel == UNPACK:
+        return 0
+    if kernel == GRADIENT:
+        return grid[0] * matmul_flops(m, contracted + grid[1] * (k - 1), n)
+    return grid[0] * matmul_flops(m, -(-contracted // k) * k, n)
+
+
 def mosaic_filled(instruction: Instruction) -> float:
-    """FLOPs of the rows that a grouped product of mosaic_tpu.py has: x [M, K] times [E, K, N], or its gradient."""
+    """FLOPs without padding of a grouped product of mosaic_tpu.py, x [M, K] times [E, K, N], or of its gradient."""
     x = next(shape for shape in kernel_operands(instruction) if len(shape.dims) == 2 and shape.dtype in ("bf16", "f32"))
     out = instruction.shapes[0].dims
     return 2.0 * x.dims[0] * x.dims[1] * out[-1]
@@ -198,7 +222,10 @@ FREE = ("bitcast", "tuple", "get-tuple-element", "reshape")
 
 
 def bytes_of(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Bytes of HBM that one run reads and writes, each operand once; slices and updates in place by what they touch."""
+    """Bytes of HBM that one execution reads and writes.
+
+    Each operand counts once. Slices and in-place updates count the part that they read or write.
+    """
     if instruction.opcode in ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"):
         return started(instruction) if len(instruction.shapes) > 1 else 2.0 * sum(map(nbytes, instruction.shapes))
     if instruction.opcode == "copy-start":
@@ -221,25 +248,25 @@ def bytes_of(program: Program, computation: Computation, instruction: Instructio
 
 
 def kernel_read(operands: list[Shape]) -> float:
-    """Bytes of its operands that a kernel of ours reads: with fewer rows than experts, those of as many experts."""
+    """Bytes that a kernel of ours reads. With fewer rows than experts, it reads at most one expert for each row."""
     products = (shape.dims[0] for shape in operands if len(shape.dims) == 2 and shape.dtype in ROW_TYPES)
     rows = next(products, math.inf)
     return float(sum(nbytes(x) * (min(1.0, rows / x.dims[0]) if len(x.dims) > 2 else 1.0) for x in operands))
 
 
 def nbytes(shape: Shape) -> int:
-    """Bytes of HBM; what lies in another memory counts nothing."""
+    """Bytes in HBM; 0 for an array in another memory."""
     return shape.nbytes if shape.space == MAIN_MEMORY else 0
 
 
 def started(instruction: Instruction) -> float:
-    """Bytes of a transfer between memories, of (source, target, context) or (target, source, context)."""
+    """Bytes of HBM in a transfer between memories. Shapes: (source, target, context) or (target, source, context)."""
     moved = min((shape.nbytes for shape in instruction.shapes[:2]), default=0)
     return float(sum(moved for shape in instruction.shapes[:2] if shape.space == MAIN_MEMORY))
 
 
 def read_bytes(program: Program, operand: Instruction, user: Instruction, place: int) -> float:
-    """Bytes that `user` reads of its operand `place`."""
+    """Bytes that `user` reads of its operand number `place`."""
     whole = float(sum(map(nbytes, operand.shapes)))
     if user.opcode != "fusion" or not whole or len(operand.shapes) != 1:
         return whole
@@ -248,7 +275,7 @@ def read_bytes(program: Program, operand: Instruction, user: Instruction, place:
 
 
 def part_read(program: Program, computation: Computation, value: Instruction, whole: float) -> float:
-    """Bytes that a fused computation reads of a value of `whole` bytes: slices of it where all its users slice."""
+    """Bytes that a fused computation reads of a value of `whole` bytes: less than all if every user slices it."""
     total = 0.0
     for user in computation.users[value.name]:
         if user.opcode in READ_IN_PART and user.operands[0] == value.name:
@@ -267,7 +294,7 @@ def part_read(program: Program, computation: Computation, value: Instruction, wh
 
 
 def written(program: Program, instruction: Instruction) -> float:
-    """Bytes of the results; of an update in place, of what it updates."""
+    """Bytes of the results. An in-place update counts the part that it updates."""
     if instruction.opcode != "fusion":
         return float(sum(map(nbytes, instruction.shapes)))
     inside = program.callee(instruction)

@@ -67,4 +67,4 @@ def test_feed_forward_in_one_piece_and_in_parts(capsys):
 
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_flops_are_those_of_owned_rows(tokens):
-    assert Size(tokens, 64, 96, 4, 2).flops == 2 * 2 * tokens * 64 * 96
+    assert Size(tokens=tokens, width=64, hidden=96, experts=4, top_k=2).flops == 2 * 2 * tokens * 64 * 96

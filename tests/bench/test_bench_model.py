@@ -109,7 +109,7 @@ def test_decoding_goes_on_from_where_it_ended():
 
 def test_products_of_a_forward_pass_count_every_weight_once():
     batch, length = 2, 64
-    counted = bounds.flops(bounds.forward_products(CONFIG, batch, length))
+    counted = bounds.total_flops(bounds.forward_products(CONFIG, batch, length))
     width, head, share = CONFIG.hidden_size, CONFIG.head_dim, CONFIG.router.top_k
     attention = width * head * (2 * CONFIG.num_heads + 2 * CONFIG.num_kv_heads)
     used = CONFIG.num_layers * (attention + 3 * share * width * CONFIG.intermediate_size) + width * CONFIG.vocab_size
@@ -118,8 +118,8 @@ def test_products_of_a_forward_pass_count_every_weight_once():
 
 
 def test_training_needs_three_times_the_products_less_frozen_gradients():
-    forward = bounds.flops(bounds.forward_products(CONFIG, 2, 64))
-    assert 2 * forward < bounds.flops(bounds.training_products(CONFIG, 2, 64, 1, ("q",))) < 2.2 * forward
+    forward = bounds.total_flops(bounds.forward_products(CONFIG, 2, 64))
+    assert 2 * forward < bounds.total_flops(bounds.training_products(CONFIG, 2, 64, 1, ("q",))) < 2.2 * forward
 
 
 def test_a_step_reads_the_experts_that_it_needs():

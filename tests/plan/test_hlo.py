@@ -1,4 +1,4 @@
-"""What is read of a compiled program: loops, matrix products, bytes, exchanges and their overlap."""
+"""Costs parsed from compiled programs: loops, matrix products, bytes, collectives and their overlap."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ ENTRY %main (p: bf16[64,64]) -> bf16[64,64] {
 
 
 @pytest.mark.parametrize(("step", "trips"), [("1", 12), ("5", 3)])
-def test_a_loop_is_counted_as_often_as_it_runs(step, trips):
+def test_a_loop_counts_as_often_as_it_runs(step, trips):
     program = hlo.parse(SCHEDULED.replace("STEP", step))
     costs = roofline.costs_of(program, A100)
     assert costs.total_flops == trips * 2 * 64**3
@@ -53,7 +53,7 @@ def test_a_loop_is_counted_as_often_as_it_runs(step, trips):
     assert costs.bytes == trips * (3 * 64 * 64 * 2 + 2 * 3 * 4 - 12), "the product, and the counter's addition"
 
 
-def test_what_runs_between_start_and_done_hides_an_exchange():
+def test_kernels_between_start_and_done_hide_a_collective():
     late = SCHEDULED.replace("STEP", "1")
     [product] = [line for line in late.splitlines() if " dot(" in line]
     [done] = [line for line in late.splitlines() if "all-gather-done" in line]
@@ -65,8 +65,8 @@ def test_what_runs_between_start_and_done_hides_an_exchange():
     assert hidden.step_seconds < exposed.step_seconds
 
 
-def test_an_exchange_that_a_tpu_cuts_into_fusions_counts_once():
-    """One fusion begins it, one with a product carries it on, one waits for it; each holds a copy."""
+def test_a_collective_split_over_tpu_fusions_counts_once():
+    """One fusion starts it, one continues it beside a product, one waits for it. Each contains a copy."""
     inside = """
 %NAME (a: f32[128,512]) -> f32[1024,512] {
   %a = f32[128,512] parameter(0)
@@ -89,9 +89,9 @@ ENTRY %main (p: f32[128,512]) -> f32[1024,512] {{
     assert max(costs.network_seconds, costs.device_seconds) == pytest.approx(costs.step_seconds)
 
 
-def test_a_loop_whose_length_data_decide_is_an_error():
+def test_a_loop_with_an_unknown_trip_count_raises():
     text = SCHEDULED.replace("STEP", "1").replace("direction=LT", "direction=NE")
-    with pytest.raises(BimedixError, match="Data decide how long the loop loop runs"):
+    with pytest.raises(BimedixError, match="The trip count of the loop loop depends on data"):
         roofline.costs_of(hlo.parse(text), A100)
     with pytest.raises(BimedixError, match="does not print the compiled program"):
         hlo.parse(None)
@@ -102,7 +102,7 @@ def compiled_text(function, *operands):
 
 
 def test_products_of_a_compiled_program():
-    """XLA's own program: 5 layers of [B, D] x [D, D], and the gradient, which multiplies twice as much."""
+    """5 layers of [B, D] x [D, D] compiled by XLA, and their gradient, which adds twice as many FLOPs."""
     x, w = jnp.zeros((8, 33)), jnp.zeros((5, 33, 33))
 
     def loss(w):
@@ -115,8 +115,8 @@ def test_products_of_a_compiled_program():
     assert both == 3 * forward
 
 
-def test_exchanges_of_a_compiled_program():
-    """Gathers inside a scan over 8 devices: once for each layer, and the result of the last sum."""
+def test_collectives_of_a_compiled_program():
+    """A scan over 3 layers on 8 devices: one gather for each layer, and one sum at the end."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def body(w_LDF, x_BD):
@@ -151,7 +151,7 @@ def test_groups_of_devices(written, groups):
     assert collectives.groups_of(instruction) == groups
 
 
-def test_a_group_beyond_a_node_is_as_fast_as_the_network():
+def test_a_group_across_nodes_is_as_fast_as_the_network():
     near, far = (collectives.Collective("all-gather", 2**30, (tuple(range(start, start + 8)),)) for start in (0, 4))
     assert roofline.network_seconds(far, A100) == pytest.approx(12 * roofline.network_seconds(near, A100))
 
@@ -176,7 +176,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_products_that_a_tpu_writes_as_convolutions(name):
+def test_products_that_the_tpu_compiler_turns_into_convolutions(name):
     right, left, out, how, flops = CONVOLUTIONS[name]
     text = f"""HloModule m
 ENTRY %main (a: {left}, b: {right}) -> {out} {{
@@ -189,8 +189,8 @@ ENTRY %main (a: {left}, b: {right}) -> {out} {{
     assert work.flops_of(program, program.entry, program.entry.root).total == flops
 
 
-def test_bytes_are_those_that_are_touched():
-    """A slice of stacked weights reads its layer only, an update in place writes its layer only."""
+def test_slices_and_updates_count_the_touched_bytes():
+    """A slice of stacked weights reads one layer, and an in-place update writes one layer."""
     text = """HloModule m
 %inside (a: f32[32,1024], b: s32[], c: f32[1,1024]) -> f32[32,1024] {
   %a = f32[32,1024]{1,0} parameter(0)
@@ -210,10 +210,10 @@ ENTRY %main (a: f32[32,1024], b: s32[], c: f32[1,1024]) -> f32[32,1024] {
 """
     program = hlo.parse(text)
     moved = work.bytes_of(program, program.entry, program.entry.root)
-    assert moved == 2 * 4096 + 4, "read and write one layer, and the index; c lies in another memory than HBM"
+    assert moved == 2 * 4096 + 4, "read and write one layer, and the index; c is not in HBM"
 
 
-def test_kernels_that_nothing_is_known_of_are_an_error():
+def test_unknown_kernels_raise():
     call = 'ROOT %c = f32[4,4] custom-call(%a), custom_call_target="TARGET"'
     text = "HloModule m\nENTRY %main (a: f32[4,4]) -> f32[4,4] {\n  %a = f32[4,4] parameter(0)\n  " + call + "\n}\n"
     for target in ("__cublas$gemm", "__cudnn$conv", "__gpu$xla.gpu.triton", "tpu_custom_call"):
@@ -223,7 +223,7 @@ def test_kernels_that_nothing_is_known_of_are_an_error():
 
 
 def test_products_of_cublas():
-    """What XLA writes where the GPU is there and it has timed cuBLAS as the fastest; the second result is scratch."""
+    """XLA emits this on a present GPU, if cuBLAS was the fastest. The second result is scratch memory."""
     config = '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["0","2"],"x":["1"]}}}'
     text = """HloModule m
 ENTRY %main (a: bf16[3,5,7], b: bf16[21,11]) -> (bf16[5,11], s8[1024]) {
@@ -235,7 +235,7 @@ ENTRY %main (a: bf16[3,5,7], b: bf16[21,11]) -> (bf16[5,11], s8[1024]) {
     assert roofline.costs_of(hlo.parse(text), A100).total_flops == 2 * 5 * 11 * 21
 
 
-def test_a_target_is_a_name_and_a_number():
+def test_parsing_of_targets():
     assert devices.target("a100-80gb:8") == devices.Target(A100, 8)
     assert devices.target("v5e").count == 1
     for wrong in ("a100", "v5e:0", "v5e:x"):

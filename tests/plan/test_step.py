@@ -1,4 +1,4 @@
-"""Compiling the real steps: what each device holds, what fits, and what the command prints."""
+"""Compiled steps: memory on each device, what fits, and the output of the command."""
 
 import json
 
@@ -20,30 +20,30 @@ def architecture(experiment) -> MixtralConfig:
     return experiment.model.random
 
 
-def test_what_each_device_holds_and_what_the_forward_pass_keeps():
-    """Two devices hold half of everything that can be divided; the kept inputs of layers are those of one row."""
+def test_memory_of_each_device_and_of_the_activations():
+    """Each of two devices stores half of what is sharded, and keeps the layers' inputs of one row."""
     experiment = override(smoke(), {"batch.rows": 2, "batch.accumulation": 1})
     config = architecture(experiment)
     one, two = (step.training_step(config, experiment, CPUS[:count], "cpu") for count in (1, 2))
     for part in ("base", "adapters", "optimiser"):
-        assert 0.5 * one.held[part] <= two.held[part] < 0.62 * one.held[part]
-    assert one.held["optimiser"] == pytest.approx(2 * one.held["adapters"], abs=16)
+        assert 0.5 * one.argument_bytes[part] <= two.argument_bytes[part] < 0.62 * one.argument_bytes[part]
+    assert one.argument_bytes["optimiser"] == pytest.approx(2 * one.argument_bytes["adapters"], abs=16)
     assert one.peak_bytes is not None
     assert two.peak_bytes is not None
-    assert sum(one.held.values()) < one.peak_bytes
+    assert sum(one.argument_bytes.values()) < one.peak_bytes
     kept = [saved.saved_bytes(hlo.parse(done.text), config.num_layers) for done in (one, two)]
     inputs = config.num_layers * 64 * config.hidden_size * 4
     assert inputs <= kept[1] < 1.6 * inputs
     assert kept[0] == pytest.approx(2 * kept[1], rel=0.01)
 
 
-def test_moments_in_bfloat16_take_half():
+def test_moments_in_bfloat16_halve_the_optimiser_state():
     experiment = override(smoke(), {"optimiser.state_dtype": "bfloat16"})
     (state, _, _), _ = step.training_arguments(architecture(experiment), experiment, CPUS[:1])
     assert step.local_bytes(state.optimiser) == pytest.approx(step.local_bytes(state.params), abs=16)
 
 
-def test_rows_that_cannot_be_divided_are_an_error():
+def test_rows_that_the_devices_do_not_divide_raise():
     experiment = override(smoke(), {"batch.rows": 3})
     with pytest.raises(
         BimedixError, match=r"3 rows of a micro-batch cannot be divided among 2 devices; set batch\.rows"
@@ -51,10 +51,10 @@ def test_rows_that_cannot_be_divided_are_an_error():
         step.training_arguments(architecture(experiment), experiment, CPUS)
 
 
-def test_a_compiler_that_runs_out_of_memory_says_what_it_needs():
+def test_a_compiler_out_of_memory_reports_the_needed_size():
     class Lowered:
         def compile(self, compiler_options):
-            assert compiler_options is None, "only GPUs have any"
+            assert compiler_options is None, "only GPUs have compiler options"
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
             )
@@ -78,7 +78,7 @@ SMALL = {
 }
 
 
-def test_the_command(capsys, tmp_path):
+def test_the_command_prints_all_fields(capsys, tmp_path):
     (tmp_path / "small.json").write_text(override(smoke(), SMALL).to_json())
     words = ["plan", str(tmp_path / "small.json"), "--devices", "a100-80gb:1", "--prompt-tokens", "16", "--json"]
     assert cli.main(words) == 0
@@ -97,7 +97,7 @@ def test_the_command(capsys, tmp_path):
         assert plan[name]["flops"] >= 0.9 * plan[name]["useful_flops"] > 0
 
 
-def test_what_is_wrong_is_named(capsys):
+def test_invalid_arguments_raise(capsys):
     assert cli.main(["plan", "--devices", "b200:8"]) == 1
     assert "b200:8 is no target" in capsys.readouterr().err
     assert cli.main(["plan", "nothing", "--devices", "v5e:8"]) == 1

@@ -1,1 +1,1 @@
-"""What compilers of accelerators that are absent make of the kernels."""
+"""Inspection of compiled kernels, for accelerators that need not be present: registers, memory and FLOPs."""

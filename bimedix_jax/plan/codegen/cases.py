@@ -1,22 +1,27 @@
-"""Mixtral-8x7B's products, as cases for compilers of accelerators that need not be here."""
+"""Mixtral-8x7B's products as test cases, to compile for accelerators that need not be present."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from bimedix_jax.models.config import MIXTRAL_8X7B
+from bimedix_jax.plan.flops import matmul_flops
 
 RANK = 128
-"""Of the low-rank factors: BiMediX (arXiv 2402.13253, section 4.1)."""
+"""Rank of the adapters: BiMediX (arXiv 2402.13253, section 4.1)."""
 BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One product: rows [rows, k] times [E, k, n] by groups, or a gradient of it; without experts, times one [k, n].
+    """One product or one of its gradients.
 
-    `weight`: "nf4" (double-quantised, stored [n, k] as Hugging Face's checkpoints are) or "dense". `part`: "forward",
-    "rows" (gradient to the rows) or "weight" (gradient to a dense weight, float32). Rows and dense weights are `dtype`.
-    A product without experts is that of nf4_matmul.
+    With experts it is grouped_matmul: [rows, k] times [E, k, n]. Without experts it is nf4_matmul: [rows, k] times
+    [k, n].
+
+    Attributes:
+      weight: "nf4" (double-quantised, stored [n, k] as in Hugging Face's checkpoints) or "dense".
+      part: "forward", "rows" (gradient to the rows) or "weight" (gradient to a dense weight, float32).
+      dtype: of the rows and of dense weights.
     """
 
     k: int
@@ -29,7 +34,7 @@ class Case:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the rows and of the weights."""
+        """Shapes of the rows and of the weights."""
         return {"x": (self.rows, self.k), "w": (*self.lead, self.k, self.n)}
 
     @property
@@ -38,10 +43,10 @@ class Case:
 
     @property
     def useful_flops(self) -> int:
-        return 2 * self.rows * self.k * self.n
+        return matmul_flops(self.rows, self.k, self.n)
 
-    def operands(self, placed: Any) -> tuple[Any, ...]:
-        """Abstract arguments of `run`, with the sharding `placed`."""
+    def operands(self, sharding: Any) -> tuple[Any, ...]:
+        """Abstract arguments of `call`, with this sharding."""
         import jax
         import jax.numpy as jnp
 
@@ -49,7 +54,7 @@ class Case:
         from bimedix_jax.kernels.nf4.tables import NESTED_BLOCK_SIZE
 
         def array(*shape: int, dtype: Any = self.dtype) -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         x, dy = array(self.rows, self.k), array(self.rows, self.n)
         groups = () if self.experts is None else (array(self.experts, dtype=jnp.int32),)
@@ -65,8 +70,8 @@ class Case:
             w = NF4Tensor(packed, absmax, nested_absmax, offset, (self.n, self.k), True, BLOCK)
         return (dy if self.part == "rows" else x), w, *groups
 
-    def run(self, backend: str, *operands: Any) -> Any:
-        """Calls the backend as the operation and its gradients do."""
+    def call(self, backend: str, *operands: Any) -> Any:
+        """Calls a backend as the operation or its gradient does."""
         from bimedix_jax.kernels.grouped_matmul import api as grouped
         from bimedix_jax.kernels.nf4_matmul import api as single
 
@@ -79,8 +84,11 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """Every product of a layer at 4,096 tokens: both shapes of experts, NF4 and dense, their low-rank factors, and the
-    attention's projections in NF4 (o has the shape of q, v that of k)."""
+    """Every product of a layer at 4,096 tokens, by name.
+
+    These are the experts in NF4 and dense, their adapters, and attention's projections in NF4. w3 has the shape of w1,
+    o that of q, and v that of k.
+    """
     d, f = MIXTRAL_8X7B.hidden_size, MIXTRAL_8X7B.intermediate_size
     found = {}
     for name, k, n in (("w1", d, f), ("w2", f, d)):

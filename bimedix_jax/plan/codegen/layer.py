@@ -1,16 +1,17 @@
-"""One whole MoE layer of Mixtral-8x7B, forward and backward, compiled for accelerators that need not be here."""
+"""One MoE layer of Mixtral-8x7B, forward and backward pass, compiled for accelerators that need not be present."""
 
 import time
 from dataclasses import replace
 from typing import Any
 
 from bimedix_jax.models.config import MIXTRAL_8X7B
+from bimedix_jax.plan import devices, flops, hlo, roofline
 from bimedix_jax.plan.codegen import gpu, tpu
 from bimedix_jax.plan.codegen.cases import RANK
 
 
 def compile_layer(target: str, tokens: int) -> Any:
-    """The compiled program: NF4 experts with adapters of rank RANK on experts and router.
+    """The compiled program, with NF4 experts and adapters of rank RANK on experts and router.
 
     Raises:
       BimedixError: the extra `aot` is not installed.
@@ -24,7 +25,7 @@ def compile_layer(target: str, tokens: int) -> Any:
     from bimedix_jax.models.config import LoraConfig
     from bimedix_jax.models.mixtral import Mixtral
     from bimedix_jax.models.routers import RoutingPlan
-    from bimedix_jax.plan.hardware import devices
+    from bimedix_jax.plan import hardware
     from bimedix_jax.quantise import quantise_base
 
     config = replace(MIXTRAL_8X7B, num_layers=1)
@@ -40,28 +41,27 @@ def compile_layer(target: str, tokens: int) -> Any:
         return y_BTD, pullback(dy_BTD)
 
     x_BTD = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
-    placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    sharding = jax.sharding.SingleDeviceSharding(hardware.devices(target)[0])
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (x_BTD, x_BTD, trained, frozen)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (x_BTD, x_BTD, trained, frozen)
     )
     with backends.use(platform="gpu" if target in gpu.TARGETS else "tpu"):
         return jax.jit(gradients).lower(*arguments).compile()
 
 
 def useful_flops(tokens: int) -> int:
-    """Every chosen pair through its expert's three matrices forward and back to the rows, the adapters' products and
-    their gradients, and the router's."""
-    hidden, ffn, experts = MIXTRAL_8X7B.hidden_size, MIXTRAL_8X7B.intermediate_size, MIXTRAL_8X7B.router.num_experts
-    rows = MIXTRAL_8X7B.router.top_k * tokens
-    base = 2 * 2 * rows * 3 * hidden * ffn
-    adapters = 3 * 2 * (rows * 3 * RANK * (hidden + ffn) + tokens * RANK * (hidden + experts))
-    return base + adapters + 2 * 2 * tokens * hidden * experts
+    """FLOPs that the layer cannot avoid, for experts and router: base products, adapters, and their gradients."""
+    shapes = flops.linear_shapes(MIXTRAL_8X7B)
+    rows = dict.fromkeys(flops.EXPERTS, MIXTRAL_8X7B.router.top_k * tokens) | {flops.ROUTER: tokens}
+    base = sum(flops.matmul_flops(count, *shapes[name]) for name, count in rows.items())
+    adapters = sum(flops.low_rank_flops(count, *shapes[name], RANK) for name, count in rows.items())
+    return flops.FROZEN * base + flops.TRAINED * adapters
 
 
 def measure(target: str, tokens: int = 4096) -> dict[str, Any]:
     """`flops_ratio`: FLOPs of the compiled program over the useful ones.
 
-    On a GPU those of its matrix products; on a TPU all that the compiler counts, also what is no product.
+    On a GPU these are the FLOPs of matrix products. On a TPU they are all FLOPs that the compiler counts.
 
     Raises:
       BimedixError: the extra `aot` is not installed, or the program contains what cannot be counted.
@@ -70,7 +70,7 @@ def measure(target: str, tokens: int = 4096) -> dict[str, Any]:
     compiled = compile_layer(target, tokens)
     seconds = time.perf_counter() - began
     if target in gpu.TARGETS:
-        counted = gpu.program_flops(compiled.as_text())
+        counted = roofline.costs_of(hlo.parse(compiled.as_text()), devices.DEVICES[target]).total_flops
     else:
         counted = tpu.program_flops(compiled)
     return {

@@ -1,4 +1,4 @@
-"""What Mosaic, the TPU compiler, makes of the kernels, on a machine without TPUs."""
+"""Kernels compiled for TPUs by Mosaic, on a machine that needs no TPU."""
 
 import functools
 import re
@@ -19,15 +19,14 @@ KERNEL = re.compile(
 """One kernel in the text of a compiled program; memory space 1 is VMEM, of which it uses [start, stop)."""
 
 LOOPED = re.compile(r'op_name="[^"]*\bwhile/body\b')
-"""An instruction inside a loop of the program; the loops by which the compiler copies have no such names."""
+"""An instruction inside a loop of the program. The compiler's own copying loops have no such names."""
 
 
 @dataclass(frozen=True)
 class TpuKernel:
     """A kernel of a compiled program.
 
-    `vmem_bytes`: tiles, their second copies for transfers, scratch and spills; not operands that XLA has put into VMEM
-    itself, of which a kernel needs no copies.
+    `vmem_bytes`: tiles, their double buffers, scratch and spills. Operands that XLA keeps in VMEM are not included.
     """
 
     name: str
@@ -35,16 +34,16 @@ class TpuKernel:
 
 
 def tpu_kernels(compiled: Any) -> list[TpuKernel]:
-    """Mosaic kernels of what `jax.jit(...).lower(...).compile()` returned for a TPU, in order."""
+    """The Mosaic kernels of a program compiled for a TPU, in order."""
     found = KERNEL.finditer(compiled.as_text())
     return [TpuKernel(match["name"], int(match["stop"]) - int(match["start"])) for match in found]
 
 
 def program_flops(compiled: Any) -> float:
-    """FLOPs that the compiler counts in a program; in kernels of ours, all steps of the grid.
+    """FLOPs of a program as the TPU compiler counts them, with all grid steps of our kernels.
 
     Raises:
-      BimedixError: the program has loops, whose bodies would be counted once.
+      BimedixError: the program has loops; the compiler would count their bodies once.
     """
     if LOOPED.search(compiled.as_text()):
         raise BimedixError("The compiled program has loops, so that its FLOPs cannot be counted.")
@@ -62,13 +61,13 @@ def compile_case(case: Case, target: str) -> Any:
     from bimedix_jax.kernels import backends
     from bimedix_jax.plan.hardware import devices
 
-    placed = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    sharding = jax.sharding.SingleDeviceSharding(devices(target)[0])
     with backends.use(platform="tpu"):
-        return jax.jit(functools.partial(case.run, "mosaic_tpu")).lower(*case.operands(placed)).compile()
+        return jax.jit(functools.partial(case.call, "mosaic_tpu")).lower(*case.operands(sharding)).compile()
 
 
 def tile(case: Case) -> tuple[int, ...]:
-    """Rows, columns and contraction of one step of the grid."""
+    """(rows, columns, contracted) of one step of the grid."""
     import jax.numpy as jnp
 
     from bimedix_jax.kernels.grouped_matmul import mosaic_tiling
@@ -84,10 +83,10 @@ def tile(case: Case) -> tuple[int, ...]:
 
 
 def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """A row for each kernel of each case (of those named): its tile, its VMEM, and `flops_ratio`.
+    """A row for each kernel of each case, or of the named cases: its tile, its VMEM, and `flops_ratio`.
 
-    That is the FLOPs of all steps of the grid, as the compiled program has them for any group sizes, over the useful
-    ones. It and the tile are missing from the rows of kernels that only prepare operands.
+    `flops_ratio` is the FLOPs of all steps of the grid, which do not depend on the group sizes, over the useful ones.
+    Kernels that only prepare operands have neither a tile nor this ratio.
 
     Raises:
       BimedixError: the extra `aot` is not installed.
