@@ -1,4 +1,4 @@
-"""Named experiments, each a function that returns a value. A study varies one by named deltas."""
+"""Named experiments, each a function that returns an `Experiment`. Studies override fields of one."""
 
 from collections.abc import Callable
 
@@ -21,11 +21,12 @@ MIXTRAL_INSTRUCT = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 def bimedix_mixtral_8x7b(base: str = MIXTRAL) -> Experiment:
     """BiMediX's recipe (arXiv 2402.13253): NF4 base, rank 128 on q, k, v, experts and router, AdamW, cosine, 2 epochs.
 
-    Stated by the paper: the base v0.1, rank and alpha, learning rate, warm-up, 16 rows a step in two halves, epochs.
-    Not stated and chosen here: 4,096 tokens a row with packing and the auxiliary weight 0.001 (axolotl's example for
-    Mixtral of that time, whose other values match). Each of the 8 devices held one row of a micro-batch and balanced
-    load over it alone, which is the scope "sequence". It recomputed whole layers; here the products of the experts are
-    kept, for which 40 GB a device suffice and which saves a quarter of the work (docs/results/scale.md).
+    The paper states the base v0.1, rank and alpha, learning rate, warm-up, 16 rows a step in two micro-batches, and the
+    epochs. It does not state the tokens of a row, packing and the auxiliary weight. We chose 4,096, packing and 0.001,
+    as in axolotl's Mixtral example of that time, whose other values match. In the paper each of 8 devices had one row
+    of a micro-batch and balanced load over it alone, which is the scope "sequence". The paper recomputed whole layers.
+    Here the products of the experts are kept, which needs 40 GB a device and saves a quarter of the work
+    (docs/results/scale.md).
     """
     return Experiment(
         name="bimedix-mixtral-8x7b",
@@ -43,12 +44,12 @@ def bimedix_mixtral_8x7b(base: str = MIXTRAL) -> Experiment:
 
 
 def bimedix_mixtral_8x7b_instruct() -> Experiment:
-    """The same from Mixtral-8x7B-Instruct-v0.1, which the model cards of the published weights name as the base."""
+    """The same on Mixtral-8x7B-Instruct-v0.1, the base according to the model cards of the published weights."""
     return bimedix_mixtral_8x7b(MIXTRAL_INSTRUCT)
 
 
 def quickstart() -> Experiment:
-    """SmolLM2-135M-Instruct upcycled to 4 experts, 2 at a time, minutes on a laptop's CPU. Give the model's folder."""
+    """SmolLM2-135M-Instruct upcycled to 4 experts, top-2. Minutes on a laptop's CPU; set model.path to its folder."""
     return Experiment(
         name="quickstart",
         model=ModelSource(base="nf4"),
@@ -63,7 +64,7 @@ def quickstart() -> Experiment:
 
 
 def smoke() -> Experiment:
-    """A tiny random model on made-up rows: every part of training in seconds, without any file."""
+    """A tiny random model on synthetic rows: all parts of training in seconds, without input files."""
     tiny = MixtralConfig(
         vocab_size=256,
         hidden_size=64,

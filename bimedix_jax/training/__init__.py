@@ -1,1 +1,1 @@
-"""Training: losses, optimiser, the compiled step, the loop around it, and what a run writes down."""
+"""Training: losses, optimiser, the compiled step, the loop around it, and the files of a run."""

@@ -1,4 +1,4 @@
-"""Rows of a run on its devices; each process reads the rows of its own devices only."""
+"""Reads the rows of a step and puts them on the devices. Each process reads only the rows of its own devices."""
 
 import dataclasses
 from typing import Any
@@ -19,11 +19,11 @@ KINDS = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jn
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """Where the rows of a step go.
+    """The rows of a run, and how they are sharded.
 
     Attributes:
       layout: of the model on a mesh; None on one device.
-      languages: whether the rows say which language each token is in.
+      languages: whether the batches have the language of each token.
     """
 
     rows: Rows
@@ -37,17 +37,17 @@ class Feed:
         return cls(rows, experiment.batch, experiment.data.sequence_length, layout, bool(experiment.router.languages))
 
     def sharding(self, *lead: None) -> NamedSharding | None:
-        """Of rows with these axes before them."""
+        """The sharding of rows, with these axes before the axis of rows."""
         return None if self.layout is None else NamedSharding(self.layout.mesh, P(*lead, BATCH_AXES))
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The batch of a step, as the compiler needs it: [A, B, T]."""
+        """The shapes of a step's batch, [A, B, T], for the compiler."""
         shape = (self.batch.accumulation, self.batch.rows, self.length)
         kinds = KINDS | ({"language_BT": jnp.int32} if self.languages else {})
         return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(None)) for name, kind in kinds.items()}
 
     def own_rows(self) -> np.ndarray:
-        """Rows of a micro-batch that this process's devices hold, ascending."""
+        """Indices of the rows of a micro-batch on the devices of this process, ascending."""
         sharding = self.sharding()
         if sharding is None:
             return np.arange(self.batch.rows)
@@ -55,19 +55,19 @@ class Feed:
         return np.unique(np.concatenate([np.arange(self.batch.rows)[index[0]] for index in indices if index]))
 
     def read(self, step: int) -> NumpyBatch:
-        """This process's rows of all micro-batches of a step, [A * own, T]."""
+        """Reads this process's rows of all micro-batches of a step, [A * own rows, T]."""
         starts = np.arange(self.batch.accumulation) * self.batch.rows
         return self.rows.batch(step, (starts[:, None] + self.own_rows()[None]).reshape(-1))
 
-    def put(self, batch: NumpyBatch) -> dict[str, jax.Array]:
-        """What `read` gave, on the devices: [A, B, T] in all."""
+    def to_devices(self, batch: NumpyBatch) -> dict[str, jax.Array]:
+        """The result of `read` as sharded arrays, [A, B, T]."""
         parts, sharding = micro_batches(batch, self.batch.accumulation), self.sharding(None)
         if sharding is None:
             return jax.tree.map(jnp.asarray, parts)
-        place = {row: number for number, row in enumerate(self.own_rows().tolist())}
+        position = {row: number for number, row in enumerate(self.own_rows().tolist())}
 
         def own(x: np.ndarray, index: Any) -> np.ndarray:
-            return x[:, [place[row] for row in range(self.batch.rows)[index[1]]]]
+            return x[:, [position[row] for row in range(self.batch.rows)[index[1]]]]
 
         return {
             name: jax.make_array_from_callback(
@@ -76,8 +76,8 @@ class Feed:
             for name, x in parts.items()
         }
 
-    def put_whole(self, batch: NumpyBatch) -> dict[str, jax.Array]:
-        """Rows [B, T] that every process has read, on the devices."""
+    def whole_to_devices(self, batch: NumpyBatch) -> dict[str, jax.Array]:
+        """Rows [B, T] that every process has read completely, as sharded arrays."""
         sharding = self.sharding()
         if sharding is None:
             return jax.tree.map(jnp.asarray, batch)

@@ -46,8 +46,9 @@ class TrainResult:
     """A finished run.
 
     Attributes:
-      model: with the trained values. trained: folder of the adapters, or of the model where every parameter trained.
-      metrics: the last step's line of metrics.jsonl.
+      model: the model with the trained values.
+      trained: folder of the adapters, or of the model if every parameter trained.
+      metrics: the line of the last step in metrics.jsonl.
     """
 
     model: Mixtral
@@ -67,23 +68,24 @@ def train(
     resume_command: str | None = None,
     plan: RoutingPlan | None = None,
 ) -> TrainResult:
-    """Runs an experiment into the folder `out` (its files: training/run_folder.py).
+    """Trains an experiment and writes the run into the folder `out` (training/run_folder.py describes its files).
 
     Args:
-      resume: continue from the newest valid checkpoint; the losses are to the bit those of a run that never stopped.
-      model: the base in memory already, with or without adapters; None loads it. The result's model is the trained one.
-      plan: what the routers are told to do in every step and in the held-out loss. Its B is 1 or the rows of a step,
-        its T is 1 or the tokens of a row. The folder keeps it, and a resumed run must be given the same.
-      console, resume_command: where progress is printed (stderr), and the command that an interruption names.
+      resume: continue from the newest valid checkpoint. The losses are bitwise those of an uninterrupted run.
+      model: a base that is loaded already, with or without adapters; None loads it. The result has the trained model.
+      plan: the routing plan of every step and of the held-out loss. Its B is 1 or the rows of a step, and its T is 1 or
+        the tokens of a row. The folder stores it, and a resumed run must pass the same plan.
+      console: where progress is printed; stderr by default.
+      resume_command: the command that the message of an interruption names.
 
     Raises:
-      BimedixError: something asked for is impossible, or the loss stopped being a number; nothing is saved then.
-      Interrupted: Ctrl-C or SIGTERM, after the step in progress was saved.
+      BimedixError: the experiment is impossible, or a loss is not finite; that step is not saved.
+      Interrupted: Ctrl-C or SIGTERM; the step in progress was finished and saved.
     """
     console = (console or Console(stderr=True)) if distributed.is_process_zero() else Console(quiet=True)
     folder = Path(out)
     distributed.on_process_zero(lambda: check_folder(folder, experiment, resume))
-    say_unchecked(check_tokenizer(experiment), console)
+    warn_unchecked(check_tokenizer(experiment), console)
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():
         model = prepare_model(experiment, model, mesh)
@@ -104,14 +106,14 @@ def train(
     if (done := int(state.step)) > 0:
         check_identity(folder, same)
     if done == rows.steps:
-        console.print(f"all {rows.steps} steps are done already", highlight=False)
+        console.print(f"all {rows.steps} steps are already done", highlight=False)
         last = read_metrics(folder)[-1]
     else:
         step, plan = make_train_step(structure, experiment, rows.steps, optimiser), replicated_plan(plan, feed.layout)
         with backends.use(**experiment.kernels.named()):
             compiled, cost = compile_step(step, state, frozen, feed, plan, console)
             distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
-            say_start(experiment, rows, done, cost["kernels"], console)
+            print_start(experiment, rows, done, cost["kernels"], console)
             state, last = run_steps(
                 experiment, folder, feed, compiled, structure, state, frozen, plan, console, resume_command
             )
@@ -120,20 +122,20 @@ def train(
 
 
 def save_trained(model: Mixtral, folder: Path) -> Path:
-    """Writes what was trained: the adapters, or the model where every parameter was."""
-    whole = gather_for_export(model)  # by all processes, since each has a part
+    """Writes the adapters, or the whole model if every parameter trained."""
+    whole = gather_for_export(model)  # gathers the shards, so every process must call it
     trained = folder / ("model" if model.lora is None else "adapter")
     write = save if model.lora is None else save_adapter
     distributed.on_process_zero(lambda: write(whole, trained, overwrite=True))
     return trained
 
 
-def say_unchecked(folders: int, console: Console) -> None:
-    """One line where rows may have been packed with another tokenizer than the model's."""
+def warn_unchecked(folders: int, console: Console) -> None:
+    """Warns that packed folders could not be checked against the model's tokenizer."""
     if folders:
         console.print(
             f"[bold yellow]{folders} packed folder{'s' if folders > 1 else ''} not compared[/] with the model's "
-            "tokenizer: one of the two names none; make sure that they belong together",
+            "tokenizer, since the model or the folder names no tokenizer; make sure that they match",
             highlight=False,
         )
 
@@ -141,24 +143,24 @@ def say_unchecked(folders: int, console: Console) -> None:
 def compile_step(
     step: Any, state: TrainState, frozen: dict[str, Any], feed: Feed, plan: RoutingPlan | None, console: Console
 ) -> tuple[Step, dict[str, Any]]:
-    """The compiled step, and its time and memory, which are printed once, and the backends of its kernels."""
+    """(the compiled step, its compile time, memory and kernel backends). Prints time and memory."""
     with console.status("compiling the training step"), backends.recording() as picked:
         began = time.perf_counter()
         options = None if feed.layout is None else COMPILER_OPTIONS.get(backends.platform())
         compiled = step.lower(state, frozen, feed.abstract(), plan).compile(compiler_options=options)
         seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    held, extra = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     console.print(
-        f"compiled in {duration(seconds)}; memory: {held / 2**30:.2f} GiB model and optimiser, "
-        f"{extra / 2**30:.2f} GiB working space",
+        f"compiled in {duration(seconds)}; memory: {arguments / 2**30:.2f} GiB model and optimiser, "
+        f"{temporaries / 2**30:.2f} GiB working space",
         highlight=False,
     )
-    cost = {"compile_seconds": seconds, "argument_bytes": held, "temporary_bytes": extra}
+    cost = {"compile_seconds": seconds, "argument_bytes": arguments, "temporary_bytes": temporaries}
     return compiled, {**cost, "kernels": picked.to_dict()}
 
 
-def say_start(experiment: Experiment, rows: Rows, step: int, kernels: dict[str, list[str]], console: Console) -> None:
+def print_start(experiment: Experiment, rows: Rows, step: int, kernels: dict[str, list[str]], console: Console) -> None:
     size, length = experiment.batch.size, experiment.data.sequence_length
     console.print(
         f"{experiment.name}: {rows.steps} steps of {size} x {length} = {size * length:,} tokens"
@@ -167,8 +169,8 @@ def say_start(experiment: Experiment, rows: Rows, step: int, kernels: dict[str, 
     )
     if experiment.remat == "experts" and "xla" in kernels.get("expert_mlp", ()):
         console.print(
-            "[bold yellow]remat experts keeps no products here[/]: the CPU's experts are one operation, which is "
-            "computed again as under remat layer",
+            "[bold yellow]remat experts has no effect here[/]: on a CPU the experts are one operation, which is "
+            "recomputed as with remat layer",
             highlight=False,
         )
 
@@ -185,37 +187,37 @@ def run_steps(
     console: Console,
     resume_command: str | None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """All steps that are left; returns the last state and line of metrics.
+    """Runs the remaining steps. Returns the last state and the last line of metrics.
 
-    While a step runs, the next batch is read and the line of the step before is written. The state is donated to the
-    next step, so before a checkpoint or a measurement of its own a step is waited for, and its loss looked at.
+    While a step runs, the next batch is read and the line of the previous step is written. The next step donates the
+    state. Before a checkpoint or a held-out measurement the loop therefore waits for the step and checks its loss.
     """
-    evaluate, rows, speaks = make_eval_step(structure), feed.rows, distributed.is_process_zero()
+    evaluate, rows, logs = make_eval_step(structure), feed.rows, distributed.is_process_zero()
     done, vocab_size = int(state.step), structure.vocab_size
     command = resume_command or f"bimedix train --resume --out {folder}"
 
     def read(step: int) -> dict[str, jax.Array]:
-        return feed.put(checked(feed.read(step), vocab_size, step))
+        return feed.to_devices(checked(feed.read(step), vocab_size, step))
 
     with (
         StopRequest(console) as stop,
-        MetricsLog(folder if speaks else None) as log,
-        Mirror(experiment if speaks else None, folder, done) as mirror,
+        MetricsLog(folder if logs else None) as log,
+        Mirror(experiment if logs else None, folder, done) as mirror,
         TrainingProgress(console, done, rows.steps) as progress,
         ReadAhead(read, done, rows.steps) as batches,
     ):
         lines = LateLines(experiment, (log.write, mirror.write, progress.update))
-        asked = distributed.any_process_later(lambda: stop.asked)
+        requested = distributed.any_process_later(lambda: stop.requested)
         while done < rows.steps:
             try:
                 batch = batches.next()
             except Exception:
-                lines.settle()  # the step before is not to blame
+                lines.settle()  # the previous step succeeded, so its line is written
                 raise
             state, metrics = step(state, frozen, batch, plan)
             done += 1
             lines.add(done, metrics)
-            stopping, asked = asked(), distributed.any_process_later(lambda: stop.asked)
+            stopping, requested = requested(), distributed.any_process_later(lambda: stop.requested)
             evaluates = experiment.eval_every > 0 and done % experiment.eval_every == 0
             saves = stopping or done % experiment.checkpoint_every == 0 or done == rows.steps
             if not (evaluates or saves):
@@ -232,11 +234,15 @@ def run_steps(
 
 
 def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:
-    """The batch, if its token ids are the model's: JAX would clamp one that is not, and train on another token."""
+    """The batch, if all token ids are in the vocabulary. JAX would clamp others and train on the wrong token.
+
+    Raises:
+      BimedixError: a token id is outside of the vocabulary.
+    """
     wrong = outside(batch["tokens_BT"], vocab_size)
     if wrong is not None:
         raise BimedixError(
-            f"The rows of step {step + 1} hold token id {wrong}, the model knows {vocab_size}; "
+            f"The rows of step {step + 1} have token id {wrong}, but the vocabulary has {vocab_size} tokens; "
             "pack the data with this model's tokenizer."
         )
     return batch
@@ -251,10 +257,10 @@ def measure_heldout(
     vocab_size: int,
     plan: RoutingPlan | None = None,
 ) -> dict[str, float]:
-    """Held-out loss in nats per target; raises BimedixError for a token id that the model lacks."""
+    """Held-out loss in nats per target. Raises BimedixError for a token id outside of the vocabulary."""
     nll, targets = 0.0, 0.0
     for batch in heldout_batches(experiment):
         require_ids(batch["tokens_BT"], vocab_size)
-        nll_sum, count = evaluate(state.params, {**frozen, **state.router}, feed.put_whole(batch), plan)
+        nll_sum, count = evaluate(state.params, {**frozen, **state.router}, feed.whole_to_devices(batch), plan)
         nll, targets = nll + float(nll_sum), targets + float(count)
     return {"heldout_nll": nll / max(targets, 1.0), "heldout_targets": targets}

@@ -1,7 +1,7 @@
 """Next-token cross entropy over learned targets, in chunks, as a sum and a count.
 
-Sum and count stay apart because the loss of an optimiser step is (NLL of all its targets) / (number of its targets): a
-mean of per-micro-batch means would weigh a target by how many others happen to share its micro-batch.
+The loss of an optimiser step is (NLL of all its targets) / (number of its targets). A mean over the means of
+micro-batches would weight a target by the number of targets in its micro-batch, so sum and count are separate.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Head = Callable[[jax.Array], jax.Array]
 """`model.head`: final hidden states [..., D] -> float32 logits [..., V]."""
 
 CHUNK_TOKENS = 1024
-"""Tokens whose float32 logits exist at once: 192 MiB at a vocabulary of 49,152; 2 x 2,048 tokens would take 768."""
+"""Tokens in a chunk of float32 logits: 192 MiB with a vocabulary of 49,152, where 2 x 2,048 tokens take 768 MiB."""
 
 
 def targets_of(
@@ -27,7 +27,8 @@ def targets_of(
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """(token that each position predicts, whether its loss counts).
 
-    It counts where that next token is a learned target of the same segment; never at padding or a segment's end.
+    The loss counts if the next token is a learned target of the same segment. At padding and at the end of a segment it
+    does not count.
     """
     ahead_BT = jnp.roll(tokens_BT, -1, axis=1)
     same_BT = (segment_ids_BT == jnp.roll(segment_ids_BT, -1, axis=1)) & (segment_ids_BT != 0)
@@ -41,8 +42,8 @@ def token_losses(
     """float32 -log p(target) in nats of every position.
 
     On a CPU a model's own head runs over tiles of the vocabulary (kernels/cross_entropy). Otherwise `head` runs over
-    chunks of the sequence and again in the backward pass, so that float32 logits exist for about `chunk_tokens` tokens
-    at a time.
+    chunks of the sequence, and the backward pass recomputes it. Float32 logits exist for about `chunk_tokens` tokens at
+    a time.
     """
     batch, length, _ = hidden_BTD.shape
     weight_DV = head.weight_DV if isinstance(head, embedding.Head) else None
@@ -59,7 +60,7 @@ def token_losses(
     @jax.checkpoint
     def losses(hidden_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
         logits_BCV = head(hidden_BCD)
-        # a comparison with iota fuses into the reduction and differentiates without a scatter
+        # comparing with an iota fuses into the reduction, and its gradient needs no scatter
         vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
         target_BC = jnp.sum(jnp.where(vocabulary == targets_BC[..., None], logits_BCV, 0.0), axis=-1)
         return jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
@@ -79,15 +80,15 @@ def next_token_loss(
     loss_mask_BT: Bool[Array, "B T"],
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(summed NLL in nats, number of targets), float32; on a shard, its own part of both.
+    """(summed NLL in nats, number of targets), float32. On a shard, its own part of both.
 
     Args:
       hidden_BTD: `model.hidden(...).hidden_BTD`.
       segment_ids_BT: 0 is padding.
-      loss_mask_BT: True where the token is a learned target (not where one is predicted).
+      loss_mask_BT: True where the token itself is a learned target, not where it is predicted.
     """
     targets_BT, learned_BT = targets_of(tokens_BT, segment_ids_BT, loss_mask_BT)
-    # shards that hold the same rows take a part of each
+    # shards with the same rows each compute a part of them
     hidden_BTD, targets_BT, learned_BT = (shards.own_part(LENGTH, x, 1) for x in (hidden_BTD, targets_BT, learned_BT))
     nll_BT = token_losses(head, hidden_BTD, targets_BT, chunk_tokens)
     return jnp.sum(jnp.where(learned_BT, nll_BT, 0.0)), jnp.sum(learned_BT, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""run.json: what a run ran on, so that its numbers can be read years later."""
+"""run.json: versions, devices, fingerprints and costs of a run."""
 
 import datetime
 import functools
@@ -24,7 +24,7 @@ PACKAGES = ("bimedix_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 @functools.partial(jax.jit, static_argnames="width")
 def weighted_sum(words: jax.Array, width: int) -> jax.Array:
-    """uint32 sum of the words, each times the odd number of its layer (its first axis); fused, without a copy."""
+    """uint32 sum of the words, each times an odd number for its layer (the first axis). It fuses, without a copy."""
     bits = jax.lax.bitcast_convert_type(words, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
     sums_L = jnp.sum(bits.reshape(bits.shape[0], -1), axis=1, dtype=jnp.uint32)
     places_L = jax.lax.iota(jnp.uint32, sums_L.size) * jnp.uint32(2) + jnp.uint32(1)
@@ -32,9 +32,9 @@ def weighted_sum(words: jax.Array, width: int) -> jax.Array:
 
 
 def fingerprint(values: dict[str, Any]) -> str:
-    """Checksum of named arrays and NF4Tensors at the speed of memory: tells bases apart, no defence against malice.
+    """Checksum of named arrays and NF4Tensors, as fast as memory can be read. It is not cryptographic.
 
-    It is the same on every mesh: of a 4-bit weight only the nibbles count, since cutting units re-codes their scales.
+    It is the same on every mesh. Of a 4-bit weight it covers the nibbles only, since sharding may re-encode the scales.
     """
     words = {name: v.packed if isinstance(v, NF4Tensor) else v for name, v in sorted(values.items())}
     sums = {name: int(weighted_sum(leaf, leaf.dtype.itemsize)) for name, leaf in words.items()}
@@ -42,7 +42,7 @@ def fingerprint(values: dict[str, Any]) -> str:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the work tree that holds `folder`, with '+changes' where files differ from it; None outside of one."""
+    """Commit of the git work tree that contains `folder`, with '+changes' if files differ; None outside of git."""
     try:
         described = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
@@ -51,12 +51,12 @@ def git_commit(folder: Path) -> str | None:
             timeout=20,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired):  # no git here
+    except (OSError, subprocess.TimeoutExpired):  # git is not installed or too slow
         return None
     return described.stdout.strip() or None if described.returncode == 0 else None
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions and devices."""
     device = jax.devices()[0]
     return {
@@ -74,32 +74,32 @@ def surroundings() -> dict[str, Any]:
 def identity(
     frozen: dict[str, Any], data_fingerprint: str, steps: int, plan: RoutingPlan | None = None
 ) -> dict[str, Any]:
-    """What must be the same each time a run is continued, besides its experiment."""
+    """What must not change when a run is resumed, besides its experiment."""
     same = {"base_fingerprint": fingerprint(frozen), "data_fingerprint": data_fingerprint, "steps": steps}
     return {**same, "plan": None if plan is None else plan.digest()}
 
 
 def check_identity(folder: Path, same: dict[str, Any]) -> None:
-    """Raises BimedixError where base weights, data or length differ from those that a run began with."""
+    """Raises BimedixError if base weights, data or number of steps differ from those at the start of the run."""
     earlier = json.loads((folder / RUN).read_text("utf-8"))
     changed = [name for name, value in same.items() if earlier.get(name) != value]
     if changed:
         raise BimedixError(
-            f"{', '.join(changed)} differs from what {folder} began with: its model or data files have changed; "
-            "put them back, or start a new run."
+            f"{', '.join(changed)} differs from that of the run in {folder}: its model or data files have changed; "
+            "restore them, or start a new run."
         )
 
 
 def write_run(folder: Path, covered: dict[str, Any], same: dict[str, Any], step: int, cost: dict[str, Any]) -> None:
-    """Writes run.json; a resumed run adds its start to those before.
+    """Writes run.json. A resumed run appends to the list of starts.
 
     Args:
-      covered: the model's coverage table as a document.
-      same: from `identity`.
-      step: steps done at this start.
-      cost: what compiling the step told.
+      covered: the coverage table of the model.
+      same: the result of `identity`.
+      step: number of steps done at this start.
+      cost: compile time, memory and kernel backends of the step.
     """
     earlier = json.loads((folder / RUN).read_text("utf-8"))["starts"] if (folder / RUN).exists() else []
-    starts = [*earlier, {"step": step, **surroundings(), **cost}]
+    starts = [*earlier, {"step": step, **environment(), **cost}]
     run = {**same, "coverage": covered, "starts": starts}
     write_text(folder / RUN, json.dumps(run, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a step, appended and never rewritten except when a run is resumed from an earlier step."""
+"""metrics.jsonl: one line for each step. It is only rewritten when a run resumes from an earlier step."""
 
 import json
 import math
@@ -28,31 +28,31 @@ ORDER = (
     "router_entropy",  # by layer: of the router's probabilities, nats a token
     "router_margin",  # by layer: rank of the last chosen expert minus that of the best refused one
 )
-"""What the step reports, in the order of a line."""
+"""The metrics of a step, in the order of a line."""
 OPTIONAL = ("by_language",)  # load, entropy, margin and z by language, where the experiment names languages
 
 
 def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Device scalars and vectors as Python numbers, the exact values."""
+    """Device scalars and vectors as Python numbers, without rounding."""
     if (wrong := set(metrics) ^ set(ORDER)) - set(OPTIONAL):
-        raise ValueError(f"metrics without a place in a line, or missing: {sorted(wrong)}")
+        raise ValueError(f"unexpected or missing metrics: {sorted(wrong)}")
     names = [name for name in (*ORDER, *OPTIONAL) if name in metrics]
     return jax.tree.map(lambda x: np.asarray(x).tolist(), {name: metrics[name] for name in names})
 
 
 def is_finite(metrics: dict[str, Any]) -> bool:
-    """Whether loss and gradient norm are numbers one can go on with."""
+    """Whether loss and gradient norm are finite."""
     return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
 
 
 class MetricsLog:
-    """Appends lines; each is on its way to the disk when `write` returns. Without a folder it does nothing."""
+    """Appends lines and flushes each. Without a folder it does nothing."""
 
     def __init__(self, folder: Path | None):
         self._file = None if folder is None else (folder / METRICS).open("a", encoding="utf-8", newline="\n")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Raises ValueError for NaN and infinity, which JSON does not have."""
+        """Appends a line. Raises ValueError for NaN and infinity, which JSON cannot represent."""
         text = json.dumps(line, allow_nan=False) + "\n"
         if self._file is not None:
             self._file.write(text)
@@ -69,15 +69,17 @@ class MetricsLog:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run, in order; a last line that a kill cut short is left out."""
+    """The lines of a run, in order. An incomplete last line, after a kill, is left out."""
     lines = (Path(folder) / METRICS).read_text("utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def rewind(folder: Path, step: int) -> Path | None:
-    """Moves the lines of later steps, and a last line cut short, out of metrics.jsonl; returns where they are now.
+    """Moves the lines of later steps, and an incomplete last line, from metrics.jsonl to another file.
 
-    The checkpoint does not know those steps: they will be taken again and give the same losses.
+    The run repeats these steps, with the same losses.
+
+    Returns: the other file; None if there was nothing to move.
     """
     path = folder / METRICS
     if not path.exists():
@@ -91,6 +93,6 @@ def rewind(folder: Path, step: int) -> Path | None:
     number = 1
     while (side := folder / f"metrics.superseded-{number}.jsonl").exists():
         number += 1
-    write_text(side, "".join(moved))  # first the copy: a kill in between loses nothing
+    write_text(side, "".join(moved))  # first, so that a kill in between loses nothing
     write_text(path, "".join(kept))
     return side

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, a cosine and clipping by the norm of the whole gradient."""
+"""AdamW with linear warm-up, cosine decay and clipping by the global norm."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,17 +12,17 @@ from bimedix_jax.experiment import OptimiserConfig
 
 
 def schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the update after `count` updates (from 0), for a run of `steps`."""
+    """Learning rate of the update that follows `count` updates (from 0), in a run of `steps`."""
     if config.warmup_steps >= steps:
         raise BimedixError(
-            f"{config.warmup_steps} warm-up steps leave nothing of a run of {steps}; "
+            f"{config.warmup_steps} warm-up steps are as many as the run has ({steps}), or more; "
             "lower optimiser.warmup_steps or raise steps."
         )
 
     def rate(count: jax.typing.ArrayLike) -> jax.Array:
         done = jnp.asarray(count, jnp.float32)
         warm = (done + 1) / max(config.warmup_steps, 1)
-        # the last warm-up step is the peak, the first step after the run would be the end of the cosine
+        # the last warm-up step has the peak rate; the cosine would end one step after the run
         through = jnp.clip((done + 1 - config.warmup_steps) / (steps + 1 - config.warmup_steps), 0, 1)
         cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * through))
         return config.learning_rate * jnp.where(done < config.warmup_steps, warm, cosine)
@@ -31,14 +31,14 @@ def schedule(config: OptimiserConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW on a flat {name: array}; the caller clips. Its state is two arrays a parameter and a count."""
+    """AdamW on a flat {name: array}, without clipping. Its state is two arrays for each parameter, and a count."""
     optimiser = make_adamw(config, steps)
     return optimiser if config.state_dtype == "float32" else stored_in_bfloat16(optimiser)
 
 
 def make_adamw(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     def decayed(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-        # norms are stacked over layers, so their number of axes does not tell them from matrices; names do
+        # norms are stacked over layers, so they are recognised by name, not by their number of axes
         return {name: not name.endswith(".scale") for name in params}
 
     adamw = optax.adamw(
@@ -51,7 +51,7 @@ def make_adamw(config: OptimiserConfig, steps: int) -> optax.GradientTransformat
     )
     if config.router_learning_rate is None:
         return adamw
-    # an update of AdamW, decay included, is proportional to the rate
+    # an update of AdamW, including the decay, is proportional to the rate
     ratio = config.router_learning_rate / config.learning_rate
 
     def scale_router(updates: Any, _: object = None) -> dict[str, jax.Array]:
@@ -61,7 +61,7 @@ def make_adamw(config: OptimiserConfig, steps: int) -> optax.GradientTransformat
 
 
 def stored_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same optimiser, which computes in float32 and keeps its moments in bfloat16 between updates."""
+    """The same optimiser with its moments stored in bfloat16. It computes in float32."""
 
     def is_moment(leaf: Any) -> bool:
         return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim > 0
@@ -79,10 +79,10 @@ def stored_in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTra
 
 
 def round_stochastically(x: jax.Array, count: jax.Array) -> jax.Array:
-    """float32 as bfloat16, up or down with the probability that makes the mean exact.
+    """Rounds float32 to bfloat16, up or down, with the probabilities that make the mean exact.
 
-    A decay of 0.1 % a step is below half of bfloat16's spacing: rounded to nearest, a moment would never decay. The
-    choice is a hash of the value and of the number of the update, so a repeated run repeats it.
+    A decay of 0.1 % a step is less than half of bfloat16's spacing, so with rounding to nearest a moment would never
+    decay. The direction is a hash of the value and the number of the update, so that a repeated run gives the same.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     mixed = (bits ^ (count.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
@@ -92,7 +92,7 @@ def round_stochastically(x: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def clip(gradients: dict[str, jax.Array], largest: float | None) -> tuple[dict[str, jax.Array], jax.Array]:
-    """(gradients with a norm of at most `largest`, their norm before)."""
+    """(gradients scaled to a norm of at most `largest`, their norm before that)."""
     norm = optax.tree.norm(gradients)
     if largest is None:
         return gradients, norm

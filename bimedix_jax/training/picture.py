@@ -1,4 +1,4 @@
-"""The picture of a run: the training loss by step, and the held-out loss before and after."""
+"""A plot of a run: the training loss by step, and the held-out loss before and after."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,16 +19,16 @@ def draw_run(
 
     Args:
       metrics: lines of metrics.jsonl.
-      before, after: held-out loss in bits per UTF-8 byte by group, of the same groups.
+      before, after: held-out loss in bits per UTF-8 byte, by group; both have the same groups.
     """
     figure = Figure(figsize=(10.5, 3.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no window system, and nothing of pyplot's global state
+    FigureCanvasAgg(figure)  # needs no window system and no global state of pyplot
     figure.suptitle(title, fontsize=11)
     curve, bars = figure.subplots(1, 2, width_ratios=[1, 1.25])
     steps, losses = [line["step"] for line in metrics], [line["nll"] for line in metrics]
     span = len(losses) // 15
     curve.plot(steps, losses, color="tab:blue", alpha=0.3 if span > 1 else 1.0)
-    if span > 1:  # rows differ more than a step teaches; the mean of the last few shows the course
+    if span > 1:  # losses of single steps vary much; the mean over several shows the trend
         means = [sum(losses[i - span : i]) / span for i in range(span, len(losses) + 1)]
         curve.plot(steps[span - 1 :], means, color="tab:blue", label=f"mean of {span} steps")
         curve.legend(fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""What the host does while the devices take a step: it reads the next batch, and writes the line of the step before."""
+"""Host work during a step on the devices: reading the next batch, and writing the line of the previous step."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ Batch = TypeVar("Batch")
 
 
 class ReadAhead(Generic[Batch]):
-    """The batches of steps `first` to `last` - 1 in order, each read by one thread while the one before is used.
+    """The batches of steps `first` to `last` - 1 in order. A thread reads each one while the previous one is used.
 
-    One thread reads them all, so that files are read in one order, and a single batch waits on the devices.
+    There is one thread, so that files are read in order and at most one batch waits.
     """
 
     def __init__(self, read: Callable[[int], Batch], first: int, last: int):
@@ -37,10 +37,10 @@ class ReadAhead(Generic[Batch]):
         self._ahead = self._thread.submit(self.read, self.step) if self.step < self.last else None
 
     def next(self) -> Batch:
-        """The batch of the next step; what went wrong while reading it is raised here.
+        """The batch of the next step. An error while reading it is raised here.
 
         Raises:
-          IndexError: there is none.
+          IndexError: there is no further step.
         """
         if self._ahead is None:
             raise IndexError(f"there is no step {self.step}")
@@ -51,10 +51,12 @@ class ReadAhead(Generic[Batch]):
 
 
 class LateLines:
-    """Lines of metrics.jsonl, each written one step late: to fetch the metrics of a step is to wait for its end, and
-    the devices would be idle until the host has launched the next.
+    """Writes the lines of metrics.jsonl one step late.
 
-    A step's `seconds` are those since the step before was complete, or since `restart_clock`.
+    Fetching the metrics of a step blocks until it ends. If the host did that before it launches the next step, the
+    devices would be idle.
+
+    A step's `seconds` run from the end of the previous step, or from `restart_clock`.
     """
 
     def __init__(self, experiment: Experiment, writers: Sequence[Callable[[dict[str, Any]], None]]):
@@ -64,19 +66,19 @@ class LateLines:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves out of the next step's seconds what was done since the last one was complete."""
+        """Excludes the time since the last step ended from the seconds of the next step."""
         self._began = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes the metrics of a step that has been launched, and writes the line of the step before it."""
+        """Adds the metrics of a launched step, and writes the line of the step before it."""
         self.settle()
         self._waiting = step, metrics
 
     def settle(self, measure: Callable[[], dict[str, Any]] | None = None) -> None:
-        """Waits until the last step that was added is complete, and writes its line with what `measure` adds to it.
+        """Waits for the last added step, and writes its line, extended by the result of `measure`.
 
         Raises:
-          BimedixError: its loss is no number. The state of this step, and of any launched since, must not be saved.
+          BimedixError: its loss or gradient norm is not finite. The states of this and later steps must not be saved.
         """
         if self._waiting is None:
             return
@@ -97,6 +99,6 @@ def diverged(line: dict[str, Any], experiment: Experiment) -> str:
     kept = (line["step"] - 1) // experiment.checkpoint_every * experiment.checkpoint_every
     since = f"the last checkpoint is that of step {kept}" if kept else "there is no checkpoint before it"
     return (
-        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops and saves nothing "
-        f"of this step; {since}. Lower optimiser.learning_rate or clip_norm, or look at the rows of this step."
+        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops without saving "
+        f"this step; {since}. Lower optimiser.learning_rate or clip_norm, or check the rows of this step."
     )

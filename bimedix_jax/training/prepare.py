@@ -1,4 +1,4 @@
-"""What a run needs before its first step: devices, a model that fits the experiment, and a plan that fits the model."""
+"""Preparations for a run: its mesh, a model that fits the experiment, and a plan that fits the model."""
 
 import dataclasses
 import math
@@ -22,33 +22,33 @@ from bimedix_jax.training.state import Params
 
 
 def mesh_of(experiment: Experiment) -> Mesh | None:
-    """The devices that the experiment asks for.
+    """The mesh of the experiment; None on one device.
 
     Raises:
-      BimedixError: they are not these, or cannot divide the rows.
+      BimedixError: the mesh does not fit the devices or the rows.
     """
     wanted = experiment.mesh
     if wanted is None:
         if distributed.is_multiprocess():
-            raise BimedixError("Several processes need a mesh over their devices; give mesh.fsdp, for example.")
+            raise BimedixError("Several processes need a mesh over their devices; set mesh.fsdp, for example.")
         return None
     mesh = make_mesh(wanted.data, wanted.fsdp, wanted.expert, wanted.tensor)
     parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
     if experiment.batch.rows % parts:
         raise BimedixError(
-            f"{experiment.batch.rows} rows of a micro-batch cannot be divided among the {parts} parts of this mesh; "
+            f"{experiment.batch.rows} rows of a micro-batch cannot be divided among the {parts} shards of this mesh; "
             f"make batch.rows a multiple of {parts}, or mesh.tensor larger."
         )
     return mesh
 
 
 def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | None) -> Mixtral:
-    """The base that the experiment names, or the given one, with the adapters that the experiment asks for.
+    """The given base, or the one that the experiment names, with the adapters of the experiment.
 
-    For a mesh: in host memory, with what this process's devices need.
+    With a mesh the model is in host memory, and has the parts for this process's devices.
     """
     if model is not None and model.placement is not None:
-        raise BimedixError("The model is sharded already; give train one that is not.")
+        raise BimedixError("The model is already sharded; pass one that is not.")
     if model is None:
         model = read_base(experiment, mesh)
     else:
@@ -62,7 +62,7 @@ def prepare_model(experiment: Experiment, model: Mixtral | None, mesh: Mesh | No
         or dataclasses.replace(wanted, targets=found.targets) != found
         or set(wanted.targets) != set(found.targets)
     ):
-        raise BimedixError(f"The model carries adapters {found}, the experiment asks for {wanted}; make them agree.")
+        raise BimedixError(f"The model has adapters {found}, the experiment asks for {wanted}; make them equal.")
     return model
 
 
@@ -77,12 +77,13 @@ def check_fit(experiment: Experiment, model: Mixtral) -> None:
 def plan_of_run(
     experiment: Experiment, model: Mixtral, plan: RoutingPlan | None, resumed: Path | None
 ) -> RoutingPlan | None:
-    """The plan, None where it tells the routers nothing.
+    """The plan after checks; None if it is empty.
 
     Args:
-      resumed: folder of the run that goes on, which must have the same plan.
+      resumed: folder of the run to resume, which must have the same plan.
+
     Raises:
-      BimedixError: it does not fit the model or the rows, or is not the one that the run began with.
+      BimedixError: the plan does not fit the model or the rows, or the run has another plan.
     """
     try:
         checked = checked_plan(plan, model.config, experiment.batch.size, experiment.data.sequence_length)
@@ -91,8 +92,8 @@ def plan_of_run(
     plan = None if checked.is_free else checked
     if plan is not None and experiment.eval_every and any(x.shape[1] > 1 for x in jax.tree.leaves(plan)):
         raise BimedixError(
-            "This plan is for the rows of a step, and held-out rows are others; set eval_every to 0, or give a plan"
-            " whose B is 1."
+            "This plan has values for each row of a step, which do not apply to held-out rows; set eval_every to 0, or "
+            "pass a plan whose B is 1."
         )
     if resumed is not None:
         check_plan(resumed, plan)
@@ -100,7 +101,7 @@ def plan_of_run(
 
 
 def replicated_plan(plan: RoutingPlan | None, layout: Layout | None) -> RoutingPlan | None:
-    """The plan on every device of the model's mesh."""
+    """The plan replicated over the mesh of the model."""
     if plan is None or layout is None:
         return plan
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
@@ -111,5 +112,5 @@ def check_router_rate(experiment: Experiment, params: Params) -> None:
     if experiment.optimiser.router_learning_rate is not None and not any(".router." in name for name in params):
         raise BimedixError(
             "optimiser.router_learning_rate is set, but the routers are frozen; add router to lora.targets, set "
-            "lora.train_router, or leave the rate out."
+            "lora.train_router, or do not set the rate."
         )

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, a line now and then elsewhere. Always on stderr."""
+"""Progress of a run on stderr: a bar on a terminal, otherwise a line every 15 seconds."""
 
 import collections
 import time
@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 WINDOW = 20
-"""Steps over which speed is averaged."""
+"""Steps over which the speed is averaged."""
 LINE_SECONDS = 15.0
-"""Between two lines where there is no terminal."""
+"""Time between two lines without a terminal."""
 
 
 def duration(seconds: float) -> str:
@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
 
 
 class TrainingProgress:
-    """Shows step, loss, tokens a second and time left."""
+    """Shows the step, the loss, tokens per second and the time left."""
 
     def __init__(self, console: Console, step: int, steps: int):
         self.console, self.steps = console, steps
@@ -51,7 +51,7 @@ class TrainingProgress:
             self.bar.stop()
 
     def update(self, line: dict[str, Any]) -> None:
-        """After a step, with its line of metrics.jsonl."""
+        """Shows the progress after a step, from its line of metrics.jsonl."""
         self.recent.append((line["tokens"], line["seconds"]))
         tokens, seconds = (sum(column) for column in zip(*self.recent, strict=True))
         left = (self.steps - line["step"]) * seconds / len(self.recent)

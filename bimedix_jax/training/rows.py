@@ -1,4 +1,4 @@
-"""Batches of a run by optimiser step: the same step gives the same rows, so a resumed run must know its step only."""
+"""Batches of a run by optimiser step. A step always has the same rows, so a resumed run only needs its step."""
 
 import dataclasses
 import hashlib
@@ -14,13 +14,13 @@ NumpyBatch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What a run learns from.
+    """The training data of a run.
 
     Attributes:
-      batch: (step from 0, positions of rows in the batch of a whole optimiser step) -> tokens_BT, segment_ids_BT and
-        loss_mask_BT of these rows, and language_BT where the experiment names languages.
+      batch: (step from 0, indices of rows in the batch of an optimiser step) -> tokens_BT, segment_ids_BT and
+        loss_mask_BT of these rows, and language_BT if the experiment names languages.
       steps: steps of the run.
-      fingerprint: of the data; a resumed run must have the same.
+      fingerprint: of the data; it must be the same in a resumed run.
     """
 
     batch: Callable[[int, np.ndarray], NumpyBatch]
@@ -29,16 +29,16 @@ class Rows:
 
 
 def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
-    """The rows that an experiment names.
+    """Opens the data of an experiment.
 
     Raises:
-      BimedixError: no data is named, the folder is not a packed one, or its rows have another length.
+      BimedixError: the experiment names no data, the folder is not a packed one, or its rows have another length.
     """
     data, size = experiment.data, experiment.batch.size
     languages = experiment.router.languages
     if data.synthetic_rows:
         if languages:
-            raise BimedixError("Made-up rows have no language; name a packed folder, or leave router.languages out.")
+            raise BimedixError("Synthetic rows have no language; name a packed folder, or do not set router.languages.")
         steps = experiment.steps or -(-(experiment.epochs or 1) * data.synthetic_rows // size)
         rows = synthetic(data.synthetic_rows, data.sequence_length, vocab_size, experiment.seed)
         digest = hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest()
@@ -52,10 +52,10 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
     from bimedix_jax.data import loader
 
     check_length(data.path, data.sequence_length)
-    held = {group.language for group in loader.read_index(data.path).groups}
-    if missing := [language for language in languages if language not in held]:
+    present = {group.language for group in loader.read_index(data.path).groups}
+    if missing := [language for language in languages if language not in present]:
         raise BimedixError(
-            f"{data.path} has no record in {', '.join(missing)}, it has {', '.join(sorted(held))}; correct "
+            f"{data.path} has no record in {', '.join(missing)}, only in {', '.join(sorted(present))}; correct "
             "router.languages."
         )
     batches = loader.batches(data.path, size, experiment.seed, epochs=experiment.epochs)
@@ -63,7 +63,7 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
     if experiment.epochs is not None and steps > len(batches):
         raise BimedixError(
             f"{steps} steps are more than the {len(batches)} that {experiment.epochs} epochs of {data.path} have; "
-            "lower steps, or leave epochs out so that the data repeat."
+            "lower steps, or do not set epochs, so that the data repeat."
         )
     return Rows(lambda step, rows: batches.at(step, rows, languages), steps, loader.fingerprint(data.path))
 
@@ -74,15 +74,15 @@ def check_length(folder: str, sequence_length: int) -> None:
     found = loader.read_index(folder).sequence_length
     if found != sequence_length:
         raise BimedixError(
-            f"{folder} was packed with {found} tokens a row, the experiment says {sequence_length}; "
+            f"{folder} was packed with {found} tokens a row, the experiment has {sequence_length}; "
             "set data.sequence_length, or pack it again."
         )
 
 
 def check_tokenizer(experiment: Experiment) -> int:
-    """Refuses packed rows of another tokenizer than the model's: their ids mean other words to it.
+    """Checks that the data were packed with the model's tokenizer.
 
-    Returns: folders that could not be compared, since the model has no tokenizer files or the rows name no tokenizer.
+    Returns: the number of folders that could not be checked, since the model or the folder names no tokenizer.
 
     Raises:
       BimedixError: a folder was packed with another tokenizer.
@@ -104,23 +104,23 @@ def check_tokenizer(experiment: Experiment) -> int:
 
 
 def heldout_batches(experiment: Experiment) -> Iterator[NumpyBatch]:
-    """Every held-out row once, in order, as micro-batches; the last is filled up with empty rows."""
+    """Every held-out row once, in order, as micro-batches. The last one is padded with empty rows."""
     from bimedix_jax.data import loader
 
-    assert experiment.data.heldout is not None  # experiment.py: eval_every needs it
+    assert experiment.data.heldout is not None  # experiment.py requires it for eval_every
     check_length(experiment.data.heldout, experiment.data.sequence_length)
     batches = loader.batches(experiment.data.heldout, experiment.batch.rows, seed=0, shuffle=False, epochs=1)
     return (batches[step] for step in range(len(batches)))
 
 
 def synthetic(rows: int, length: int, vocab_size: int, seed: int) -> NumpyBatch:
-    """Made-up rows: two random documents each, padding at the end, the second half of a document learned."""
+    """Synthetic rows: two random documents in each, padding at the end, loss on the second half of a document."""
     random = np.random.default_rng(seed)
     tokens = random.integers(1, vocab_size, (rows, length), dtype=np.int32)
-    place = np.broadcast_to(np.arange(length), (rows, length))
+    position = np.broadcast_to(np.arange(length), (rows, length))
     border, end = length // 2, length - length // 16
-    segment_ids = np.where(place < border, 1, np.where(place < end, 2, 0)).astype(np.int32)
-    inside = np.where(place < border, place, place - border)
+    segment_ids = np.where(position < border, 1, np.where(position < end, 2, 0)).astype(np.int32)
+    inside = np.where(position < border, position, position - border)
     return {
         "tokens_BT": np.where(segment_ids != 0, tokens, 0).astype(np.int32),
         "segment_ids_BT": segment_ids,
@@ -129,5 +129,5 @@ def synthetic(rows: int, length: int, vocab_size: int, seed: int) -> NumpyBatch:
 
 
 def micro_batches(batch: NumpyBatch, accumulation: int) -> NumpyBatch:
-    """[B, T] as [A, B / A, T]."""
+    """Reshapes [B, T] to [A, B / A, T]."""
     return {name: x.reshape(accumulation, -1, *x.shape[1:]) for name, x in batch.items()}

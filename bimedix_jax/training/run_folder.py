@@ -1,13 +1,13 @@
-"""The folder of a run: opened once, continued only by the experiment that began it.
+"""The folder of a run. Only the same experiment can resume it.
 
-config.json                     the experiment, resolved
-plan.safetensors                what the routers are told to do, where that is anything
-run.json                        versions, devices, coverage table, fingerprints, every start
-metrics.jsonl                   one line a step: the truth
-metrics.superseded-N.jsonl      lines of steps that a resumed run took again
+config.json                     the resolved experiment
+plan.safetensors                the routing plan, if the run has one
+run.json                        versions, devices, coverage table, fingerprints, all starts
+metrics.jsonl                   one line for each step
+metrics.superseded-N.jsonl      lines of steps that a resumed run repeated
 checkpoints/STEP/               training states (checkpoint/steps.py)
-adapter/ or model/              what was trained, at the end
-wandb/                          the mirror, where tracking is on
+adapter/ or model/              the trained adapters or model, at the end
+wandb/                          the mirror, if tracking is on
 """
 
 import dataclasses
@@ -29,51 +29,49 @@ CONFIG, PLAN, CHECKPOINTS = "config.json", "plan.safetensors", "checkpoints"
 
 
 def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
-    """Raises BimedixError unless `folder` is free, or with `resume` holds a run of this very experiment."""
+    """Raises BimedixError unless `folder` is empty, or, with `resume`, contains a run of the same experiment."""
     if not resume:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise BimedixError(
-                f"{folder} exists already; pass --resume to continue it, or name another folder with --out."
+                f"{folder} already exists; pass --resume to continue it, or name another folder with --out."
             )
         return
     if not (folder / CONFIG).is_file():
-        raise BimedixError(f"{folder} holds no run to continue (no {CONFIG}); start one without --resume.")
+        raise BimedixError(f"{folder} contains no run to resume (no {CONFIG}); start one without --resume.")
     began = read(folder / CONFIG)
     changed = differences(dataclasses.replace(experiment, steps=experiment.steps or began.steps), began)
     if changed:
         raise BimedixError(
-            f"{folder} was begun by another experiment ({'; '.join(changed)}); resume it with that one "
-            f"(--resume --out {folder} alone takes it from the folder), or start a new run."
+            f"{folder} is a run of another experiment ({'; '.join(changed)}); resume it with that one "
+            f"(--resume --out {folder} alone reads it from the folder), or start a new run."
         )
 
 
 def check_plan(folder: Path, plan: RoutingPlan | None) -> None:
-    """Raises BimedixError unless the run in `folder` began with this very routing plan."""
+    """Raises BimedixError unless the run in `folder` has the same routing plan."""
     began = read_plan(folder / PLAN) if (folder / PLAN).is_file() else None
     if (began and began.digest()) == (plan and plan.digest()):
         return
     here, there = ("no routing plan" if one is None else f"plan {one.digest()[:12]}" for one in (plan, began))
     raise BimedixError(
-        f"{folder} began with {there}, and is resumed with {here}; pass the plan of the run "
+        f"{folder} was started with {there}, and is resumed with {here}; pass the plan of the run "
         f"(bimedix_jax.routing.plans.read_plan reads its {PLAN}), or start a new run."
     )
 
 
 def begin(folder: Path, experiment: Experiment, plan: RoutingPlan | None = None) -> None:
-    """Creates the folder and records the experiment and the plan."""
+    """Creates the folder and writes the experiment and the plan."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / CONFIG, experiment.to_json())
         if plan is not None:
             write_plan(plan, folder / PLAN)
     except OSError as error:
-        raise BimedixError(
-            f"cannot write into {folder} ({error.strerror}); name a folder that can be written."
-        ) from error
+        raise BimedixError(f"cannot write to {folder} ({error.strerror}); name a writable folder.") from error
 
 
 def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainState:
-    """The state of the newest valid checkpoint, with metrics.jsonl cut back to it; `fresh` where there is none."""
+    """The state of the newest valid checkpoint, or `fresh` without one. Truncates metrics.jsonl to that step."""
     checkpoints = folder / CHECKPOINTS
     state = fresh
     if steps_in(checkpoints):
@@ -84,6 +82,6 @@ def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainStat
     side = rewind(folder, step) if distributed.is_process_zero() else None
     if side is not None:
         console.print(
-            f"metrics of steps after {step} were moved to {side.name}; those steps are taken again", highlight=False
+            f"metrics of steps after {step} were moved to {side.name}; these steps are repeated", highlight=False
         )
     return state

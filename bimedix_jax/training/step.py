@@ -1,11 +1,12 @@
-"""One optimiser step: gradients of trained parameters over micro-batches, exact under accumulation and padding.
+"""One optimiser step: gradients of the trained parameters over micro-batches, exact under accumulation and padding.
 
 The objective of a step, over all its rows:
 
     (sum of NLL) / (number of targets)  +  aux_loss_coef * load balance, by scope  +  z_loss_coef * router z-loss
 
-Each micro-batch contributes its part with denominators of the whole step, so the sum of their gradients is the gradient
-of the objective; only the load balance of scope "micro_batch" depends on how the rows were divided, by definition.
+Each micro-batch contributes its part with the denominators of the whole step, so the sum of the gradients of all
+micro-batches is the gradient of the objective. Only the load balance of scope "micro_batch" depends, by definition, on
+how the rows are divided.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from bimedix_jax.sharding.layout import Layout, plan_specs
 from bimedix_jax.sharding.rules import AXES, BATCH_AXES
 from bimedix_jax.training.losses import next_token_loss, targets_of
 from bimedix_jax.training.optimiser import clip, schedule
-from bimedix_jax.training.routing import Batch, Grouping, PartedPlan, parted, router_metrics, share
+from bimedix_jax.training.routing import Batch, Grouping, SplitPlan, router_metrics, share, split_plan
 from bimedix_jax.training.state import Params, Structure, TrainState
 
 
@@ -42,8 +43,8 @@ class Totals:
     Attributes:
       targets: learned targets.
       tokens: positions that are not padding.
-      rows, parts: rows and micro-batches with any token.
-      load: of all routers over the step, for scope "global" with several micro-batches.
+      rows, parts: rows and micro-batches with at least one token.
+      load: load of all routers over the step, for scope "global" with several micro-batches.
     """
 
     targets: jax.Array
@@ -54,27 +55,27 @@ class Totals:
 
 
 def totals_of(batch_A: Batch, load: Load | None) -> Totals:
-    """Of the rows on all shards."""
+    """The denominators, over the rows of all shards."""
     _, learned = jax.vmap(targets_of)(batch_A["tokens_BT"], batch_A["segment_ids_BT"], batch_A["loss_mask_BT"])
     valid = batch_A["segment_ids_BT"] != 0
 
     def count(x: jax.Array) -> jax.Array:
         return shards.sum_over(BATCH, jnp.sum(x, dtype=jnp.float32))
 
-    # a micro-batch with a token on any shard is one part
+    # a micro-batch counts if any shard has a token of it
     parts = shards.sum_over(BATCH, valid.any((-1, -2)).astype(jnp.int32)) > 0
     return Totals(count(learned), count(valid), count(valid.any(-1)), jnp.sum(parts, dtype=jnp.float32), load)
 
 
 def balance_part(sums: RouterSums, scope: str, totals: Totals) -> jax.Array:
-    """A micro-batch's share, on this shard, of the step's load-balancing loss: the shares add up to it.
+    """The share of this micro-batch and shard in the step's load-balancing loss. All shares add up to the loss.
 
     `sums` are by row for scope "sequence".
     """
     if scope == "sequence":
         rows = jnp.sum(sums.tokens_LX[0] > 0).astype(jnp.float32)
         return load_balancing_loss(sums, "sequence") * share(rows, totals.rows)
-    # choices and number of tokens are those of all shards, the probabilities those of this one
+    # choices and numbers of tokens are of all shards, probabilities of this one
     load = jax.lax.stop_gradient(shards.sum_over(BATCH, load_of(sums)))
     if scope == "global":
         return load_balancing_loss(sums, "global", totals.load or load)
@@ -82,7 +83,7 @@ def balance_part(sums: RouterSums, scope: str, totals: Totals) -> jax.Array:
 
 
 def model_of(structure: Structure, params: Params, frozen: dict[str, Any], key: jax.Array | None) -> Mixtral:
-    """The model with these values; `key` turns on the adapters' dropout."""
+    """The model with these values. A key turns on the adapters' dropout."""
     model = structure.merge(params, frozen)
     if key is not None:
         with_dropout(model, jax.random.fold_in(key, shards.index(BATCH)) if shards.active() else key)
@@ -90,9 +91,9 @@ def model_of(structure: Structure, params: Params, frozen: dict[str, Any], key: 
 
 
 def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[jax.Array, dict]]:
-    """objective(params, frozen, micro_batch, totals, key, plan) -> (its part of the step's objective, sums).
+    """Returns objective(params, frozen, micro_batch, totals, key, plan) -> (part of the step's objective, sums).
 
-    `key` turns on the adapters' dropout; the routers follow `plan`.
+    `key` turns on the adapters' dropout. The routers follow `plan`.
     """
     grouping = Grouping.of(router)
 
@@ -106,12 +107,12 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
     ) -> tuple[jax.Array, dict]:
         model = model_of(structure, params, frozen, key)
         tokens_BT, segment_ids_BT = micro["tokens_BT"], micro["segment_ids_BT"]
-        out = model.hidden(tokens_BT, segment_ids_BT, plan, remat=remat, **grouping.ask(micro))
+        out = model.hidden(tokens_BT, segment_ids_BT, plan, remat=remat, **grouping.arguments(micro))
         assert out.sums is not None  # there is at least one group
         gather_head(model.head)
         nll_sum, _ = next_token_loss(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
         nll = share(nll_sum, totals.targets)
-        copies = shards.count(LENGTH)  # shards of the same rows: each takes its tokens' NLL, all compute these
+        copies = shards.count(LENGTH)  # this many shards have the same rows, and each adds the same aux and z-loss
         rows = grouping.each_row(out.sums, micro)
         aux = balance_part(rows, router.aux_scope, totals) / copies
         z = router_z_loss(rows) * share(jnp.sum(segment_ids_BT != 0), totals.tokens) / copies
@@ -123,18 +124,18 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
 
 
 def load_of_part(model: Mixtral, micro: Batch, plan: RoutingPlan) -> Load:
-    """The load of a micro-batch on all shards, from a forward pass of its own."""
+    """The load of a micro-batch over all shards, from a separate forward pass."""
     out = model.hidden(micro["tokens_BT"], micro["segment_ids_BT"], plan, groups=1)
     assert out.sums is not None  # there is a group
     return shards.sum_over(BATCH, load_of(out.sums))
 
 
 def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[Params, dict]]:
-    """gradient(params, frozen, batch_A, key, plan) -> (float32 gradients by name, sums) of a whole step.
+    """Returns gradient(params, frozen, batch_A, key, plan) -> (float32 gradients by name, sums) of a whole step.
 
-    `key` turns on the adapters' dropout, which every micro-batch draws anew. A plan's B is 1 or all rows of the step.
-    On a mesh, parameters and gradients are sharded as the model's layout says, the rows of a micro-batch are divided,
-    and the result is that of all devices.
+    `key` turns on the adapters' dropout; each micro-batch has its own mask. A plan's B is 1 or the rows of the step. On
+    a mesh, parameters and gradients are sharded by the model's layout, and the rows of a micro-batch over the devices.
+    Gradients and sums are those of all devices.
     """
     differentiate = jax.grad(make_objective(structure, router, remat), has_aux=True)
 
@@ -143,9 +144,9 @@ def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) ->
         frozen: dict[str, Any],
         batch_A: Batch,
         key: jax.Array | None = None,
-        plan: PartedPlan | None = None,
+        plan: SplitPlan | None = None,
     ) -> tuple[Params, dict]:
-        plan, count = plan or PartedPlan(RoutingPlan(), RoutingPlan()), batch_A["tokens_BT"].shape[0]
+        plan, count = plan or SplitPlan(RoutingPlan(), RoutingPlan()), batch_A["tokens_BT"].shape[0]
         keys_A = None if key is None else jax.random.split(key, count)
         parts_A = (batch_A, keys_A, plan.own_A, jnp.arange(count))
         load = None
@@ -174,47 +175,47 @@ def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) ->
         return gradients, {**sums, "targets": totals.targets, "tokens": totals.tokens}
 
     layout = structure.layout
-    run = gradient if layout is None else on_mesh(gradient, layout)
+    compute = gradient if layout is None else on_mesh(gradient, layout)
 
-    def planned(
+    def with_split_plan(
         params: Params,
         frozen: dict[str, Any],
         batch_A: Batch,
         key: jax.Array | None = None,
         plan: RoutingPlan | None = None,
     ) -> tuple[Params, dict]:
-        parts = None if plan is None else parted(plan, *batch_A["tokens_BT"].shape[:2])
-        return run(params, frozen, batch_A, key, parts)
+        parts = None if plan is None else split_plan(plan, *batch_A["tokens_BT"].shape[:2])
+        return compute(params, frozen, batch_A, key, parts)
 
-    return planned
+    return with_split_plan
 
 
 def on_mesh(gradient: Callable[..., tuple[Params, dict]], layout: Layout) -> Callable[..., tuple[Params, dict]]:
-    """`gradient` over the shards of a placed model, summed over devices."""
+    """`gradient` over the shards of a model, summed over the devices."""
     every = tuple(name for name in AXES if layout.mesh.shape[name] > 1)
 
     def on_shard(
-        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None, plan: PartedPlan | None
+        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None, plan: SplitPlan | None
     ) -> tuple[Params, dict]:
         gradients, sums = gradient(params, frozen, batch_A, key, plan)
         for name, spec in layout.specs(params).items():
             divided = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
-            alike = tuple(axis for axis in every if axis not in divided)  # devices that hold the same parameter
+            alike = tuple(axis for axis in every if axis not in divided)  # devices with the same part of the parameter
             gradients[name] = jax.lax.psum(gradients[name], alike) if alike else gradients[name]
         local = ("loss", "nll", "aux_loss", "z_loss")
         summed = jax.lax.psum({name: sums[name] for name in local}, every)
         return gradients, sums | summed
 
     def sharded(
-        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None, plan: PartedPlan | None
+        params: Params, frozen: dict[str, Any], batch_A: Batch, key: jax.Array | None, plan: SplitPlan | None
     ) -> tuple[Params, dict]:
         specs = layout.specs(params)
         rows = jax.tree.map(lambda _: P(None, BATCH_AXES), batch_A)
-        plans = plan and PartedPlan(plan_specs(plan.own_A, BATCH_AXES, (None,)), plan_specs(plan.shared, BATCH_AXES))
-        run = layout.over_shards(
+        plans = plan and SplitPlan(plan_specs(plan.own_A, BATCH_AXES, (None,)), plan_specs(plan.shared, BATCH_AXES))
+        compute = layout.over_shards(
             on_shard, (specs, layout.specs(frozen), rows, None if key is None else P(), plans), (specs, P())
         )
-        return run(params, frozen, batch_A, key, plan)
+        return compute(params, frozen, batch_A, key, plan)
 
     return sharded
 
@@ -222,10 +223,10 @@ def on_mesh(gradient: Callable[..., tuple[Params, dict]], layout: Layout) -> Cal
 def make_train_step(
     structure: Structure, experiment: Experiment, steps: int, optimiser: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """The jitted step(state, frozen, batch_A, plan=None) -> (state, metrics).
+    """Returns the jitted step(state, frozen, batch_A, plan=None) -> (state, metrics).
 
-    The state is donated, the frozen base an argument. A step whose loss or gradient is not finite still returns: the
-    caller looks at the metrics and must drop the state.
+    The state is donated. The step also returns if the loss or gradient is not finite; the caller must check the metrics
+    and discard such a state.
     """
     gradient = make_gradient(structure, experiment.router, experiment.remat)
     rate = schedule(experiment.optimiser, steps)
@@ -236,7 +237,7 @@ def make_train_step(
         state: TrainState, frozen: dict[str, Any], batch_A: Batch, plan: RoutingPlan | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         if set(structure.router_state(frozen)) != set(state.router):
-            raise ValueError("This router learns outside of the gradient; give init_state the router's state.")
+            raise ValueError("This router learns without a gradient; pass the router's state to init_state.")
         key = jax.random.fold_in(jax.random.key(experiment.seed), state.step) if dropout else None
         plan = None if plan is None else plan.fold_in(state.step)
         gradients, sums = gradient(state.params, {**frozen, **state.router}, batch_A, key, plan)
@@ -255,7 +256,7 @@ def make_train_step(
 
 
 def make_eval_step(structure: Structure) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted evaluate(params, frozen, batch, plan=None) -> (summed NLL, number of targets).
+    """Returns the jitted evaluate(params, frozen, batch, plan=None) -> (summed NLL, number of targets).
 
     The plan's B is 1.
     """
@@ -280,7 +281,7 @@ def make_eval_step(structure: Structure) -> Callable[..., tuple[jax.Array, jax.A
     ) -> tuple[jax.Array, jax.Array]:
         rows = jax.tree.map(lambda _: P(BATCH_AXES), batch)
         plans = plan and plan_specs(plan, BATCH_AXES)
-        run = layout.over_shards(evaluate, (layout.specs(params), layout.specs(frozen), rows, plans), P())
-        return run(params, frozen, batch, plan)
+        compute = layout.over_shards(evaluate, (layout.specs(params), layout.specs(frozen), rows, plans), P())
+        return compute(params, frozen, batch, plan)
 
     return jax.jit(sharded)

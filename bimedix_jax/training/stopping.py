@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the step in progress ends, the state is saved, the way to go on is said."""
+"""Graceful stop on Ctrl-C and SIGTERM: finish the step in progress, save the state, print how to resume."""
 
 import signal
 import threading
@@ -9,17 +9,17 @@ from rich.console import Console
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stopped on request after saving; the message says how to continue. Exit code 130 on the command line."""
+    """The run was stopped after saving. The message names the command that resumes it. The exit code is 130."""
 
 
 class StopRequest:
-    """Within the block, the first SIGINT or SIGTERM sets `asked`; a second one interrupts at once.
+    """Within the block, the first SIGINT or SIGTERM sets `requested`. A second one interrupts immediately.
 
-    Signals reach the main thread only; elsewhere (a notebook's worker, say) nothing is installed.
+    Only the main thread can handle signals. In other threads nothing is installed.
     """
 
     def __init__(self, console: Console):
-        self.console, self.asked = console, False
+        self.console, self.requested = console, False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -35,7 +35,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt("stopped at once; the last checkpoint is kept")
-        self.asked = True
-        self.console.print("stopping: finishing this step and saving (again to stop at once)", highlight=False)
+        if self.requested:
+            raise KeyboardInterrupt("stopped immediately; the last checkpoint is kept")
+        self.requested = True
+        self.console.print("stopping: finishing this step and saving (repeat to stop immediately)", highlight=False)

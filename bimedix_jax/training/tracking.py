@@ -1,6 +1,6 @@
-"""Weights & Biases as a mirror of metrics.jsonl: numbers and the configuration, never text, code or machine facts.
+"""Mirrors metrics.jsonl to Weights & Biases: numbers and the configuration, but no text, code or machine data.
 
-A resumed run is a new wandb run in the same group: restarting one id offline makes two folders with overlapping steps.
+A resumed run is a new wandb run in the same group, since resuming an offline run would give overlapping steps.
 """
 
 import math
@@ -13,10 +13,10 @@ from bimedix_jax.experiment import Experiment
 
 
 class Mirror:
-    """Logs each line of metrics.jsonl; does nothing in mode "disabled", and without an experiment.
+    """Logs each line of metrics.jsonl. It does nothing in mode "disabled" or without an experiment.
 
     Raises:
-      BimedixError: wandb was asked for and cannot start.
+      BimedixError: wandb is enabled and cannot start.
     """
 
     def __init__(self, experiment: Experiment | None, folder: Path, step: int):
@@ -48,7 +48,7 @@ def start(experiment: Experiment, folder: Path, step: int) -> Any:
             f"tracking.mode is {tracking.mode}, and wandb cannot be imported ({error}); install it or {remedy}."
         ) from error
     settings = wandb.Settings(
-        console="off",  # captures what the program prints otherwise
+        console="off",  # otherwise wandb captures the output of the program
         save_code=False,
         disable_code=True,
         disable_git=True,
@@ -75,7 +75,7 @@ def start(experiment: Experiment, folder: Path, step: int) -> Any:
 
 
 def flat_numbers(line: dict[str, Any]) -> dict[str, float]:
-    """Scalars unchanged; of a list over layers its mean, lowest and highest; what is nested under joined names."""
+    """Flattens a line: scalars unchanged, mean, minimum and maximum of a list over layers, nested names joined by /."""
     flat: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, dict):

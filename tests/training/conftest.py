@@ -1,4 +1,4 @@
-"""Tiny models and batches: seconds, not minutes, on a shared CPU."""
+"""Tiny models and batches, for tests that run in seconds."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from bimedix_jax.models.config import LoraConfig, MixtralConfig
 
 
 def tiny_experiment(**changes: Any) -> Experiment:
-    """A run of a few steps on four made-up rows of 16 tokens."""
+    """A run of a few steps on six synthetic rows of 16 tokens."""
     plain = Experiment(
         name="tiny",
         model=ModelSource(base="float32", random=TINY),
@@ -39,7 +39,7 @@ def tiny_experiment(**changes: Any) -> Experiment:
 
 
 def random_batch(rows: int, length: int, seed: int = 0, vocab_size: int = TINY.vocab_size) -> dict[str, np.ndarray]:
-    """Rows with documents and paddings of uneven length, some of them entirely empty."""
+    """Rows with documents and padding of random lengths; some rows may be empty."""
     random = np.random.default_rng(seed)
     segment_ids = np.zeros((rows, length), np.int32)
     for row in range(rows):

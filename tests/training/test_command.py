@@ -1,4 +1,4 @@
-"""`bimedix train`: what the options make of a preset, and a run from the command line."""
+"""`bimedix train`: options that override a preset, and a run from the command line."""
 
 import json
 import typing
@@ -40,7 +40,7 @@ def test_options_override_the_preset(tmp_path):
     assert resolve(Config(out=tmp_path, preset="smoke")) == smoke()
 
 
-def test_a_file_is_an_experiment_too(tmp_path):
+def test_a_file_replaces_the_preset(tmp_path):
     (tmp_path / "config.json").write_text(smoke().to_json())
     assert resolve(Config(out=tmp_path / "out", preset=str(tmp_path / "config.json"))) == smoke()
     assert resolve(Config(out=tmp_path, resume=True)) == smoke()
@@ -55,13 +55,13 @@ def test_a_file_is_an_experiment_too(tmp_path):
         ({"preset": "smoke", "rows": 0}, "batch.rows"),
     ],
 )
-def test_mistakes(tmp_path, options, message):
+def test_invalid_options_raise(tmp_path, options, message):
     with pytest.raises(BimedixError, match=message):
         resolve(Config(out=tmp_path, **options))
 
 
-def test_from_the_command_line(tmp_path, capsys):
-    """The smallest run, then a resume that finds nothing left to do."""
+def test_a_run_from_the_command_line(tmp_path, capsys):
+    """The smallest run, then a resume of the finished run."""
     words = ["train", "smoke", "--out", str(tmp_path / "run"), "--steps", "3", "--accumulation", "1", "--json"]
     words += ["--set", 'lora.targets=["q", "router"]']
     assert cli.main(words) == 0

@@ -1,4 +1,4 @@
-"""Experiments go to JSON and back; what is wrong with one is said by name."""
+"""Experiments convert to JSON and back; errors name the invalid field."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ def test_round_trip_through_json(name, tmp_path):
     assert read(tmp_path / "config.json") == experiment
 
 
-def test_the_papers_recipe():
+def test_the_recipe_of_the_paper():
     recipe = PRESETS["bimedix-mixtral-8x7b"]()
     assert recipe.lora == LoraConfig(rank=128, alpha=64.0, targets=("q", "k", "v", "w1", "w2", "w3", "router"))
     assert (recipe.batch.size, recipe.batch.accumulation, recipe.epochs) == (16, 2, 2)
@@ -43,17 +43,17 @@ def test_the_papers_recipe():
         ({"model": {"path": "a", "base": "bfloat16", "dtype": "float32"}}, "model.dtype"),
     ],
 )
-def test_what_is_wrong_is_named(change, named):
+def test_invalid_experiments_raise(change, named):
     with pytest.raises(BimedixError, match=named):
         from_dict(PRESETS["smoke"]().to_dict() | change)
 
 
-def test_literals_are_checked_in_python_too():
+def test_literals_are_checked_in_constructors():
     with pytest.raises(BimedixError, match="base is 'int8'"):
         ModelSource(base="int8")  # pyright: ignore[reportArgumentType]
 
 
-def test_not_json(tmp_path):
+def test_a_file_that_is_not_json_raises(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BimedixError, match="not JSON"):
         read(tmp_path / "config.json")
@@ -62,7 +62,7 @@ def test_not_json(tmp_path):
 def test_override_and_differences():
     smoke = PRESETS["smoke"]()
     changed = override(smoke, {"batch.rows": 8, "lora.rank": 2, "optimiser.clip_norm": None})
-    assert changed.batch == BatchConfig(8, 2)
+    assert changed.batch == BatchConfig(rows=8, accumulation=2)
     assert differences(changed, smoke) == [
         "lora.rank: 2 here, 4 there",
         "optimiser.clip_norm: None here, 1.0 there",
@@ -76,7 +76,7 @@ def test_override_and_differences():
 
 
 def test_every_field_is_documented():
-    """tyro shows the text below a field as its help."""
+    """tyro shows the docstring below a field as its help."""
     import ast
     from pathlib import Path
 
@@ -89,7 +89,7 @@ def test_every_field_is_documented():
                     assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)} has no docstring"
 
 
-def test_it_is_a_value():
+def test_an_experiment_is_immutable_and_hashable():
     assert hash(PRESETS["smoke"]()) == hash(PRESETS["smoke"]())
     assert json.loads(PRESETS["smoke"]().to_json()) == PRESETS["smoke"]().to_dict()
     with pytest.raises(dataclasses.FrozenInstanceError):

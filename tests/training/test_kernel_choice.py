@@ -1,4 +1,4 @@
-"""An experiment names backends of kernels, and a run says which ones ran."""
+"""An experiment names kernel backends, and run.json records which ones ran."""
 
 import io
 import json
@@ -12,8 +12,8 @@ from bimedix_jax.training.loop import train
 
 
 def test_the_named_backend_runs_and_is_recorded(experiment, tmp_path):
-    plan = experiment(steps=2, kernels=KernelChoice(grouped_matmul="ragged_dot", grouped_low_rank="grouped"))
-    train(plan, tmp_path / "run")
+    run = experiment(steps=2, kernels=KernelChoice(grouped_matmul="ragged_dot", grouped_low_rank="grouped"))
+    train(run, tmp_path / "run")
     facts = json.loads((tmp_path / "run/run.json").read_text())
     picked = facts["starts"][0]["kernels"]
     assert picked["grouped_matmul"] == ["ragged_dot"]
@@ -21,7 +21,7 @@ def test_the_named_backend_runs_and_is_recorded(experiment, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["kernels"]["grouped_matmul"] == "ragged_dot"
 
 
-def test_a_name_that_does_not_exist_is_refused(experiment):
+def test_an_unknown_backend_raises(experiment):
     plain = experiment().to_dict()
     plain["kernels"]["grouped_matmul"] = "fastest"
     with pytest.raises(BimedixError, match=r"kernels\.grouped_matmul is 'fastest'; choose one of xla, ragged_dot, tri"):
@@ -31,8 +31,8 @@ def test_a_name_that_does_not_exist_is_refused(experiment):
 
 
 @pytest.mark.parametrize(("backend", "warned"), [("xla", True), ("composed", False)])
-def test_products_that_the_fused_experts_do_not_keep_are_announced(backend, warned, experiment, tmp_path):
-    said = io.StringIO()
-    plan = experiment(steps=2, remat="experts", kernels=KernelChoice(expert_mlp=backend))
-    train(plan, tmp_path / "run", console=Console(file=said, width=200))
-    assert ("remat experts keeps no products here" in said.getvalue()) is warned
+def test_remat_experts_without_effect_warns(backend, warned, experiment, tmp_path):
+    output = io.StringIO()
+    run = experiment(steps=2, remat="experts", kernels=KernelChoice(expert_mlp=backend))
+    train(run, tmp_path / "run", console=Console(file=output, width=200))
+    assert ("remat experts has no effect here" in output.getvalue()) is warned

@@ -1,4 +1,4 @@
-"""Runs from end to end: files, interruption, resumption to the bit, refusals."""
+"""Runs end to end: files, interruption, bitwise resumption, invalid arguments."""
 
 import dataclasses
 import itertools
@@ -33,13 +33,13 @@ TIMING = ("seconds", "tokens_per_second")
 
 
 def numbers(folder):
-    """Everything of metrics.jsonl that is not a clock's."""
+    """The lines of metrics.jsonl without timings."""
     return [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(folder)]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, experiment):
-    """A run that nothing stopped: (result, folder)."""
+    """An uninterrupted run: (result, folder)."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     return train(experiment(lora=LORA), folder), folder
 
@@ -57,7 +57,7 @@ def at_step(monkeypatch, step, action):
 
 
 def at_launch(monkeypatch, number, action):
-    """Calls `action` when a process launches its step of this number (from 1)."""
+    """Calls `action` when step `number` of this process (from 1) is launched."""
     original = loop.compile_step
 
     def compile_step(*arguments):
@@ -74,7 +74,7 @@ def at_launch(monkeypatch, number, action):
     monkeypatch.setattr(loop, "compile_step", compile_step)
 
 
-def test_a_run_leaves_what_it_promises(whole, experiment):
+def test_files_of_a_run(whole, experiment):
     result, folder = whole
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter",
@@ -98,13 +98,13 @@ def test_a_run_leaves_what_it_promises(whole, experiment):
     assert facts["starts"][0]["versions"]["jax"] == jax.__version__
 
 
-def test_the_loss_falls_on_rows_seen_again(whole):
+def test_the_loss_falls_on_repeated_rows(whole):
     losses = [line["loss"] for line in read_metrics(whole[1])]
     assert all(second < first for first, second in zip(losses[:3], losses[3:], strict=True))
 
 
-def test_the_adapter_folder_is_the_trained_model(whole, config):
-    """On a fresh base it gives the trained values."""
+def test_the_adapter_folder_has_the_trained_values(whole, config):
+    """Loaded on a fresh base, it equals the trained model."""
     result, folder = whole
     restored = load_adapter(init_random(config, seed=0, dtype="float32"), folder / "adapter")
     ours, theirs = split_params(result.model)[1], split_params(restored)[1]
@@ -112,58 +112,58 @@ def test_the_adapter_folder_is_the_trained_model(whole, config):
     assert any(np.any(x) for name, x in theirs.items() if name.endswith(".b"))
 
 
-def test_resumed_losses_are_those_of_a_run_that_never_stopped(whole, experiment, tmp_path, monkeypatch, capsys):
-    """A crash between two checkpoints, then Ctrl-C, then the end: bitwise the same metrics and adapters."""
-    plan, folder = experiment(lora=LORA), tmp_path / "run"
+def test_a_resumed_run_is_bitwise_equal(whole, experiment, tmp_path, monkeypatch, capsys):
+    """A crash between two checkpoints, then Ctrl-C, then the rest: the same metrics and adapters."""
+    run, folder = experiment(lora=LORA), tmp_path / "run"
 
     def crash():
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         at_step(patch, 5, crash)
-        train(plan, folder)
+        train(run, folder)
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5]
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "lo')  # a line that a kill cut short
+        file.write('{"step": 6, "lo')  # an incomplete line, as after a kill
 
     with (
         monkeypatch.context() as patch,
         pytest.raises(Interrupted, match="step 5 of 6 is saved; continue with `bimedix train --resume"),
     ):
         at_launch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        train(plan, folder, resume=True)
+        train(run, folder, resume=True)
     side = (folder / "metrics.superseded-1.jsonl").read_text().splitlines()
     assert json.loads(side[0])["step"] == 5
     assert side[1] == '{"step": 6, "lo'
     assert "metrics.superseded-1.jsonl" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    result = train(plan, folder, resume=True)
+    result = train(run, folder, resume=True)
     assert numbers(folder) == numbers(whole[1])
     jax.tree.map(np.testing.assert_array_equal, split_params(result.model)[1], split_params(whole[0].model)[1])
     assert [start["step"] for start in json.loads((folder / "run.json").read_text())["starts"]] == [0, 4, 5]
 
 
-def test_resume_refuses_another_experiment_or_base(whole, experiment, config):
+def test_resuming_another_experiment_or_base_raises(whole, experiment, config):
     folder = whole[1]
-    plan = experiment(lora=LORA)
+    run = experiment(lora=LORA)
     with pytest.raises(BimedixError, match="seed: 1 here, 0 there"):
-        train(dataclasses.replace(plan, seed=1), folder, resume=True)
+        train(dataclasses.replace(run, seed=1), folder, resume=True)
     other = add_lora(init_random(config, seed=9), LORA)
     with pytest.raises(BimedixError, match="base_fingerprint differs"):
-        train(plan, folder, resume=True, model=other)
+        train(run, folder, resume=True, model=other)
     with pytest.raises(BimedixError, match="pass --resume"):
-        train(plan, folder)
+        train(run, folder)
 
 
-def test_resume_needs_a_run(experiment, tmp_path):
-    with pytest.raises(BimedixError, match="holds no run to continue"):
+def test_resuming_without_a_run_raises(experiment, tmp_path):
+    with pytest.raises(BimedixError, match="contains no run to resume"):
         train(experiment(), tmp_path / "nothing", resume=True)
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(experiment, config, tmp_path):
-    """Nothing of that step is saved, the checkpoint before it stays."""
+def test_a_nan_loss_stops_the_run(experiment, config, tmp_path):
+    """Nothing of that step is saved."""
     broken = init_random(config)
     broken.norm.scale.set_value(broken.norm.scale.get_value().at[0].set(np.nan))
     with pytest.raises(BimedixError, match=r"Step 1: loss nan.*there is no checkpoint before it"):
@@ -187,11 +187,17 @@ def packed(folder, rows, length, seed, highest=61, **facts):
 
 
 def test_epochs_of_a_packed_folder_with_heldout_rows(experiment, tmp_path):
-    """Two epochs of 5 rows are 3 steps of 4; the last batch is filled up with empty rows."""
-    data = DataSource(packed(tmp_path / "train", 5, 16, 0), packed(tmp_path / "heldout", 3, 16, 1), 16)
-    plan = experiment(lora=LORA, data=data, batch=BatchConfig(2, 2), steps=None, epochs=2, eval_every=2)
-    plan = dataclasses.replace(plan, tracking=Tracking(mode="offline", project="test"))
-    result = train(plan, tmp_path / "run")
+    """Two epochs of 5 rows are 3 steps of 4 rows. The last batch is padded with empty rows."""
+    data = DataSource(
+        path=packed(tmp_path / "train", 5, 16, 0),
+        heldout=packed(tmp_path / "heldout", 3, 16, 1),
+        sequence_length=16,
+    )
+    run = experiment(
+        lora=LORA, data=data, batch=BatchConfig(rows=2, accumulation=2), steps=None, epochs=2, eval_every=2
+    )
+    run = dataclasses.replace(run, tracking=Tracking(mode="offline", project="test"))
+    result = train(run, tmp_path / "run")
     lines = read_metrics(tmp_path / "run")
     assert read(tmp_path / "run/config.json").steps == result.steps == 3
     assert lines[2]["tokens"] < lines[0]["tokens"]
@@ -201,22 +207,22 @@ def test_epochs_of_a_packed_folder_with_heldout_rows(experiment, tmp_path):
     assert len(mirrored) == 1
 
 
-def test_data_that_does_not_fit_is_refused(experiment, tmp_path):
-    plan = experiment(lora=LORA)
+def test_data_that_do_not_fit_raise(experiment, tmp_path):
+    run = experiment(lora=LORA)
     short = packed(tmp_path / "short", 2, 8, 0)
-    with pytest.raises(BimedixError, match="packed with 8 tokens a row, the experiment says 16"):
-        train(dataclasses.replace(plan, data=DataSource(short, sequence_length=16)), tmp_path / "a")
+    with pytest.raises(BimedixError, match="packed with 8 tokens a row, the experiment has 16"):
+        train(dataclasses.replace(run, data=DataSource(path=short, sequence_length=16)), tmp_path / "a")
     with pytest.raises(BimedixError, match="names no data"):
-        train(dataclasses.replace(plan, data=DataSource(sequence_length=16)), tmp_path / "b")
+        train(dataclasses.replace(run, data=DataSource(sequence_length=16)), tmp_path / "b")
     with pytest.raises(BimedixError, match="exceed the model's 64 positions"):
-        train(dataclasses.replace(plan, data=DataSource(sequence_length=128, synthetic_rows=2)), tmp_path / "c")
+        train(dataclasses.replace(run, data=DataSource(sequence_length=128, synthetic_rows=2)), tmp_path / "c")
     assert not any((tmp_path / name).exists() for name in "abc")
     with pytest.raises(BimedixError, match="model's tokenizer"):
         loop.checked({"tokens_BT": np.asarray([[61]])}, 61, 0)
 
 
-def test_rows_of_another_tokenizer_are_refused(experiment, config, tmp_path, capsys):
-    """Train and held-out rows, before the model loads; what cannot be compared is counted in one line."""
+def test_rows_of_another_tokenizer_raise(experiment, config, tmp_path, capsys):
+    """Training and held-out rows, before the model is loaded. Folders that cannot be compared give a warning."""
     model = export_hf(init_random(dataclasses.replace(config, vocab_size=304)), tmp_path / "model")
     (model / "model.safetensors").unlink()
     ours = byte_tokenizer(tmp_path / "bytes")
@@ -225,36 +231,36 @@ def test_rows_of_another_tokenizer_are_refused(experiment, config, tmp_path, cap
         for name, fingerprint in (("own", ours.fingerprint), ("other", "f" * 64))
     )
 
-    def run(path, heldout, name):
-        data = DataSource(path, heldout, 16)
-        source = ModelSource(str(model), base="float32")
+    def train_on(path, heldout, name):
+        data = DataSource(path=path, heldout=heldout, sequence_length=16)
+        source = ModelSource(path=str(model), base="float32")
         train(experiment(lora=LORA, data=data, model=source, eval_every=2), tmp_path / name)
 
     with pytest.raises(BimedixError, match="contains neither model"):
-        run(other, own, "a")
+        train_on(other, own, "a")
     assert "2 packed folders not compared with the model's tokenizer" in " ".join(capsys.readouterr().err.split())
     shutil.copyfile(ours.folder / "tokenizer.json", model / "tokenizer.json")
     for pair in ((other, own), (own, other)):
         with pytest.raises(BimedixError, match=r"other was packed with another tokenizer .*--tokenizer .*model"):
-            run(*pair, "b")
+            train_on(*pair, "b")
     with pytest.raises(BimedixError, match="contains neither model"):
-        run(own, own, "c")
+        train_on(own, own, "c")
     assert "not compared" not in capsys.readouterr().err
     assert not any((tmp_path / name).exists() for name in "abc")
 
 
-def test_made_up_rows_need_no_tokenizer(experiment, tmp_path, capsys):
-    loop.say_unchecked(check_tokenizer(experiment()), Console(stderr=True))
-    data = DataSource(packed(tmp_path / "rows", 4, 16, 0), sequence_length=16)
-    loop.say_unchecked(check_tokenizer(experiment(data=data)), Console(stderr=True, width=200))
+def test_synthetic_rows_need_no_tokenizer(experiment, tmp_path, capsys):
+    loop.warn_unchecked(check_tokenizer(experiment()), Console(stderr=True))
+    data = DataSource(path=packed(tmp_path / "rows", 4, 16, 0), sequence_length=16)
+    loop.warn_unchecked(check_tokenizer(experiment(data=data)), Console(stderr=True, width=200))
     assert capsys.readouterr().err.startswith("1 packed folder not compared")
 
 
-def test_a_rate_for_routers_that_are_frozen_is_refused(experiment, tmp_path):
-    asked = experiment(
+def test_a_rate_for_frozen_routers_raises(experiment, tmp_path):
+    run = experiment(
         lora=LoraConfig(rank=2, alpha=4.0, targets=("q",)),
         optimiser=OptimiserConfig(router_learning_rate=1e-4, warmup_steps=1),
     )
     with pytest.raises(BimedixError, match="the routers are frozen"):
-        train(asked, tmp_path / "run")
+        train(run, tmp_path / "run")
     assert not (tmp_path / "run").exists()

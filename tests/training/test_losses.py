@@ -1,4 +1,4 @@
-"""The loss is what NumPy says it is, however it is chunked and packed."""
+"""The loss equals a NumPy loop, for any chunks and any packing."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from bimedix_jax.training.losses import next_token_loss, targets_of, token_losse
 
 
 def identity(hidden):
-    """A head that takes hidden states for logits."""
+    """A head that returns the hidden states as logits."""
     return hidden.astype(jnp.float32)
 
 
@@ -30,7 +30,7 @@ def numpy_loss(logits, batch):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 12, 1000])
 def test_masked_loss_equals_numpy(batch, chunk_tokens):
-    """Also where the chunks do not divide the sequence, and with an empty row."""
+    """Also with chunks that do not divide the sequence, and with an empty row."""
     data = batch(3, 11, seed=3)
     data["segment_ids_BT"][1] = 0
     logits = np.random.default_rng(0).normal(0, 3, (3, 11, 61)).astype(np.float32)
@@ -52,15 +52,15 @@ def test_chunking_does_not_change_gradients(batch):
     assert not np.any(np.array(gradient(6))[~np.array(learned)]), "a position without a target has a gradient"
 
 
-def test_no_target_crosses_a_border_or_follows_padding():
+def test_no_target_crosses_a_segment_or_follows_padding():
     tokens = jnp.arange(8)[None]
     segments = jnp.asarray([[0, 1, 1, 1, 2, 2, 0, 0]])
     _, learned = targets_of(tokens, segments, jnp.ones((1, 8), bool))
     assert learned.tolist() == [[False, True, True, False, True, False, False, False]]
 
 
-def test_float32_logits_of_the_whole_batch_never_exist():
-    """The compiled gradient keeps less than one [B, T, V] array of working space."""
+def test_logits_of_the_whole_batch_are_never_allocated():
+    """The compiled gradient needs less working space than half of one float32 [B, T, V] array."""
 
     table = jnp.ones((64, 4096), jnp.float32) / 64
 
@@ -73,7 +73,7 @@ def test_float32_logits_of_the_whole_batch_never_exist():
 
 
 def test_packed_loss_equals_unpacked_loss(config):
-    """Three conversations in one row, or in a row each."""
+    """Three conversations in one row, or in three rows."""
     model = init_random(config, seed=1, std=0.3)
     random = np.random.default_rng(5)
     lengths = [5, 7, 4]

@@ -1,4 +1,4 @@
-"""The schedule's landmarks, and AdamW against torch's."""
+"""The schedule, and AdamW against that of torch."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def test_schedule():
     np.testing.assert_allclose(schedule(OptimiserConfig(warmup_steps=0), 5)(0), 2e-4, rtol=0.1)
 
 
-def test_more_warm_up_than_steps():
+def test_more_warm_up_than_steps_raises():
     with pytest.raises(BimedixError, match="warmup_steps"):
         schedule(OptimiserConfig(warmup_steps=10), 10)
 
@@ -38,7 +38,7 @@ def test_clip():
     assert np.isfinite(clip({"a": jnp.zeros(3)}, 1.0)[0]["a"]).all()
 
 
-def test_adamw_is_torchs():
+def test_adamw_equals_torch():
     """Five steps with decay on the matrix and none on the norm."""
     import torch
 
@@ -63,8 +63,8 @@ def test_adamw_is_torchs():
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=2e-5, atol=1e-6)
 
 
-def test_the_routers_have_a_rate_of_their_own():
-    """Three steps with decay: the routers' parameters move as in a run at their rate, the others as before."""
+def test_routers_have_a_separate_rate():
+    """Three steps with decay. Router parameters move as in a run with their rate, the others as without it."""
     start = {"layers.moe.router.lora.b": jnp.ones((2, 3)), "layers.moe.w1.lora.b": jnp.ones((2, 3))}
     gradient = jax.tree.map(lambda x: 0.3 * x, start)
 
@@ -86,24 +86,24 @@ def test_the_routers_have_a_rate_of_their_own():
         OptimiserConfig(router_learning_rate=0.0)
 
 
-def test_rounding_is_exact_on_average():
+def test_stochastic_rounding_is_exact_on_average():
     x = jnp.asarray(np.random.default_rng(0).normal(size=256).astype(np.float32)) * 1e-3
     counts = jnp.arange(4096)
     rounded = jax.jit(jax.vmap(lambda count: round_stochastically(x, count)))(counts).astype(jnp.float32)
     spacing = jnp.abs(x) * 2**-7
-    assert bool(jnp.all(jnp.abs(rounded - x[None]) <= spacing[None])), "a neighbour, up or down"
+    assert bool(jnp.all(jnp.abs(rounded - x[None]) <= spacing[None])), "rounds to a neighbour"
     np.testing.assert_allclose(jnp.mean(rounded - x[None], axis=0) / spacing, 0, atol=0.04)
     special = jnp.asarray([0.0, jnp.inf, -jnp.inf, 1.5])
     np.testing.assert_array_equal(round_stochastically(special, jnp.int32(7)).astype(jnp.float32), special)
     assert bool(jnp.isnan(round_stochastically(jnp.float32(jnp.nan), jnp.int32(7))))
 
 
-def test_moments_in_bfloat16_take_half_the_memory_and_still_decay():
+def test_bfloat16_moments_halve_memory_and_still_decay():
     """With beta2 0.999 a step changes the second moment by less than bfloat16 resolves."""
     start = {"w": jnp.zeros((16, 16))}
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(50, 16, 16)).astype(np.float32))
 
-    def run(dtype):
+    def optimise(dtype):
         optimiser = make_optimiser(OptimiserConfig(learning_rate=1e-3, warmup_steps=0, state_dtype=dtype), 1000)
 
         def step(carry, gradient):
@@ -115,7 +115,7 @@ def test_moments_in_bfloat16_take_half_the_memory_and_still_decay():
         (params, state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, gradients))((start, optimiser.init(start)))
         return params["w"], state
 
-    (exact, full), (close, half) = run("float32"), run("bfloat16")
+    (exact, full), (close, half) = optimise("float32"), optimise("bfloat16")
     moments, halves = ([x for x in jax.tree.leaves(state) if x.ndim == 2] for state in (full, half))
     assert [x.dtype for x in halves] == [jnp.bfloat16] * 2
     assert sum(x.nbytes for x in halves) * 2 == sum(x.nbytes for x in moments)

@@ -1,7 +1,7 @@
-"""Training adapters follows transformers + peft: gradients of every factor, and the losses of 30 AdamW steps.
+"""Training adapters equals transformers + peft: gradients of every factor, and the losses of 30 AdamW steps.
 
-The comparison is `scripts/measure_peft_parity.py`, whose documentation says what is compared: peft keeps w1 and w3 as
-one adapter, and the blocks of its B that no adapter of ours has are masked there.
+`scripts/measure_peft_parity.py` makes the comparison. peft has one adapter for w1 and w3 together, so the script masks
+the blocks of its B that do not exist in our adapters.
 """
 
 import importlib.util
@@ -41,10 +41,10 @@ def test_gradients_and_losses(parity, base, tmp_path, kind):
     assert set(found["grad_rel_diff"]) == {f"layers.{name}.lora.{factor}" for name in kinds for factor in "ab"}
     assert found["max_grad_rel_diff"] <= 1e-4
     assert found["max_loss_rel_diff"] <= 1e-3
-    assert found["last_loss"] < found["first_loss"] - 0.3  # it learns, so the losses compare trained adapters
+    assert found["last_loss"] < found["first_loss"] - 0.3  # the loss falls, so trained adapters are compared
 
 
-def test_logits_by_layout_and_direction(parity, base, tmp_path):
+def test_logits_of_both_layouts_and_directions(parity, base, tmp_path):
     found = parity.logit_differences(base, tmp_path)
     assert list(found["max_logit_diff"]) == ["per_expert", "fused"]
     assert all(set(by) == {"ours_to_peft", "peft_to_ours"} for by in found["max_logit_diff"].values())
@@ -53,7 +53,7 @@ def test_logits_by_layout_and_direction(parity, base, tmp_path):
 
 
 def test_gradients_are_compared_matrix_by_matrix(parity):
-    """One wrong expert among many shows, and so does a factor that only one side trains."""
+    """One wrong expert among many is detected, and so is a factor that only one side trains."""
     theirs = {"a": np.ones((2, 4, 3, 3)), "b": np.ones((2, 4, 3, 3))}
     ours = {name: value.copy() for name, value in theirs.items()}
     ours["b"][1, 2] *= 1.5

@@ -1,4 +1,4 @@
-"""Reading ahead and writing late: the order of things, what is never saved, and what a step's seconds are."""
+"""Reading ahead and writing late: the order of events, what is not saved, and the seconds of a step."""
 
 import os
 import signal
@@ -43,9 +43,7 @@ def around_steps(monkeypatch):
     return install
 
 
-def test_the_next_batch_is_read_and_the_last_line_written_while_a_step_runs(
-    experiment, tmp_path, monkeypatch, around_steps
-):
+def test_reading_and_writing_overlap_with_a_step(experiment, tmp_path, monkeypatch, around_steps):
     events, reading = [], [threading.Event() for _ in range(6)]
     checked, write, save_step = loop.checked, MetricsLog.write, loop.save_step
 
@@ -80,8 +78,8 @@ def test_the_next_batch_is_read_and_the_last_line_written_while_a_step_runs(
 
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("every", [2, 4])
-def test_a_divergence_that_is_seen_one_step_late_saves_nothing(experiment, tmp_path, around_steps, stopped, every):
-    """Step 3 diverges. Step 4, a checkpoint in its own right or by SIGTERM, is launched before it is seen."""
+def test_a_diverged_step_is_not_saved(experiment, tmp_path, around_steps, stopped, every):
+    """Step 3 diverges. Step 4, after which a checkpoint is due, is launched before that is known."""
     launched = []
 
     def before(step):
@@ -98,7 +96,7 @@ def test_a_divergence_that_is_seen_one_step_late_saves_nothing(experiment, tmp_p
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
 
 
-def test_batches_come_in_order_and_errors_at_their_step():
+def test_batches_are_in_order_and_errors_are_raised_at_their_step():
     def read(step):
         if step == 5:
             raise OSError("the disk is gone")
@@ -116,8 +114,8 @@ def test_batches_come_in_order_and_errors_at_their_step():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_seconds_run_from_the_end_of_a_step_to_the_end_of_the_next(experiment, monkeypatch):
-    """Measuring held-out loss and saving are not a step's; two steps in flight share no time."""
+def test_seconds_are_between_the_ends_of_two_steps(experiment, monkeypatch):
+    """Held-out measurements and checkpoints do not count, and two steps in flight share no time."""
     now, written = [0.0], []
     monkeypatch.setattr(pipeline.time, "perf_counter", lambda: now[0])
     lines = LateLines(experiment(), [written.append])
@@ -129,7 +127,7 @@ def test_seconds_run_from_the_end_of_a_step_to_the_end_of_the_next(experiment, m
     metrics = dict.fromkeys(ORDER, 1.0) | {"tokens": 12.0}
     lines.add(1, metrics)
     pass_time(2)
-    lines.add(2, metrics)  # the first step's line
+    lines.add(2, metrics)  # writes the line of the first step
     pass_time(3)
     lines.settle(lambda: pass_time(100))
     pass_time(1000)

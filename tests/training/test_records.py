@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics, their mirror, fingerprints."""
+"""Files of a run: metrics, their mirror, fingerprints."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from bimedix_jax.training.rows import micro_batches, synthetic
 from bimedix_jax.training.tracking import Mirror, flat_numbers
 
 
-def test_rewind_twice(tmp_path):
+def test_rewinding_twice_keeps_both_copies(tmp_path):
     with MetricsLog(tmp_path) as log:
         for step in range(1, 6):
             log.write({"step": step, "loss": 0.1})
@@ -28,14 +28,14 @@ def test_rewind_twice(tmp_path):
     assert rewind(tmp_path / "nothing", 1) is None
 
 
-def test_json_has_no_nan(tmp_path):
+def test_nan_raises(tmp_path):
     with MetricsLog(tmp_path) as log, pytest.raises(ValueError, match="JSON"):
         log.write({"step": 1, "loss": float("nan")})
     with pytest.raises(ValueError, match="surprise"):
         plain({"surprise": jnp.ones(())})
 
 
-def test_the_mirror_gets_numbers_only(monkeypatch, experiment, tmp_path):
+def test_the_mirror_receives_numbers_only(monkeypatch, experiment, tmp_path):
     import wandb
 
     seen = {}
@@ -52,12 +52,12 @@ def test_the_mirror_gets_numbers_only(monkeypatch, experiment, tmp_path):
         return Run()
 
     monkeypatch.setattr(wandb, "init", init)
-    plan = dataclasses.replace(experiment(), tracking=Tracking("offline", "test"))
-    with Mirror(plan, tmp_path, 7) as mirror:
+    run = dataclasses.replace(experiment(), tracking=Tracking(mode="offline", project="test"))
+    with Mirror(run, tmp_path, 7) as mirror:
         mirror.write({"step": 8, "loss": 2.0, "load_entropy": [0.5, 1.0]})
     assert seen[8] == {"loss": 2.0, "load_entropy/mean": 0.75, "load_entropy/min": 0.5, "load_entropy/max": 1.0}
     assert seen["exit"] == 0
-    assert seen["options"]["config"] == plan.to_dict()
+    assert seen["options"]["config"] == run.to_dict()
     assert seen["options"]["name"] == "tiny from step 7"
     settings = seen["options"]["settings"]
     assert settings.console == "off"
@@ -66,7 +66,7 @@ def test_the_mirror_gets_numbers_only(monkeypatch, experiment, tmp_path):
     assert settings.x_disable_machine_info
 
 
-def test_a_mirror_that_cannot_start_is_an_error(monkeypatch, experiment, tmp_path):
+def test_a_mirror_that_cannot_start_raises(monkeypatch, experiment, tmp_path):
     import wandb
     from wandb.errors import UsageError
 
@@ -74,18 +74,18 @@ def test_a_mirror_that_cannot_start_is_an_error(monkeypatch, experiment, tmp_pat
         raise UsageError("no API key configured")
 
     monkeypatch.setattr(wandb, "init", init)
-    plan = dataclasses.replace(experiment(), tracking=Tracking("online"))
+    run = dataclasses.replace(experiment(), tracking=Tracking(mode="online"))
     with pytest.raises(BimedixError, match=r"mode online \(no API key configured\)"):
-        Mirror(plan, tmp_path, 0)
-    with Mirror(dataclasses.replace(plan, tracking=Tracking("disabled")), tmp_path, 0) as mirror:
+        Mirror(run, tmp_path, 0)
+    with Mirror(dataclasses.replace(run, tracking=Tracking(mode="disabled")), tmp_path, 0) as mirror:
         mirror.write({"step": 1})
 
 
-def test_flat_numbers_leave_the_step_out():
+def test_flat_numbers_drop_the_step():
     assert flat_numbers({"step": 3, "loss": 1.0}) == {"loss": 1.0}
 
 
-def test_fingerprint_sees_values_order_and_4_bit_parts():
+def test_fingerprint_depends_on_values_order_and_4_bit_parts():
     base = {"a": jnp.arange(12, dtype=jnp.bfloat16), "b": quantize(jnp.arange(128.0).reshape(2, 64))}
     found = {
         fingerprint(base),
@@ -97,7 +97,7 @@ def test_fingerprint_sees_values_order_and_4_bit_parts():
     assert fingerprint(dict(reversed(base.items()))) == fingerprint(base)
 
 
-def test_synthetic_rows_are_the_same_each_time():
+def test_synthetic_rows_are_deterministic():
     rows = synthetic(3, 32, 61, seed=4)
     assert all((rows[name] == again).all() for name, again in synthetic(3, 32, 61, seed=4).items())
     assert rows["loss_mask_BT"].any(axis=1).all()

@@ -1,4 +1,4 @@
-"""Routers in training: a plan is followed in every step, and what learns outside of the gradient is kept."""
+"""Routers in training: every step follows the plan, and state that is learned without a gradient is saved."""
 
 import dataclasses
 import json
@@ -38,13 +38,13 @@ SIGMOID = RouterTraining(variant="sigmoid_bias", bias_rate=0.05)
 
 @pytest.fixture(autouse=True)
 def quick_kernels():
-    """Kernels that compile fast; what they compute is tested elsewhere."""
+    """Kernels that compile fast. Their results are tested elsewhere."""
     with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
         yield
 
 
 def state_of(model: Mixtral) -> np.ndarray:
-    """What the router learned outside of the gradient."""
+    """The state that the router learned without a gradient."""
     assert model.layers.moe.state is not None
     return np.asarray(model.layers.moe.state.get_value())
 
@@ -54,8 +54,8 @@ def stacked(data: dict, parts: int) -> dict:
 
 
 @pytest.mark.parametrize("variant", ["topk", "softmax_topk"])
-def test_a_step_under_a_ban_is_that_of_a_model_without_the_expert(config, batch, variant) -> None:
-    """Every gradient of every parameter; the router losses are off, since they look at the expert's own logits."""
+def test_banning_an_expert_equals_removing_it(config, batch, variant) -> None:
+    """The gradients of all parameters. Router losses are off, since they depend on the logits of the banned expert."""
     banned, kept = 1, jnp.array([0, 2, 3])
     router = RouterConfig(num_experts=4, top_k=2, variant=variant)
     whole = init_random(dataclasses.replace(config, router=router), std=0.4)
@@ -81,7 +81,7 @@ def test_a_step_under_a_ban_is_that_of_a_model_without_the_expert(config, batch,
     assert (free["layers.moe.w1.w"][:, banned] != 0).any()
 
 
-def test_a_plan_may_name_every_row_of_a_step(config, batch) -> None:
+def test_a_plan_can_have_values_for_each_row(config, batch) -> None:
     model = init_random(config, std=0.4)
     structure, params, frozen = split_params(model)
     bias = np.zeros((2, 4, 1, 4), np.float32)
@@ -96,8 +96,8 @@ def test_a_plan_may_name_every_row_of_a_step(config, batch) -> None:
         gradient(params, frozen, stacked(data, 1), None, RoutingPlan(bias_LBTE=jnp.asarray(bias[:, :3])))
 
 
-def test_a_mesh_changes_nothing_of_a_plan(config, batch) -> None:
-    """A ban, other temperatures for each row and position, and noise, which follows the row and not the device."""
+def test_a_plan_is_the_same_on_a_mesh(config, batch) -> None:
+    """A ban, temperatures for each row and position, and noise, which depends on the row and not on the device."""
     model, data = init_random(config, std=0.4), stacked(batch(8, 12, seed=2), 2)
     heat = np.random.default_rng(0).uniform(0.5, 2.0, (2, 8, 12))
     plan = dataclasses.replace(
@@ -117,7 +117,7 @@ def test_a_mesh_changes_nothing_of_a_plan(config, batch) -> None:
         np.testing.assert_allclose(found[name], gradient, rtol=2e-4, atol=2e-6, err_msg=name)
 
 
-def test_the_balancing_bias_follows_the_load_of_the_whole_step(config, batch, experiment) -> None:
+def test_the_balancing_bias_uses_the_load_of_the_whole_step(config, batch, experiment) -> None:
     """On one device and on a mesh, with micro-batches and padding."""
     router = RouterConfig(num_experts=4, top_k=2, variant="sigmoid_bias", bias_rate=0.05)
     model = init_random(dataclasses.replace(config, router=router), std=0.4)
@@ -131,12 +131,12 @@ def test_the_balancing_bias_follows_the_load_of_the_whole_step(config, batch, ex
         state = init_state(params, optimiser, structure.router_state(frozen))
         state, _ = make_train_step(structure, plan, 6, optimiser)(state, frozen, stacked(data, 2))
         np.testing.assert_allclose(state.router[BIAS], expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="learns outside of the gradient"):
+    with pytest.raises(ValueError, match="learns without a gradient"):
         make_train_step(structure, plan, 6, optimiser)(init_state(params, optimiser), frozen, stacked(data, 2))
 
 
-def test_a_run_keeps_variant_parameters_and_bias(tmp_path, experiment) -> None:
-    """Interrupted and resumed, the bias is the same to the bit, and `load` builds the model of the folder anew."""
+def test_a_run_saves_the_variant_and_the_bias(tmp_path, experiment) -> None:
+    """After an interruption the bias is bitwise the same, and `load` restores the model from the folder."""
     run = experiment(router=SIGMOID, steps=4, checkpoint_every=2)
     whole = train(run, tmp_path / "whole")
     train(run, tmp_path / "parts")
@@ -158,9 +158,9 @@ def test_a_run_keeps_variant_parameters_and_bias(tmp_path, experiment) -> None:
     assert (routing.experts_LBTK != 2).all()
 
 
-def test_an_adapter_brings_its_router(tmp_path, config, experiment, caplog) -> None:
+def test_an_adapter_includes_its_router(tmp_path, config, experiment, caplog) -> None:
     result = train(experiment(router=SIGMOID, steps=2), tmp_path / "run")
-    assert "has the router" not in caplog.text, "model.random has no function yet that could change"
+    assert "has the router" not in caplog.text, "a random model has no router to replace"
     for export in (export_hf, export_peft):
         with pytest.raises(BimedixError, match="this model's is sigmoid_bias"):
             export(result.model, tmp_path / "exported")
@@ -177,7 +177,7 @@ def test_an_adapter_brings_its_router(tmp_path, config, experiment, caplog) -> N
         load(tmp_path / "run", router="best")
 
 
-def test_the_given_model_takes_the_experiments_router(config, experiment, caplog) -> None:
+def test_a_given_model_gets_the_router_of_the_experiment(config, experiment, caplog) -> None:
     model = prepare_model(experiment(router=SIGMOID), init_random(config), None)
     assert model.config.router.variant == "sigmoid_bias"
     assert "the given model has the router topk and trains with sigmoid_bias" in caplog.text
@@ -185,7 +185,7 @@ def test_the_given_model_takes_the_experiments_router(config, experiment, caplog
         prepare_model(experiment(router=RouterTraining(scale=2.0)), init_random(config), None)
 
 
-def test_a_run_keeps_its_plan_and_refuses_another(tmp_path, config, experiment) -> None:
+def test_a_run_saves_its_plan_and_resuming_with_another_raises(tmp_path, config, experiment) -> None:
     run, plan = experiment(steps=4, checkpoint_every=2), RoutingPlan.ban(config, 3)
     train(run, tmp_path / "run", plan=plan)
     assert read_plan(tmp_path / "run/plan.safetensors").digest() == plan.digest()
@@ -194,21 +194,21 @@ def test_a_run_keeps_its_plan_and_refuses_another(tmp_path, config, experiment) 
     assert free.metrics["nll"] != banned[-1]["nll"]
     assert max(line["load_entropy"][0] for line in banned) < np.log(3) / np.log(4) + 1e-6, "only three experts are used"
     for other in (None, RoutingPlan.ban(config, 1)):
-        with pytest.raises(BimedixError, match=r"began with plan .*, and is resumed with"):
+        with pytest.raises(BimedixError, match=r"was started with plan .*, and is resumed with"):
             train(run, tmp_path / "run", plan=other, resume=True)
-    with pytest.raises(BimedixError, match="began with no routing plan"):
+    with pytest.raises(BimedixError, match="was started with no routing plan"):
         train(run, tmp_path / "free", plan=plan, resume=True)
     train(run, tmp_path / "run", plan=plan, resume=True)
 
 
-def test_a_plan_that_does_not_fit_starts_nothing(tmp_path, config, experiment) -> None:
+def test_a_plan_that_does_not_fit_raises(tmp_path, config, experiment) -> None:
     with pytest.raises(BimedixError, match="does not fit this run"):
         train(experiment(), tmp_path / "run", plan=RoutingPlan(temperature_LBT=jnp.ones((2, 1, 5))))
     assert not (tmp_path / "run").exists()
 
 
 def test_sums_by_language(config, batch) -> None:
-    """Sums by language add up to those of all tokens, whether rows are groups for the aux loss or not."""
+    """Sums by language add up to those of all tokens, with and without groups by row."""
     structure, params, frozen = split_params(init_random(config, std=0.4))
     data = batch(4, 12, seed=2)
     plain = {**data, "language_BT": np.random.default_rng(0).integers(0, 3, (4, 12), dtype=np.int32)}
@@ -227,7 +227,7 @@ def test_sums_by_language(config, batch) -> None:
     assert Grouping.of(RouterTraining(languages=("en",))).parts == 2
 
 
-def test_noise_is_drawn_anew_for_every_step_and_micro_batch(config, batch) -> None:
+def test_noise_differs_between_steps_and_micro_batches(config, batch) -> None:
     plan, data = RoutingPlan.noisy(config, 3.0), batch(2, 12)
     twice = {name: np.concatenate([x, x]) for name, x in data.items()}  # the same rows in both micro-batches
     structure, params, frozen = split_params(init_random(config, std=0.4))

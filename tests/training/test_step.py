@@ -1,4 +1,4 @@
-"""What the gradient of a step is, and what it does not depend on."""
+"""The gradient of a step: its value, and what it does not depend on."""
 
 import dataclasses
 import functools
@@ -22,11 +22,11 @@ from bimedix_jax.training.state import init_state, split_params, update_params
 from bimedix_jax.training.step import make_gradient, make_train_step
 
 ROUTER = RouterTraining(aux_loss_coef=0.5, z_loss_coef=0.1)
-"""Large, so that a wrong share shows."""
+"""Large coefficients, so that a wrong share is visible."""
 
 
 def adapted(config, spread=0.3, targets=("q", "w2", "router")):
-    """A model whose adapters already do something, and prefer some experts. Few of them: each costs compilation."""
+    """A model with nonzero adapters and unbalanced routing. It has few adapters, to compile fast."""
     model = add_lora(init_random(config, std=0.4), LoraConfig(rank=2, alpha=4.0, targets=targets))
     _, params, _ = split_params(model)
     draw = np.random.default_rng(7)
@@ -51,7 +51,7 @@ def losses_of_record(routing, valid_BT) -> tuple[float, float]:
 
 
 def relative(ours, theirs):
-    """Largest difference over largest magnitude, over all tensors."""
+    """Largest relative difference over all tensors, relative to each tensor's largest magnitude."""
     worst = 0.0
     for name in ours:
         worst = max(worst, float(jnp.max(jnp.abs(ours[name] - theirs[name])) / jnp.max(jnp.abs(theirs[name]))))
@@ -59,8 +59,8 @@ def relative(ours, theirs):
 
 
 @pytest.mark.parametrize("scope", ["global", "sequence"])
-def test_accumulation_changes_nothing(config, batch, scope):
-    """1 x 4 and 4 x 1 rows: same loss, same gradients, with uneven documents and an empty row."""
+def test_accumulation_does_not_change_the_gradient(config, batch, scope):
+    """1 x 4 and 4 x 1 rows with uneven documents and an empty row."""
     model, data = adapted(config), batch(4, 12, seed=2)
     data["segment_ids_BT"][2] = 0
     once, once_sums = gradients_of(model, data, 1, scope)
@@ -71,8 +71,8 @@ def test_accumulation_changes_nothing(config, batch, scope):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), parts_sums["router"], once_sums["router"])
 
 
-def test_scope_micro_batch_depends_on_the_division_and_the_rest_does_not(config, batch):
-    """Hugging Face's definition: each micro-batch balances its own tokens."""
+def test_only_scope_micro_batch_depends_on_accumulation(config, batch):
+    """As in Hugging Face, each micro-batch balances its own tokens."""
     model, data = adapted(config), batch(4, 12, seed=2)
     _, once = gradients_of(model, data, 1, "micro_batch")
     _, parts = gradients_of(model, data, 4, "micro_batch")
@@ -84,8 +84,8 @@ def test_scope_micro_batch_depends_on_the_division_and_the_rest_does_not(config,
     np.testing.assert_allclose(parts["aux_loss"], np.mean(losses), rtol=1e-5)
 
 
-def test_the_objective_is_its_definition(config, batch):
-    """From the model's public output, without chunks or shares."""
+def test_the_objective_equals_its_definition(config, batch):
+    """Computed from the public output of the model, without chunks or shares."""
     model, data = adapted(config), batch(3, 12, seed=4)
     _, sums = gradients_of(model, data, 1, "global")
     out = jax.jit(lambda data: model(data["tokens_BT"], data["segment_ids_BT"], groups=1))(data)
@@ -100,8 +100,8 @@ def test_the_objective_is_its_definition(config, batch):
     assert float(sums["targets"]) == learned.sum()
 
 
-def test_the_gradient_is_that_of_the_objective(config, batch):
-    """A finite difference along a random direction."""
+def test_the_gradient_equals_finite_differences(config, batch):
+    """Along a random direction."""
     model, data = adapted(config, spread=0.1), batch(2, 12, seed=4)
     structure, params, frozen = split_params(model)
     gradient = jax.jit(make_gradient(structure, RouterTraining(aux_loss_coef=0.0, z_loss_coef=0.1), "none"))
@@ -114,12 +114,12 @@ def test_the_gradient_is_that_of_the_objective(config, batch):
     def loss(distance):
         return float(gradient({n: x + distance * direction[n] for n, x in params.items()}, frozen, stacked)[1]["loss"])
 
-    # top-k makes the loss jump where a token changes its experts: small steps, from one side and the other
+    # the loss jumps where a token changes its experts, so the step is small
     estimate = (loss(2e-4) - loss(-2e-4)) / 4e-4
     np.testing.assert_allclose(estimate, slope, rtol=0.02, atol=0.02)
 
 
-def test_remat_changes_nothing_but_rounding(config, batch):
+def test_remat_only_changes_rounding(config, batch):
     model, data = adapted(config), batch(2, 12, seed=1)
     kept, _ = gradients_of(model, data, 1, "micro_batch", remat="none")
     again, _ = gradients_of(model, data, 1, "micro_batch", remat="layer")
@@ -127,7 +127,7 @@ def test_remat_changes_nothing_but_rounding(config, batch):
 
 
 def test_only_adapters_train(config, batch, experiment):
-    """A 4-bit base is left as it is, gets no optimiser state, and is no constant of the compiled step."""
+    """A 4-bit base does not change, and has no optimiser state."""
     model = add_lora(quantise_base(init_random(config)), LoraConfig(rank=2, alpha=4.0))
     structure, params, frozen = split_params(model)
     assert params
@@ -145,7 +145,7 @@ def test_only_adapters_train(config, batch, experiment):
     assert not np.array_equal(state.params["layers.moe.w1.lora.b"], params["layers.moe.w1.lora.b"])
 
 
-def test_the_models_own_arrays_survive_donation(config, batch, experiment):
+def test_arrays_of_the_model_are_not_donated(config, batch, experiment):
     model = adapted(config)
     structure, params, frozen = split_params(model)
     optimiser = make_optimiser(experiment().optimiser, 6)
@@ -174,8 +174,8 @@ def test_load_spread():
     np.testing.assert_allclose(spread["load_max_share"], [0.25, 1.0, 0.5])
 
 
-def test_dropout_is_drawn_anew_in_every_step(config, batch, experiment):
-    """And not at all in the gradient without a key."""
+def test_dropout_differs_between_steps(config, batch, experiment):
+    """Without a key there is no dropout."""
     model = add_lora(init_random(config, std=0.4), LoraConfig(rank=2, alpha=4.0, targets=("q", "w2"), dropout=0.5))
     structure, params, frozen = split_params(model)
     data = jax.tree.map(jnp.asarray, micro_batches(batch(2, 12), 2))
@@ -192,4 +192,4 @@ def test_dropout_is_drawn_anew_in_every_step(config, batch, experiment):
     still = make_train_step(structure, asked, 10, fixed)
     state, first = still(init_state(params, fixed), frozen, data)
     _, second = still(state, frozen, data)
-    assert float(first["grad_norm"]) != float(second["grad_norm"]), "the same parameters and rows, another mask"
+    assert float(first["grad_norm"]) != float(second["grad_norm"]), "the same parameters and rows, but another mask"

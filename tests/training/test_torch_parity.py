@@ -1,4 +1,4 @@
-"""Training in full follows transformers' Mixtral under torch's AdamW."""
+"""Training all parameters equals transformers' Mixtral with torch's AdamW."""
 
 import dataclasses
 from typing import Any
@@ -48,7 +48,7 @@ def pretrained(tmp_path_factory):
 
 
 def torch_losses(model, data):
-    """Loss of each step on one right-padded batch, with the load-balancing loss; norms are not decayed."""
+    """The losses of all steps on one right-padded batch, with the load-balancing loss. Norms are not decayed."""
     import torch
 
     tokens = torch.tensor(data["tokens_BT"]).long()
