@@ -1,10 +1,10 @@
-"""A benchmark of this work tree and of an earlier commit in turns: after, before, after, before, ...
+"""Compares a benchmark of this work tree with one of an earlier commit, alternately: after, before, after, before, ...
 
     python scripts/compare_commits.py 4e3f1a1 --pairs 5 -- bench decode --base bfloat16
 
-The commit is checked out into a temporary folder; both run in this environment, each `bimedix` command in a process of
-its own. For every row of the command's result it prints both medians of `ours_tokens_per_s` and the median of the
-ratios, pair by pair, after over before.
+The commit is checked out into a temporary folder. Both sides use this Python environment, and each `bimedix` command
+runs in a new process. For each row of the result, the script prints the median `ours_tokens_per_s` of both sides, and
+the median ratio of the pairs, after over before.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @contextlib.contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
-    """A folder with the files of a commit, removed afterwards."""
+    """A temporary folder with the files of a commit."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "before"
         added = git("worktree", "add", "--detach", str(place), commit)
@@ -41,8 +41,8 @@ def git(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
 
 
-def run(tree: Path, command: list[str]) -> dict[str, float]:
-    """Tokens a second by row of one run."""
+def tokens_per_second(tree: Path, command: list[str]) -> dict[str, float]:
+    """Runs the benchmark once. Returns the tokens per second of each row."""
     done = subprocess.run(
         [sys.executable, "-m", "bimedix_jax", *command, "--json"],
         cwd=tree,
@@ -57,9 +57,9 @@ def run(tree: Path, command: list[str]) -> dict[str, float]:
 
 
 def compare(commit: str, command: list[str], pairs: int) -> list[dict[str, float | str]]:
-    """A row for each of the command's, from `pairs` runs of either side."""
+    """Compares each row of the benchmark, with `pairs` runs of each side."""
     with checked_out(commit) as before:
-        runs = [(run(ROOT, command), run(before, command)) for _ in range(pairs)]
+        runs = [(tokens_per_second(ROOT, command), tokens_per_second(before, command)) for _ in range(pairs)]
     return [
         {
             "name": name,

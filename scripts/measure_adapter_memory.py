@@ -1,16 +1,16 @@
-"""What adapters cost in memory under the layer scan, and that neither base nor adapters are copied.
+"""Memory cost of adapters under the layer scan; shows that neither base nor adapters are copied.
 
     python scripts/measure_adapter_memory.py             # a table; minutes on 2 cores
     python scripts/measure_adapter_memory.py --json      # one JSON document: rows, per_layer
     python scripts/measure_adapter_memory.py --width 512 --targets cpu
 
-A Mixtral-width model over an NF4 base is compiled, from shapes alone, for this CPU and for an A100 that need not be
-there (bimedix_jax[aot]): the forward pass, and the gradient of an optimiser step with rematerialised layers; without
-adapters, with rank 8 on q, and with the paper's (rank 128 on q, k, v, experts and router).
+A model of Mixtral's width with an NF4 base is compiled from shapes only, for this CPU and for an A100 that need not be
+present (bimedix_jax[aot]). The programs are the forward pass, and the gradient of an optimiser step with rematerialised
+layers. The adapters are none, rank 8 on q, and the paper's (rank 128 on q, k, v, experts and router).
 
-Arguments are what the caller holds, outputs the gradients, temporaries the rest; `copied_bytes` is what the arguments
-hold beyond base, adapters and batch. `per_layer` compares two depths: a copy of stacked weights would grow the
-temporaries by their bytes with every layer, working space does not.
+Outputs are the gradients. `copied_bytes` is the size of the arguments beyond base, adapters and batch. `per_layer`
+compares two depths: if stacked weights were copied, the temporaries would grow by the size of the weights of each
+layer. Working space does not grow.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def compiled_memory(
 
     base = quantise_base(Mixtral(config))
     structure, params, frozen = split_params(base if lora is None else add_lora(base, lora))
-    if lora is None:  # nothing trains, and what `split_params` calls trained is the base
+    if lora is None:  # nothing trains, but `split_params` returns the base as trained
         params, frozen = {}, {**params, **frozen}
     shape = (1, 1, length) if program == "gradient" else (1, length)
     ids, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
@@ -84,7 +84,7 @@ def compiled_memory(
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (params, frozen, batch))
     memory = jax.jit(function, keep_unused=True).lower(*arguments).compile().memory_analysis()
     if memory is None:
-        raise BimedixError(f"XLA says nothing of the memory of a program for {target}; leave it out.")
+        raise BimedixError(f"XLA reports no memory analysis for {target}; leave it out of --targets.")
 
     def size(tree: Any) -> int:
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -100,7 +100,7 @@ def compiled_memory(
 
 
 def measure(width: int, depths: list[int], length: int, targets: list[str]) -> list[dict[str, Any]]:
-    """One row a target, program, set of adapters and depth; the gradient needs adapters."""
+    """One row for each target, program, set of adapters and depth. The gradient needs adapters."""
     cases = itertools.product(targets, PROGRAMS, ADAPTERS, depths)
     rows = []
     for target, program, name, layers in tqdm([case for case in cases if case[1:3] != ("gradient", "none")]):

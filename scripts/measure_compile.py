@@ -1,12 +1,12 @@
-"""Lowering and compiling a deep Mixtral against a shallow one: layers are scanned, so depth should cost nothing.
+"""Time to lower and compile a deep Mixtral and a shallow one. Layers are scanned, so depth should not matter.
 
     python scripts/measure_compile.py                    # a table; two to five minutes on 2 cores
     python scripts/measure_compile.py --json             # one JSON document: layers, seconds, ratio, ...
 
-The program is the real one at small widths: NF4 base with double quantisation, adapters on q, k, v, experts and router,
-rematerialised layers, 512 tokens a row. Each measurement is a fresh process that lowers and compiles two programs from
-shapes alone, without weights or a compilation cache: the forward pass to logits, and the gradient of a whole optimiser
-step to the adapters. The depths take turns, so that a busy machine slows them alike; figures are medians.
+The program is the real one at a small width: an NF4 base with double quantisation, adapters on q, k, v, experts and
+router, rematerialised layers, 512 tokens a row. Each measurement is a new process without a compilation cache. From
+shapes only, it lowers and compiles two programs: the forward pass to logits, and the adapters' gradient of an optimiser
+step. The depths alternate, so that a busy machine affects both alike. The figures are medians.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 LAYERS = (2, 32)
 PROGRAMS = ("forward", "gradient")
 BAR = 1.5
-"""Largest ratio of the deepest to the shallowest that is accepted."""
+"""Largest accepted ratio of the deep model to the shallow one."""
 
 
 def architecture(layers: int, width: int) -> MixtralConfig:
@@ -48,7 +48,7 @@ def architecture(layers: int, width: int) -> MixtralConfig:
 
 
 def child(layers: int, width: int, length: int) -> dict[str, float]:
-    """Seconds of lowering and compiling each program; runs in its own process."""
+    """Seconds to lower and compile each program, in this process."""
     startup.prepare()
     import jax
     import jax.numpy as jnp
@@ -82,7 +82,7 @@ def child(layers: int, width: int, length: int) -> dict[str, float]:
 
 
 def run_child(layers: int, width: int, length: int) -> dict[str, float]:
-    """`child` in a fresh interpreter."""
+    """Runs `child` in a new process."""
     command = [sys.executable, __file__, "--child", str(layers), "--width", str(width), "--length", str(length)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, text=True)
@@ -90,7 +90,7 @@ def run_child(layers: int, width: int, length: int) -> dict[str, float]:
 
 
 def measure(repeats: int, width: int, length: int) -> dict[str, Any]:
-    """Medians over `repeats` processes a depth; `seconds` is forward and gradient together, ordered as `layers`."""
+    """Medians over `repeats` processes for each depth. `seconds` adds up both programs, in the order of `layers`."""
     runs: dict[int, list[dict[str, float]]] = {layers: [] for layers in LAYERS}
     for repeat in range(repeats):
         for layers in LAYERS if repeat % 2 == 0 else LAYERS[::-1]:

@@ -1,14 +1,14 @@
-"""Training steps of a model in its full size on the accelerator that is here, beside what `bimedix plan` says of it.
+"""Runs full-size training steps on the local accelerator, and compares them with the estimate of `bimedix plan`.
 
     python scripts/measure_full_size.py                       # Mixtral-8x7B, the paper's recipe, on one device
     python scripts/measure_full_size.py --layers 4 --json     # a shallower one; one JSON document
 
-The step is the one that `bimedix train` runs, of the preset bimedix-mixtral-8x7b (rank 128 on attention, experts and
-router over an NF4 base, rows of 4,096 tokens, 16 rows a step) with one row at a time and layers recomputed, which is
-what `bimedix plan --fit` finds for one device of 80 GB. Its arrays are real as well: a random layer is quantised and
-stands for all layers, so that routing, products and the optimiser have values as in training. `planned_bytes` is what
-the compiler says of the program, `measured_bytes` the most that the device held while it trained; `planned_seconds` is
-the planner's time for the same compiled program on this kind of device, where it knows the kind.
+The step is that of `bimedix train` with the preset bimedix-mixtral-8x7b: rank 128 on attention, experts and router over
+an NF4 base, rows of 4,096 tokens, 16 rows a step. Micro-batches have one row and layers are recomputed, which is what
+`bimedix plan --fit` chooses for one device of 80 GB. All layers are copies of one random, quantised layer, so that
+routing, products and optimiser run on realistic values. `planned_bytes` is the compiler's memory analysis,
+`measured_bytes` the peak memory in use on the device. `planned_seconds` is the estimated time of the same compiled
+program, if `bimedix plan` knows the device.
 """
 
 import argparse
@@ -49,13 +49,13 @@ from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import init_state, split_params
 
 LAST_NUMBER = re.compile(r"[._]\d+$")
-"""XLA counts the kernels of a kind, ours included: `grouped_matmul_128x128x64.3`."""
+"""XLA appends a number to repeated kernel names, as in `grouped_matmul_128x128x64.3`."""
 KINDS = {"NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA H100": "h100-80gb"}
-"""How drivers name devices that the planner knows, by the beginning of the name."""
+"""The devices of `bimedix plan`, by the beginning of the driver's device name."""
 
 
 def known(kind: str) -> Device | None:
-    """The planner's facts of the device that is here."""
+    """The data of `bimedix plan` for this kind of device; None if it is unknown."""
     return next((DEVICES[name] for start, name in KINDS.items() if kind.startswith(start)), None)
 
 
@@ -71,7 +71,7 @@ def recipe(options: argparse.Namespace) -> Experiment:
 
 
 def arrays(config: MixtralConfig, experiment: Experiment, abstract: Any) -> tuple[Any, Any, Any]:
-    """State, frozen parameters and batch: those of a random model of one layer, repeated where more are asked for."""
+    """State, frozen parameters and batch. Layers are copies of the layer of a random one-layer model."""
     one = quantise_base(init_random(dataclasses.replace(config, num_layers=1), dtype="bfloat16"))
     assert experiment.lora is not None
     _, params, frozen = split_params(add_lora(one, experiment.lora))
@@ -97,7 +97,7 @@ def arrays(config: MixtralConfig, experiment: Experiment, abstract: Any) -> tupl
 
 @contextlib.contextmanager
 def tracing(found: list[dict[str, Any]]) -> Iterator[None]:
-    """Appends seconds and runs of each kernel of the device that run inside, longest first."""
+    """Traces the block, and appends the seconds and runs of each device kernel, longest first."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             yield
@@ -114,7 +114,7 @@ def tracing(found: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Compiles, runs one step to warm up and `steps` more."""
+    """Compiles the step, runs it once to warm up, and then `steps` times."""
     device, experiment = jax.devices()[0], recipe(options)
     config = ARCHITECTURES[options.model]
     config = dataclasses.replace(config, num_layers=options.layers or config.num_layers)
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - began)
     if not all(map(math.isfinite, losses)):
         raise BimedixError(f"The losses {losses} are not finite; the step is wrong on this device.")
-    held = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    peak_in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
     taken = statistics.median(seconds[1 : 1 + options.steps])
     tokens = experiment.batch.size * experiment.data.sequence_length
     useful = training_flops(abstract_model(config, experiment), tokens, experiment.data.sequence_length)
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "losses": losses,
         "compile_seconds": compile_seconds,
         "planned_bytes": peak(compiled.memory_analysis()),
-        "measured_bytes": held,
+        "measured_bytes": peak_in_use,
         "step_seconds": taken,
         "planned_seconds": None if planned is None else planned.step_seconds,
         "tokens_per_step": tokens,
@@ -178,13 +178,13 @@ def main() -> None:
     parser.add_argument("--accumulation", type=positive, default=16, help="micro-batches of a step")
     parser.add_argument("--sequence-length", type=positive, default=4096)
     parser.add_argument("--remat", choices=("none", "experts", "layer"), default="layer")
-    parser.add_argument("--steps", type=positive, default=2, help="steps whose median counts, after one to warm up")
+    parser.add_argument("--steps", type=positive, default=2, help="timed steps after one warm-up; their median counts")
     parser.add_argument("--kernels", type=int, default=0, help="trace one more step and list its longest kernels")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # what the planner counts on; read with the device
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as `bimedix plan` assumes
     if jax.default_backend() == "cpu" and options.layers is None:
-        parser.error("JAX finds no GPU or TPU here; give a CPU fewer layers than the model has, such as --layers 1")
+        parser.error("JAX finds no GPU or TPU; on a CPU use fewer layers than the model has, such as --layers 1")
     document = measure(options)
     if options.json:
         print(json.dumps(document, indent=2))

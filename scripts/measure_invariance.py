@@ -1,11 +1,11 @@
-"""One training step on every mesh of eight devices against the same step on one.
+"""Compares one training step on every mesh of eight devices with the same step on one device.
 
     python scripts/measure_invariance.py --json         # eight fake CPU devices, some minutes
 
-Every factorisation of 8 over (data, fsdp, expert, tensor), in float32: how far loss, gradients and the weights after
-one SGD step differ, relative to the largest entry of each, and how many tokens were routed otherwise. Rows hold packed
-documents and padding; the load-balancing loss pools the whole step. Four of the meshes run again with an NF4 base and
-two micro-batches, for each scope of that loss.
+For every factorisation of 8 over (data, fsdp, expert, tensor), in float32, it reports the differences of the loss, the
+gradients, and the weights after one SGD step, relative to the largest entry of each, and the number of tokens that were
+routed differently. Rows have packed documents and padding, and the load-balancing loss has the scope "global". Four of
+the meshes run again with an NF4 base and two micro-batches, for each scope of that loss.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from bimedix_jax.training.state import split_params
 from bimedix_jax.training.step import make_gradient
 
 RATE = 0.1
-"""Of the SGD step."""
+"""Learning rate of the SGD step."""
 FULL = ((1, 8, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 2, 4))
-"""Meshes that run with everything on."""
+"""Meshes of the second part, with an NF4 base and two micro-batches."""
 
 
 def make_model(packed: bool) -> Mixtral:
-    """A model that every mesh divides, with adapters that do something."""
+    """A model that every mesh can shard, with nonzero adapters."""
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=64,
@@ -49,7 +49,7 @@ def make_model(packed: bool) -> Mixtral:
         num_layers=2,
         num_heads=8,
         num_kv_heads=8,
-        head_dim=64 if packed else 8,  # a 4-bit o is cut along its columns, in blocks of 64
+        head_dim=64 if packed else 8,  # a 4-bit o is sharded along its columns, in blocks of 64
         router=RouterConfig(num_experts=8, top_k=2),
         rope_theta=10_000.0,
         rms_norm_eps=1e-5,
@@ -82,7 +82,7 @@ def make_batch(parts: int) -> dict[str, np.ndarray]:
 
 
 def outcome(model: Mixtral, batch: dict[str, np.ndarray], scope: Any) -> dict[str, Any]:
-    """Loss, gradients, weights after one SGD step, and who was routed where."""
+    """Loss, gradients, weights after one SGD step, and routing."""
     structure, params, frozen = split_params(model)
     router = RouterTraining(aux_loss_coef=0.1, aux_scope=scope, z_loss_coef=0.01)
     gradients, sums = jax.jit(make_gradient(structure, router, "layer"))(params, frozen, batch)
@@ -93,7 +93,7 @@ def outcome(model: Mixtral, batch: dict[str, np.ndarray], scope: Any) -> dict[st
 
 
 def furthest(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Largest difference of any array, relative to that array's largest entry."""
+    """Largest difference in any array, relative to the largest entry of that array."""
     return max(float(np.max(np.abs(ours[n] - theirs[n])) / np.max(np.abs(theirs[n]))) for n in theirs)
 
 

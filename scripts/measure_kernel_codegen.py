@@ -1,4 +1,4 @@
-"""What compilers make of the MoE kernels at Mixtral-8x7B's shapes, for accelerators that need not be here.
+"""Compiles the MoE kernels at Mixtral-8x7B's shapes, for accelerators that need not be present, and inspects them.
 
     python scripts/measure_kernel_codegen.py                                 # tables; some minutes on 2 cores
     python scripts/measure_kernel_codegen.py --json                          # one JSON document: rows, moe_layers
@@ -6,9 +6,9 @@
 
 A row is one kernel for one target: a product of the experts (NF4 base, dense base, adapters of rank 128) or of the
 attention's projections (NF4 base), or a gradient of it, at 4,096 tokens unless it says otherwise. `registers`,
-`spill_bytes` and `shared_bytes` are ptxas' and XLA's figures, `vmem_bytes` those of the TPU compiler. `flops_ratio` is
-what the grid multiplies against what is useful, padding of tiles included; `moe_layers` has it for one layer's forward
-and backward pass, counted in the compiled program. Needs bimedix_jax[aot].
+`spill_bytes` and `shared_bytes` are reported by ptxas and XLA, `vmem_bytes` by the TPU compiler. `flops_ratio` is the
+FLOPs of the kernel's grid, including the padding of tiles, over the useful ones. `moe_layers` has this ratio for the
+compiled forward and backward pass of one MoE layer. Needs bimedix_jax[aot].
 """
 
 import argparse
@@ -25,7 +25,7 @@ from bimedix_jax.plan.codegen import gpu, layer, tpu
 MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     target: module.measure for module in (gpu, tpu) for target in module.TARGETS
 }
-"""What compiles the cases for each target."""
+"""The function that compiles the cases for each target."""
 FIGURES = ("registers", "spill_bytes", "shared_bytes", "vmem_bytes", "flops_ratio")
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         row for target in options.targets for row in tqdm(MEASURE[target](target, names=options.cases), desc=target)
     ]
     if not rows:
-        parser.error("none of these cases exists; without --cases all are measured and named")
+        parser.error("none of these cases exists; run without --cases to list all of them")
     layers = [layer.measure(target) for target in options.targets]
     if options.json:
         print(json.dumps({"rows": rows, "moe_layers": layers}))

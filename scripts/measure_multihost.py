@@ -1,9 +1,9 @@
-"""Training by several processes against one, and what the others do when one is killed.
+"""Compares training in several processes with one process, and kills one process to see when the others stop.
 
     python scripts/measure_multihost.py --processes 4 --json
 
-Runs `bimedix train smoke` over four CPU devices in all: by one process, and by `--processes` that meet on the loopback.
-Then it runs the latter again, kills one process with SIGKILL after the first steps, and waits for the others.
+Runs `bimedix train smoke` on four CPU devices in total, in one process and in `--processes` processes on the loopback.
+Then it starts the latter again, kills one process with SIGKILL after two steps, and waits for the others.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from bimedix_jax.errors import run_script
 DEVICES = 4
 STEPS = 6
 LIMIT = 600.0
-"""Seconds that one run may take."""
+"""Time limit of a run in seconds."""
 
 
 def free_port() -> int:
@@ -33,7 +33,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, processes: int, steps: int) -> list[subprocess.Popen[str]]:
-    """The processes of one run, DEVICES CPU devices together; their output goes to files in `folder`'s parent."""
+    """Starts the processes of a run with DEVICES CPU devices in total. Logs are written beside `folder`."""
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "bimedix_jax", "train", "smoke", "--out", str(folder), "--steps", str(steps)]
     command += ["--rows", "4", "--accumulation", "2", "--aux-scope", "global", "--wandb", "disabled"]
@@ -64,7 +64,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def train(folder: Path, processes: int) -> list[float]:
-    """Losses of a finished run."""
+    """Runs to the end and returns the losses."""
     running = start(folder, processes, STEPS)
     codes = [process.wait(LIMIT) for process in running]
     if any(codes):
@@ -74,14 +74,14 @@ def train(folder: Path, processes: int) -> list[float]:
 
 
 def kill_one(folder: Path, processes: int) -> dict[str, Any]:
-    """Seconds from a SIGKILL of the last process to the end of the others, their exit codes and last words."""
+    """Kills the last process. Returns the time until the others exit, their exit codes and their last messages."""
     running = start(folder, processes, steps=100_000)
     try:
         began = time.monotonic()
         metrics = folder / "metrics.jsonl"
         while not (metrics.exists() and len(metrics.read_text("utf-8").splitlines()) >= 2):
             if time.monotonic() - began > LIMIT or any(process.poll() is not None for process in running):
-                raise SystemExit(f"the run to be killed did not start; see {folder.parent}")
+                raise SystemExit(f"the run did not start; see {folder.parent}")
             time.sleep(0.2)
         running[-1].send_signal(signal.SIGKILL)
         began = time.monotonic()
@@ -90,15 +90,15 @@ def kill_one(folder: Path, processes: int) -> dict[str, Any]:
     finally:
         for process in running:
             process.kill()
-    words = [
+    logs = [
         (folder.parent / f"{folder.name}.{number}.log").read_text("utf-8").strip().splitlines()
         for number in range(processes - 1)
     ]
-    said = [
+    messages = [
         next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "")
-        for lines in words
+        for lines in logs
     ]
-    return {"seconds_to_stop": round(seconds, 1), "exit_codes": codes, "messages": said}
+    return {"seconds_to_stop": round(seconds, 1), "exit_codes": codes, "messages": messages}
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""The planner's peak memory against the memory that a training step really takes, on this CPU.
+"""Compares the peak memory that `bimedix plan` estimates with the memory that a training step uses on this CPU.
 
     python scripts/measure_plan.py             # a table; a minute on 2 cores
     python scripts/measure_plan.py --json      # one JSON document: rows, largest_error
 
-Three models are planned for one CPU, as `bimedix plan` plans for accelerators, and then trained for three steps in a
-process of its own. `planned_bytes`: arguments, results and temporaries of the compiled step. `measured_bytes`: the
-highest resident memory of that process while it trains, above what it had once the step was compiled but before any
-array existed. Linux only.
+Three models are estimated for one CPU, as `bimedix plan` does for accelerators, and then trained for three steps, each
+in a new process. `planned_bytes`: arguments, results and temporaries of the compiled step. `measured_bytes`: the peak
+resident memory of the process while it trains, minus its memory after compilation and before any array was allocated.
+Linux only.
 """
 
 import argparse
@@ -67,13 +67,13 @@ def experiment_of(changes: dict[str, Any]) -> Experiment:
 
 
 def resident(field: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (highest)."""
+    """Bytes of `VmRSS` (current) or `VmHWM` (peak)."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def train_and_measure(name: str) -> dict[str, int]:
-    """In this process: plans the case, then runs its step on real arrays."""
+    """Estimates the case, then runs its step on real arrays, in this process."""
     startup.prepare()
     import jax
     import jax.numpy as jnp
@@ -89,14 +89,14 @@ def train_and_measure(name: str) -> dict[str, int]:
     before = resident("VmRSS")
     state, frozen, batch = jax.tree.map(lambda x: jnp.full(x.shape, 1, x.dtype), arguments)
     jax.block_until_ready((state, frozen, batch))
-    CLEAR.write_text("5")  # the kernel forgets the highest value
+    CLEAR.write_text("5")  # resets the peak
     for _ in range(STEPS):
         state, _ = jax.block_until_ready(compiled(state, frozen, batch))
     return {"planned_bytes": planned, "measured_bytes": resident("VmHWM") - before}
 
 
 def measure() -> list[dict[str, Any]]:
-    """A row for each case, each in a process of its own."""
+    """A row for each case. Each case runs in a new process."""
     rows = []
     for name in CASES:
         command = [sys.executable, __file__, "--case", name]
@@ -112,7 +112,7 @@ def measure() -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--case", choices=CASES, help="measure this one in this process and leave")
+    parser.add_argument("--case", choices=CASES, help="measure only this case, in this process")
     options = parser.parse_args()
     if options.case:
         print(json.dumps(train_and_measure(options.case)))

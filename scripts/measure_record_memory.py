@@ -1,10 +1,10 @@
-"""What recording routes costs in memory: the compiled forward pass with each record beside one that has none.
+"""Memory cost of recording routes: the compiled forward pass with each kind of record, and without any.
 
     python scripts/measure_record_memory.py --json
 
-48 layers of 128 experts, 8 of them a token, and 4,096 tokens; narrow, so that the record is not hidden by the weights.
-Nothing is run: XLA says how many bytes the program's results and temporaries take (`memory_analysis`). `without` is a
-loop over the same blocks written here, which drops what the routers decided.
+The model has 48 layers of 128 experts, top-8, and 4,096 tokens. It is narrow, so that the record is large compared with
+the activations. Nothing is run: sizes are XLA's `memory_analysis` of results and temporaries. `without` is a loop over
+the same blocks, in this script, that drops the routing.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def architecture(layers: int, experts: int, top_k: int, tokens: int) -> Any:
 
 
 def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, tokens: int = TOKENS) -> dict[str, Any]:
-    """Bytes of each program, and its share of the one without a record."""
+    """Bytes of each program, and their ratio to the program without a record."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -70,11 +70,11 @@ def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, to
         return model.norm(layer_scan(body, (turned, segments), x, layer_state)[0])
 
     def recorded(record: Any, groups: int) -> Any:
-        def run(state: nnx.State, ids: jax.Array) -> Any:
+        def hidden(state: nnx.State, ids: jax.Array) -> Any:
             out = nnx.merge(graph, state).hidden(ids, record=record, groups=groups)
             return out.hidden_BTD, out.routing, out.sums
 
-        return run
+        return hidden
 
     found = {"without": size(without)}
     found |= {record: size(recorded(record, 0)) for record in ("none", "choices", "full")}

@@ -1,13 +1,13 @@
-"""What a recomputation that routes differently does to the gradient: nothing, since routes are kept.
+"""Shows that the gradient does not change if the backward pass recomputes different router logits.
 
     python scripts/measure_remat_routes.py --json
     python scripts/measure_remat_routes.py --devices 8      # the same on a mesh of 8 CPU devices
 
-In each remat mode the router's logits get an addition from the host. It is zero in the forward pass and noise of 1e-6
-in every later call, which only a recomputation makes; the experts are tied in threes, so that this much changes the
-choice of many tokens. `flips_injected` counts the tokens (of each layer) whose experts would change, `gradient_change`
-is the relative change of all gradients together, aux and z-loss included. `unprotected` is the same with a policy that
-keeps no routes: what would happen otherwise. Mode none recomputes nothing and is the control.
+The chosen experts of the forward pass are saved, so a recomputation does not choose again. To test this, the host adds
+noise of 1e-6 to the router's logits, but only in recomputations. Groups of three experts have equal logits, so that
+this noise changes the choice of many tokens. `flips_injected` counts tokens, in each layer, whose experts would change.
+`gradient_change` is the relative change of all gradients together, including aux and z-loss. `unprotected` is the same
+without saved routes. Mode none recomputes nothing and is the control.
 """
 
 import argparse
@@ -27,14 +27,14 @@ ROWS, LENGTH = 8, 32
 
 
 class Host:
-    """What the router's logits get from the host; counts calls and the tokens whose experts would change."""
+    """Returns the noise for the router's logits. Counts its calls, and the tokens whose experts would change."""
 
     def __init__(self, forward_calls: int):
         self.forward_calls = forward_calls
         self.start(0.0)
 
     def start(self, noise: float) -> None:
-        """Before a step, in which all calls but those of the forward pass add noise of this standard deviation."""
+        """Call it before a step. Calls after those of the forward pass return noise of this standard deviation."""
         self.noise, self.calls, self.flips = noise, 0, 0
 
     def __call__(self, logits_BTE: "np.ndarray") -> "np.ndarray":
@@ -46,14 +46,14 @@ class Host:
             return np.zeros_like(logits_BTE)
         draw = np.random.default_rng(self.calls).standard_normal(logits_BTE.shape)
         added = (self.noise * draw).astype(logits_BTE.dtype)
-        # stable sorts of the negated logits: equal ones in the order of their numbers, as lax.top_k has them
+        # a stable sort orders equal logits by index, as lax.top_k does
         before, after = (np.argsort(-x, axis=-1, kind="stable")[..., :2] for x in (logits_BTE, logits_BTE + added))
         self.flips += int((np.sort(before) != np.sort(after)).any(-1).sum())
         return added
 
 
 def disturbed(host: Host) -> Any:
-    """x + what the host says. Its backward pass needs the addition, so that a recomputation must ask for it again."""
+    """x + noise from the host. Its backward pass uses the noise, so that a recomputation must call the host again."""
     import jax
 
     @jax.custom_vjp
@@ -73,7 +73,7 @@ def disturbed(host: Host) -> Any:
 
 @contextlib.contextmanager
 def without_kept_routes() -> Iterator[None]:
-    """A policy that names nothing a router decides."""
+    """Replaces the checkpoint policy by one that saves no routes."""
     from bimedix_jax.models import remat
 
     kept, remat.ROUTES = remat.ROUTES, "nothing has this name"
@@ -84,7 +84,7 @@ def without_kept_routes() -> Iterator[None]:
 
 
 def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Host]:
-    """(gradients of one step by name, given the noise; the host) of a model whose experts are tied in threes."""
+    """(function from noise to the gradients of one step, the host). Groups of three experts have equal logits."""
     import dataclasses
 
     import jax
@@ -124,15 +124,15 @@ def step(mode: str, devices: int) -> tuple[Callable[[float], dict[str, Any]], Ho
     losses = RouterTraining(aux_loss_coef=0.1, z_loss_coef=0.1)
     gradient = jax.jit(make_gradient(structure, losses, mode))  # pyright: ignore[reportArgumentType]
 
-    def run(noise: float) -> dict[str, Any]:
+    def gradients(noise: float) -> dict[str, Any]:
         host.start(noise)
         return {name: np.asarray(value) for name, value in gradient(params, frozen, batch)[0].items()}
 
-    return run, host
+    return gradients, host
 
 
 def change(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Norm of the difference over the norm, of all gradients as one vector."""
+    """Relative norm of the difference, of all gradients as one vector."""
     import numpy as np
 
     def norm(values: Any) -> float:
@@ -142,9 +142,9 @@ def change(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 
 def compare(mode: str, devices: int = 1) -> dict[str, Any]:
-    """One mode: the calls and flips of its recomputation, and the change of the gradients that they cause."""
-    run, host = step(mode, devices)
-    still, moved = run(0.0), run(NOISE)
+    """One mode: calls and flips of its recomputation, and the change of the gradients."""
+    gradients, host = step(mode, devices)
+    still, moved = gradients(0.0), gradients(NOISE)
     return {
         "flips_injected": host.flips,
         "recomputations": host.calls - host.forward_calls,
@@ -153,10 +153,10 @@ def compare(mode: str, devices: int = 1) -> dict[str, Any]:
 
 
 def unprotected(mode: str, devices: int = 1) -> float:
-    """The change of the gradients where nothing keeps the routes."""
+    """The change of the gradients without saved routes."""
     with without_kept_routes():
-        run, _ = step(mode, devices)
-        still, moved = run(0.0), run(NOISE)
+        gradients, _ = step(mode, devices)
+        still, moved = gradients(0.0), gradients(NOISE)
     return change(moved, still)
 
 

@@ -1,12 +1,12 @@
-"""Memory and compile time of the full training step as rows grow longer and the model deeper.
+"""Memory and compile time of the full training step, by length of rows and depth of the model.
 
     python scripts/measure_scale.py                                      # a table; five minutes on 2 cores
     python scripts/measure_scale.py --json --plot docs/results/scale.png # one JSON document, and a picture
     python scripts/measure_scale.py --sequences 2048 --layers            # some of the rows
 
-The paper's recipe on Mixtral-8x7B, one row a device and no accumulation, compiled for devices that need not be here
-(bimedix_jax[aot]): at 32 layers for every length of rows, and at 4,096 tokens for every depth. `--rows FILE` adds the
-rows to a JSON document of an earlier run, and takes from it what it has already.
+The paper's recipe on Mixtral-8x7B, with one row a device and no accumulation, is compiled for devices that need not be
+present (bimedix_jax[aot]): with 32 layers for each length, and with 4,096 tokens for each depth. `--rows FILE` reuses
+the rows of an earlier JSON document and adds the new ones to it.
 """
 
 import argparse
@@ -28,22 +28,22 @@ LENGTH, DEPTH, GIB = 4096, 32, 2**30
 
 
 def measure(target: str, remat: str, length: int, layers: int) -> dict[str, Any]:
-    """One row: the step's memory on each device, and the seconds that lowering and compiling took."""
+    """One row: the step's memory on each device, and the time to lower and compile it."""
     from bimedix_jax.plan.devices import target as parse
     from bimedix_jax.plan.report import estimate_training, to_document
 
     where = parse(target)
     changes = {"data.sequence_length": length, "batch.rows": where.count, "batch.accumulation": 1, "remat": remat}
     config = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers)
-    plan = to_document(estimate_training(config, override(bimedix_mixtral_8x7b(), changes), where))
+    document = to_document(estimate_training(config, override(bimedix_mixtral_8x7b(), changes), where))
     kept = ("fits", "peak_bytes_per_device", "parts", "compile_seconds", "step_seconds", "tokens_per_s")
     return {"target": target, "remat": remat, "sequence": length, "layers": layers} | {
-        name: plan.get(name) for name in kept
+        name: document.get(name) for name in kept
     }
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Peak memory and compile time against length and depth."""
+    """Plots peak memory and compile time by length and depth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--remat", default="layer", help="what the backward pass recomputes")
     parser.add_argument("--sequences", type=int, nargs="*", default=[2048, 4096, 8192, 16_384, 32_768])
     parser.add_argument("--layers", type=int, nargs="*", default=[8, 16, 24, 32])
-    parser.add_argument("--rows", type=Path, help="JSON document to take rows from and to add rows to")
-    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--rows", type=Path, help="JSON document with earlier rows, to which new rows are added")
+    parser.add_argument("--plot", type=Path, help="write a plot to this PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     startup.prepare()

@@ -1,10 +1,10 @@
-"""Rooflines: what each operation of a Mixtral-8x7B layer needs, and the time that hardware leaves it at least.
+"""Rooflines: FLOPs and memory traffic of each operation of a Mixtral-8x7B layer, and lower bounds of its time.
 
     python scripts/plot_roofline.py --plot docs/results/kernels_roofline.png     # a Markdown table, and the plot
     python scripts/plot_roofline.py --json
 
-Peaks and bandwidths of accelerators are their makers' (bimedix_jax/plan/devices.py); those of this CPU are measured
-here: a bfloat16 product of 4,096^3 with float32 accumulation, and reading 1 GiB of float32.
+Peaks and bandwidths of accelerators are from their data sheets (bimedix_jax/plan/devices.py). Those of this CPU are
+measured: a bfloat16 product of 4,096^3 with float32 accumulation, and reading 1 GiB of float32.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def plot(path: Path, limits: dict[str, tuple[float, float]]) -> None:
     for phase, mark in MARKS.items():
         axes.plot([], [], mark, color="grey", label=phase)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of memory traffic", ylabel="attainable TFLOP/s")
-    axes.set_title("One layer of Mixtral-8x7B: where each operation stands under each roof")
+    axes.set_title("One layer of Mixtral-8x7B: operations under the roofline of each device")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     canvas.tight_layout()
