@@ -1,14 +1,15 @@
-"""Which adapters carry the learning: attention, experts, routers, or all together?
+"""Which adapters matter most: those of attention, of the experts, of the routers, or all of them?
 
     bimedix upcycle --output runs/mixture --drop-rate 0.5
     bimedix data pack --records sample --split train --tokenizer runs/mixture --sequence-length 1024 --output runs/rows
     python experiments/router_training.py --arm attention --data runs/rows --model runs/mixture --out runs/attention
     bimedix eval run --model runs/mixture --base nf4 --adapter runs/attention/adapter --heldout sample
 
-The paper (arXiv 2402.13253, section 3.2) adapts experts and routers besides attention and reports no arm without them.
-The arms differ from the preset `quickstart` in their name and in the adapters' targets only. All have rank 16, so they
-do not train equally many parameters; `bimedix coverage` counts them. Start from experts that differ (--drop-rate):
-between equal experts the language-model loss gives a router no gradient. `--steps 8` is a size for trying it out.
+The paper (arXiv 2402.13253, section 3.2) adapts attention, experts and routers, and reports no run without one of them.
+The arms differ from the preset `quickstart` only in their name and the adapters' targets. All have rank 16, so they
+train different numbers of parameters; `bimedix coverage` counts them. The experts must differ at the start
+(--drop-rate): if they are equal, the language-model loss has no gradient with respect to the router. `--steps 8` is
+enough for a trial.
 """
 
 import argparse
@@ -29,7 +30,7 @@ TARGETS = {
 
 
 def arm(name: str) -> Experiment:
-    """The preset with other adapters."""
+    """The preset with other targets of the adapters."""
     return override(quickstart(), {"name": f"router-training/{name}", "lora.targets": TARGETS[name]})
 
 
@@ -39,12 +40,12 @@ ARMS = {name: arm(name) for name in TARGETS}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arm", choices=ARMS, required=True)
-    parser.add_argument("--data", required=True, help="packed folder, with the preset's tokens a row")
-    parser.add_argument("--model", required=True, help="folder of the mixture")
+    parser.add_argument("--data", required=True, help="packed folder with the sequence length of the preset")
+    parser.add_argument("--model", required=True, help="folder of the upcycled model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: the preset's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the adapters and of the order of the rows")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    parser.add_argument("--steps", type=int, default=None, help="optimiser steps (default: those of the preset)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the adapters and of the order of the rows")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted run")
     options = parser.parse_args(argv)
     changes = {"data.path": options.data, "model.path": options.model, "seed": options.seed}
     if options.steps is not None:

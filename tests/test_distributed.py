@@ -1,4 +1,4 @@
-"""Several processes on the loopback: the losses of one, a death that the others notice, launchers, wrong settings."""
+"""Several processes on the loopback: the losses of one process, the death of a process, launchers, bad variables."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def test_two_processes_train_as_one_and_resume(tmp_path):
     assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert (tmp_path / "two" / "adapter" / "manifest.json").is_file()
-    assert not list((tmp_path / "two").rglob("*.partial")), "nothing half-written is left"
-    # what two processes saved, one continues
+    assert not list((tmp_path / "two").rglob("*.partial")), "no partial file is left"
+    # one process resumes what two processes saved
     subprocess.run(
         [sys.executable, "-m", "bimedix_jax", "train", "--out", str(tmp_path / "two"), "--resume"],
         env=environment(2),
@@ -59,7 +59,7 @@ def test_two_processes_train_as_one_and_resume(tmp_path):
 
 
 def wait_for_steps(folder: Path, process: subprocess.Popen, count: int = 2) -> None:
-    """Until the run has taken so many steps."""
+    """Waits until the run has taken this many steps."""
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") >= count):
         assert time.monotonic() < deadline
@@ -73,7 +73,7 @@ def stop_all(running: list[subprocess.Popen]) -> None:
         process.wait()
 
 
-def test_when_a_process_dies_the_others_stop_and_say_so(tmp_path):
+def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path):
     running = start_two(tmp_path / "run", 100_000)
     try:
         wait_for_steps(tmp_path / "run", running[0])
@@ -81,13 +81,14 @@ def test_when_a_process_dies_the_others_stop_and_say_so(tmp_path):
         code = running[0].wait(timeout=120)
     finally:
         stop_all(running)
-    words = (tmp_path / "0.log").read_text()
+    output = (tmp_path / "0.log").read_text()
     assert code != 0
-    assert "another process of this run has stopped" in words or "coordination service" in words.lower(), words[-2000:]
+    messages = ("another process of this run has stopped", "coordination service")
+    assert any(message in output.lower() for message in messages), output[-2000:]
 
 
-def test_a_request_to_stop_reaches_all_processes(tmp_path):
-    """SIGTERM to one that is not the leader: both save the step in progress and leave."""
+def test_sigterm_to_one_process_stops_all(tmp_path):
+    """SIGTERM to process 1: both save the step in progress and exit."""
     running = start_two(tmp_path / "run", 100_000)
     try:
         wait_for_steps(tmp_path / "run", running[0])
@@ -102,7 +103,7 @@ def test_a_request_to_stop_reaches_all_processes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("variables", "message"),
     [
         ({"BIMEDIX_COORDINATOR": "127.0.0.1:1"}, "BIMEDIX_PROCESSES, BIMEDIX_PROCESS is not"),
         (
@@ -111,18 +112,18 @@ def test_a_request_to_stop_reaches_all_processes(tmp_path):
         ),
     ],
 )
-def test_settings_that_cannot_be(settings, message, monkeypatch):
+def test_invalid_variables_raise(variables, message, monkeypatch):
     from bimedix_jax import distributed
     from bimedix_jax.errors import BimedixError
 
-    for name, value in settings.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(BimedixError, match=message):
         distributed.start()
 
 
 def test_the_ssh_launcher_starts_every_host(tmp_path):
-    """A stand-in for ssh writes down what it was asked to run."""
+    """A fake ssh logs its arguments."""
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\necho "$@" >> "$0.log"\n')
     ssh.chmod(0o755)
@@ -140,7 +141,7 @@ def test_the_ssh_launcher_starts_every_host(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["slurm", "tpu_pod", "ssh"])
-def test_a_launcher_without_arguments_says_how(name):
+def test_a_launcher_without_arguments_prints_its_usage(name):
     ran = subprocess.run(["bash", str(ROOT / f"scripts/launch/{name}.sh")], capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert "sbatch" in ran.stderr or f"scripts/launch/{name}.sh" in ran.stderr

@@ -107,8 +107,8 @@ def assumptions(device: Device) -> dict[str, float | str]:
         "kernels reach, of memory bandwidth": MEMORY_SHARE,
         "collectives reach, of link bandwidth": NETWORK_SHARE,
         "seconds between two kernels": device.launch_seconds,
-        "overlap": "a kernel takes the longer of its FLOPs and its bytes, kernels follow one another; a collective "
-        "runs beside them only where the compiled schedule starts it earlier than it waits for it",
+        "overlap": "a kernel takes the longer of its compute and its memory time, and kernels run one after another; a "
+        "collective overlaps with them only if the compiled schedule has kernels between its start and its wait",
         "peaks and bandwidths": device.source,
     }
 

@@ -1,4 +1,4 @@
-"""Benchmarks compare what they say they compare; how fast it is, no test asserts."""
+"""The benchmarks of single operations. No test asserts a speed."""
 
 import json
 
@@ -14,24 +14,23 @@ from bimedix_jax.kernels.nf4 import dequantize, quantize
 TINY = Size(tokens=24, width=64, hidden=96, experts=4, top_k=2)
 
 
-def test_contestants_take_turns_and_warm_up():
+def test_contestants_are_interleaved_after_a_warm_up():
     calls = []
     seconds = medians({name: lambda name=name: calls.append(name) for name in "ab"}, repetitions=3, warm_up=1)
     assert calls == ["a", "b", "a", "b", "a", "b", "a", "b"]
     assert set(seconds) == {"a", "b"}
 
 
-def test_groups_hold_every_row():
+def test_group_sizes_add_up_to_all_rows():
     assert balanced(TINY).sum() == skewed(TINY).sum() == TINY.rows
     assert skewed(TINY).max() == TINY.rows // 2
 
 
-def test_ours_and_jaxs_answer_are_the_same_product():
-    run = contestants(TINY)
-    np.testing.assert_allclose(
-        np.asarray(run["ours"](), np.float32), np.asarray(run["ragged_dot"](), np.float32), rtol=0.02, atol=0.1
-    )
-    assert run["nf4"]().shape == run["dense"]().shape == (TINY.rows, TINY.hidden)
+def test_all_contestants_compute_the_same_product():
+    contestant = contestants(TINY)
+    ours, ragged = (np.asarray(contestant[name](), np.float32) for name in ("ours", "ragged_dot"))
+    np.testing.assert_allclose(ours, ragged, rtol=0.02, atol=0.1)
+    assert contestant["nf4"]().shape == contestant["dense"]().shape == (TINY.rows, TINY.hidden)
 
 
 def test_dequantisation_ends_with_the_last_matrix():
@@ -55,7 +54,7 @@ def test_the_command_line(tmp_path, capsys):
     assert "at most --experts" in capsys.readouterr().err
 
 
-def test_feed_forward_in_one_piece_and_in_parts(capsys):
+def test_fused_and_composed_feed_forward(capsys):
     words = ["bench", "moe", "--tokens", "4", "--width", "64", "--hidden", "64", "--experts", "2", "--feed-forward"]
     assert main([*words, "--rank", "2", "--repetitions", "1", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
@@ -66,5 +65,5 @@ def test_feed_forward_in_one_piece_and_in_parts(capsys):
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_flops_are_those_of_owned_rows(tokens):
+def test_flops_count_owned_rows_only(tokens):
     assert Size(tokens=tokens, width=64, hidden=96, experts=4, top_k=2).flops == 2 * 2 * tokens * 64 * 96

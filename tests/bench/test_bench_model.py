@@ -1,4 +1,4 @@
-"""The whole-model benchmarks run on a tiny model, and compare what they say they compare."""
+"""The whole-model benchmarks on a tiny model: their rows, their bounds, and that both sides do the same work."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ FIELDS = {
 }
 
 
-def run(capsys, *words: str) -> dict:
+def bench(capsys, *words: str) -> dict:
     assert main(["bench", *words, "--size", "smoke", "--repetitions", "2", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -45,7 +45,7 @@ def check(rows: list[dict], names: list[str], against: bool) -> None:
 
 
 def test_training_steps(capsys):
-    found = run(capsys, "train", "--length", "16")
+    found = bench(capsys, "train", "--length", "16")
     check(found["rows"], ["train"], against=False)
     assert found["threads"] >= 1
     assert found["peer"] is None
@@ -53,13 +53,13 @@ def test_training_steps(capsys):
 
 def test_decoding_against_the_peer(capsys):
     words = ["--length", "16", "--prompt", "8", "--steps", "2", "--decode-batches", "1", "3"]
-    found = run(capsys, "decode", *words, "--against", "transformers")
+    found = bench(capsys, "decode", *words, "--against", "transformers")
     check(found["rows"], ["prefill", "decode_b1", "decode_b3"], against=True)
     assert found["rows"][2]["bytes_read_per_step"] > found["rows"][1]["bytes_read_per_step"]
     assert "transformers" in found["peer"]
 
 
-def test_without_the_peer_one_sentence_says_what_to_install(capsys, monkeypatch):
+def test_a_missing_peer_raises_with_the_install_command(capsys, monkeypatch):
     real = importlib.import_module
 
     def without_peft(name: str, *rest):
@@ -81,7 +81,7 @@ def test_without_the_peer_one_sentence_says_what_to_install(capsys, monkeypatch)
         (["decode", "--steps", "500"], "lower --length"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(capsys, words, remedy):
+def test_invalid_sizes_raise(capsys, words, remedy):
     assert main(["bench", *words, "--size", "smoke"]) == 1
     assert remedy in capsys.readouterr().err
 
@@ -89,8 +89,8 @@ def test_sizes_that_cannot_be_are_refused(capsys, words, remedy):
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )  # peft asks transformers by its old name
-def test_both_sides_take_the_same_step():
-    """The loss of a fresh random model is that of a uniform guess, plus the balancing loss; then both sides learn."""
+def test_both_sides_have_the_same_loss():
+    """A random model has the loss of a uniform guess plus the balancing loss. Then the loss of both sides falls."""
     expected = math.log(CONFIG.vocab_size) + model.AUX_COEF * CONFIG.router.top_k
     ours = model.training(CONFIG, "float32", "none", batch=2, length=16)
     theirs = peer.training(CONFIG, "float32", "eager", batch=2, length=16)
@@ -100,7 +100,7 @@ def test_both_sides_take_the_same_step():
         assert losses[-1] < losses[0]
 
 
-def test_decoding_goes_on_from_where_it_ended():
+def test_decoding_continues_where_the_last_call_ended():
     side = model.decoding(CONFIG, "float32", batch=2, prompt=4, steps=3, runs=1)
     assert np.shape(side.run()) == (3, 2)
     theirs = peer.decoding(CONFIG, "float32", "eager", batch=2, prompt=4, steps=3)
@@ -117,12 +117,12 @@ def test_products_of_a_forward_pass_count_every_weight_once():
     assert counted == 2 * batch * length * used + scores
 
 
-def test_training_needs_three_times_the_products_less_frozen_gradients():
+def test_training_has_twice_the_products_plus_adapters():
     forward = bounds.total_flops(bounds.forward_products(CONFIG, 2, 64))
     assert 2 * forward < bounds.total_flops(bounds.training_products(CONFIG, 2, 64, 1, ("q",))) < 2.2 * forward
 
 
-def test_a_step_reads_the_experts_that_it_needs():
+def test_a_decoding_step_reads_the_expected_experts():
     dense, packed = model.base_model(CONFIG, "bfloat16"), model.base_model(CONFIG, "nf4")
     assert bounds.bytes_of_step(packed, 1) < bounds.bytes_of_step(dense, 1) < bounds.bytes_of_step(dense, 8)
     experts = 3 * CONFIG.num_layers * 8 * CONFIG.hidden_size * CONFIG.intermediate_size * 2
@@ -132,7 +132,7 @@ def test_a_step_reads_the_experts_that_it_needs():
     assert bounds.reading(1 << 20).bytes == 1 << 20
 
 
-def test_the_fastest_way_is_the_peer():
+def test_the_fastest_implementation_is_chosen():
     def make(dtype: str, experts: str) -> model.Side:
         def slow() -> None:
             time.sleep(0.0 if (dtype, experts) == ("bfloat16", "eager") else 0.01)

@@ -1,4 +1,4 @@
-"""The needs of operations are those of their operands."""
+"""FLOPs and traffic of operations match their operands."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,12 @@ from bimedix_jax.kernels.nf4 import quantize
 from bimedix_jax.plan.codegen.cases import cases
 
 
-def test_a_weight_has_the_bytes_of_its_storage():
+def test_bytes_of_an_nf4_weight():
     t = jax.eval_shape(quantize, jax.ShapeDtypeStruct((F, D), jnp.bfloat16))
     assert pytest.approx(t.nbytes / t.size, rel=1e-5) == NF4
 
 
-def test_flops_are_those_of_the_compiled_cases():
+def test_flops_equal_those_of_the_compiled_cases():
     train = {work.operation: work.flops for work in works() if work.phase == PHASES[0].name}
     found = cases()
     products = sum(
@@ -27,7 +27,7 @@ def test_flops_are_those_of_the_compiled_cases():
     assert train["q, k, v, o, NF4 (nf4_matmul)"] == attention
 
 
-def test_memory_is_the_limit_in_decoding_and_compute_in_training():
+def test_training_is_compute_bound_and_decoding_memory_bound():
     intensities = {(work.operation, work.phase): work.intensity for work in works()}
     experts = [intensities["experts, NF4 (grouped_matmul)", phase.name] for phase in PHASES]
     assert experts == sorted(experts, reverse=True)

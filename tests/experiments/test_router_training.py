@@ -1,4 +1,4 @@
-"""The arms are the preset but for what they name, and an arm runs from the command line it gives."""
+"""Arms differ from the preset only in name and targets, and an arm runs with the documented command."""
 
 import runpy
 from pathlib import Path
