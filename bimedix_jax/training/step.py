@@ -112,10 +112,11 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
         gather_head(model.head)
         nll_sum, _ = next_token_loss(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
         nll = share(nll_sum, totals.targets)
-        copies = shards.count(LENGTH)  # this many shards have the same rows, and each adds the same aux and z-loss
-        rows = grouping.each_row(out.sums, micro)
-        aux = balance_part(rows, router.aux_scope, totals) / copies
-        z = router_z_loss(rows) * share(jnp.sum(segment_ids_BT != 0), totals.tokens) / copies
+        with jax.named_scope("router_losses"):
+            copies = shards.count(LENGTH)  # this many shards have the same rows, and each adds the same aux and z-loss
+            rows = grouping.each_row(out.sums, micro)
+            aux = balance_part(rows, router.aux_scope, totals) / copies
+            z = router_z_loss(rows) * share(jnp.sum(segment_ids_BT != 0), totals.tokens) / copies
         loss = nll + router.aux_loss_coef * aux + router.z_loss_coef * z
         sums = jax.lax.stop_gradient(shards.sum_over(BATCH, grouping.each_language(out.sums, micro)))
         return loss, {"loss": loss, "nll": nll, "aux_loss": aux, "z_loss": z, "router": sums}
@@ -241,9 +242,10 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(experiment.seed), state.step) if dropout else None
         plan = None if plan is None else plan.fold_in(state.step)
         gradients, sums = gradient(state.params, {**frozen, **state.router}, batch_A, key, plan)
-        gradients, norm = clip(gradients, experiment.optimiser.clip_norm)
-        updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
-        params: Any = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimiser"):
+            gradients, norm = clip(gradients, experiment.optimiser.clip_norm)
+            updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
+            params: Any = optax.apply_updates(state.params, updates)
         metrics = {name: sums[name] for name in ("loss", "nll", "aux_loss", "z_loss")}
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
         metrics |= {"tokens": sums["tokens"], "supervised_tokens": sums["targets"]}
