@@ -9,7 +9,8 @@ from tiny import TINY
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.padding import pad_left, pad_right
 from bimedix_jax.inference.scoring import prefill, score, score_continuations
-from bimedix_jax.models.mixtral import Mixtral, init_random
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 
 ROWS = [[5, 17, 3, 60, 2, 9, 9], [9, 1], [44, 8, 8, 20]]
