@@ -119,7 +119,7 @@ def options_of(config: type, given: Any = tyro.MISSING_NONPROP) -> StructConstru
         several = next((option for option in _alternatives(kind) if typing.get_origin(option) is tuple), None)
         if several is not None and tyro.conf.Positional not in marks:
             repeatable[field.name] = default
-            kind, marks, default = tuple[several, ...], (*marks, tyro.conf.UseAppendAction), ()
+            kind, marks, default = types.GenericAlias(tuple, (several, ...)), (*marks, tyro.conf.UseAppendAction), ()
         elif default is None:
             marks = (*marks, tyro.conf.DisallowNone)
         hint = _annotated(kind, (tyro.conf.arg(help_behavior_hint=shown), *marks))
@@ -168,7 +168,8 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _annotated(kind: Any, marks: tuple[Any, ...]) -> Any:
-    return Annotated[(kind, *marks)]  # pyright: ignore[reportInvalidTypeForm]
+    alias: Any = Annotated
+    return alias[(kind, *marks)]
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     sizes = (config.batch, config.length, config.prompt, config.steps, config.repetitions, *config.decode_batches)
     if min(sizes) < 1:
-        raise BimedixError("a size or --repetitions is below 1; give at least 1")
+        raise BimedixError("All sizes and --repetitions must be at least 1; correct them")
     startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, max(config.length, config.prompt + config.steps * (config.repetitions + 7) + 1))

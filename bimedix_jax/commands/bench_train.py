@@ -42,7 +42,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.bench import model, report, whole
 
     if min(config.batch, config.repetitions) < 1 or config.length < 2:
-        raise BimedixError("--batch or --repetitions is below 1, or --length below 2; give more")
+        raise BimedixError("--batch and --repetitions must be at least 1, and --length at least 2; correct them")
     startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, config.length)

@@ -96,7 +96,7 @@ def task_note(row: dict[str, Any]) -> str:
     if row["limited"]:
         notes.append(f"first {row['n'] + row['too_long']} of {row['available']}")
     elif row["available"] != row["paper_questions"]:
-        notes.append("not the paper's selection of questions")
+        notes.append("questions differ from the paper's")
     if row["too_long"]:
         notes.append(f"{row['too_long']} too long, not scored")
     if row["rejected"]:
@@ -106,7 +106,7 @@ def task_note(row: dict[str, Any]) -> str:
 
 def _left_out(what: str, too_long: dict[str, int]) -> str | None:
     count = sum(number for group, number in too_long.items() if "/" not in group)
-    return f"{count} {what}s are longer than the maximum and were not scored." if count else None
+    return f"{count} {what}s exceed the maximum length and were not scored." if count else None
 
 
 def _change(value: float, before: float | None) -> str:

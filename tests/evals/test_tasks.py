@@ -106,7 +106,7 @@ def test_tables_show_results_alone_and_against_earlier_ones(model, tokenizer, mi
     shown = printed(tables.task_table(rows, 0.25))
     assert "AVG" in shown
     assert "first 2 of 3; 1 invalid rows" in shown
-    assert "not the paper's selection of questions" in shown
+    assert "questions differ from the paper's" in shown
     assert "1 of 9 tasks" in printed(tables.task_table({"medqa": rows["medqa"]}, None, rows))
 
 
