@@ -117,9 +117,12 @@ def cycles(graph: Graph) -> list[list[str]]:
 
 def functions_named(sources: Sources, name: str) -> list[str]:
     """`path:line` of each function or method of a name."""
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef
-    walked = ((path, node) for path, text in sources.items() for node in ast.walk(ast.parse(text)))
-    return [f"{path}:{node.lineno}" for path, node in walked if isinstance(node, kinds) and node.name == name]
+    return [
+        f"{path}:{node.lineno}"
+        for path, text in sources.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+    ]
 
 
 def public_classes(sources: Sources) -> dict[str, list[str]]:

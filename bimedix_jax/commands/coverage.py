@@ -77,10 +77,10 @@ def base_model(config: Config) -> tuple["Mixtral", str]:
             f"{config.model} is neither a known architecture ({', '.join(ARCHITECTURES)}) nor a folder; correct it."
         )
     elif store.is_native(folder):
-        record = store.read_config(folder / store.MODEL_CONFIG, store.MODEL_FORMAT)
-        architecture = parse(MixtralConfig, record["config"], f"config in {folder}")
-        lora = parse(LoraConfig | None, record["lora"], f"lora in {folder}")
-        dtype, held = record["dtype"], "nf4" if record["nf4"] else record["dtype"]
+        record = store.read_config(folder / store.MODEL_CONFIG, store.ModelJson, store.MODEL_FORMAT)
+        architecture = parse(MixtralConfig, record.config, f"config in {folder}")
+        lora = parse(LoraConfig | None, record.lora, f"lora in {folder}")
+        dtype, held = record.dtype, "nf4" if record.nf4 else record.dtype
         if config.base not in (None, held):
             raise BimedixError(f"{folder} was saved with base {held}, not {config.base}; leave --base out.")
         base = held

@@ -10,9 +10,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bimedix_jax.checkpoint.dtypes import TO_SAFETENSORS
 from bimedix_jax.checkpoint.safetensors_io import (
     INDEX_NAME,
-    NAMES,
     SINGLE_NAME,
     ShardedWriter,
     TensorSpec,
@@ -89,7 +89,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path, limit: int) -> None:
 
 
 def test_every_dtype_round_trips(tmp_path: Path) -> None:
-    values = {name: np.ones((2, 8)).astype(dtype) for dtype, name in NAMES.items()}
+    values = {name: np.ones((2, 8)).astype(dtype) for dtype, name in TO_SAFETENSORS.items()}
     write(tmp_path, values)
     for name, tensor in read_folder(tmp_path).items():
         assert tensor.dtype == values[name].dtype

@@ -23,7 +23,9 @@ def assert_alike(ours, theirs, tolerance):
 
 def test_a_run_on_a_mesh_equals_the_run_on_one_device(tmp_path, experiment):
     """Metrics and saved adapters are equal up to rounding."""
-    plain = experiment(batch=BatchConfig(rows=4), router=RouterTraining(0.01, "global"), steps=4)
+    plain = experiment(
+        batch=BatchConfig(rows=4), router=RouterTraining(aux_loss_coef=0.01, aux_scope="global"), steps=4
+    )
     one = train(plain, tmp_path / "one")
     mesh = dataclasses.replace(plain, mesh=MeshConfig(fsdp=4, expert=2))
     with pytest.raises(BimedixError, match="4 rows of a micro-batch cannot be divided among the 8 parts"):
