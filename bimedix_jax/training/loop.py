@@ -75,8 +75,7 @@ def train(
       model: a base that is loaded already, with or without adapters; None loads it. The result has the trained model.
       plan: the routing plan of every step and of the held-out loss. Its B is 1 or the rows of a step, and its T is 1 or
         the tokens of a row. The folder stores it, and a resumed run must pass the same plan.
-      console: where progress is printed; stderr by default.
-      resume_command: the command that the message of an interruption names.
+      console, resume_command: where progress is printed (stderr), and the command that an interruption message names.
 
     Raises:
       BimedixError: the experiment is impossible, or a loss is not finite; that step is not saved.
