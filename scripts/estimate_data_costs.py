@@ -13,25 +13,20 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bimedix_jax.commands import data_chats, data_translate
-from bimedix_jax.curation.chats import job as chats
-from bimedix_jax.curation.chats import pipeline as chat_pipeline
-from bimedix_jax.curation.chats.shapes import Style
+from bimedix_jax.curation.annotate.job import Job, forecast
+from bimedix_jax.curation.annotate.task import Task
 from bimedix_jax.curation.llm.account import Price, parse_prices
 from bimedix_jax.curation.llm.config import LlmConfig
 from bimedix_jax.curation.llm.estimate import Estimate
-from bimedix_jax.curation.llm.prompts import load_prompts
 from bimedix_jax.curation.llm.request import Usage, likely_tokens
 from bimedix_jax.curation.llm.store import open_store
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers import read
-from bimedix_jax.curation.translate import job as translate
-from bimedix_jax.curation.translate.pipeline import Settings
 from bimedix_jax.data.records import Record
 from bimedix_jax.errors import run_script
 
@@ -45,8 +40,8 @@ MODEL = LlmConfig(model="any")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One of the rows: what is asked, for how many samples, and the tool's estimate for `sample` of them."""
+class Row:
+    """A row of the table: a task for `count` samples, and the tool's estimate for `sample` of them."""
 
     name: str
     count: int
@@ -84,42 +79,22 @@ def records(data: Path, kind: str, number: int) -> list[Record]:
     return found[middle - half : middle + half]
 
 
-def again(rows: Sequence[Record]) -> Callable[[], Iterator[Record]]:
-    return lambda: iter(rows)
+def estimate(name: str, count: int, task: Task[Any], rows: list[Record], scratch: Path) -> Row:
+    job = Job(records=lambda: iter(rows), task=task, writer=MODEL, judge=MODEL)
+    with open_store(scratch / f"{name}.sqlite") as store:
+        found = forecast(job, store)
+    return Row(name, count, found.records, task.rounds, found.estimates)
 
 
-def translation(kind: str, rows: list[Record], scratch: Path) -> Job:
-    default = data_translate.Config(sources=(), output=Path(), llm=MODEL)
-    settings = Settings(
-        threshold=default.threshold,
-        rounds=default.rounds,
-        max_tokens=default.max_tokens,
-        temperature=default.temperature,
-        translate=load_prompts("translate"),
-        judge=load_prompts("judge"),
-    )
-    with open_store(scratch / f"{kind}.sqlite") as store:
-        found = translate.forecast(translate.Job(again(rows), MODEL, MODEL, settings), store)
-    return Job(f"translation, {kind}", TRANSLATED[kind], len(rows), default.rounds, found.estimates)
+def estimates(rows: dict[str, list[Record]], scratch: Path) -> list[Row]:
+    """With the defaults of both commands."""
+    options: dict[str, Any] = {"sources": (), "output": Path(), "llm": MODEL}
+    translate = data_translate.task_of(data_translate.Config(**options))
+    found = [estimate(f"translation, {kind}", TRANSLATED[kind], translate, rows[kind], scratch) for kind in rows]
+    return [*found, estimate("chats", CHATS, data_chats.task_of(data_chats.Config(**options)), rows["mcqa"], scratch)]
 
 
-def writing(rows: list[Record], scratch: Path) -> Job:
-    default = data_chats.Config(sources=(), output=Path(), llm=MODEL)
-    settings = chat_pipeline.Settings(
-        style=Style(default.turns, default.most_turns, default.switch_share, default.language, default.seed),
-        threshold=default.threshold,
-        rounds=default.rounds,
-        max_tokens=default.max_tokens,
-        temperature=default.temperature,
-        write=load_prompts(chat_pipeline.STAGE),
-        judge=load_prompts(chat_pipeline.JUDGE),
-    )
-    with open_store(scratch / "chats.sqlite") as store:
-        found = chats.forecast(chats.Job(again(rows), MODEL, MODEL, settings), store)
-    return Job("chats", CHATS, found.questions, default.rounds, found.estimates)
-
-
-def report(jobs: list[Job], tokens: dict[str, float], prices: dict[str, Price], refined: float) -> dict[str, Any]:
+def report(jobs: list[Row], tokens: dict[str, float], prices: dict[str, Price], refined: float) -> dict[str, Any]:
     rows = []
     for job in jobs:
         requests, usage = job.usage(refined)
@@ -168,8 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = {kind: records(options.data, kind, options.sample) for kind in SOURCES}
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [translation(kind, found, Path(folder)) for kind, found in rows.items()]
-        jobs.append(writing(rows["mcqa"], Path(folder)))
+        jobs = estimates(rows, Path(folder))
     tokens = {kind: sum(map(size, found)) / len(found) for kind, found in rows.items()}
     result = report(jobs, tokens, parse_prices(options.prices), options.refined)
     if options.json:

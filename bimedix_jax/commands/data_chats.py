@@ -9,30 +9,31 @@ from rich.console import Console
 from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
 
 if TYPE_CHECKING:
-    from bimedix_jax.curation.chats.job import Forecast, Job
+    from bimedix_jax.curation.annotate.chats import WriteChats
+    from bimedix_jax.curation.annotate.job import Forecast, Outcomes
     from bimedix_jax.data.records import Record
 
 
 @dataclass(frozen=True)
 class Config:
-    """Write a chat on each multiple-choice question, check that it keeps the answer, write it again where it does not.
+    """Write a chat on each multiple-choice question, check that it keeps the answer, and revise it if it does not.
 
-    What it would ask and cost, without asking:
+    Estimate requests and cost without sending anything:
 
         bimedix data chats --sources train.jsonl --output chats --llm.model gpt-4o-mini \\
             --prices gpt-4o-mini=0.15/0.075/0.60 --dry-run
 
-    In which every fifth patient switches between English and Arabic:
+    With a switch between English and Arabic in every fifth chat:
 
         bimedix data chats --sources train.jsonl --output chats --switch-share 0.2 --llm.model gpt-4o-mini \\
             --judge.model qwen3-32b --judge.base-url http://127.0.0.1:8000/v1 --judge.api-key-env ''
 
-    A turn is an exchange: the patient says something and the doctor replies. Ctrl-C, SIGTERM, SIGKILL: run the same
-    command again. Each reply is in the store and is not paid for twice.
+    A turn is an exchange: the patient speaks and the doctor replies. To resume after Ctrl-C, SIGTERM or SIGKILL, run
+    the same command again. No reply is paid for twice.
     """
 
     sources: tuple[str, ...]
-    """Where the questions are: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
+    """The questions: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
 
     output: Path
     """Folder to write: chats.jsonl, rejected.jsonl (questions without a chat, and why), report.json."""
@@ -41,37 +42,37 @@ class Config:
     """The model that writes."""
 
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    """The model that judges; what is not given is as for the one that writes."""
+    """The model that judges; options that are not given are those of the writer."""
 
     store: Path | None = None
-    """SQLite file that keeps every reply; by default beside the output folder, with `.sqlite` added to its name."""
+    """SQLite file with all replies; by default next to the output folder, with `.sqlite` added to its name."""
 
     turns: float = 4.7
     """Mean number of turns; the paper's English chats have 4.71."""
 
     most_turns: int = 10
-    """Turns of the longest; the shortest has 2. Between them they are drawn from a binomial distribution."""
+    """Turns of the longest chat; the shortest has 2. Lengths have a binomial distribution."""
 
     switch_share: float = 0.1
     """Share of the chats in which the patient changes the language and the doctor follows."""
 
     language: Literal["same", "en", "ar"] = "same"
-    """What a chat begins in: its question's language, English or Arabic."""
+    """First language of a chat: that of its question, English or Arabic."""
 
     threshold: float = 80.0
-    """Lowest score, of 100, that the judge must give."""
+    """Lowest accepted score, of 100."""
 
     rounds: int = 2
-    """How often a chat may be written again."""
+    """Maximum number of revisions of a chat."""
 
     seed: int = 0
-    """Draws length, languages and the turn of the answer for each question."""
+    """Seed of the length, the languages and the turn of the answer of each chat."""
 
     temperature: float = 0.8
-    """Of the chats; the judge always has 0. Below 0: the field is not sent, for models that refuse it."""
+    """Temperature of the writer; the judge always has 0. Give -1 for models that reject the field."""
 
     max_tokens: int = 8192
-    """Most tokens of a chat; less is asked for where the plan is short."""
+    """Maximum tokens of a chat; requests for short chats have a lower limit."""
 
     prompts: Path | None = None
     """Folder whose chats/*.txt and chats_judge/*.txt replace the prompts that ship with the package."""
@@ -80,19 +81,19 @@ class Config:
     """MODEL=PROMPT/CACHED/COMPLETION in US dollars per million tokens, or JSON files with such prices."""
 
     budget_usd: float | None = None
-    """Stop before so many US dollars are passed, earlier runs with the same store included."""
+    """Limit in US dollars, which includes earlier runs with the same store."""
 
     budget_tokens: int | None = None
-    """Stop before so many tokens are passed, earlier runs with the same store included."""
+    """Limit in tokens, which includes earlier runs with the same store."""
 
     limit: int | None = None
-    """At most so many questions of each source."""
+    """Maximum number of questions of each source."""
 
     give_up: bool = False
-    """Count questions that got no answer as rejected, instead of ending without output for the next run to ask anew."""
+    """Reject questions without an answer. Otherwise the run ends without output and the next one tries again."""
 
     dry_run: bool = False
-    """Print what would be asked and cost, and send nothing."""
+    """Print the estimate and send nothing."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""
@@ -110,58 +111,44 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Estimate, write, check."""
-    from bimedix_jax import files
-    from bimedix_jax.curation.chats import job as jobs
-    from bimedix_jax.curation.chats import output
-    from bimedix_jax.curation.llm.account import Account, parse_prices
-    from bimedix_jax.curation.llm.estimate import show
-    from bimedix_jax.curation.llm.store import open_store
-    from bimedix_jax.curation.llm.whole_run import run_to_end
+    from bimedix_jax.curation.annotate import chats_output
+    from bimedix_jax.curation.annotate.command import JobOptions, annotate
 
+    task = task_of(config)
+
+    def announce(forecast: "Forecast") -> dict[str, Any]:
+        return _print_forecast(forecast, console)
+
+    def write(folder: Path, outcomes: "Outcomes", forecast: "Forecast", provenance: dict[str, Any]) -> dict[str, Any]:
+        return chats_output.write(folder, outcomes, task.style, forecast.left_out, provenance)
+
+    result = annotate(JobOptions.of(config), task, not_a_question, announce, write, console)
     if not config.dry_run:
-        files.check_replaceable(config.output, config.overwrite)
-    prices = parse_prices(config.prices)
-    job = _job(config, console)
-    with open_store(config.store or config.output.with_name(f"{config.output.name}.sqlite")) as store:
-        forecast = jobs.forecast(job, store)
-        rows = show(forecast.estimates, prices, console)
-        planned = _print_forecast(forecast, console)
-        if config.dry_run:
-            return {**planned, "estimate": rows}
-        account = Account(store, prices, config.budget_usd, config.budget_tokens)
-        give_up = None if config.give_up else "count them as rejected"
-        running = jobs.write_chats(job, account, forecast.questions)
-        unanswered = run_to_end(running, account, forecast.questions, "questions", give_up, console)
-        with files.new_folder(config.output, config.overwrite) as folder:
-            style = job.settings.style
-            report = output.write(folder, jobs.outcomes(job, store), style, forecast.left_out, job.provenance())
-        ledger = account.rows()
-    _print(report, config, console)
-    return {"output": str(config.output), **report, "unanswered": unanswered, "estimate": rows, "ledger": ledger}
+        _print(result, config, console)
+    return result
 
 
-def _job(config: Config, console: Console) -> "Job":
-    from bimedix_jax.curation.chats.job import Job
-    from bimedix_jax.curation.chats.pipeline import JUDGE, STAGE, Settings
-    from bimedix_jax.curation.chats.shapes import Style
+def task_of(config: Config) -> "WriteChats":
+    """The task that the options describe."""
+    from bimedix_jax.curation.annotate.chat_shapes import ChatStyle
+    from bimedix_jax.curation.annotate.chats import WriteChats
     from bimedix_jax.curation.llm.prompts import load_prompts
-    from bimedix_jax.curation.llm.whole_run import wanted_records
 
-    style = Style(config.turns, config.most_turns, config.switch_share, config.language, config.seed)
-    settings = Settings(
-        style=style,
+    return WriteChats(
+        style=ChatStyle(
+            mean=config.turns,
+            most=config.most_turns,
+            switch_share=config.switch_share,
+            language=config.language,
+            seed=config.seed,
+        ),
         threshold=config.threshold,
         rounds=config.rounds,
         max_tokens=config.max_tokens,
         temperature=None if config.temperature < 0 else config.temperature,
-        write=load_prompts(STAGE, config.prompts),
-        judge=load_prompts(JUDGE, config.prompts),
+        prompts=load_prompts("chats", config.prompts),
+        judge_prompts=load_prompts("chats_judge", config.prompts),
     )
-    judge = config.judge.over(config.llm)
-    if judge.model == config.llm.model:
-        console.print(f"[bold yellow]{judge.model} judges its own chats[/]: models favour their own work")
-    records = wanted_records(config.sources, config.limit, not_a_question, console)
-    return Job(records, config.llm, judge, settings)
 
 
 def not_a_question(record: "Record") -> str | None:
@@ -170,16 +157,16 @@ def not_a_question(record: "Record") -> str | None:
 
 
 def _print_forecast(forecast: "Forecast", console: Console) -> dict[str, Any]:
-    mean = forecast.exchanges / forecast.questions
+    mean = forecast.exchanges / forecast.records
     console.print(
-        f"{forecast.questions:,} questions, {forecast.finished:,} of them finished before; {mean:.2f} turns planned in "
-        "the mean",
+        f"{forecast.records:,} questions, {forecast.finished:,} of them already finished; {mean:.2f} turns drawn on "
+        "average",
         highlight=False,
     )
     for reason, number in forecast.left_out.most_common():
         console.print(f"  {number:,} questions are left out: {reason}", highlight=False)
     return {
-        "questions": forecast.questions,
+        "questions": forecast.records,
         "finished": forecast.finished,
         "planned_mean_turns": mean,
         "left_out": dict(sorted(forecast.left_out.items())),
@@ -187,7 +174,7 @@ def _print_forecast(forecast: "Forecast", console: Console) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
-    mean = "" if report["mean_turns"] is None else f", {report['mean_turns']:.2f} turns in the mean"
+    mean = "" if report["mean_turns"] is None else f", {report['mean_turns']:.2f} turns on average"
     console.print(
         f"{report['chats']:,} chats of {report['questions']:,} questions in {config.output}{mean}, "
         f"{report['switched']:,} with a change of language",

@@ -1,4 +1,4 @@
-"""Chats from exam questions: plan, rules, judge, refinement, languages, duplicates, and the command."""
+"""Chats from exam questions: shapes, rules, judge, refinement, languages, duplicates, and the command."""
 
 import io
 import json
@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from bimedix_jax.commands import data_chats
-from bimedix_jax.curation.chats import output
-from bimedix_jax.curation.chats.pipeline import _letter
-from bimedix_jax.curation.chats.rules import Dialogue, Said, problems, support, unsuitable, why_no_dialogue
-from bimedix_jax.curation.chats.shapes import Plan, Style, draw
+from bimedix_jax.curation.annotate import chats_output as output
+from bimedix_jax.curation.annotate.chat_rules import Dialogue, Said, problems, support, unsuitable, why_no_dialogue
+from bimedix_jax.curation.annotate.chat_shapes import ChatShape, ChatStyle, draw
+from bimedix_jax.curation.annotate.chats import letter_of
 from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
 from bimedix_jax.data.records import (
     LETTERS,
@@ -83,8 +83,8 @@ def good_turn(turn: dict[str, str], number: int) -> Said:
     return Said.model_validate({"speaker": turn["speaker"], "language": language, "text": text})
 
 
-def good(plan: Plan) -> Dialogue:
-    return Dialogue(turns=tuple(good_turn(turn, number) for number, turn in enumerate(plan.turns())))
+def good(shape: ChatShape) -> Dialogue:
+    return Dialogue(turns=tuple(good_turn(turn, number) for number, turn in enumerate(shape.turns())))
 
 
 def changed(dialogue: Dialogue, number: int, text: str) -> Dialogue:
@@ -93,92 +93,92 @@ def changed(dialogue: Dialogue, number: int, text: str) -> Dialogue:
     return Dialogue(turns=tuple(turns))
 
 
-# --- plans
+# --- shapes
 
 
-def test_plans_have_the_mean_that_is_asked_for():
-    plans = [draw(question(f"q{number}"), Style(mean=4.7)) for number in range(4000)]
-    lengths = [plan.exchanges for plan in plans]
+def test_shapes_have_the_requested_mean():
+    shapes = [draw(question(f"q{number}"), ChatStyle(mean=4.7)) for number in range(4000)]
+    lengths = [shape.exchanges for shape in shapes]
     assert abs(sum(lengths) / len(lengths) - 4.7) < 0.08  # the standard error is 0.02
     assert min(lengths) == 2
     assert 8 <= max(lengths) <= 10
-    assert all(2 <= plan.answer <= plan.exchanges for plan in plans)
+    assert all(2 <= shape.answer <= shape.exchanges for shape in shapes)
 
 
 @pytest.mark.parametrize(("mean", "most"), [(2, 2), (2, 6), (6, 6), (3.5, 4)])
 def test_the_mean_can_be_set(mean, most):
-    lengths = [draw(question(f"q{n}"), Style(mean=mean, most=most)).exchanges for n in range(800)]
+    lengths = [draw(question(f"q{n}"), ChatStyle(mean=mean, most=most)).exchanges for n in range(800)]
     assert abs(sum(lengths) / len(lengths) - mean) < 0.1
     assert max(lengths) <= most
 
 
-def test_a_plan_depends_on_seed_and_question_alone():
-    style = Style(switch_share=0.5)
+def test_a_shape_depends_on_seed_and_question_alone():
+    style = ChatStyle(switch_share=0.5)
     assert draw(question("q1"), style) == draw(question("q1"), style)
     drawn = {draw(question(f"q{n}"), style) for n in range(50)}
     assert len(drawn) > 20
-    assert {draw(question(f"q{n}"), Style(switch_share=0.5, seed=1)) for n in range(50)} != drawn
+    assert {draw(question(f"q{n}"), ChatStyle(switch_share=0.5, seed=1)) for n in range(50)} != drawn
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_share_that_switches_can_be_set(share):
-    plans = [draw(question(f"q{n}"), Style(switch_share=share)) for n in range(1500)]
-    switching = [plan for plan in plans if plan.switch is not None]
-    assert abs(len(switching) / len(plans) - share) < 0.04
-    for plan in switching:
-        assert plan.switch is not None
-        assert plan.switch >= 2
-        assert set(plan.languages[: plan.switch - 1]) == {"en"}
-        assert set(plan.languages[plan.switch - 1 :]) == {"ar"}
+    shapes = [draw(question(f"q{n}"), ChatStyle(switch_share=share)) for n in range(1500)]
+    switching = [shape for shape in shapes if shape.switch is not None]
+    assert abs(len(switching) / len(shapes) - share) < 0.04
+    for shape in switching:
+        assert shape.switch is not None
+        assert shape.switch >= 2
+        assert set(shape.languages[: shape.switch - 1]) == {"en"}
+        assert set(shape.languages[shape.switch - 1 :]) == {"ar"}
 
 
 def test_the_language_can_be_set():
-    assert draw(question("q"), Style(language="ar", switch_share=0)).language == "ar"
-    assert draw(question("q", "ar"), Style(switch_share=0)).language == "ar"
+    assert draw(question("q"), ChatStyle(language="ar", switch_share=0)).language == "ar"
+    assert draw(question("q", "ar"), ChatStyle(switch_share=0)).language == "ar"
 
 
-def test_styles_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="in the mean"):
-        Style(mean=11)
+def test_impossible_styles_are_errors():
+    with pytest.raises(ValueError, match="mean number of turns"):
+        ChatStyle(mean=11)
     with pytest.raises(ValueError, match="switch_share"):
-        Style(switch_share=2)
+        ChatStyle(switch_share=2)
 
 
 # --- rules
 
 
-PLAN = Plan(("en", "en", "en"), answer=2)
-SWITCHING = Plan(("en", "en", "ar"), answer=2)
+SHAPE = ChatShape(("en", "en", "en"), answer=2)
+SWITCHING = ChatShape(("en", "en", "ar"), answer=2)
 
 
-@pytest.mark.parametrize("plan", [PLAN, SWITCHING, Plan(("ar",) * 4, 4), Plan(("en", "ar"), 2)])
+@pytest.mark.parametrize("shape", [SHAPE, SWITCHING, ChatShape(("ar",) * 4, 4), ChatShape(("en", "ar"), 2)])
 @pytest.mark.parametrize("language", ["en", "ar"])
-def test_a_good_chat_has_no_problem(plan, language):
-    assert [str(problem) for problem in problems(question(language=language), plan, good(plan))] == []
+def test_a_good_chat_has_no_problem(shape, language):
+    assert [str(problem) for problem in problems(question(language=language), shape, good(shape))] == []
 
 
 @pytest.mark.parametrize(
-    ("name", "plan", "dialogue"),
+    ("name", "shape", "dialogue"),
     [
-        ("turns", PLAN, Dialogue(turns=good(PLAN).turns[:4])),
-        ("language", SWITCHING, good(PLAN)),
-        ("language", PLAN, changed(good(PLAN), 0, "مرحبا يا دكتور كيف الحال")),
-        ("no_question", PLAN, changed(good(PLAN), 1, "I see. Tell me more about it.")),
-        ("answer_early", PLAN, changed(good(PLAN), 1, "Take an inhaled corticosteroid. Since when is it so?")),
-        ("answer_missing", PLAN, changed(good(PLAN), 3, "You should rest and drink water.")),
-        ("another_choice", PLAN, changed(good(PLAN), 3, "Inhaled things do not help; take an oral antibiotic.")),
-        ("exam_talk", PLAN, changed(good(PLAN), 3, "An inhaled corticosteroid, so option A is the correct answer.")),
+        ("turns", SHAPE, Dialogue(turns=good(SHAPE).turns[:4])),
+        ("language", SWITCHING, good(SHAPE)),
+        ("language", SHAPE, changed(good(SHAPE), 0, "مرحبا يا دكتور كيف الحال")),
+        ("no_question", SHAPE, changed(good(SHAPE), 1, "I see. Tell me more about it.")),
+        ("answer_early", SHAPE, changed(good(SHAPE), 1, "Take an inhaled corticosteroid. Since when is it so?")),
+        ("answer_missing", SHAPE, changed(good(SHAPE), 3, "You should rest and drink water.")),
+        ("another_choice", SHAPE, changed(good(SHAPE), 3, "Inhaled things do not help; take an oral antibiotic.")),
+        ("exam_talk", SHAPE, changed(good(SHAPE), 3, "An inhaled corticosteroid, so option A is the correct answer.")),
         ("exam_talk", SWITCHING, changed(good(SWITCHING), 5, "الإجابة الصحيحة هي الخيار أ يا سيدتي.")),
-        ("repetition", PLAN, changed(good(PLAN), 4, good(PLAN).turns[2].text)),
+        ("repetition", SHAPE, changed(good(SHAPE), 4, good(SHAPE).turns[2].text)),
     ],
 )
-def test_each_fault_is_named(name, plan, dialogue):
-    assert name in {problem.name for problem in problems(question(), plan, dialogue)}
+def test_each_problem_is_found(name, shape, dialogue):
+    assert name in {problem.name for problem in problems(question(), shape, dialogue)}
 
 
 def test_questions_may_name_the_answer_before_it_is_given():
-    asked = changed(good(PLAN), 1, "Have you ever used an inhaled corticosteroid?")
-    assert problems(question(), PLAN, asked) == []
+    asked = changed(good(SHAPE), 1, "Have you ever used an inhaled corticosteroid?")
+    assert problems(question(), SHAPE, asked) == []
 
 
 @pytest.mark.parametrize(
@@ -191,18 +191,18 @@ def test_questions_may_name_the_answer_before_it_is_given():
         ("Gout", "you have asthma", 0),
     ],
 )
-def test_how_much_of_a_choice_is_said(choice, text, share):
+def test_support_is_the_share_of_a_choices_words(choice, text, share):
     assert support(choice, text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
     ("dialogue", "reason"),
-    [(Dialogue(turns=()), "no turns"), (Dialogue(turns=good(PLAN).turns[:3]), "last word"),
-     (Dialogue(turns=good(PLAN).turns[1:]), "must be the patient's"), (changed(good(PLAN), 2, " "), "is blank")],
+    [(Dialogue(turns=()), "no turns"), (Dialogue(turns=good(SHAPE).turns[:3]), "last word"),
+     (Dialogue(turns=good(SHAPE).turns[1:]), "must be the patient's"), (changed(good(SHAPE), 2, " "), "is blank")],
 )  # fmt: skip
-def test_what_is_no_consultation(dialogue, reason):
+def test_replies_that_are_no_consultations_give_a_reason(dialogue, reason):
     assert reason in (why_no_dialogue(dialogue) or "")
-    assert why_no_dialogue(good(PLAN)) is None
+    assert why_no_dialogue(good(SHAPE)) is None
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_what_is_no_consultation(dialogue, reason):
         (question(choices=("Vitamin A and D", "Vitamin E")), None),
     ],
 )
-def test_questions_that_give_no_chat(record, reason):
+def test_unsuitable_questions_give_a_reason(record, reason):
     found = unsuitable(record)
     assert found is None if reason is None else reason in (found or "")
 
@@ -223,8 +223,8 @@ def test_questions_that_give_no_chat(record, reason):
 @pytest.mark.parametrize(
     ("said", "letter"), [("B", "B"), ("(b).", "B"), ("None", "none"), ("E", None), ("B or C", None)]
 )
-def test_what_the_judge_may_answer(said, letter):
-    assert _letter(said, "ABC") == letter
+def test_letters_of_the_judge_are_read(said, letter):
+    assert letter_of(said, "ABC") == letter
 
 
 # --- with models
@@ -287,11 +287,11 @@ def test_from_questions_to_chats(serve, tmp_path):
     chats = list(read_jsonl(tmp_path / "out" / output.CHATS))
     assert [chat.provenance["source_id"] for chat in chats] == [record.id for record in records]
     for record, chat in zip(records, chats, strict=True):
-        plan = draw(record, Style(switch_share=0.5))
+        shape = draw(record, ChatStyle(switch_share=0.5))
         assert (chat.kind, chat.split, chat.specialty, chat.choices) == ("chat", "train", "pulmonology", None)
-        assert len(chat.conversations) == 2 * plan.exchanges
+        assert len(chat.conversations) == 2 * shape.exchanges
         own = [turn.language or chat.language for turn in chat.conversations]
-        assert own == [language for language in plan.languages for _ in range(2)]
+        assert own == [language for language in shape.languages for _ in range(2)]
         assert chat.provenance["group"] == record.id
         assert (chat.provenance["generator"], chat.provenance["judge"]) == ("writer", "judge")
     assert {chat.provenance.get("switch_turn") is not None for chat in chats} == {True, False}
@@ -308,7 +308,7 @@ def test_the_judge_does_not_know_the_key(serve, tmp_path):
     assert "A. Inhaled corticosteroid" in model.judged[0]
 
 
-def test_a_fault_is_told_and_mended(serve, tmp_path):
+def test_a_revision_gets_the_problems_of_the_draft(serve, tmp_path):
     def spoil(dialogue: Dialogue, number: int) -> Dialogue:
         return changed(dialogue, 1, "I see, tell me more.") if number == 0 else dialogue
 
@@ -331,7 +331,7 @@ def test_a_chat_that_changes_the_answer_is_rejected(serve, tmp_path):
 
 
 @pytest.mark.parametrize(("score", "kept"), [("85/100", 1), (79, 0), ("٩٠", 1), ("good", 0), (-1, 0)])
-def test_the_score_decides_too_and_none_is_no_acceptance(serve, tmp_path, score, kept):
+def test_a_low_or_unreadable_score_is_not_accepted(serve, tmp_path, score, kept):
     result, _ = run(tmp_path, serve(respond=Model(score=lambda number: score)), [question()], rounds=0)
     assert result["chats"] == kept
 
@@ -341,7 +341,7 @@ def test_nearly_the_same_chats_and_questions_are_left_out(serve, tmp_path):
     twins = [question("a", stem="First of two questions. What is given first?"), question("b", stem="The second one?")]
     twins += [question("c", stem="The second  one?")]
     result, _ = run(tmp_path, serve(respond=Model()), twins, **style)
-    answers = {draw(record, Style(mean=3, most=3)).answer for record in twins[:2]}
+    answers = {draw(record, ChatStyle(mean=3, most=3)).answer for record in twins[:2]}
     assert result["left_out"] == {"another question has the same words": 1}
     assert (result["chats"], result["duplicates"]) == ((1, 1) if len(answers) == 1 else (2, 0))
     same, _ = run(tmp_path, serve(respond=Model()), twins[:2], turns=2, most_turns=2)
@@ -349,7 +349,7 @@ def test_nearly_the_same_chats_and_questions_are_left_out(serve, tmp_path):
     assert "nearly the same as a/chat" in (tmp_path / "out" / output.REJECTED).read_text("utf-8")
 
 
-def test_what_was_paid_for_is_not_asked_again(serve, tmp_path):
+def test_replies_are_not_paid_for_twice(serve, tmp_path):
     model = Model()
     server = serve(respond=model)
     first, _ = run(tmp_path, server, several(4))
@@ -359,10 +359,10 @@ def test_what_was_paid_for_is_not_asked_again(serve, tmp_path):
     assert len(server.bodies) == sent == 8
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert first["chats"] == again["chats"] == 4
-    assert "4 of them finished before" in said
+    assert "4 of them already finished" in said
 
 
-def test_other_endings_are_survived(serve, tmp_path):
+def test_faults_of_the_endpoint_are_handled(serve, tmp_path):
     """Cut, filtered and garbled replies are asked for again; what stays unusable is rejected, not lost."""
     faults = iter(["429:1", "500", "cut", "truncated_json", "content_filter", "length"])
     server = serve(respond=Model(), fault=lambda body, nth: next(faults, None))
@@ -371,7 +371,7 @@ def test_other_endings_are_survived(serve, tmp_path):
     assert result["chats"] >= 2
 
 
-def test_a_dry_run_asks_nothing(serve, tmp_path):
+def test_a_dry_run_sends_nothing(serve, tmp_path):
     server = serve(respond=Model())
     records = [*several(5), question("none", choices=("Gout", "None of the above"))]
     result, said = run(tmp_path, server, records, dry_run=True, prices=("writer=1/0.5/4", "judge=1/0.5/4"))
@@ -381,11 +381,11 @@ def test_a_dry_run_asks_nothing(serve, tmp_path):
     assert rows["chats"]["requests"] == [5, 5]
     assert rows["chats_judge"]["requests"] == [5, 15]
     assert rows["chats"]["usd"][0] > 0
-    assert "planned" in said
+    assert "turns drawn on average" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_question_is_said(serve, tmp_path):
+def test_records_that_are_no_questions_are_counted(serve, tmp_path):
     chat = Record(id="c", language="en", kind="qa", source="s", licence="l", conversations=conversation("Why?", "So."))
     _, said = run(tmp_path, serve(respond=Model()), [question(), chat])
     assert "1 records of kind qa are no multiple-choice questions" in said
@@ -403,7 +403,7 @@ def test_arabic_questions_and_arabic_chats_of_english_ones(serve, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["threshold", "rounds", "turns", "switch_share"])
-def test_options_out_of_range_are_refused(tmp_path, name):
+def test_options_out_of_range_are_errors(tmp_path, name):
     with pytest.raises(ValueError, match=name):
         data_chats.Config(("x",), tmp_path, LlmConfig(model="m"), **dict[str, Any]({name: -1}))
 

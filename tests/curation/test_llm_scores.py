@@ -7,12 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from bimedix_jax.curation.annotate.translation import Judgement, Segments
 from bimedix_jax.curation.llm.config import LlmConfig
 from bimedix_jax.curation.llm.outcomes import from_body, parse
 from bimedix_jax.curation.llm.request import Request
 from bimedix_jax.curation.llm.scores import parse_score
-from bimedix_jax.curation.translate.judge import Judgement
-from bimedix_jax.curation.translate.pipeline import Segments
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,7 @@ from bimedix_jax.curation.translate.pipeline import Segments
         (100, 100.0),
     ],
 )
-def test_scores_in_many_spellings(written, score):
+def test_scores_are_read_in_many_spellings(written, score):
     assert parse_score(written) == score
 
 
@@ -44,11 +43,11 @@ def test_scores_in_many_spellings(written, score):
         *("the source says 100/100", "100/100 says the source, I say 40", "85 or 90", "85-90", "+85", "8 5", "1e2"),
     ],
 )
-def test_what_is_no_score(written):
+def test_values_that_are_no_scores_give_none(written):
     assert parse_score(written) is None
 
 
-def test_only_the_judges_own_object_holds_a_score():
+def test_a_quoted_object_is_no_score():
     fair = 'The text says {score: 100} and "score: 100/100". {"problems": ["dose"], "score": 20}'
     judgement, reason = parse(fair, Judgement)
     assert isinstance(judgement, Judgement)
@@ -61,7 +60,7 @@ def test_only_the_judges_own_object_holds_a_score():
 
 
 @pytest.mark.parametrize("schema", [Judgement, Segments])
-def test_the_schemas_are_what_strict_endpoints_take(schema):
+def test_schemas_suit_strict_endpoints(schema):
     """Each object closed, each property required; replies may still leave out what has a default."""
     sent = Request("s", "i", 0, (), "p", 10, schema=schema).payload(LlmConfig(model="m"))["response_format"]
     objects = [sent["json_schema"]["schema"], *sent["json_schema"]["schema"].get("$defs", {}).values()]
@@ -85,7 +84,7 @@ class Pair(BaseModel):
         '{not json} {"a": 1, "b": "x"}',
     ],
 )
-def test_json_is_found_in_its_wrapping(text):
+def test_json_is_found_in_surrounding_text(text):
     assert parse(text, Pair) == (Pair(a=1, b="x"), "")
 
 
@@ -96,18 +95,18 @@ def test_line_breaks_within_strings_are_read():
 @given(
     st.one_of(st.text(), st.text("0123456789٠٥./%٫ -"), st.floats(), st.integers(), st.none(), st.lists(st.integers()))
 )
-def test_whatever_a_judge_writes_is_a_score_from_0_to_100_or_none(written):
+def test_any_text_gives_a_score_from_0_to_100_or_none(written):
     score = parse_score(written)
     assert score is None or 0 <= score <= 100
 
 
 @given(st.one_of(st.text(), st.text('{}[]":,a1 \\n')))
-def test_whatever_a_model_writes_can_be_looked_at(text):
+def test_any_reply_can_be_parsed(text):
     assert (parse(text, Pair)[0] is None) == bool(parse(text, Pair)[1])
     assert from_body(text).ending in ("reply", "bad_body")
 
 
-def test_deep_nesting_breaks_nothing():
+def test_deep_nesting_is_handled():
     deep = '{"a":' * 3_000
     assert parse(deep, Pair)[0] is None
     assert parse(deep + "1" + "}" * 3_000, Pair)[0] is None
@@ -115,7 +114,7 @@ def test_deep_nesting_breaks_nothing():
 
 
 @pytest.mark.parametrize("text", ["", "no", '{"a": 1, "b": "x', '{"a": "one", "b": "x"}', "[]", '{"b": "x"}'])
-def test_what_holds_no_such_object_says_why(text):
+def test_a_reply_without_the_object_gives_a_reason(text):
     found, reason = parse(text, Pair)
     assert found is None
     assert reason
@@ -125,16 +124,16 @@ def test_what_holds_no_such_object_says_why(text):
     "body",
     ["", "{", "[]", "{}", '{"choices": []}', '{"choices": [{}]}', '{"choices": [{"message": 3}]}', "<html>busy</html>"],
 )
-def test_answers_that_are_no_chat_completions(body):
+def test_answers_that_are_no_chat_completions_are_bad_bodies(body):
     assert from_body(body).ending == "bad_body"
 
 
-def test_broken_characters_do_not_break_the_store():
+def test_half_surrogates_can_be_stored():
     body = '{"choices": [{"message": {"content": "a \\ud83d b"}, "finish_reason": "stop"}]}'
     assert from_body(body).text == "a ? b"
 
 
-def test_a_refusal_is_a_filtered_reply():
+def test_a_refusal_counts_as_content_filter():
     body = {"choices": [{"message": {"content": None, "refusal": "I cannot"}, "finish_reason": "stop"}]}
     attempt = from_body(json.dumps(body))
     assert (attempt.ending, attempt.finish_reason, attempt.usage) == ("reply", "content_filter", None)

@@ -6,20 +6,21 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from bimedix_jax.commands import data_translate
+from bimedix_jax.curation.annotate.task import annotate_record
+from bimedix_jax.curation.annotate.translation import Translate, TranslationOutcome
 from bimedix_jax.curation.llm.account import Account
 from bimedix_jax.curation.llm.client import open_client
 from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
 from bimedix_jax.curation.llm.prompts import fence, load_prompts
 from bimedix_jax.curation.llm.store import open_store
 from bimedix_jax.curation.review.items import read_items
-from bimedix_jax.curation.translate.pipeline import Outcome, Settings, translate_record
-from bimedix_jax.curation.translate.structure import lost_markup, take_apart
+from bimedix_jax.curation.structure import lost_markup, split_record
 from bimedix_jax.data.records import (
     Record,
     conversation,
@@ -89,27 +90,29 @@ class Model:
         return json.dumps({"segments": done})
 
 
-def settings(**options: Any) -> Settings:
+def task(**options: Any) -> Translate:
     values: dict[str, Any] = {
         "threshold": 85.0,
         "rounds": 2,
         "max_tokens": 4096,
         "temperature": 0.0,
-        "translate": load_prompts("translate"),
-        "judge": load_prompts("judge"),
+        "prompts": load_prompts("translate"),
+        "judge_prompts": load_prompts("judge"),
         **options,
     }
-    return Settings(**values)
+    return Translate(**values)
 
 
-def translate_one(serve: Any, path: Path, one: Record, model: Any, fault: Any = None, **options: Any) -> Outcome:
+def translate_one(
+    serve: Any, path: Path, one: Record, model: Any, fault: Any = None, **options: Any
+) -> TranslationOutcome:
     server = serve(respond=model, **({"fault": fault} if fault else {}))
     config = LlmConfig(model="m", base_url=server.url, api_key_env="", reasks=1)
 
-    async def run() -> Outcome:
+    async def run() -> TranslationOutcome:
         with open_store(path / "store.sqlite") as store:
             async with open_client(config, Account(store)) as client:
-                return await translate_record(one, client, client, settings(**options))
+                return cast(TranslationOutcome, await annotate_record(task(**options), one, client, client))
 
     return asyncio.run(run())
 
@@ -132,13 +135,13 @@ def command(path: Path, server: Any, records: list[Record], **options: Any) -> t
 # structure
 
 
-def test_taking_apart_and_putting_together_changes_nothing_but_what_is_translated():
+def test_split_and_rebuild_change_only_what_is_translated():
     """All English records of the sample, "translated" by themselves."""
     kinds = set()
     for one in sample():
         if one.language == "en":
             kinds.add(one.kind)
-            frame = take_apart(one)
+            frame = split_record(one)
             again = frame.rebuild({segment.id: segment.text for segment in frame.segments}, {"translator": "none"})
             before = [(turn.speaker, turn.value) for turn in one.conversations]
             after = [(turn.speaker, turn.value.replace("الإجابة: ", "Answer: ")) for turn in again.conversations]
@@ -149,8 +152,8 @@ def test_taking_apart_and_putting_together_changes_nothing_but_what_is_translate
     assert kinds == {"qa", "mcqa", "chat"}
 
 
-def test_the_answer_key_is_not_the_models_business():
-    frame = take_apart(SCURVY)
+def test_the_answer_key_is_not_sent_to_the_model():
+    frame = split_record(SCURVY)
     assert [(segment.role, segment.text) for segment in frame.segments] == [
         ("choice A", "Vitamin D"),
         ("choice B", "Vitamin C"),
@@ -173,7 +176,7 @@ def test_yes_no_maybe_and_the_question_of_the_provenance():
         answer=2,
         provenance={"pmid": "1", "question": question},
     )
-    frame = take_apart(one)
+    frame = split_record(one)
     assert [segment.role for segment in frame.segments] == [
         "context of the question",
         "question",
@@ -186,7 +189,7 @@ def test_yes_no_maybe_and_the_question_of_the_provenance():
     assert arabic.conversations[0].value == "ع t1context ع t1"
 
 
-def test_numbers_and_turns_that_are_arabic_already_are_left_alone():
+def test_numbers_and_arabic_turns_are_copied_unchanged():
     turns = [
         {"from": "human", "value": "120/80"},
         {"from": "gpt", "value": "Good."},
@@ -194,7 +197,7 @@ def test_numbers_and_turns_that_are_arabic_already_are_left_alone():
         {"from": "gpt", "value": "على الرحب", "language": "ar"},
     ]
     known = {"id": "c", "language": "en", "kind": "chat", "source": "test", "licence": "CC0-1.0"}
-    frame = take_apart(Record.model_validate({**known, "conversations": turns}))
+    frame = split_record(Record.model_validate({**known, "conversations": turns}))
     assert [segment.text for segment in frame.segments] == ["Good."]
     arabic = frame.rebuild({"t2": "جيد."}, {})
     assert [turn.value for turn in arabic.conversations] == ["120/80", "جيد.", "شكرا", "على الرحب"]
@@ -215,7 +218,7 @@ def test_numbers_and_turns_that_are_arabic_already_are_left_alone():
     ],
 )
 def test_lost_markup_is_found(source, translation, found):
-    frame = take_apart(record(source, "No cats."))
+    frame = split_record(record(source, "No cats."))
     lost = lost_markup(frame, {frame.segments[0].id: translation, frame.segments[1].id: "لا قطط."})
     assert [item.split(": ", 1)[1] for item in lost] == ([found] if found else [])
 
@@ -235,7 +238,7 @@ def test_a_good_translation_is_accepted_in_the_first_round(serve, tmp_path):
     assert outcome.version.translation.provenance["translation_of"] == "r2"
 
 
-def test_refinement_is_told_everything_and_the_best_version_is_kept(serve, tmp_path):
+def test_refinement_gets_all_faults_and_keeps_the_best_version(serve, tmp_path):
     worse = [ARABIC, {**ARABIC, ASTHMA.conversations[1].value: "الصفير والسعال وضيق النفس."}]
     worse.append({**ARABIC, ASTHMA.conversations[1].value: "صفير وسعال وضيق في التنفس."})
     model = Model(lambda text, number: worse[number][text], lambda text, number: [70, "60/100", 65][number])
@@ -256,21 +259,21 @@ ENGLISH_OF_ASTHMA = [turn.value for turn in ASTHMA.conversations]
 ARABIC_OF_ASTHMA = [ARABIC[text] for text in ENGLISH_OF_ASTHMA]
 
 
-def test_refinement_ends_where_it_is_good_enough(serve, tmp_path):
+def test_refinement_ends_with_an_accepted_version(serve, tmp_path):
     better = {**ARABIC, ASTHMA.conversations[1].value: "صفير وسعال وضيق في التنفس."}
     model = Model(lambda text, number: (ARABIC, better)[number][text], lambda text, number: [70, "٩٠"][number])
     outcome = translate_one(serve, tmp_path, ASTHMA, model, rounds=5)
     assert (outcome.accepted, outcome.best, len(outcome.versions)) == (True, 1, 2)
 
 
-def test_refinement_ends_where_nothing_new_comes(serve, tmp_path):
+def test_refinement_ends_when_the_model_repeats_itself(serve, tmp_path):
     model = Model(score=lambda text, number: 50)
     outcome = translate_one(serve, tmp_path, ASTHMA, model, rounds=5)
     assert (len(model.translations), len(model.judgements), len(outcome.versions)) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("score", ["-1", "excellent", 101, "8.5/10", "the source says 100/100", None, True])
-def test_a_score_that_cannot_be_read_is_never_an_acceptance(serve, tmp_path, score):
+def test_an_unreadable_score_is_never_accepted(serve, tmp_path, score):
     model = Model(score=lambda text, number: score)
     outcome = translate_one(serve, tmp_path, ASTHMA, model, threshold=0.0, rounds=0)
     assert not outcome.accepted
@@ -278,7 +281,7 @@ def test_a_score_that_cannot_be_read_is_never_an_acceptance(serve, tmp_path, sco
     assert len(model.judgements) == 2  # asked once more, then counted
 
 
-def test_a_flag_outweighs_the_best_score(serve, tmp_path):
+def test_a_flag_prevents_acceptance_at_any_score(serve, tmp_path):
     wrong = {**ARABIC, DOSE.conversations[1].value: "40 غ في اليوم على الأكثر، وليس أكثر من 1 غ في المرة الواحدة."}
     model = Model(lambda text, number: wrong[text], lambda text, number: 100)
     outcome = translate_one(serve, tmp_path, DOSE, model)
@@ -306,13 +309,13 @@ def test_a_version_without_flags_is_better_than_a_higher_score_with_one(serve, t
         {"turns": ["نص", "نص"]},
     ],
 )
-def test_a_reply_that_is_not_all_segments_is_no_translation(serve, tmp_path, reply):
+def test_a_reply_without_all_segments_is_no_translation(serve, tmp_path, reply):
     outcome = translate_one(serve, tmp_path, ASTHMA, lambda body: json.dumps(reply), rounds=0)
     assert (outcome.accepted, outcome.best, outcome.reason()) == (False, None, "no translation")
     assert outcome.versions[0].note.startswith("no translation: ")
 
 
-def test_a_translation_that_was_cut_off_gets_all_the_room_there_is(serve, tmp_path):
+def test_a_truncated_translation_is_repeated_with_the_full_limit(serve, tmp_path):
     model = Model()
     outcome = translate_one(
         serve,
@@ -358,7 +361,7 @@ def test_scores_in_the_source_do_not_count(serve, tmp_path):
     assert outcome.version.score is None  # two objects: nobody can say which is the judge's own
 
 
-def test_a_fence_cannot_be_forged():
+def test_the_mark_of_a_fence_never_occurs_in_the_text():
     text = "harmless"
     for _ in range(3):
         mark = fence("source", text).split()[1].rstrip(">")
@@ -369,7 +372,7 @@ def test_a_fence_cannot_be_forged():
 # prompts
 
 
-def test_prompts_are_files_known_by_their_hash_and_can_be_replaced(tmp_path):
+def test_prompts_can_be_replaced_and_are_identified_by_a_hash(tmp_path):
     shipped = load_prompts("translate")
     assert len(shipped.hash) == 64
     assert load_prompts("translate", tmp_path).hash == shipped.hash
@@ -391,7 +394,7 @@ def test_prompts_are_files_known_by_their_hash_and_can_be_replaced(tmp_path):
 # the command
 
 
-def test_the_command_writes_what_was_accepted_and_what_people_must_see(serve, tmp_path):
+def test_the_command_writes_accepted_translations_and_review_items(serve, tmp_path):
     model = Model(score=lambda text, number: 40 if "scurvy" in text else 95)
     server = serve(respond=model)
     report, printed = command(tmp_path, server, [ASTHMA, SCURVY, DOSE], review_share=1.0)
@@ -423,7 +426,7 @@ def test_the_command_writes_what_was_accepted_and_what_people_must_see(serve, tm
     assert server.stats()["received"] == asked
 
 
-def test_the_judge_can_be_elsewhere(serve, tmp_path):
+def test_the_judge_can_have_another_endpoint(serve, tmp_path):
     translator, judge = Model(), Model()
     server, other = serve(respond=translator), serve(respond=judge)
     command(tmp_path, server, [ASTHMA], judge=JudgeConfig(model="j", base_url=other.url))
@@ -431,7 +434,7 @@ def test_the_judge_can_be_elsewhere(serve, tmp_path):
     assert (len(judge.translations), len(judge.judgements)) == (0, 1)
 
 
-def test_the_estimate_comes_first_and_brackets_what_is_asked(serve, tmp_path):
+def test_the_estimate_bounds_the_requests(serve, tmp_path):
     model = Model(score=lambda text, number: 40 if "scurvy" in text else 95)
     server = serve(respond=model)
     records = [ASTHMA, SCURVY, DOSE]
@@ -454,7 +457,7 @@ def test_the_estimate_comes_first_and_brackets_what_is_asked(serve, tmp_path):
     assert again["estimate"] == []
 
 
-def test_the_sample_is_seeded_and_takes_every_stratum(serve, tmp_path, loopback):
+def test_the_sample_is_seeded_and_covers_every_stratum(serve, tmp_path, loopback):
     texts = [f"{word} and fever" for word in ("Cough", "Rash", "Pain", "Nausea", "Chills", "Itch", "Sweats", "Cramps")]
     records = [
         record(f"What causes {text.lower()}?", f"{text} have many causes.", f"r{number}", specialty=specialty)
@@ -487,13 +490,13 @@ def test_the_same_arabic_for_different_sources_is_not_accepted(serve, tmp_path):
     assert {item.reason for item in read_items(tmp_path / "out" / "review.jsonl")} == {"flag"}
 
 
-def test_records_without_an_answer_are_counted_and_left_for_the_next_run(serve, tmp_path):
+def test_records_without_an_answer_are_counted_and_retried_by_the_next_run(serve, tmp_path):
     broken = True
     server = serve(
         respond=Model(),
         fault=lambda body, nth: "500" if broken and "asthma" in body["messages"][-1]["content"] else None,
     )
-    with pytest.raises(BimedixError, match=r"1 of 2 records have no answer, r1 for one: .*500.*--give-up"):
+    with pytest.raises(BimedixError, match=r"1 of 2 records have no answer, for example r1: .*500.*--give-up"):
         command(tmp_path, server, [ASTHMA, DOSE])
     assert not (tmp_path / "out").exists()
     report, _ = command(tmp_path, server, [ASTHMA, DOSE], give_up=True, review_share=0.0)
@@ -505,9 +508,9 @@ def test_records_without_an_answer_are_counted_and_left_for_the_next_run(serve, 
     assert (report["accepted"], report["unanswered"]) == (2, 0)
 
 
-def test_the_budget_stops_the_command_and_more_of_it_goes_on(serve, tmp_path):
+def test_a_higher_budget_resumes_the_command(serve, tmp_path):
     server = serve(respond=Model())
-    with pytest.raises(BimedixError, match=r"the budget of 4,000 tokens would be passed"):
+    with pytest.raises(BimedixError, match=r"the budget of 4,000 tokens would be exceeded"):
         command(tmp_path, server, [ASTHMA, SCURVY, DOSE], budget_tokens=4_000)
     assert not (tmp_path / "out").exists()
     report, _ = command(tmp_path, server, [ASTHMA, SCURVY, DOSE], budget_tokens=1_000_000)
@@ -515,7 +518,7 @@ def test_the_budget_stops_the_command_and_more_of_it_goes_on(serve, tmp_path):
     assert server.stats()["twice"] == 0
 
 
-def test_a_changed_threshold_asks_for_nothing_that_is_known(serve, tmp_path):
+def test_a_changed_threshold_needs_no_new_requests(serve, tmp_path):
     server = serve(respond=Model(score=lambda text, number: 88))
     assert command(tmp_path, server, [ASTHMA, DOSE])[0]["accepted"] == 2
     asked = server.stats()["received"]
@@ -523,12 +526,12 @@ def test_a_changed_threshold_asks_for_nothing_that_is_known(serve, tmp_path):
     assert server.stats()["received"] == asked
 
 
-def test_what_is_not_english_is_said_and_left_out(serve, tmp_path):
+def test_records_that_are_not_english_are_counted_and_left_out(serve, tmp_path):
     arabic = record("ما هو الربو؟", "مرض.", "a").model_copy(update={"language": "ar"})
     report, printed = command(tmp_path, serve(respond=Model()), [arabic, ASTHMA])
     assert report["records"] == 1
     assert "1 records are not English" in printed
-    with pytest.raises(BimedixError, match="hold no English record"):
+    with pytest.raises(BimedixError, match="no English record to translate"):
         command(tmp_path, serve(respond=Model()), [arabic])
     with pytest.raises(BimedixError, match="two records have the id 'r1'"):
         command(tmp_path, serve(respond=Model()), [ASTHMA, ASTHMA])

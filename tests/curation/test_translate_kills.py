@@ -26,7 +26,7 @@ def script(loopback: ModuleType) -> Any:
     return module
 
 
-def test_killed_runs_end_with_the_same_bytes_and_pay_twice_only_for_what_was_in_flight(script, tmp_path):
+def test_killed_runs_write_the_same_bytes_and_pay_twice_only_for_requests_in_flight(script, tmp_path):
     result = script.measure(records=4, kills=2, seed=1, folder=tmp_path)
     assert result["kills"] == 2
     assert result["identical"]
@@ -34,7 +34,7 @@ def test_killed_runs_end_with_the_same_bytes_and_pay_twice_only_for_what_was_in_
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_waits_for_what_is_in_flight_and_goes_on_later(script, serve, tmp_path, number):
+def test_an_interrupted_run_waits_for_requests_in_flight_and_resumes(script, serve, tmp_path, number):
     server = serve(latency=0.1)
     records = tmp_path / "in.jsonl"
     write_jsonl(records, [record for record in sample() if record.language == "en"][:6])
@@ -45,7 +45,7 @@ def test_an_interrupted_run_waits_for_what_is_in_flight_and_goes_on_later(script
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert f"{number.name}: replies are kept, run the same command again to go on" in json.loads(out)["error"]
+    assert f"{number.name}: replies are kept, run the same command again to resume" in json.loads(out)["error"]
     assert "Traceback" not in err
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""How to reach one model: what the options `--llm.*` and `--judge.*` of the data commands set."""
+"""Model, endpoint and limits: the options `--llm.*` and `--judge.*` of the data commands."""
 
 import dataclasses
 import json
@@ -11,19 +11,19 @@ from bimedix_jax.errors import BimedixError
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """One model behind one OpenAI-compatible endpoint (hosted, vLLM, `bimedix serve`), and how fast to ask it."""
+    """One model behind one OpenAI-compatible endpoint (hosted, vLLM, `bimedix serve`), and the limits on requests."""
 
     model: str
     """Name of the model, as the endpoint spells it."""
 
     base_url: str = "https://api.openai.com/v1"
-    """Where the endpoint is, up to and with `/v1`."""
+    """URL of the endpoint, including `/v1`."""
 
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; "" for an endpoint that wants none."""
+    """Environment variable with the API key; "" for an endpoint that needs none."""
 
     concurrency: int = 8
-    """At most so many requests in flight."""
+    """Maximum number of requests in flight."""
 
     requests_per_minute: int | None = None
     """Limit of requests per minute, retries included."""
@@ -32,34 +32,34 @@ class LlmConfig:
     """Limit of prompt and completion tokens per minute."""
 
     timeout: float = 120.0
-    """Seconds until an attempt counts as hung."""
+    """Time-out of an attempt in seconds."""
 
     max_attempts: int = 8
-    """Attempts of one request that end without a reply (429, 5xx, time-out, cut connection) until it is left undone."""
+    """Give up on a request after this many attempts without a reply (429, 5xx, time-out, cut connection)."""
 
     max_wait: float = 600.0
-    """Longest Retry-After, in seconds, that is waited for; a longer one ends the run."""
+    """Longest Retry-After in seconds to wait for; a longer one ends the run."""
 
     reasks: int = 2
-    """How often a request is asked again when its reply came but cannot be used."""
+    """How often to repeat a request whose reply cannot be used."""
 
     response_format: Literal["json_schema", "json_object", "none"] = "json_schema"
-    """How JSON is asked for; `none` for endpoints that refuse the field."""
+    """The `response_format` field of requests for JSON; `none` for endpoints that reject the field."""
 
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """The endpoint's name for the limit of the reply's tokens."""
+    """The endpoint's name for the maximum number of tokens in a reply."""
 
     extra: str = "{}"
-    """JSON object that is added to each request, such as '{"reasoning_effort": "low"}'."""
+    """JSON object to add to each request, such as '{"reasoning_effort": "low"}'."""
 
     batch: bool = False
-    """Use the endpoint's batch API (files and batches): slower, and half the price where it is offered."""
+    """Use the endpoint's batch API (files and batches): slower, and usually half the price."""
 
     batch_size: int = 10_000
     """Requests per batch."""
 
     poll_seconds: float = 30.0
-    """Seconds between two looks at a batch."""
+    """Seconds between two requests for a batch's status."""
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "timeout", "max_attempts", "batch_size", "poll_seconds"):
@@ -76,7 +76,7 @@ class LlmConfig:
         """`extra` as an object.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is not a JSON object.
         """
         try:
             fields = json.loads(self.extra)
@@ -86,8 +86,13 @@ class LlmConfig:
             raise ValueError("extra must be a JSON object, such as '{\"top_p\": 0.9}'")
         return fields
 
+    def reply_fields(self) -> dict[str, Any]:
+        """The fields that can change a reply."""
+        names = ("model", "response_format", "token_limit_field", "extra", "reasks")
+        return {name: getattr(self, name) for name in names}
+
     def api_key(self) -> str:
-        """The key, from the environment and from nowhere else.
+        """The key, which is read from the environment only.
 
         Raises:
             BimedixError: the variable is not set.
@@ -98,26 +103,26 @@ class LlmConfig:
         if not key:
             raise BimedixError(
                 f"the environment variable {self.api_key_env} holds no key for {self.base_url}; set it, name another "
-                "with api-key-env, or give api-key-env '' if the endpoint wants no key"
+                "with api-key-env, or give api-key-env '' if the endpoint needs no key"
             )
         return key
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The model that judges. What is not given is as for the model that is judged."""
+    """The model that judges. Options that are not given are those of the model that is judged."""
 
     model: str | None = None
-    """Name of the model; a model that judges its own work favours it."""
+    """Name of the model. A model favours its own work, so give another one."""
 
     base_url: str | None = None
-    """Where its endpoint is."""
+    """URL of its endpoint."""
 
     api_key_env: str | None = None
-    """Environment variable that holds its key."""
+    """Environment variable with its API key."""
 
     concurrency: int | None = None
-    """At most so many requests in flight."""
+    """Maximum number of requests in flight."""
 
     requests_per_minute: int | None = None
     """Limit of requests per minute."""
@@ -126,21 +131,21 @@ class JudgeConfig:
     """Limit of tokens per minute."""
 
     timeout: float | None = None
-    """Seconds until an attempt counts as hung."""
+    """Time-out of an attempt in seconds."""
 
     response_format: Literal["json_schema", "json_object", "none"] | None = None
-    """How JSON is asked for."""
+    """The `response_format` field of requests for JSON."""
 
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] | None = None
-    """The endpoint's name for the limit of the reply's tokens."""
+    """The endpoint's name for the maximum number of tokens in a reply."""
 
     extra: str | None = None
-    """JSON object that is added to each request."""
+    """JSON object to add to each request."""
 
     batch: bool | None = None
     """Use the endpoint's batch API."""
 
     def over(self, base: LlmConfig) -> LlmConfig:
-        """`base` with what is given here in its place."""
+        """`base` with the options that are given here."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return dataclasses.replace(base, **{name: value for name, value in given.items() if value is not None})

@@ -1,11 +1,12 @@
-"""Prompts are files: `assets/prompts/<stage>/<name>.txt`, Jinja templates, known by the hash of their bytes.
+"""Prompts are Jinja templates in the files `assets/prompts/<stage>/<name>.txt`.
 
-A folder of the user's laid out the same way replaces some or all of them. The hash is part of every request's key, so
-that a changed prompt is asked anew and an unchanged one never is.
+The files of a user's folder with the same layout replace some or all of them. The hash of the templates is part of the
+key of every request, so that a changed prompt makes new requests and an unchanged one does not.
 """
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 from bimedix_jax.errors import BimedixError
 
+_COMMENT = re.compile(r"\{#.*?#\}\n?", re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Prompts:
-    """The templates of one stage. `hash`: SHA-256 of their names and texts; `own`: names that the user replaced."""
+    """The templates of one stage. `own`: the names that the user replaced."""
 
     stage: str
     templates: tuple[tuple[str, str], ...]
@@ -24,8 +27,9 @@ class Prompts:
 
     @functools.cached_property
     def hash(self) -> str:
-        """What versions them: 64 hexadecimal digits."""
-        return hashlib.sha256(repr((self.stage, self.templates)).encode()).hexdigest()
+        """Their version in every request's key: 64 hexadecimal digits. Comments (`{# ... #}`) do not count."""
+        templates = tuple((name, _COMMENT.sub("", text)) for name, text in self.templates)
+        return hashlib.sha256(repr((self.stage, templates)).encode()).hexdigest()
 
     def render(self, name: str, **values: Any) -> str:
         """The template of that name, filled in.
@@ -57,10 +61,10 @@ def _compile(text: str) -> Any:
 
 
 def load_prompts(stage: str, folder: Path | None = None) -> Prompts:
-    """The prompts of a stage, with those of `folder/<stage>/` in the place of ours.
+    """The prompts of a stage; files in `folder/<stage>/` replace those of the package.
 
     Raises:
-        BimedixError: `folder` has no such stage's files where it exists, or one whose name no prompt has.
+        BimedixError: there is no such folder, a file in it has the name of no prompt, or the package has no prompts.
     """
     shipped = resources.files("bimedix_jax") / "assets" / "prompts" / stage
     texts = {
@@ -68,6 +72,8 @@ def load_prompts(stage: str, folder: Path | None = None) -> Prompts:
         for entry in shipped.iterdir()
         if entry.name.endswith(".txt")
     }
+    if not texts:
+        raise BimedixError(f"the package ships no prompts of {stage}; install it again")
     own: dict[str, str] = {}
     if folder is not None:
         if not folder.is_dir():
@@ -82,7 +88,7 @@ def load_prompts(stage: str, folder: Path | None = None) -> Prompts:
 
 
 def fence(label: str, text: str) -> str:
-    """`text` between marks that do not occur in it: what stands between them is data, whatever it says."""
+    """`text` between marks that do not occur in it, so that no text can pretend to be outside its fence."""
     number = 0
     while (mark := hashlib.sha256(f"{number}:{text}".encode()).hexdigest()[:12]) in text:
         number += 1

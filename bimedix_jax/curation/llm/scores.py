@@ -1,4 +1,4 @@
-"""Scores from 0 to 100 as judges write them: 85, 87.5, "85/100", "٨٥", "٨٧٫٥ %". What is not clearly one is none."""
+"""Reads scores from 0 to 100 as judges write them: 85, 87.5, "85/100", "٨٥", "٨٧٫٥ %"."""
 
 import math
 import re
@@ -10,10 +10,10 @@ LOWEST, HIGHEST = 0.0, 100.0
 
 
 def parse_score(value: object) -> float | None:
-    """The score that a judge's `score` field holds, or None.
+    """The score in a judge's `score` field, or None.
 
-    Only the whole of the field counts, so that a score quoted from the judged text ("the source says 100/100") is no
-    score. Outside 0-100, on another scale ("8.5/10"), a truth value, NaN: None. None is never an acceptance.
+    The whole field must be a score, so that one quoted from the judged text ("the source says 100/100") does not count.
+    Values outside 0-100, on another scale ("8.5/10"), booleans and NaN give None. None is never accepted.
     """
     if isinstance(value, bool):
         return None
@@ -27,3 +27,8 @@ def parse_score(value: object) -> float | None:
     else:
         return None
     return number if math.isfinite(number) and LOWEST <= number <= HIGHEST else None
+
+
+def why_no_score(value: object) -> str | None:
+    """Why a judge's reply with this `score` field cannot be used, or None."""
+    return None if parse_score(value) is not None else f"no score from 0 to 100: {value!r}"

@@ -1,4 +1,4 @@
-"""An item as the texts that a reviewer reads side by side and may change one by one."""
+"""An item as pairs of texts, which a reviewer reads side by side and can edit one by one."""
 
 import hashlib
 import re
@@ -8,14 +8,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from bimedix_jax.curation.review.items import ReviewItem
-from bimedix_jax.curation.translate.structure import Frame, take_apart
+from bimedix_jax.curation.structure import Frame, split_record
 from bimedix_jax.data.records import Record, explain
 from bimedix_jax.errors import BimedixError
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One text of an item; `translation` is empty where there is none yet."""
+    """One text of an item; `translation` is empty if there is none."""
 
     id: str
     role: str
@@ -24,24 +24,24 @@ class Segment:
 
 
 def segments(item: ReviewItem) -> list[Segment]:
-    """The item's texts in order. What the structure of the record says (letters, answer key) is not among them.
+    """The item's texts in order, without the structure of the record (letters, answer key).
 
     Raises:
         BimedixError: the translation does not have the structure of its source.
     """
-    frame = take_apart(item.source)
+    frame = split_record(item.source)
     texts = {} if item.translation is None else _texts(item.id, frame, item.translation)
     return [Segment(part.id, part.role, part.text, texts.get(part.id, "")) for part in frame.segments]
 
 
 def digest(item: ReviewItem) -> str:
-    """What a reviewer saw, in 16 digits: an export that belongs to another translation is recognised by it."""
+    """A hash of the texts in 16 digits. It reveals verdicts that belong to an earlier translation."""
     seen = "\0".join(f"{part.id}\0{part.source}\0{part.translation}" for part in segments(item))
     return hashlib.sha256(seen.encode()).hexdigest()[:16]
 
 
 def with_edits(item: ReviewItem, edited: dict[str, str], provenance: dict[str, Any]) -> Record:
-    """The translation with changed segments, rebuilt in the frame of its source.
+    """The translation with changed segments in the frame of its source.
 
     Raises:
         BimedixError: a segment is unknown, or one has no text at all.
@@ -58,14 +58,14 @@ def with_edits(item: ReviewItem, edited: dict[str, str], provenance: dict[str, A
         raise BimedixError(f"item {item.id!r}: segment {missing[0]!r} has no translation; write one or reject the item")
     own = {} if item.translation is None else item.translation.provenance
     try:
-        rebuilt = take_apart(item.source).rebuild(texts, {**own, **provenance})
+        rebuilt = split_record(item.source).rebuild(texts, {**own, **provenance})
     except ValidationError as error:
         raise BimedixError(f"item {item.id!r}: {explain(error)}; correct the edited text") from error
     return rebuilt if item.translation is None else rebuilt.model_copy(update={"id": item.translation.id})
 
 
 def _texts(name: str, frame: Frame, translation: Record) -> dict[str, str]:
-    """Segment id -> Arabic text, found by laying the frame over the translated record."""
+    """Segment id -> Arabic text, found by matching the frame with the translated record."""
     found: dict[str, str] = {}
     for piece, choice in zip(frame.choices or (), translation.choices or (), strict=False):
         if piece[0] == "segment":
@@ -77,7 +77,7 @@ def _texts(name: str, frame: Frame, translation: Record) -> dict[str, str]:
         if match is None:
             raise BimedixError(
                 f"item {name!r}: the translation does not have the structure of its source (letters of the choices, "
-                "what stands around them); translate it anew"
+                "text around them); translate it again"
             )
         found.update({groups[group]: text.strip() for group, text in match.groupdict().items()})
     return found

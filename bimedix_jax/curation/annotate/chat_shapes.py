@@ -1,7 +1,7 @@
-"""The shape of a chat, drawn for each question from a seed: how long, when the answer comes, who speaks which language.
+"""The shape of a chat, drawn for each question from a seed: its length, the place of the answer, and the languages.
 
-A turn, as in the paper's tables, is an exchange: the patient says something and the doctor replies. The paper gives the
-mean of its chats, 4.7; their distribution, and all else here, is chosen.
+A turn in the paper's tables is an exchange: the patient speaks and the doctor replies. The paper gives only the mean of
+its chats, 4.7 exchanges. Their distribution and everything else here are our choice.
 """
 
 import random
@@ -14,12 +14,12 @@ LEAST = 2
 """Exchanges of the shortest chat: one to ask, one to answer."""
 
 ANSWER_LATE = 0.6
-"""Of the exchanges between the second and the last, the mean share that passes before the answer."""
+"""Mean share of the exchanges after the second that come before the answer."""
 
 
-@dataclass(frozen=True)
-class Style:
-    """What the user asks of all chats together.
+@dataclass(frozen=True, kw_only=True)
+class ChatStyle:
+    """The distribution from which shapes are drawn.
 
     Raises:
         ValueError: a mean outside 2 to the most, or a share outside 0 to 1.
@@ -33,14 +33,14 @@ class Style:
 
     def __post_init__(self) -> None:
         if self.most < LEAST or not LEAST <= self.mean <= self.most:
-            raise ValueError(f"turns must be from {LEAST} to at most {self.most} in the mean, not {self.mean}")
+            raise ValueError(f"the mean number of turns must be from {LEAST} to {self.most}, not {self.mean}")
         if not 0 <= self.switch_share <= 1:
             raise ValueError("switch_share must be from 0 to 1")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One chat: the language of each exchange, and the exchange (from 1) in which the doctor gives the answer."""
+class ChatShape:
+    """The language of each exchange of a chat, and the exchange (from 1) in which the doctor gives the answer."""
 
     languages: tuple[Language, ...]
     answer: int
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def language(self) -> Language:
-        """What the chat begins in."""
+        """The language of the first exchange."""
         return self.languages[0]
 
     @property
@@ -61,7 +61,7 @@ class Plan:
         return next((n for n, language in enumerate(self.languages, start=1) if language != self.language), None)
 
     def turns(self) -> list[dict[str, str]]:
-        """What the model is asked for: speaker, language and purpose of every turn."""
+        """Speaker, language and purpose of every turn, for the prompt."""
         found = []
         for number, language in enumerate(self.languages, start=1):
             switches = " and goes over to this language" if number == self.switch else ""
@@ -82,10 +82,10 @@ class Plan:
         return "gives the answer and the reason" if number == self.answer else "replies, consistent with the answer"
 
 
-def draw(record: Record, style: Style) -> Plan:
-    """The plan of a question's chat: the same for the same question and style, whatever else is drawn.
+def draw(record: Record, style: ChatStyle) -> ChatShape:
+    """The shape of a question's chat. It depends only on the question's id and the style.
 
-    Exchanges are 2 plus a binomial number out of `most` - 2, so that none is shorter or longer and the mean is exact.
+    The number of exchanges is 2 plus a binomial number out of `most` - 2, which has the requested mean and limits.
     """
     chance = random.Random(f"{style.seed}:{record.id}")
     spare = style.most - LEAST
@@ -96,4 +96,4 @@ def draw(record: Record, style: Style) -> Plan:
     other: Language = "ar" if first == "en" else "en"
     switches = chance.random() < style.switch_share
     at = chance.randint(2, exchanges)
-    return Plan(tuple(other if switches and number >= at else first for number in range(1, exchanges + 1)), answer)
+    return ChatShape(tuple(other if switches and number >= at else first for number in range(1, exchanges + 1)), answer)

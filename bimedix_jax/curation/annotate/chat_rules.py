@@ -1,4 +1,4 @@
-"""What a chat must hold by rule: its plan, questions before the answer, the answer itself, and no trace of the exam."""
+"""Rules for chats: the drawn shape, questions before the answer, the answer itself, and no mention of the exam."""
 
 import re
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from bimedix_jax.curation.annotate.chat_shapes import ChatShape
 from bimedix_jax.curation.arabic import arabic_share, plain, sentences, stems, words
-from bimedix_jax.curation.chats.shapes import Plan
 from bimedix_jax.curation.checks.numbers import in_digits
 from bimedix_jax.data.records import LETTERS, Language, Record
 
@@ -16,16 +16,18 @@ ProblemName = Literal[
 ]
 
 SUPPORTED = 0.5
-"""Share of the words of a choice that the doctor must use for it to count as said: answers are paraphrased."""
+"""Share of the words of the right choice that the doctor must use: answers are paraphrased."""
 
 MOST_LATIN, LEAST_ARABIC = 0.2, 0.5
-"""Arabic letters among the letters of an English turn, and of an Arabic one, which may hold names of drugs."""
+"""Largest share of Arabic letters in an English turn, and smallest in an Arabic one, which may name drugs."""
 
 
 class Said(BaseModel):
-    """One turn as the model returns it."""
+    """One turn as the model returns it. Its explicit description is sent, as in translation.py."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", json_schema_extra={"description": "One turn as the model returns it."}
+    )
 
     speaker: Literal["patient", "doctor"]
     language: Language
@@ -33,15 +35,17 @@ class Said(BaseModel):
 
 
 class Dialogue(BaseModel):
-    """A whole consultation as the model returns it."""
+    """A consultation as the model returns it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", json_schema_extra={"description": "A whole consultation as the model returns it."}
+    )
 
     turns: tuple[Said, ...]
 
 
 class Problem(BaseModel):
-    """One thing that is wrong with a chat."""
+    """A violation of one rule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,7 +63,7 @@ _EXAM = re.compile(
     re.MULTILINE,
 )
 _QUESTION = re.compile(r"[?؟]")
-# choices that say nothing without the others, and questions that need a picture
+# choices that refer to other choices, and questions that need a picture
 _NOT_ALONE = re.compile(
     r"(?i)\b(?:all|none|any|both|neither|some)\s+(?:of\s+)?(?:the\s+)?(?:above|below|these|options|choices)\b|"
     r"^\W*(?:both\s+)?[a-e]\W*(?:and|&|,)\W*[a-e]\W*(?:only\W*)?$|جميع\s+ما|كل\s+ما\s+(?:سبق|ذكر)|لا\s+شيء\s+مما|"
@@ -79,9 +83,9 @@ _EMPTY_WORDS = frozenset(
 
 
 def unsuitable(record: Record) -> str | None:
-    """Why a question gives no chat; None where it can."""
+    """Why no chat can be written on a question, or None."""
     if record.choices is None or record.answer is None:
-        return "it is no question with choices"
+        return "it is not a multiple-choice question"
     if any(_NOT_ALONE.search(choice) for choice in record.choices):
         return "a choice refers to other choices"
     if all(choice.strip().casefold() in _YES_NO for choice in record.choices):
@@ -92,33 +96,33 @@ def unsuitable(record: Record) -> str | None:
 
 
 def why_no_dialogue(dialogue: Dialogue) -> str | None:
-    """Why a reply is no consultation at all: blank turns, or two in a row of one side."""
+    """Why a reply is not a consultation, or None: blank turns, or two turns in a row of one speaker."""
     if not dialogue.turns:
         return "there are no turns"
     for number, turn in enumerate(dialogue.turns):
         expected = "doctor" if number % 2 else "patient"
         if turn.speaker != expected:
-            return f"turn {number + 1} is the {turn.speaker}'s, it must be the {expected}'s"
+            return f"turn {number + 1} is the {turn.speaker}'s and must be the {expected}'s"
         if not turn.text.strip():
             return f"turn {number + 1} is blank"
     return "the doctor must have the last word" if len(dialogue.turns) % 2 else None
 
 
-def problems(record: Record, plan: Plan, dialogue: Dialogue) -> list[Problem]:
-    """All that the rules find, in a fixed order."""
-    found = [*_turns(plan, dialogue), *_languages(plan, dialogue), *_questions(plan, dialogue)]
-    found += [*_answer(record, plan, dialogue), *_exam(dialogue), *_repeated(dialogue)]
+def problems(record: Record, shape: ChatShape, dialogue: Dialogue) -> list[Problem]:
+    """All violations, in a fixed order."""
+    found = [*_turns(shape, dialogue), *_languages(shape, dialogue), *_questions(shape, dialogue)]
+    found += [*_answer(record, shape, dialogue), *_exam(dialogue), *_repeated(dialogue)]
     return found
 
 
-def _turns(plan: Plan, dialogue: Dialogue) -> Iterable[Problem]:
-    if len(dialogue.turns) != 2 * plan.exchanges:
-        yield Problem(name="turns", detail=f"{len(dialogue.turns)} turns, the plan has {2 * plan.exchanges}")
+def _turns(shape: ChatShape, dialogue: Dialogue) -> Iterable[Problem]:
+    if len(dialogue.turns) != 2 * shape.exchanges:
+        yield Problem(name="turns", detail=f"{len(dialogue.turns)} turns, the plan has {2 * shape.exchanges}")
 
 
-def _languages(plan: Plan, dialogue: Dialogue) -> Iterable[Problem]:
+def _languages(shape: ChatShape, dialogue: Dialogue) -> Iterable[Problem]:
     for number, turn in enumerate(dialogue.turns):
-        wanted = plan.languages[min(number // 2, plan.exchanges - 1)]
+        wanted = shape.languages[min(number // 2, shape.exchanges - 1)]
         share = arabic_share(plain(turn.text))
         wrong = share is not None and (share < LEAST_ARABIC if wanted == "ar" else share > MOST_LATIN)
         if turn.language != wanted or wrong:
@@ -126,25 +130,25 @@ def _languages(plan: Plan, dialogue: Dialogue) -> Iterable[Problem]:
             yield Problem(name="language", detail=f"turn {number + 1} must be in {name}")
 
 
-def _questions(plan: Plan, dialogue: Dialogue) -> Iterable[Problem]:
+def _questions(shape: ChatShape, dialogue: Dialogue) -> Iterable[Problem]:
     for exchange, turn in enumerate(_doctor(dialogue), start=1):
-        if exchange < plan.answer and not _QUESTION.search(turn.text):
+        if exchange < shape.answer and not _QUESTION.search(turn.text):
             yield Problem(name="no_question", detail=f"the doctor asks nothing in exchange {exchange}")
 
 
-def _answer(record: Record, plan: Plan, dialogue: Dialogue) -> Iterable[Problem]:
-    """The right choice in the words of the question's language; of turns in the other one the judge alone decides."""
+def _answer(record: Record, shape: ChatShape, dialogue: Dialogue) -> Iterable[Problem]:
+    """Whether the doctor names the right choice. Only turns in the language of the question count."""
     assert record.choices is not None
     assert record.answer is not None
     right = record.choices[record.answer]
     doctor = _doctor(dialogue)
-    early = [turn for turn in doctor[: plan.answer - 1] if turn.language == record.language]
+    early = [turn for turn in doctor[: shape.answer - 1] if turn.language == record.language]
     for turn in early:
         told = [part for part in sentences(plain(turn.text)) if not _QUESTION.search(part)]
         if any(support(right, part) == 1 for part in told) and len(_content(right)) > 1:
-            yield Problem(name="answer_early", detail=f"the doctor concludes {right!r} before exchange {plan.answer}")
+            yield Problem(name="answer_early", detail=f"the doctor concludes {right!r} before exchange {shape.answer}")
             break
-    answering = doctor[plan.answer - 1 :]
+    answering = doctor[shape.answer - 1 :]
     if not answering or answering[0].language != record.language or not _content(right):
         return
     late = "\n".join(turn.text for turn in answering if turn.language == record.language)
@@ -158,7 +162,7 @@ def _answer(record: Record, plan: Plan, dialogue: Dialogue) -> Iterable[Problem]
 
 
 def support(choice: str, text: str) -> float:
-    """Share of a choice's words and numbers that a text holds, inflected or not; 1 for a choice without any."""
+    """Share of a choice's words and numbers that occur in a text, inflected or not; 1 for a choice without any."""
     wanted = _content(choice)
     if not wanted:
         return 1.0
@@ -168,12 +172,12 @@ def support(choice: str, text: str) -> float:
 
 
 def _content(text: str) -> list[frozenset[str]]:
-    """The words of a text that say something, each as the set of its forms."""
+    """The words of a text except `_EMPTY_WORDS`, each as the set of its forms."""
     return [frozenset(_forms(word)) for word in dict.fromkeys(words(plain(text))) if word not in _EMPTY_WORDS]
 
 
 def _forms(word: str) -> set[str]:
-    """A word without English inflection and without what Arabic writes together with it."""
+    """A word with and without English inflection or Arabic prefixes and suffixes."""
     if word.isascii():
         found = {word, *word.split("-")}
         for ending in ("s", "es", "ed", "d", "ing", "ion", "ation", "al", "ic", "ically", "ly", "y", "e"):

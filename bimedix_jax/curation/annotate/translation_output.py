@@ -1,33 +1,32 @@
-"""From the outcomes in the store to files: what was accepted, what people must look at, and the counts.
+"""Writes the outcomes of `translate`: accepted translations, items for review, and a report.
 
-Everything is written in the order of the input and from the store alone, so that a run that was killed often writes the
-same bytes as one that was not.
+Everything is written in the order of the input and only from the store. A run that was killed and resumed therefore
+writes the same bytes as one that was not.
 """
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bimedix_jax.curation.annotate.job import Outcomes
+from bimedix_jax.curation.annotate.translation import TranslationOutcome
 from bimedix_jax.curation.arabic import plain, words
 from bimedix_jax.curation.checks.batch import MIN_WORDS, Batch
 from bimedix_jax.curation.checks.flags import Flag
 from bimedix_jax.curation.review.items import Reason, ReviewItem, Version
-from bimedix_jax.curation.translate.pipeline import Outcome
 from bimedix_jax.data.records import Record
 
 TRANSLATED, REVIEW, REPORT = "translated.jsonl", "review.jsonl", "report.json"
 BAND = 5  # scores from 85 up to 90 are one stratum
 
-Outcomes = Callable[[], Iterator[tuple[Record, Outcome | None]]]
-
 
 @dataclass(frozen=True)
 class Sampling:
-    """The share of each stratum of accepted translations that people check, at least one; drawn by `seed`."""
+    """The share of accepted translations of each stratum that people review, at least one; drawn by `seed`."""
 
     share: float
     seed: int
@@ -38,8 +37,7 @@ def write(
 ) -> dict[str, Any]:
     """Write TRANSLATED, REVIEW and REPORT into an existing folder and return the report.
 
-    `outcomes` gives each source record with its outcome (None: no answer), in the order of the input, as often as it is
-    called. `provenance` is added to each translation's.
+    `provenance` is added to that of each translation.
     """
     accepted, shared = _accepted(outcomes)
     drawn, strata = _draw(accepted, sampling)
@@ -90,7 +88,7 @@ def write(
 
 @dataclass
 class _Counts:
-    """What became of the records; `review` counts None for those that nobody needs to see."""
+    """Counts of records; `review` counts those that need no review under None."""
 
     accepted_in_round: Counter[int] = field(default_factory=Counter)
     review: Counter[Reason | None] = field(default_factory=Counter)
@@ -109,9 +107,9 @@ class _Counts:
 
 
 def _accepted(outcomes: Outcomes) -> tuple[dict[str, list[str]], dict[str, tuple[Flag, ...]]]:
-    """Ids of what is accepted by stratum; and by id the flags of what would be, had not another source the same Arabic.
+    """Ids of accepted records by stratum; and flags by id for records whose Arabic is also that of another source.
 
-    Only hashes of texts are kept, 8 bytes each, and only texts that occur twice are looked at again.
+    The first pass keeps only a hash of each text, 8 bytes. The second checks only texts that occur twice.
     """
     strata: dict[str, list[str]] = defaultdict(list)
     once: set[int] = set()
@@ -135,9 +133,9 @@ def _accepted(outcomes: Outcomes) -> tuple[dict[str, list[str]], dict[str, tuple
 
 
 def _candidates(
-    pairs: Iterable[tuple[Record, Outcome | None]],
+    pairs: Iterable[tuple[Record, TranslationOutcome | None]],
 ) -> Iterator[tuple[Record, Version, list[tuple[str, str]]]]:
-    """Records whose outcome is an acceptance, with the version and the texts of the turns (source, translation)."""
+    """Accepted records with their version and the texts of their turns (source, translation)."""
     for record, outcome in pairs:
         version = None if outcome is None or not outcome.accepted else outcome.version
         if version is not None and version.translation is not None:
@@ -146,7 +144,7 @@ def _candidates(
 
 
 def _text_key(text: str) -> int | None:
-    """Hash of a text's words; None for one so short that others may rightly have it too."""
+    """Hash of a text's words; None for a text so short that other records may rightly have the same."""
     found = words(plain(text))
     return None if len(found) < MIN_WORDS else _hash(" ".join(found))
 
@@ -160,7 +158,7 @@ def _with_flags(version: Version | None, flags: tuple[Flag, ...]) -> Version | N
 
 
 def _draw(accepted: dict[str, list[str]], sampling: Sampling) -> tuple[set[str], dict[str, int]]:
-    """Ids of the sample, and how many accepted records each stratum holds. The lowest hashes of a stratum are drawn."""
+    """Ids of the sample, and the size of each stratum. The ids with the lowest hashes are drawn."""
     drawn = set()
     for members in accepted.values():
         number = -int(-sampling.share * len(members) // 1)
@@ -175,14 +173,14 @@ def _stratum(record: Record, version: Version | None) -> str:
     return f"{record.kind}/{record.specialty or 'any'}/{low}-{low + BAND}"
 
 
-def _reason(outcome: Outcome | None, version: Version | None) -> Reason:
+def _reason(outcome: TranslationOutcome | None, version: Version | None) -> Reason:
     if outcome is None or version is None:
         return "no translation"
     return "flag" if version.flags else outcome.reason()
 
 
 def _stamped(version: Version, provenance: dict[str, Any]) -> Record | None:
-    """The translation, with what is known of how it came about."""
+    """The translation with score, models and prompts in its provenance."""
     if version.translation is None:
         return None
     own = {**version.translation.provenance, "translation_score": version.score, **provenance}

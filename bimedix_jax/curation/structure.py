@@ -1,7 +1,7 @@
-"""A record as segments to translate and a frame that is not: turns, letters of choices and the answer key stay.
+"""Splits an English record into segments, which are translated, and a frame, which is kept.
 
-The model sees only the segments. What the record's structure says (which letter is right, "Answer: ", where the choices
-stand) is put around their translations by rule and cannot be mistranslated.
+The frame holds the turns, the letters of the choices and the answer key. The model sees only the segments. Rules put
+their translations back into the frame, so the model cannot mistranslate the letter of the right choice or "Answer: ".
 """
 
 import re
@@ -18,7 +18,7 @@ from bimedix_jax.data.records import (
     multiple_choice_question,
 )
 
-# choices that need no model, when a record has no others
+# choices that are translated by this table if a record has no others
 FIXED_CHOICES = {"yes": "نعم", "no": "لا", "maybe": "ربما", "true": "صواب", "false": "خطأ"}
 
 _HAS_WORD = re.compile(r"[^\W\d_]{2,}")  # two letters in a row; 12.5, B and + need no translation
@@ -32,7 +32,7 @@ _LIST_MARK = re.compile(r"^[ \t]*(?:[-*•–]|\d{1,2}[.)-])[ \t]", re.MULTILINE
 
 @dataclass(frozen=True)
 class Segment:
-    """A text to translate; `role` tells the model what it is in its record."""
+    """A text to translate; `role` describes its place in the record to the model."""
 
     id: str
     role: str
@@ -41,13 +41,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Frame:
-    """A record taken apart. `turns` are pieces in order: ("text", as it is) or ("segment", id of its translation)."""
+    """A split record. `turns` lists pieces in order: ("text", copied unchanged) or ("segment", id to translate)."""
 
     record: Record
     segments: tuple[Segment, ...]
     turns: tuple[tuple[tuple[str, str], ...], ...]
     choices: tuple[tuple[str, str], ...] | None
-    question: str | None  # the segment that is the question of provenance["question"]
+    question: str | None  # id of the segment whose text is provenance["question"]
 
     def rebuild(self, texts: dict[str, str], provenance: dict[str, Any]) -> Record:
         """The Arabic record with `texts` (segment id -> Arabic) in the frame and `provenance` added to the source's.
@@ -82,13 +82,13 @@ class Frame:
 
 
 class _Parts:
-    """Collects segments; the same text in the same record is translated once."""
+    """Collects segments; a text that occurs twice in a record is translated once."""
 
     def __init__(self) -> None:
         self.segments: dict[tuple[str, str], Segment] = {}
 
     def piece(self, name: str, role: str, text: str) -> list[tuple[str, str]]:
-        """`text` as pieces: a segment between the white space around it, or itself where there is nothing to say."""
+        """`text` as pieces: a segment and the white space around it, or the text itself if it has no words."""
         core = text.strip()
         if not _HAS_WORD.search(core):
             return [("text", text)] if text else []
@@ -98,8 +98,8 @@ class _Parts:
         return [piece for piece in around if piece[1]]
 
 
-def take_apart(record: Record) -> Frame:
-    """Segments and frame of an English record."""
+def split_record(record: Record) -> Frame:
+    """The segments and the frame of an English record."""
     parts = _Parts()
     choices = _choices(record, parts)
     turns = []
@@ -141,7 +141,7 @@ def _choices(record: Record, parts: _Parts) -> list[tuple[str, str]] | None:
 def _asking(
     record: Record, value: str, number: int, choices: list[tuple[str, str]], parts: _Parts
 ) -> list[tuple[str, str]]:
-    """The human turn of a record with choices: its question, then the lettered choices if they end it."""
+    """The human turn of a record with choices: its question, then the lettered choices if the turn ends with them."""
     assert record.choices is not None
     listed = multiple_choice_question("", record.choices)
     turn = Turn.model_validate({"from": "human", "value": value})
@@ -171,7 +171,7 @@ def _answering(
 
 
 def _with_question(record: Record, turn: Turn, name: str, role: str, parts: _Parts) -> list[tuple[str, str]]:
-    """A turn as one segment, or as two where it ends with the question that the provenance holds (PubMedQA)."""
+    """A turn as one segment, or as two if it ends with the question in the provenance (PubMedQA)."""
     asked = record.provenance.get("question")
     before = turn.value.removesuffix(asked) if isinstance(asked, str) and asked.strip() else turn.value
     if turn.speaker != "human" or before == turn.value or not before:
@@ -182,8 +182,8 @@ def _with_question(record: Record, turn: Turn, name: str, role: str, parts: _Par
     ]
 
 
-def reason_against(frame: Frame, texts: dict[str, str], repeated: int) -> str | None:
-    """Why a reply is no translation of the segments, or None: each id once, none missing, none blank."""
+def why_incomplete(frame: Frame, texts: dict[str, str], repeated: int) -> str | None:
+    """Why a reply does not translate each segment exactly once, or None."""
     wanted = {segment.id for segment in frame.segments}
     if repeated:
         return f"{repeated} segment ids are repeated"
@@ -196,7 +196,7 @@ def reason_against(frame: Frame, texts: dict[str, str], repeated: int) -> str | 
 
 
 def lost_markup(frame: Frame, texts: dict[str, str]) -> list[str]:
-    """What a translation lost or added of HTML, Markdown, URLs, placeholders and list marks, a sentence a segment."""
+    """Lost and added HTML, Markdown, URLs, placeholders and list marks: one sentence for each segment with any."""
     found = []
     for segment in frame.segments:
         before = Counter(mark.rstrip(".,;:") for mark in _MARKUP.findall(segment.text))

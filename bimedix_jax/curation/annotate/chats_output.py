@@ -1,30 +1,30 @@
-"""From the outcomes in the store to files, in the order of the input: chats, what became none and why, the counts."""
+"""Writes the outcomes of `chats` in the order of the input: chats, rejected questions with reasons, and a report."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bimedix_jax.curation import fingerprints
-from bimedix_jax.curation.chats.pipeline import Outcome, to_record
-from bimedix_jax.curation.chats.shapes import Style, draw
+from bimedix_jax.curation.annotate.chat_shapes import ChatStyle, draw
+from bimedix_jax.curation.annotate.chats import ChatOutcome, to_record
+from bimedix_jax.curation.annotate.job import Outcomes
 from bimedix_jax.curation.mix.duplicates import find
 from bimedix_jax.data.records import Record, read_jsonl
 
 CHATS, REJECTED, REPORT = "chats.jsonl", "rejected.jsonl", "report.json"
 SIMILAR = 0.8
-"""Share of runs of five words in common (Jaccard) from which the later of two chats is left out."""
+"""Jaccard similarity of five-word shingles from which the later of two chats is left out."""
 
 _BATCH = 2_000
 
 
 def write(
     folder: Path,
-    outcomes: Iterable[tuple[Record, Outcome | None]],
-    style: Style,
+    outcomes: Outcomes,
+    style: ChatStyle,
     left_out: Counter[str],
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
@@ -37,16 +37,16 @@ def write(
         everything.open("w", encoding="utf-8", newline="\n") as chats,
         (folder / REJECTED).open("w", encoding="utf-8", newline="\n") as rejected,
     ):
-        for record, outcome in outcomes:
+        for record, outcome in outcomes():
             questions += 1
-            if outcome is not None and outcome.accepted is not None:
-                one = outcome.tries[outcome.accepted]
-                rounds[one.round] += 1
-                chats.write(to_record(record, draw(record, style), one, provenance).to_json() + "\n")
+            if outcome is not None and outcome.accepted:
+                version = outcome.version
+                rounds[version.round] += 1
+                chats.write(to_record(record, draw(record, style), version, provenance).to_json() + "\n")
                 continue
-            reasons = ["no answer came"] if outcome is None else outcome.reasons()
+            reasons = ["no answer"] if outcome is None else outcome.reasons()
             why.update(_kinds(outcome))
-            last = None if outcome is None else outcome.tries[-1].model_dump(mode="json")
+            last = None if outcome is None else outcome.versions[-1].model_dump(mode="json")
             rejected.write(json.dumps({"id": record.id, "reasons": reasons, "last": last}, ensure_ascii=False) + "\n")
     with (folder / REJECTED).open("a", encoding="utf-8", newline="\n") as rejected:
         counts = _without_duplicates(everything, folder / CHATS, rejected)
@@ -65,11 +65,11 @@ def write(
     return report
 
 
-def _kinds(outcome: Outcome | None) -> set[str]:
-    """Short names of what stood against a question's last chat."""
+def _kinds(outcome: ChatOutcome | None) -> set[str]:
+    """Short names of the reasons against the last draft of a question."""
     if outcome is None:
         return {"no answer"}
-    last = outcome.tries[-1]
+    last = outcome.versions[-1]
     if last.dialogue is None:
         return {"no chat"}
     if last.choice is None:
@@ -83,7 +83,7 @@ def _kinds(outcome: Outcome | None) -> set[str]:
 
 
 def _without_duplicates(everything: Path, target: Path, rejected: Any) -> dict[str, Any]:
-    """Copy chats of which no earlier one is nearly the same, and count what is kept."""
+    """Copy the chats without near-duplicates of an earlier one, and count them."""
     offsets = [0]
     duplicate: dict[int, int] = {}
     with everything.open("rb") as file:
