@@ -44,7 +44,7 @@ def _soon(monkeypatch):
     monkeypatch.setattr("bimedix_jax.curation.llm.batch.GATHER_SECONDS", 0.05)
 
 
-def test_requests_are_gathered_and_answered_and_priced_as_a_batch(serve, tmp_path):
+def test_requests_are_collected_answered_and_priced_as_a_batch(serve, tmp_path):
     server = serve(respond=respond)
     path = tmp_path / "store.sqlite"
     replies = talk(path, server, ask_all)
@@ -58,14 +58,14 @@ def test_requests_are_gathered_and_answered_and_priced_as_a_batch(serve, tmp_pat
     assert row["usd"] == pytest.approx((row["prompt_tokens"] + row["completion_tokens"]) / 2e6)
 
 
-def test_a_full_batch_leaves_at_once(serve, tmp_path):
+def test_a_full_batch_is_sent_immediately(serve, tmp_path):
     server = serve(respond=respond)
     talk(tmp_path / "store.sqlite", server, ask_all, batch_size=5)
     sizes = [len(data.splitlines()) for name, data in server.files.items() if name.startswith("file-")]
     assert sorted(sizes) == [2, 5, 5]
 
 
-def test_lines_that_failed_are_asked_again(serve, tmp_path):
+def test_failed_lines_are_requested_again(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "500" if nth == 0 else None)
     replies = talk(tmp_path / "store.sqlite", server, ask_all)
     assert all(reply.ok for reply in replies)
@@ -74,7 +74,7 @@ def test_lines_that_failed_are_asked_again(serve, tmp_path):
     assert (stats["received"], stats["answered"], stats["twice"]) == (24, 12, 0)
 
 
-def test_a_run_that_ended_while_it_waited_fetches_its_batch_later(serve, tmp_path):
+def test_a_batch_of_a_run_that_ended_is_fetched_by_the_next_run(serve, tmp_path):
     server = serve(respond=respond, latency=30.0)
     path = tmp_path / "store.sqlite"
 
@@ -100,7 +100,7 @@ def identities(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("created", [True, False])
-def test_a_run_killed_between_creating_a_batch_and_noting_its_id_finds_it(serve, tmp_path, created):
+def test_a_batch_is_found_after_a_kill_before_its_id_was_stored(serve, tmp_path, created):
     server = serve(respond=respond)
     path = tmp_path / "store.sqlite"
     talk(path, server, ask_all)
@@ -116,7 +116,7 @@ def test_a_run_killed_between_creating_a_batch_and_noting_its_id_finds_it(serve,
     assert len(server.batches) == 1
 
 
-def test_a_batch_that_expires_leaves_its_requests_undone(serve, tmp_path):
+def test_requests_of_an_expired_batch_are_unanswered(serve, tmp_path):
     server = serve(respond=respond)
 
     def expire(name: str) -> None:
@@ -128,7 +128,7 @@ def test_a_batch_that_expires_leaves_its_requests_undone(serve, tmp_path):
     assert any("the batch expired without a result" in str(end) for end in ends)
 
 
-def test_results_carry_the_key_nowhere(serve, tmp_path, monkeypatch):
+def test_results_never_contain_the_api_key(serve, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_KEY", "sk-secret-0123456789")
     server = serve(respond=respond)
 

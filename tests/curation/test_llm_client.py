@@ -86,7 +86,7 @@ def rows(path: Path, columns: str = "ending") -> list[Any]:
     return [row[0] if len(row) == 1 else row for row in found]
 
 
-def test_a_reply_is_committed_with_its_usage_and_never_asked_for_again(serve, tmp_path):
+def test_a_reply_is_stored_with_its_usage_and_never_requested_again(serve, tmp_path):
     server = serve(respond=respond)
     path = tmp_path / "store.sqlite"
 
@@ -104,7 +104,7 @@ def test_a_reply_is_committed_with_its_usage_and_never_asked_for_again(serve, tm
     ]
 
 
-def test_the_key_is_of_model_payload_prompt_and_round(serve):
+def test_the_key_depends_on_model_payload_prompt_and_round(serve):
     server = serve()
     one = config(server)
     keys = {
@@ -120,7 +120,7 @@ def test_the_key_is_of_model_payload_prompt_and_round(serve):
     assert request().key(one) == request().key(config(serve())) == request(accept=lambda reply: None).key(one)
 
 
-def test_the_same_question_asked_at_once_is_sent_once(serve, tmp_path):
+def test_equal_concurrent_requests_are_sent_once(serve, tmp_path):
     server = serve(respond=respond, latency=0.05)
 
     async def ask(client: Client) -> list[Reply]:
@@ -144,7 +144,7 @@ def test_the_same_question_asked_at_once_is_sent_once(serve, tmp_path):
         ("hang", "timeout"),
     ],
 )
-def test_a_misbehaving_server_is_asked_again_and_each_attempt_is_recorded(serve, tmp_path, fault, ending):
+def test_faults_are_retried_and_each_attempt_is_recorded(serve, tmp_path, fault, ending):
     server = serve(respond=respond, fault=lambda body, nth: fault if nth == 0 else None)
     path = tmp_path / "store.sqlite"
     clock = Clock()
@@ -155,7 +155,7 @@ def test_a_misbehaving_server_is_asked_again_and_each_attempt_is_recorded(serve,
     assert (max(clock.slept, default=0) >= 1) == (fault == "429:1")
 
 
-def test_a_reply_that_was_cut_off_is_not_asked_for_again_as_it_is(serve, tmp_path):
+def test_a_truncated_reply_is_not_requested_again_unchanged(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "length")
     path = tmp_path / "store.sqlite"
     for _ in range(2):
@@ -167,7 +167,7 @@ def test_a_reply_that_was_cut_off_is_not_asked_for_again_as_it_is(serve, tmp_pat
 
 
 @pytest.mark.parametrize("fault", ["ignored_schema", "content_filter", "truncated_json"])
-def test_unusable_replies_are_bounded_and_remembered(serve, tmp_path, fault):
+def test_repetitions_after_unusable_replies_are_limited_and_stored(serve, tmp_path, fault):
     server = serve(respond=respond, fault=lambda body, nth: fault)
     path = tmp_path / "store.sqlite"
     expected = "content_filter" if fault == "content_filter" else "the reply holds no JSON object"
@@ -177,7 +177,7 @@ def test_unusable_replies_are_bounded_and_remembered(serve, tmp_path, fault):
     assert server.stats()["received"] == 3
 
 
-def test_retry_after_200_seconds_is_waited_for_by_everybody(serve, tmp_path, capsys):
+def test_retry_after_of_200_seconds_pauses_all_requests(serve, tmp_path, capsys):
     first = [{"role": "user", "content": "a"}]
     server = serve(
         respond=respond, fault=lambda body, nth: "429:200" if (nth, body["messages"]) == (0, first) else None
@@ -197,14 +197,14 @@ def test_retry_after_200_seconds_is_waited_for_by_everybody(serve, tmp_path, cap
     assert server.stats()["received"] == 3
 
 
-def test_a_longer_wait_than_allowed_ends_the_run_with_everything_kept(serve, tmp_path):
+def test_a_retry_after_above_max_wait_ends_the_run_and_keeps_replies(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "429:200")
-    with pytest.raises(Stopped, match=r"come back in 200 s, longer than max-wait \(60 s\)"):
+    with pytest.raises(Stopped, match=r"wait 200 s, longer than max-wait \(60 s\)"):
         talk(tmp_path / "store.sqlite", server, lambda client: client.ask(request()), max_wait=60.0)
     assert server.stats()["received"] == 1
 
 
-def test_the_wait_is_at_least_what_the_server_asks_for(serve, tmp_path):
+def test_the_wait_is_at_least_retry_after(serve, tmp_path):
     """With the real clock."""
     server = serve(respond=respond, fault=lambda body, nth: "429:1" if nth == 0 else None)
 
@@ -218,7 +218,7 @@ def test_the_wait_is_at_least_what_the_server_asks_for(serve, tmp_path):
     assert asyncio.run(ask()) >= 1.0
 
 
-def test_one_request_that_never_succeeds_is_left_undone_and_the_next_run_asks_again(serve, tmp_path):
+def test_a_request_that_never_succeeds_is_retried_by_the_next_run(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "500" if nth < 3 else None)
     path = tmp_path / "store.sqlite"
     with pytest.raises(Unanswered, match="no reply in 3 attempts, the last one: server_error 500"):
@@ -227,7 +227,7 @@ def test_one_request_that_never_succeeds_is_left_undone_and_the_next_run_asks_ag
     assert server.stats()["received"] == 4
 
 
-def test_a_dead_endpoint_stops_everything_soon(serve, tmp_path):
+def test_an_endpoint_that_is_down_stops_the_run_soon(serve, tmp_path):
     server = serve(fault=lambda body, nth: "500")
 
     async def ask(client: Client) -> list[Any]:
@@ -239,13 +239,13 @@ def test_a_dead_endpoint_stops_everything_soon(serve, tmp_path):
     assert server.stats()["received"] <= 20
 
 
-def test_a_wrong_key_stops_at_once_and_appears_nowhere(serve, tmp_path, monkeypatch, capsys):
+def test_a_wrong_api_key_stops_the_run_and_is_never_printed(serve, tmp_path, monkeypatch, capsys):
     secret = "sk-secret-0123456789"
     monkeypatch.setenv("TEST_KEY", secret)
     server = serve(respond=respond)
     path = tmp_path / "store.sqlite"
     server.fault = lambda body, nth: f"401:{secret}"  # the server repeats the key in its message
-    with pytest.raises(Stopped, match=r"\[key\].*set this right") as error:
+    with pytest.raises(Stopped, match=r"\[key\].*correct this") as error:
         talk(path, server, lambda client: client.ask(request()), api_key_env="TEST_KEY")
     assert server.stats()["received"] == 1
     assert server.keys == [f"Bearer {secret}"]
@@ -257,7 +257,7 @@ def test_a_wrong_key_stops_at_once_and_appears_nowhere(serve, tmp_path, monkeypa
     assert secret not in "".join(capsys.readouterr())
 
 
-def test_a_missing_key_is_said_before_anything_is_sent(serve, tmp_path, monkeypatch):
+def test_a_missing_api_key_is_an_error_before_anything_is_sent(serve, tmp_path, monkeypatch):
     monkeypatch.delenv("TEST_KEY", raising=False)
     server = serve()
     with pytest.raises(BimedixError, match="TEST_KEY holds no key"):
@@ -265,7 +265,7 @@ def test_a_missing_key_is_said_before_anything_is_sent(serve, tmp_path, monkeypa
     assert server.stats()["received"] == 0
 
 
-def test_options_that_the_endpoint_refuses_stop_the_run_and_can_be_put_right(serve, tmp_path):
+def test_options_that_the_endpoint_rejects_stop_the_run_and_can_be_corrected(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "400")
     path = tmp_path / "store.sqlite"
 
@@ -274,13 +274,13 @@ def test_options_that_the_endpoint_refuses_stop_the_run_and_can_be_put_right(ser
         return await asyncio.gather(*waiting, return_exceptions=True)
 
     ends = talk(path, server, ask, concurrency=1)
-    assert any(isinstance(end, Stopped) and "set the options right" in str(end) for end in ends)
+    assert any(isinstance(end, Stopped) and "correct the options" in str(end) for end in ends)
     assert server.stats()["received"] == 3
     server.fault = lambda body, nth: None
     assert all(reply.ok for reply in talk(path, server, ask))
 
 
-def test_one_refused_text_is_a_failure_of_that_text_alone(serve, tmp_path):
+def test_a_rejected_text_fails_alone(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "400" if "bad" in body["messages"][0]["content"] else None)
 
     async def ask(client: Client) -> list[Reply]:
@@ -291,7 +291,7 @@ def test_one_refused_text_is_a_failure_of_that_text_alone(serve, tmp_path):
     assert "the endpoint refused the request (400)" in replies[1].failure
 
 
-def test_concurrency_is_bounded(serve, tmp_path):
+def test_concurrency_is_limited(serve, tmp_path):
     server = serve(respond=respond, latency=0.02)
 
     async def ask(client: Client) -> None:
@@ -301,7 +301,7 @@ def test_concurrency_is_bounded(serve, tmp_path):
     assert 1 < server.stats()["most_open"] <= 3
 
 
-def test_requests_and_tokens_per_minute_are_kept():
+def test_limits_per_minute_hold():
     async def take(per_minute: int, amount: float, times: int) -> float:
         clock = Clock()
         pace = Pace(per_minute, clock, clock.sleep)
@@ -313,7 +313,7 @@ def test_requests_and_tokens_per_minute_are_kept():
     assert asyncio.run(take(30, 1, 3)) == pytest.approx(4.0)
 
 
-def test_the_client_keeps_the_pace_retries_included(serve, tmp_path):
+def test_limits_per_minute_include_retries(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "500" if nth == 0 else None)
     clock = Clock()
 
@@ -325,7 +325,7 @@ def test_the_client_keeps_the_pace_retries_included(serve, tmp_path):
     assert clock.now >= 29
 
 
-def test_the_budget_is_a_hard_cap_and_stops_cleanly(serve, tmp_path):
+def test_the_budget_is_never_exceeded_and_stops_cleanly(serve, tmp_path):
     server = serve(respond=respond, latency=0.01)
     path = tmp_path / "store.sqlite"
     texts = [f"{number:04}" * 200 for number in range(100)]
@@ -349,7 +349,7 @@ def test_the_budget_is_a_hard_cap_and_stops_cleanly(serve, tmp_path):
     assert server.stats()["received"] == 100
 
 
-def test_a_budget_in_dollars_needs_prices_and_is_kept(serve, tmp_path):
+def test_a_budget_in_dollars_needs_prices_and_holds(serve, tmp_path):
     server = serve(respond=respond)
     prices = parse_prices(["m=1000/500/2000"])  # dollars per million tokens: a dollar is soon spent
     path = tmp_path / "store.sqlite"
@@ -368,7 +368,7 @@ def test_a_budget_in_dollars_needs_prices_and_is_kept(serve, tmp_path):
         talk(path, server, ask, account={"budget_usd": 0.9})
 
 
-def test_what_may_have_been_paid_for_counts_at_its_most(serve, tmp_path):
+def test_attempts_of_unknown_cost_count_at_their_maximum(serve, tmp_path):
     server = serve(respond=respond, fault=lambda body, nth: "cut")
     path = tmp_path / "store.sqlite"
     with pytest.raises(Unanswered):
@@ -401,7 +401,7 @@ def test_the_ledger_has_stages_models_failures_and_cached_tokens(serve, tmp_path
     assert "the price of n is unknown" in capsys.readouterr().out
 
 
-def test_a_key_that_a_killed_run_left_open_is_known_as_lost(serve, tmp_path):
+def test_open_attempts_of_a_killed_run_are_lost(serve, tmp_path):
     server = serve(respond=respond)
     path = tmp_path / "store.sqlite"
 
@@ -423,13 +423,13 @@ def test_a_key_that_a_killed_run_left_open_is_known_as_lost(serve, tmp_path):
 def test_two_processes_cannot_share_a_store(tmp_path):
     with (
         open_store(tmp_path / "store.sqlite"),
-        pytest.raises(BimedixError, match="another process works with"),
+        pytest.raises(BimedixError, match="another process uses"),
         open_store(tmp_path / "store.sqlite"),
     ):
         pass
 
 
-def test_other_files_are_not_taken_for_stores(tmp_path):
+def test_files_that_are_no_stores_are_errors(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("these are notes" * 100)
     with pytest.raises(BimedixError, match="is not a store of replies"), open_store(path):
@@ -442,7 +442,7 @@ def test_other_files_are_not_taken_for_stores(tmp_path):
         pass
 
 
-def test_retry_after_is_read_in_all_its_spellings():
+def test_all_spellings_of_retry_after_are_read():
     assert retry_after({"retry-after": "2.5"}) == 2.5
     assert retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
     assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
@@ -450,7 +450,7 @@ def test_retry_after_is_read_in_all_its_spellings():
     assert retry_after({}) is None
 
 
-def test_prices_and_options_that_make_no_sense_are_errors(tmp_path):
+def test_invalid_prices_and_options_are_errors(tmp_path):
     assert parse_prices(["a=b=1/2/3"])["a=b"] == Price(1.0, 2.0, 3.0)
     (tmp_path / "prices.json").write_text('{"m": {"prompt": 1, "cached": 0.5, "completion": 4, "batch": 0.5}}')
     assert parse_prices([str(tmp_path / "prices.json")]) == {"m": Price(1.0, 0.5, 4.0, 0.5)}
@@ -465,14 +465,14 @@ def test_prices_and_options_that_make_no_sense_are_errors(tmp_path):
             LlmConfig(model="m", **options)
 
 
-def test_a_judge_is_the_translator_but_for_what_is_given():
+def test_the_judge_inherits_the_writers_options():
     base = LlmConfig(model="m", base_url="http://a/v1", requests_per_minute=7)
     assert JudgeConfig().over(base) == base
     other = JudgeConfig(model="n", base_url="http://b/v1").over(base)
     assert (other.model, other.base_url, other.requests_per_minute) == ("n", "http://b/v1", 7)
 
 
-def test_the_rule_of_thumb_for_tokens():
+def test_likely_tokens_of_english_and_arabic():
     assert likely_tokens("a" * 400) == 100
     assert likely_tokens("س" * 400) == 200
     assert likely_tokens("") == 0

@@ -1,1 +1,1 @@
-"""Asking language models through OpenAI-compatible endpoints so that no answer is lost and none is paid for twice."""
+"""Requests to language models behind OpenAI-compatible endpoints. No reply is lost, and none is paid for twice."""

@@ -1,26 +1,27 @@
-"""What was spent and what may still be: prices, the hard cap, and the one switch that stops every client."""
+"""Prices, the budget and what has been spent; also the switch that stops all clients of a run."""
 
 import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from bimedix_jax.curation.llm.request import Usage
 from bimedix_jax.curation.llm.store import Store
 from bimedix_jax.errors import BimedixError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 class Stopped(BimedixError):
-    """Nothing more is sent; what was in flight has been waited for and committed."""
+    """No more requests are sent. Those in flight have ended and are committed to the store."""
 
 
 class BudgetReached(Stopped):
-    """The next request could cost more than the budget leaves."""
+    """The next request could exceed the budget."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ def _price_file(path: Path) -> dict[str, Price]:
 
 @dataclass
 class Account:
-    """The store, its prices and its budget, for all clients of a run.
+    """The store, its prices and its budget, shared by all clients of a run.
 
-    Budgets count everything in the store, earlier runs included; what may have been paid for without an answer (cut
-    connections, time-outs, kills) counts at its most, and so does what is in flight: the cap is never passed.
+    The budget counts everything in the store, including earlier runs. Requests in flight count at their maximum cost.
+    So do requests that may have been paid for without a reply (cut connections, time-outs, kills). The budget is
+    therefore never exceeded.
     """
 
     store: Store
@@ -91,7 +93,7 @@ class Account:
         self.lost = self.store.close_lost()
         self._tokens = 0
         self._dollars = 0.0
-        self._held: list[tuple[int, float]] = []
+        self._reserved: list[tuple[int, float]] = []
         self._changed = asyncio.Event()
         self._stopping = asyncio.Event()
         for row in self.store.ledger():
@@ -100,25 +102,25 @@ class Account:
                 self._dollars += self._cost(row.model, usage, row.batched)
 
     def _cost(self, model: str, usage: Usage, batched: bool) -> float:
-        """US dollars, 0 for an unknown price, which only a budget in tokens can go with (see `check_model`)."""
+        """US dollars; 0 for an unknown price, which `check_model` allows only without a budget in dollars."""
         price = self.prices.get(model)
         return 0.0 if price is None else price.cost(usage, batched)
 
     @property
     def tokens(self) -> int:
-        """Tokens that are spent or may be, what is in flight not among them."""
+        """Tokens that were spent or may have been, without those in flight."""
         return self._tokens
 
     @property
     def dollars(self) -> float:
-        """US dollars for them, as far as prices are known."""
+        """US dollars for these tokens, where the prices are known."""
         return self._dollars
 
     def check_model(self, model: str) -> None:
-        """Whether the budget can be kept with this model.
+        """Check that the budget can be enforced for this model.
 
         Raises:
-            BimedixError: there is a budget in dollars and no price of the model.
+            BimedixError: the budget is in dollars and the model has no price.
         """
         if self.budget_usd is not None and model not in self.prices:
             raise BimedixError(
@@ -127,18 +129,18 @@ class Account:
             )
 
     def stop(self, reason: BaseException) -> None:
-        """Send nothing more. Whoever asks gets `reason`; the first one counts."""
+        """Stop all clients. They raise `reason`, or that of the first call."""
         self.stopped = self.stopped or reason
         self._stopping.set()
         self._changed.set()
 
     def check(self) -> None:
-        """Raise the reason why the clients were stopped, if they were."""
+        """Raise the reason of `stop`, if it was called."""
         if self.stopped is not None:
             raise self.stopped
 
     async def pause(self, seconds: float) -> None:
-        """Sleep, unless or until the clients are stopped: then raise the reason."""
+        """Sleep. If the clients are stopped before or meanwhile, raise the reason."""
         try:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
@@ -146,45 +148,45 @@ class Account:
             return
         self.check()
 
-    async def hold(self, model: str, most: Usage, batched: bool = False) -> tuple[int, float]:
-        """Set aside what a request can cost at most, for `release`; wait for others in flight where it does not fit.
+    async def reserve(self, model: str, most: Usage, batched: bool = False) -> tuple[int, float]:
+        """Reserve the maximum cost of a request, for `release`. If it exceeds the budget, wait for requests in flight.
 
         Raises:
-            BudgetReached: it does not fit, and nothing is in flight any more.
+            BudgetReached: it exceeds the budget, and no request is in flight any more.
         """
         wanted = (most.total, self._cost(model, most, batched))
         while True:
             self.check()
-            tokens = self._tokens + sum(held[0] for held in self._held) + wanted[0]
-            dollars = self._dollars + sum(held[1] for held in self._held) + wanted[1]
+            tokens = self._tokens + sum(reserved[0] for reserved in self._reserved) + wanted[0]
+            dollars = self._dollars + sum(reserved[1] for reserved in self._reserved) + wanted[1]
             too_much = (self.budget_tokens is not None and tokens > self.budget_tokens) or (
                 self.budget_usd is not None and dollars > self.budget_usd
             )
             if not too_much:
-                self._held.append(wanted)
+                self._reserved.append(wanted)
                 return wanted
-            if not self._held:
+            if not self._reserved:
                 self.stop(self._budget_reached(model, wanted))
             else:
                 self._changed.clear()
                 await self._changed.wait()
 
     def resume(self, model: str, most: Usage, batched: bool) -> tuple[int, float]:
-        """Set aside what an attempt can cost that an earlier run left open, and that still goes on, in a batch."""
-        held = (most.total, self._cost(model, most, batched))
-        self._tokens -= held[0]
-        self._dollars -= held[1]
-        self._held.append(held)
-        return held
+        """Reserve the maximum cost of an attempt in a batch that an earlier run sent and that is still running."""
+        reserved = (most.total, self._cost(model, most, batched))
+        self._tokens -= reserved[0]
+        self._dollars -= reserved[1]
+        self._reserved.append(reserved)
+        return reserved
 
     def release(
-        self, held: tuple[int, float], model: str, usage: Usage | None, paid: bool, batched: bool = False
+        self, reserved: tuple[int, float], model: str, usage: Usage | None, paid: bool, batched: bool = False
     ) -> None:
-        """Replace what was set aside by what was used: nothing where not `paid`, the most where `usage` is unknown."""
-        self._held.remove(held)
+        """Replace a reservation by the real cost: nothing if not `paid`, the maximum if `usage` is None."""
+        self._reserved.remove(reserved)
         if paid and usage is None:
-            self._tokens += held[0]
-            self._dollars += held[1]
+            self._tokens += reserved[0]
+            self._dollars += reserved[1]
         elif paid and usage is not None:
             self._tokens += usage.total
             self._dollars += self._cost(model, usage, batched)
@@ -197,12 +199,12 @@ class Account:
             spent += f" (${self._dollars:,.4f})"
             cap += f"{' and ' if cap else ''}${self.budget_usd:,.4f}"
         return BudgetReached(
-            f"the budget of {cap} would be passed: {spent} are spent or may be, and the next request to {model} can "
-            f"take {wanted[0]:,} tokens; all replies are kept, so run the same command with a higher budget to go on"
+            f"the budget of {cap} would be exceeded: {spent} are spent or may be, and the next request to {model} can "
+            f"take {wanted[0]:,} tokens. All replies are kept: run the same command with a higher budget to resume"
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """The ledger as plain rows, with `usd` None where no price is known."""
+        """The ledger as plain rows; `usd` is None where the price is unknown."""
         found = []
         for row in self.store.ledger():
             price = self.prices.get(row.model)
@@ -226,11 +228,8 @@ class Account:
             )
         return found
 
-    def print(self, console: "Console") -> None:
-        """The ledger as a table; what has no known price or usage is said below it."""
-        from rich import box
-        from rich.table import Table
-
+    def print(self, console: Console) -> None:
+        """Print the ledger as a table, and below it what has no known price or usage."""
         names = {
             "requests": "asked",
             "attempts": "sent",
@@ -258,6 +257,6 @@ class Account:
         if unknown:
             most = sum(row["unknown_cost_most_tokens"] for row in rows)
             console.print(
-                f"[bold yellow]{unknown:,} attempts brought no answer or no usage and may have been paid for[/]: at "
+                f"[bold yellow]{unknown:,} attempts returned no reply or no usage and may have been paid for[/]: at "
                 f"most {most:,} tokens, which the budget counts"
             )

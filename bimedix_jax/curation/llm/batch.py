@@ -1,8 +1,8 @@
-"""The batch API: requests gathered into a file, uploaded, waited for and fetched, for about half the price.
+"""The batch API: uploads many requests in one file and fetches the results later, for about half the price.
 
-A batch is noted in the store before it is created, carries that mark as metadata, and its id is committed before
-anything waits for it. So a killed run finds its batches again, those included whose id it never saw, and sends no
-request twice.
+A random mark is stored before a batch is created and sent as its metadata. The batch's id is committed before waiting
+for results. A run that was killed therefore finds its batches again, even those whose id it never received, and sends
+no request twice.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from bimedix_jax.curation.llm.direct import ending_of, new_openai, scrub
 from bimedix_jax.curation.llm.outcomes import Attempt, from_body
 from bimedix_jax.curation.llm.store import Heading
 
-GATHER_SECONDS = 0.5  # a batch leaves when nobody has asked for so long, or when it is full
+GATHER_SECONDS = 0.5  # a batch is sent after so long without a new request, or when it is full
 MOST_BYTES = 100_000_000  # hosted endpoints take files of up to 200 MB
-MARK = "bimedix_mark"  # the metadata field that says whose batch it is
+MARK = "bimedix_mark"  # the metadata field with our mark
 _ENDED = {"completed", "failed", "expired", "cancelled"}
 
 
@@ -40,11 +40,11 @@ class BatchTransport:
         self._batch_of = {key: mark for mark, members in self._members.items() for key in members}
 
     def is_under_way(self, key: str) -> bool:
-        """Whether an earlier process has sent the request in a batch that is not fetched yet."""
+        """Whether a batch of an earlier process contains the request and is not fetched yet."""
         return key in self._batch_of
 
     async def send(self, heading: Heading, payload: dict[str, Any]) -> Attempt:
-        """Wait for the request's line in a batch's results."""
+        """Add the request to a batch and wait for its line of the results."""
         answer = self._answers[heading.key] = asyncio.get_running_loop().create_future()
         mark = self._batch_of.get(heading.key)
         if mark is not None:
@@ -64,7 +64,7 @@ class BatchTransport:
             self._answers.pop(heading.key, None)
 
     async def close(self) -> None:
-        """Stop looking; batches that were created go on at the endpoint."""
+        """Stop waiting. Batches that were created continue at the endpoint."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -77,10 +77,10 @@ class BatchTransport:
         self._pending = {}
 
     async def _guarded(self, mark: str, work: Any) -> None:
-        """Whatever stops the work on a batch reaches those who wait for it."""
+        """Pass an error in the work on a batch to the requests that wait for it."""
         try:
             await work
-        except Exception as error:  # noqa: BLE001 - nothing is swallowed: each waiting request raises it
+        except Exception as error:  # noqa: BLE001 - not swallowed: each waiting request raises it
             for key in self._members.get(mark, {}):
                 answer = self._answers.get(key)
                 if answer is not None and not answer.done():
@@ -107,12 +107,12 @@ class BatchTransport:
             ending = ending_of(error.status_code, error.code)
             self._end(mark, {}, Attempt(ending, error.status_code, scrub(f"{error.message}", self._key)[:500]))
         except openai.APIConnectionError:
-            await self._resume(mark)  # it may have been created all the same
+            await self._resume(mark)  # the batch may have been created before the connection broke
         else:
             await self._watch(mark, batch.id)
 
     async def _resume(self, mark: str) -> None:
-        """Go on with a batch of which at least the mark is known."""
+        """Resume a batch from its mark, and its id if that is known."""
         identity = self._earlier.get(mark)
         if identity is None:
             import openai
@@ -124,7 +124,7 @@ class BatchTransport:
                         break
             except openai.APIError as error:
                 message = f"cannot ask {self._config.base_url} for its batches ({scrub(str(error), self._key)})"
-                self._account.stop(Stopped(f"{message}; one of them may be ours, so try again later"))
+                self._account.stop(Stopped(f"{message}; one of them may belong to this run: try again later"))
                 self._account.check()
         if identity is None:
             self._end(mark, {}, Attempt("server_error", detail="the batch was never created"))
@@ -152,13 +152,15 @@ class BatchTransport:
                 failures += 1
                 print(f"batch {identity}: {scrub(str(error), self._key)}", file=sys.stderr)
                 if failures >= self._config.max_attempts:
-                    self._account.stop(Stopped(f"batch {identity} cannot be reached; it goes on: run again later"))
+                    self._account.stop(
+                        Stopped(f"batch {identity} cannot be reached. It continues at the endpoint: run again later")
+                    )
             await self._account.pause(self._config.poll_seconds)
         attempts = dict(_read(line, self._key) for text in results for line in text.splitlines() if line.strip())
         self._end(mark, attempts, Attempt("server_error", detail=f"the batch {batch.status} without a result for it"))
 
     def _end(self, mark: str, attempts: dict[str, Attempt], otherwise: Attempt) -> None:
-        """Commit how the requests of a batch ended, and tell those who wait."""
+        """Commit how the requests of a batch ended, and return this to the waiting tasks."""
         members = self._members.pop(mark)
         ends = {key: attempts.get(key, otherwise) for key in members}
         self._store.finish((key, members[key], attempt) for key, attempt in ends.items())

@@ -1,8 +1,8 @@
 """`async with open_client(config, account) as client: reply = await client.ask(request)`.
 
-A request that is in the store is answered from there. One that is not is sent, and sent again where that can help; each
-attempt is committed to the store before its reply counts. Retries are our own, not the SDK's, so that each is seen,
-counted and held to the pace and the budget.
+A request whose reply is in the store is answered from there. Others are sent, and retried where that can help. Each
+attempt is committed to the store before its reply is used. The SDK's own retries are off, so that every attempt is
+counted, paced and checked against the budget.
 """
 
 import asyncio
@@ -22,29 +22,29 @@ from bimedix_jax.curation.llm.request import Reply, Request, Usage, likely_token
 from bimedix_jax.curation.llm.store import Heading
 from bimedix_jax.errors import BimedixError
 
-# so many requests in a row that end without a reply, each after all its attempts: the endpoint is down
+# after so many requests in a row without a reply, each after all its attempts, the endpoint counts as down
 EXHAUSTED_IN_A_ROW = 5
-# so many refusals (400, 422, ...) and no reply yet: it is the options that are refused, not the texts
+# after so many refusals (400, 422, ...) and no reply, the options must be wrong and not the texts
 REFUSED_AT_FIRST = 3
 
 
 class Unanswered(BimedixError):
-    """One request got no reply in `max_attempts` attempts. Others may; a later run asks again."""
+    """One request got no reply in `max_attempts` attempts. A later run sends it again."""
 
 
 class Transport(Protocol):
-    """Sends one request and returns how that ended, after committing it to the store."""
+    """Sends a request, commits how it ended to the store, and returns that."""
 
     def is_under_way(self, key: str) -> bool:
-        """Whether an earlier process has sent the request in a way that still goes on."""
+        """Whether a batch of an earlier process that is still running contains the request."""
         ...
 
     async def send(self, heading: Heading, payload: dict[str, Any]) -> Attempt:
-        """Note the attempt as open, send, wait, commit the end."""
+        """Store the attempt as open, send it, wait, and commit how it ended."""
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         ...
 
 
@@ -76,18 +76,18 @@ class Client:
         self._refusals = 0
 
     async def ask(self, request: Request) -> Reply:
-        """The reply, from the store if it is there. `reply.failure` says why one that came cannot be used.
+        """The reply, from the store if it is there. `reply.failure` is why it cannot be used, or None.
 
         Raises:
-            Unanswered: no reply came; what else is asked may fare better.
-            Stopped: nothing more is sent to anybody: the budget is reached, the key is wrong, the user stopped, ...
+            Unanswered: this request got no reply; other requests may still get one.
+            Stopped: no client sends anything more: the budget is reached, the key is wrong, the user stopped, ...
         """
         key = request.key(self.config)
         reply = self._known(key, request, cached=True)
         if reply is not None:
             self.from_store += 1
             return reply
-        if key in self._waiting:  # two items that ask the same thing
+        if key in self._waiting:  # another item has sent the same request
             return await asyncio.shield(self._waiting[key])
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[key] = future
@@ -97,7 +97,7 @@ class Client:
             future.set_exception(
                 Stopped("the same request, asked elsewhere, was cancelled") if _is_cancel(error) else error
             )
-            future.exception()  # looked at: nobody else may be waiting for it
+            future.exception()  # retrieved, or asyncio warns if nobody waits for it
             raise
         else:
             future.set_result(reply)
@@ -134,17 +134,17 @@ class Client:
                     await self._wait_after(attempt, without_reply)
 
     async def _attempt(self, heading: Heading, payload: dict[str, Any], likely: int) -> Attempt:
-        """One attempt, within pace and budget."""
+        """One attempt within the limits per minute and the budget."""
         if self._transport.is_under_way(heading.key):
-            held = self.account.resume(heading.model, heading.most, self.config.batch)
+            reserved = self.account.resume(heading.model, heading.most, self.config.batch)
         else:
             await self._requests.take(1)
             await self._tokens.take(likely)
             while (early := self._resume_at - self._clock()) > 0:
                 await self._sleep(early)
-            held = await self.account.hold(heading.model, heading.most, self.config.batch)
+            reserved = await self.account.reserve(heading.model, heading.most, self.config.batch)
         self.sent += 1
-        attempt = Attempt("lost")  # what it stays if the task is cancelled here
+        attempt = Attempt("lost")  # if the task is cancelled while it waits
         try:
             attempt = await self._transport.send(heading, payload)
         except sqlite3.Error as error:
@@ -152,14 +152,14 @@ class Client:
             raise
         finally:
             paid = attempt.ending == "reply" or attempt.ending in UNKNOWN_COST
-            self.account.release(held, heading.model, attempt.usage, paid, self.config.batch)
+            self.account.release(reserved, heading.model, attempt.usage, paid, self.config.batch)
         self._tokens.correct(likely - (attempt.usage or Usage()).total if paid else likely)
         self._replies += attempt.ending == "reply"
         self._refusals += attempt.ending == "refused"
         if attempt.ending == "denied":
-            advice = "set this right (key, model's name, base-url, credit)"
+            advice = "correct this (key, model name, base-url, credit)"
         elif self._refusals >= REFUSED_AT_FIRST and not self._replies:
-            advice = "every request was refused so: set the options right (response-format, token-limit-field, extra)"
+            advice = "every request was refused: correct the options (response-format, token-limit-field, extra)"
             self.account.store.deny_refused(heading.model)
         else:
             return attempt
@@ -169,7 +169,7 @@ class Client:
         return attempt
 
     async def _wait_after(self, attempt: Attempt, without_reply: int) -> None:
-        """Wait as long as the endpoint asks, or longer each time; give up where it is time to."""
+        """Wait as long as the endpoint asks, or with exponential back-off. After the last attempt, raise."""
         if without_reply >= self.config.max_attempts:
             self._exhausted += 1
             error = (
@@ -177,10 +177,12 @@ class Client:
                 f"{attempt.detail}".rstrip()
             )
             if self._exhausted >= EXHAUSTED_IN_A_ROW:
-                self.account.stop(Stopped(f"{error}; {self._exhausted} requests in a row fared so: try again later"))
+                self.account.stop(
+                    Stopped(f"{error}; {self._exhausted} requests in a row got no reply: try again later")
+                )
                 self.account.check()
             raise Unanswered(error)
-        if self.config.batch:  # all at the same time, so that they make one batch again
+        if self.config.batch:  # all wait equally long, so that one batch collects them again
             await self._sleep(self.config.poll_seconds)
             return
         wait = min(60.0, 0.5 * 2 ** (without_reply - 1)) * random.uniform(0.75, 1.25)
@@ -190,11 +192,11 @@ class Client:
         await self._sleep(wait)
 
     def _hold_back(self, seconds: float) -> None:
-        """Nobody sends for so long: a 429 is about the account, not about the request."""
+        """Pause all requests, since a 429 concerns the account and not one request."""
         if seconds > self.config.max_wait:
             self.account.stop(
                 Stopped(
-                    f"{self.config.base_url} asks to come back in {seconds:,.0f} s, longer than max-wait "
+                    f"{self.config.base_url} asks to wait {seconds:,.0f} s, longer than max-wait "
                     f"({self.config.max_wait:,.0f} s); all replies are kept, run the same command later"
                 )
             )
@@ -211,10 +213,10 @@ def _is_cancel(error: BaseException) -> bool:
 
 @asynccontextmanager
 async def open_client(config: LlmConfig, account: Account) -> AsyncIterator[Client]:
-    """A client for the `with`.
+    """A client that is open inside the `with`.
 
     Raises:
-        BimedixError: the key's variable is not set, or the budget needs a price that is not known.
+        BimedixError: the environment variable of the key is not set, or a budget in dollars lacks the model's price.
     """
     from bimedix_jax.curation.llm.batch import BatchTransport
     from bimedix_jax.curation.llm.direct import DirectTransport

@@ -1,4 +1,4 @@
-"""One HTTP request, one attempt: what happened to it, said in our own terms."""
+"""Sends one HTTP request for each attempt and classifies how it ended."""
 
 import asyncio
 import email.utils
@@ -10,7 +10,7 @@ from bimedix_jax.curation.llm.config import LlmConfig
 from bimedix_jax.curation.llm.outcomes import Attempt, Ending, from_body
 from bimedix_jax.curation.llm.store import Heading
 
-# no other request can fare better after these: wrong key, no such model, no credit
+# after these all requests will fail: wrong key, no such model, no credit
 _DENIED_STATUS = {401, 403, 404}
 _DENIED_CODES = {"insufficient_quota", "billing_hard_limit_reached", "invalid_api_key"}
 _TRANSIENT_STATUS = {408, 409, 425}
@@ -25,7 +25,7 @@ class DirectTransport:
         self._openai = new_openai(config, self._key)
 
     def is_under_way(self, key: str) -> bool:
-        """Never: a request ends with its connection."""
+        """Never: a request ends when its connection closes."""
         del key
         return False
 
@@ -41,7 +41,7 @@ class DirectTransport:
         import openai
 
         try:
-            # the client's own time-out is per read: a server that drips would never meet it
+            # the client's own time-out is per read, so a server that sends a byte at a time would never reach it
             async with asyncio.timeout(self._config.timeout):
                 response = await self._openai.post("/chat/completions", body=payload, cast_to=httpx2.Response)
         except (TimeoutError, openai.APITimeoutError):
@@ -58,7 +58,7 @@ class DirectTransport:
 
 
 def new_openai(config: LlmConfig, key: str) -> Any:
-    """The SDK's client: its retries are off, since they would be neither counted nor paced nor recorded."""
+    """The SDK's client without its retries, which would be neither counted nor paced nor stored."""
     import openai
 
     return openai.AsyncOpenAI(base_url=config.base_url, api_key=key, max_retries=0, timeout=config.timeout)
@@ -72,7 +72,7 @@ def from_status(error: Any, key: str) -> Attempt:
 
 
 def ending_of(status: int, code: str | None) -> Ending:
-    """What a status other than 200, with the code of its error, says about the request."""
+    """How an attempt ended, from a status other than 200 and the code of its error."""
     if status in _DENIED_STATUS or code in _DENIED_CODES:
         return "denied"
     if status == 429:
@@ -81,7 +81,7 @@ def ending_of(status: int, code: str | None) -> Ending:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that `retry-after-ms` or `Retry-After` (seconds or an HTTP date) asks to wait."""
+    """Seconds to wait by `retry-after-ms` or `Retry-After` (seconds or an HTTP date); None without either."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:
@@ -97,5 +97,5 @@ def retry_after(headers: Any) -> float | None:
 
 
 def scrub(text: str, key: str) -> str:
-    """`text` without the key, which some servers repeat in their messages."""
+    """`text` without the API key, which some servers repeat in their messages."""
     return text.replace(key, "[key]") if len(key) >= 8 else text

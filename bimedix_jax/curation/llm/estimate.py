@@ -1,8 +1,12 @@
-"""What a run will ask and cost, before anything is sent."""
+"""Estimates requests, tokens and cost before anything is sent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from bimedix_jax.curation.llm.account import Price
 from bimedix_jax.curation.llm.config import LlmConfig
@@ -10,13 +14,10 @@ from bimedix_jax.curation.llm.outcomes import judge_attempts
 from bimedix_jax.curation.llm.request import Request, Usage
 from bimedix_jax.curation.llm.store import Store
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """Requests of one stage that are not in the store, and their tokens: at least (`low`), at most (`high`)."""
+    """Requests of one stage that are not in the store, and their tokens: minimum (`low`) and maximum (`high`)."""
 
     stage: str
     model: str
@@ -27,7 +28,7 @@ class Estimate:
     batched: bool = False
 
     def row(self, prices: dict[str, Price]) -> dict[str, Any]:
-        """The estimate with its cost in US dollars, None where the price is unknown."""
+        """The estimate with its cost in US dollars, None if the price is unknown."""
         price = prices.get(self.model)
         return {
             "stage": self.stage,
@@ -57,7 +58,7 @@ class Tally:
         self.high = Usage(self.high.prompt + high * each.prompt, 0, self.high.completion + high * each.completion)
 
     def estimate(self, stage: str, config: LlmConfig) -> Estimate:
-        """The sum, for a stage that `config`'s model does."""
+        """The sum for a stage with the model of `config`."""
         return Estimate(
             stage, config.model, self.low_requests, self.high_requests, self.low, self.high, batched=config.batch
         )
@@ -69,11 +70,8 @@ def is_stored(request: Request, config: LlmConfig, store: Store) -> bool:
     return bool(attempts) and judge_attempts(attempts, request, config.reasks, cached=True) is not None
 
 
-def show(estimates: Sequence[Estimate], prices: dict[str, Price], console: "Console") -> list[dict[str, Any]]:
-    """Print the estimates as a table, from-to, and return them as rows."""
-    from rich import box
-    from rich.table import Table
-
+def show(estimates: Sequence[Estimate], prices: dict[str, Price], console: Console) -> list[dict[str, Any]]:
+    """Print the estimates as a table with minimum and maximum, and return them as rows."""
     table = Table(title="estimate (at least - at most): requests and tokens", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     table.add_column("model")
@@ -93,7 +91,7 @@ def show(estimates: Sequence[Estimate], prices: dict[str, Price], console: "Cons
 
 
 def _short(number: int) -> str:
-    """184, 145k, 2.4M, 1,250M: estimates have no more digits than that."""
+    """184, 145k, 2.4M, 1,250M: estimates are no more precise."""
     if number < 10_000:
         return f"{number:,}"
     return f"{number / 1e3:,.0f}k" if number < 1e6 else f"{number / 1e6:,.{1 if number < 1e8 else 0}f}M"

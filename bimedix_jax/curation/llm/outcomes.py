@@ -1,4 +1,4 @@
-"""How one attempt ended, and whether the reply that it brought can be used."""
+"""How an attempt ended, and whether its reply can be used."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -10,21 +10,21 @@ from pydantic import BaseModel, ValidationError
 from bimedix_jax.curation.llm.request import Reply, Request, Usage
 from bimedix_jax.data.records import explain
 
-# reply: the endpoint answered (and was paid). refused: it will not answer this request. denied: it will not answer any,
-# until the user sets something right. lost: the process ended while the attempt was in flight.
+# reply: the endpoint answered (and was paid). refused: it rejects this request. denied: it rejects all requests until
+# the user corrects something, such as the key. lost: the process ended while the attempt was in flight.
 Ending = Literal["reply", "rate_limited", "server_error", "timeout", "cut", "bad_body", "refused", "denied", "lost"]
 
-# nobody can know whether these were paid for: budgets count them at their most
+# it is unknown whether these were paid for, so budgets count their maximum cost
 UNKNOWN_COST: frozenset[Ending] = frozenset({"timeout", "cut", "bad_body", "lost"})
 
-MOST_STARTS = 200  # opening braces at which an object is looked for: a model that repeats them must not cost minutes
+MOST_STARTS = 200  # opening braces to try as the start of an object: a reply that repeats them must not take minutes
 
 LENGTH, CONTENT_FILTER = "length", "content_filter"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt's end. `usage` is None where the endpoint did not say."""
+    """How one attempt ended. `usage` is None if the endpoint did not return it."""
 
     ending: Ending
     status: int | None = None
@@ -36,7 +36,7 @@ class Attempt:
 
 
 def from_body(body: str) -> Attempt:
-    """The attempt whose answer (status 200) has this body."""
+    """The attempt from the body of an answer with status 200."""
     try:
         value = json.loads(body)
         choice = value["choices"][0]
@@ -48,7 +48,7 @@ def from_body(body: str) -> Attempt:
         return Attempt("bad_body", 200, f"the answer is no chat completion ({type(error).__name__}: {error})")
     if refusal and not text:
         finish_reason, text = CONTENT_FILTER, refusal
-    # half of a surrogate pair, which JSON can spell, is no text: it could not even be stored
+    # JSON can hold half of a surrogate pair, which cannot be stored as UTF-8
     readable = str(text or "").encode(errors="replace").decode()
     return Attempt("reply", 200, finish_reason=finish_reason, text=readable, usage=_usage(value.get("usage")))
 
@@ -63,10 +63,10 @@ def _usage(value: Any) -> Usage | None:
 
 
 def judge_attempts(attempts: Sequence[Attempt], request: Request, reasks: int, cached: bool) -> Reply | None:
-    """The reply that a request's stored attempts amount to; None if it must be sent (again).
+    """The reply of a request from its stored attempts; None if it must be sent (again).
 
-    A function of what is stored alone, so that a run that was killed comes to the same replies: the first usable one
-    counts; after `reasks` more that are not, the last one, as a failure.
+    It depends only on the stored attempts, so that a run that was killed gets the same replies. The first usable one
+    counts. After `reasks` repetitions without a usable one, the last reply is returned as a failure.
     """
     known = [attempt.usage for attempt in attempts if attempt.usage is not None]
     usage = Usage(*(sum(getattr(item, name) for item in known) for name in ("prompt", "cached", "completion")))
@@ -76,7 +76,7 @@ def judge_attempts(attempts: Sequence[Attempt], request: Request, reasks: int, c
         parsed, failure = use(attempt, request.schema, request.accept)
         if not failure:
             return Reply(attempt.text, parsed, attempt.finish_reason, usage, cached)
-        if attempt.ending == "refused" or failure == LENGTH:  # the same request would meet the same end
+        if attempt.ending == "refused" or failure == LENGTH:  # repeating the request would not help
             return Reply(attempt.text, None, attempt.finish_reason, usage, cached, failure)
     if len(answered) > reasks:
         last = answered[reasks]
@@ -87,7 +87,7 @@ def judge_attempts(attempts: Sequence[Attempt], request: Request, reasks: int, c
 def use(
     attempt: Attempt, schema: type[BaseModel] | None, accept: Callable[[Any], str | None] | None
 ) -> tuple[Any, str]:
-    """What a reply holds, and "" or why it cannot be used."""
+    """The parsed reply, and why it cannot be used ("" if it can)."""
     if attempt.ending == "refused":
         return None, f"the endpoint refused the request ({attempt.status}): {attempt.detail}"
     if attempt.finish_reason in (LENGTH, CONTENT_FILTER):
@@ -103,9 +103,9 @@ def use(
 
 
 def parse(text: str, schema: type[BaseModel]) -> tuple[BaseModel | None, str]:
-    """The one object of `schema` in a reply, in a code fence or between sentences too, or why there is none.
+    """The only object of `schema` in a reply, or why there is none. Code fences and sentences around it are allowed.
 
-    Several different objects that fit are as bad as none: one of them may be quoted from the text under discussion.
+    Different objects that fit are an error, since one of them may be quoted from the text that is discussed.
     """
     found: list[BaseModel] = []
     reason = "the reply holds no JSON object"
@@ -123,8 +123,8 @@ def parse(text: str, schema: type[BaseModel]) -> tuple[BaseModel | None, str]:
 
 
 def _objects(text: str) -> Iterator[Any]:
-    """JSON objects in a text, outermost ones only, from left to right."""
-    decoder = json.JSONDecoder(strict=False)  # models write line breaks into strings
+    """The outermost JSON objects in a text, from left to right."""
+    decoder = json.JSONDecoder(strict=False)  # accepts line breaks in strings, which models write
     place = -1
     for _ in range(MOST_STARTS):
         place = text.find("{", place + 1)

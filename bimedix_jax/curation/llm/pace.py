@@ -5,10 +5,9 @@ from collections.abc import Awaitable, Callable
 
 
 class Pace:
-    """Lets through `per_minute` units a minute, evenly: what may be used at once is a second's worth.
+    """Token bucket: `per_minute` units a minute, with a capacity of one second's units. First come, first served.
 
-    Whoever comes first goes first. A single amount above that waits for a full second's worth and leaves a debt that
-    those behind it wait out.
+    An amount above the capacity waits for a full bucket and makes it negative, so that the next callers wait longer.
     """
 
     def __init__(
@@ -22,7 +21,7 @@ class Pace:
         self._turn = asyncio.Lock()
 
     async def take(self, amount: float) -> None:
-        """Wait until `amount` units may be used."""
+        """Wait until `amount` units are available, and use them."""
         if self._rate is None:
             return
         async with self._turn:
@@ -33,7 +32,7 @@ class Pace:
             self._level -= amount
 
     def correct(self, amount: float) -> None:
-        """Give back (or, below zero, take) what an estimate was too high by."""
+        """Return what an estimate was too high by; a negative `amount` uses more."""
         self._level = min(self._most, self._level + amount)
 
     def _fill(self, rate: float) -> None:

@@ -1,4 +1,4 @@
-"""What is asked, what comes back, and the key that says whether it was asked before."""
+"""Requests, replies, and the key under which the store keeps a request's replies."""
 
 import functools
 import hashlib
@@ -16,7 +16,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one attempt. `cached` is the part of `prompt` that the endpoint had in its cache."""
+    """Tokens of one attempt. `cached` is the part of `prompt` that was in the endpoint's cache."""
 
     prompt: int = 0
     cached: int = 0
@@ -30,12 +30,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model.
+    """One request to a model.
 
-    `stage` and `item` (a record's id) only say in the ledger what it was for. `round` and `prompt_hash`
-    (`Prompts.hash`) are part of the key. With `schema`, the reply must hold a JSON object that the model accepts; with
-    `accept`, what that gives (the object, or the text without `schema`) must also pass: `accept` returns why not, or
-    None.
+    `stage` and `item` (a record's id) are for the ledger only. `round` and `prompt_hash` (`Prompts.hash`) are part of
+    the key. With `schema`, the reply must contain a JSON object that this class validates. `accept` gets that object,
+    or the text if there is no `schema`, and returns why it cannot be used, or None.
     """
 
     stage: str
@@ -65,28 +64,28 @@ class Request:
         return {**body, **config.extra_fields()}
 
     def key(self, config: LlmConfig) -> str:
-        """SHA-256 of model, payload, prompt hash and round: the same key is never paid for twice."""
+        """SHA-256 of model, payload, prompt hash and round. The same key is never paid for twice."""
         parts = [config.model, self.payload(config), self.prompt_hash, self.round]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
     def most_tokens(self, config: LlmConfig) -> Usage:
-        """Tokens that the request can cost at most: no byte-level tokenizer gives more tokens than there are bytes."""
-        overhead = 32 + 16 * len(self.messages)  # roles and markers of the chat template
+        """Maximum tokens of the request: a byte-level tokenizer gives at most one token for each byte."""
+        overhead = 32 + 16 * len(self.messages)  # for the roles and markers of the chat template
         prompt = len(json.dumps(self.payload(config), ensure_ascii=False).encode()) + overhead
         return Usage(prompt=prompt, completion=self.max_tokens)
 
 
 @functools.cache
 def _json_schema(schema: type[BaseModel]) -> dict[str, Any]:
-    """As it is written, where pydantic calls fields with defaults required: strict endpoints want all of them so."""
+    """In serialization mode, fields with defaults can count as required, as strict endpoints demand."""
     return schema.model_json_schema(mode="serialization")
 
 
 def likely_tokens(text: str) -> int:
-    """Rough number of tokens of a text, for estimates and pace: four Latin or two other characters a token.
+    """Rough number of tokens of a text, for estimates and limits per minute: 4 Latin or 2 other characters a token.
 
-    Tokenizers differ: English medical text has 4-5 characters a token, Arabic 1.5-3. Whatever has been paid for is
-    counted by the endpoint, not by this.
+    Tokenizers differ: English medical text has 4-5 characters a token, Arabic 1.5-3. What has been paid for is counted
+    by the endpoint.
     """
     others = min(len(text), len(text.encode(errors="replace")) - len(text))  # Arabic letters are two bytes each
     return -(-(len(text) - others) // 4) + -(-others // 2)
@@ -94,9 +93,9 @@ def likely_tokens(text: str) -> int:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. `failure` says why a reply that was paid for cannot be used; then `parsed` is None.
+    """The reply to a request. `failure` is why it cannot be used, or None; if it is set, `parsed` is None.
 
-    `cached` is True where nothing was sent because the answer was in the store; `usage` sums all attempts.
+    `cached` is True if the reply was in the store and nothing was sent. `usage` is the sum over all attempts.
     """
 
     text: str

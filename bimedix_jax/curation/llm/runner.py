@@ -1,7 +1,7 @@
-"""Many items through models at once: bounded in memory, stopped cleanly, gone on with where it ended.
+"""Processes many items concurrently, with bounded memory, a clean stop, and resume.
 
-An item's outcome is kept in the store under a key of what it depends on, so that items that are done cost a look-up and
-no request. What could not be answered is counted and left for the next run.
+The outcome of an item is stored under a key of everything it depends on, so that a finished item costs a look-up and no
+request. Items without an answer are counted, and the next run tries them again.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ class Interrupted(Stopped):
 
 @dataclass
 class Progress:
-    """What a run came to: items worked out now, found done, and without an answer (id, why)."""
+    """Numbers of items that were computed now and found finished, and those without an answer (id, why)."""
 
     done: int = 0
     found: int = 0
@@ -37,10 +37,10 @@ async def run_items(
     total: int | None = None,
     title: str = "",
 ) -> Progress:
-    """Work out the outcome of each item (id, result key, what `work` takes) that the store does not have yet.
+    """Compute and store the outcome of each item (id, result key, argument of `work`) that the store does not have.
 
     Raises:
-        Stopped: by the user, by the budget, by the endpoint. Everything that came back is in the store.
+        Stopped: by the user, the budget or the endpoint. All replies are in the store.
     """
     from tqdm import tqdm
 
@@ -53,7 +53,7 @@ async def run_items(
         async def settle(name: str, key: str, item: Any) -> None:
             if account.store.result(key) is not None:
                 progress.found += 1
-                await asyncio.sleep(0)  # found items never wait, and signals must get their turn
+                await asyncio.sleep(0)  # finished items never wait for anything, and signals need a turn of the loop
                 return
             try:
                 account.store.keep_result(key, await work(item))
@@ -72,7 +72,7 @@ async def run_items(
                 account.stop(Stopped(f"stopped by {type(error).__name__}: {error}"))
                 raise
 
-        # a worker that fails must not cut off what the others have in flight: each gets to its end
+        # if one worker fails, the others still finish what they have in flight
         ended = await asyncio.gather(*(worker() for _ in range(at_once)), return_exceptions=True)
     unexpected = [error for error in ended if isinstance(error, BaseException) and not isinstance(error, Stopped)]
     if unexpected:
@@ -89,13 +89,13 @@ def _spent(account: Account, clients: list[Client]) -> str:
 
 @contextmanager
 def _signals(account: Account) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM lets what is in flight come back; the second Ctrl-C ends at once."""
+    """After the first Ctrl-C or SIGTERM, requests in flight still finish; a second Ctrl-C ends immediately."""
     loop = asyncio.get_running_loop()
 
     def stop(name: str) -> None:
-        account.stop(Interrupted(f"{name}: replies are kept, run the same command again to go on"))
+        account.stop(Interrupted(f"{name}: replies are kept, run the same command again to resume"))
         loop.remove_signal_handler(signal.SIGINT)
-        print(f"{name}: waiting for the replies in flight, Ctrl-C again to give them up", file=sys.stderr)
+        print(f"{name}: waiting for the replies in flight; press Ctrl-C again to give them up", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number.name)

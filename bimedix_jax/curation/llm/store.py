@@ -1,7 +1,8 @@
-"""The ledger on disk: every attempt, with what it brought and what it used, committed before it counts.
+"""The ledger on disk: every attempt with its reply and its usage, committed before the reply is used.
 
-SQLite in WAL mode. An attempt is noted as open before its request leaves, so that a kill leaves a trace of what may
-have been paid for, and its end is synced to disk before anybody sees the reply. One process at a time holds a store.
+SQLite in WAL mode. An attempt is stored as open before its request is sent, so that requests of a killed process that
+may have been paid for are known. How it ended is synced to disk before the reply is used. A lock lets only one process
+open a store.
 """
 
 import fcntl
@@ -39,7 +40,7 @@ CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value TEXT NOT NULL) W
 
 @dataclass(frozen=True)
 class Heading:
-    """What an attempt is for, in the ledger's words; `most` bounds its tokens."""
+    """The columns of the ledger that are known before sending; `most` is the maximum number of tokens."""
 
     key: str
     stage: str
@@ -97,10 +98,10 @@ class Store:
         ]
 
     def begin(self, headings: Iterable[Heading], batch: str | None = None) -> list[int]:
-        """Note attempts as open, and the batch they go in; return their numbers.
+        """Store attempts as open, with the mark of their batch, and return their numbers.
 
-        Not synced to disk, since nothing is lost with it but the trace: it survives the end of the process, not that
-        of the machine.
+        Attempts without a batch are not synced to disk: they survive a kill of the process, but not a crash of the
+        machine.
         """
         now = time.time()
         numbers = []
@@ -130,7 +131,7 @@ class Store:
         return numbers
 
     def finish(self, ends: Iterable[tuple[str, int, Attempt]]) -> None:
-        """Commit how attempts (key, number) ended; on return they are on disk."""
+        """Commit how attempts (key, number) ended, and sync to disk."""
         now = time.time()
         with self._transaction(sync=True):
             for key, number, attempt in ends:
@@ -155,11 +156,11 @@ class Store:
                 )
 
     def open_attempts(self) -> int:
-        """How many attempts have no end: in flight now, or when an earlier process was killed."""
+        """Number of attempts that have not ended: in flight now, or when an earlier process was killed."""
         return self._db.execute("SELECT count(*) FROM attempts WHERE ending IS NULL AND batch IS NULL").fetchone()[0]
 
     def close_lost(self) -> int:
-        """Give the attempts that a killed process left open the ending `lost`; return how many there were."""
+        """Mark the open attempts of a killed process as `lost`, and return their number."""
         with self._transaction(sync=True):
             return self._db.execute(
                 "UPDATE attempts SET ending = 'lost', detail = 'the process ended while it was in flight'"
@@ -167,12 +168,12 @@ class Store:
             ).rowcount
 
     def deny_refused(self, model: str) -> None:
-        """Let the requests that were refused be asked again: it was not for what they ask."""
+        """Mark refused requests as `denied`, so that they are sent again: their texts were not the reason."""
         with self._transaction(sync=False):
             self._db.execute("UPDATE attempts SET ending = 'denied' WHERE ending = 'refused' AND model = ?", (model,))
 
     def ledger(self) -> list[LedgerRow]:
-        """What was asked and what it used, by stage, model and whether it went through the batch API."""
+        """Requests and usage by stage, model and whether the batch API was used."""
         unknown = ", ".join(f"'{ending}'" for ending in sorted(UNKNOWN_COST))
         unpriced = f"(ending IN ({unknown}) OR ending = 'reply' AND prompt_tokens IS NULL OR ending IS NULL)"
         rows = self._db.execute(
@@ -215,29 +216,29 @@ class Store:
         ]
 
     def result(self, key: str) -> str | None:
-        """What was kept under a key, such as the outcome of a whole record."""
+        """The value stored under a key, such as the outcome of a record, or None."""
         row = self._db.execute("SELECT value FROM results WHERE key = ?", (key,)).fetchone()
         return row[0] if row else None
 
     def keep_result(self, key: str, value: str) -> None:
-        """Keep what was worked out from replies. Not synced: it can be worked out again without asking."""
+        """Store a value that was computed from replies. Not synced: it can be computed again without requests."""
         with self._transaction(sync=False):
             self._db.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, value))
 
     def batches(self, base_url: str) -> list[tuple[str, str | None]]:
-        """(mark, the endpoint's id or None where it is not known yet) of the batches that are not done."""
+        """The batches that are not done: mark, and the endpoint's id or None if it is not known yet."""
         rows = self._db.execute("SELECT mark, id FROM batches WHERE base_url = ? AND NOT done", (base_url,))
         return list(rows)
 
     def note_batch(self, mark: str, base_url: str, identity: str | None = None, done: bool = False) -> None:
-        """Commit what is known of a batch; on return it is on disk."""
+        """Commit the state of a batch, and sync to disk."""
         with self._transaction(sync=True):
             self._db.execute(
                 "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", (mark, base_url, identity, int(done))
             )
 
     def batch_members(self, mark: str) -> dict[str, int]:
-        """key -> attempt number of the requests of a batch that have no answer yet."""
+        """key -> attempt number of the requests of a batch without a result."""
         rows = self._db.execute("SELECT key, number FROM attempts WHERE batch = ? AND ending IS NULL", (mark,))
         return dict(rows)
 
@@ -255,15 +256,15 @@ class Store:
 
 @contextmanager
 def open_store(path: str | Path) -> Iterator[Store]:
-    """Open or make the store at `path` and hold it until the end of the `with`, or of the process.
+    """Open or create the store at `path`, locked until the end of the `with` or of the process.
 
     Raises:
-        BimedixError: another process holds it, or the file is no store of this version.
+        BimedixError: another process has locked it, or the file is not a store of this version.
     """
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.with_name(place.name + ".lock").open("a") as lock:
-        _hold(lock, place)
+        _lock(lock, place)
         connection = sqlite3.connect(place, isolation_level=None)
         try:
             _prepare(connection, place)
@@ -272,12 +273,12 @@ def open_store(path: str | Path) -> Iterator[Store]:
             connection.close()
 
 
-def _hold(lock: IO[str], place: Path) -> None:
+def _lock(lock: IO[str], place: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise BimedixError(
-            f"another process works with {place}; wait for it, or name another store (two would pay twice)"
+            f"another process uses {place}; wait for it, or name another store (two processes would pay twice)"
         ) from error
 
 
@@ -286,7 +287,9 @@ def _prepare(connection: sqlite3.Connection, place: Path) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, VERSION):
-            raise BimedixError(f"{place} is a store of version {version}, and this program writes {VERSION}")
+            raise BimedixError(
+                f"{place} is a store of version {version} and this program reads version {VERSION}; name another file"
+            )
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if foreign := sorted(tables - {"attempts", "batches", "results"}):
             raise BimedixError(
