@@ -1,4 +1,4 @@
-"""`bimedix data review`: translations to people and back, and what their verdicts say."""
+"""`bimedix data review`: export of translations for review, import of verdicts, and their statistics."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TRANSLATED, VERDICTS, REPORT = "translated.jsonl", "verdicts.jsonl", "report.jso
 
 @dataclass(frozen=True)
 class Config:
-    """Export what people must look at, import their verdicts, print agreement, the judge's worth and error bounds.
+    """Export translations for review, import verdicts, print agreement, correlation with the judge and error bounds.
 
         bimedix data review export --items arabic/review.jsonl --output to_review --form csv \\
             --reviewers first second
@@ -25,8 +25,8 @@ class Config:
             --translated arabic/translated.jsonl --output arabic_reviewed
         bimedix data review statistics --items arabic/review.jsonl --verdicts first.csv second.csv
 
-    Verdicts are read by the ending of their file: .json is Label Studio's export, .csv and .jsonl are the forms that
-    `export` writes.
+    The ending of a file with verdicts gives its format: .json is Label Studio's export; `export` writes .csv and
+    .jsonl.
     """
 
     action: Annotated[Literal["export", "import", "statistics"], tyro.conf.Positional]
@@ -40,33 +40,33 @@ class Config:
     report.json."""
 
     form: Literal["label-studio", "csv", "jsonl"] = "label-studio"
-    """What export writes: tasks and labelling configuration for Label Studio, or files for people without it."""
+    """export: format of the files. Label Studio also gets its labelling configuration."""
 
     reviewers: tuple[str, ...] = ()
-    """Who gets a file each at export; none: one file for all."""
+    """export: names of reviewers, who get one file each; by default one file for all."""
 
     overlap: float = 0.2
-    """Share of the items that go to two of several reviewers, from which their agreement is computed."""
+    """export: share of the items that two reviewers get, which is needed for their agreement."""
 
     show_machine: bool = False
-    """Show reviewers the judge's score, the flags and why an item is there, which sways them; else they see the texts
-    alone, in an order that says nothing."""
+    """export: show the judge's score, the flags and the reason for review, which biases reviewers. By default they see
+    only the texts, in random order."""
 
     verdicts: tuple[Path, ...] = ()
-    """Files that came back."""
+    """import and statistics: the files with verdicts."""
 
     translated: Path | None = None
-    """import: translated.jsonl of `bimedix data translate`. Its records are taken over, without those that were sampled
-    and rejected and with those that were edited; what was rescued by review is added."""
+    """import: translated.jsonl of `bimedix data translate`. Its records are copied with the edits of the review and
+    without rejected ones, and translations that only review accepted are added."""
 
     reasons: tuple[Literal["low score", "flag", "no score", "no translation", "sample"], ...] = ()
-    """export: only items that are there for one of these; all otherwise."""
+    """export: only items with one of these reasons; by default all."""
 
     limit: int | None = None
-    """export: at most so many items."""
+    """export: maximum number of items."""
 
     seed: int = 0
-    """Order of the items at export, and resampling for the intervals."""
+    """Seed of the order of items at export and of resampling for intervals."""
 
     overwrite: bool = False
     """Replace the output folder if it exists."""
@@ -156,10 +156,10 @@ def _print_settled(config: Config, settled: "list[Settled]", result: dict[str, A
     console.print(", ".join(f"{result[name]:,} {name}" for name in names), highlight=False)
     console.print(f"{result['records']:,} records in {config.output}", highlight=False)
     if result["undecided"]:
-        console.print("[bold yellow]undecided items[/] have as many for as against: ask one more reviewer")
+        console.print("[bold yellow]undecided items[/] have equal numbers for and against: ask one more reviewer")
     if result["differing_edits"]:
         console.print(
-            f"[bold yellow]{result['differing_edits']:,} items were edited differently[/]: the last edit counts"
+            f"[bold yellow]{result['differing_edits']:,} items have different edits[/]: the latest edit is used"
         )
     flagged = [row for row in settled if row.record is not None and "flags_after_review" in row.record.provenance]
     for row in flagged[:12]:

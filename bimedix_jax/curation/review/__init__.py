@@ -1,1 +1,1 @@
-"""Translations that a person looks at: what is sent, what comes back, and how far machine and people agree."""
+"""Review of translations by people: export of items, import of verdicts, and statistics of agreement."""

@@ -1,29 +1,27 @@
-"""Agreement, correlation and bounds: what a few reviewers say about a judge, and about what none of them saw."""
+"""Agreement of raters, correlations with bootstrap intervals, and bounds on shares of errors."""
 
 import itertools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Level = Literal["nominal", "ordinal", "interval"]
 Array = NDArray[np.float64]
 
-Z95 = 1.959963984540054
-"""The normal distribution's 97.5 % point: two-sided intervals at 95 %."""
-
-
-_AT_ONCE = 1 << 20
-"""Values resampled at a time, which bounds the memory."""
+_BATCH_VALUES = 1 << 20
+"""Values resampled at a time, which limits the memory."""
 
 
 def cohen_kappa(one: Sequence[Hashable], other: Sequence[Hashable]) -> float | None:
     """Agreement of two raters on the same items beyond chance (Cohen 1960, doi:10.1177/001316446002000104).
 
-    None where it is undefined: no item, or both gave one and the same answer throughout.
+    None where it is undefined: there is no item, or both gave the same single answer to all.
     """
     if len(one) != len(other):
         raise ValueError(f"{len(one)} and {len(other)} ratings: both raters must have rated the same items")
@@ -39,8 +37,8 @@ def cohen_kappa(one: Sequence[Hashable], other: Sequence[Hashable]) -> float | N
 def krippendorff_alpha(units: Sequence[Sequence[float]], level: Level = "nominal") -> float | None:
     """Agreement of any number of raters with gaps (Krippendorff, "Computing Krippendorff's Alpha-Reliability", 2011).
 
-    `units` holds for each item the ratings it got; items with fewer than two say nothing. None where it is undefined:
-    nothing was rated twice, or all ratings are the same.
+    `units` holds the ratings of each item; items with fewer than two are ignored. None where it is undefined: nothing
+    was rated twice, or all ratings are the same.
     """
     paired = [list(unit) for unit in units if len(unit) >= 2]
     values = sorted({value for unit in paired for value in unit})
@@ -60,7 +58,7 @@ def krippendorff_alpha(units: Sequence[Sequence[float]], level: Level = "nominal
 
 
 def _distance(values_V: Array, totals_V: Array, level: Level) -> Array:
-    """Squared distances of values: 0 or 1, by ranks between them, or by their difference."""
+    """Squared distances of values: 0 or 1, by the ranks between them, or by their difference."""
     if level == "nominal":
         return 1.0 - np.eye(len(values_V))
     if level == "interval":
@@ -72,52 +70,23 @@ def _distance(values_V: Array, totals_V: Array, level: Level) -> Array:
 
 def pearson(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float | None:
     """Pearson's correlation; None where one side is constant or there are fewer than two pairs."""
-    return _number(_pearson(np.asarray(x, np.float64)[None], np.asarray(y, np.float64)[None])[0])
+    value = float(_pearson(np.asarray(x, np.float64), np.asarray(y, np.float64)))
+    return None if math.isnan(value) else value
 
 
 def spearman(x: Sequence[float] | Array, y: Sequence[float] | Array) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None where `pearson` of the ranks is."""
-    return pearson(ranks(x), ranks(y))
-
-
-def ranks(values: Sequence[float] | Array) -> Array:
-    """Ranks from 1 along the last axis, equal values at the mean of theirs."""
-    values_RN = np.atleast_2d(np.asarray(values, np.float64))
-    n = values_RN.shape[-1]
-    order_RN = np.argsort(values_RN, axis=-1, kind="stable")
-    sorted_RN = np.take_along_axis(values_RN, order_RN, -1)
-    new_RN = np.ones(values_RN.shape, bool)
-    new_RN[:, 1:] = sorted_RN[:, 1:] != sorted_RN[:, :-1]
-    place_N = np.arange(n)
-    first_RN = np.maximum.accumulate(np.where(new_RN, place_N, 0), -1)
-    end_RN = np.ones(values_RN.shape, bool)
-    end_RN[:, :-1] = new_RN[:, 1:]
-    last_RN = np.minimum.accumulate(np.where(end_RN, place_N, n)[:, ::-1], -1)[:, ::-1]
-    ranks_RN = np.empty(values_RN.shape)
-    np.put_along_axis(ranks_RN, order_RN, (first_RN + last_RN) / 2 + 1, -1)
-    return ranks_RN.reshape(np.shape(values))
+    """Spearman's rank correlation with mean ranks for ties; None as for `pearson`."""
+    return pearson(stats.rankdata(x), stats.rankdata(y))
 
 
 def _pearson(x_RN: Array, y_RN: Array) -> Array:
-    """Row by row; NaN where it is undefined."""
-    found_R = np.full(len(x_RN), np.nan)
+    """Along the last axis; NaN where it is undefined."""
     if x_RN.shape[-1] < 2:
-        return found_R
-    defined_R = (np.ptp(x_RN, -1) > 0) & (np.ptp(y_RN, -1) > 0)
-    x_RN, y_RN = (_scaled(values_RN[defined_R]) for values_RN in (x_RN, y_RN))
-    products_R = (x_RN * y_RN).sum(-1) / np.sqrt((x_RN**2).sum(-1) * (y_RN**2).sum(-1))
-    found_R[defined_R] = np.clip(products_R, -1, 1)
-    return found_R
-
-
-def _scaled(values_RN: Array) -> Array:
-    """Centred rows within [-1, 1], so that squares of very large and very small values neither overflow nor vanish."""
-    centred_RN = values_RN - values_RN.mean(-1, keepdims=True)
-    return centred_RN / np.abs(centred_RN).max(-1, keepdims=True)
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+        return np.full(x_RN.shape[:-1], np.nan)
+    with warnings.catch_warnings():  # of constant rows, which give NaN
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return np.asarray(stats.pearsonr(x_RN, y_RN, axis=-1).statistic)
 
 
 def bootstrap(
@@ -137,14 +106,26 @@ def bootstrap(
     result: dict[str, float | int | None] = {"value": value, "low": None, "high": None, "n": len(x_N), "undefined": 0}
     if value is None:
         return result
-    random = np.random.default_rng(seed)
-    rows = max(1, _AT_ONCE // len(x_N))
-    parts = []
-    for start in range(0, resamples, rows):
-        drawn_RN = random.integers(len(x_N), size=(min(rows, resamples - start), len(x_N)))
-        a_RN, b_RN = x_N[drawn_RN], y_N[drawn_RN]
-        parts.append(_pearson(a_RN, b_RN) if kind == "pearson" else _pearson(ranks(a_RN), ranks(b_RN)))
-    found_R = np.concatenate(parts)
+
+    def correlation(x_RN: Array, y_RN: Array, axis: int) -> Array:
+        del axis  # the last one
+        if kind == "spearman":
+            x_RN, y_RN = stats.rankdata(x_RN, axis=-1), stats.rankdata(y_RN, axis=-1)
+        return _pearson(x_RN, y_RN)
+
+    with warnings.catch_warnings():  # of undefined resamples, which are counted below
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap(
+            (x_N, y_N),
+            correlation,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=max(1, _BATCH_VALUES // len(x_N)),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    found_R = found.bootstrap_distribution
     defined_R = found_R[~np.isnan(found_R)]
     result["undefined"] = len(found_R) - len(defined_R)
     if 2 * len(defined_R) >= len(found_R):
@@ -153,13 +134,17 @@ def bootstrap(
     return result
 
 
-def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's interval of a share that was seen in `n` (Wilson 1927, doi:10.1080/01621459.1927.10502953).
-
-    `n` may be an effective size, so no whole number. Nothing seen: (0, 1).
-    """
-    if n <= 0:
+def wilson(errors: int, n: int) -> tuple[float, float]:
+    """Wilson's interval at 95 % of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953). (0, 1) for `n` = 0."""
+    if n == 0:
         return 0.0, 1.0
+    interval = stats.binomtest(errors, n).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _wilson_of_effective(share: float, n: float) -> tuple[float, float]:
+    """`wilson` for an effective sample size, which is not whole: SciPy takes counts only."""
+    z = float(stats.norm.ppf(0.975))
     centre = share + z**2 / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     scale = 1 + z**2 / n
@@ -167,11 +152,11 @@ def wilson(share: float, n: float, z: float = Z95) -> tuple[float, float]:
 
 
 def stratified_wilson(strata: Mapping[str, tuple[int, int, int]]) -> dict[str, float]:
-    """Share of errors in all strata together from a sample of each: stratum -> (errors, seen, size).
+    """Share of errors in all strata from a sample of each: stratum -> (errors, seen, size).
 
     The share weights each stratum by its size. The interval is Wilson's at the effective sample size under these
-    weights (Kish 1965): 1 / sum(W^2 / n), which is the sample's size when each stratum is sampled in proportion, and
-    less otherwise. Strata of which nothing was seen are left out; `covered` is the share of the whole that is left.
+    weights (Kish 1965): 1 / sum(W^2 / n). That is the size of the sample if all strata are sampled in proportion, and
+    less otherwise. Strata without a reviewed item are left out; `covered` is the share of records in the others.
     """
     seen = {name: row for name, row in strata.items() if row[1] > 0}
     whole = sum(size for _, _, size in strata.values())
@@ -181,5 +166,5 @@ def stratified_wilson(strata: Mapping[str, tuple[int, int, int]]) -> dict[str, f
     weights = {name: size / known for name, (_, _, size) in seen.items()}
     share = sum(weights[name] * errors / n for name, (errors, n, _) in seen.items())
     effective = 1 / sum(weights[name] ** 2 / n for name, (_, n, _) in seen.items())
-    low, high = wilson(share, effective)
+    low, high = _wilson_of_effective(share, effective)
     return {"share": share, "low": low, "high": high, "effective_n": effective, "covered": known / whole}

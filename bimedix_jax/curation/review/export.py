@@ -1,4 +1,4 @@
-"""Items into a folder for reviewers: who gets which, in what order, in which form."""
+"""Writes items for reviewers: assigns them, orders them, and writes them in the requested format."""
 
 import hashlib
 import json
@@ -19,19 +19,19 @@ GUIDELINES = "guidelines.md"
 
 
 def in_order(items: Sequence[ReviewItem], seed: int) -> list[ReviewItem]:
-    """Items in an order that says nothing of why they are here: that of a hash of their ids."""
+    """Items ordered by a hash of their ids, so that the order does not reveal the reason for review."""
     return sorted(items, key=lambda item: hashlib.sha256(f"{seed}:{item.id}".encode()).digest())
 
 
 def shares(items: Sequence[ReviewItem], reviewers: Sequence[str], overlap: float) -> dict[str, list[ReviewItem]]:
-    """Items for each reviewer in turn; the first `overlap` (a share) of all also go to the next one, for agreement.
+    """Assign items to reviewers in turn; the first share `overlap` of them also to the next reviewer, for agreement.
 
     Raises:
-        BimedixError: a name occurs twice, or gives no file name of its own.
+        BimedixError: two names are equal or give the same file name, or a name gives none.
     """
     names = [_file_name(name) for name in reviewers]
     if len(set(names)) != len(names) or not all(names):
-        raise BimedixError(f"reviewers {', '.join(reviewers)}: each needs a name with letters or digits of its own")
+        raise BimedixError(f"reviewers {', '.join(reviewers)}: each needs a different name with letters or digits")
     given: dict[str, list[ReviewItem]] = {name: [] for name in reviewers}
     twice = round(overlap * len(items)) if len(reviewers) > 1 else 0
     for number, item in enumerate(items):
@@ -44,10 +44,10 @@ def shares(items: Sequence[ReviewItem], reviewers: Sequence[str], overlap: float
 def write(
     folder: Path, items: Sequence[ReviewItem], form: Form, blind: bool, reviewers: Sequence[str], overlap: float
 ) -> dict[str, int]:
-    """Write the files into an existing folder, guidelines and Label Studio's configuration included.
+    """Write the files into an existing folder, with guidelines and the configuration for Label Studio.
 
-    Returns how many items each file holds. Without reviewers there is one file, `review`, and the reviewer is filled in
-    by hand or named at import.
+    Returns the number of items in each file. Without reviewers there is one file, `review`; the reviewer's name is then
+    filled in by hand, or the name of the file is used.
     """
     given = shares(items, reviewers, overlap) if reviewers else {"": list(items)}
     counts = {}

@@ -1,12 +1,11 @@
-"""What goes to a person and what comes back: one line of JSON each.
+"""Items for review and verdicts, each one line of JSON.
 
-A `ReviewItem` is written by the translation (`bimedix data translate`); a `Verdict` is what one reviewer said about it,
-whether in Label Studio, in a spreadsheet or in a JSONL file.
+`bimedix data translate` writes each `ReviewItem`. A `Verdict` is one reviewer's decision on it, made in Label Studio,
+in a spreadsheet or in a JSONL file.
 """
 
 import json
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,8 +16,8 @@ from bimedix_jax.data.records import Record, explain
 from bimedix_jax.errors import BimedixError
 
 Reason = Literal["low score", "flag", "no score", "no translation", "sample"]
-"""Why a person has to look. All but `sample` mean that the machine did not accept; `sample` is the random part of what
-it did accept, and alone says how often unseen acceptances are wrong."""
+"""Why a person reviews an item. `sample` is the random part of the accepted translations, which alone tells how often
+accepted translations are wrong. All other reasons mean that the translation was not accepted."""
 
 Decision = Literal["accept", "edit", "reject"]
 
@@ -26,23 +25,23 @@ SCORE_MIN, SCORE_MAX = 0.0, 100.0
 
 
 class Version(BaseModel):
-    """One translation that was tried: which round wrote it, what the judge and the checks said."""
+    """One draft of a translation: its round, the judge's score and the flags of the checks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     round: int = Field(ge=0)
-    translation: Record | None = None  # None: the answer could not be read as a translation
-    score: float | None = Field(default=None, ge=SCORE_MIN, le=SCORE_MAX)  # None: there was no score that could be read
+    translation: Record | None = None  # None: the reply could not be read as a translation
+    score: float | None = Field(default=None, ge=SCORE_MIN, le=SCORE_MAX)  # None: no score could be read
     flags: tuple[Flag, ...] = ()
-    note: str = ""  # what went wrong, where something did
+    note: str = ""  # what went wrong, if anything
 
 
 class ReviewItem(BaseModel):
-    """A source, its best translation so far, and everything a reviewer needs to judge it."""
+    """A source record, its best translation, and what a reviewer needs to judge it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str = Field(min_length=1)  # unique in a file; the source record's id does
+    id: str = Field(min_length=1)  # unique in a file: the id of the source record
     reason: Reason
     source: Record
     translation: Record | None = None
@@ -51,13 +50,13 @@ class ReviewItem(BaseModel):
     flags: tuple[Flag, ...] = ()
     history: tuple[Version, ...] = ()  # oldest first
     stratum: str | None = None  # of a sampled item: the group it was drawn from
-    stratum_accepted: int | None = Field(default=None, ge=1)  # of a sampled item: how many its group holds
+    stratum_accepted: int | None = Field(default=None, ge=1)  # of a sampled item: size of its group
     provenance: dict[str, Any] = Field(default_factory=dict)  # models, prompt hashes, run
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.reason == "sample" and self.translation is None:
-            raise ValueError("a sampled item was accepted, so it must hold its translation")
+            raise ValueError("a sampled item was accepted, so it must have a translation")
         if (self.reason == "no translation") != (self.translation is None):
             raise ValueError(f"reason {self.reason!r} and translation {self.translation and self.translation.id!r}")
         if self.translation is not None and len(self.translation.conversations) != len(self.source.conversations):
@@ -73,7 +72,7 @@ class ReviewItem(BaseModel):
 
 
 class Verdict(BaseModel):
-    """What one reviewer said about one item. `edited` holds the new texts of the segments that were changed."""
+    """One reviewer's decision on one item. `edited` maps the changed segments to their new texts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -88,7 +87,7 @@ class Verdict(BaseModel):
     @model_validator(mode="after")
     def _edits_belong_to_edit(self) -> Self:
         if bool(self.edited) != (self.decision == "edit"):
-            raise ValueError(f"decision {self.decision!r}: changed texts come with 'edit', and only with it")
+            raise ValueError(f"decision {self.decision!r}: exactly the decision 'edit' needs changed texts")
         if any(not text.strip() for text in (self.edited or {}).values()):
             raise ValueError("an edited text is empty")
         return self
@@ -118,11 +117,6 @@ def read_items(path: str | Path) -> Iterator[ReviewItem]:
             except ValidationError as error:
                 raise BimedixError(f"{source}:{number}: {explain(error)}; correct the line or remove it") from error
             if item.id in seen:
-                raise BimedixError(f"{source}:{number}: item {item.id!r} stands in line {seen[item.id]} already")
+                raise BimedixError(f"{source}:{number}: item {item.id!r} is already in line {seen[item.id]}")
             seen[item.id] = number
             yield item
-
-
-def now() -> datetime:
-    """The time, in this machine's zone, as a verdict keeps it."""
-    return datetime.now().astimezone().replace(microsecond=0)

@@ -1,4 +1,4 @@
-"""Review in Label Studio: tasks to import there, and the annotations of its export (format JSON, not JSON-MIN).
+"""Review in Label Studio: writes tasks for its import and reads annotations from its export (JSON, not JSON-MIN).
 
 The labelling configuration is `assets/review/label_studio.xml`; it shows Arabic from right to left.
 """
@@ -27,7 +27,7 @@ def labelling_config() -> str:
 
 
 def tasks(items: Iterable[ReviewItem], blind: bool) -> list[dict[str, Any]]:
-    """Tasks as Label Studio imports them. The corrected text is pre-filled by a prediction."""
+    """Tasks in Label Studio's import format. A prediction fills the field for the corrected text in advance."""
     found = []
     for item in items:
         text = editable(segments(item))
@@ -53,7 +53,7 @@ def tasks(items: Iterable[ReviewItem], blind: bool) -> list[dict[str, Any]]:
 
 
 class _Result(BaseModel):
-    """One control of the interface that was used."""
+    """The value of one control of the labelling interface."""
 
     model_config = ConfigDict(extra="ignore")  # position, origin and what later versions add
 
@@ -80,10 +80,10 @@ class _Task(BaseModel):
 
 
 def verdicts(text: str, where: str, items: Mapping[str, ReviewItem]) -> list[Verdict]:
-    """Verdicts of an export; cancelled (skipped) annotations are none.
+    """The verdicts of an export, without cancelled (skipped) annotations.
 
     Raises:
-        BimedixError: it is no such export, or an annotation does not fit its item; `where` names the file.
+        BimedixError: it is not such an export, or an annotation does not fit its item; `where` names the file.
     """
     try:
         document = json.loads(text)
@@ -114,7 +114,7 @@ def _item(task: _Task, place: str, items: Mapping[str, ReviewItem]) -> ReviewIte
     if item is None:
         raise BimedixError(f"{place}: there is no item {name!r} in the review file; give the file that was exported")
     if task.data.get("digest") != digest(item):
-        raise BimedixError(f"{place}: item {name!r} was translated anew since it was exported; export it again")
+        raise BimedixError(f"{place}: item {name!r} has been translated again since it was exported; export it again")
     return item
 
 
@@ -127,7 +127,7 @@ def _verdict(annotation: _Annotation, item: ReviewItem, place: str) -> Verdict:
     if not given.get("decision"):
         raise BimedixError(f"{place}: an annotation has no decision; make one in Label Studio and export again")
     edited = changes(given["edited"], item) if given.get("edited") and given["decision"] != "reject" else {}
-    decision = "edit" if edited else given["decision"]  # a changed text is an edit, whatever was clicked
+    decision = "edit" if edited else given["decision"]  # a changed text is an edit, even if `accept` was clicked
     when = annotation.updated_at or annotation.created_at
     if when is None:
         raise BimedixError(f"{place}: an annotation has neither updated_at nor created_at; export the project as JSON")
@@ -148,7 +148,7 @@ def _verdict(annotation: _Annotation, item: ReviewItem, place: str) -> Verdict:
 
 
 def _value(result: _Result, place: str) -> Any:
-    """What a control holds: the choice, the number or the text."""
+    """The choice, number or text of a control."""
     for key in ("choices", "text", "number"):
         if key in result.value:
             value = result.value[key]
@@ -161,9 +161,9 @@ def _value(result: _Result, place: str) -> Any:
 
 
 def _reviewer(completed_by: int | str | dict[str, Any] | None, place: str) -> str:
-    """A name for who annotated: the e-mail address where the export has it, else the number."""
+    """The reviewer's name: the e-mail address if the export has it, else the number."""
     if isinstance(completed_by, dict):
         completed_by = completed_by.get("email") or completed_by.get("id")
     if completed_by in (None, ""):
-        raise BimedixError(f"{place}: completed_by is missing, so nobody knows whose verdict it is")
+        raise BimedixError(f"{place}: completed_by is missing, so the reviewer is unknown; export the project as JSON")
     return f"user {completed_by}" if isinstance(completed_by, int) else str(completed_by)

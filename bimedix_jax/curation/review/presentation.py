@@ -1,4 +1,4 @@
-"""What a reviewer gets to see of an item, the same in every form."""
+"""How an item is shown to a reviewer, for all formats."""
 
 import html
 import re
@@ -15,7 +15,7 @@ _CELL = "vertical-align: top; padding: 6px; border-top: 1px solid #999; white-sp
 def side_by_side(item: ReviewItem, blind: bool) -> str:
     """A table in HTML: English from left to right, Arabic from right to left, a row for each segment.
 
-    `blind` hides what the machine thought of it: score, flags, and why it is here.
+    `blind` hides the score, the flags and the reason for review.
     """
     rows = "".join(
         f'<tr><td style="{_CELL}"><small>{html.escape(part.id)} · {html.escape(part.role)}</small></td>'
@@ -29,7 +29,7 @@ def side_by_side(item: ReviewItem, blind: bool) -> str:
 
 
 def machine(item: ReviewItem) -> list[str]:
-    """What the machine thought of an item."""
+    """Reason for review, score and flags."""
     score = "none" if item.score is None else f"{item.score:g}"
     return [f"reason: {item.reason}", f"score: {score}", *map(str, item.flags)]
 
@@ -40,10 +40,10 @@ def editable(parts: list[Segment]) -> str:
 
 
 def changes(text: str, item: ReviewItem) -> dict[str, str]:
-    """What an edited text of `editable` changes.
+    """The segments that an edited text of `editable` changes.
 
     Raises:
-        BimedixError: a mark is missing, unknown or doubled, or text stands before the first one.
+        BimedixError: a mark is missing, unknown or repeated, or there is text before the first one.
     """
     pieces = _MARK.split(text)
     names, texts = pieces[1::2], pieces[2::2]
@@ -59,5 +59,5 @@ def changes(text: str, item: ReviewItem) -> dict[str, str]:
 
 
 def changed(texts: Mapping[str, str], before: Mapping[str, str]) -> dict[str, str]:
-    """The texts that differ from what was there, blanks around them apart."""
+    """The texts that differ from `before`, apart from white space around them."""
     return {name: text.strip() for name, text in texts.items() if text.strip() != before.get(name, "").strip()}

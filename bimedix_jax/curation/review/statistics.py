@@ -1,4 +1,4 @@
-"""What the verdicts say: how far reviewers agree, what the judge's score is worth, how much of the unseen is wrong."""
+"""Statistics of verdicts: agreement of reviewers, correlation with the judge, and bounds on unreviewed errors."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -14,7 +14,7 @@ GRADE = {"reject": 0.0, "edit": 1.0, "accept": 2.0}
 
 
 def statistics(items: Mapping[str, ReviewItem], verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
-    """All figures as one document; None stands where a figure is undefined for want of data."""
+    """All figures as one document; None where there is too little data."""
     last = latest(verdicts)
     return {
         "items": len(items),
@@ -29,7 +29,7 @@ def statistics(items: Mapping[str, ReviewItem], verdicts: Sequence[Verdict], see
 
 
 def agreement(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Of reviewers with each other, on the items that two or more of them saw."""
+    """Agreement between reviewers on the items that two or more of them reviewed."""
     by_item: dict[str, dict[str, Verdict]] = defaultdict(dict)
     for verdict in verdicts:
         by_item[verdict.item][verdict.reviewer] = verdict
@@ -52,10 +52,10 @@ def agreement(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def judge(items: Mapping[str, ReviewItem], verdicts: Sequence[Verdict], seed: int) -> dict[str, Any]:
-    """Correlation of the judge's score with what people said: their mean decision, and their mean own score.
+    """Correlation of the judge's score with the reviewers' mean decision and mean score.
 
-    `sample_only` is the same on the random sample alone. Items that came for their low score widen the range of scores,
-    so that the first figures are higher than a user of accepted translations should expect.
+    `sample_only` is the same for the random sample alone. Items that are reviewed because of a low score widen the
+    range of scores, so the first figures are higher than for accepted translations.
     """
     by_item: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
@@ -88,11 +88,11 @@ def _interval(kind: Literal["pearson", "spearman"], pairs: list[tuple[float, flo
 
 
 def unseen(items: Mapping[str, ReviewItem], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Bounds on the share of wrong translations among those that were accepted and that nobody saw.
+    """Bounds on the share of wrong translations among those that were accepted without review.
 
-    Only the random sample of the accepted ones counts. `rejected`: somebody rejected it; `changed`: somebody rejected
-    or edited it, where an edit may be a matter of taste. Intervals are Wilson's at 95 %, weighted by stratum where the
-    sample says how large each stratum is.
+    Only the random sample of accepted translations counts. `rejected`: a reviewer rejected it. `changed`: a reviewer
+    rejected or edited it; an edit may be a matter of taste. Intervals are Wilson's at 95 %, weighted by stratum if the
+    items of the sample have the sizes of their strata.
     """
     by_item: dict[str, set[str]] = defaultdict(set)
     for verdict in verdicts:
@@ -109,7 +109,7 @@ def unseen(items: Mapping[str, ReviewItem], verdicts: Sequence[Verdict]) -> dict
     for kind, wrong in (("rejected", {"reject"}), ("changed", {"reject", "edit"})):
         errors = [item for item in seen if by_item[item.id] & wrong]
         share = len(errors) / len(seen) if seen else None
-        low, high = wilson(share or 0.0, len(seen))
+        low, high = wilson(len(errors), len(seen))
         result[kind] = {"errors": len(errors), "share": share, "low": low, "high": high}
         if stratified:
             rows = {

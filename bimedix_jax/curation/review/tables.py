@@ -1,7 +1,7 @@
 """Review without Label Studio: a CSV file for spreadsheets (a row for each segment) or JSONL (a line for each item).
 
-Reviewers fill in `decision` (accept, edit, reject), and where they like `edited`, `score` and `comment`. In CSV an
-item's decision, score and comment stand in any one of its rows.
+Reviewers fill in `decision` (accept, edit, reject), and optionally `edited`, `score` and `comment`. In CSV, any one of
+an item's rows can have its decision, score and comment.
 """
 
 import csv
@@ -22,12 +22,12 @@ from bimedix_jax.errors import BimedixError
 COLUMNS: tuple[str, ...] = tuple(
     "item digest segment role source translation edited decision score comment reviewer time machine".split()
 )
-ONCE_AN_ITEM = ("decision", "score", "comment", "reviewer", "time")
+ONCE_PER_ITEM = ("decision", "score", "comment", "reviewer", "time")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def to_csv(items: Iterable[ReviewItem], reviewer: str | None, blind: bool) -> str:
-    """CSV in UTF-8 with a byte order mark, without which Excel shows Arabic as noise."""
+    """CSV in UTF-8 with a byte order mark, which Excel needs to show Arabic."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, COLUMNS)
     writer.writeheader()
@@ -41,12 +41,12 @@ def to_csv(items: Iterable[ReviewItem], reviewer: str | None, blind: bool) -> st
 
 
 def _no_formula(text: str) -> str:
-    """A cell that a spreadsheet takes as text even if a model wrote `=HYPERLINK(...)` into it."""
+    """A cell that spreadsheets read as text, even if a model wrote `=HYPERLINK(...)` into it."""
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 class JsonSegment(BaseModel):
-    """A segment; `edited` is the reviewer's."""
+    """A segment; the reviewer fills in `edited`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,7 +58,7 @@ class JsonSegment(BaseModel):
 
 
 class JsonItem(BaseModel):
-    """A line of the JSONL form."""
+    """A line of the JSONL format."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -88,10 +88,10 @@ def to_jsonl(items: Iterable[ReviewItem], reviewer: str | None, blind: bool) -> 
 
 
 def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: datetime, reviewer: str) -> list[Verdict]:
-    """Verdicts of a CSV file. `saved` and `reviewer` stand in for an empty time and reviewer.
+    """The verdicts of a CSV file. `saved` and `reviewer` replace an empty time and reviewer.
 
     Raises:
-        BimedixError: a row cannot be read or does not fit its item (the message says which).
+        BimedixError: a row cannot be read or does not fit its item.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True))
@@ -111,7 +111,7 @@ def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: date
         known = found.setdefault(item.id, {"place": place, "texts": {}})
         if cells.get("edited"):
             known["texts"][cells["segment"]] = cells["edited"].removeprefix("'")
-        for name in ONCE_AN_ITEM:
+        for name in ONCE_PER_ITEM:
             value = cells.get(name, "").removeprefix("'")
             if value and known.get(name, value) != value:
                 raise BimedixError(f"{place}: {name} is {value!r} here and {known[name]!r} above; one item has one")
@@ -124,7 +124,7 @@ def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: date
 
 
 def from_jsonl(text: str, where: str, items: Mapping[str, ReviewItem], saved: datetime, reviewer: str) -> list[Verdict]:
-    """Verdicts of a JSONL file, as `from_csv`; a line may also be a `Verdict`, as `import` writes them."""
+    """The verdicts of a JSONL file, as `from_csv`. A line may also be a `Verdict`, as `import` writes them."""
     found = []
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), start=1):
         if not line.strip():
@@ -166,12 +166,12 @@ def _item(name: str, seen: str | None, place: str, items: Mapping[str, ReviewIte
     if item is None:
         raise BimedixError(f"{place}: there is no item {name!r} in the review file; give the file that was exported")
     if seen is not None and seen != digest(item):
-        raise BimedixError(f"{place}: item {name!r} was translated anew since it was exported; export it again")
+        raise BimedixError(f"{place}: item {name!r} has been translated again since it was exported; export it again")
     return item
 
 
 def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer: str) -> Verdict | None:
-    """A verdict, or None where nobody decided."""
+    """A verdict, or None if there is no decision."""
     place, texts = given["place"], given["texts"]
     before = {part.id: part.translation for part in segments(item)}
     unknown = sorted(set(texts) - set(before))
@@ -181,10 +181,10 @@ def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer:
     decision = (given.get("decision") or "").strip().lower()
     if not decision and not edited:
         if given.get("score") not in (None, "") or given.get("comment"):
-            raise BimedixError(f"{place}: item {item.id!r} has a score or a comment and no decision; write one")
+            raise BimedixError(f"{place}: item {item.id!r} has a score or a comment and no decision; add a decision")
         return None
     if edited and decision in ("", "accept"):
-        decision = "edit"  # a changed text is an edit, whatever stands beside it
+        decision = "edit"  # a changed text is an edit, even if the decision is empty or `accept`
     time = given.get("time") or saved.isoformat()
     try:
         return Verdict.model_validate(
@@ -206,4 +206,4 @@ def _has_zone(time: str) -> bool:
     try:
         return datetime.fromisoformat(time).tzinfo is not None
     except ValueError:
-        return True  # the model says what is wrong with it
+        return True  # validation reports it

@@ -1,4 +1,4 @@
-"""Reading what came back, whatever its form, and carrying it out: one translation for each item, or none."""
+"""Reads verdicts in any format and applies them: one translation for each item, or none."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,16 +18,16 @@ FORMS = {".json": "label-studio", ".csv": "csv", ".jsonl": "jsonl"}
 
 
 def read(path: Path, items: Mapping[str, ReviewItem], reviewer: str | None = None) -> list[Verdict]:
-    """Verdicts of a file: a Label Studio export (.json), CSV or JSONL.
+    """The verdicts of a file: a Label Studio export (.json), CSV or JSONL.
 
-    `reviewer` names who filled in a file that does not say; its own name without ending does otherwise.
+    `reviewer` is the name for verdicts without one; by default the name of the file without its ending.
 
     Raises:
-        BimedixError: the file is missing, is not UTF-8, has another form, or does not fit the items.
+        BimedixError: the file is missing, is not UTF-8, has another format, or does not fit the items.
     """
     form = FORMS.get(path.suffix.lower())
     if form is None:
-        raise BimedixError(f"{path} is none of {', '.join(FORMS)}; a Label Studio export ends in .json")
+        raise BimedixError(f"{path} does not end in one of {', '.join(FORMS)}; a Label Studio export ends in .json")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -42,7 +42,7 @@ def read(path: Path, items: Mapping[str, ReviewItem], reviewer: str | None = Non
 
 
 def latest(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    """Each reviewer's last word on each item, in order of items and reviewers: people change their minds."""
+    """Each reviewer's latest verdict on each item, ordered by item and reviewer."""
     last: dict[tuple[str, str], Verdict] = {}
     for verdict in verdicts:
         key = (verdict.item, verdict.reviewer)
@@ -53,7 +53,7 @@ def latest(verdicts: Iterable[Verdict]) -> list[Verdict]:
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of an item: the record that it gives, or why there is none."""
+    """The result of an item: its final record, or why there is none."""
 
     item: ReviewItem
     result: Literal["accepted", "edited", "rejected", "undecided", "unreviewed"]
@@ -62,11 +62,11 @@ class Settled:
 
 
 def settle(items: Iterable[ReviewItem], verdicts: Sequence[Verdict]) -> list[Settled]:
-    """Each item's result by majority: more who keep it (accept, edit) than who reject it, or the reverse.
+    """Each item's result by majority of the verdicts that keep it (accept, edit) and those that reject it.
 
-    As many of both leave it undecided, and it gives no record. Of several edits the last one is taken; that they
-    differed is noted. The record's provenance holds each verdict with reviewer, time and decision, and
-    the flags that the final text still raises.
+    With as many of both, an item is undecided and has no record. The latest edit is used; `differing_edits` is set if
+    edits differ. The record's provenance has the verdicts with reviewer, time and decision, and the flags that the
+    final text still raises.
     """
     by_item: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in latest(verdicts):
@@ -103,7 +103,7 @@ def _settle(item: ReviewItem, verdicts: list[Verdict]) -> Settled:
 
 
 def counts(settled: Iterable[Settled]) -> dict[str, Any]:
-    """How many items came to each result, and how many had edits that differ."""
+    """Number of items with each result, and with edits that differ."""
     rows = list(settled)
     results = Counter(row.result for row in rows)
     return {
@@ -113,9 +113,9 @@ def counts(settled: Iterable[Settled]) -> dict[str, Any]:
 
 
 def merge(translated: Path | None, settled: Sequence[Settled]) -> Iterator[Record]:
-    """All accepted translations: those of `translated` with what review changed of them, then what review rescued.
+    """All accepted translations: those of `translated` with their edits, then those that only review accepted.
 
-    What was sampled and rejected or left undecided is taken out; what nobody looked at stays as it was.
+    Sampled translations that were rejected or undecided are left out. Those without a verdict are copied unchanged.
     """
     rows = {row.item.translation.id: row for row in settled if row.item.translation is not None}
     rescued = {row.record.id: row.record for row in settled if row.record is not None}
