@@ -1,10 +1,10 @@
-"""Requests, tokens and costs of data of the paper's size, from the estimates that `--dry-run` prints.
+"""Requests, tokens and costs for data of the paper's size, from the estimates of `--dry-run`.
 
     python scripts/estimate_data_costs.py --data ../shared/data --prices small=0.15/0.075/0.60
 
-The paper translated 444,995 English samples and has more than 200,000 chats built on exam questions. Of each kind, the
-records nearest in size to the paper's mean sample go through the tool's own estimate with its prompts and defaults; the
-sums are scaled to the paper's counts. Nothing is sent. `--prices` is as in `bimedix data translate`: US dollars per
+The paper translated 444,995 English samples and has more than 200,000 chats on exam questions. This script runs the
+estimates of both commands, with their prompts and defaults, on the records of each kind that are nearest in size to the
+paper's mean sample. It scales the sums to the paper's counts. Nothing is sent. `--prices` is as in `bimedix data translate`: US dollars per
 million tokens.
 """
 
@@ -31,10 +31,10 @@ from bimedix_jax.data.records import Record
 from bimedix_jax.errors import run_script
 
 TRANSLATED = {"qa": 155_600, "mcqa": 224_500, "chat": 64_900}
-"""Samples by kind: the paper's bilingual set less its English one (tables 7 and 8), 445.0 K in all."""
+"""Samples by kind: the paper's bilingual set minus its English set (tables 7 and 8), 445.0 K in total."""
 CHATS = 200_000
 PAPER_TOKENS = {"qa": 192, "mcqa": 394, "chat": 398}
-"""Tokens of an English sample there, with Mixtral's tokenizer (table 7)."""
+"""Tokens of an English sample in the paper, with Mixtral's tokenizer (table 7)."""
 SOURCES = {"qa": ["medquad"], "mcqa": ["medmcqa_en", "medqa_usmle_en", "pubmedqa"], "chat": ["mts_dialog"]}
 MODEL = LlmConfig(model="any")
 
@@ -50,7 +50,7 @@ class Row:
     estimates: tuple[Estimate, ...]
 
     def usage(self, refined: float) -> tuple[float, Usage]:
-        """Requests and tokens at the job's count, if a share of the samples needs one more round."""
+        """Requests and tokens for `count` samples, if the share `refined` of them needs one more round."""
         factor = self.count / self.sample
 
         def one(low: int, high: int) -> float:
@@ -64,12 +64,12 @@ class Row:
 
 
 def size(record: Record) -> int:
-    """Tokens of a record by the tool's rule of thumb."""
+    """Tokens of a record by `likely_tokens`."""
     return sum(likely_tokens(turn.value) for turn in record.conversations)
 
 
 def records(data: Path, kind: str, number: int) -> list[Record]:
-    """The English records of a kind that are nearest in size to the paper's mean, as many above it as below."""
+    """The English records of a kind that are nearest in size to the paper's mean, half of them above it."""
     everything = itertools.chain.from_iterable(read(f"{name}={data / name}", Quarantine()) for name in SOURCES[kind])
     found = sorted(
         (record for record in everything if record.kind == kind), key=lambda record: (size(record), record.id)
@@ -130,14 +130,14 @@ def show(result: dict[str, Any]) -> None:
         f"{' | '.join(f'${total:,.0f}' for total in totals)} |"
     )
     for kind, number in result["tokens_per_sample"].items():
-        print(f"{kind}: {number:.0f} tokens a sample by rule of thumb, {PAPER_TOKENS[kind]} in the paper")
+        print(f"{kind}: {number:.0f} estimated tokens a sample, {PAPER_TOKENS[kind]} in the paper")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with medquad, medmcqa_en, medqa_usmle_en, ...")
     parser.add_argument("--prices", nargs="*", default=[], help="NAME=PROMPT/CACHED/COMPLETION or a .json file")
-    parser.add_argument("--refined", type=float, default=0.3, help="share of the samples that needs one more round")
+    parser.add_argument("--refined", type=float, default=0.3, help="share of samples that need one more round")
     parser.add_argument("--sample", type=int, default=1000, help="records of each kind to estimate on")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""An OpenAI-compatible server on 127.0.0.1 that answers by rule and misbehaves on demand. No model is in it.
+"""An OpenAI-compatible server on 127.0.0.1 that answers by rule, without a model, and can inject faults.
 
     python scripts/loopback_llm.py --port 8123 --faults 0.2 --latency 0.05
 
-It stands in for a hosted endpoint where what is tested is not the words: tests, `measure_translation_kills.py`, and a
-rehearsal of `bimedix data translate` before money is spent (`--llm.base-url http://127.0.0.1:8123/v1`). The same
-request always gets the same answer. GET /stats says how often each request was answered (`twice` must stay 0).
+It replaces a hosted endpoint in tests, in `measure_translation_kills.py`, and in a rehearsal of `bimedix data
+translate` before money is spent (`--llm.base-url http://127.0.0.1:8123/v1`). The same request always gets the same answer.
+GET /stats returns how often requests were answered (`twice` must stay 0).
 """
 
 import argparse
@@ -20,12 +20,12 @@ from typing import Any
 
 Body = dict[str, Any]
 
-# what can be done to a request instead of answering it well; `429:1` and `429:200` carry Retry-After
+# faults that replace a good answer; `429:1` and `429:200` have a Retry-After header
 FAULTS = (
     *("429:1", "429:200", "500", "hang", "cut", "truncated_body"),
     *("truncated_json", "length", "content_filter", "ignored_schema", "no_usage"),
 )
-# the reply comes, and is paid for, and cannot be used
+# faults with a reply that is paid for and cannot be used
 PAID_FAULTS = {"truncated_json", "length", "content_filter", "ignored_schema"}
 HANG_SECONDS = 60.0
 
@@ -49,7 +49,7 @@ def digest(*parts: object) -> int:
 
 
 def pseudo_arabic(text: str, salt: str = "", keep: frozenset[str] = frozenset()) -> str:
-    """Arabic letters for English words, by hash; numbers, units, capitals such as HIV, marks and `keep` stay."""
+    """English words in Arabic letters, by hash; numbers, units, acronyms such as HIV, marks and `keep` are kept."""
 
     def word(match: re.Match[str]) -> str:
         found = match[0]
@@ -61,18 +61,18 @@ def pseudo_arabic(text: str, salt: str = "", keep: frozenset[str] = frozenset())
         number = digest(lower, salt)
         return "".join(SYLLABLES[number >> 4 * i & 15] for i in range(1 + len(found) // 3))
 
-    # a word that touches a digit (B12, 5mg) stays whole
+    # a word with a digit (B12, 5mg) is kept
     pieces = SPACED.split(text)
     return "".join(p if not p or p.isspace() or re.search(r"[0-9<>/@=]", p) else WORD.sub(word, p) for p in pieces)
 
 
 def fenced(text: str) -> dict[str, str]:
-    """What stands between marks in a prompt, by label."""
+    """The fenced texts of a prompt by label."""
     return {match[1]: match[3] for match in re.finditer(r"<(\w+) ([0-9a-f]{12})>\n(.*?)\n</\1 \2>", text, re.DOTALL)}
 
 
 def consultation(question: str, plan: str, present: str) -> Body:
-    """A chat by the plan of `bimedix data chats`, in words of the question; the right choice comes when it is due."""
+    """A chat of the drawn shape, in words of the question, with the right choice in the turn of the answer."""
     right = re.findall(r"^(?:Answer|الإجابة): [A-J]\. (.*)$", question, re.MULTILINE)[-1]
     words = [word for word in WORD.findall(question) if word.casefold() not in right.casefold()] or ["pain"]
     turns = []
@@ -89,14 +89,14 @@ def consultation(question: str, plan: str, present: str) -> Body:
 
 
 def arrived_at(question: str, dialogue: str) -> str:
-    """The letter of the longest choice that a chat holds."""
+    """The letter of the longest choice that occurs in a chat, or "none"."""
     choices = re.findall(r"^([A-J])\. (.*)$", question, re.MULTILINE)
     held = [(len(text), letter) for letter, text in choices if text and text in dialogue]
     return max(held)[1] if held else "none"
 
 
 def answer(body: Body) -> str:
-    """The reply to a prompt of `bimedix data translate` or `bimedix data chats`; to anything else, its own hash."""
+    """The reply to a prompt of `bimedix data translate` or `bimedix data chats`; for other prompts a hash of them."""
     parts = fenced(body["messages"][-1]["content"])
     if "plan" in parts:
         chat = consultation(parts["question"], parts["plan"], parts.get("dialogue", ""))
@@ -151,13 +151,13 @@ class Server(ThreadingHTTPServer):
         return self
 
     def stop(self) -> None:
-        """End, and let requests that hang go."""
+        """Stop serving, and end requests that hang."""
         self.ending.set()
         self.shutdown()
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is what this server is for."""
+        """Print nothing: clients that are killed are expected."""
 
     def stats(self) -> Body:
         with self.lock:
@@ -171,7 +171,7 @@ class Server(ThreadingHTTPServer):
             }
 
     def complete(self, body: Body) -> tuple[str | None, Body]:
-        """Fault (or None) and chat completion for a request, counted."""
+        """Count a request, and return its fault (or None) and chat completion."""
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         with self.lock:
             self.bodies.append(body)
@@ -208,7 +208,7 @@ class Server(ThreadingHTTPServer):
         return fault, value if fault == "no_usage" else {**value, "usage": usage}
 
     def run_batch(self, name: str) -> None:
-        """Answer all lines of a batch; faults that are no completions become errors of their line."""
+        """Answer all lines of a batch; faults without a completion become errors of their line."""
         batch = self.batches[name]
         lines = []
         for line in self.files[batch["input_file_id"]].decode().splitlines():
@@ -229,10 +229,10 @@ class Handler(BaseHTTPRequestHandler):
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
-        """Quiet."""
+        """Print nothing."""
 
     def setup(self) -> None:
-        """Replies are small and come in pieces: without this each waits for the reader's acknowledgement (40 ms)."""
+        """Turn off Nagle's algorithm: small replies in pieces would otherwise wait for acknowledgements (40 ms)."""
         super().setup()
         import socket
 
@@ -251,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path.startswith("/v1/files/") and path.endswith("/content"):
             self.send_bytes(200, server.files[path.split("/")[3]])
         else:
-            self.send(404, {"error": {"message": f"nothing at {path}"}})
+            self.send(404, {"error": {"message": f"there is nothing at {path}"}})
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -271,7 +271,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/v1/chat/completions":
             self.chat(json.loads(data))
         else:
-            self.send(404, {"error": {"message": f"nothing at {self.path}"}})
+            self.send(404, {"error": {"message": f"there is nothing at {self.path}"}})
 
     def chat(self, body: Body) -> None:
         server = self.server
@@ -315,7 +315,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def some_faults(share: float) -> Callable[[Body, int], str | None]:
-    """That share of the requests meets, the first time, one of the faults that a retry can mend at once."""
+    """The share of requests whose first attempt gets a fault that a retry corrects."""
     kinds = ("429:0", "500", "cut", "truncated_body", "truncated_json", "content_filter", "ignored_schema", "no_usage")
 
     def fault(body: Body, nth: int) -> str | None:
@@ -327,7 +327,7 @@ def some_faults(share: float) -> Callable[[Body, int], str | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--port", type=int, default=8123, help="0: any that is free; the first line printed is the URL")
+    parser.add_argument("--port", type=int, default=8123, help="0: any free port; the first line printed is the URL")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds per answer, give or take a half")
     parser.add_argument("--faults", type=float, default=0.0, help="share of requests that fail the first time")
     arguments = parser.parse_args()

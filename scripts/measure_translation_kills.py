@@ -1,16 +1,16 @@
-"""Kill `bimedix data translate` over and over: is the output the same in the end, and what was paid for twice?
+"""Kills `bimedix data translate` repeatedly: compares the final output and counts requests that were paid for twice.
 
     python scripts/measure_translation_kills.py --kills 50 --json      # two to five minutes on two cores
     python scripts/measure_translation_kills.py --kills 3 --records 8  # seconds
 
-A server on this machine (`loopback_llm.py`) translates and judges by rule; one request in ten first meets an error, a
-cut connection or an unusable reply. One run is left alone. Another, with a store of its own, is hit by SIGKILL at
-random moments: four times in five after a random number of requests, else (and when all is asked) after a random time
-that may fall into its start or into the writing of the output. After `--kills` kills it may go to its end.
+A server on this machine (`loopback_llm.py`) translates and judges by rule. One request in ten first gets an error, a
+cut connection or an unusable reply. One run is undisturbed. Another, with its own store, gets SIGKILL at random moments:
+four times in five after a random number of requests, otherwise after a random time, which may be during the start or
+while output is written. After `--kills` kills it runs to the end.
 
-`identical`: whether every output file has the same bytes. `resent`: how often, over all processes, the server gave a
-good reply to a request that it had given one to before. `in_flight`: how many requests had left and were not answered
-and committed at the kills; `resent` may not be above that.
+`identical`: whether all output files have the same bytes. `resent`: how often the server gave a good reply to a request
+that already had one. `in_flight`: the number of requests that were sent and not committed at the kills, which limits
+`resent`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from bimedix_jax.errors import run_script
 CONCURRENCY = 4  # of the translator and of the judge each
 LATENCY = 0.04
 FAULTS = 0.1
-START_SECONDS = 2.5  # a process that has nothing left to ask takes about so long, on the slow side
+START_SECONDS = 2.5  # a process without any request to send takes at most about so long
 
 
 def command(records: Path, output: Path, server: Server) -> list[str]:
@@ -59,7 +59,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def kill(process: subprocess.Popen[bytes], server: Server, draws: random.Random, left: int, kills_left: int) -> bool:
-    """Wait for a random moment and kill; False if the process ended before."""
+    """Wait for a random moment and kill the process; False if it ended before."""
     if left <= 0 or draws.random() < 0.2:
         deadline, wanted = time.monotonic() + draws.uniform(0.0, START_SECONDS), None
     else:

@@ -86,7 +86,7 @@ def _pearson(x_RN: Array, y_RN: Array) -> Array:
     with warnings.catch_warnings():  # of constant rows, which give NaN
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        return np.asarray(stats.pearsonr(x_RN, y_RN, axis=-1).statistic)
+        return np.asarray(stats.pearsonr(x_RN, y_RN, axis=-1)[0])
 
 
 def bootstrap(
