@@ -4,8 +4,8 @@
 
 The paper translated 444,995 English samples and has more than 200,000 chats on exam questions. This script runs the
 estimates of both commands, with their prompts and defaults, on the records of each kind that are nearest in size to the
-paper's mean sample. It scales the sums to the paper's counts. Nothing is sent. `--prices` is as in `bimedix data translate`: US dollars per
-million tokens.
+paper's mean sample. It scales the sums to the paper's counts. Nothing is sent. `--prices` is as in `bimedix data
+translate`: US dollars per million tokens.
 """
 
 import argparse

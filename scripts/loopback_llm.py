@@ -3,8 +3,8 @@
     python scripts/loopback_llm.py --port 8123 --faults 0.2 --latency 0.05
 
 It replaces a hosted endpoint in tests, in `measure_translation_kills.py`, and in a rehearsal of `bimedix data
-translate` before money is spent (`--llm.base-url http://127.0.0.1:8123/v1`). The same request always gets the same answer.
-GET /stats returns how often requests were answered (`twice` must stay 0).
+translate` before money is spent (`--llm.base-url http://127.0.0.1:8123/v1`). The same request always gets the same
+answer. GET /stats returns how often requests were answered (`twice` must stay 0).
 """
 
 import argparse
