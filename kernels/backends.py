@@ -3,8 +3,10 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
+from jax.sharding import AbstractDevice, get_abstract_mesh, use_abstract_mesh
 
 OPERATIONS = ("layer_scan", "expert_mlp", "grouped_matmul", "nf4_matmul", "grouped_low_rank")
 """Operations with more than one backend; the table of backends is in the api.py of each."""
@@ -31,12 +33,12 @@ announced: set[tuple[str, str]] = set()
 
 
 @contextlib.contextmanager
-def use(platform: str | None = None, **names: str) -> Iterator[None]:
+def use(platform: str | None = None, device: Any = None, **names: str) -> Iterator[None]:
     """Sets the backends of operations, and the platform ("cpu", "gpu", "tpu") that decides all others.
 
     A backend set here counts as named by the caller: if it cannot take the operands, that is an error. The platform may
-    be one that this machine does not have: `with use(platform="gpu"): jax.jit(f).lower(...)` compiles for an absent
-    GPU. Pallas kernels are interpreted for "cpu" only.
+    be one that this machine does not have: `with use(device=absent): jax.jit(f).lower(...)` compiles for an absent
+    device, and sets its platform. Pallas kernels are interpreted for "cpu" only.
 
     Raises:
       ValueError: unknown operation.
@@ -44,9 +46,18 @@ def use(platform: str | None = None, **names: str) -> Iterator[None]:
     for name in names:
         if name not in OPERATIONS:
             raise ValueError(f"No operation {name!r} has backends; choose among {', '.join(OPERATIONS)}.")
+    platform = device.platform if device is not None else platform
     changed = dict(overrides.value) | names | ({} if platform is None else {"platform": platform})
-    with overrides(tuple(sorted(changed.items()))):
+    with overrides(tuple(sorted(changed.items()))), lowering_for(device):
         yield
+
+
+def lowering_for(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """Names an absent device to JAX: Pallas lowers for no unknown GPU (JAX 0.12), or as for an H100 (JAX 0.10)."""
+    if device is None:
+        return contextlib.nullcontext()
+    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform=device.platform)
+    return use_abstract_mesh(get_abstract_mesh().update(abstract_device=abstract))
 
 
 @contextlib.contextmanager

@@ -36,8 +36,8 @@ class Head:
     def __call__(self, hidden_BTD: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """float32 logits of final hidden states."""
         if self.layer is not None:
-            return self.layer(hidden_BTD, jnp.float32)
-        return matmul(hidden_BTD, self.embed.table[...].T, jnp.float32)
+            return self.layer(hidden_BTD, "float32")
+        return matmul(hidden_BTD, self.embed.table[...].T, "float32")
 
     @property
     def weight_DV(self) -> jax.Array | None:

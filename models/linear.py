@@ -103,7 +103,7 @@ class Linear(nnx.Module):
         self.lora: Lora | None = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "*rows D"], out_dtype: jnp.dtype | type | None = None
+        self, x: Float[Array, "*rows D"], out_dtype: jnp.dtype | type | str | None = None
     ) -> Float[Array, "*rows F"]:
         """The product in `out_dtype`, by default the dtype of x."""
         y = matmul(x, self.w.get_value(), out_dtype)

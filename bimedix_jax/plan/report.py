@@ -53,7 +53,7 @@ def estimate_training(config: MixtralConfig, experiment: Experiment, target: Tar
             "positions; lower data.sequence_length."
         )
     absent = hardware.devices(target.device.name, target.count)
-    compiled = training_step(config, experiment, absent, target.device.platform)
+    compiled = training_step(config, experiment, absent)
     program = hlo.parse(compiled.text) if compiled.compiles else None
     costs = costs_of(program, target.device) if program is not None else None
     return Estimate(experiment, config, target, compiled, program, costs)
@@ -156,7 +156,7 @@ def estimate_inference(
         if least > device.memory_bytes and size != sizes[-1]:
             continue
         absent = hardware.devices(device.name, size)
-        steps = inference_steps(config, alone, absent, device.platform, rows, length)
+        steps = inference_steps(config, alone, absent, rows, length)
         model = abstract_model(config, experiment)
         for name, compiled, new in (("prefill", steps[0], length), ("decode", steps[1], 1)):
             before = 0 if name == "prefill" else length

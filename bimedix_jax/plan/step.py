@@ -133,15 +133,15 @@ def training_arguments(
     return (state, frozen, batch), make_train_step(structure, experiment, STEPS, optimiser)
 
 
-def training_step(config: MixtralConfig, experiment: Experiment, devices: list[Any], platform: str) -> CompiledStep:
+def training_step(config: MixtralConfig, experiment: Experiment, devices: list[Any]) -> CompiledStep:
     """Compiles the optimiser step of an experiment for these devices."""
     (state, frozen, batch), step = training_arguments(config, experiment, devices)
     kinds = {"base": frozen, "adapters": state.params, "optimiser": state.optimiser, "batch": batch}
-    return compile_for(platform, kinds, step, state, frozen, batch)
+    return compile_for(devices[0], kinds, step, state, frozen, batch)
 
 
 def inference_steps(
-    config: MixtralConfig, experiment: Experiment, devices: list[Any], platform: str, rows: int, length: int
+    config: MixtralConfig, experiment: Experiment, devices: list[Any], rows: int, length: int
 ) -> tuple[CompiledStep, CompiledStep]:
     """(prefill of `rows` prompts of `length` tokens, one decoding step after it), greedy, with unmerged adapters."""
     placed = on_devices(abstract_model(config, experiment), experiment, devices)
@@ -156,9 +156,9 @@ def inference_steps(
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)
     kinds: dict[str, Any] = {"base": weights}
     rest, plan = dataclasses.replace(state, cache=None), RoutingPlan()
-    prefill = compile_for(platform, kinds, _prefill, graph, weights, ids, ids, sampling, key, plan, slots, "none")
+    prefill = compile_for(devices[0], kinds, _prefill, graph, weights, ids, ids, sampling, key, plan, slots, "none")
     decode = compile_for(
-        platform,
+        devices[0],
         kinds | {"cache": state.cache},
         _step,
         graph,
@@ -173,18 +173,18 @@ def inference_steps(
     return prefill, decode
 
 
-def compile_for(platform: str, kinds: dict[str, Any], function: Any, *arguments: Any) -> CompiledStep:
-    """Lowers and compiles a jitted function for a platform.
+def compile_for(device: Any, kinds: dict[str, Any], function: Any, *arguments: Any) -> CompiledStep:
+    """Lowers and compiles a jitted function for a kind of device.
 
     Args:
       kinds: the arguments to report in `argument_bytes`, by kind.
     """
     began = time.perf_counter()
     sizes = {name: local_bytes(tree) for name, tree in kinds.items()}
-    with backends.use(platform=platform):
+    with backends.use(device=device):
         lowered = function.lower(*arguments)
         try:
-            compiled = lowered.compile(compiler_options=COMPILER_OPTIONS.get(platform))
+            compiled = lowered.compile(compiler_options=COMPILER_OPTIONS.get(device.platform))
         except jax.errors.JaxRuntimeError as error:
             if not OUT_OF_MEMORY.search(str(error)):
                 raise
@@ -195,7 +195,7 @@ def compile_for(platform: str, kinds: dict[str, Any], function: Any, *arguments:
     if memory is None:
         raise BimedixError("XLA reports no memory analysis for this program, so its memory cannot be estimated.")
     # the TPU compiler reports its own peak; the sum in `peak` would include arrays in other memories
-    needed = memory.peak_memory_in_bytes if platform == "tpu" else peak(memory)
+    needed = memory.peak_memory_in_bytes if device.platform == "tpu" else peak(memory)
     return CompiledStep(compiled.as_text(), sizes, needed, time.perf_counter() - began)
 
 

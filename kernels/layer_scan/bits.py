@@ -65,8 +65,8 @@ def layer_scan(
 ) -> tuple[jax.Array, Any, Any]:
     if memory is not None:  # without the custom gradient: JAX differentiates the loop
         return without_gradient(body, constants, x, layers, memory, depth)
-    found: tuple[jax.Array, Any] = differentiable(body, depth, constants, x, layers)
-    return *found, None
+    x, outs = differentiable(body, depth, constants, x, layers)
+    return x, outs, None
 
 
 def without_gradient(
@@ -96,21 +96,6 @@ def differentiable(body: Body, depth: int, constants: Any, x: jax.Array, layers:
     return x, outs
 
 
-def is_argument(node: Any) -> bool:
-    """Whether a node of `args_res` of a VJP, nested tuples, is an argument or the marker of an unneeded one."""
-    return not isinstance(node, tuple)
-
-
-def without_values(args_res: Any) -> Any:
-    """The same nested tuples with None for each argument."""
-    return jax.tree.map(lambda _: None, args_res, is_leaf=is_argument)
-
-
-def with_values(args_res: Any, arguments: Any) -> Any:
-    """Inverse of `without_values`. It inserts every argument, also those that are not needed."""
-    return jax.tree.unflatten(jax.tree.structure(args_res, is_leaf=is_argument), jax.tree.leaves(arguments))
-
-
 def forward(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -> tuple[tuple[jax.Array, Any], Any]:
     """(outputs, residuals). The residuals of a layer that are stacked are x and computed values only.
 
@@ -126,8 +111,7 @@ def forward(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -
     def step(x: jax.Array, layer: Bits) -> tuple[jax.Array, tuple[Bits, Bits]]:
         pull: Any
         (x, out), pull = jax.vjp(call, constants, x, layer.value())
-        for_constants, for_x, for_layer = pull.args_res
-        pull.args_res = [without_values(for_constants), for_x, without_values(for_layer)]
+        pull.args_res = [None, pull.args_res[1], None]
         pull.opaque_residuals = [r if isinstance(r, Tracer) else Fixed(r) for r in pull.opaque_residuals]
         return x, (Bits.of(out), Bits.of(pull))
 
@@ -144,8 +128,7 @@ def backward(body: Body, depth: int, residuals: Any, cotangents: tuple[jax.Array
     def step(dx: jax.Array, given: tuple[Bits, Bits, Bits]) -> tuple[jax.Array, Bits]:
         pull, layer, dout = (bits.value() for bits in given)
         dout = jax.tree.map(lambda whole, own: no_cotangent(whole.shape[1:]) if own is None else own, douts, dout)
-        for_constants, for_x, for_layer = pull.args_res
-        pull.args_res = [with_values(for_constants, constants), for_x, with_values(for_layer, layer)]
+        pull.args_res = [constants, pull.args_res[1], layer]
         pull.opaque_residuals = [r.value if isinstance(r, Fixed) else r for r in pull.opaque_residuals]
         _, dx, dlayer = pull((dx, dout))
         return dx, Bits.of(jax.tree.map(lambda leaf, g: g if is_float(leaf) else None, layer, dlayer))

@@ -45,6 +45,6 @@ def test_compiles_under_shard_map(target: str, platform: str, check_vma: bool) -
         array(4, 512 * 4, dtype="float32", spec=P()),
         array(8, 4, dtype="int32", spec=rows),
     )
-    with backends.use(platform=platform):
+    with backends.use(device=mesh.devices.flat[0]):
         text = jax.jit(sharded).lower(*operands).compile().as_text() or ""
     assert all(name in text for name in (*KERNELS[platform], "all-reduce"))

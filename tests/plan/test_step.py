@@ -24,7 +24,7 @@ def test_memory_of_each_device_and_of_the_activations():
     """Each of two devices stores half of what is sharded, and keeps the layers' inputs of one row."""
     experiment = override(smoke(), {"batch.rows": 2, "batch.accumulation": 1})
     config = architecture(experiment)
-    one, two = (step.training_step(config, experiment, CPUS[:count], "cpu") for count in (1, 2))
+    one, two = (step.training_step(config, experiment, CPUS[:count]) for count in (1, 2))
     for part in ("base", "adapters", "optimiser"):
         assert 0.5 * one.argument_bytes[part] <= two.argument_bytes[part] < 0.62 * one.argument_bytes[part]
     assert one.argument_bytes["optimiser"] == pytest.approx(2 * one.argument_bytes["adapters"], abs=16)
@@ -63,7 +63,7 @@ def test_a_compiler_out_of_memory_reports_the_needed_size():
         def lower(self):
             return Lowered()
 
-    done = step.compile_for("tpu", {}, Step())
+    done = step.compile_for(CPUS[0], {}, Step())
     assert not done.compiles
     assert done.peak_bytes == int(20.5 * 2**30)
 

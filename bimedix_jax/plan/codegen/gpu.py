@@ -26,6 +26,12 @@ LAUNCH = re.compile(
     r" (?P<name>\w+) grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\]\s+shared_memory: (?P<shared>\d+)"
 )
 """One kernel in XLA's list of the launches of a program."""
+PTX: dict[str, Any] = {"xla_dump_emitter_re": "ptx", "xla_gpu_libnvjitlink_mode": "LIB_NV_JIT_LINK_MODE_DISABLED"}
+"""Compiler options: dump the PTX, and compile it with ptxas.
+
+JAX 0.12 dumps PTX on request only. It prefers any nvJitLink that is installed (torch's wheels bring that of CUDA 13) and
+then writes PTX that is too new for ptxas.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,9 @@ def gpu_kernels(function: Any, *arguments: Any, architecture: str = "sm_80") -> 
 
     assembler = ptxas()
     with tempfile.TemporaryDirectory() as folder:
+        options = PTX | {"xla_dump_to": folder, "xla_gpu_cuda_data_dir": str(assembler.parent.parent)}
         # a new function, since XLA dumps nothing for a program that JAX has in its cache
-        jax.jit(lambda *x: function(*x)).lower(*arguments).compile(compiler_options={"xla_dump_to": folder})
+        jax.jit(lambda *x: function(*x)).lower(*arguments).compile(compiler_options=options)
         launches = {}
         for path in Path(folder).glob("*thunk_sequence.txt"):
             launches |= {match["name"]: match for match in LAUNCH.finditer(path.read_text())}
@@ -117,12 +124,13 @@ def measure(target: str, names: list[str] | None = None) -> Iterator[dict[str, A
     from bimedix_jax.kernels import backends
     from bimedix_jax.plan.hardware import devices
 
-    sharding = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    [device] = devices(target)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     for name, case in more_cases().items():
         if names is not None and name not in names:
             continue
         began = time.perf_counter()
-        with backends.use(platform="gpu"):
+        with backends.use(device=device):
             kernels = gpu_kernels(functools.partial(case.call, "triton"), *case.operands(sharding))
         seconds = time.perf_counter() - began
         contracted = {"forward": case.k, "rows": case.n, "weight": case.rows}[case.part]

@@ -41,11 +41,12 @@ def compile_layer(target: str, tokens: int) -> Any:
         return y_BTD, pullback(dy_BTD)
 
     x_BTD = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.bfloat16)
-    sharding = jax.sharding.SingleDeviceSharding(hardware.devices(target)[0])
+    [device] = hardware.devices(target)
+    sharding = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (x_BTD, x_BTD, trained, frozen)
     )
-    with backends.use(platform="gpu" if target in gpu.TARGETS else "tpu"):
+    with backends.use(device=device):
         return jax.jit(gradients).lower(*arguments).compile()
 
 

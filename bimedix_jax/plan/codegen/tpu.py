@@ -12,11 +12,14 @@ from bimedix_jax.plan.codegen.cases import BLOCK, Case, cases
 
 TARGETS = ("v5e", "v5p")
 KERNEL = re.compile(
-    r"%(?P<name>\w+?)(?:\.\d+)? = .*custom_call_target=\"tpu_custom_call\".*"
+    r"custom_call_target=\"tpu_custom_call\".*op_name=\"[^\"]*?(?P<name>\w+)/pallas_call\".*"
     r"\"scoped_memory_configs\":\[\{\"memory_space\":\"1\",\"offset\":\"(?P<start>\d+)\".*"
     r"\"used_scoped_memory_configs\":\[\{\"memory_space\":\"1\",\"offset\":\"0\",\"size\":\"(?P<stop>\d+)\""
 )
-"""One kernel in the text of a compiled program; memory space 1 is VMEM, of which it uses [start, stop)."""
+"""One kernel in the text of a compiled program; memory space 1 is VMEM, of which it uses [start, stop).
+
+The name is that of the operation: newer compilers add the names of operands to those of instructions.
+"""
 
 LOOPED = re.compile(r'op_name="[^"]*\bwhile/body\b')
 """An instruction inside a loop of the program. The compiler's own copying loops have no such names."""
@@ -61,8 +64,9 @@ def compile_case(case: Case, target: str) -> Any:
     from bimedix_jax.kernels import backends
     from bimedix_jax.plan.hardware import devices
 
-    sharding = jax.sharding.SingleDeviceSharding(devices(target)[0])
-    with backends.use(platform="tpu"):
+    [device] = devices(target)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    with backends.use(device=device):
         return jax.jit(functools.partial(case.call, "mosaic_tpu")).lower(*case.operands(sharding)).compile()
 
 
