@@ -21,9 +21,9 @@ PACKAGES += [f"bimedix_jax.{name}" for name in find_packages("bimedix_jax", excl
 for package, folder in MAPPED.items():
     PACKAGES += [package, *(f"{package}.{name}" for name in find_packages(folder))]
 
-# Lower bounds are what is tested (constraints.txt); upper ones only where a newer version is known to differ.
+# Lower bounds are what is tested (constraints/); upper ones only where a newer version is known to differ.
 RUNTIME = [
-    "jax>=0.10.2,<0.11",  # Pallas entry points move between minor versions
+    "jax>=0.10.2",
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
@@ -56,16 +56,15 @@ EXTRAS = {
     # fetching, translating and scoring data; `openai` talks to any server that offers its API
     "data": ["openai>=3.54", "datasets>=5.2.0", "sacrebleu>=2.6.0", "pyarrow>=26.0"],
     "serve": ["fastapi>=0.165", "uvicorn>=0.54"],
-    "cuda12": ["jax[cuda12]>=0.10.2,<0.11"],
-    "tpu": ["jax[tpu]>=0.10.2,<0.11"],
+    "cuda12": ["jax[cuda12]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
     # Compiling for GPUs and TPUs that are not there: XLA's CUDA plugin, the assembler ptxas and the TPU compiler, about
-    # 0.9 GB unpacked. The plugin asks for CUDA's run-time libraries only under its own extra `with-cuda`, which is not
-    # named here on purpose: nothing of this runs on a GPU. Its version must be jaxlib's, libtpu's the one of jax[tpu].
+    # 0.9 GB unpacked. `cuda12-local` leaves CUDA's run-time libraries out on purpose: nothing of this runs on a GPU.
+    # JAX's own extras ask for the plugin and the libtpu that belong to its version.
     "aot": [
-        f"jax-cuda12-plugin>=0.10.2,<0.11{LINUX}",
-        f"jax-cuda12-pjrt>=0.10.2,<0.11{LINUX}",
+        f"jax[cuda12-local]>=0.10.2{LINUX}",
         f"nvidia-cuda-nvcc-cu12>=12.6.85{LINUX}",
-        f'libtpu==0.0.42.*{LINUX} and platform_machine == "x86_64"',
+        f'jax[tpu]>=0.10.2{LINUX} and platform_machine == "x86_64"',
     ],
     # what `bimedix bench train` and `bench decode` compare with
     "bench": ["torch>=2.13", "transformers>=5.23", "peft>=0.21.2"],
