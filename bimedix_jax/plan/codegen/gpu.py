@@ -29,8 +29,8 @@ LAUNCH = re.compile(
 PTX: dict[str, Any] = {"xla_dump_emitter_re": "ptx", "xla_gpu_libnvjitlink_mode": "LIB_NV_JIT_LINK_MODE_DISABLED"}
 """Compiler options: dump the PTX, and compile it with ptxas.
 
-JAX 0.12 dumps PTX on request only. It prefers any nvJitLink that is installed (torch's wheels bring that of CUDA 13) and
-then writes PTX that is too new for ptxas.
+JAX 0.12 dumps PTX on request only. It prefers any nvJitLink that is installed to ptxas (torch's wheels bring that of
+CUDA 13), and then writes PTX that is too new for ptxas.
 """
 
 
