@@ -1,8 +1,9 @@
 """Canaries: each test checks one surface of JAX or its libraries that may move, and names a file that relies on it.
 
-To upgrade JAX, Flax, Optax or Orbax, change constraints.txt and run `./scripts/test.sh tests/test_canaries.py` first. A
-test that fails names the surface that moved. No model runs here, and what is unstable is imported inside the tests, so
-that a missing name fails one test. If your code relies on another unstable surface, add a test for it.
+To upgrade JAX, Flax, Optax or Orbax, change a file in constraints/ and run `./scripts/test.sh tests/test_canaries.py`
+first (with `--python 3.12` for constraints/py3.12.txt). A test that fails names the surface that moved. All hold on both
+versions of JAX that are tested. No model runs here, and what is unstable is imported inside the tests, so that a missing
+name fails one test. If your code relies on another unstable surface, add a test for it.
 """
 
 import dataclasses
@@ -493,7 +494,7 @@ def test_absent_gpu(tmp_path: Path):
 
 @needs_tpu
 def test_absent_tpu(monkeypatch: pytest.MonkeyPatch):
-    """FLOPs, VMEM and mesh of a Mosaic kernel, compiled for a TPU (hardware.py, codegen_tpu.py, sharding.py)."""
+    """FLOPs, VMEM and mesh of a Mosaic kernel, compiled for a TPU (plan/hardware.py, plan/codegen/tpu.py)."""
     from jax.experimental import mesh_utils, topologies
 
     from bimedix_jax.plan.codegen.tpu import KERNEL

@@ -26,8 +26,12 @@ LAUNCH = re.compile(
     r" (?P<name>\w+) grid: \[(?P<grid>[\d, ]+)\] threads: \[(?P<threads>[\d, ]+)\]\s+shared_memory: (?P<shared>\d+)"
 )
 """One kernel in XLA's list of the launches of a program."""
-PTX: dict[str, Any] = {"xla_dump_emitter_re": "ptx", "xla_gpu_libnvjitlink_mode": "LIB_NV_JIT_LINK_MODE_DISABLED"}
-"""Compiler options: dump the PTX, and compile it with ptxas.
+PTX: dict[str, Any] = {
+    "xla_backend_optimization_level": 3,
+    "xla_dump_emitter_re": "ptx",
+    "xla_gpu_libnvjitlink_mode": "LIB_NV_JIT_LINK_MODE_DISABLED",
+}
+"""Compiler options: optimise fully, whatever XLA_FLAGS say, dump the PTX, and compile it with ptxas.
 
 JAX 0.12 dumps PTX on request only. It prefers any nvJitLink that is installed to ptxas (torch's wheels bring that of
 CUDA 13), and then writes PTX that is too new for ptxas.
