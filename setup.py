@@ -67,7 +67,7 @@ EXTRAS = {
         f'jax[tpu]>=0.10.2{LINUX} and platform_machine == "x86_64"',
     ],
     # what `bimedix bench train` and `bench decode` compare with
-    "bench": ["torch>=2.13", "transformers>=5.23", "peft>=0.21.2"],
+    "bench": ["torch>=2.13", "transformers>=5.23", "peft>=0.21.2", "bitsandbytes>=0.50.2"],
     # torch, transformers, peft and bitsandbytes are what the tests compare with; nothing at run time imports them
     "dev": [
         "pytest>=9.2",

@@ -1,9 +1,9 @@
 """Canaries: each test checks one surface of JAX or its libraries that may move, and names a file that relies on it.
 
 To upgrade JAX, Flax, Optax or Orbax, change a file in constraints/ and run `./scripts/test.sh tests/test_canaries.py`
-first (with `--python 3.12` for constraints/py3.12.txt). A test that fails names the surface that moved. All hold on both
-versions of JAX that are tested. No model runs here, and what is unstable is imported inside the tests, so that a missing
-name fails one test. If your code relies on another unstable surface, add a test for it.
+first (with `--python 3.12` for constraints/py3.12.txt). A test that fails names the surface that moved. All hold on
+both versions of JAX that are tested. No model runs here, and what is unstable is imported inside the tests, so that a
+missing name fails one test. If your code relies on another unstable surface, add a test for it.
 """
 
 import dataclasses

@@ -16,8 +16,9 @@ from bimedix_jax.bench.model import ALPHA, AUX_COEF, CLIP_NORM, LEARNING_RATE, R
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig
 
-DTYPES = ("float32", "bfloat16")
-"""Data types tried on a CPU. On a GPU only bfloat16 is tried, since float32 is never faster there."""
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "nf4")}
+"""What is tried on each device. nf4 packs the linear layers with bitsandbytes; experts stay in bfloat16, as always in
+transformers 5, where they are no linear layers."""
 EXPERTS = ("eager", "grouped_mm")
 """Experts implementations of transformers."""
 DECODING_EXPERTS = (*EXPERTS, "batched_mm")
@@ -31,14 +32,15 @@ def require_peer() -> str:
     """Versions of the peer, as text.
 
     Raises:
-      BimedixError: torch, transformers or peft is not installed.
+      BimedixError: torch, transformers or peft is not installed, or on a GPU bitsandbytes.
     """
     try:
-        names = ("transformers", "peft", "torch")
+        names = ("transformers", "peft", "torch", *(["bitsandbytes"] if jax.default_backend() == "gpu" else []))
         return ", ".join(f"{name} {importlib.import_module(name).__version__}" for name in names)
     except ImportError as error:
         raise BimedixError(
-            f'--against transformers needs torch, transformers and peft ({error}): pip install "bimedix_jax[bench]".'
+            f"--against transformers needs torch, transformers, peft and on a GPU bitsandbytes ({error}): "
+            'pip install "bimedix_jax[bench]".'
         ) from error
 
 
@@ -86,8 +88,26 @@ def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
     )
     with torch.device(place()):  # random weights are drawn much faster on a GPU
         model: Any = transformers.MixtralForCausalLM(settings)
-    model = model.to(getattr(torch, dtype)).eval()
+    model = model.to(getattr(torch, "bfloat16" if dtype == "nf4" else dtype)).eval()
     model.set_experts_implementation(experts)
+    return pack_linear_layers(model) if dtype == "nf4" else model
+
+
+def pack_linear_layers(model: Any) -> Any:
+    """Packs every linear layer but the head into double-quantised NF4, as transformers does with bitsandbytes."""
+    import bitsandbytes
+    import torch
+
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is torch.nn.Linear and name != "lm_head":
+                packed = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+                )
+                packed.weight = bitsandbytes.nn.Params4bit(
+                    linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+                )
+                setattr(parent, name, packed.to(linear.weight.device))
     return model
 
 
@@ -179,7 +199,7 @@ def fastest(
       make: builds the side of a dtype and an experts implementation.
     """
     trials, best = [], None
-    for dtype in DTYPES if place() == "cpu" else DTYPES[1:]:
+    for dtype in DTYPES[place()]:
         for experts in implementations:
             side, taken = make(dtype, experts), []
             for _ in range(warm_up + repetitions):

@@ -32,7 +32,7 @@ class Config:
     repetitions: int = 9
     """Repetitions; the result is their median."""
     size: Literal["small", "full_width", "smoke"] = "small"
-    """Model: the one above (small), four layers of Mixtral-8x7B for accelerators (full_width), a tiny one (smoke)."""
+    """Model: the one above (small), two layers of Mixtral-8x7B for accelerators (full_width), a tiny one (smoke)."""
     router: str | None = None
     """Router variant of our model (topk, softmax_topk, sigmoid_bias); by default topk, which the peer has."""
 
