@@ -34,6 +34,7 @@ MAY_IMPORT_CURATION = (
 
 MAX_TOP_LEVEL_MODULES = 14
 MAX_DATA_LINES = 3200
+MAX_MODEL_LINES = 180
 MAX_FUNCTIONS_NAMED_RUN = 25
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -211,6 +212,10 @@ def test_rooms_stay_small():
     assert len(top) <= MAX_TOP_LEVEL_MODULES
     data = [text for path, text in SOURCES.items() if path.startswith("bimedix_jax/data/")]
     assert sum(len(text.splitlines()) for text in data) <= MAX_DATA_LINES
+
+
+def test_the_model_reads_like_the_paper():
+    assert len(SOURCES["models/mixtral.py"].splitlines()) <= MAX_MODEL_LINES
 
 
 def test_few_functions_are_named_run():
