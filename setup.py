@@ -59,7 +59,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     # Compiling for GPUs and TPUs that are not there: XLA's CUDA plugin, the assembler ptxas and the TPU compiler, about
-    # 0.9 GB unpacked. `cuda12-local` leaves CUDA's run-time libraries out on purpose: nothing of this runs on a GPU.
+    # 1.3 GB unpacked. `cuda12-local` leaves CUDA's run-time libraries out on purpose: nothing of this runs on a GPU.
     # JAX's own extras ask for the plugin and the libtpu that belong to its version.
     "aot": [
         f"jax[cuda12-local]>=0.10.2{LINUX}",

@@ -53,7 +53,10 @@ def use(platform: str | None = None, device: Any = None, **names: str) -> Iterat
 
 
 def lowering_for(device: Any) -> contextlib.AbstractContextManager[Any]:
-    """Names an absent device to JAX: Pallas lowers for no unknown GPU (JAX 0.12), or as for an H100 (JAX 0.10)."""
+    """Tells JAX which absent device to lower for.
+
+    Without it, Pallas' Triton backend raises (JAX 0.12) or lowers as for an H100 (JAX 0.10).
+    """
     if device is None:
         return contextlib.nullcontext()
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform=device.platform)

@@ -1,9 +1,9 @@
 """Canaries: each test checks one surface of JAX or its libraries that may move, and names a file that relies on it.
 
 To upgrade JAX, Flax, Optax or Orbax, change a file in constraints/ and run `./scripts/test.sh tests/test_canaries.py`
-first (with `--python 3.12` for constraints/py3.12.txt). A test that fails names the surface that moved. All hold on
-both versions of JAX that are tested. No model runs here, and what is unstable is imported inside the tests, so that a
-missing name fails one test. If your code relies on another unstable surface, add a test for it.
+first (with `--python 3.12` for constraints/py3.12.txt). A test that fails names the surface that moved. All of them
+hold on both versions of JAX that are tested. No model runs here, and what is unstable is imported inside the tests, so
+that a missing name fails one test. If your code relies on another unstable surface, add a test for it.
 """
 
 import dataclasses
@@ -59,7 +59,8 @@ def abstract(device: Any, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 def test_vjp_args_res():
     """VJP.args_res of jax.vjp: the arguments that it needs, whose pytrees can be assigned (layer_scan/bits.py).
 
-    Up to JAX 0.10 nested tuples mirror each pytree; since then lists and dictionaries mirror their own kind.
+    JAX 0.10 mirrors each pytree in nested tuples, JAX 0.12 keeps lists and dictionaries. All leaves must be assigned,
+    also those that are not needed.
     """
     x, unused = jnp.full(2, 2.0), [jnp.ones(2), None]
     layer = {"b": unused, "w": Packed(jnp.full(2, 4.0), unused)}

@@ -111,7 +111,7 @@ def forward(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -
     def step(x: jax.Array, layer: Bits) -> tuple[jax.Array, tuple[Bits, Bits]]:
         pull: Any
         (x, out), pull = jax.vjp(call, constants, x, layer.value())
-        pull.args_res = [None, pull.args_res[1], None]
+        pull.args_res = [None, pull.args_res[1], None]  # not stacked: `backward` has them as arguments
         pull.opaque_residuals = [r if isinstance(r, Tracer) else Fixed(r) for r in pull.opaque_residuals]
         return x, (Bits.of(out), Bits.of(pull))
 
