@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.whole_process
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -62,7 +64,8 @@ def wait_for_steps(folder: Path, process: subprocess.Popen, count: int = 2) -> N
     """Waits until the run has taken this many steps."""
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") >= count):
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{metrics} has no {count} steps")
         assert process.poll() is None
         time.sleep(0.2)
 

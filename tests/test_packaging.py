@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.whole_process
+
 ROOT = Path(__file__).resolve().parent.parent
 
 MAPPED = {("bimedix_jax", "kernels"), ("bimedix_jax", "models")}  # the symlinks: their targets count

@@ -17,6 +17,8 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.models import routers
 from bimedix_jax.models.init import init_random
 
+pytestmark = pytest.mark.whole_process
+
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "docs/tutorials"
 TINY = tiny(tie_embeddings=True)

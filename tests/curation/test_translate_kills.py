@@ -13,6 +13,8 @@ import pytest
 
 from bimedix_jax.data.records import sample, write_jsonl
 
+pytestmark = pytest.mark.whole_process
+
 
 @pytest.fixture
 def script(loopback: ModuleType) -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.whole_process
+
 LOSSES = {"en", "ar", *(f"{language}/{kind}" for language in ("en", "ar") for kind in ("qa", "mcqa", "chat"))}
 
 
