@@ -164,8 +164,8 @@ def read_config(folder: str | Path, ignore_config_keys: Collection[str] = ()) ->
     if kind != "mixtral":
         raise BimedixError(f"{folder} has model_type {kind!r}; only 'mixtral' can be loaded.")
     found = check(raw, MixtralJson, folder, ignore_config_keys)
-    router = RouterConfig(num_experts=found.num_local_experts, top_k=found.num_experts_per_tok)
     try:
+        router = RouterConfig(num_experts=found.num_local_experts, top_k=found.num_experts_per_tok)
         return MixtralConfig(router=router, **fields_of(found, folder))
     except ValueError as error:
         raise BimedixError(f"{folder / CONFIG_NAME}: {error}") from None

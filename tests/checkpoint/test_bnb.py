@@ -449,9 +449,9 @@ def scale(part: str, factor: float) -> Callable[[Tensors], None]:
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "shape": (restate(shape=[64, 32]), r"4096 bytes|2048 bytes cannot hold shape \[64, 32\]"),
+    "shape": (restate(shape=[64, 32]), r"4096 bytes|2048 bytes do not fit shape \[64, 32\]"),
     "turned": (restate(shape=[32, 128]), r"\[32, 128\] instead of \[64, 64\]"),
-    "dtype": (restate(dtype="int8"), "dtype 'int8' is none"),
+    "dtype": (restate(dtype="int8"), "dtype 'int8' is not supported"),
     "type": (restate(quant_type="nf3"), "malformed"),
     "blocksize": (restate(blocksize=128), r"absmax is uint8\[64\], not uint8\[32\]"),
     "odd_blocksize": (restate(blocksize=63), "blocksize 63"),
@@ -465,7 +465,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "nested": (lambda t: t.update({f"{Q}.nested_absmax": torch.ones(2)}), r"nested_absmax is float32\[2\]"),
     "map": (scale("quant_map", 0.5), "quant_map is not the table"),
     "nested_map": (scale("nested_quant_map", 0.5), "nested_quant_map is not"),
-    "short": (lambda t: t.update({Q: t[Q][:-1].clone()}), "bytes cannot hold"),
+    "short": (lambda t: t.update({Q: t[Q][:-1].clone()}), "bytes do not fit"),
     "no_map": (lambda t: t.pop(f"{Q}.quant_map"), "its parts are"),
     "no_state": (lambda t: t.pop(STATE), "quant_state.bitsandbytes__nf4 is missing"),
     "no_weight": (lambda t: t.pop(Q), r"missing \(model.layers.0.self_attn.q_proj.weight\)"),
@@ -653,7 +653,7 @@ def test_invalid_exports_raise(dense: Path, tmp_path: Path) -> None:
     attempts: Iterable[tuple[Callable[[], object], str]] = (
         (lambda: export_bnb(plain, tmp_path / "out"), "not in 4 bits; load it with base nf4"),
         (lambda: export_bnb(packed, tmp_path / "out", "gguf"), "layout 'gguf' is unknown"),  # pyright: ignore
-        (lambda: export_bnb(add_lora(packed, LoraConfig(rank=2, alpha=2.0)), tmp_path / "out"), "carries adapters"),
+        (lambda: export_bnb(add_lora(packed, LoraConfig(rank=2, alpha=2.0)), tmp_path / "out"), "has adapters"),
     )
     for attempt, why in attempts:
         with pytest.raises(BimedixError, match=why):

@@ -244,7 +244,7 @@ def test_folders_without_safetensors_raise(mixtral: Path, tmp_path: Path, files:
 
 def test_unknown_names_raise(mixtral: Path, tmp_path: Path) -> None:
     for name, revision, why in (
-        (str(tmp_path / "absent"), None, "no existing folder"),
+        (str(tmp_path / "absent"), None, "neither an existing folder"),
         (str(mixtral), "refs/pr/1", "leave --revision out"),
         (str(mixtral / "config.json"), None, "is a file"),
         ("no-such-owner/no-such-model", None, "cannot get"),

@@ -232,7 +232,7 @@ REFUSED = {
     "fan_in_fan_out": (True, "fan_in_fan_out"),
     "layer_replication": ([[0, 1]], "replicated"),
     "trainable_token_indices": ([3], "tokens"),
-    "modules_to_save": (["lm_head"], "only the routers"),
+    "modules_to_save": (["lm_head"], "only routers"),
     "peft_type": ("LOKR", "LOKR"),
     "init_lora_weights": ("pissa", "pissa"),
     "something_new": (3, "something_new"),
