@@ -21,7 +21,7 @@ pytestmark = pytest.mark.whole_process
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = ROOT / "docs/tutorials"
-TINY = tiny(tie_embeddings=True)
+TINY = tiny(tie_embeddings=True, max_position_embeddings=4096)
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -33,7 +33,7 @@ def test_masked_loss_equals_numpy(batch, chunk_tokens):
     """Also with chunks that do not divide the sequence, and with an empty row."""
     data = batch(3, 11, seed=3)
     data["segment_ids_BT"][1] = 0
-    logits = np.random.default_rng(0).normal(0, 3, (3, 11, 61)).astype(np.float32)
+    logits = np.random.default_rng(0).normal(0, 3, (3, 11, 304)).astype(np.float32)
     total, count = numpy_loss(logits, data)
     assert count > 5
     got = next_token_loss(identity, jnp.asarray(logits), *map(jnp.asarray, data.values()), chunk_tokens=chunk_tokens)
@@ -42,7 +42,7 @@ def test_masked_loss_equals_numpy(batch, chunk_tokens):
 
 def test_chunking_does_not_change_gradients(batch):
     data = {name: jnp.asarray(x) for name, x in batch(2, 12).items()}
-    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (2, 12, 61)), jnp.float32)
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (2, 12, 304)), jnp.float32)
 
     def gradient(chunk_tokens):
         return jax.grad(lambda h: next_token_loss(identity, h, *data.values(), chunk_tokens=chunk_tokens)[0])(logits)

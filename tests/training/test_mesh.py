@@ -28,7 +28,7 @@ def test_a_run_on_a_mesh_equals_the_run_on_one_device(tmp_path, experiment):
     )
     one = train(plain, tmp_path / "one")
     mesh = dataclasses.replace(plain, mesh=MeshConfig(fsdp=4, expert=2))
-    with pytest.raises(BimedixError, match="4 rows of a micro-batch cannot be divided among the 8 parts"):
+    with pytest.raises(BimedixError, match="4 rows of a micro-batch cannot be divided among the 8 shards"):
         train(mesh, tmp_path / "refused")
     mesh = dataclasses.replace(plain, mesh=MeshConfig(data=1, fsdp=2, expert=2, tensor=2), model=plain.model)
     with pytest.raises(BimedixError, match="1 key heads cannot be divided"):

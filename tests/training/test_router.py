@@ -162,7 +162,7 @@ def test_an_adapter_includes_its_router(tmp_path, config, experiment, caplog) ->
     result = train(experiment(router=SIGMOID, steps=2), tmp_path / "run")
     assert "has the router" not in caplog.text, "a random model has no router to replace"
     for export in (export_hf, export_peft):
-        with pytest.raises(BimedixError, match="this model's is sigmoid_bias"):
+        with pytest.raises(BimedixError, match="this model's router is sigmoid_bias"):
             export(result.model, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
     base = init_random(config, seed=0)
