@@ -160,7 +160,7 @@ def test_a_run_saves_the_variant_and_the_bias(tmp_path, experiment) -> None:
 
 def test_an_adapter_includes_its_router(tmp_path, config, experiment, caplog) -> None:
     result = train(experiment(router=SIGMOID, steps=2), tmp_path / "run")
-    assert "has the router" not in caplog.text, "a random model has no router to replace"
+    assert "with the router" not in caplog.text, "a random model has no router to replace"
     for export in (export_hf, export_peft):
         with pytest.raises(BimedixError, match="this model's router is sigmoid_bias"):
             export(result.model, tmp_path / "exported")
@@ -171,7 +171,7 @@ def test_an_adapter_includes_its_router(tmp_path, config, experiment, caplog) ->
     assert base.config.router.variant == "topk"
     np.testing.assert_array_equal(state_of(adapted), state_of(result.model))
     plain = load(tmp_path / "run", router="topk")
-    assert "has the router sigmoid_bias and runs with topk" in caplog.text
+    assert "was trained with the router sigmoid_bias and runs with topk" in caplog.text
     assert plain.layers.moe.state is None
     with pytest.raises(BimedixError, match="there is no router best"):
         load(tmp_path / "run", router="best")
