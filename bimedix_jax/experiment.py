@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
 
@@ -225,6 +226,11 @@ class Tracking:
     def __post_init__(self) -> None:
         require_choices(self)
         require(bool(self.project), "tracking.project is empty; set it.")
+        require(
+            self.mode == "disabled" or (not set(self.project) & set("/\\#?%:") and len(self.project) <= 128),
+            f"tracking.project is {self.project!r}, but a project of Weights & Biases has at most 128 characters and "
+            "none of / \\ # ? % : (an owner is named by WANDB_ENTITY instead); give another name.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,12 +315,7 @@ def read(path: str | Path) -> Experiment:
     Raises:
       BimedixError: the file does not exist, is not JSON, or is not an experiment.
     """
-    try:
-        plain = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise BimedixError(f"cannot read {path} ({error.strerror}); name a JSON file with an experiment.") from error
-    except ValueError as error:
-        raise BimedixError(f"{path} is not JSON ({error}); correct it.") from error
+    plain = files.read_json(path, dict[str, Any], "correct it, or name a JSON file with an experiment")
     try:
         return from_dict(plain)
     except BimedixError as error:

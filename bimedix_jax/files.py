@@ -61,25 +61,100 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
-    """`folder / name`, checked to stay inside `folder`. For names that we did not write, such as those in an index.
+    """`folder / name`, where the name is checked. For names that we did not write, such as those in an index.
 
-    A symlink may leave the folder only as the Hugging Face hub cache does it: `snapshots/<revision>/name` points to a
-    file in `blobs/` beside `snapshots/`. The file itself need not exist.
+    Symlinks may lead anywhere: whoever put them into the folder chose their targets, and the caches of Hugging Face
+    consist of them. The file itself need not exist.
 
     Raises:
-        BimedixError: `name` is absolute, contains `..`, a backslash or a NUL, or a symlink leads elsewhere.
+        BimedixError: `name` is absolute, contains `..`, a backslash or a NUL.
     """
     root = Path(folder)
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
         raise BimedixError(f"{root} refers to {name!r}, which is not a path inside that folder; do not trust its files")
-    real_root, real = root.resolve(), (root / name).resolve()
-    allowed = [real_root]
-    if real_root.parent.name == "snapshots":
-        allowed.append(real_root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise BimedixError(f"{root / name} is a link to {real}, outside its folder; replace the link with a copy")
     return root / name
+
+
+PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error>")
+ANSWERS = (b"entry not found", b"404: not found", b"not found", b"invalid username or password", b"access denied")
+"""Answers of servers that were saved as if they were the file, in lower case."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+"""Byte order marks of UTF-16."""
+
+
+def require_content(path: str | os.PathLike[str], text: bool = False, markup: bool = False) -> None:
+    """Checks by its first bytes that a file is not a stand-in for its content.
+
+    Args:
+        text: the file is text; UTF-16 and UTF-32 are refused.
+        markup: the file may be HTML or XML.
+
+    Raises:
+        BimedixError: it is a git-lfs pointer, or a web page or error message that was saved in place of the file.
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        problem = stand_in(file.read(512), text, markup)
+    if problem:
+        raise BimedixError(f"{path} {problem}.")
+
+
+def stand_in(head: bytes, text: bool = False, markup: bool = False) -> str | None:
+    """What a file with these first bytes is instead of its content, with the remedy; None where it may be genuine."""
+    wide = head.startswith(WIDE_MARKS)
+    start = head.decode("utf-16", "ignore").encode() if wide else head.removeprefix(BYTE_ORDER_MARK)
+    start = start.strip().lower()
+    if start.startswith((b"version https://git-lfs.github.com/", b"version https://hawser.github.com/")):
+        return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its clone, or download the file"
+    if start.startswith((b"/annex/objects/", b"../.git/annex/", b".git/annex/")):
+        return "is a git-annex pointer, not the file itself; run `git annex get` in its clone, or download the file"
+    if not markup and start.startswith(PAGES):
+        return (
+            "is a web page (HTML or XML), not the file itself; the download was redirected or refused, so check the "
+            "address and your login, and download the file again"
+        )
+    if start.rstrip(b".") in ANSWERS:
+        return (
+            f"contains only a server's answer, {start.decode('utf-8', 'replace')!r}, not the file itself; check the "
+            "address and your login, and download the file again"
+        )
+    if text and (wide or b"\0" in head[:4]):
+        return "is UTF-16 or UTF-32 text; save it as UTF-8"
+    return None
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. Every text that others wrote is read here.
+
+    Raises:
+        BimedixError: it is in another encoding, or a stand-in for the file (see `require_content`).
+        OSError: it cannot be read.
+    """
+    return decode(Path(path).read_bytes(), str(path))
+
+
+def decode(data: bytes, source: str) -> str:
+    """`read_text` of bytes that were read already; `source` begins the messages."""
+    problem = stand_in(data[:512], text=True)
+    if problem:
+        raise BimedixError(f"{source} {problem}.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BimedixError(
+            f"{source} is not UTF-8 text (byte {data[error.start]:#04x} at position {error.start}); save it as UTF-8, "
+            "or fetch it again."
+        ) from None
+
+
+def text_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The lines of a UTF-8 file as bytes, without a byte order mark; errors as `require_content`."""
+    require_content(path, text=True)
+    with Path(path).open("rb") as file:
+        yield file.readline().removeprefix(BYTE_ORDER_MARK)
+        yield from file
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -131,15 +206,15 @@ def read_json(path: str | os.PathLike[str], schema: type[T], remedy: str, unique
     Args:
         schema: anything that pydantic can check: a model, a dataclass, a `dict[str, Any]`. A model with
             `extra="forbid"` refuses unknown keys.
-        remedy: what the user can do; every error message ends with it. `{key}` is replaced by the first wrong key.
+        remedy: what the user can do; every error message ends with it. `{key}` is replaced by the first wrong key, and
+            `{keys}` by all unknown ones.
         unique_keys: refuse an object that has the same key twice.
 
     Raises:
         BimedixError: the file cannot be read, is not JSON, or does not fit the schema. The message names file and key.
     """
     try:
-        text = Path(path).read_text("utf-8")
-        value = json.loads(text, object_pairs_hook=unique_pairs if unique_keys else None)
+        value = json.loads(read_text(path), object_pairs_hook=unique_pairs if unique_keys else None)
     except OSError as error:
         raise BimedixError(f"{path} cannot be read ({error.strerror}); {remedy}.") from None
     except (ValueError, RecursionError) as error:
@@ -150,8 +225,8 @@ def read_json(path: str | os.PathLike[str], schema: type[T], remedy: str, unique
 def peek_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file; empty where the file is missing or contains anything else."""
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError, BimedixError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -175,7 +250,7 @@ def validate(value: Any, schema: type[T], source: str, remedy: str, unknown_reme
         remedy = unknown_remedy or remedy
     else:
         problem, key = _problem(errors[0]), _key(errors[0])
-    raise BimedixError(f"{source}{problem}; {remedy.replace('{key}', key)}.")
+    raise BimedixError(f"{source}{problem}; {remedy.replace('{key}', key).replace('{keys}', ' '.join(unknown))}.")
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

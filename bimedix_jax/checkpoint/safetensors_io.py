@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from bimedix_jax.checkpoint.dtypes import FROM_SAFETENSORS, TO_SAFETENSORS
 from bimedix_jax.errors import BimedixError, listed
-from bimedix_jax.files import inside, read_json, unique_pairs
+from bimedix_jax.files import inside, read_json, require_content, unique_pairs
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -89,6 +89,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     def damaged(why: str) -> BimedixError:
         return BimedixError(f"{path} is not a valid safetensors file: {why}; download or export it again.")
 
+    require_content(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)

@@ -195,8 +195,12 @@ def shuffled_lines(path: str | Path, seed: int) -> Iterator[tuple[int, bytes]]:
         raise BimedixError(
             f"there is no file {source}; name a JSONL file of records (`bimedix data assemble` writes one)"
         )
+    files.require_content(source, text=True)
     with source.open("rb") as file:
         starts, position = array("q"), 0
+        if file.read(len(files.BYTE_ORDER_MARK)) == files.BYTE_ORDER_MARK:
+            position = len(files.BYTE_ORDER_MARK)
+        file.seek(position)
         for line in file:
             if line.strip():
                 starts.append(position)

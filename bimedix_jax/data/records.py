@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
 
 Language = Literal["en", "ar"]
@@ -172,10 +173,9 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
         raise BimedixError(
             f"there is no file {source}; name a JSONL file of records (`bimedix data assemble` writes one)"
         )
-    with source.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield parse(line, f"{source}:{number}")
+    for number, line in enumerate(files.text_lines(source), start=1):
+        if line.strip():
+            yield parse(line, f"{source}:{number}")
 
 
 def write_jsonl(path: str | Path, records: Iterable[Record]) -> int:

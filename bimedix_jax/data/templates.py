@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bimedix_jax import files
 from bimedix_jax.data.records import Turn, conversation
 from bimedix_jax.data.tokenizer_files import TokenizerConfig, read_if_present
 from bimedix_jax.errors import BimedixError
@@ -165,7 +166,7 @@ def source(folder: str | Path) -> str | None:
     """Jinja source of a checkpoint's chat template, None if it has none (base models)."""
     place = Path(folder)
     if (place / "chat_template.jinja").is_file():
-        return (place / "chat_template.jinja").read_text(encoding="utf-8")
+        return files.read_text(place / "chat_template.jinja")
     value = read_if_present(place / "tokenizer_config.json", TokenizerConfig).chat_template
     if isinstance(value, list):
         return next((entry.template for entry in value if entry.name == "default"), None)

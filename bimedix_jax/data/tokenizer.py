@@ -14,6 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from bimedix_jax import files
 from bimedix_jax.data import templates
 from bimedix_jax.data.templates import ChatTemplate
 from bimedix_jax.data.tokenizer_files import ROLES, SpecialTokens, TokenIds, TokenizerConfig, read_if_present
@@ -146,12 +147,14 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
     config = read_if_present(place / "tokenizer_config.json", TokenizerConfig)
     if (place / "tokenizer.json").is_file():
         path = place / "tokenizer.json"
+        text = files.read_text(path)
         try:
-            engine = tokenizers.Tokenizer.from_file(str(path))
+            engine = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust library raises bare Exception
             raise BimedixError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
     elif (place / "tokenizer.model").is_file():
         path = place / "tokenizer.model"
+        files.require_content(path)
         engine = _from_sentencepiece(path, legacy=config.legacy is True)
     else:
         raise BimedixError(f"{place} has neither tokenizer.json nor tokenizer.model; name a folder with a tokenizer")

@@ -350,7 +350,7 @@ def test_damaged_exports_give_verdicts_or_one_clear_error():
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("back.txt", b"", "one of .json"), ("back.csv", b"\xff\xfe\x00", "not in UTF-8"),
+    [("back.txt", b"", "one of .json"), ("back.csv", b"\xff\xfe\x00", "UTF-16"),
      ("back.json", None, "cannot read"),
      ("back.json", b"[" * 100_000, "is not JSON")],
 )  # fmt: skip

@@ -135,13 +135,13 @@ def load(name: str) -> Recipe:
         if name in names():
             text = (_folder() / f"{name}.toml").read_text("utf-8")
         else:
-            text = Path(name).expanduser().read_text("utf-8")
+            text = files.read_text(Path(name).expanduser())
         return Recipe.model_validate(tomllib.loads(text))
     except OSError as error:
         raise BimedixError(
             f"there is no recipe {name}; name one of {', '.join(names())}, or the path of a TOML file"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise BimedixError(f"recipe {name} is not TOML ({error}); correct it") from error
     except ValidationError as error:
         raise BimedixError(f"{name} is not a valid recipe ({explain(error)}); correct it") from error

@@ -12,6 +12,7 @@ from typing import IO, cast
 from xml.etree import ElementTree
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import stand_in
 
 CHUNK = 1 << 16
 MAX_STRINGS = 64 << 20
@@ -33,6 +34,9 @@ def elements(file: IO[bytes], path: Path, names: set[str]) -> Iterator[ElementTr
     try:
         while data := file.read(CHUNK):
             if not open_elements:
+                problem = None if prolog else stand_in(data[:512], markup=True)
+                if problem:
+                    raise BimedixError(f"{path} {problem}.")
                 prolog += data
                 if b"<!DOCTYPE" in prolog or b"\0" in prolog:
                     raise BimedixError(f"{path} declares a document type or is not UTF-8; do not trust it")

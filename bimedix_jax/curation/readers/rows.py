@@ -101,7 +101,7 @@ def data_files(place: Path, endings: tuple[str, ...]) -> Iterator[tuple[Path, st
     """(path, name relative to the folder) of a file, or of the files of a folder with one of `endings`, by name.
 
     Raises:
-        BimedixError: there are no such files, a link points outside the folder, or `datasets` saved the folder.
+        BimedixError: there are no such files, or `datasets` saved the folder.
     """
     if place.is_file():
         if not place.name.lower().endswith(endings):
@@ -200,6 +200,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 def _of_file(path: Path, name: str, keyed: bool, header: bool) -> Iterator[Row]:
     plain = name.lower().removesuffix(".gz")
+    files.require_content(path, text=name.lower().endswith(_TEXT))
     if plain.endswith((".jsonl", ".ndjson")):
         return _lines(path, name)
     if plain.endswith(".json"):

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bimedix_jax import files
 from bimedix_jax.curation.checks.flags import Flag
 from bimedix_jax.data.records import Record, explain
 from bimedix_jax.errors import BimedixError
@@ -108,15 +109,14 @@ def read_items(path: str | Path) -> Iterator[ReviewItem]:
     if not source.is_file():
         raise BimedixError(f"there is no file {source}; `bimedix data translate` writes review.jsonl")
     seen: dict[str, int] = {}
-    with source.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = ReviewItem.model_validate_json(line)
-            except ValidationError as error:
-                raise BimedixError(f"{source}:{number}: {explain(error)}; correct the line or remove it") from error
-            if item.id in seen:
-                raise BimedixError(f"{source}:{number}: item {item.id!r} is already in line {seen[item.id]}")
-            seen[item.id] = number
-            yield item
+    for number, line in enumerate(files.text_lines(source), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = ReviewItem.model_validate_json(line)
+        except ValidationError as error:
+            raise BimedixError(f"{source}:{number}: {explain(error)}; correct the line or remove it") from error
+        if item.id in seen:
+            raise BimedixError(f"{source}:{number}: item {item.id!r} is already in line {seen[item.id]}")
+        seen[item.id] = number
+        yield item

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from bimedix_jax import files
 from bimedix_jax.curation.checks.api import check
 from bimedix_jax.curation.review import label_studio, tables
 from bimedix_jax.curation.review.items import ReviewItem, Verdict
@@ -29,11 +30,9 @@ def read(path: Path, items: Mapping[str, ReviewItem], reviewer: str | None = Non
     if form is None:
         raise BimedixError(f"{path} does not end in one of {', '.join(FORMS)}; a Label Studio export ends in .json")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = files.read_text(path)
     except OSError as error:
         raise BimedixError(f"cannot read {path} ({error.strerror}); name a file that was exported") from error
-    except UnicodeDecodeError as error:
-        raise BimedixError(f"{path} is not in UTF-8 ({error.reason}); save it as CSV in UTF-8") from error
     if form == "label-studio":
         return label_studio.verdicts(text, path.name, items)
     saved = datetime.fromtimestamp(path.stat().st_mtime).astimezone().replace(microsecond=0)
