@@ -157,6 +157,14 @@ def text_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
         yield from file
 
 
+def where_instead(folder: str | os.PathLike[str], name: str) -> str:
+    """A remedy where `folder` lacks the file `name`: the subfolders that have it, else a general one."""
+    found = sorted(path.parent for path in Path(folder).glob(f"*/{name}")) if Path(folder).is_dir() else []
+    if not found:
+        return f"name a folder that contains {name}"
+    return f"name the subfolder that has it: {listed([str(path) for path in found])}"
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
     with Path(path).open("rb") as file:

@@ -1,6 +1,7 @@
 """RMSNorm, rotary embeddings, grouped-query attention over packed segments, and its KV cache."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from bimedix_jax.kernels.attention import Cached, attention, write
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EMBED, HEADS, KV_HEADS, LAYERS
-from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.config import MixtralConfig, RopeScaling
 from bimedix_jax.models.linear import Linear, placeholder
 
 
@@ -80,7 +81,17 @@ def locate(segment_ids_BT: Int[Array, "B T"], cache: KVCache | None) -> tuple[In
     return positions_BT + earlier_BT, key_ids_BS
 
 
-def rotations(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Float[Array, "B T width"]:
+def scaled(frequencies_H: Float[Array, "H"], scaling: RopeScaling) -> Float[Array, "H"]:
+    """Rotary frequencies after Llama 3.1's scaling."""
+    turns_H = scaling.original_max_position_embeddings * frequencies_H / (2 * math.pi)  # within the original context
+    kept_H = (turns_H - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept_H = jnp.clip(kept_H, 0, 1)
+    return (1 - kept_H) * frequencies_H / scaling.factor + kept_H * frequencies_H
+
+
+def rotations(
+    positions_BT: Int[Array, "B T"], width: int, theta: float, scaling: RopeScaling | None = None
+) -> Float[Array, "B T width"]:
     """Cosines, then sines, of each position's angle for each pair of a head of this width.
 
     They are computed once for all heads and layers. Without the barrier, XLA:CPU would recompute them at every use,
@@ -88,6 +99,8 @@ def rotations(positions_BT: Int[Array, "B T"], width: int, theta: float) -> Floa
     """
     half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequencies = scaled(frequencies, scaling)
     angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
     return lax.optimization_barrier(jnp.concatenate([jnp.cos(angles_BTH), jnp.sin(angles_BTH)], axis=-1))
 

@@ -39,6 +39,34 @@ class RouterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3.1's scaling of the rotary frequencies for longer contexts (arXiv 2407.21783; `rope_type` "llama3").
+
+    A frequency whose wavelength exceeds original_max_position_embeddings / low_freq_factor is divided by `factor`, one
+    below original_max_position_embeddings / high_freq_factor is kept, and between the two the result is interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+    """Context of the pretraining before the extension (8,192 in Llama 3.1)."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.factor < float("inf"), f"factor of rope_scaling must be at least 1, got {self.factor}.")
+        require(
+            0 < self.low_freq_factor < self.high_freq_factor < float("inf"),
+            "rope_scaling needs 0 < low_freq_factor < high_freq_factor, got "
+            f"{self.low_freq_factor} and {self.high_freq_factor}.",
+        )
+        require(
+            self.original_max_position_embeddings >= 1,
+            "original_max_position_embeddings of rope_scaling must be at least 1, got "
+            f"{self.original_max_position_embeddings}.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
     """Architecture of a Mixtral; sizes have no defaults since a wrong one is a different model."""
 
@@ -62,6 +90,8 @@ class MixtralConfig:
     """Whether the output head is the embedding table."""
     max_position_embeddings: int
     """Longest context that the weights were trained for; longer inputs are refused."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies; None for none."""
 
     def __post_init__(self) -> None:
         sizes = (

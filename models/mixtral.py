@@ -68,7 +68,7 @@ class Mixtral(Model):
 
     def forward(self, call: Call) -> Output:
         positions_BT, key_ids_BS = locate(call.segment_ids_BT, call.cache)
-        rotations_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta)
+        rotations_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         x_BTD = self.embed(call.tokens_BT).astype(self.dtype)
         x_BTD, routing, sums, kv = run_layers(self.layers, x_BTD, rotations_BTH, key_ids_BS, call)
         cache = call.cache

@@ -10,6 +10,9 @@ from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
 
 KEY = "quantization_config"
+FLAGS = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
+"""Without one of these nothing is quantised."""
+REMEDY = f"if {{keys}} does not change the numbers, pass --ignore-config-key {KEY}: each packed tensor describes itself"
 
 
 def written_settings(compute_dtype: str, double_quantised: bool, skipped: Sequence[str]) -> dict[str, Any]:
@@ -57,12 +60,15 @@ def is_packed(raw: Mapping[str, Any], folder: Path) -> bool:
       BimedixError: it announces another quantisation, or has a key that is unknown.
     """
     settings = raw.get(KEY)
-    if settings is None:
+    if settings is None or settings == {}:
         return False
     source = f"{KEY} in {folder / 'config.json'}"
     if not isinstance(settings, dict):
         raise BimedixError(f"{source} is not a JSON object; correct it, or remove it.")
-    method = settings.get("quant_method", "bitsandbytes")
+    method = settings.get("quant_method") or "bitsandbytes"
+    if method == "bitsandbytes" and not any(settings.get(flag) for flag in FLAGS):
+        files.validate(settings, BitsandbytesJson, source, REMEDY)
+        return False
     four_bit = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
     kind = settings.get("bnb_4bit_quant_type", "fp4") if four_bit else "int8"
     if method != "bitsandbytes" or kind != "nf4":
@@ -71,10 +77,7 @@ def is_packed(raw: Mapping[str, Any], folder: Path) -> bool:
             f"{folder} is quantised as {what} ({KEY}), which is not implemented (only bitsandbytes nf4 is); name the "
             "unquantised checkpoint and load it with base nf4."
         )
-    remedy = (
-        f"if {{key}} does not change the numbers, pass --ignore-config-key {KEY}: each packed tensor describes itself"
-    )
-    files.validate(settings, BitsandbytesJson, source, remedy)
+    files.validate(settings, BitsandbytesJson, source, REMEDY)
     return True
 
 

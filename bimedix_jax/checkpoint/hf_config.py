@@ -6,16 +6,18 @@ other key is an error: a model that silently ignores a part of its configuration
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, StrictBool, ValidationInfo
+from pydantic import AfterValidator, BaseModel, Field, StrictBool
 
 from bimedix_jax import files
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed
+from bimedix_jax.checkpoint.rope import Rope, read_rope, written_rope
 from bimedix_jax.errors import BimedixError, listed
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
+from bimedix_jax.models.config import MixtralConfig, RopeScaling, RouterConfig
 
 CONFIG_NAME = "config.json"
 
@@ -36,27 +38,39 @@ NEUTRAL = frozenset(
     is_llama_config label2id model_type output_attentions output_hidden_states output_router_logits pad_token_id
     problem_type return_dict router_aux_loss_coef torch_dtype transformers.js_config transformers_version
     unsloth_fixed unsloth_version use_cache use_return_dict""".split()
+) | frozenset(
+    """bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing length_penalty max_length min_length no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values repetition_penalty
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torchscript typical_p use_bfloat16""".split()
 )
-"""Keys that do not change what the network computes. An export writes them back unchanged."""
+"""Keys that do not change what the network computes; the second list, generation and training settings, is in the files
+of transformers before 4.40. An export writes them back unchanged."""
 
 REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "attention_dropout": (0.0,),
     "mlp_bias": (False,),
     "router_jitter_noise": (0.0,),
-    "pretraining_tp": (1, None),
+    "pretraining_tp": (1,),
     "rope_interleaved": (False,),
+    "partial_rotary_factor": (1.0,),
+    "rotary_pct": (1.0,),
+    "norm_topk_prob": (True,),
     "chunk_size_feed_forward": (0,),
     "is_encoder_decoder": (False,),
     "is_decoder": (False, True),
     "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "pruned_heads": ({}, None),
+    "cross_attention_hidden_size": (),
+    "pruned_heads": ({},),
     "tie_encoder_decoder": (False,),
-    "auto_map": (None,),
+    "auto_map": ({},),
 }
-"""Keys that change what the network computes, and the only values that are implemented."""
+"""Keys that change what the network computes, and the only values that are implemented; null means the first of them,
+or that the key is absent."""
 
 DENSE_TYPES = ("llama", "mistral")
 DEFAULT_ROPE_THETA = {"mixtral": 1e6, "llama": 1e4, "mistral": 1e4}
@@ -64,33 +78,13 @@ DEFAULT_NORM_EPS = {"mixtral": 1e-5, "llama": 1e-6, "mistral": 1e-6}
 """What transformers' configuration classes assume where a key is missing from config.json."""
 
 
-def unscaled_theta(block: Any, info: ValidationInfo) -> float | None:
-    """rope_theta of a rope_parameters or rope_scaling block; raises ValueError for scaled rotary embeddings."""
-    if block is None or block == "default":
-        return None
-    fields = block if isinstance(block, dict) else {"type": block}
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    extra = sorted(set(fields) - {"rope_type", "type", "rope_theta"})
-    if kind != "default" or extra:
-        what = " ".join([repr(kind), *extra])
-        raise ValueError(
-            f"the model scales its rotary embeddings ({info.field_name}: {what}), which is not implemented"
-        )
-    if "rope_theta" not in fields:
-        return None
-    theta = fields["rope_theta"]
-    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
-        raise ValueError(f"{info.field_name} needs rope_theta, a positive number (found {theta!r})")
-    return float(theta)
-
-
 Size = Annotated[int, Field(strict=True, ge=1)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-RopeTheta = Annotated[Any, AfterValidator(unscaled_theta)]
+RopeBlock = Annotated[Any, AfterValidator(read_rope)]
 
 
 class DenseJson(BaseModel, extra="forbid"):
-    """The keys of config.json that decide what a Llama or Mistral model computes; `rope_*` become their rope_theta."""
+    """The keys of config.json that decide what a Llama or Mistral model computes; `rope_` blocks become a `Rope`."""
 
     model_type: str
     vocab_size: Size
@@ -103,10 +97,12 @@ class DenseJson(BaseModel, extra="forbid"):
     head_dim: Size | None = None
     rms_norm_eps: Positive | None = None
     rope_theta: Positive | None = None
-    rope_parameters: RopeTheta = None
-    rope_scaling: RopeTheta = None
+    rope_parameters: RopeBlock = None
+    rope_scaling: RopeBlock = None
     sliding_window: Size | None = None
-    tie_word_embeddings: StrictBool = False
+    layer_types: list[str] | None = None
+    use_sliding_window: StrictBool | None = None
+    tie_word_embeddings: StrictBool | None = None
     quantization_config: Any = None
 
 
@@ -133,16 +129,21 @@ class DenseConfig:
     sliding_window: int | None
     tie_embeddings: bool
     max_position_embeddings: int
+    rope_scaling: RopeScaling | None = None
 
     def with_router(self, router: RouterConfig) -> MixtralConfig:
-        return MixtralConfig(router=router, **dataclasses.asdict(self))
+        return MixtralConfig(router=router, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
 
 def raw_config(folder: Path) -> dict[str, Any]:
     """config.json as a dictionary, unchecked."""
     path = folder / CONFIG_NAME
+    if not path.is_file() and (folder / "adapter_config.json").exists():
+        raise BimedixError(
+            f"{folder} is an adapter without a base model; name the base, and pass this folder as adapter."
+        )
     if not path.is_file():
-        raise BimedixError(f"{folder} has no {CONFIG_NAME}; name a folder in Hugging Face layout.")
+        raise BimedixError(f"{folder} has no {CONFIG_NAME}; {files.where_instead(folder, CONFIG_NAME)}.")
     return files.read_json(path, dict[str, Any], "download it again")
 
 
@@ -209,8 +210,7 @@ def write_config(
         "attention_dropout": 0.0,
         "router_jitter_noise": 0.0,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        **written_rope(config.rope_theta, config.rope_scaling),
         "sliding_window": config.sliding_window,
         "tie_word_embeddings": config.tie_embeddings,
         "dtype": dtype,
@@ -237,36 +237,66 @@ def check(raw: dict[str, Any], schema: type[Checked], folder: Path, ignored: Col
     if sizes:
         raise BimedixError(f"{listed(sizes)} in {source} is an architecture size and cannot be ignored.")
     raw = {key: value for key, value in raw.items() if key not in ignored}
-    elsewhere = (NEUTRAL | REQUIRED_VALUES.keys()) - {"model_type"}
-    used = {key: value for key, value in raw.items() if key not in elsewhere}
-    found = files.validate(
-        used,
-        schema,
-        str(source),
-        "correct it, or use another checkpoint",
-        "such keys may change the mathematics; if you know that {key} does not, pass --ignore-config-key {key}",
-    )
+    require_known(raw, schema, source, ignored)
+    used = {key: value for key, value in raw.items() if key in schema.model_fields}
+    found = files.validate(used, schema, str(source), "correct it, or use another checkpoint")
+    check_windows(found, source)
     if is_packed(raw, folder) and found.model_type in DENSE_TYPES:
         raise BimedixError(
             f"{folder} is already quantised ({KEY}); a mixture is made from unquantised weights, so name those."
         )
-    for key, allowed in REQUIRED_VALUES.items():
-        if key in raw and not any(raw[key] == value for value in allowed):
-            shown = repr(raw[key])
-            raise BimedixError(
-                f"{source} sets {key} to {shown if len(shown) < 80 else shown[:77] + '...'}, which is not implemented "
-                f"(only {' or '.join(map(repr, allowed))}); to ignore this key, pass --ignore-config-key {key}."
-            )
     return found
 
 
-def rope_theta(found: DenseJson, folder: Path) -> float:
-    """The base frequency of the rotary embeddings; raises BimedixError where two keys give two values."""
-    given = {"rope_parameters": found.rope_parameters, "rope_scaling": found.rope_scaling}
-    given = {key: theta for key, theta in {**given, "rope_theta": found.rope_theta}.items() if theta is not None}
-    if len(set(given.values())) > 1:
-        raise BimedixError(f"{folder / CONFIG_NAME} gives two different values of rope_theta ({given}); correct it.")
-    return next(iter(given.values()), DEFAULT_ROPE_THETA[found.model_type])
+def require_known(raw: Mapping[str, Any], schema: type[DenseJson], source: Path, ignored: Collection[str]) -> None:
+    """Raises BimedixError for keys that are unknown or have values that are not implemented; the message names one
+    option that ignores all of them, and those already `ignored`."""
+    given = {key: value for key, value in raw.items() if value is not None}
+    unknown = sorted(given.keys() - schema.model_fields.keys() - NEUTRAL - REQUIRED_VALUES.keys())
+    wrong = [key for key, allowed in REQUIRED_VALUES.items() if key in given and given[key] not in allowed]
+    problems = [f"has {len(unknown)} unknown key(s): {listed(unknown)}"] if unknown else []
+    for key in wrong:
+        only = " or ".join(map(repr, REQUIRED_VALUES[key] or (None,)))
+        shown = repr(given[key])
+        shown = shown if len(shown) < 80 else f"{shown[:77]}..."
+        problems.append(f"sets {key} to {shown}, which is not implemented (only {only} is)")
+    if problems:
+        keys = " ".join(shlex.quote(key) for key in (*ignored, *unknown, *wrong))
+        raise BimedixError(
+            f"{source} {', and '.join(problems)}; such keys may change the mathematics. If you know that they do not, "
+            f"pass --ignore-config-key {keys}."
+        )
+
+
+def check_windows(found: DenseJson, source: Path) -> None:
+    """Raises BimedixError where layer_types or use_sliding_window contradict sliding_window, or layers differ."""
+    expected = "full_attention" if found.sliding_window is None else "sliding_attention"
+    other = sorted(set(found.layer_types or ()) - {expected})
+    if other:
+        raise BimedixError(
+            f"{source} has layers of the type {listed(other)}, but with sliding_window {found.sliding_window} only "
+            f"{expected} is implemented; use another checkpoint."
+        )
+    if found.use_sliding_window is not None and found.use_sliding_window != (found.sliding_window is not None):
+        raise BimedixError(
+            f"{source} has use_sliding_window {found.use_sliding_window}, which contradicts sliding_window "
+            f"{found.sliding_window}; correct one of the two."
+        )
+
+
+def rope_of(found: DenseJson, folder: Path) -> Rope:
+    """The rotary embeddings; raises BimedixError where two keys of config.json contradict each other."""
+    blocks = [block for block in (found.rope_parameters, found.rope_scaling) if block is not None]
+    thetas = {theta for theta in (found.rope_theta, *(block.theta for block in blocks)) if theta is not None}
+    if len(thetas) > 1:
+        values = " and ".join(map(str, sorted(thetas)))
+        raise BimedixError(f"{folder / CONFIG_NAME} gives two different values of rope_theta ({values}); correct it.")
+    scalings = {block.scaling for block in blocks}
+    if len(scalings) > 1:
+        raise BimedixError(
+            f"{folder / CONFIG_NAME} has a rope_scaling and a rope_parameters that contradict each other; correct it."
+        )
+    return Rope(next(iter(thetas), DEFAULT_ROPE_THETA[found.model_type]), next(iter(scalings), None))
 
 
 def fields_of(found: DenseJson, folder: Path) -> dict[str, Any]:
@@ -276,11 +306,13 @@ def fields_of(found: DenseJson, folder: Path) -> dict[str, Any]:
         raise BimedixError(
             f"{folder / CONFIG_NAME} needs head_dim, because hidden_size is not a multiple of num_attention_heads."
         )
+    rope = rope_of(found, folder)
     return {
         **fields,
         "head_dim": found.head_dim or found.hidden_size // found.num_attention_heads,
-        "rope_theta": rope_theta(found, folder),
+        "rope_theta": rope.theta,
+        "rope_scaling": rope.scaling,
         "rms_norm_eps": found.rms_norm_eps or DEFAULT_NORM_EPS[found.model_type],
         "sliding_window": found.sliding_window,
-        "tie_embeddings": found.tie_word_embeddings,
+        "tie_embeddings": bool(found.tie_word_embeddings),
     }

@@ -271,6 +271,8 @@ def base_identity(model: Mixtral) -> dict[str, str | None]:
     # the router variant is not a part of the base
     own = {"num_experts": router.num_experts, "top_k": router.top_k, "variant": "topk"}
     config = {**dataclasses.asdict(model.config), "router": own}
+    if config["rope_scaling"] is None:  # a later field, which earlier identities lack
+        del config["rope_scaling"]
     text = json.dumps({"config": config, "shapes": shapes}, sort_keys=True)
     identity: dict[str, str | None] = {"architecture": hashlib.sha256(text.encode()).hexdigest()}
     table = values["embed.table"]

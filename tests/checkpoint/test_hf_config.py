@@ -105,6 +105,62 @@ def test_unsupported_values_raise(tmp_path: Path, changes: dict[str, Any], why: 
         read_config(folder_with(tmp_path, {**OLD, **changes}))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "swish"},
+        {"attention_bias": None, "mlp_bias": None, "attention_dropout": None, "router_jitter_noise": None},
+        {"layer_types": ["full_attention"] * 32},
+        {"use_sliding_window": False},
+        {"quantization_config": {}},
+        {"quantization_config": None},
+        {"quantization_config": {"load_in_4bit": False, "load_in_8bit": False, "quant_method": "bitsandbytes"}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling": {}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}},
+        {"partial_rotary_factor": 1.0},
+        {"tie_word_embeddings": None},
+        {"an_unknown_key": None},
+        {"temperature": 0.7, "top_k": 50, "do_sample": True, "max_length": 20, "torchscript": False},
+    ],
+)
+def test_values_that_change_nothing_are_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert read_config(folder_with(tmp_path, {**OLD, **changes})) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layers of the type sliding_attention"),
+        ({"layer_types": ["full_attention"], "sliding_window": 8}, "layers of the type full_attention"),
+        ({"use_sliding_window": True}, "use_sliding_window True, which contradicts"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor to 0\.5"),
+        ({"norm_topk_prob": False}, "norm_topk_prob to False"),
+    ],
+)
+def test_values_that_change_something_raise(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(BimedixError, match=why):
+        read_config(folder_with(tmp_path, {**OLD, **changes}))
+
+
+def test_one_option_ignores_all_keys(tmp_path: Path) -> None:
+    bad = {"foo": 1, "bar": 2, "a b": 3, "e": 4, "hidden_act": "gelu", "attention_dropout": 0.1}
+    folder = folder_with(tmp_path, {**OLD, **bad})
+    with pytest.raises(BimedixError) as error:
+        read_config(folder)
+    assert str(error.value).endswith("--ignore-config-key 'a b' bar e foo hidden_act attention_dropout.")
+    with pytest.raises(BimedixError) as error:
+        read_config(folder, ("foo", "bar"))
+    assert str(error.value).endswith("--ignore-config-key foo bar 'a b' e hidden_act attention_dropout.")
+    assert read_config(folder, tuple(bad)) == EXPECTED
+
+
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(OLD).encode())
+    assert read_config(tmp_path) == EXPECTED
+
+
 def test_keys_can_be_ignored_by_name(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, {**OLD, "surprise": 1, "attention_dropout": 0.1})
     assert read_config(folder, ("surprise", "attention_dropout")) == EXPECTED
