@@ -67,12 +67,12 @@ def dense_source(base: str, revision: str | None, scratch: Path, console: Consol
 
     A GGUF file is converted to bfloat16 in a folder under `scratch` that is removed afterwards.
     """
-    if revision is not None and (base == NAME or base.endswith(".gguf")):
+    if revision is not None and (base == NAME or gguf.is_gguf(base)):
         raise BimedixError(f"{base} has no revisions; leave --revision out.")
     if base == NAME:
         yield dense_folder(console)
         return
-    if not base.endswith(".gguf"):
+    if not gguf.is_gguf(base):
         yield hub.resolve(base, revision)
         return
     scratch.mkdir(parents=True, exist_ok=True)

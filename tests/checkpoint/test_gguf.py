@@ -14,6 +14,7 @@ from bimedix_jax.checkpoint.gguf_tokenizer import LLAMA3_SPLIT, PRE_TOKENIZERS, 
 from bimedix_jax.checkpoint.hf_config import read_dense_config
 from bimedix_jax.checkpoint.safetensors_io import read_folder
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.config import RopeScaling
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 96, 2, 4, 2, 16
 
@@ -239,7 +240,7 @@ def test_sentencepiece_bpe_is_rebuilt(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    metadata, _ = ours.read_metadata(tmp_path / "t.gguf")
+    metadata, _ = ours.read_part(tmp_path / "t.gguf")
     ours.write_tokenizer(metadata, tmp_path, tmp_path / "t.gguf")
     rebuilt = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     plain = Tokenizer.from_str(original.to_str())
@@ -279,3 +280,176 @@ def test_damaged_files_raise(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(BimedixError, match="cannot read"):
         ours.convert(tmp_path / "absent.gguf", tmp_path / "dense")
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def rewritten(source: Path, target: Path, tensors: list[Any], metadata: bool, **split: int) -> Path:
+    """A GGUF file with these tensors, and the metadata of `source` if `metadata`."""
+    writer = gguf.GGUFWriter(target, "llama")
+    for key, field in gguf.GGUFReader(source).fields.items():
+        if metadata and not key.startswith("GGUF.") and key != "general.architecture":
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    for key, value in split.items():
+        writer.add_int32(f"split.{key.replace('_', '.')}", value)
+    for name, value, kind in tensors:
+        writer.add_tensor(name, value, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def tensors_of(path: Path) -> list[Any]:
+    return [(tensor.name, tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors]
+
+
+def split(source: Path, sizes: list[int]) -> list[Path]:
+    """Divides a GGUF file as gguf-split does: the metadata in the first part, and `sizes` tensors in each."""
+    tensors, count, first, parts = tensors_of(source), len(sizes), 0, []
+    for number, size in enumerate(sizes):
+        target = source.with_name(f"part-{number + 1:05d}-of-{count:05d}.gguf")
+        facts = {"no": number, "count": count, "tensors_count": len(tensors)}
+        parts.append(rewritten(source, target, tensors[first : first + size], number == 0, **facts))
+        first += size
+    return parts
+
+
+@pytest.fixture
+def untied(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    write_gguf(tmp_path / "m.gguf", tokenizer, llama(False), gguf.GGMLQuantizationType.F32)
+    return tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize("named", [0, 1, 2])
+def test_split_files_are_joined(tmp_path: Path, untied: Path, named: int) -> None:
+    parts = split(untied, [5, len(tensors_of(untied)) - 6, 1])
+    ours.convert(untied, tmp_path / "whole")
+    ours.convert(parts[named], tmp_path / "joined")
+    assert json.loads((tmp_path / "joined/config.json").read_text())["tie_word_embeddings"] is False
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "joined" / path.name).read_bytes()
+
+
+def test_incomplete_splits_raise(tmp_path: Path, untied: Path) -> None:
+    total = len(tensors_of(untied))
+    parts = split(untied, [5, total - 6, 1])
+
+    def problem(path: Path) -> str:
+        with pytest.raises(BimedixError) as error:
+            ours.convert(path, tmp_path / "dense")
+        assert not (tmp_path / "dense").exists()
+        return str(error.value)
+
+    renamed = parts[0].rename(tmp_path / "model.gguf")
+    assert "is part 1 of 3 of a model, but is not named so" in problem(renamed)
+    renamed.rename(parts[0])
+    aside = parts[2].rename(tmp_path / "aside.gguf")
+    assert f"is part 1 of 3 of a model, and {parts[2].name} is missing" in problem(parts[0])
+    assert "is part 2 of 3 of a model" in problem(parts[1])
+    aside.rename(parts[2])
+    second = parts[1].read_bytes()
+    parts[1].write_bytes(parts[2].read_bytes())
+    assert "is not part 2 of the model" in problem(parts[0])
+    parts[1].write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "is a git-lfs pointer" in problem(parts[0])
+    parts[1].write_bytes(second)
+    rewritten(untied, parts[2], [], metadata=False, no=2, count=3, tensors_count=total)
+    assert f"{total - 1} tensors instead of {total}" in problem(parts[0])
+
+
+def with_tensor(source: Path, name: str, value: np.ndarray) -> Path:
+    """A copy of a GGUF file with one tensor more."""
+    extra = (name, value, gguf.GGMLQuantizationType.F32)
+    return rewritten(source, source.with_name("more.gguf"), [*tensors_of(source), extra], metadata=True)
+
+
+def llama3_factors(factor: float, theta: float = 100000.0) -> np.ndarray:
+    """rope_freqs.weight as llama.cpp's converter computes it (convert_hf_to_gguf.py, generate_extra_tensors)."""
+    values = []
+    for frequency in theta ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM):
+        wavelength = 2 * np.pi / frequency
+        smooth = (8192 / wavelength - 1) / 3
+        if wavelength < 8192 / 4:
+            values.append(1.0)
+        else:
+            values.append(factor if wavelength > 8192 else 1 / ((1 - smooth) / factor + smooth))
+    return np.array(values, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_recognised(tmp_path: Path, untied: Path, factor: float) -> None:
+    path = with_tensor(untied, "rope_freqs.weight", llama3_factors(factor))
+    scaling = read_dense_config(ours.convert(path, tmp_path / "dense")).rope_scaling
+    assert scaling == RopeScaling(
+        factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+
+
+def test_factors_of_one_and_old_buffers_change_nothing(tmp_path: Path, untied: Path) -> None:
+    whole = ours.convert(untied, tmp_path / "whole")
+    for name in ("rope_freqs.weight", "blk.0.attn_rot_embd"):
+        path = with_tensor(untied, name, np.ones(HEAD_DIM // 2, np.float32))
+        folder = ours.convert(path, tmp_path / name)
+        assert (folder / "config.json").read_text() == (whole / "config.json").read_text()
+    path = with_tensor(untied, "rope_freqs.weight", np.arange(1, HEAD_DIM // 2 + 1, dtype=np.float32))
+    with pytest.raises(BimedixError, match=r"not those of Llama 3\.1's scaling"):
+        ours.convert(path, tmp_path / "dense")
+
+
+PLAIN = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 128,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 96,
+    "llama.attention.head_count": 4,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.vocab_size": 300,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0},
+        {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 8.0},
+        {"llama.rope.scale_linear": 1.0},
+        {"llama.attention.head_count": [4, 4], "llama.attention.head_count_kv": [4, 4]},
+        {"llama.feed_forward_length": [96, 96]},
+        {"llama.expert_count": 0, "llama.expert_used_count": 0},
+        {"llama.attention.causal": True, "llama.logit_scale": 1.0, "llama.attention.clamp_kqv": 0.0},
+        {"llama.tensor_data_layout": "Meta AI original pth"},
+    ],
+)
+def test_metadata_that_change_nothing_are_read(changes: dict[str, Any]) -> None:
+    expected = ours.read_config(PLAIN, True, Path("m.gguf"))
+    assert ours.read_config({**PLAIN, **changes}, True, Path("m.gguf")) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, "scaled rotary"),
+        ({"llama.rope.scale_linear": 2.0}, "scaled rotary"),
+        ({"llama.rope.scaling.attn_factor": 1.2}, "scaled rotary"),
+        ({"llama.attention.head_count_kv": [4, 2]}, r"needs llama\.attention\.head_count_kv"),
+        ({"llama.logit_scale": 2.0}, r"sets llama\.logit_scale"),
+        ({"llama.expert_count": 4}, "has experts"),
+    ],
+)
+def test_metadata_that_change_something_raise(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(BimedixError, match=why):
+        ours.read_config({**PLAIN, **changes}, True, Path("m.gguf"))
+
+
+def test_stand_ins_and_pieces_are_named(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(BimedixError, match="is a git-lfs pointer"):
+        ours.convert(tmp_path / "m.gguf", tmp_path / "dense")
+    for name in ("m.gguf-split-a", "m.gguf.part1of2", "m.gguf.part2", "m.gguf.incomplete"):
+        assert ours.is_gguf(name)
+        (tmp_path / name).write_bytes(b"GGUF....")
+        with pytest.raises(BimedixError, match="is a piece of a file"):
+            ours.convert(tmp_path / name, tmp_path / "dense")
+    assert not ours.is_gguf("owner/name-gguf")
