@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 from bimedix_jax.checkpoint import bnb_read, buffers, hub, table
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed, stated_dtypes
-from bimedix_jax.checkpoint.bnb_format import PackedTensor, assemble
+from bimedix_jax.checkpoint.bnb_format import PackedTensor
 from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, raw_config, read_config, write_config
+from bimedix_jax.checkpoint.hf_tensors import read_tensors
 from bimedix_jax.checkpoint.hub import resolve
-from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, progress, stream_to
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
@@ -70,7 +71,7 @@ def load_hf(
     compute_dtype(base or "nf4", dtype)
     config = read_config(folder, ignore_config_keys)
     hub.require_safetensors(folder)
-    units = table.units(assemble(read_folder(folder), str(folder)), config, str(folder))
+    units = table.units(read_tensors(folder, config), config, str(folder))
     packed = check_packed(units, folder, ignore_config_keys)
     kept = bnb_read.kept_formats(units, base, QUANTISED)
     if packed and base in (None, "nf4"):

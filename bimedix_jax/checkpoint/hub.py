@@ -5,8 +5,9 @@ import re
 import shutil
 from pathlib import Path
 
-from bimedix_jax.checkpoint.safetensors_io import weights_kind
+from bimedix_jax.checkpoint.safetensors_io import INDEX_NAME, weights_kind
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import require_content
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "LICENSE*", "NOTICE*"]
 UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.gguf"]
@@ -19,6 +20,8 @@ COMPANIONS = (
 ).split()
 """Files that a conversion copies unchanged."""
 
+PART_NAME = re.compile(r".+-\d+-of-(\d+)\.safetensors")
+"""A part of a model or adapter, as transformers and huggingface_hub name it."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -71,15 +74,32 @@ def require_safetensors(folder: Path) -> None:
             f"{folder} is an adapter without a base model; name the base, and pass this folder as adapter."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
+    parts = [match for name in others if (match := PART_NAME.fullmatch(name))]
+    if parts:
+        raise BimedixError(
+            f"{folder} has {len(parts)} of {int(parts[0][1])} parts of a model ({parts[0][0]}, ...), but not "
+            f"{INDEX_NAME}, which names the tensors of each; download that file, and all parts, too."
+        )
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs and not others:
+        raise BimedixError(f"{folder} has GGUF weights only; name the file itself, {folder / ggufs[0]}.")
     hint = f" (found {others[0]}, which is another layout)" if others else ""
     raise BimedixError(
         f"{folder} contains neither model.safetensors nor model.safetensors.index.json{hint}; name a folder that does."
     )
 
 
+def check_companions(source: Path) -> list[str]:
+    """The names of the files that `copy_companions` copies; raises BimedixError for one that is a stand-in."""
+    found = [name for name in COMPANIONS if (source / name).is_file()]
+    for name in found:
+        require_content(source / name, markup=not name.endswith((".json", ".model")))
+    return found
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copies tokenizer, chat template, generation config and licence files that exist; returns their names."""
-    copied = [name for name in COMPANIONS if (source / name).is_file()]
+    copied = check_companions(source)
     for name in copied:
         shutil.copyfile(source / name, target / name)
     templates = source / "additional_chat_templates"

@@ -13,7 +13,7 @@ from bimedix_jax.checkpoint import hub, store
 from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
 from bimedix_jax.checkpoint.peft import is_peft
 from bimedix_jax.checkpoint.peft_read import load_peft
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.files import peek_json
 from bimedix_jax.kernels.nf4 import NF4Tensor
@@ -78,8 +78,8 @@ def read_model(
 ) -> Mixtral:
     """`load` before sharding: for a mesh, arrays in host memory with the parts that this process's devices need."""
     check_router_name(router)
-    if adapter is not None and not is_peft(adapter):
-        store.read_adapter_config(adapter)  # fails before the base is read
+    if adapter is not None:
+        check_adapter(Path(adapter))  # fails before the base is read
     folder = hub.resolve(path, revision)
     if is_run(folder):
         model = read_run(folder, base, mesh, dtype)
@@ -96,6 +96,19 @@ def read_model(
     if not is_run(folder):
         model.origin = str(folder)
     return model if router is None else rerouted(model, router, str(adapter or folder))
+
+
+def check_adapter(folder: Path) -> None:
+    """Raises BimedixError where a folder holds no adapter; the message names subfolders that do, as peft writes for an
+    adapter with a name."""
+    if is_peft(folder):
+        return
+    found = [path for path in (sorted(folder.iterdir()) if folder.is_dir() else ()) if is_peft(path)]
+    found += [path for path in (folder / "adapter",) if store.is_adapter(path)]
+    if found and not store.is_adapter(folder):
+        names = listed([str(path) for path in found])
+        raise BimedixError(f"{folder} contains no adapter itself; name the subfolder that does: {names}.")
+    store.read_adapter_config(folder)
 
 
 def check_router_name(router: str | None) -> None:

@@ -16,10 +16,12 @@ import numpy as np
 from bimedix_jax.adapters import factor_indices, linears
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.bnb_config import is_packed
+from bimedix_jax.checkpoint.bnb_format import PackedTensor
 from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.hf import companion_folder, parameters, require_topk, stored_pieces, write_companions
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, raw_config, read_config
-from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.hf_tensors import read_tensors
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.linear import ExpertLinear, Linear
@@ -156,7 +158,9 @@ def model_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[WeightRows]
 
 def read_pieces(model: Mixtral, folder: Path) -> Iterator[WeightRows]:
     """The weights of a Hugging Face folder."""
-    for unit in table.units(read_folder(folder), model.config, str(folder)):
+    for unit in table.units(read_tensors(folder, model.config), model.config, str(folder)):
+        if isinstance(unit.tensor, PackedTensor):
+            raise BimedixError(f"{folder} is packed in 4 bits; name the unquantised base, or merge into dequantised.")
         for first, count in pieces(TensorSpec(unit.row.name, unit.tensor.dtype, unit.shape)):
             yield unit.row, unit.index, first, unit.tensor.read(unit.first_row + first, count)
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator
 
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import peek_json, read_json, validate
+from bimedix_jax.files import peek_json, read_json, validate, where_instead
 
 CONFIG_NAME, WEIGHTS_NAME, OWN_NAME = "adapter_config.json", "adapter_model.safetensors", "bimedix_adapter.json"
 OWN_FORMAT = "bimedix peft 1"
@@ -155,6 +155,8 @@ def read_settings(folder: Path) -> PeftSettings:
     """Reads and checks adapter_config.json. Raises BimedixError for everything that is not implemented, and for unknown
     keys unless they are off."""
     path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise BimedixError(f"{folder} has no {CONFIG_NAME}; {where_instead(folder, CONFIG_NAME)}.")
     config = read_json(path, dict[str, Any], "name a folder that peft wrote")
     if config.get("peft_type") != "LORA":
         raise BimedixError(f"{path} is of the kind {config.get('peft_type')!r}; only LORA adapters can be read.")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from bimedix_jax.adapters import linears
 from bimedix_jax.checkpoint.dtypes import FLOATS
+from bimedix_jax.checkpoint.hf_tensors import require_gathered, unwrapped
 from bimedix_jax.checkpoint.peft import ATTENTION, FUSED, LAST_SWAPPED, LAYER, PER_EXPERT, PREFIX, PeftSettings
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor
 from bimedix_jax.errors import BimedixError, listed
@@ -15,8 +16,9 @@ from bimedix_jax.models.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
 
-FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate(?:\.modules_to_save(?:\.default)?)?\.weight")
+FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.gate(?:\.modules_to_save(?:\.([^.]+))?)?\.weight")
+"""The last group of both is the adapter's name, which a state dict that was saved without peft has."""
 TABLES = {
     f"{module}{part}.weight": path
     for module, path in {"model.embed_tokens": "embed.table", "lm_head": "lm_head.w"}.items()
@@ -94,11 +96,14 @@ def content_of(tensors: Mapping[str, StoredTensor], settings: PeftSettings, mode
     """
     modules, factors = modules_of(model), collections.defaultdict[str, dict[str, StoredTensor]](dict)
     routers, tables, unknown = collections.defaultdict[int, list[StoredTensor]](list), [], []
+    require_gathered(tensors, settings.source)
+    named = set()
     for full_name, tensor in tensors.items():
-        name = full_name.removeprefix(PREFIX)
+        name = unwrapped(full_name).removeprefix(PREFIX)
         if tensor.dtype not in FLOATS:
             raise BimedixError(f"{tensor.path} stores {full_name} as {tensor.dtype}; only floating point is supported.")
         factor, router = FACTOR.fullmatch(name), ROUTER.fullmatch(name)
+        named |= {match[match.re.groups] for match in (factor, router) if match and match[match.re.groups]}
         if factor and factor[1] in modules and factor[2] not in factors[factor[1]]:
             factors[factor[1]][factor[2]] = tensor
         elif router and int(router[1]) < model.config.num_layers:
@@ -107,6 +112,11 @@ def content_of(tensors: Mapping[str, StoredTensor], settings: PeftSettings, mode
             tables.append((tensor, TABLES[name]))
         else:
             unknown.append(full_name)
+    if len(named) > 1:
+        raise BimedixError(
+            f"{settings.source} describes one adapter, but the weights beside it have {len(named)} "
+            f"({listed(sorted(named))}); save each in a folder of its own with peft's save_pretrained."
+        )
     if unknown:
         raise BimedixError(
             f"{settings.source} has {len(unknown)} tensor(s) that fit no module of this base "

@@ -119,6 +119,12 @@ def weights_file(folder: Path) -> Path:
             f"{folder} has only adapter_model.bin, pickled weights, which are never read because they can run code; "
             "save the adapter with safe_serialization=True."
         )
+    parts = sorted(folder.glob("adapter_model-*-of-*.safetensors"))
+    if parts:
+        raise BimedixError(
+            f"{folder} has its adapter in {len(parts)} parts ({parts[0].name}, ...), which are not joined here; load "
+            f"and save it with peft, which writes one {WEIGHTS_NAME}."
+        )
     raise BimedixError(f"{folder} contains no {WEIGHTS_NAME}; name a folder that peft saved.")
 
 

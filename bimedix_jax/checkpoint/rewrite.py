@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from bimedix_jax.checkpoint import hub, table
-from bimedix_jax.checkpoint.bnb_format import assemble
 from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.hf_config import raw_config, read_config, write_config
-from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.hf_tensors import read_tensors
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
 
 
@@ -26,7 +26,8 @@ def rewrite(
     """
     config = read_config(folder, ignore_config_keys)
     hub.require_safetensors(folder)
-    units = table.units(assemble(read_folder(folder), str(folder)), config, str(folder))
+    hub.check_companions(folder)
+    units = table.units(read_tensors(folder, config), config, str(folder))
     entries = table.named_entries(config).items()
     specs = [TensorSpec(name, COMPUTE[dtype], table.unit_shape(row, config)) for name, (row, _) in entries]
 

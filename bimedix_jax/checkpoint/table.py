@@ -6,7 +6,6 @@ stores linear weights as (out, in) and the tree as (in, out), so these rows are 
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -54,9 +53,6 @@ FUSED_NAMES = {
 }
 """Hub name -> name in the layout transformers 5 uses in memory: gate_up_proj [E, 2F, D] (w1 rows, then w3 rows) and
 down_proj [E, D, F]."""
-
-RECOMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Buffers in old exports. They are computed from rope_theta, so they are ignored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +135,17 @@ def units(tensors: Mapping[str, StoredTensor], config: MixtralConfig, source: st
 def check_names(tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Raises BimedixError unless `tensors` have exactly the expected names and shapes and are floating point."""
     missing = [name for name in expected if name not in tensors]
-    extra = [name for name in tensors if name not in expected and not RECOMPUTED.fullmatch(name)]
+    extra = [name for name in tensors if name not in expected]
     shapes = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
+    if missing == ["lm_head.weight"] and not extra:
+        raise BimedixError(
+            f"{source} has no lm_head.weight, and tie_word_embeddings is not true; if the model is tied, set it to "
+            "true in config.json, else save the whole model with its output head."
+        )
     problems = [
         f"{len(names)} tensor(s) {what} ({listed(names)})"
         for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))

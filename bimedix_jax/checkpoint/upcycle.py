@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from bimedix_jax import files
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.hf_config import raw_config, read_dense_config, write_config
-from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces, read_folder
+from bimedix_jax.checkpoint.hf_tensors import read_tensors
+from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import Piece, stream_to
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
@@ -93,7 +94,8 @@ def open_source(folder: Path, recipe: UpcycleRecipe, ignore_config_keys: Collect
     except ValueError as error:
         raise BimedixError(f"{folder} cannot become a Mixtral: {error}") from None
     hub.require_safetensors(folder)
-    source = Source(folder, config, read_folder(folder))
+    hub.check_companions(folder)
+    source = Source(folder, config, read_tensors(folder, config))
     expected = {
         table.named(DENSE_NAMES.get(row.path, row.name), index): table.unit_shape(row, config)
         for row, index in table.named_entries(config).values()

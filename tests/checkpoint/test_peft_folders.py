@@ -332,3 +332,63 @@ def test_fresh_adapters_keep_their_ranks(model, tmp_path):
     (folder / "bimedix_adapter.json").unlink()
     shared = slots_and_ranks(load_peft(model, folder))
     assert shared["w1"] == shared["w3"] == (None, 8)
+
+
+def rename_all(rename: Callable[[str], str]) -> Callable[[dict[str, np.ndarray]], None]:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[rename(name)] = tensors.pop(name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: name.replace("base_model.model.", "base_model.model.module.", 1),
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        lambda name: re.sub(r"(lora_[AB])", r"\1.medical", name),
+    ],
+)
+def test_names_of_wrappers_give_the_same_adapter(
+    model: Mixtral, exported: Callable[..., Path], rename: Callable[[str], str]
+) -> None:
+    folder = exported("per_expert")
+    expected = our_logits(load_peft(model, folder))
+    np.testing.assert_array_equal(our_logits(load_peft(model, edit(folder, rename_all(rename)))), expected)
+
+
+def test_several_adapters_in_one_file_raise(model: Mixtral, exported: Callable[..., Path]) -> None:
+    def two(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(".weight", ".first.weight")] = tensors[name]
+            tensors[name.replace(".weight", ".second.weight")] = tensors.pop(name)
+
+    with pytest.raises(BimedixError, match=r"have 2 \(first, second\)"):
+        load_peft(model, edit(exported("per_expert", ATTENTION), two))
+
+
+def test_partitioned_adapters_are_named(model: Mixtral, exported: Callable[..., Path]) -> None:
+    def empty(tensors: dict[str, np.ndarray]) -> None:
+        tensors |= {name: np.empty(0, np.float32) for name in tensors}
+
+    with pytest.raises(BimedixError, match=r"empty tensor.*ZeRO-3"):
+        load_peft(model, edit(exported("per_expert", ATTENTION), empty))
+
+
+def test_the_subfolder_of_a_named_adapter_is_named(base: Path, exported: Callable[..., Path]) -> None:
+    folder = exported()
+    parent = folder.with_name("saved")
+    parent.mkdir()
+    folder.rename(parent / "medical")
+    with pytest.raises(BimedixError, match=r"name the subfolder that does: .*saved/medical"):
+        bmx.load(base, base="float32", adapter=parent)
+
+
+def test_parts_of_an_adapter_are_named(model: Mixtral, exported: Callable[..., Path]) -> None:
+    folder = exported()
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(BimedixError, match="has its adapter in 1 parts"):
+        load_peft(model, folder)
