@@ -75,6 +75,14 @@ def test_override_and_differences():
         override(smoke, {"batch.row": 1})
 
 
+@pytest.mark.parametrize("project", ["owner/project", "a#b", "x" * 129])
+def test_projects_that_wandb_refuses_raise_before_anything_is_loaded(project):
+    smoke = PRESETS["smoke"]()
+    with pytest.raises(BimedixError, match=r"tracking\.project is .* at most 128 characters"):
+        override(smoke, {"tracking.project": project, "tracking.mode": "online"})
+    override(smoke, {"tracking.project": project, "tracking.mode": "disabled"})
+
+
 def test_every_field_is_documented():
     """tyro shows the docstring below a field as its help."""
     import ast

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
 
 _COMMENT = re.compile(r"\{#.*?#\}\n?", re.DOTALL)
@@ -78,7 +79,7 @@ def load_prompts(stage: str, folder: Path | None = None) -> Prompts:
     if folder is not None:
         if not folder.is_dir():
             raise BimedixError(f"there is no folder {folder}; name one that holds {stage}/*.txt")
-        own = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / stage).glob("*.txt"))}
+        own = {path.stem: files.read_text(path) for path in sorted((folder / stage).glob("*.txt"))}
         unknown = sorted(set(own) - set(texts))
         if unknown:
             raise BimedixError(

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from bimedix_jax import files
 from bimedix_jax.curation import fingerprints
 from bimedix_jax.curation.mix import card, decontaminate, duplicates, report, targets
 from bimedix_jax.curation.mix.candidates import Candidates, Decision
@@ -110,10 +111,9 @@ def lines_of(source: str, quarantine: Quarantine) -> Iterator[tuple[int, bytes]]
     name, separator, place = source.partition("=")
     path = Path(place if separator else name).expanduser()
     if path.is_file() and (name == "records" if separator else path.suffix == ".jsonl"):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line if line.endswith(b"\n") else line + b"\n"
+        for number, line in enumerate(files.text_lines(path), start=1):
+            if line.strip():
+                yield number, line if line.endswith(b"\n") else line + b"\n"
         return
     for number, record in enumerate(read(source, quarantine), start=1):
         yield number, record.to_json().encode() + b"\n"
