@@ -87,6 +87,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if not config.verdicts:
         raise BimedixError(f"{config.action} needs --verdicts: the files that reviewers sent back")
     verdicts = _verdicts(config, items)
+    if not verdicts:
+        names = ", ".join(map(str, config.verdicts))
+        raise BimedixError(f"{names} contains no verdict; fill in the decisions and pass the file again")
     if config.action == "statistics":
         return _statistics(config, items, verdicts, console)
     return _import(config, items, verdicts, console)

@@ -603,6 +603,20 @@ def test_from_export_to_import(tmp_path, capsys):
     )
 
 
+def test_files_without_verdicts_are_an_error(tmp_path, monkeypatch, capsys):
+    """Forms that nobody filled in, of every kind; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("review.jsonl").write_text(item().to_json() + "\n", "utf-8")
+    for form, ending in (("csv", "csv"), ("jsonl", "jsonl"), ("label-studio", "json")):
+        words = ["--items", "review.jsonl", "--output", form, "--form", form]
+        assert main(["data", "review", "export", *words]) == 0
+        (blank,) = [path for path in Path(form).iterdir() if path.suffix == f".{ending}"]
+        for action in (["import", "--output", "final"], ["statistics"]):
+            assert main(["data", "review", *action, "--items", "review.jsonl", "--verdicts", str(blank)]) == 1
+            assert f"{blank} contains no verdict" in " ".join(capsys.readouterr().err.split())
+    assert not Path("final").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["statistics"], "needs --verdicts"), (["export"], "needs --output"),
