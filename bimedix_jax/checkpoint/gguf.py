@@ -21,6 +21,7 @@ from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.gguf_tokenizer import write_tokenizer
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, DenseConfig
 from bimedix_jax.checkpoint.rope import written_rope
+from bimedix_jax.checkpoint.rounding import Rounding, finite
 from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import Piece, stream_to
 from bimedix_jax.errors import BimedixError, listed
@@ -44,6 +45,8 @@ TENSORS = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+UNPACKED = ("F64", "F32", "F16", "BF16")
+"""Types of tensors in a GGUF file that were not quantised."""
 ROTATED = (".attn_q.", ".attn_k.")
 
 KNOWN_KEYS = frozenset(
@@ -302,18 +305,24 @@ def convert(path: str | Path, folder: str | Path, dtype: str = "bfloat16", overw
     shapes = {name: tuple(int(n) for n in reversed(tensors[name].info.shape)) for name in names}
     written = COMPUTE[dtype]
     specs = [TensorSpec(target, written, shapes[name]) for name, target in names.items()]
+    rounding, unpacked = Rounding(), all(tensor.tensor_type.name in UNPACKED for tensor in tensors.values())
 
     def converted() -> Iterator[Piece]:
         for name, target in names.items():
             head_dim = config.head_dim if any(part in name for part in ROTATED) else None
             for first, rows in dequantised(tensors[name], shapes[name], head_dim):
-                yield target, first, rows.astype(written)
+                if not finite(rows):
+                    raise BimedixError(f"{path} contains NaN or infinity in {name}; use another copy of the weights.")
+                yield target, first, rounding.cast(rows, written, name)
 
     def finish(partial: Path) -> None:
         write_tokenizer(metadata, partial, path)
         _write_config(config, metadata, dtype, partial)
 
-    return stream_to(folder, specs, converted(), "converting", finish, overwrite)
+    done = stream_to(folder, specs, converted(), "converting", finish, overwrite)
+    if unpacked:  # the others were rounded to few bits before
+        rounding.warn(str(path), "a safetensors folder of the model keeps its precision")
+    return done
 
 
 def _names(config: DenseConfig) -> dict[str, str]:

@@ -22,6 +22,7 @@ from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, raw_config, read_config, write_config
 from bimedix_jax.checkpoint.hf_tensors import read_tensors
 from bimedix_jax.checkpoint.hub import resolve
+from bimedix_jax.checkpoint.rounding import Rounding
 from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, progress, stream_to
 from bimedix_jax.errors import BimedixError
@@ -87,8 +88,18 @@ def load_hf(
     if mesh is not None:
         own = own_experts(mesh, config.router.num_experts)
         units = [unit for unit in units if len(unit.index) < 2 or unit.index[1] in own]
+    fill_leaves(leaves, units, base, folder)
+    for path, variable in parameters(model).items():
+        leaf = leaves.pop(path)
+        variable.set_value(jax.device_put(leaf) if mesh is None else leaf)
+    reset_router_state(model)
+    return model
+
+
+def fill_leaves(leaves: Mapping[str, Any], units: Sequence[table.Unit], base: Base | None, folder: Path) -> None:
+    """Reads every unit into its leaf. Warns of weights that became zeros, and of values that a cast changed."""
     total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
-    flushed = 0
+    flushed, rounding = 0, Rounding()
     with progress(total, f"loading {folder.name}") as bar:
         for unit in units:
             leaf = leaves[unit.row.path]
@@ -98,14 +109,11 @@ def load_hf(
                 flushed += buffers.fill_nf4(leaf, unit.index, unit.tensor, unit.first_row, bar.update)
             else:
                 target = leaf[unit.index]
-                buffers.fill_array(target, unit.tensor, unit.first_row, unit.row.transposed, bar.update)
+                buffers.fill_array(target, unit.tensor, unit.first_row, unit.row.transposed, rounding, bar.update)
     if flushed:
         log.warning("%d 4-bit blocks contain denormal weights, which became zeros.", flushed)
-    for path, variable in parameters(model).items():
-        leaf = leaves.pop(path)
-        variable.set_value(jax.device_put(leaf) if mesh is None else leaf)
-    reset_router_state(model)
-    return model
+    in_part = 'load with dtype="float32" to keep those that are not packed'
+    rounding.warn(str(folder), in_part if base in (None, "nf4") else "base float32 keeps them")
 
 
 def check_packed(units: Sequence[table.Unit], folder: Path, ignore_config_keys: Collection[str]) -> bool:

@@ -21,7 +21,8 @@ from bimedix_jax.checkpoint.dtypes import COMPUTE
 from bimedix_jax.checkpoint.hf import companion_folder, parameters, require_topk, stored_pieces, write_companions
 from bimedix_jax.checkpoint.hf_config import CONFIG_NAME, raw_config, read_config
 from bimedix_jax.checkpoint.hf_tensors import read_tensors
-from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
+from bimedix_jax.checkpoint.rounding import Rounding, read_pieces
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.linear import ExpertLinear, Linear
@@ -61,12 +62,13 @@ class Merged:
 
 
 class Sums:
-    """Squared norms by target, over all pieces."""
+    """Squared norms by target and rounded weights, over all pieces."""
 
     def __init__(self) -> None:
         self.matrices: dict[str, set[tuple[int, ...]]] = {}
         self.deltas: dict[str, float] = {}
         self.losses: dict[str, float] = {}
+        self.rounding = Rounding()
 
     def add(self, target: str, index: tuple[int, ...], delta: np.ndarray, loss: np.ndarray) -> None:
         self.matrices.setdefault(target, set()).add(index)
@@ -105,7 +107,9 @@ def export_merged(
     sums, trained_router = Sums(), model.lora.train_router
 
     def merged() -> Iterator[Piece]:
-        for row, index, first, rows in model_pieces(model, values) if source is None else read_pieces(model, source):
+        for row, index, first, rows in (
+            model_pieces(model, values) if source is None else original_pieces(model, source)
+        ):
             # a router that was trained in full is taken from the model
             if source is not None and row.path == "layers.moe.router.w" and trained_router:
                 rows = np.asarray(values[row.path][index]).T[first : first + len(rows)]
@@ -118,6 +122,7 @@ def export_merged(
         write_companions(partial, model.config, dtype, companions)
 
     written = stream_to(folder, specs, merged(), "merging", finish, overwrite, max_shard_bytes)
+    sums.rounding.warn(f"{source or 'the base of the model'}, before the merge", "dtype float32 keeps them")
     return summary(written, into, dtype, sums)
 
 
@@ -156,13 +161,13 @@ def model_pieces(model: Mixtral, values: dict[str, Any]) -> Iterator[WeightRows]
             yield row, index, first, rows
 
 
-def read_pieces(model: Mixtral, folder: Path) -> Iterator[WeightRows]:
-    """The weights of a Hugging Face folder."""
+def original_pieces(model: Mixtral, folder: Path) -> Iterator[WeightRows]:
+    """The weights of a Hugging Face folder; raises BimedixError for those that are packed or not finite."""
     for unit in table.units(read_tensors(folder, model.config), model.config, str(folder)):
         if isinstance(unit.tensor, PackedTensor):
             raise BimedixError(f"{folder} is packed in 4 bits; name the unquantised base, or merge into dequantised.")
-        for first, count in pieces(TensorSpec(unit.row.name, unit.tensor.dtype, unit.shape)):
-            yield unit.row, unit.index, first, unit.tensor.read(unit.first_row + first, count)
+        for first, rows in read_pieces(unit.tensor, unit.first_row, unit.shape):
+            yield unit.row, unit.index, first, rows
 
 
 def require_same(rows: np.ndarray, held: Any, row: table.Row, index: tuple[int, ...], first: int, source: Path) -> None:
@@ -199,15 +204,14 @@ def merge_piece(
     """Rows of one matrix plus their delta, in the written dtype. Adds the loss by rounding to `sums`."""
     found = None if layer is None else factors_of(layer, index)
     if found is None:
-        return rows.astype(COMPUTE[dtype], copy=False)
+        return sums.rounding.cast(rows, COMPUTE[dtype], table.named(row.name, index))
     a, b, scale = found
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise BimedixError(f"The adapter of {table.named(row.name, index)} contains NaN or infinity; use another one.")
     delta = np.float32(scale) * (b[:, first : first + len(rows)].T @ a.T)
     written = (rows.astype(np.float32) + delta).astype(COMPUTE[dtype])
-    unmerged = rows.astype(COMPUTE[dtype]).astype(
-        np.float32
-    )  # the rounding of the weight itself is no loss of the delta
+    # the rounding of the weight itself is no loss of the delta
+    unmerged = sums.rounding.cast(rows, COMPUTE[dtype], table.named(row.name, index)).astype(np.float32)
     sums.add(row.path.split(".")[-2], index, delta, written.astype(np.float32) - unmerged - delta)
     return written
 

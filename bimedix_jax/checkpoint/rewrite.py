@@ -5,9 +5,11 @@ from pathlib import Path
 
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.dtypes import COMPUTE
+from bimedix_jax.checkpoint.hf import check_packed
 from bimedix_jax.checkpoint.hf_config import raw_config, read_config, write_config
 from bimedix_jax.checkpoint.hf_tensors import read_tensors
-from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
+from bimedix_jax.checkpoint.rounding import Rounding, read_pieces
+from bimedix_jax.checkpoint.safetensors_io import TensorSpec
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, stream_to
 
 
@@ -22,23 +24,29 @@ def rewrite(
     """Writes the Mixtral in `folder` (hub or fused layout, packed by bitsandbytes or not) to `output` in hub layout and
     `dtype` (bfloat16 or float32).
 
-    Raises BimedixError for everything that `load` refuses; nothing is left behind.
+    Raises BimedixError for everything that `load` refuses, such as weights that are not finite; nothing is left behind.
+    Warns with the number of values that rounding changed.
     """
     config = read_config(folder, ignore_config_keys)
     hub.require_safetensors(folder)
     hub.check_companions(folder)
     units = table.units(read_tensors(folder, config), config, str(folder))
+    check_packed(units, folder, ignore_config_keys)
     entries = table.named_entries(config).items()
     specs = [TensorSpec(name, COMPUTE[dtype], table.unit_shape(row, config)) for name, (row, _) in entries]
+
+    rounding = Rounding()
 
     def converted() -> Iterator[Piece]:
         for unit in units:
             name = table.named(unit.row.name, unit.index)
-            for first, count in pieces(TensorSpec(name, unit.tensor.dtype, unit.shape)):
-                yield name, first, unit.tensor.read(unit.first_row + first, count).astype(COMPUTE[dtype], copy=False)
+            for first, rows in read_pieces(unit.tensor, unit.first_row, unit.shape):
+                yield name, first, rounding.cast(rows, COMPUTE[dtype], unit.tensor.name)
 
     def finish(partial: Path) -> None:
         hub.copy_companions(folder, partial)
         write_config(partial, config, dtype, raw_config(folder))
 
-    return stream_to(output, specs, converted(), "converting", finish, overwrite, max_shard_bytes)
+    written = stream_to(output, specs, converted(), "converting", finish, overwrite, max_shard_bytes)
+    rounding.warn(str(folder), "base float32 keeps them")
+    return written

@@ -20,6 +20,7 @@ from bimedix_jax import files
 from bimedix_jax.checkpoint import hub, table
 from bimedix_jax.checkpoint.hf_config import raw_config, read_dense_config, write_config
 from bimedix_jax.checkpoint.hf_tensors import read_tensors
+from bimedix_jax.checkpoint.rounding import read_finite, read_pieces
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import Piece, stream_to
 from bimedix_jax.errors import BimedixError
@@ -139,8 +140,8 @@ def upcycle(
             if row.path == ROUTER:
                 yield spec.name, 0, router_weights(spec, recipe)
             elif row.path not in DENSE_NAMES:
-                for first, count in pieces(spec):
-                    yield spec.name, first, source.dense(row, index).read(first, count)
+                for first, rows in read_pieces(source.dense(row, index), 0, spec.shape):
+                    yield spec.name, first, rows
         for layer in range(config.num_layers):
             distances.append((yield from expert_pieces(source, layer, recipe)))
 
@@ -175,12 +176,11 @@ def expert_pieces(source: Source, layer: int, recipe: UpcycleRecipe) -> Generato
         dense = source.dense(row, (layer,))
         names = [table.named(row.name, (layer, expert)) for expert in experts]
         if recipe.identical:
-            for first, count in pieces(dense):
-                rows = dense.read(first, count)
+            for first, rows in read_pieces(dense, 0, dense.shape):
                 for name in names:
                     yield name, first, rows
             continue
-        whole = dense.read().astype(np.float32)
+        whole = read_finite(dense, 0, dense.shape[0]).astype(np.float32)
         norm += float(np.vdot(whole, whole))
         axis = 1 if row.path == "layers.moe.w2.w" else 0
         streams = [perturbed(whole, dense, dropped[e], axis, names[e], recipe) for e in experts]
