@@ -9,7 +9,7 @@ from bimedix_jax.adapters import linears
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import all_finite, flushed_blocks
-from bimedix_jax.models.config import QUANTISED
+from bimedix_jax.models.config import MIXED, QUANTISED, Storage
 from bimedix_jax.models.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,14 @@ def pack(w: jax.Array | jax.ShapeDtypeStruct, double_quant: bool = True) -> NF4T
     return jax.eval_shape(transpose_and_pack, w) if isinstance(w, jax.ShapeDtypeStruct) else transpose_and_pack(w)
 
 
+def storage_of(model: Mixtral) -> Storage:
+    """The storage of a model's base."""
+    values = [layer.w.get_value() for path, layer in linears(model).items() if path[-1] in QUANTISED]
+    packed = [isinstance(value, NF4Tensor) for value in values]
+    base = "nf4" if all(packed) else MIXED if any(packed) else str(values[0].dtype)
+    return Storage(base=base, dtype=model.dtype)
+
+
 def quantise_base(model: Mixtral, double_quant: bool = True) -> Mixtral:
     """The same model with its linear layers and experts in NF4. All other variables are shared, not copied.
 
@@ -33,6 +41,8 @@ def quantise_base(model: Mixtral, double_quant: bool = True) -> Mixtral:
       BimedixError: a weight is NaN or infinite.
     """
     packed = nnx.merge(*nnx.split(model), copy=True)
+    if model.lora is not None:
+        packed.trained_over = model.trained_over or storage_of(model)
     flushed = 0
     for path, layer in linears(packed).items():
         w = layer.w.get_value()

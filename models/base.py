@@ -8,6 +8,7 @@ from flax import nnx
 
 from bimedix_jax.models import shards
 from bimedix_jax.models.call import Call, Output
+from bimedix_jax.models.config import Storage
 
 
 class Placement(Protocol):
@@ -21,8 +22,9 @@ class Placement(Protocol):
 class Origin:
     """Where a model came from. All origins are equal, so that models of one shape share their compiled programs."""
 
-    def __init__(self, folder: str | None):
+    def __init__(self, folder: str | None, trained_over: Storage | None = None):
         self.folder = folder
+        self.trained_over = trained_over
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)
@@ -49,7 +51,16 @@ class Model(nnx.Module):
 
     @origin.setter
     def origin(self, folder: str | None) -> None:
-        self._origin = Origin(folder)
+        self._origin = Origin(folder, self._origin.trained_over)
+
+    @property
+    def trained_over(self) -> Storage | None:
+        """Storage that the loaded adapters were trained over; None if it is unknown, or that of this model."""
+        return self._origin.trained_over
+
+    @trained_over.setter
+    def trained_over(self, storage: Storage | None) -> None:
+        self._origin = Origin(self._origin.folder, storage)
 
     def forward(self, call: Call) -> Output:
         """The mathematics, without the output head. Operands are checked and present.

@@ -14,6 +14,20 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How the base of an adapter is stored."""
+
+    base: str
+    """Of attention and experts: a dtype, nf4, or MIXED."""
+    dtype: str
+    """Of the computation."""
+
+
+MIXED = "nf4 in part"
+"""`Storage.base` where only some of the matrices that base nf4 packs are in 4 bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How tokens choose experts."""
 

@@ -69,7 +69,7 @@ def require_safetensors(folder: Path) -> None:
             "use a safetensors revision (for the published BiMediX models: --revision refs/pr/1) or convert them once "
             "with transformers' save_pretrained."
         )
-    if (folder / "adapter_config.json").exists():
+    if (folder / "adapter_config.json").exists() or (folder / "adapter.json").exists():
         raise BimedixError(
             f"{folder} is an adapter without a base model; name the base, and pass this folder as adapter."
         )

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from typing import cast
 
 import jax
 from jax.sharding import Mesh
@@ -12,16 +13,16 @@ from bimedix_jax import experiment as experiments
 from bimedix_jax.checkpoint import hub, store
 from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
 from bimedix_jax.checkpoint.peft import is_peft
-from bimedix_jax.checkpoint.peft_read import load_peft
+from bimedix_jax.checkpoint.peft_read import load_peft, peft_storage
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.files import peek_json
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.models.config import RouterConfig
+from bimedix_jax.models.config import MIXED, RouterConfig, Storage
 from bimedix_jax.models.init import init_random, with_router
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import ROUTERS, router_of
-from bimedix_jax.quantise import quantise_base
+from bimedix_jax.quantise import quantise_base, storage_of
 from bimedix_jax.sharding.layout import host_memory
 from bimedix_jax.sharding.placement import place
 
@@ -43,15 +44,16 @@ def load(
     Args:
       path: folder in Hugging Face layout, hub id, native checkpoint, or the folder of a finished training run. For a
         run, its base is loaded (or initialised again) and the trained parameters are added.
-      base: storage of the weights; "nf4" packs attention and experts to 4 bits while reading. None keeps the storage of
-        a native checkpoint, of one that bitsandbytes packed and of a run's base, and means bfloat16 for any other
-        folder.
+      base: storage of the weights; "nf4" packs attention and experts to 4 bits while reading. None takes the storage
+        that the adapter was trained over, if it is known, or else keeps that of a native checkpoint, of one that
+        bitsandbytes packed and of a run's base, and means bfloat16 for any other folder. A storage that differs from
+        the adapter's changes the outputs, so a warning names both.
       adapter: folder of an adapter to add, in our format or PEFT's.
       mesh: devices to shard it over, see bimedix_jax/sharding. A process reads the shards of its own devices from a
         native checkpoint. From any other folder it reads its own experts and all other parameters, because the scales
         of a 4-bit matrix are quantised together.
-      dtype: of the computation; by default that of the base, and bfloat16 for "nf4". A native checkpoint records its
-        dtype, and the config.json of one that bitsandbytes packed names it.
+      dtype: of the computation; by default that of the adapter's base or of the base, and bfloat16 for "nf4". A native
+        checkpoint records its dtype, and the config.json of one that bitsandbytes packed names it.
       revision: of a hub id.
       ignore_config_keys: keys of config.json to ignore although they are unknown or not implemented.
       router: name of a variant in models/routers.py; None keeps the one that the adapter, run or checkpoint was trained
@@ -78,8 +80,7 @@ def read_model(
 ) -> Mixtral:
     """`load` before sharding: for a mesh, arrays in host memory with the parts that this process's devices need."""
     check_router_name(router)
-    if adapter is not None:
-        check_adapter(Path(adapter))  # fails before the base is read
+    trained = None if adapter is None else trained_over(adapter)  # fails before the base is read
     folder = hub.resolve(path, revision)
     if is_run(folder):
         model = read_run(folder, base, mesh, dtype)
@@ -90,8 +91,15 @@ def read_model(
             )
         model = restored(folder, base, dtype, mapped=mesh is not None)
     else:
-        model = load_hf(folder, base, dtype, ignore_config_keys, mesh)
+        model = load_hf(folder, *storage_for(trained, base, dtype), ignore_config_keys, mesh)
     if adapter is not None:
+        if trained is None and base is None and (own := storage_of(model)).base != "nf4":
+            log.warning(
+                "%s does not record the storage that it was trained over, so it runs over %s; pass base nf4 if it was "
+                "trained over 4-bit weights.",
+                adapter,
+                own.base,
+            )
         model = load_peft(model, adapter) if is_peft(adapter) else store.load_adapter(model, adapter)
     if not is_run(folder):
         model.origin = str(folder)
@@ -109,6 +117,19 @@ def check_adapter(folder: Path) -> None:
         names = listed([str(path) for path in found])
         raise BimedixError(f"{folder} contains no adapter itself; name the subfolder that does: {names}.")
     store.read_adapter_config(folder)
+
+
+def trained_over(adapter: str | Path) -> Storage | None:
+    """The storage that an adapter was trained over; None where it is unknown."""
+    check_adapter(Path(adapter))
+    return peft_storage(adapter) if is_peft(adapter) else store.adapter_storage(adapter)
+
+
+def storage_for(trained: Storage | None, base: Base | None, dtype: str | None) -> tuple[Base | None, str | None]:
+    """(base, dtype) to load a Hugging Face folder with for an adapter that was trained over `trained`."""
+    if trained is None or trained.base == MIXED or base not in (None, trained.base):
+        return base, dtype
+    return cast(Base, trained.base), dtype or trained.dtype
 
 
 def check_router_name(router: str | None) -> None:
@@ -142,8 +163,6 @@ def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | No
       BimedixError: the run has not finished, or its base was passed in memory.
     """
     run = experiments.read(folder / "config.json")
-    if base is not None and base != run.model.base:
-        log.warning("%s was trained over a base in %s, but its base is loaded in %s.", folder, run.model.base, base)
     if store.is_native(folder / "model"):
         return restored(folder / "model", base, dtype, mapped=mesh is not None)
     if not store.is_adapter(folder / "adapter"):
@@ -152,7 +171,13 @@ def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | No
         )
     if (folder / "plan.safetensors").is_file():
         log.warning("%s was trained under a routing plan; pass plan= to use it when the model runs, too.", folder)
-    source = dataclasses.replace(run.model, base=base or run.model.base, dtype=dtype or run.model.dtype)
+    base, dtype = storage_for(store.adapter_storage(folder / "adapter"), base, dtype)
+    base = base or run.model.base
+    try:
+        dtype = dtype or (run.model.dtype if base == run.model.base else None)
+        source = dataclasses.replace(run.model, base=base, dtype=dtype)
+    except ValueError as error:
+        raise BimedixError(str(error)) from None
     return store.load_adapter(read_base(dataclasses.replace(run, model=source), mesh), folder / "adapter")
 
 

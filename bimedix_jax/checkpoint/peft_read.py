@@ -19,7 +19,9 @@ from flax import nnx
 from pydantic import BaseModel
 
 from bimedix_jax.adapters import add_lora, factor_indices, has_lora, linears
-from bimedix_jax.checkpoint import buffers, store
+from bimedix_jax.checkpoint import buffers
+from bimedix_jax.checkpoint.identity import BaseJson, warn_storage
+from bimedix_jax.checkpoint.identity import check_base as check_same_base
 from bimedix_jax.checkpoint.peft import (
     FUSED,
     OWN_NAME,
@@ -32,7 +34,7 @@ from bimedix_jax.checkpoint.peft_names import FUSED_KINDS, Content, Pair, conten
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor, pieces, read_header
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import read_json
-from bimedix_jax.models.config import LORA_TARGETS, LoraConfig, LoraOverride
+from bimedix_jax.models.config import LORA_TARGETS, LoraConfig, LoraOverride, Storage
 from bimedix_jax.models.linear import TrainedParam
 from bimedix_jax.models.mixtral import Mixtral
 
@@ -47,7 +49,7 @@ class OwnJson(BaseModel):
     """bimedix_adapter.json."""
 
     format: Literal["bimedix peft 1"]
-    base: store.BaseJson
+    base: BaseJson
     w1_rank: int | None = None
 
 
@@ -107,7 +109,10 @@ def load_peft(model: Mixtral, folder: str | Path) -> Mixtral:
     if fused_later and settings.rank_stabilised and first_match(settings.rank_pattern, GATE_UP, "") == GATE_UP:
         log.warning("w1 and w3 have the scale of training; transformers 5 with peft 0.21 multiplies it by 1.41.")
     recorded = check_base(model, folder, settings)
-    return with_factors(model, content, conversion_of(content, settings, recorded, model))
+    adapted = with_factors(model, content, conversion_of(content, settings, recorded, model))
+    adapted.trained_over = peft_storage(folder)
+    warn_storage(adapted.trained_over, model, folder)
+    return adapted
 
 
 def weights_file(folder: Path) -> Path:
@@ -141,8 +146,14 @@ def check_base(model: Mixtral, folder: Path, settings: PeftSettings) -> int | No
         )
         return None
     own = read_json(path, OwnJson, "export the adapter again")
-    store.check_base(own.base, model, folder)
+    check_same_base(own.base, model, folder)
     return own.w1_rank
+
+
+def peft_storage(folder: str | Path) -> Storage | None:
+    """The storage that a PEFT adapter was trained over, which only folders of `export_peft` record."""
+    path = Path(folder) / OWN_NAME
+    return read_json(path, OwnJson, "export the adapter again").base.storage if path.is_file() else None
 
 
 def check_tables(content: Content, model: Mixtral) -> None:

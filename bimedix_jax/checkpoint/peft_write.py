@@ -16,6 +16,7 @@ import numpy as np
 
 from bimedix_jax.adapters import factor_indices, linears
 from bimedix_jax.checkpoint.hf import require_topk
+from bimedix_jax.checkpoint.identity import base_record
 from bimedix_jax.checkpoint.peft import (
     ATTENTION,
     CONFIG_NAME,
@@ -29,7 +30,6 @@ from bimedix_jax.checkpoint.peft import (
     WEIGHTS_NAME,
 )
 from bimedix_jax.checkpoint.safetensors_io import SINGLE_NAME, TensorSpec
-from bimedix_jax.checkpoint.store import base_identity
 from bimedix_jax.checkpoint.stream import stream_to
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import LoraConfig
@@ -131,10 +131,6 @@ def export_peft(model: Mixtral, folder: str | Path, layout: PeftLayout = "per_ex
 
     made = ((tensor.name, 0, tensor.make()) for tensor in tensors)
     return stream_to(folder, specs, made, "exporting", finish, overwrite, total)
-
-
-def base_record(model: Mixtral) -> dict[str, Any]:
-    return {**base_identity(model), "config": dataclasses.asdict(model.config)}
 
 
 def adapters_of(model: Mixtral) -> dict[str, StackedAdapter]:

@@ -9,7 +9,8 @@ A model folder restores to exactly the model that was saved:
 
 An adapter folder contains the trained parameters and identifies their base:
 
-    adapter_config.json    rank, alpha, targets, router variant and its parameters, and the identity of the base
+    adapter.json           rank, alpha, targets, router variant and its parameters, and the identity and storage of the
+                           base; older folders have it as adapter_config.json, the name of PEFT's file
     adapter.safetensors    `<linear>.lora.a` [..., in, R] and `<linear>.lora.b` [..., R, out], float32; where a target
                            matches only some matrices, their factors are in row-major order; routers that trained in
                            full; the router variant's state that is not trained by gradients, layers.moe.state
@@ -17,14 +18,12 @@ An adapter folder contains the trained parameters and identifies their base:
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from pydantic import BaseModel
@@ -33,6 +32,8 @@ from safetensors.numpy import save_file
 from bimedix_jax import distributed
 from bimedix_jax.adapters import add_lora, is_trainable
 from bimedix_jax.checkpoint import buffers, hub
+from bimedix_jax.checkpoint.identity import BaseJson, base_record, check_base, warn_storage
+from bimedix_jax.checkpoint.identity import base_identity as base_identity
 from bimedix_jax.checkpoint.integrity import verify_manifest, write_manifest
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces, read_folder, read_header
 from bimedix_jax.checkpoint.stream import Piece, stream_to
@@ -40,17 +41,17 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import parse
 from bimedix_jax.files import new_folder, peek_json, read_json, validate
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
+from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig, Storage
 from bimedix_jax.models.init import with_router
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.moe import RouterState
 
 MODEL_CONFIG, MODEL_FORMAT = "bimedix.json", "bimedix model 2"
-ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter_config.json", "bimedix adapter 3"
-OLDER_ADAPTER = "bimedix adapter 2"  # names no router
+ADAPTER_CONFIG, ADAPTER_FORMAT = "adapter.json", "bimedix adapter 4"
+OLDER_CONFIG = "adapter_config.json"
+OLDER_ADAPTERS = ("bimedix adapter 3", "bimedix adapter 2")
+"""3 has OLDER_CONFIG and does not record the storage of the base; 2 names no router either."""
 ADAPTER_WEIGHTS = "adapter.safetensors"
-SAMPLED_ROWS = 64
-"""How many embedding rows identify a base. Hashing the whole table would take seconds."""
 NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_offset")
 
 
@@ -69,20 +70,12 @@ class ModelJson(BaseModel):
     config: dict[str, Any]
     dtype: str
     lora: dict[str, Any] | None
+    trained_over: Storage | None = None
     nf4: dict[str, NF4Json]
 
 
-class BaseJson(BaseModel):
-    """The identity of a base: what `base_identity` computes, and the configuration for error messages."""
-
-    architecture: str
-    weights: str | None
-    router: str | None
-    config: dict[str, Any]
-
-
 class AdapterJson(BaseModel, extra="allow"):
-    """adapter_config.json of our own format; the fields of its LoraConfig are beside these."""
+    """adapter.json; the fields of its LoraConfig are beside these."""
 
     base: BaseJson
     router: dict[str, Any] = {}
@@ -97,8 +90,14 @@ def is_native(folder: str | Path) -> bool:
 
 
 def is_adapter(folder: str | Path) -> bool:
-    """Whether `save_adapter` wrote this folder (PEFT's folders have a file of the same name)."""
-    return peek_json(Path(folder) / ADAPTER_CONFIG).get("format") in (ADAPTER_FORMAT, OLDER_ADAPTER)
+    """Whether `save_adapter` wrote this folder."""
+    return peek_json(adapter_path(folder)).get("format") in (ADAPTER_FORMAT, *OLDER_ADAPTERS)
+
+
+def adapter_path(folder: str | Path) -> Path:
+    """adapter.json of an adapter folder, or adapter_config.json of an older one."""
+    older, path = Path(folder) / OLDER_CONFIG, Path(folder) / ADAPTER_CONFIG
+    return older if older.is_file() and not path.is_file() else path
 
 
 def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
@@ -115,6 +114,7 @@ def save(model: Mixtral, folder: str | Path, overwrite: bool = False) -> Path:
         "config": dataclasses.asdict(model.config),
         "dtype": model.dtype,
         "lora": None if model.lora is None else dataclasses.asdict(model.lora),
+        "trained_over": None if model.trained_over is None else dataclasses.asdict(model.trained_over),
         "nf4": {path: nf4_layout(value) for path, value in values.items() if isinstance(value, NF4Tensor)},
     }
 
@@ -151,7 +151,8 @@ def restore(folder: str | Path, verify: bool = True, mapped: bool = False) -> Mi
     lora = parse(LoraConfig | None, config.lora, f"lora in {folder}")
     model = model if lora is None else add_lora(model, lora)
     fill(model, read_folder(folder), config.nf4, str(folder), mapped=mapped)
-    model.origin = str(folder)
+    model.origin, model.trained_over = str(folder), config.trained_over
+    warn_storage(config.trained_over, model, folder)
     return model
 
 
@@ -168,7 +169,7 @@ def save_adapter(model: Mixtral, folder: str | Path, overwrite: bool = False) ->
         "format": ADAPTER_FORMAT,
         **dataclasses.asdict(config),
         "router": dataclasses.asdict(model.config.router),
-        "base": {**base_identity(model), "config": dataclasses.asdict(model.config)},
+        "base": base_record(model),
     }
     trained = {path: np.asarray(value) for path, value in leaves_of(model, saved_with_adapters(model)).items()}
     with new_folder(folder, overwrite) as partial:
@@ -179,7 +180,8 @@ def save_adapter(model: Mixtral, folder: str | Path, overwrite: bool = False) ->
 
 
 def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
-    """`model` with the adapters of a folder; its base is shared, not copied.
+    """`model` with the adapters of a folder; its base is shared, not copied. Warns where that has another storage than
+    the base in training.
 
     Raises:
       BimedixError: the folder is damaged or not in our format, was made for another base or contains NaN, or the model
@@ -195,6 +197,8 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
     broken = [path for path, value in found.items() if not np.isfinite(value).all()]
     if broken:
         raise BimedixError(f"{folder} contains NaN or infinity in {', '.join(broken[:3])}; use an earlier checkpoint.")
+    adapted.trained_over = adapter_storage(folder)
+    warn_storage(adapted.trained_over, model, folder)
     return adapted
 
 
@@ -206,11 +210,11 @@ def adapter_config(model: Mixtral, folder: Path) -> LoraConfig:
     """
     record = read_adapter_config(folder)
     check_base(record.base, model, folder)
-    return lora_config(record, folder / ADAPTER_CONFIG)
+    return lora_config(record, adapter_path(folder))
 
 
 def lora_config(record: AdapterJson, source: Path) -> LoraConfig:
-    """The part of adapter_config.json that describes the adapters."""
+    """The part of adapter.json that describes the adapters."""
     names = {field.name for field in dataclasses.fields(LoraConfig)}
     fields = {name: value for name, value in (record.model_extra or {}).items() if name in names}
     missing = sorted(names - fields.keys())
@@ -220,8 +224,21 @@ def lora_config(record: AdapterJson, source: Path) -> LoraConfig:
 
 
 def read_adapter_config(folder: str | Path) -> AdapterJson:
-    """adapter_config.json of a folder that `save_adapter` wrote."""
-    return read_config(Path(folder) / ADAPTER_CONFIG, AdapterJson, ADAPTER_FORMAT, OLDER_ADAPTER)
+    """adapter.json of a folder that `save_adapter` wrote."""
+    return read_config(adapter_path(folder), AdapterJson, ADAPTER_FORMAT, *OLDER_ADAPTERS)
+
+
+def adapter_storage(folder: str | Path) -> Storage | None:
+    """The storage that the adapter in a folder was trained over: the record in adapter.json, or that of the run which
+    contains an older folder; None if neither is known."""
+    recorded = read_adapter_config(folder).base.storage
+    run = Path(folder).resolve().parent / "config.json"
+    if recorded is not None or "optimiser" not in (config := peek_json(run)):
+        return recorded
+    match config.get("model"):
+        case {"path": path, "random": random, "base": str(base), "dtype": dtype} if path or random:
+            return Storage(base=base, dtype=dtype or ("bfloat16" if base == "nf4" else base))
+    return None  # the base was passed in memory
 
 
 def adapter_router(model: Mixtral, folder: Path) -> RouterConfig:
@@ -229,71 +246,13 @@ def adapter_router(model: Mixtral, folder: Path) -> RouterConfig:
     record = read_adapter_config(folder)
     if "router" not in record.model_fields_set:
         return model.config.router
-    return parse(RouterConfig, record.router, f"router in {folder / ADAPTER_CONFIG}")
+    return parse(RouterConfig, record.router, f"router in {adapter_path(folder)}")
 
 
 def saved_with_adapters(model: Mixtral) -> Any:
     """Filter for the content of an adapter folder: trained parameters, and router state that is not trained by
     gradients."""
     return nnx.filterlib.Any(is_trainable(model), RouterState)
-
-
-def check_base(theirs: BaseJson, model: Mixtral, folder: Path) -> None:
-    """Compares `model` with the base that the adapter in `folder` records: its `base_identity` and configuration.
-
-    Raises:
-      BimedixError: they differ.
-    """
-    ours = base_identity(model)
-    here, there = dataclasses.asdict(model.config), theirs.config
-    differing = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
-    if theirs.architecture != ours["architecture"]:
-        what = "; ".join(differing) or "other parameter shapes"
-        raise BimedixError(f"The adapter {folder} was trained on another base ({what}); load that one.")
-    recorded = {"weights": theirs.weights, "router": theirs.router}
-    other = [part for part, value in recorded.items() if None not in (value, ours[part]) and value != ours[part]]
-    if other:
-        raise BimedixError(
-            f"The adapter {folder} was trained on another base of the same architecture (its "
-            f"{'norms or embeddings' if other == ['weights'] else 'routers'} differ from this model's); load that one."
-        )
-
-
-def base_identity(model: Mixtral) -> dict[str, str | None]:
-    """Hashes (SHA-256) that identify a base, equal for all its storages (bfloat16, float32, NF4).
-
-    `architecture`: configuration and parameter shapes. `weights`: norms and 64 embedding rows in bfloat16, which no
-    storage packs. `router`: the routers in bfloat16. None where the model has shapes only, or its routers train.
-    """
-    values = {path: value for path, value in leaves_of(model, nnx.Param).items() if ".lora." not in path}
-    shapes = {path: list(value.shape) for path, value in values.items()}
-    router = model.config.router
-    # the router variant is not a part of the base
-    own = {"num_experts": router.num_experts, "top_k": router.top_k, "variant": "topk"}
-    config = {**dataclasses.asdict(model.config), "router": own}
-    if config["rope_scaling"] is None:  # a later field, which earlier identities lack
-        del config["rope_scaling"]
-    text = json.dumps({"config": config, "shapes": shapes}, sort_keys=True)
-    identity: dict[str, str | None] = {"architecture": hashlib.sha256(text.encode()).hexdigest()}
-    table = values["embed.table"]
-    if isinstance(table, jax.ShapeDtypeStruct):
-        return {**identity, "weights": None, "router": None}
-    rows = np.linspace(0, table.shape[0] - 1, SAMPLED_ROWS).astype(int)
-    own = {"embed.table": table[rows], **{path: value for path, value in values.items() if path.endswith(".scale")}}
-    in_full = model.lora is not None and model.lora.train_router
-    return {
-        **identity,
-        "weights": digest(own),
-        "router": None if in_full else digest({"router": values["layers.moe.router.w"]}),
-    }
-
-
-def digest(values: dict[str, jax.Array]) -> str:
-    """SHA-256 of arrays in bfloat16, by name."""
-    parts = hashlib.sha256()
-    for name, value in sorted(values.items()):
-        parts.update(name.encode() + np.asarray(value.astype(jnp.bfloat16)).tobytes())
-    return parts.hexdigest()
 
 
 STORED = nnx.filterlib.Any(nnx.Param, RouterState)

@@ -35,7 +35,8 @@ class Config:
     template: str | None = None
     """Chat template by name (mixtral, mixtral-2023, chatml, plain); by default the model's own."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage of the weights; by default bfloat16, or that of a native checkpoint."""
+    """Storage of the weights; by default the one that the adapter was trained over, that of a native checkpoint, or
+    else bfloat16."""
     router: str | None = None
     """Router variant (topk, softmax_topk, sigmoid_bias); by default the one that the model was trained with."""
     revision: str | None = None

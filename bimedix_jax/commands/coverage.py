@@ -33,7 +33,7 @@ class Config:
     """Linear layers that get an adapter: q k v o w1 w2 w3 router lm_head, or patterns such as layers\\.0\\..*\\.w2; by
     default those of the paper, which are all except o and lm_head."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage of the base weights; by default nf4, or that of a native checkpoint."""
+    """Storage of the base weights; by default that of --adapter or of a native checkpoint, or else nf4."""
     adapter: Path | None = None
     """Folder of trained adapters to check against the model and list; by default new adapters are listed."""
 
@@ -69,7 +69,7 @@ def base_model(config: Config) -> tuple["Mixtral", str]:
     from bimedix_jax.models.mixtral import Mixtral
     from bimedix_jax.quantise import quantise_base
 
-    base, folder, dtype, lora = config.base or "nf4", Path(config.model), None, None
+    base, folder, dtype, lora = config.base or adapter_base(config.adapter) or "nf4", Path(config.model), None, None
     if config.model in ARCHITECTURES:
         architecture = ARCHITECTURES[config.model]
     elif not folder.is_dir():
@@ -91,6 +91,15 @@ def base_model(config: Config) -> tuple["Mixtral", str]:
     return (model if lora is None else add_lora(model, lora)), base
 
 
+def adapter_base(adapter: Path | None) -> str | None:
+    """The storage that our adapter in a folder was trained over; None where it is unknown, or mixed."""
+    from bimedix_jax.checkpoint import store
+    from bimedix_jax.checkpoint.hf import BASES
+
+    trained = store.adapter_storage(adapter) if adapter is not None and store.is_adapter(adapter) else None
+    return None if trained is None or trained.base not in BASES else trained.base
+
+
 def lora_of(config: Config) -> LoraConfig | None:
     """The adapters that the options describe, with the paper's values by default."""
     if config.rank == 0:
@@ -109,6 +118,7 @@ def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
     """The model with the adapters of a folder, without weights; their file must have exactly these shapes."""
     from bimedix_jax.adapters import add_lora, is_trainable
     from bimedix_jax.checkpoint import store
+    from bimedix_jax.checkpoint.identity import warn_storage
     from bimedix_jax.checkpoint.peft import is_peft
     from bimedix_jax.checkpoint.safetensors_io import read_header
 
@@ -117,14 +127,15 @@ def with_adapter(model: "Mixtral", folder: Path) -> "Mixtral":
             f"{folder} is an adapter of PEFT, which needs a loaded model; call bmx.coverage(bmx.load(MODEL, "
             f"adapter={str(folder)!r}))."
         )
+    warn_storage(store.adapter_storage(folder), model, folder)
     adapted = add_lora(model, store.adapter_config(model, folder))
     expected = {path: tuple(leaf.shape) for path, leaf in store.leaves_of(adapted, is_trainable(adapted)).items()}
     found = {name: tuple(tensor.shape) for name, tensor in read_header(folder / store.ADAPTER_WEIGHTS).items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise BimedixError(
-            f"{folder / store.ADAPTER_WEIGHTS} does not match its {store.ADAPTER_CONFIG} ({len(wrong)} tensors differ, "
-            f"{wrong[0]} first); copy the adapter again."
+            f"{folder / store.ADAPTER_WEIGHTS} does not match {store.adapter_path(folder).name} ({len(wrong)} tensors "
+            f"differ, {wrong[0]} first); copy the adapter again."
         )
     return adapted
 

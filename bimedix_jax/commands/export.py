@@ -42,8 +42,8 @@ class Config:
     merge: Literal["original", "dequantised"] | None = None
     """Merge the adapters into the original 16-bit weights or into the dequantised 4-bit ones; by default no merge."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage of the loaded weights; by default that of a native checkpoint, nf4 for bitsandbytes, or else bfloat16.
-    Give nf4 if the adapters were trained on 4-bit weights."""
+    """Storage of the loaded weights; by default the one that the adapters were trained over, that of a native
+    checkpoint, nf4 for bitsandbytes, or else bfloat16."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Precision of the merged weights, by default bfloat16; float32 keeps changes that bfloat16 would round away."""
     layout: Literal["per_expert", "fused", "attention"] = "per_expert"
@@ -145,8 +145,11 @@ def write(config: Config, model: "Mixtral", console: Console) -> dict[str, Any]:
 
 def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) -> dict[str, Any]:
     """Writes the merged model, loads it again, and compares it with the model with adapters."""
+    from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.checkpoint.merge import export_merged
+    from bimedix_jax.checkpoint.store import is_native
+    from bimedix_jax.quantise import storage_of
     from bimedix_jax.routing.drift import drift, observe
 
     assert config.merge is not None  # checked by the caller
@@ -165,16 +168,41 @@ def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) 
     report: dict[str, Any] = {"merged": merged.to_dict()}
     for target, loss in merged.rounding_loss.items():
         console.print(f"{target}: {merged.matrices[target]} matrices, {loss:.2%} of the delta lost to rounding")
-    if observed is not None:
-        report["drift"] = drift(observed, observe(load(config.destination, dtype), texts))
-        seen = report["drift"]
-        console.print(
-            f"against base and adapters, over {seen['tokens']} tokens: largest logit difference "
-            f"{seen['max_logit_diff']:.2%} of the largest logit, KL {seen['kl']:.2e} nats; most likely token changed "
-            f"on {seen['top1_changed']:.2%}, experts changed on {seen['routes_changed']:.2%} of (layer, token) pairs",
-            highlight=False,
-        )
+    base, trained = storage_of(model).base, model.trained_over
+    report |= {"base": base, "trained_over": base if trained is None else trained.base}
+    if observed is None:
+        return report
+    ours = observe(load(config.destination, dtype), texts)
+    report["drift"] = drift(observed, ours)
+    print_drift(base, report["drift"], console)
+    if report["trained_over"] != base and not is_native(resolve(config.source, config.revision)):
+        report["drift_from_training"] = drift(observe(as_trained(config, model), texts), ours)
+        print_drift(f"{report['trained_over']}, as in training:", report["drift_from_training"], console)
     return report
+
+
+def as_trained(config: Config, model: "Mixtral") -> "Mixtral":
+    """The model with its adapters over the storage that they were trained over."""
+    from bimedix_jax.checkpoint.load import load
+
+    return load(
+        config.source,
+        None,
+        config.adapter,
+        revision=config.revision,
+        ignore_config_keys=config.ignore_config_key,
+        router=model.config.router.variant,
+    )
+
+
+def print_drift(base: str, seen: dict[str, Any], console: Console) -> None:
+    """Prints how much the merged model differs from base and adapters; `base` is the storage of the base."""
+    console.print(
+        f"against base and adapters over {base}, {seen['tokens']} tokens: largest logit difference "
+        f"{seen['max_logit_diff']:.2%} of the largest logit, KL {seen['kl']:.2e} nats; most likely token changed "
+        f"on {seen['top1_changed']:.2%}, experts changed on {seen['routes_changed']:.2%} of (layer, token) pairs",
+        highlight=False,
+    )
 
 
 def probe_texts(config: Config, model: "Mixtral") -> list[tuple[str, list[int]]]:

@@ -122,6 +122,7 @@ def train(
 
 def save_trained(model: Mixtral, folder: Path) -> Path:
     """Writes the adapters, or the whole model if every parameter trained."""
+    model.trained_over = None  # of adapters that were loaded; now they were trained over this base
     whole = gather_for_export(model)  # gathers the shards, so every process must call it
     trained = folder / ("model" if model.lora is None else "adapter")
     write = save if model.lora is None else save_adapter

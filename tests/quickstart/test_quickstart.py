@@ -47,7 +47,7 @@ def test_an_interrupted_smoke_run_resumes(tmp_path: Path) -> None:
     page = Path(tmp_path / result["report"]).read_text("utf-8")
     assert 'dir="rtl"' in page
     assert page.count("data:image/png;base64") == 2
-    assert (Path(tmp_path / result["adapter"]) / "adapter_config.json").exists()
+    assert (Path(tmp_path / result["adapter"]) / "adapter.json").exists()
 
 
 def test_invalid_options_raise(tmp_path: Path) -> None:
