@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bimedix_jax.data.records import Record
     from bimedix_jax.data.tokenizer import Tokenizer
     from bimedix_jax.evals.multiple_choice import Prediction
+    from bimedix_jax.evals.tasks import Questions
     from bimedix_jax.models.mixtral import Mixtral
 
 
@@ -29,7 +30,8 @@ class Config:
     template: str | None = None
     """Chat template by name (mixtral, mixtral-2023, chatml, plain); by default the model's own."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage of the weights; by default bfloat16, or that of a native checkpoint."""
+    """Storage of the weights; by default the one that the adapter was trained over, that of a native checkpoint, or
+    else bfloat16."""
     router: str | None = None
     """Router variant (topk, softmax_topk, sigmoid_bias); by default the one that the model was trained with."""
     revision: str | None = None
@@ -48,7 +50,10 @@ class Config:
     batch_tokens: int = 4096
     """Tokens run at a time; it affects speed and memory only."""
     compare: Path | None = None
-    """JSON result of an earlier run (--out) to compare with; by default none."""
+    """JSON result of an earlier run (--out) to compare with; by default none. It must be of the same model (with any
+    adapter), limit, records, template and tokenizer."""
+    force: bool = False
+    """Compare with another model, limit or protocol too."""
     out: Path | None = None
     """JSON file to write the result to; by default it is only printed. NAME.predictions.jsonl in the same folder gets
     one line for each question."""
@@ -60,32 +65,24 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
-    from bimedix_jax.evals import tables, tasks
+    from bimedix_jax.evals import comparison, tasks
 
-    if not config.tasks and config.heldout is None:
-        raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")
-    if config.tasks and config.data is None:
-        raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
-    if config.limit is not None and config.limit < 1:
-        raise BimedixError(f"--limit is {config.limit}; give at least 1")
+    check_options(config)
     before = None if config.compare is None else read_result(config.compare)
-    names = tasks.named(config.tasks)
+    questions = tasks.read_tasks(config.tasks, config.data) if config.data is not None else {}
     records = [] if config.heldout is None else heldout_records(config.heldout, config.limit)
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
     _ = tokenizer.template  # an unknown template is an error before the weights are loaded
     require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
+    result = setting(config, tokenizer, records, questions)
+    if before is not None and config.compare is not None:
+        parts = set(questions) | ({"heldout"} if records else set())
+        comparison.check(before, result, parts, config.compare, config.force)
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
-
-    result: dict[str, Any] = {
-        "model": config.model,
-        "adapter": config.adapter,
-        "base": config.base,
-        "dtype": model.dtype,
-        "router": model.config.router.variant,
-        "template": tokenizer.template.name,
-        "limit": config.limit,
-    }
+    result |= loaded(model)
+    if before is not None and config.compare is not None:
+        comparison.check_weights(before, result, config.compare, config.force)
     predictions: dict[str, list[Prediction]] = {}
     if records:
         assert config.heldout is not None  # no records without it
@@ -93,15 +90,14 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             model, tokenizer, records, config.max_length, config.batch_tokens
         )
         result |= found
-    if names:
-        assert config.data is not None  # checked above
-        scored = tasks.run_tasks(
-            model, tokenizer, names, config.data, config.limit, config.max_length, config.batch_tokens
-        )
+    if questions:
+        assert config.data is not None  # no questions without it
+        options = (config.limit, config.max_length, config.batch_tokens)
+        scored = tasks.run_tasks(model, tokenizer, questions, config.data, *options, questions=questions)
         result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
         result["average"] = tasks.average([outcome.score.value for outcome in scored.values()])
         predictions |= {name: outcome.choice.predictions for name, outcome in scored.items()}
-    for table in result_tables(result, before, tables):
+    for table in result_tables(result, before):
         console.print(table)
     if config.out is not None:
         result["predictions"] = write_predictions(config.out, predictions)
@@ -110,6 +106,48 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             f"The result is in {config.out}, its predictions in {predictions_path(config.out)}.", highlight=False
         )
     return result
+
+
+def check_options(config: Config) -> None:
+    """Raises BimedixError for options that contradict each other."""
+    if not config.tasks and config.heldout is None:
+        raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")
+    if config.tasks and config.data is None:
+        raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
+    if config.limit is not None and config.limit < 1:
+        raise BimedixError(f"--limit is {config.limit}; give at least 1")
+    if config.force and config.compare is None:
+        raise BimedixError("--force is for --compare; leave it out")
+
+
+def loaded(model: "Mixtral") -> dict[str, Any]:
+    """The part of a result that is known when the model is loaded."""
+    from bimedix_jax.checkpoint.identity import base_identity
+    from bimedix_jax.quantise import storage_of
+
+    return {
+        "base": storage_of(model).base,
+        "dtype": model.dtype,
+        "router": model.config.router.variant,
+        "weights": base_identity(model)["weights"],
+    }
+
+
+def setting(config: Config, tokenizer: "Tokenizer", records: "list[Record]", questions: "Questions") -> dict[str, Any]:
+    """The part of a result that says what was evaluated, and how."""
+    from bimedix_jax.evals.comparison import digest
+
+    digests = {name: digest(found[: config.limit]) for name, (found, _) in questions.items()}
+    return {
+        "model": config.model,
+        "revision": config.revision,
+        "adapter": config.adapter,
+        "template": tokenizer.template.name,
+        "tokenizer": tokenizer.fingerprint,
+        "limit": config.limit,
+        "max_length": config.max_length,
+        "records": digests | ({"heldout": digest(records)} if records else {}),
+    }
 
 
 def heldout_records(source: str, limit: int | None) -> "list[Record]":
@@ -141,8 +179,10 @@ def evaluate_records(
     return {**result, "choice": choice.to_dict()}, choice.predictions
 
 
-def result_tables(result: dict[str, Any], before: dict[str, Any] | None, tables: Any) -> list[Any]:
+def result_tables(result: dict[str, Any], before: dict[str, Any] | None) -> list[Any]:
     """Tables of the parts of the result, each compared with the same part of `before` if it has one."""
+    from bimedix_jax.evals import tables
+
     old = before or {}
     found = []
     if "heldout" in result:

@@ -119,6 +119,15 @@ def questions_of(name: str, data: str | Path) -> tuple[list[Record], int]:
     return records, len(quarantine.rejected)
 
 
+Questions = dict[str, tuple[list[Record], int]]
+"""The questions of tasks by name, and the number of rows that were rejected."""
+
+
+def read_tasks(names: Iterable[str], data: str | Path) -> Questions:
+    """The questions of tasks in the folder `data`; raises BimedixError for unknown names and missing files."""
+    return {name: questions_of(name, data) for name in named(names)}
+
+
 def run_tasks(
     model: Mixtral,
     tokenizer: Tokenizer,
@@ -129,6 +138,7 @@ def run_tasks(
     batch_tokens: int = 4096,
     plan: RoutingPlan | None = None,
     record: RecordKind = "none",
+    questions: Questions | None = None,
 ) -> dict[str, TaskResult]:
     """Scores tasks.
 
@@ -138,8 +148,9 @@ def run_tasks(
       limit: number of questions of each task, the first ones; the result marks such a task as limited.
       plan: what the routers are told to do; its B and T are 1.
       record: "choices" or "full" keeps what the routers did, in `TaskResult.choice.routing`.
+      questions: what `read_tasks` returned; None reads the files.
     """
-    read = {name: questions_of(name, data) for name in named(names)}
+    read = read_tasks(names, data) if questions is None else questions
     results = {}
     for name, (records, rejected) in read.items():
         chosen = list(itertools.islice(records, limit))
