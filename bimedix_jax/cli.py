@@ -14,13 +14,14 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from bimedix_jax import __version__, startup
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, problem_of
+from bimedix_jax.process import signals
 
 # command -> (one-line help, module with `Config` and `run(config, console) -> dict`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -84,7 +85,7 @@ GLOBAL_FLAGS = {
     "--version": "print the version and exit",
 }
 
-DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, signals.INTERRUPTED
 
 
 class UsageError(Exception):
@@ -92,32 +93,55 @@ class UsageError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code. `argv` (without the program name) defaults to the process's."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run one command line and return its exit code. `argv` (without the program name) defaults to the process's.
+
+    Only without `argv` does it change how the process handles signals, and does an interruption end the process here.
+    """
+    if argv is not None:
+        return _command_line(list(argv), for_good=False)
+    try:
+        _prepare_streams()
+        signals.catch_signals()
+        code = _command_line(sys.argv[1:], for_good=True)
+        signals.command_ended()
+    except KeyboardInterrupt:
+        signals.abandon()
+        return INTERRUPTED
+    if code == INTERRUPTED:
+        signals.leave(code)
+    return code
+
+
+def _command_line(words: list[str], for_good: bool) -> int:
     flags, words = _split_flags(words)
     if "--version" in flags:
-        print(f"bimedix_jax {__version__}")
-        return DONE
-    if "--json" not in flags:
-        return _guarded(words, debug="--debug" in flags, as_json=False)[0]
-    with _stdout_reserved(for_good=argv is None) as stdout:
-        code, document = _guarded(words, debug="--debug" in flags, as_json=True)
-        if document is not None:
-            stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
-            stdout.flush()
-        return code
+        return _guarded(lambda: print(f"bimedix_jax {__version__}"), debug="--debug" in flags, as_json=False)[0]
+    as_json = "--json" in flags
+    if not as_json:
+        return _guarded(lambda: _dispatch(words, as_json), "--debug" in flags, as_json)[0]
+    with _stdout_reserved(for_good) as stdout:
+        if for_good:
+            signals.write_errors_to(stdout.fileno())
+        code, document = _guarded(lambda: _dispatch(words, as_json), "--debug" in flags, as_json)
+        signals.write_errors_to(None)
+        if document is None:
+            return code
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2)
+        return _guarded(lambda: print(text, file=stdout, flush=True), "--debug" in flags, False, stdout)[0] or code
 
 
-def _guarded(words: list[str], debug: bool, as_json: bool) -> tuple[int, dict[str, Any] | None]:
-    """Exit code and JSON document of a command line. Every exception becomes a sentence on stderr."""
+def _guarded(
+    action: Callable[[], dict[str, Any] | None], debug: bool, as_json: bool, stdout: TextIO | None = None
+) -> tuple[int, dict[str, Any] | None]:
+    """Exit code and JSON document of an action that prints to `stdout`. Every exception becomes a sentence on stderr."""
     try:
         try:
-            document = _dispatch(words, as_json)
+            document = action()
         finally:
-            sys.stdout.flush()  # a closed pipe raises here, and not when Python exits
+            (stdout or sys.stdout).flush()  # a closed pipe raises here, and not when Python exits
         return DONE, _plain(document) if as_json else None
     except BrokenPipeError:  # as in `bimedix --help | head`: the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(stdout or sys.stdout)
         return DONE, None
     except SystemExit as left:  # tyro has printed the help (0) or an error in the options (2)
         code = left.code if isinstance(left.code, int) else (DONE if left.code is None else FAILED)
@@ -127,20 +151,52 @@ def _guarded(words: list[str], debug: bool, as_json: bool) -> tuple[int, dict[st
     except UsageError as error:
         return _failed(str(error), USAGE)
     except KeyboardInterrupt as stop:
-        return _failed(": ".join(["interrupted", *map(str, stop.args)]), INTERRUPTED, prefix="")
-    except BimedixError as error:
-        if debug:
-            _print_traceback(error)
-        return _failed(" ".join(str(error).split()), FAILED)
+        return _failed(signals.sentence(*stop.args), INTERRUPTED, prefix="")
     except Exception as error:
         if debug:
             _print_traceback(error)
+        if isinstance(error, OSError) and error.filename is None:
+            _discard_unwritable(stdout or sys.stdout)
+        if isinstance(error, BimedixError):
+            return _failed(" ".join(str(error).split()), FAILED)
+        if problem := problem_of(error):
+            return _failed(" ".join(problem.split()), FAILED)
         hint = "" if debug else " (run again with --debug for the traceback)"
         return _failed(f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}", FAILED)
 
 
+def _prepare_streams() -> None:
+    """Replaces closed streams, and lets the others print any text, and read text that is not UTF-8."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # closed by `>&-`; otherwise the next file that is opened would take its place
+            opened = os.open(os.devnull, os.O_WRONLY)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends what is still buffered nowhere, so that Python does not fail when it exits."""
+    with suppress(OSError):  # a stream in memory has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _discard_unwritable(stream: TextIO) -> None:
+    """Discards what is buffered if it cannot be written, as to /dev/full."""
+    try:
+        stream.flush()
+    except OSError:
+        _discard(stream)
+
+
 def _failed(message: str, code: int, prefix: str = "error: ") -> tuple[int, dict[str, Any]]:
-    print(f"{prefix}{message}", file=sys.stderr)
+    try:
+        print(f"{prefix}{message}", file=sys.stderr, flush=True)
+    except OSError:  # stderr is full or closed; the exit code still tells
+        _discard(sys.stderr)
     return code, {"error": message}
 
 
@@ -248,14 +304,14 @@ def _stdout_reserved(for_good: bool) -> Iterator[TextIO]:
         real, saved = python_stdout, None
     else:
         saved = os.dup(descriptor)
-        real = os.fdopen(os.dup(saved), "w", encoding="utf-8", newline="\n")
+        real = os.fdopen(os.dup(saved), "w", encoding="utf-8", newline="\n", errors="backslashreplace")
         os.dup2(sys.stderr.fileno(), descriptor)
     sys.stdout = sys.stderr
     try:
         yield real
     finally:
-        real.flush()
         if not for_good:
+            real.flush()
             sys.stdout = python_stdout
             if saved is not None:
                 os.dup2(saved, python_stdout.fileno())

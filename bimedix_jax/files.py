@@ -1,16 +1,18 @@
 """Files and folders: written completely or not at all, and JSON that is checked against a schema when it is read."""
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bimedix_jax.errors import BimedixError, listed
+from bimedix_jax.errors import BimedixError, is_full, listed, problem_of
+from bimedix_jax.process import folders, signals
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -21,41 +23,52 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], overwrite: bool = False, ours: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on any error or Ctrl-C.
 
     Readers therefore see either no folder or a complete one. Only a kill that Python cannot catch leaves the sibling
-    behind; its name is `.<name>.<random>.partial`.
+    behind; its name is `.<name>.<random>.partial`, and the next call for the same path removes it.
+
+    Args:
+        overwrite: replace an old folder, if this program wrote every file in it.
+        ours: the caller knows that it did, because the folder is a part of a run's.
 
     Raises:
-        BimedixError: `path` is a file, is not empty and `overwrite` is False, or contains the working directory.
+        BimedixError: `path` is a file, is not empty and may not be replaced, contains the working directory, or cannot
+            be written.
     """
     target = Path(path).resolve()  # a symlink to a folder keeps pointing there; its contents are replaced
-    check_replaceable(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _sibling(target, "partial")
-        partial.mkdir()
-    except OSError as error:
-        raise BimedixError(f"cannot create {target} ({error.strerror}); name a folder that can be written") from error
-    try:
-        yield partial
-        check_replaceable(target, overwrite)  # another process may have written there in the meantime
-        _replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # exists only after a failure; a success has renamed it
+    folders.sweep(target.parent, target.name)
+    check_replaceable(target, overwrite, ours)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folders.made_parents(target.parent))
+            partial, written = stack.enter_context(folders.partial_folder(target.parent, target.name))
+        except OSError as error:
+            raise _cannot_create(target, error) from error
+        try:
+            yield partial
+            check_replaceable(target, overwrite, ours)  # another process may have written there in the meantime
+            folders.list_written(partial, written)
+            _replace(partial, target)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            raise BimedixError(f"{target} cannot be written: {problem_of(error)}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` (UTF-8, newlines as given) so that a reader sees the old file or the new one, never a part."""
     target = Path(path).resolve()
+    folders.sweep(target.parent, target.name)
     partial = _sibling(target, "partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        with signals.on_abandon(lambda: partial.unlink(missing_ok=True)):
+            with partial.open("w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -176,7 +189,7 @@ def _sibling(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
 
 
-def check_replaceable(path: str | os.PathLike[str], overwrite: bool) -> None:
+def check_replaceable(path: str | os.PathLike[str], overwrite: bool, ours: bool = False) -> None:
     """The checks of `new_folder`, for callers that work for a long time before they write.
 
     Raises:
@@ -185,12 +198,49 @@ def check_replaceable(path: str | os.PathLike[str], overwrite: bool) -> None:
     target = Path(path).resolve()
     if Path.cwd().is_relative_to(target):
         raise BimedixError(f"{target} contains the working directory; name a new folder")
+    try:
+        if target.exists() and not target.is_dir():
+            raise BimedixError(f"{target} is a file; name a folder")
+        folders.check_writable(target.parent)
+        foreign = [] if ours or not target.exists() else folders.foreign_files(target)
+        filled = target.exists() and any(target.iterdir())
+    except OSError as error:
+        raise _cannot_create(target, error) from error
+    if foreign:
+        raise BimedixError(
+            f"{target} is not empty and contains files that bimedix did not write ({listed(foreign)}), so it is never "
+            "replaced; name another folder"
+        )
+    if filled and not overwrite:
+        raise BimedixError(f"{target} exists and is not empty; name another folder or pass --overwrite")
+
+
+def check_file(path: str | os.PathLike[str], overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
+    """The same checks for a single file that a command writes at its end.
+
+    Args:
+        is_ours: whether this program wrote the file that exists.
+
+    Raises:
+        BimedixError: `path` is a folder, exists and may not be replaced, or cannot be written.
+    """
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise BimedixError(f"{target} is a folder; name a file")
+    try:
+        folders.check_writable(target.parent)
+    except OSError as error:
+        raise _cannot_create(target, error, "file") from error
     if not target.exists():
         return
-    if not target.is_dir():
-        raise BimedixError(f"{target} is a file; name a folder")
-    if not overwrite and any(target.iterdir()):
-        raise BimedixError(f"{target} exists and is not empty; name another folder or pass --overwrite")
+    if not is_ours(target):
+        raise BimedixError(f"{target} exists, and bimedix did not write it, so it is not replaced; name another file")
+    if not overwrite:
+        raise BimedixError(f"{target} exists; name another file or pass --overwrite")
+
+
+def _cannot_create(target: Path, error: OSError, kind: str = "folder") -> BimedixError:
+    return BimedixError(f"cannot create {target} ({error.strerror}); name a {kind} that can be written")
 
 
 def _replace(partial: Path, target: Path) -> None:

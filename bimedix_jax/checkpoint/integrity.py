@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import inside, read_json, sha256, write_text
+from bimedix_jax.process.folders import WRITTEN
 
 MANIFEST = "manifest.json"
 
@@ -71,4 +72,4 @@ def find_damage(folder: Path) -> str | None:
 
 def listing(folder: Path) -> list[str]:
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in files if name != MANIFEST)
+    return sorted(name for name in files if name not in (MANIFEST, WRITTEN))

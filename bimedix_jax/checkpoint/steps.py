@@ -50,7 +50,7 @@ def save_step(folder: Path, step: int, state: Any, position: dict[str, Any], kee
     if distributed.is_multiprocess():
         save_together(target, step, state, position)
     else:
-        with new_folder(target, overwrite=True) as partial:
+        with new_folder(target, overwrite=True, ours=True) as partial:
             save_arrays(partial, state)
             finish(partial, step, state, position)
     if distributed.is_process_zero():

@@ -57,6 +57,8 @@ class Config:
     out: Path | None = None
     """JSON file to write the result to; by default it is only printed. NAME.predictions.jsonl in the same folder gets
     one line for each question."""
+    overwrite: bool = False
+    """Replace the result of an earlier run in --out, and its predictions."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -66,9 +68,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.evals import comparison, tasks
+    from bimedix_jax.files import check_file
 
     check_options(config)
     before = None if config.compare is None else read_result(config.compare)
+    if config.out is not None:
+        check_file(config.out, config.overwrite, is_result)
+        check_file(predictions_path(config.out), config.overwrite, is_predictions)
     questions = tasks.read_tasks(config.tasks, config.data) if config.data is not None else {}
     records = [] if config.heldout is None else heldout_records(config.heldout, config.limit)
     folder = resolve(config.model, config.revision)
@@ -202,6 +208,23 @@ def read_result(path: Path) -> dict[str, Any]:
     if not {"heldout", "choice", "tasks"} & set(value):
         raise BimedixError(f"{path} is not a result of `bimedix eval run`; name a file that --out wrote")
     return value
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file has the keys of a result."""
+    from bimedix_jax.files import peek_json
+
+    found = set(peek_json(path))
+    return {"model", "template"} <= found and bool({"heldout", "choice", "tasks"} & found)
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether every line of a file is a prediction, as `write_predictions` writes it."""
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError):
+        return False
+    return all(isinstance(row, dict) and {"set", "id"} <= set(row) for row in rows)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

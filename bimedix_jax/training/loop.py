@@ -21,6 +21,7 @@ from bimedix_jax.experiment import Experiment
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.process import signals
 from bimedix_jax.sharding.layout import host_memory
 from bimedix_jax.sharding.placement import gather_for_export, place
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
@@ -32,7 +33,7 @@ from bimedix_jax.training.pipeline import LateLines, ReadAhead
 from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model, replicated_plan
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
-from bimedix_jax.training.run_folder import CHECKPOINTS, begin, check_folder, resume_state
+from bimedix_jax.training.run_folder import CHECKPOINTS, begin, one_writer, resume_state
 from bimedix_jax.training.state import Structure, TrainState, init_state, split_params, update_params
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
@@ -82,8 +83,21 @@ def train(
       Interrupted: Ctrl-C or SIGTERM; the step in progress was finished and saved.
     """
     console = (console or Console(stderr=True)) if distributed.is_process_zero() else Console(quiet=True)
-    folder = Path(out)
-    distributed.on_process_zero(lambda: check_folder(folder, experiment, resume))
+    folder, command = Path(out), resume_command or f"bimedix train --resume --out {out}"
+    with one_writer(folder, experiment, resume), signals.hint(f"continue with `{command}`" if resume else ""):
+        return train_in(folder, experiment, resume, model, console, command, plan)
+
+
+def train_in(
+    folder: Path,
+    experiment: Experiment,
+    resume: bool,
+    model: Mixtral | None,
+    console: Console,
+    command: str,
+    plan: RoutingPlan | None,
+) -> TrainResult:
+    """`train` in a folder that this process holds."""
     warn_unchecked(check_tokenizer(experiment), console)
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():
@@ -114,10 +128,11 @@ def train(
             distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
             print_start(experiment, rows, done, cost["kernels"], console)
             state, last = run_steps(
-                experiment, folder, feed, compiled, structure, state, frozen, plan, console, resume_command
+                experiment, folder, feed, compiled, structure, state, frozen, plan, console, command
             )
     update_params(model, {**state.params, **state.router})
-    return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
+    with signals.hint(f"continue with `{command}`"):
+        return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
 
 
 def save_trained(model: Mixtral, folder: Path) -> Path:
@@ -185,7 +200,7 @@ def run_steps(
     frozen: dict[str, Any],
     plan: RoutingPlan | None,
     console: Console,
-    resume_command: str | None,
+    command: str,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the remaining steps. Returns the last state and the last line of metrics.
 
@@ -194,7 +209,6 @@ def run_steps(
     """
     evaluate, rows, logs = make_eval_step(structure), feed.rows, distributed.is_process_zero()
     done, vocab_size = int(state.step), structure.vocab_size
-    command = resume_command or f"bimedix train --resume --out {folder}"
 
     def read(step: int) -> dict[str, jax.Array]:
         return feed.to_devices(checked(feed.read(step), vocab_size, step))

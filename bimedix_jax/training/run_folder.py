@@ -8,9 +8,13 @@ metrics.superseded-N.jsonl      lines of steps that a resumed run repeated
 checkpoints/STEP/               training states (checkpoint/steps.py)
 adapter/ or model/              the trained adapters or model, at the end
 wandb/                          the mirror, if tracking is on
+run.lock                        held by the process that writes the folder, removed at its end
 """
 
+import contextlib
 import dataclasses
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -21,20 +25,73 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, differences, read
 from bimedix_jax.files import write_text
 from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.process import folders, signals
 from bimedix_jax.routing.plans import read_plan, write_plan
-from bimedix_jax.training.metrics import rewind
+from bimedix_jax.training.metadata import RUN
+from bimedix_jax.training.metrics import METRICS, rewind
 from bimedix_jax.training.state import TrainState
 
 CONFIG, PLAN, CHECKPOINTS = "config.json", "plan.safetensors", "checkpoints"
 
 
+@contextlib.contextmanager
+def one_writer(folder: Path, experiment: Experiment, resume: bool) -> Iterator[None]:
+    """Holds the folder for this run; several processes of one run share one writer, process 0.
+
+    A run that ends before its first step is logged leaves nothing: its folder is removed, if it is new.
+
+    Raises:
+      BimedixError: another process writes the folder, it cannot be written, or as `check_folder`.
+    """
+    with contextlib.ExitStack() as stack:
+        distributed.on_process_zero(lambda: stack.enter_context(_held(folder, experiment, resume)))
+        yield
+
+
+@contextlib.contextmanager
+def _held(folder: Path, experiment: Experiment, resume: bool) -> Iterator[None]:
+    check_folder(folder, experiment, resume)  # before anything is created in a folder that is not ours
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folders.made_parents(folder))
+            stack.enter_context(folders.one_writer(folder, "trains"))
+        except OSError as error:
+            raise BimedixError(f"cannot write to {folder} ({error.strerror}); name a writable folder.") from error
+        check_folder(folder, experiment, resume)  # again, since another run may have ended there in the meantime
+        if (folder / CHECKPOINTS).is_dir():
+            folders.sweep(folder / CHECKPOINTS)
+        if not resume:
+            stack.enter_context(signals.on_abandon(lambda: remove_failed_start(folder)))
+        try:
+            yield
+        except BaseException:
+            if not resume:
+                with signals.shielded():
+                    remove_failed_start(folder)
+            raise
+
+
+def remove_failed_start(folder: Path) -> None:
+    """Removes what a new run has written, if no step of it is logged or saved."""
+    metrics = folder / METRICS
+    if steps_in(folder / CHECKPOINTS) or (metrics.is_file() and metrics.stat().st_size > 0):
+        return
+    for name in (CONFIG, PLAN, RUN, METRICS, folders.LOCK):
+        (folder / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, "wandb"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
 def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
     """Raises BimedixError unless `folder` is empty, or, with `resume`, contains a run of the same experiment."""
     if not resume:
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if (folder / CONFIG).is_file():
             raise BimedixError(
                 f"{folder} already exists; pass --resume to continue it, or name another folder with --out."
             )
+        # a lock alone is that of a process that was killed before it began
+        if folder.is_file() or (folder.is_dir() and any(path.name != folders.LOCK for path in folder.iterdir())):
+            raise BimedixError(f"{folder} already exists and contains no run; name another folder with --out.")
         return
     if not (folder / CONFIG).is_file():
         raise BimedixError(f"{folder} contains no run to resume (no {CONFIG}); start one without --resume.")

@@ -1,5 +1,6 @@
 """Graceful stop on Ctrl-C and SIGTERM: finish the step in progress, save the state, print how to resume."""
 
+import contextlib
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -7,9 +8,14 @@ from typing import Any, Self
 
 from rich.console import Console
 
+from bimedix_jax.process import signals
+
 
 class Interrupted(KeyboardInterrupt):
     """The run was stopped after saving. The message names the command that resumes it. The exit code is 130."""
+
+
+STOPPED = "stopped immediately; the last checkpoint is kept"
 
 
 class StopRequest:
@@ -21,8 +27,11 @@ class StopRequest:
     def __init__(self, console: Console):
         self.console, self.requested = console, False
         self._previous: dict[signal.Signals, Any] = {}
+        self._patience = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
+        self._patience.enter_context(signals.patient())
+        self._patience.enter_context(signals.hint(STOPPED))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
@@ -33,9 +42,11 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._patience.close()
 
-    def _receive(self, _number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        signals.acknowledge(number)
         if self.requested:
-            raise KeyboardInterrupt("stopped immediately; the last checkpoint is kept")
+            raise KeyboardInterrupt(STOPPED)
         self.requested = True
         self.console.print("stopping: finishing this step and saving (repeat to stop immediately)", highlight=False)

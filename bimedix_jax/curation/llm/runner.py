@@ -91,6 +91,8 @@ def _spent(account: Account, clients: list[Client]) -> str:
 def _signals(account: Account) -> Iterator[None]:
     """After the first Ctrl-C or SIGTERM, requests in flight still finish; a second Ctrl-C ends immediately."""
     loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(-1)  # asyncio replaces both, and does not restore them
 
     def stop(name: str) -> None:
         account.stop(Interrupted(f"{name}: replies are kept, run the same command again to resume"))
@@ -104,3 +106,5 @@ def _signals(account: Account) -> Iterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+            signal.signal(number, before[number] or signal.SIG_DFL)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)

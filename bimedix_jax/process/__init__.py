@@ -1,0 +1,1 @@
+"""The process itself: how Ctrl-C and SIGTERM end it, and which process writes a folder."""

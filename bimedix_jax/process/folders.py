@@ -1,0 +1,198 @@
+"""Which process writes a folder, which files this program wrote, and what a killed process left.
+
+Locks are flocks: the operating system releases them when a process dies, however it dies.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.process import signals
+
+log = logging.getLogger(__name__)
+
+WRITTEN = ".bimedix.json"
+"""In every folder that this program writes: the names of its files. --overwrite deletes these and no others."""
+LOCK = "run.lock"
+UNLOCKED_SECONDS = 60.0
+"""A partial file, or a partial folder of an older version, has no lock; it counts as left after so long unchanged."""
+_LEFTOVER = re.compile(r"\.(?P<name>.+?)\.([0-9a-f]{8}\.)?(?P<kind>partial|old|removed)")
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def partial_folder(parent: Path, name: str) -> Iterator[tuple[Path, IO[str]]]:
+    """A new folder `.<name>.<random>.partial`, locked and removed at the end, and its file WRITTEN, open.
+
+    Those that killed processes left under the same name are removed first.
+
+    Raises:
+        OSError: `parent` cannot be written.
+    """
+    sweep(parent, name)
+    while True:
+        folder = parent / f".{name}.{secrets.token_hex(4)}.partial"
+        folder.mkdir()
+        with suppress(FileNotFoundError):  # another process has just removed the empty folder as a leftover
+            file = (folder / WRITTEN).open("w+", encoding="utf-8")
+            break
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    with file, signals.on_abandon(remove):
+        _lock(file)
+        try:
+            yield folder, file
+        finally:
+            with signals.shielded():
+                remove()
+
+
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Removes what killed processes left in `parent` for the target `name`, or for any where this process owns it."""
+    with suppress(OSError):
+        for path in list(parent.iterdir()):
+            found = _LEFTOVER.fullmatch(path.name)
+            if not found or (name is not None and found["name"] != name):
+                continue
+            target = parent / found["name"]
+            if found["kind"] == "old" and not target.exists():
+                path.rename(target)  # killed between the two renames that replace a folder
+            elif _is_abandoned(path, owned=name is None):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_abandoned(path: Path, owned: bool) -> bool:
+    """Whether no process holds the lock of a partial folder. What has no lock goes by age, if it is not `owned`."""
+    try:
+        if (path / WRITTEN).exists():
+            with (path / WRITTEN).open("r+", encoding="utf-8") as file:
+                return _lock(file)
+        newest = max(entry.stat().st_mtime for entry in (path, *path.rglob("*")))
+        return owned or time.time() - newest > UNLOCKED_SECONDS
+    except OSError:  # it has just been removed or renamed
+        return False
+
+
+def list_written(folder: Path, file: IO[str]) -> None:
+    """Writes the names of the files of a folder into its WRITTEN."""
+    file.seek(0)
+    file.truncate()
+    json.dump({"written_by": "bimedix_jax", "files": sorted(files_in(folder) - {WRITTEN})}, file, indent=2)
+    file.write("\n")
+    file.flush()
+
+
+def files_in(folder: Path) -> set[str]:
+    """Relative names of all files and links, those in subfolders too."""
+    found = set()
+    for place, folders, names in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found |= {Path(place, name).relative_to(folder).as_posix() for name in [*names, *links]}
+    return found
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The files of a folder that this program did not write."""
+    try:
+        written = set(json.loads((folder / WRITTEN).read_text("utf-8"))["files"]) | {WRITTEN}
+    except (OSError, ValueError, LookupError, TypeError):
+        written = set()
+    return sorted(files_in(folder) - written)
+
+
+def check_writable(parent: Path) -> None:
+    """Creates and removes a folder in the nearest folder that exists, which finds every reason why it cannot be done.
+
+    Raises:
+        OSError: the reason.
+    """
+    while not parent.exists():
+        parent = parent.parent
+    probe = parent / f".bimedix.{secrets.token_hex(4)}.partial"
+    probe.mkdir()
+    probe.rmdir()
+
+
+@contextmanager
+def made_parents(folder: Path) -> Iterator[None]:
+    """Creates `folder` and its parents; on an error in the block those that were created and are empty are removed."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+
+    def remove() -> None:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with signals.on_abandon(remove):
+        try:
+            yield
+        except BaseException:
+            remove()
+            raise
+
+
+@contextmanager
+def one_writer(folder: Path, doing: str) -> Iterator[None]:
+    """Holds the lock of an existing folder. While it is held, what killed processes left there is removed.
+
+    Args:
+        doing: what the other process does, for the message, such as "trains".
+
+    Raises:
+        BimedixError: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    path = folder / LOCK
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("a+", encoding="utf-8"))
+            if not _lock(file):
+                file.seek(0)
+                who = file.read().strip() or "another process"
+                raise BimedixError(
+                    f"{who} {doing} in {folder}; wait until it has ended or stop it, or name another folder with --out"
+                )
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break  # else its last holder has removed it in the meantime
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+        def remove() -> None:
+            path.unlink(missing_ok=True)
+
+        stack.enter_context(signals.on_abandon(remove))
+        sweep(folder)
+        try:
+            yield
+        finally:
+            remove()
+
+
+def _lock(file: IO[str]) -> bool:
+    """Locks a file until it is closed. False if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("the file system of %s has no locks, so a second writer would not be noticed", file.name)
+    return True
