@@ -133,7 +133,7 @@ def _command_line(words: list[str], for_good: bool) -> int:
 def _guarded(
     action: Callable[[], dict[str, Any] | None], debug: bool, as_json: bool, stdout: TextIO | None = None
 ) -> tuple[int, dict[str, Any] | None]:
-    """Exit code and JSON document of an action that prints to `stdout`. Every exception becomes a sentence on stderr."""
+    """Exit code and JSON document of an action that prints to `stdout`; every exception becomes a sentence on stderr"""
     try:
         try:
             document = action()

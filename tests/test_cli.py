@@ -20,7 +20,7 @@ import bimedix_jax
 from bimedix_jax import cli, startup
 
 COMMANDS_FOR_TESTS = '''
-import os, subprocess, sys, time
+import ctypes, errno, os, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +64,47 @@ def wait(config, console):
     print("waiting", file=sys.stderr, flush=True)
     time.sleep(60)
 
+def imports(config, console):
+    Path(config.name, ".out.12345678.partial").mkdir()  # as files.new_folder makes it
+    from bimedix_jax.process import signals
+    with signals.on_abandon(lambda: Path(config.name, ".out.12345678.partial").rmdir()):
+        sys.meta_path.insert(0, type("Slow", (), {"find_spec": lambda *_: wait(config, console)}))
+        import a_module_that_takes_long
+
+def hangs(config, console):
+    from bimedix_jax.files import new_folder
+    with new_folder(Path(config.name) / "out"):
+        print("waiting", file=sys.stderr, flush=True)
+        # a wait in C that a signal does not end, and that lets other threads run, as XLA's compiler
+        lock_forever()
+
+def lock_forever():
+    library = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(128)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # a second time by the same thread: never returns
+
+def hints(config, console):
+    from bimedix_jax.process import signals
+    with signals.hint("continue with --resume"):
+        wait(config, console)
+
+def disk(config, console):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/out")
+
+def denied(config, console):
+    raise RuntimeError("a library") from OSError(errno.EROFS, os.strerror(errno.EROFS), "/home/x")
+
+def port(config, console):
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+def encode(config, console):
+    "\\ud800".encode()
+
+def surrogate(config, console):
+    print("\\udcff")
+    return {"text": "\\udcff"}
+
 def unprintable(config, console):
     return {"result": object()}
 
@@ -72,7 +113,8 @@ def prints_at_exit(config, console):
     atexit.register(print, "stray print at exit")
     return {"ok": True}
 
-for run in (count, user_error, bug, stop, wait, unprintable, prints_at_exit):
+OTHERS = (imports, hangs, hints, disk, denied, port, encode, surrogate)
+for run in (count, user_error, bug, stop, wait, unprintable, prints_at_exit, *OTHERS):
     module = ModuleType(f"made_up_{run.__name__}")
     module.Config, module.run = Config, run
     sys.modules[module.__name__] = module
@@ -289,6 +331,68 @@ def test_ctrl_c_ends_without_a_traceback():
     assert process.returncode == 130
     assert stderr == "interrupted\n"
     assert json.loads(stdout) == {"error": "interrupted"}
+
+
+@pytest.mark.parametrize(("command", "code"), [("wait", 130), ("imports", 130), ("hangs", 130), ("hints", 130)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_one_sentence(command, code, number, tmp_path):
+    """Also while a module is imported, and where the main thread is in a library that does not return."""
+    words = [sys.executable, "-c", COMMANDS_FOR_TESTS, command, "--count", "1", "--json", "--name", str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "waiting" not in process.stderr.readline():
+            pass
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=30)
+    sentence = "interrupted" if number == signal.SIGINT else "interrupted by SIGTERM"
+    sentence += ": continue with --resume" if command == "hints" else ""
+    assert (process.returncode, stderr) == (code, f"{sentence}\n")
+    assert json.loads(stdout) == {"error": sentence}
+    assert list(tmp_path.iterdir()) == [], "no partial folder is left"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["disk", "--count", "1"], "no space is left for /out; free some space, or write to another disk"),
+        (["denied", "--count", "1"], "/home/x: Read-only file system; write to another place"),
+        (["port", "--count", "1"], "Address already in use; stop the program that uses the port"),
+        (["encode", "--count", "1"], "a text contains half a surrogate pair"),
+    ],
+)
+def test_errors_of_the_system_are_one_sentence(words, problem):
+    done = bimedix(*words)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {problem}")
+    assert "unexpected" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["count", "--count", "3"], ["count", "--count", "3", "--json"]]
+)
+def test_an_output_that_is_full_is_one_sentence(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS_FOR_TESTS, *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: no space is left on the device")
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_and_full_streams_keep_the_exit_code():
+    command = f'exec {sys.executable} -c "$0" nothing'
+    for closed in (">&-", "2>&-", ">&- 2>&-", "2>/dev/full", "<&-"):
+        done = subprocess.run(["sh", "-c", f"{command} {closed}", COMMANDS_FOR_TESTS], capture_output=True, text=True)
+        assert done.returncode == 2, closed
+        assert "Traceback" not in done.stderr
+
+
+def test_text_that_is_not_utf8_is_printed_escaped():
+    done = bimedix("surrogate", "--count", "1", "--json")
+    assert json.loads(done.stdout) == {"text": "\udcff"}
+    assert bimedix("surrogate", "--count", "1").stdout.endswith("\\udcff\n")
 
 
 def test_main_in_process_restores_stdout(capfd):

@@ -1,6 +1,9 @@
 """Folders and files are written completely or not at all, and names never lead outside a folder."""
 
+import errno
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from pydantic import BaseModel, StrictFloat, StrictInt
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import (
+    check_file,
+    check_replaceable,
     inside,
     new_folder,
     peek_json,
@@ -21,10 +26,11 @@ from bimedix_jax.files import (
     text_lines,
     write_text,
 )
+from bimedix_jax.process.folders import WRITTEN, one_writer
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != WRITTEN)
 
 
 def test_folder_appears_only_when_it_is_complete(tmp_path):
@@ -41,8 +47,8 @@ def test_folder_appears_only_when_it_is_complete(tmp_path):
 def test_an_error_leaves_everything_as_it_was(tmp_path, error, before):
     out = tmp_path / "out"
     if before:
-        out.mkdir()
-        (out / before).touch()
+        with new_folder(out) as folder:
+            (folder / before).touch()
     with pytest.raises(error), new_folder(out, overwrite=True) as folder:
         (folder / "a").write_text("1")
         raise error
@@ -59,6 +65,128 @@ def test_a_full_folder_is_replaced_only_on_request(tmp_path):
     assert names(tmp_path) == ["out"]
     with pytest.raises(BimedixError, match="--overwrite"), new_folder(out):
         pytest.fail("the body must not run")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt", ".git/config"])
+@pytest.mark.parametrize("ours_first", [False, True])
+def test_files_of_others_are_never_deleted(tmp_path, overwrite, name, ours_first):
+    out = tmp_path / "out"
+    if ours_first:
+        with new_folder(out) as folder:
+            (folder / "model").touch()
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("theirs")
+    with pytest.raises(BimedixError, match=Path(name).name) as caught, new_folder(out, overwrite):
+        pytest.fail("the body must not run")
+    assert "--overwrite" not in str(caught.value)
+    assert (out / name).read_text() == "theirs"
+    assert names(tmp_path) == ["out"]
+
+
+def test_links_of_others_are_never_deleted(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "broken").symlink_to("nowhere")
+    with pytest.raises(BimedixError, match="broken"):
+        check_replaceable(tmp_path / "out", overwrite=True)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """And what a living one writes is not."""
+    killed = """
+import os, sys
+from bimedix_jax.files import new_folder
+with new_folder(sys.argv[1]) as folder:
+    (folder / "weights").write_bytes(b"x" * 1000)
+    os.kill(os.getpid(), 9)
+"""
+    for target in ("out", "out.more"):
+        assert subprocess.run([sys.executable, "-c", killed, str(tmp_path / target)]).returncode == -9
+    assert len(names(tmp_path)) == 2
+    with new_folder(tmp_path / "other"):
+        assert len([name for name in names(tmp_path) if ".out" in name]) == 2
+    with new_folder(tmp_path / "out") as first, pytest.raises(BimedixError, match="not empty"):
+        assert len([name for name in names(tmp_path) if name.startswith(".out.")]) == 2, "the new one and that of more"
+        with new_folder(tmp_path / "out") as second:
+            assert first.exists()
+            (second / "a").touch()
+        (first / "b").touch()
+    assert names(tmp_path / "out") == ["a"]
+    with new_folder(tmp_path / "out.more"):
+        pass
+    assert names(tmp_path) == ["out", "out.more"]
+
+
+def test_a_folder_that_was_killed_while_it_was_replaced_comes_back(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").touch()
+    (tmp_path / "out").rename(tmp_path / ".out.0123abcd.old")
+    with pytest.raises(BimedixError, match="--overwrite"), new_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    wait = """
+import sys, time
+from pathlib import Path
+from bimedix_jax.process.folders import one_writer
+with one_writer(Path(sys.argv[1]), "trains"):
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", wait, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds\n"
+        with (
+            pytest.raises(BimedixError, match=rf"process {process.pid} on .* trains in"),
+            one_writer(tmp_path, "trains"),
+        ):
+            pytest.fail("the body must not run")
+        process.kill()
+        process.wait()
+    with one_writer(tmp_path, "trains"):
+        assert names(tmp_path) == ["run.lock"]
+    assert names(tmp_path) == []
+
+
+def test_places_that_cannot_be_written_are_found_early(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "out", Path("/proc/out"), tmp_path / ("x" * 300)):
+        with pytest.raises(BimedixError, match="cannot create"):
+            check_replaceable(path, overwrite=False)
+        with pytest.raises(BimedixError, match="cannot create"), new_folder(path):
+            pass
+    with pytest.raises(BimedixError, match="is a file"):
+        check_replaceable("/dev/full", overwrite=True)
+    check_replaceable(tmp_path / "new" / "out", overwrite=False)
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_failure_removes_the_parents_that_it_made(tmp_path):
+    with pytest.raises(ValueError, match="failed"), new_folder(tmp_path / "a" / "b" / "out"):
+        raise ValueError("failed")
+    assert names(tmp_path) == []
+
+
+def test_a_file_is_replaced_only_on_request_and_if_it_is_ours(tmp_path):
+    path = tmp_path / "result.json"
+    check_file(path, overwrite=False, is_ours=lambda _: False)
+    path.write_text("{}")
+    with pytest.raises(BimedixError, match="pass --overwrite"):
+        check_file(path, overwrite=False, is_ours=lambda _: True)
+    with pytest.raises(BimedixError, match="did not write it"):
+        check_file(path, overwrite=True, is_ours=lambda _: False)
+    with pytest.raises(BimedixError, match="is a folder"):
+        check_file(tmp_path, overwrite=True, is_ours=lambda _: True)
+    check_file(path, overwrite=True, is_ours=lambda _: True)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("(os error 28)")])
+def test_a_full_disk_is_one_sentence(tmp_path, error):
+    with pytest.raises(BimedixError, match=r"out cannot be written: no space is left"), new_folder(tmp_path / "out"):
+        raise error
+    assert names(tmp_path) == []
 
 
 def test_an_empty_folder_may_be_filled(tmp_path):

@@ -72,12 +72,14 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
-    from bimedix_jax.inference.chat import Chat, ChatOptions
+    from bimedix_jax.inference.chat import Chat, ChatOptions, require_text
 
     if console.stderr and not config.prompt:
         raise BimedixError("with --json nothing is read from the keyboard; give at least one --prompt")
     if config.save is not None and config.save.exists():
         raise BimedixError(f"{config.save} exists; name a new file for the conversation")
+    for text in (config.system or "", *config.prompt):
+        require_text(text, "a prompt")
     folder = resolve(config.model, config.revision)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
     _ = tokenizer.template  # an unknown template is an error before the weights are loaded

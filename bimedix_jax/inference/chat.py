@@ -124,6 +124,16 @@ def fit(tokenizer: Tokenizer, turns: list[Turn], room: int) -> tuple[list[int], 
     )
 
 
+def require_text(text: str, name: str) -> None:
+    """Raises BimedixError for bytes that are not UTF-8, which Python reads as halves of surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BimedixError(
+            f"{name} is not valid UTF-8 (character {error.start + 1}); use a terminal or an input in UTF-8"
+        ) from error
+
+
 class Chat:
     """A conversation and its history."""
 
@@ -153,6 +163,7 @@ class Chat:
 
     def restart(self, system: str | None) -> None:
         """Forget the conversation and set the system prompt; None: no system prompt."""
+        require_text(system or "", "the system prompt")
         self.system = system
         self.turns = [] if system is None else [Turn(speaker="system", value=system)]
         self.last = None
@@ -164,8 +175,9 @@ class Chat:
         empty, the question is removed from the history as well, since no template allows an empty turn.
 
         Raises:
-          BimedixError: the question is blank or longer than the context.
+          BimedixError: the question is blank, is not valid text, or is longer than the context.
         """
+        require_text(question, "the question")
         if not question.strip():
             raise BimedixError("the question is empty; write something")
         turns = [*self.turns, Turn(speaker="human", value=question)]

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: one sentence, exit code 130, and nothing half-written.
 
-Normally a signal raises KeyboardInterrupt, which removes temporary files on its way out and can carry a hint such as how
-to resume. In three cases it must not, and `abandon` ends the process without unwinding:
+Normally a signal raises KeyboardInterrupt, which removes temporary files on its way out and can carry a hint, such as
+how to resume. In three cases it must not, and `abandon` ends the process without unwinding:
 
 - Python is importing a module, or JAX is tracing or compiling: libraries turn the exception into others, or lose it in
   a callback.
