@@ -39,5 +39,5 @@ def test_only_results_are_replaced_and_only_on_request(tmp_path, files, overwrit
 
 
 def test_a_place_that_cannot_be_written_is_found_first():
-    with pytest.raises(BimedixError, match="cannot create /proc/r.json"):
+    with pytest.raises(BimedixError, match=r"cannot create /proc/r\.json"):
         evaluate(Path("/proc/r.json"), overwrite=False)
