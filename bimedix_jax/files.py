@@ -31,7 +31,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, ours: bool
 
     Args:
         overwrite: replace an old folder, if this program wrote every file in it.
-        ours: the caller knows that it did, because the folder is a part of a run's.
+        ours: the caller knows that it did, because the folder is a part of a run or of the cache. It gets no WRITTEN.
 
     Raises:
         BimedixError: `path` is a file, is not empty and may not be replaced, contains the working directory, or cannot
@@ -50,6 +50,8 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, ours: bool
             yield partial
             check_replaceable(target, overwrite, ours)  # another process may have written there in the meantime
             folders.list_written(partial, written)
+            if ours:
+                (partial / folders.WRITTEN).unlink()
             _replace(partial, target)
         except Exception as error:
             if not is_full(error):
@@ -208,8 +210,8 @@ def check_replaceable(path: str | os.PathLike[str], overwrite: bool, ours: bool 
         raise _cannot_create(target, error) from error
     if foreign:
         raise BimedixError(
-            f"{target} is not empty and contains files that bimedix did not write ({listed(foreign)}), so it is never "
-            "replaced; name another folder"
+            f"{target} is not empty and contains files that bimedix did not write, or that were changed since "
+            f"({listed(foreign)}), so it is never replaced; name another folder"
         )
     if filled and not overwrite:
         raise BimedixError(f"{target} exists and is not empty; name another folder or pass --overwrite")

@@ -84,6 +84,16 @@ def test_files_of_others_are_never_deleted(tmp_path, overwrite, name, ours_first
     assert names(tmp_path) == ["out"]
 
 
+def test_a_file_that_was_edited_is_not_deleted(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "reviews.csv").write_text("verdict\n\n")
+        (folder / "other").touch()
+    check_replaceable(tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "reviews.csv").write_text("verdict\ny")
+    with pytest.raises(BimedixError, match=r"changed since \(reviews\.csv\)"):
+        check_replaceable(tmp_path / "out", overwrite=True)
+
+
 def test_links_of_others_are_never_deleted(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "broken").symlink_to("nowhere")

@@ -61,8 +61,11 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from tqdm import tqdm
 
     from bimedix_jax.bench.moe import Size, measure, measure_feed_forward
+    from bimedix_jax.files import check_file
 
     check(config)
+    if config.plot is not None:
+        check_file(config.plot, overwrite=True, is_ours=lambda _: True)
     rows = []
     for tokens in tqdm(config.tokens, desc="sizes", delay=2.0, disable=None):
         size = Size(

@@ -69,6 +69,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         raise BimedixError(
             "rows need at least 2 tokens and a window of at least 1; raise --sequence-length or --window"
         )
+    files.check_replaceable(config.output, config.overwrite)
     workers = workers_of(config.workers)
     tokenizer = load_tokenizer(config.tokenizer, config.template)
     require_fit(tokenizer, vocab_size_of(config.tokenizer), "the model beside it")

@@ -6,6 +6,7 @@ Locks are flocks: the operating system releases them when a process dies, howeve
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,8 @@ from bimedix_jax.process import signals
 log = logging.getLogger(__name__)
 
 WRITTEN = ".bimedix.json"
-"""In every folder that this program writes: the names of its files. --overwrite deletes these and no others."""
+"""In every folder that this program writes: its files. --overwrite deletes these, unchanged, and no others."""
+HASHED_BYTES = 16 << 20
 LOCK = "run.lock"
 UNLOCKED_SECONDS = 60.0
 """A partial file, or a partial folder of an older version, has no lock; it counts as left after so long unchanged."""
@@ -89,12 +91,21 @@ def _is_abandoned(path: Path, owned: bool) -> bool:
 
 
 def list_written(folder: Path, file: IO[str]) -> None:
-    """Writes the names of the files of a folder into its WRITTEN."""
+    """Writes the names, sizes and hashes of the files of a folder into its WRITTEN."""
+    written = {name: _print_of(folder / name) for name in sorted(files_in(folder) - {WRITTEN})}
     file.seek(0)
     file.truncate()
-    json.dump({"written_by": "bimedix_jax", "files": sorted(files_in(folder) - {WRITTEN})}, file, indent=2)
+    json.dump({"written_by": "bimedix_jax", "files": written}, file, indent=2)
     file.write("\n")
     file.flush()
+
+
+def _print_of(path: Path) -> str:
+    """What tells whether a file is still the one that was written: its size, and its hash unless it is large."""
+    size = path.lstat().st_size
+    if path.is_symlink() or size > HASHED_BYTES:
+        return f"{size} bytes"
+    return f"{size} bytes, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def files_in(folder: Path) -> set[str]:
@@ -107,12 +118,13 @@ def files_in(folder: Path) -> set[str]:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """The files of a folder that this program did not write."""
+    """The files of a folder that this program did not write, or that were changed since."""
     try:
-        written = set(json.loads((folder / WRITTEN).read_text("utf-8"))["files"]) | {WRITTEN}
+        written = dict(json.loads((folder / WRITTEN).read_text("utf-8"))["files"])
     except (OSError, ValueError, LookupError, TypeError):
-        written = set()
-    return sorted(files_in(folder) - written)
+        written = {}
+    known = {WRITTEN} if written else set()
+    return sorted(name for name in files_in(folder) - known if written.get(name) != _print_of(folder / name))
 
 
 def check_writable(parent: Path) -> None:
