@@ -121,10 +121,10 @@ def foreign_files(folder: Path) -> list[str]:
     """The files of a folder that this program did not write, or that were changed since."""
     try:
         written = dict(json.loads((folder / WRITTEN).read_text("utf-8"))["files"])
+        ours = {WRITTEN}
     except (OSError, ValueError, LookupError, TypeError):
-        written = {}
-    known = {WRITTEN} if written else set()
-    return sorted(name for name in files_in(folder) - known if written.get(name) != _print_of(folder / name))
+        written, ours = {}, set()
+    return sorted(name for name in files_in(folder) - ours if written.get(name) != _print_of(folder / name))
 
 
 def check_writable(parent: Path) -> None:
