@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -59,17 +59,21 @@ def watch(process: int, ended: threading.Event, peaks: list[int]) -> None:
         peaks[0] = max(peaks[0], memory_of(descendants(process)))
 
 
-def durations(report: Path) -> tuple[Counter[str], Counter[str], dict[str, int]]:
+def durations(report: Path) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
     """(seconds by folder, seconds by test, number of tests by outcome) of a JUnit report."""
-    folders: Counter[str] = Counter()
-    tests: Counter[str] = Counter()
+    folders: defaultdict[str, float] = defaultdict(float)
+    tests: defaultdict[str, float] = defaultdict(float)
     outcomes = Counter[str]()
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         parts, seconds = case.attrib["classname"].split("."), float(case.attrib["time"])
         folders[parts[1] if len(parts) > 2 else "."] += seconds
         tests[f"{'/'.join(parts)}.py::{case.attrib['name']}"] += seconds
         outcomes[next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")] += 1
-    return folders, tests, dict(outcomes)
+    return longest(folders), longest(tests, 25), dict(outcomes)
+
+
+def longest(seconds: dict[str, float], count: int | None = None) -> dict[str, float]:
+    return {name: round(seconds[name], 1) for name in sorted(seconds, key=seconds.__getitem__, reverse=True)[:count]}
 
 
 def measure(arguments: list[str], workers: str) -> dict[str, Any]:
@@ -97,8 +101,8 @@ def measure(arguments: list[str], workers: str) -> dict[str, Any]:
         "cpu_seconds": round(sum(after[2:4]) - sum(before[2:4]), 1),
         "peak_bytes": peaks[0],
         "outcomes": outcomes,
-        "seconds_by_folder": {name: round(seconds, 1) for name, seconds in folders.most_common()},
-        "slowest": {name: round(seconds, 1) for name, seconds in tests.most_common(25)},
+        "seconds_by_folder": folders,
+        "slowest": tests,
     }
 
 

@@ -95,16 +95,16 @@ def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
 
 def pack_linear_layers(model: Any) -> Any:
     """Packs every linear layer but the head into double-quantised NF4, as transformers does with bitsandbytes."""
-    import bitsandbytes
     import torch
 
+    nn: Any = importlib.import_module("bitsandbytes").nn
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is torch.nn.Linear and name != "lm_head":
-                packed = bitsandbytes.nn.Linear4bit(
+                packed = nn.Linear4bit(
                     linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
                 )
-                packed.weight = bitsandbytes.nn.Params4bit(
+                packed.weight = nn.Params4bit(
                     linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
                 )
                 setattr(parent, name, packed.to(linear.weight.device))

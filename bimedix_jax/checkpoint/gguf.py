@@ -305,7 +305,7 @@ def convert(path: str | Path, folder: str | Path, dtype: str = "bfloat16", overw
     shapes = {name: tuple(int(n) for n in reversed(tensors[name].info.shape)) for name in names}
     written = COMPUTE[dtype]
     specs = [TensorSpec(target, written, shapes[name]) for name, target in names.items()]
-    rounding, unpacked = Rounding(), all(tensor.tensor_type.name in UNPACKED for tensor in tensors.values())
+    rounding, unpacked = Rounding(), all(tensor.info.tensor_type.name in UNPACKED for tensor in tensors.values())
 
     def converted() -> Iterator[Piece]:
         for name, target in names.items():

@@ -65,8 +65,8 @@ def layer_scan(
 ) -> tuple[jax.Array, Any, Any]:
     if memory is not None:  # without the custom gradient: JAX differentiates the loop
         return without_gradient(body, constants, x, layers, memory, depth)
-    x, outs = differentiable(body, depth, constants, x, layers)
-    return x, outs, None
+    found: tuple[jax.Array, Any] = differentiable(body, depth, constants, x, layers)
+    return *found, None
 
 
 def without_gradient(
