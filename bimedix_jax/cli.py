@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bimedix_jax import __version__, startup
-from bimedix_jax.errors import BimedixError, problem_of
+from bimedix_jax.errors import BimedixError, UsageError, problem_of
 from bimedix_jax.process import signals
 
 # command -> (one-line help, module with `Config` and `run(config, console) -> dict`)
@@ -86,10 +86,6 @@ GLOBAL_FLAGS = {
 }
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, signals.INTERRUPTED
-
-
-class UsageError(Exception):
-    """The command line itself is wrong."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,10 @@ class BimedixError(Exception):
     """
 
 
+class UsageError(Exception):
+    """The command line itself is wrong: the command prints `error: <message>` and exits with 2."""
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs the main function of a script; for a BimedixError it prints the message only and exits with 1."""
     try:

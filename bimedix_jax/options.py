@@ -1,15 +1,17 @@
 """Command-line options from the fields of a frozen dataclass, read by tyro.
 
-The type of a field determines the values of its option, and the text below the field is its help. Three rules are added
+The type of a field determines the values of its option, and the text below the field is its help. Some rules are added
 to those of tyro:
 
 - an option that may be left out (`X | None = None`) takes an X and not the word None; its text says what happens
   without it;
 - an option with several values takes them after one flag or after repeated flags, `--set a=1 b=2` or
-  `--set a=1 --set b=2`;
+  `--set a=1 --set b=2`; any other option is refused if it is given twice;
+- one name means one thing in every command (METAVARS), and an earlier name is refused with the present one (RENAMED);
 - the description above the options is wrapped to the width of the terminal.
 """
 
+import collections
 import dataclasses
 import inspect
 import itertools
@@ -30,8 +32,30 @@ from tyro.constructors import (
     StructFieldSpec,
 )
 
+from bimedix_jax.errors import UsageError
+
 WIDEST = 100
 """Most columns of the description, since longer lines are hard to read."""
+
+METAVARS = {
+    "model": "MODEL",
+    "adapter": "DIR",
+    "router": "VARIANT",
+    "data": "DIR",
+    "out": "DIR",
+    "tokenizer": "DIR",
+    "tokenizer-from": "DIR",
+    "template": "NAME",
+    "revision": "REVISION",
+    "records": "FILE",
+    "items": "FILE",
+    "limit": "N",
+    "seed": "N",
+}
+"""Name of an option -> what the help shows for its value, in every command that has the option."""
+
+RENAMED = {"output": "out", "base": "model", "prompts": "batch", "prompt": "prompt-tokens"}
+"""Earlier name -> present name, for commands that have an option of the present name only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +109,94 @@ def read_options(config: type, words: Sequence[str], prog: str, note: str = "") 
 
     Raises:
       SystemExit: 0 after printing the help, 2 after printing an error in the options.
+      UsageError: an earlier name, an option given twice, or a word that belongs to no option.
     """
+    check_words(config, words, prog)
     registry = ConstructorRegistry()
     registry.struct_rule(lambda info: options_of(info.type, info.default) if _is_dataclass(info.type) else None)
     # cleandoc, because Python 3.13 removes the indentation of a docstring and its predecessors do not
     description = wrapped(f"{inspect.cleandoc(config.__doc__ or '')}\n\n{note}")
-    return tyro.cli(config, prog=prog, description=description, args=words, registry=registry)
+    found = tyro.cli(config, prog=prog, description=description, args=words, registry=registry)
+    check_assignments(found)
+    return found
+
+
+def check_words(config: type, words: Sequence[str], prog: str) -> None:
+    """Raises UsageError for earlier names, repeated options and words that belong to no option."""
+    if {"-h", "--help"} & set(words):
+        return
+    positionals, options = _options_by_name(config)
+    values: dict[str, list[str]] = collections.defaultdict(list)  # as they were given, by the name of the option
+    loose, taker = [], ("", 0.0)  # words without an option; the option that takes the next words, and how many
+    for place, word in enumerate(words):
+        if word == "--":
+            loose += words[place + 1 :]
+            break
+        if not word.startswith("--"):
+            if taker[1]:
+                values[taker[0]][-1] += f" {word}"
+                taker = (taker[0], taker[1] - 1)
+            else:
+                loose.append(word)
+            continue
+        flag, equals, value = word[2:].partition("=")
+        name, several = _known(flag.replace("_", "-"), options)
+        if name not in options:
+            if RENAMED.get(name) in options:
+                raise UsageError(f"--{name} is now --{RENAMED[name]} in `{prog}`; write --{RENAMED[name]}")
+            return  # tyro suggests options with a similar name
+        values[name].append(f"--{flag}{equals}{value}")
+        taker = (name, 0 if equals and several < 2 else several)
+    for name, given in values.items():
+        if len(given) > 1 and options[name] < 2:
+            raise UsageError(f"--{name} is given {_times(len(given))} ({', '.join(given)}); give it once")
+    if len(loose) > len(positionals):
+        takes = f"takes {' '.join(positionals)} and no" if positionals else "takes no"
+        remedy = "; the folder to write is named with --out DIR" if "out" in options and "out" not in values else ""
+        raise UsageError(f"`{prog}` {takes} further word, and got {loose[len(positionals)]!r}{remedy}")
+
+
+def _options_by_name(config: type, prefix: str = "") -> tuple[list[str], dict[str, float]]:
+    """(the positionals as the help shows them, option -> number of words that it takes, inf for a list)."""
+    positionals, options = [], {}
+    for name, hint in typing.get_type_hints(config, include_extras=True).items():
+        kind, marks = _parts(hint)
+        if tyro.conf.Positional in marks:
+            positionals.append(next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), name.upper()))
+        elif _is_dataclass(kind):
+            options |= _options_by_name(kind, f"{prefix}{name.replace('_', '-')}.")[1]
+        else:
+            several = any(typing.get_origin(option) is tuple for option in _alternatives(kind))
+            options[prefix + name.replace("_", "-")] = float("inf") if several else 0 if kind is bool else 1
+    return positionals, options
+
+
+def _known(name: str, options: dict[str, float]) -> tuple[str, float]:
+    """The name of an option and the number of its words, where `--no-NAME` belongs to NAME."""
+    parents, dot, last = name.rpartition(".")
+    positive = f"{parents}{dot}{last.removeprefix('no-')}"
+    name = positive if name not in options and options.get(positive) == 0 else name
+    return name, options.get(name, 0)
+
+
+def _times(number: int) -> str:
+    return "twice" if number == 2 else f"{number} times"
+
+
+def check_assignments(config: Any) -> None:
+    """Raises UsageError if two options change the same field of an experiment, or a field and a part of it."""
+    given: list[tuple[str, str]] = []  # (the field, how the user named it)
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        option, value = f"--{name.replace('_', '-')}", getattr(config, name)
+        if hint == tuple[Assignment, ...]:
+            given += [(field, f"{option} {field}") for field, _ in value]
+        elif value is not None:
+            given += [(mark.name, option) for mark in _parts(hint)[1] if isinstance(mark, ChangesField)]
+    for (one, first), (other, second) in itertools.combinations(given, 2):
+        if one == other and first == second:
+            raise UsageError(f"{first} is given twice; give it once")
+        if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}."):
+            raise UsageError(f"{first} and {second} change the same field; give one of them")
 
 
 def wrapped(text: str) -> str:
@@ -122,7 +228,8 @@ def options_of(config: type, given: Any = tyro.MISSING_NONPROP) -> StructConstru
             kind, marks, default = types.GenericAlias(tuple, (several, ...)), (*marks, tyro.conf.UseAppendAction), ()
         elif default is None:
             marks = (*marks, tyro.conf.DisallowNone)
-        hint = _annotated(kind, (tyro.conf.arg(help_behavior_hint=shown), *marks))
+        metavar = None if field.name in repeatable or _has_choices(kind) else METAVARS.get(field.name.replace("_", "-"))
+        hint = _annotated(kind, (tyro.conf.arg(help_behavior_hint=shown, metavar=metavar), *marks))
         options.append(StructFieldSpec(field.name, hint, default, _one_line(texts.get(field.name))))
 
     def build(**values: Any) -> Any:
@@ -165,6 +272,10 @@ def _one_line(text: str | None) -> str:
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     """The type and the metadata of an annotation."""
     return (hint.__origin__, hint.__metadata__) if typing.get_origin(hint) is Annotated else (hint, ())
+
+
+def _has_choices(kind: Any) -> bool:
+    return any(typing.get_origin(option) is typing.Literal for option in _alternatives(kind))
 
 
 def _annotated(kind: Any, marks: tuple[Any, ...]) -> Any:

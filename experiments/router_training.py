@@ -1,7 +1,7 @@
 """Which adapters matter most: those of attention, of the experts, of the routers, or all of them?
 
-    bimedix upcycle --output runs/mixture --drop-rate 0.5
-    bimedix data pack --records sample --split train --tokenizer runs/mixture --sequence-length 1024 --output runs/rows
+    bimedix upcycle --out runs/mixture --drop-rate 0.5
+    bimedix data pack --records sample --split train --tokenizer runs/mixture --sequence-length 1024 --out runs/rows
     python experiments/router_training.py --arm attention --data runs/rows --model runs/mixture --out runs/attention
     bimedix eval run --model runs/mixture --base nf4 --adapter runs/attention/adapter --heldout sample
 

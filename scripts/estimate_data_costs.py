@@ -88,7 +88,7 @@ def estimate(name: str, count: int, task: Task[Any], rows: list[Record], scratch
 
 def estimates(rows: dict[str, list[Record]], scratch: Path) -> list[Row]:
     """With the defaults of both commands."""
-    options: dict[str, Any] = {"sources": (), "output": Path(), "llm": MODEL}
+    options: dict[str, Any] = {"sources": (), "out": Path(), "llm": MODEL}
     translate = data_translate.task_of(data_translate.Config(**options))
     found = [estimate(f"translation, {kind}", TRANSLATED[kind], translate, rows[kind], scratch) for kind in rows]
     return [*found, estimate("chats", CHATS, data_chats.task_of(data_chats.Config(**options)), rows["mcqa"], scratch)]

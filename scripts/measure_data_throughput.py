@@ -251,7 +251,7 @@ def children_seconds() -> float:
 def pack(folder: Path, name: str, workers: int) -> dict[str, Any]:
     """`bimedix data pack` of a file of records in `folder`."""
     where = ("--records", str(folder / name), "--tokenizer", str(folder / "tokenizer"), "--template", "mixtral")
-    how = ("--output", str(folder / "packed"), "--sequence-length", str(SEQUENCE), "--overwrite")
+    how = ("--out", str(folder / "packed"), "--sequence-length", str(SEQUENCE), "--overwrite")
     return command("data", "pack", *where, *how, "--workers", str(workers))
 
 
@@ -318,8 +318,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     evaluation = [str(folder / f"evaluation_{language}.jsonl") for language in ("en", "ar")]
     sources = [str(folder / f"{language}.jsonl") for language in ("en", "ar")]
     inputs = ("--sources", *sources, "--evaluation", *evaluation)
-    assembled = command("data", "assemble", *inputs, "--output", str(folder / "assembled"))
-    mixed = command("data", "mix", *inputs, "--output", str(folder / "set"), *workers)
+    assembled = command("data", "assemble", *inputs, "--out", str(folder / "assembled"))
+    mixed = command("data", "mix", *inputs, "--out", str(folder / "set"), *workers)
     packed = pack(folder, "set/train.jsonl", arguments.workers)
     caught, others = found(folder / "set" / "contamination.jsonl", planted["contaminated"])
     repeated, unplanned = found(folder / "set" / "duplicates.jsonl", set(planted["repeated"]) - planted["contaminated"])

@@ -39,7 +39,7 @@ START_SECONDS = 2.5  # a process without any request to send takes at most about
 
 def command(records: Path, output: Path, server: Server) -> list[str]:
     words = [sys.executable, "-m", "bimedix_jax", "data", "translate", "--sources", str(records)]
-    words += ["--output", str(output), "--llm.model", "rule", "--llm.base-url", server.url, "--llm.api-key-env", ""]
+    words += ["--out", str(output), "--llm.model", "rule", "--llm.base-url", server.url, "--llm.api-key-env", ""]
     return [*words, "--llm.concurrency", str(CONCURRENCY), "--overwrite", "--json"]
 
 

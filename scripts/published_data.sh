@@ -41,10 +41,10 @@ limits=()
 measure=("$bimedix" eval run --model "$out/base" --base nf4 --heldout "$out/records/heldout.jsonl" --tasks all
     --data "$data" "${limits[@]}")
 
-once "$out/base" "$bimedix" upcycle --output "$out/base"
-once "$out/records" "$bimedix" data assemble published-data --data "$data" --output "$out/records"
+once "$out/base" "$bimedix" upcycle --out "$out/base"
+once "$out/records" "$bimedix" data assemble published-data --data "$data" --out "$out/records"
 once "$out/packed" "$bimedix" data pack --records "$out/records/train.jsonl" --tokenizer "$out/base" \
-    --output "$out/packed" --sequence-length 1024
+    --out "$out/packed" --sequence-length 1024
 once "$out/before.json" "${measure[@]}" --out "$out/before.json"
 resume=()
 [[ -e "$out/run/config.json" ]] && resume=(--resume)

@@ -6,7 +6,9 @@ import io
 from typing import Annotated, Literal
 
 import pytest
+import tyro
 
+from bimedix_jax.errors import UsageError
 from bimedix_jax.options import Assignment, ChangesField, changed_fields, read_options
 
 
@@ -44,6 +46,12 @@ class Config:
     """Layers; by default all."""
     set: tuple[Assignment, ...] = ()
     """Fields."""
+    out: str | None = None
+    """Where it goes."""
+    loud: bool = False
+    """Whether."""
+    max_rows: int = 1
+    """Most rows."""
     server: Server = dataclasses.field(default_factory=Server)
     """Where it is done."""
     other: Server = Server(url="http://there")
@@ -89,6 +97,58 @@ def test_wrong_options_exit_with_2(words, capsys):
         read(*words)
     assert left.value.code == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "a", "--name", "b"], "--name is given twice (--name a, --name b); give it once"),
+        (["--name=a", "--rows", "2", "--name=b"], "--name is given twice (--name=a, --name=b)"),
+        (["--name", "a", "--name", "a", "--name", "a"], "--name is given 3 times"),
+        (["--loud", "--no-loud"], "--loud is given twice (--loud, --no-loud)"),
+        (["--max_rows", "1", "--max-rows", "2"], "--max-rows is given twice (--max_rows 1, --max-rows 2)"),
+        (["--server.limit", "1", "--server.limit", "2"], "--server.limit is given twice"),
+        (["--set", "a.b=1", "a.b=2"], "--set a.b is given twice"),
+        (["--set", "a.b=1", "--set", "a=null"], "--set a.b and --set a change the same field"),
+        (["--set", "batch.rows=1", "--rows", "2"], "--rows and --set batch.rows change the same field"),
+        (["--set", "batch=null", "--rows", "2"], "--rows and --set batch change the same field"),
+        (["--output", "x"], "--output is now --out in `bimedix test`; write --out"),
+        (["--output=x"], "--output is now --out"),
+        (["more"], "`bimedix test` takes no further word, and got 'more'; the folder to write is named with --out DIR"),
+        (["--loud", "more", "--out", "x"], "`bimedix test` takes no further word, and got 'more'"),
+        (["--", "more"], "takes no further word, and got 'more'"),
+    ],
+)
+def test_repeated_options_old_names_and_loose_words_are_refused(words, message):
+    with pytest.raises(UsageError) as refused:
+        read(*words)
+    assert message in str(refused.value)
+
+
+def test_positionals_are_counted_and_named():
+    @dataclasses.dataclass(frozen=True)
+    class Conversion:
+        """Convert."""
+
+        source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+        """What."""
+        out: str
+        """Where."""
+
+    assert read_options(Conversion, ["a", "--out", "b"], "x") == Conversion("a", "b")
+    with pytest.raises(UsageError, match="takes SRC and no further word, and got 'b'"):
+        read_options(Conversion, ["a", "b"], "x")
+
+
+def test_fields_that_do_not_overlap_may_be_set_together():
+    assert read("--set", "a.b=1", "a.bc=2", "a.c=3", "--rows", "4").rows == 4
+
+
+def test_the_help_wins_over_other_errors(capsys):
+    with pytest.raises(SystemExit) as left:
+        read("--output", "x", "--help")
+    assert left.value.code == 0
+    capsys.readouterr()
 
 
 def test_the_name_none_is_an_ordinary_text():

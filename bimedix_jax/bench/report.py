@@ -17,7 +17,7 @@ def check(config: MixtralConfig, positions: int) -> None:
     if positions > config.max_position_embeddings:
         raise BimedixError(
             f"The benchmark needs {positions} positions, the model has {config.max_position_embeddings}; lower "
-            "--length, --prompt, --steps or --repetitions."
+            "--length, --prompt-tokens, --steps or --repetitions."
         )
 
 

@@ -160,7 +160,7 @@ def read_config(folder: str | Path, ignore_config_keys: Collection[str] = ()) ->
     kind = raw.get("model_type")
     if kind in DENSE_TYPES:
         raise BimedixError(
-            f"{folder} is a dense {kind} model; make it a mixture first: `bimedix upcycle --base {folder}`."
+            f"{folder} is a dense {kind} model; make it a mixture first: `bimedix upcycle --model {folder}`."
         )
     if kind != "mixtral":
         raise BimedixError(f"{folder} has model_type {kind!r}; only 'mixtral' can be loaded.")

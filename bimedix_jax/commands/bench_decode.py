@@ -29,7 +29,7 @@ class Config:
     """Tokens of a row of the prefill."""
     decode_batches: tuple[int, ...] = (1, 8)
     """Batch sizes of decoding; each gives one result."""
-    prompt: int = 128
+    prompt_tokens: int = 128
     """Tokens of the prompt that is decoded from."""
     steps: int = 24
     """Tokens decoded in each repetition; the cache keeps growing."""
@@ -45,18 +45,26 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Measures the rows `prefill` and `decode_b<batch size>`."""
     from bimedix_jax.bench import model, report, whole
 
-    sizes = (config.batch, config.length, config.prompt, config.steps, config.repetitions, *config.decode_batches)
+    sizes = (
+        config.batch,
+        config.length,
+        config.prompt_tokens,
+        config.steps,
+        config.repetitions,
+        *config.decode_batches,
+    )
     if min(sizes) < 1:
         raise BimedixError("All sizes and --repetitions must be at least 1; correct them")
     startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
-    report.check(architecture, max(config.length, config.prompt + config.steps * (config.repetitions + 7) + 1))
+    report.check(architecture, max(config.length, prompt + steps * (config.repetitions + 7) + 1))
     versions = report.versions(config.against is not None)
     options = whole.Options(config=architecture, against=config.against is not None, repetitions=config.repetitions)
     rows = [whole.prefill_row(options, config.base, config.batch, config.length)]
     rows += [
-        whole.decoding_row(options, config.base, batch, config.prompt, config.steps) for batch in config.decode_batches
+        whole.decoding_row(options, config.base, batch, config.prompt_tokens, config.steps)
+        for batch in config.decode_batches
     ]
     console.print(report.table(rows))
-    shape = {"batch": config.batch, "length": config.length, "prompt": config.prompt, "steps": config.steps}
+    shape = {"batch": config.batch, "length": config.length, "prompt": prompt, "steps": steps}
     return versions | shape | {"size": config.size, "rows": rows}

@@ -24,7 +24,7 @@ class Config:
     reader: `table=qa.csv?question=Q&answer=A&licence=MIT`.
     """
 
-    output: Path
+    out: Path
     """Folder to write: train.jsonl, heldout.jsonl, quarantine.jsonl, report.json."""
 
     recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE|FILE")] = None
@@ -64,7 +64,7 @@ class Config:
     """Print what would be read from where, and exit."""
 
     overwrite: bool = False
-    """Replace the output folder if it exists."""
+    """Replace --out if it exists."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -80,10 +80,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         result = {"sources": [*map(describe, recipe.sources)], "evaluation": [*map(describe, recipe.evaluation)]}
         _print_sources(result, console)
         return {"recipe": recipe.name, "left_out": list(recipe.left_out), **result}
-    with files.new_folder(config.output, config.overwrite) as folder:
+    with files.new_folder(config.out, config.overwrite) as folder:
         report = assemble.assemble(recipe, folder, config.allow_counts)
     _print(report, config, console)
-    return {"output": str(config.output), **report}
+    return {"output": str(config.out), **report}
 
 
 def _recipe(config: Config) -> "ResolvedRecipe":
@@ -130,7 +130,7 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
 
     from bimedix_jax.curation.assembly.assemble import QUARANTINE
 
-    table = Table("source", title=f"records in {config.output}")
+    table = Table("source", title=f"records in {config.out}")
     for name in ("train", "heldout"):
         table.add_column(name, justify="right")
     for source, row in report["records"].items():
@@ -142,7 +142,7 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     for sentence in report["unexpected"]:
         console.print(f"[bold yellow]differs from the recipe:[/] {sentence}", highlight=False)
     if report["quarantined"]:
-        where = config.output / QUARANTINE
+        where = config.out / QUARANTINE
         console.print(f"[bold yellow]{report['quarantined']:,} rows were left out[/], each with its reason in {where}:")
         for row in report["reasons"][:12]:
             console.print(f"  {row['rows']:,} of {row['source']}: {row['reason']}", highlight=False, markup=False)

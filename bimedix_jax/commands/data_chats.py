@@ -20,12 +20,12 @@ class Config:
 
     Estimate requests and cost without sending anything:
 
-        bimedix data chats --sources train.jsonl --output chats --llm.model gpt-4o-mini \\
+        bimedix data chats --sources train.jsonl --out chats --llm.model gpt-4o-mini \\
             --prices gpt-4o-mini=0.15/0.075/0.60 --dry-run
 
     With a switch between English and Arabic in every fifth chat:
 
-        bimedix data chats --sources train.jsonl --output chats --switch-share 0.2 --llm.model gpt-4o-mini \\
+        bimedix data chats --sources train.jsonl --out chats --switch-share 0.2 --llm.model gpt-4o-mini \\
             --judge.model qwen3-32b --judge.base-url http://127.0.0.1:8000/v1 --judge.api-key-env ''
 
     A turn is an exchange: the patient speaks and the doctor replies. To resume after Ctrl-C, SIGTERM or SIGKILL, run
@@ -35,7 +35,7 @@ class Config:
     sources: tuple[str, ...]
     """The questions: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
 
-    output: Path
+    out: Path
     """Folder to write: chats.jsonl, rejected.jsonl (questions without a chat, and why), report.json."""
 
     llm: LlmConfig
@@ -45,7 +45,7 @@ class Config:
     """The model that judges; options that are not given are those of the writer."""
 
     store: Path | None = None
-    """SQLite file with all replies; by default next to the output folder, with `.sqlite` added to its name."""
+    """SQLite file with all replies; by default next to --out, with `.sqlite` added to its name."""
 
     turns: float = 4.7
     """Mean number of turns; the paper's English chats have 4.71."""
@@ -96,7 +96,7 @@ class Config:
     """Print the estimate and send nothing."""
 
     overwrite: bool = False
-    """Replace the output folder if it exists."""
+    """Replace --out if it exists."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 100:
@@ -176,7 +176,7 @@ def _print_forecast(forecast: "Forecast", console: Console) -> dict[str, Any]:
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     mean = "" if report["mean_turns"] is None else f", {report['mean_turns']:.2f} turns on average"
     console.print(
-        f"{report['chats']:,} chats of {report['questions']:,} questions in {config.output}{mean}, "
+        f"{report['chats']:,} chats of {report['questions']:,} questions in {config.out}{mean}, "
         f"{report['switched']:,} with a change of language",
         highlight=False,
     )

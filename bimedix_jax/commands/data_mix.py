@@ -19,7 +19,7 @@ class Config:
     """Sources to mix: NAME=PLACE with the name of a reader, `sample`, or paths of JSONL files of records. Of records
     with the same id or nearly the same text, the first is kept."""
 
-    output: Path
+    out: Path
     """Folder to write: train.jsonl, README.md (the data card), report.json, and lists of the removed records."""
 
     evaluation: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Config:
     """Number of worker processes, by default one per core; 0 uses none. The set does not depend on it."""
 
     overwrite: bool = False
-    """Replace the output folder if it exists."""
+    """Replace --out if it exists."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -97,10 +97,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         template=config.template,
         workers=workers_of(config.workers),
     )
-    with files.new_folder(config.output, config.overwrite) as folder:
+    with files.new_folder(config.out, config.overwrite) as folder:
         report = mix(mix_config, folder)
     _print(report, config, console)
-    return {"output": str(config.output), **report}
+    return {"output": str(config.out), **report}
 
 
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
@@ -113,7 +113,7 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     print_tables(report["tables"], config.tokenizer is not None, console)
     measures = {"samples": "by samples", "tokens": "by tokens", "learned_tokens": "by supervised tokens"}
     shown = list(measures) if config.tokenizer is not None else ["samples"]
-    table = Table("kind", *(measures[name] for name in shown), title=f"Arabic to English in {config.output}")
+    table = Table("kind", *(measures[name] for name in shown), title=f"Arabic to English in {config.out}")
     for row in report["ratios"]:
         table.add_row(row["kind"], *(shown_ratio(row[name]) for name in shown))
     console.print(table)

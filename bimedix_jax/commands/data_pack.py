@@ -22,7 +22,7 @@ class Config:
     tokenizer: Path
     """Checkpoint folder with tokenizer.json or tokenizer.model."""
 
-    output: Path
+    out: Path
     """Folder to write: rows.array_record and index.json."""
 
     sequence_length: int = 2048
@@ -53,7 +53,7 @@ class Config:
     """Number of worker processes, by default one per core; 0 uses none. The rows do not depend on it."""
 
     overwrite: bool = False
-    """Replace the output folder if it exists."""
+    """Replace --out if it exists."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     }
     report = pack.PackReport()
     started = time.monotonic()
-    with files.new_folder(config.output, config.overwrite) as folder:
+    with files.new_folder(config.out, config.overwrite) as folder:
         rows = pack.pack(
             _examples(config, workers),
             config.sequence_length,
@@ -102,7 +102,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     seconds = time.monotonic() - started
     _print(index, config, console)
     console.print(f"{index['tokens'] / seconds:,.0f} tokens a second with {max(workers, 1)} processes")
-    return {"output": str(config.output), **index, "seconds": seconds, "tokens_per_s": index["tokens"] / seconds}
+    return {"output": str(config.out), **index, "seconds": seconds, "tokens_per_s": index["tokens"] / seconds}
 
 
 def _examples(config: Config, workers: int) -> "Iterator[Example]":
@@ -144,7 +144,7 @@ def _existing(path: str) -> Path:
 def _print(index: dict[str, Any], config: Config, console: Console) -> None:
     from rich.table import Table
 
-    table = Table("language", "kind", "source", title=f"packed into {config.output}")
+    table = Table("language", "kind", "source", title=f"packed into {config.out}")
     for name in ("records", "tokens", "learned tokens"):
         table.add_column(name, justify="right")
     for group in index["groups"]:

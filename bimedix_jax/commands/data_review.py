@@ -19,10 +19,10 @@ TRANSLATED, VERDICTS, REPORT = "translated.jsonl", "verdicts.jsonl", "report.jso
 class Config:
     """Export translations for review, import verdicts, print agreement, correlation with the judge and error bounds.
 
-        bimedix data review export --items arabic/review.jsonl --output to_review --form csv \\
+        bimedix data review export --items arabic/review.jsonl --out to_review --form csv \\
             --reviewers first second
         bimedix data review import --items arabic/review.jsonl --verdicts first.csv second.csv \\
-            --translated arabic/translated.jsonl --output arabic_reviewed
+            --translated arabic/translated.jsonl --out arabic_reviewed
         bimedix data review statistics --items arabic/review.jsonl --verdicts first.csv second.csv
 
     The ending of a file with verdicts gives its format: .json is Label Studio's export; `export` writes .csv and
@@ -35,7 +35,7 @@ class Config:
     items: Path
     """review.jsonl of `bimedix data translate`."""
 
-    output: Path | None = None
+    out: Path | None = None
     """Folder to write. export: files for the reviewers and their guidelines. import: translated.jsonl, verdicts.jsonl,
     report.json."""
 
@@ -69,7 +69,7 @@ class Config:
     """Seed of the order of items at export and of resampling for intervals."""
 
     overwrite: bool = False
-    """Replace the output folder if it exists."""
+    """Replace --out if it exists."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 1:
@@ -100,19 +100,19 @@ def _export(config: Config, items: "list[ReviewItem]", console: Console) -> dict
     from bimedix_jax.curation.review import export
     from bimedix_jax.errors import BimedixError
 
-    if config.output is None:
-        raise BimedixError("export needs --output: the folder for the reviewers' files")
+    if config.out is None:
+        raise BimedixError("export needs --out: the folder for the reviewers' files")
     wanted = [item for item in items if not config.reasons or item.reason in config.reasons]
     chosen = export.in_order(wanted, config.seed)[: config.limit]
     if not chosen:
         raise BimedixError(f"{config.items} holds no item to review" + (" for these reasons" if config.reasons else ""))
-    with files.new_folder(config.output, config.overwrite) as folder:
+    with files.new_folder(config.out, config.overwrite) as folder:
         counts = export.write(folder, chosen, config.form, not config.show_machine, config.reviewers, config.overlap)
     for name, number in counts.items():
-        console.print(f"{number:,} items in {config.output / name}", highlight=False)
+        console.print(f"{number:,} items in {config.out / name}", highlight=False)
     if config.form == "label-studio":
         console.print("paste label_studio.xml as the labelling interface, import the tasks, export as JSON")
-    return {"output": str(config.output), "items": len(chosen), "files": counts}
+    return {"output": str(config.out), "items": len(chosen), "files": counts}
 
 
 def _verdicts(config: Config, items: "dict[str, ReviewItem]") -> "list[Verdict]":
@@ -140,10 +140,10 @@ def _import(
     from bimedix_jax.data.records import write_jsonl
     from bimedix_jax.errors import BimedixError
 
-    if config.output is None:
-        raise BimedixError("import needs --output: the folder for the reviewed translations")
+    if config.out is None:
+        raise BimedixError("import needs --out: the folder for the reviewed translations")
     settled = settle(items.values(), verdicts)
-    with files.new_folder(config.output, config.overwrite) as folder:
+    with files.new_folder(config.out, config.overwrite) as folder:
         records = write_jsonl(folder / TRANSLATED, merge(config.translated, settled))
         lines = "".join(dump(verdict) + "\n" for verdict in latest(verdicts))
         (folder / VERDICTS).write_text(lines, encoding="utf-8", newline="\n")
@@ -151,13 +151,13 @@ def _import(
         result = {"records": records, **counts(settled), "statistics": statistics}
         (folder / REPORT).write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     _print_settled(config, settled, result, console)
-    return {"output": str(config.output), **result}
+    return {"output": str(config.out), **result}
 
 
 def _print_settled(config: Config, settled: "list[Settled]", result: dict[str, Any], console: Console) -> None:
     names = ("accepted", "edited", "rejected", "undecided", "unreviewed")
     console.print(", ".join(f"{result[name]:,} {name}" for name in names), highlight=False)
-    console.print(f"{result['records']:,} records in {config.output}", highlight=False)
+    console.print(f"{result['records']:,} records in {config.out}", highlight=False)
     if result["undecided"]:
         console.print("[bold yellow]undecided items[/] have equal numbers for and against: ask one more reviewer")
     if result["differing_edits"]:

@@ -20,12 +20,12 @@ class Config:
 
     Estimate requests and cost without sending anything:
 
-        bimedix data translate --sources train.jsonl --output arabic --llm.model small-model \\
+        bimedix data translate --sources train.jsonl --out arabic --llm.model small-model \\
             --prices small-model=0.15/0.075/0.60 --dry-run
 
     With another model as judge, limits on requests, and a budget:
 
-        bimedix data translate --sources train.jsonl --output arabic --llm.model small-model \\
+        bimedix data translate --sources train.jsonl --out arabic --llm.model small-model \\
             --llm.requests-per-minute 500 --llm.tokens-per-minute 200000 --llm.concurrency 32 \\
             --judge.model other-model --judge.base-url http://127.0.0.1:8000/v1 --judge.api-key-env '' \\
             --budget-tokens 2000000
@@ -36,7 +36,7 @@ class Config:
     sources: tuple[str, ...]
     """What to translate: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
 
-    output: Path
+    out: Path
     """Folder to write: translated.jsonl, review.jsonl (for `bimedix data review`), report.json."""
 
     llm: LlmConfig
@@ -46,7 +46,7 @@ class Config:
     """The model that scores; options that are not given are those of the translator."""
 
     store: Path | None = None
-    """SQLite file with all replies; by default next to the output folder, with `.sqlite` added to its name."""
+    """SQLite file with all replies; by default next to --out, with `.sqlite` added to its name."""
 
     threshold: float = 85.0
     """Lowest accepted score, of 100; a flag of the checks also prevents acceptance. The paper does not give its own."""
@@ -88,7 +88,7 @@ class Config:
     """Print the estimate and send nothing."""
 
     overwrite: bool = False
-    """Replace the output folder if it exists."""
+    """Replace --out if it exists."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 100:
@@ -143,7 +143,7 @@ def not_english(record: "Record") -> str | None:
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     share = report["accepted"] / report["records"] if report["records"] else 0.0
     console.print(
-        f"{report['accepted']:,} of {report['records']:,} translations accepted ({share:.1%}), in {config.output}"
+        f"{report['accepted']:,} of {report['records']:,} translations accepted ({share:.1%}), in {config.out}"
     )
     if report["review"]:
         listed = ", ".join(f"{number:,} {reason}" for reason, number in report["review"].items())

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from rich.console import Console
 
 from bimedix_jax.errors import BimedixError
@@ -54,7 +55,7 @@ class Config:
     adapter), limit, records, template and tokenizer."""
     force: bool = False
     """Compare with another model, limit or protocol too."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file to write the result to; by default it is only printed. NAME.predictions.jsonl in the same folder gets
     one line for each question."""
     overwrite: bool = False

@@ -33,7 +33,7 @@ class Config:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Checkpoint folder (native or Hugging Face) or hub id."""
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    out: Path
     """Folder to write."""
     format: Literal["hf", "peft", "bitsandbytes"] = "hf"
     """hf: the whole model in 16 or 32 bits. peft: the adapters. bitsandbytes: the model in 4 bits."""
@@ -60,7 +60,7 @@ class Config:
     max_shard_gb: float = 5.0
     """Largest safetensors file in GB (10^9 bytes); a larger model is split into several files with an index."""
     overwrite: bool = False
-    """Replace the destination if it is not empty."""
+    """Replace --out if it is not empty."""
     router: str | None = None
     """Router variant (topk, softmax_topk, sigmoid_bias); by default the one that the model was trained with."""
     ignore_config_key: tuple[str, ...] = ()
@@ -74,7 +74,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.process.folders import WRITTEN
 
     check(config)
-    check_replaceable(config.destination, config.overwrite)
+    check_replaceable(config.out, config.overwrite)
     check_tokenizer(config)
     base = config.base or ("nf4" if config.format == "bitsandbytes" else None)
     model = load(
@@ -86,9 +86,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         router=config.router,
     )
     result = write(config, model, console)
-    files = sorted(path.name for path in config.destination.iterdir() if path.name != WRITTEN)
-    console.print(f"{config.destination}: {len(files)} files", highlight=False)
-    return {"output": str(config.destination), "files": files, **result}
+    files = sorted(path.name for path in config.out.iterdir() if path.name != WRITTEN)
+    console.print(f"{config.out}: {len(files)} files", highlight=False)
+    return {"output": str(config.out), "files": files, **result}
 
 
 def check(config: Config) -> None:
@@ -134,15 +134,15 @@ def write(config: Config, model: "Mixtral", console: Console) -> dict[str, Any]:
     if config.format == "peft" and config.layout != "attention":
         from bimedix_jax.checkpoint.peft_write import export_peft
 
-        export_peft(model, config.destination, config.layout, overwrite=config.overwrite)
+        export_peft(model, config.out, config.layout, overwrite=config.overwrite)
     elif config.format == "bitsandbytes":
         from bimedix_jax.checkpoint.bnb import export_bnb
 
-        export_bnb(model, config.destination, config.layout, config.tokenizer_from, config.overwrite, shard_bytes)
+        export_bnb(model, config.out, config.layout, config.tokenizer_from, config.overwrite, shard_bytes)
     else:
         if model.lora is not None:
             raise BimedixError(WHICH)
-        export_hf(model, config.destination, config.tokenizer_from, config.overwrite, shard_bytes)
+        export_hf(model, config.out, config.tokenizer_from, config.overwrite, shard_bytes)
     return {}
 
 
@@ -161,7 +161,7 @@ def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) 
     dtype = config.dtype or "bfloat16"
     merged = export_merged(
         model,
-        config.destination,
+        config.out,
         config.merge,
         dtype=dtype,
         tokenizer_from=config.tokenizer_from,
@@ -175,7 +175,7 @@ def merge(config: Config, model: "Mixtral", shard_bytes: int, console: Console) 
     report |= {"base": base, "trained_over": base if trained is None else trained.base}
     if observed is None:
         return report
-    ours = observe(load(config.destination, dtype), texts)
+    ours = observe(load(config.out, dtype), texts)
     report["drift"] = drift(observed, ours)
     print_drift(base, report["drift"], console)
     if report["trained_over"] != base and not is_native(resolve(config.source, config.revision)):

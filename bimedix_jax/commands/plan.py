@@ -10,7 +10,7 @@ from rich.console import Console
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override, read
 from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig
-from bimedix_jax.options import Assignment
+from bimedix_jax.options import Assignment, ChangesField, changed_fields
 from bimedix_jax.presets import PRESETS
 
 DEFAULT = "bimedix-mixtral-8x7b"
@@ -33,15 +33,15 @@ class Config:
     experiment's random model, or else mixtral-8x7b."""
     set: tuple[Assignment, ...] = ()
     """Fields of the experiment by dotted name and JSON value, such as data.sequence_length=2048 batch.rows=16."""
-    router: str | None = None
-    """Router variant (topk, softmax_topk, sigmoid_bias); by default the experiment's."""
+    router: Annotated[str | None, ChangesField("router.variant")] = None
+    """Router variant (topk, softmax_topk, sigmoid_bias)."""
     fit: bool = False
     """If the run does not fit, change its settings until it does, and list the changes."""
     inference: bool = True
     """Compile the prefill and the decoding step too."""
     prompt_tokens: int = 512
     """Tokens of a prompt in the prefill."""
-    prompts: int = 1
+    batch: int = 1
     """Prompts in a batch of inference."""
 
 
@@ -52,8 +52,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.plan.page import show
     from bimedix_jax.plan.report import estimate_inference, estimate_training, to_document
 
-    if config.prompt_tokens < 1 or config.prompts < 1:
-        raise BimedixError("--prompt-tokens or --prompts is below 1; give at least 1.")
+    if config.prompt_tokens < 1 or config.batch < 1:
+        raise BimedixError("--prompt-tokens or --batch is below 1; give at least 1.")
     experiment, where = resolve(config), target(config.devices)
     architecture = architecture_of(config.model, experiment)
     progress = Console(stderr=True)
@@ -66,9 +66,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     document = {"model": config.model or experiment.name, **to_document(planned), "changed": changed}
     if config.inference:
         with progress.status(f"compiling prefill and decoding for {where.name}"):
-            document |= estimate_inference(
-                architecture, planned.experiment, where, config.prompts, config.prompt_tokens
-            )
+            document |= estimate_inference(architecture, planned.experiment, where, config.batch, config.prompt_tokens)
     document |= {"assumptions": assumptions(where.device), "experiment": planned.experiment.to_dict()}
     show(document, console)
     return document
@@ -87,8 +85,7 @@ def resolve(config: Config) -> Experiment:
         experiment = read(name)
     else:
         raise BimedixError(f"{name} is neither a preset ({', '.join(PRESETS)}) nor a file; correct it.")
-    asked = {} if config.router is None else {"router.variant": config.router}
-    return override(experiment, asked | dict(config.set))
+    return override(experiment, changed_fields(config) | dict(config.set))
 
 
 def architecture_of(model: str | None, experiment: Experiment) -> MixtralConfig:

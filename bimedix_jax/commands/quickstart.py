@@ -27,7 +27,7 @@ class Config:
     """Run the same pipeline on a tiny random model, in under a minute and without a download."""
     steps: int | None = None
     """Optimiser steps; by default the preset's."""
-    base: str = "smollm2-135m"
+    model: str = "smollm2-135m"
     """Dense model to start from: smollm2-135m, a Hugging Face folder, a .gguf file or a hub id."""
 
 
@@ -41,7 +41,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.quickstart import job
 
     make = job.QuickstartOptions
-    options = make.read(folder) if config.resume else make.of(config.smoke, config.steps, config.base)
+    options = make.read(folder) if config.resume else make.of(config.smoke, config.steps, config.model)
     return job.run_quickstart(folder, options, config.resume, console)
 
 

@@ -21,7 +21,7 @@ class Config:
     experiment, such as the config.json of an earlier run. Options change its fields; the others keep their values.
     """
 
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    out: Path
     """Folder of the run: config.json, metrics.jsonl, checkpoints, and the adapter at the end."""
     preset: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET|FILE")] = None
     """Preset or experiment file; with --resume, by default the one of the run."""

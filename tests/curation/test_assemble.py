@@ -100,15 +100,15 @@ def test_assemble_pack_and_stats_run_on_the_sample(
     tmp_path: Path, bytes_tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, rows, tokenizer = tmp_path / "records", tmp_path / "rows", str(bytes_tokenizer.folder)
-    assert main(["data", "assemble", "--sources", "sample", "--output", str(out), "--json"]) == 0
+    assert main(["data", "assemble", "--sources", "sample", "--out", str(out), "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["train"] + report["heldout"] == len(list(records.sample()))
     packing = ["--records", str(out / "train.jsonl"), "--tokenizer", tokenizer, "--sequence-length", "4096"]
-    assert main(["data", "pack", *packing, "--output", str(rows), "--json"]) == 0
+    assert main(["data", "pack", *packing, "--out", str(rows), "--json"]) == 0
     index = json.loads(capfd.readouterr().out)
     assert index["examples"] == report["train"]
     assert index["efficiency"] > 0.9
-    assert main(["data", "pack", *packing, "--output", str(rows)]) == 1
+    assert main(["data", "pack", *packing, "--out", str(rows)]) == 1
     assert "pass --overwrite" in capfd.readouterr().err
     assert main(["data", "stats", "--tokenizer", tokenizer, "--examples", "1"]) == 0
     shown = capfd.readouterr().out
@@ -169,7 +169,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_row_is_a_record_or_quarantined_with_its_reason(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = data.parent / "out"
     arguments = ["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--json"]
-    assert main([*arguments, "--output", str(out)]) == 0
+    assert main([*arguments, "--out", str(out)]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["train"] + report["heldout"] + report["quarantined"] == 30 + 40
     assert {row["reason"] for row in report["reasons"]} == {
@@ -186,9 +186,9 @@ def test_every_row_is_a_record_or_quarantined_with_its_reason(data: Path, capfd:
 def test_the_same_sources_give_the_same_bytes(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--json"]
     first, second = data.parent / "first", data.parent / "second"
-    assert main([*arguments, "--output", str(first)]) == 0
+    assert main([*arguments, "--out", str(first)]) == 0
     report = json.loads(capfd.readouterr().out)
-    assert main([*arguments, "--output", str(second)]) == 0
+    assert main([*arguments, "--out", str(second)]) == 0
     assert contents(first) == contents(second)
     assert hashlib.sha256(contents(first)["train.jsonl"]).hexdigest() == report["sha256"]["train.jsonl"]
 
@@ -196,7 +196,7 @@ def test_the_same_sources_give_the_same_bytes(data: Path, capfd: pytest.CaptureF
 def test_unexpected_counts_raise_unless_allowed(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, out = data.parent / "tiny.toml", data.parent / "o"
     file.write_text(RECIPE.replace("rows = 30", "rows = 31").replace("records = 38", "records = [39, 50]"))
-    common = ["data", "assemble", str(file), "--data", str(data), "--output", str(out)]
+    common = ["data", "assemble", str(file), "--data", str(data), "--out", str(out)]
     assert main(common) == 1
     said = capfd.readouterr().err
     assert "doctor has 30 rows, expected are 31; exams has 38 records, expected are 39 to 50: " in said
@@ -216,8 +216,7 @@ def test_a_licence_that_differs_from_the_recipe_raises(data: Path, capfd: pytest
     text = RECIPE.replace('path = "test.jsonl"', 'path = "test.jsonl"\nlicence = "MIT"')
     (data.parent / "tiny.toml").write_text(text)
     assert (
-        main(["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--output", str(data / "o")])
-        == 1
+        main(["data", "assemble", str(data.parent / "tiny.toml"), "--data", str(data), "--out", str(data / "o")]) == 1
     )
     assert "x of test has licence 'l', but the recipe states 'MIT'" in capfd.readouterr().err
 
@@ -225,7 +224,7 @@ def test_a_licence_that_differs_from_the_recipe_raises(data: Path, capfd: pytest
 def test_dry_run_lists_the_place_of_every_source(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file, other = str(data.parent / "tiny.toml"), data / "other.jsonl"
     other.write_text("")
-    dry = ["data", "assemble", file, "--dry-run", "--output", str(data / "o"), "--json"]
+    dry = ["data", "assemble", file, "--dry-run", "--out", str(data / "o"), "--json"]
     assert main([*dry, "--data", str(data), "--skip", "test", "--local", f"exams={other}"]) == 0
     plan = json.loads(capfd.readouterr().out)
     assert [(row["name"], row["from"]) for row in plan["sources"]] == [

@@ -266,7 +266,7 @@ def run(path: Path, server: Any, records: list[Record], **options: Any) -> tuple
     write_jsonl(path / "in.jsonl", records)
     config = data_chats.Config(
         sources=(str(path / "in.jsonl"),),
-        output=path / "out",
+        out=path / "out",
         llm=LlmConfig(model="writer", base_url=server.url, api_key_env="", reasks=1),
         judge=JudgeConfig(model="judge"),
         **{"switch_share": 0.0, "overwrite": True, **options},

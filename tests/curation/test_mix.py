@@ -249,13 +249,13 @@ def test_near_duplicates_can_be_kept_and_the_first_source_has_priority(tmp_path:
 def test_the_command_counts_tokens_as_packing_does(tmp_path: Path, bytes_tokenizer: Tokenizer, capsys) -> None:
     out = str(tmp_path / "set")
     common = ["--tokenizer", str(bytes_tokenizer.folder), "--workers", "0", "--json"]
-    assert main(["data", "mix", "--sources", "sample", "--output", out, *common]) == 0
+    assert main(["data", "mix", "--sources", "sample", "--out", out, *common]) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert "overlap was not checked" in captured.err
     assert "by supervised tokens" in captured.err
     assert "no evaluation set was given" in (tmp_path / "set" / "README.md").read_text()
-    packing = ["--records", f"{out}/train.jsonl", "--output", str(tmp_path / "packed"), "--sequence-length", "65536"]
+    packing = ["--records", f"{out}/train.jsonl", "--out", str(tmp_path / "packed"), "--sequence-length", "65536"]
     assert main(["data", "pack", *packing, *common]) == 0
     packed = json.loads(capsys.readouterr().out)
     total = report["tables"][-1]
@@ -285,6 +285,6 @@ def test_the_command_counts_tokens_as_packing_does(tmp_path: Path, bytes_tokeniz
 def test_invalid_options_and_missing_sources_fail(tmp_path: Path, options: list[str], message: str, capsys) -> None:
     output = tmp_path / "set"
     workers = [] if "--workers" in options else ["--workers", "0"]
-    assert main(["data", "mix", "--sources", "sample", "--output", str(output), *workers, *options]) == 1
+    assert main(["data", "mix", "--sources", "sample", "--out", str(output), *workers, *options]) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [], "no files are left"

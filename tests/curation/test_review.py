@@ -570,7 +570,7 @@ def test_from_export_to_import(tmp_path, capsys):
     write_jsonl(tmp_path / "translated.jsonl", [mcqa(f"q{number}", "ar") for number in range(6)])
     common = ["--items", str(tmp_path / "review.jsonl"), "--json"]
     out = tmp_path / "out"
-    assert main(["data", "review", "export", *common, "--output", str(out), "--form", "csv",
+    assert main(["data", "review", "export", *common, "--out", str(out), "--form", "csv",
                  "--reviewers", "first", "second", "--overlap", "1"]) == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out)["files"] == {"first.csv": 7, "second.csv": 7}
     assert (out / "guidelines.md").exists()
@@ -590,7 +590,7 @@ def test_from_export_to_import(tmp_path, capsys):
             writer.writerows(rows)
     back = ["--verdicts", str(out / "first.csv"), str(out / "second.csv")]
     assert main(["data", "review", "import", *common, *back, "--translated", str(tmp_path / "translated.jsonl"),
-                 "--output", str(tmp_path / "final")]) == 0  # fmt: skip
+                 "--out", str(tmp_path / "final")]) == 0  # fmt: skip
     result = json.loads(capsys.readouterr().out)
     assert (result["accepted"], result["edited"], result["rejected"], result["records"]) == (5, 1, 1, 6)
     final = {record.id: record for record in read_jsonl(tmp_path / "final" / "translated.jsonl")}
@@ -619,8 +619,8 @@ def test_files_without_verdicts_are_an_error(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["statistics"], "needs --verdicts"), (["export"], "needs --output"),
-     (["export", "--output", "x", "--reasons", "flag"], "no item to review")],
+    [(["statistics"], "needs --verdicts"), (["export"], "needs --out"),
+     (["export", "--out", "x", "--reasons", "flag"], "no item to review")],
 )  # fmt: skip
 def test_missing_arguments_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

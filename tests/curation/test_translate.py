@@ -123,7 +123,7 @@ def command(path: Path, server: Any, records: list[Record], **options: Any) -> t
     values: dict[str, Any] = {
         "llm": LlmConfig(model="m", base_url=server.url, api_key_env="", reasks=1, max_attempts=1),
         "judge": JudgeConfig(model="j"),
-        "output": path / "out",
+        "out": path / "out",
         "overwrite": True,
         **options,
     }

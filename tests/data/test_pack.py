@@ -149,7 +149,7 @@ def test_the_rows_do_not_depend_on_the_workers(tmp_path: Path, bytes_tokenizer: 
         out = tmp_path / f"packed{workers}"
         where = ["--records", str(tmp_path / "r.jsonl"), "--tokenizer", str(bytes_tokenizer.folder)]
         how = ["--sequence-length", "4096", "--workers", str(workers), "--seed", "3"]
-        assert main(["data", "pack", *where, *how, "--output", str(out), "--json"]) == 0
+        assert main(["data", "pack", *where, *how, "--out", str(out), "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert report["tokens_per_s"] > 0
         found.append({path.name: path.read_bytes() for path in out.iterdir()})
@@ -165,7 +165,7 @@ def test_packing_takes_a_split_and_a_limit_and_names_wrong_options(
         common = [
             "--tokenizer",
             str(bytes_tokenizer.folder),
-            "--output",
+            "--out",
             out,
             "--overwrite",
             "--workers",

@@ -86,8 +86,8 @@ def test_the_vocabulary_is_read_from_the_configuration_alone(small, folder, tmp_
     [
         ["eval", "run", "--model", "MODEL", "--heldout", "sample"],
         ["chat", "--model", "MODEL", "--prompt", "hello"],
-        ["data", "pack", "--records", "sample", "--tokenizer", "MODEL", "--output", "OUT", "--workers", "0"],
-        ["export", "MODEL", "OUT", "--tokenizer-from", "MODEL"],
+        ["data", "pack", "--records", "sample", "--tokenizer", "MODEL", "--out", "OUT", "--workers", "0"],
+        ["export", "MODEL", "--out", "OUT", "--tokenizer-from", "MODEL"],
     ],
 )
 def test_a_tokenizer_of_another_model_raises_in_every_command(words: list[str], folder, tmp_path, capsys):

@@ -40,7 +40,7 @@ def test_an_arm_runs(tmp_path, capsys):
     length = ["--sequence-length", str(quickstart().data.sequence_length)]
     assert " ".join(length) in STUDY["__doc__"]
     words = ["--records", "sample", "--split", "train", "--limit", "4", *length]
-    assert main(["data", "pack", *words, "--tokenizer", str(folder), "--output", str(tmp_path / "packed")]) == 0
+    assert main(["data", "pack", *words, "--tokenizer", str(folder), "--out", str(tmp_path / "packed")]) == 0
     words = ["--data", str(tmp_path / "packed"), "--model", str(folder), "--out", str(tmp_path / "run"), "--steps", "6"]
     STUDY["main"](["--arm", "router", *words])
     assert "router: 6 steps, last training loss" in capsys.readouterr().out

@@ -30,7 +30,7 @@ class JobOptions:
     """The options that both commands have; their help describes them."""
 
     sources: tuple[str, ...]
-    output: Path
+    out: Path
     llm: LlmConfig
     judge: JudgeConfig
     store: Path | None
@@ -68,7 +68,7 @@ def annotate(
       The document that `--json` prints.
     """
     if not options.dry_run:
-        files.check_replaceable(options.output, options.overwrite)
+        files.check_replaceable(options.out, options.overwrite)
     prices = parse_prices(options.prices)
     if options.prompts is not None:
         for prompts in (task.prompts, task.judge_prompts):
@@ -78,7 +78,7 @@ def annotate(
         console.print(f"[bold yellow]{judge.model} judges its own {task.products}[/]: models favour their own work")
     records = wanted_records(options.sources, options.limit, refusal, console)
     job = Job(records=records, task=task, writer=options.llm, judge=judge)
-    with open_store(options.store or options.output.with_name(f"{options.output.name}.sqlite")) as store:
+    with open_store(options.store or options.out.with_name(f"{options.out.name}.sqlite")) as store:
         forecast = jobs.forecast(job, store)
         rows = show(forecast.estimates, prices, console)
         figures = announce(forecast)
@@ -88,10 +88,10 @@ def annotate(
             return {**figures, "estimate": rows, "ledger": account.rows()}
         running = jobs.annotate(job, account, forecast.records)
         unanswered = run_to_end(running, account, forecast.records, task, options.give_up, console)
-        with files.new_folder(options.output, options.overwrite) as folder:
+        with files.new_folder(options.out, options.overwrite) as folder:
             report = write(folder, jobs.outcomes(job, store), forecast, job.provenance())
         ledger = account.rows()
-    return {"output": str(options.output), **report, "unanswered": unanswered, "estimate": rows, "ledger": ledger}
+    return {"output": str(options.out), **report, "unanswered": unanswered, "estimate": rows, "ledger": ledger}
 
 
 def wanted_records(
