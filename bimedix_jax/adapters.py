@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from rich import box
-from rich.table import Table
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import LORA_TARGETS, LoraConfig
 from bimedix_jax.models.linear import ExpertLinear, Linear, Lora, TrainedParam, lora_axes
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.terminal import FittedTable
 
 
 def linears(model: Mixtral) -> dict[tuple[str, ...], Linear | ExpertLinear]:
@@ -187,16 +187,18 @@ class Coverage:
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
 
-    def table(self) -> Table:
+    def table(self) -> FittedTable:
         """For a terminal of 80 columns or more."""
         share = 100 * self.trainable_parameters / self.total_parameters
         partly = [row for row in self.rows if 0 < row.adapted < row.matrices]
-        table = Table(
+        full = sorted({row.rank for row in self.rows if row.rank is not None and row.full_rank})
+        table = FittedTable(
             title="Coverage: every base tensor, its storage and its adapter",
             caption="\n".join(
                 [
                     f"{self.trainable_parameters:,} trainable of {self.total_parameters:,} ({share:.2f} %); "
                     f"base {self.base_bytes / 2**30:.2f} GiB",
+                    *(f"rank {rank} (full rank): its adapter can represent every change of a matrix" for rank in full),
                     *(f"part: {row.name} has {row.adapted} of {row.matrices} matrices adapted" for row in partly),
                 ]
             ),
@@ -204,11 +206,13 @@ class Coverage:
             show_edge=False,
             padding=0,
         )
-        table.add_column("tensor", no_wrap=True)
-        for column in ("shape", "params (M)", "bits", "rank", "train (M)"):
-            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("tensor")
+        for column in ("shape", "params (M)", "bits"):
+            table.add_column(column, justify="right")
+        table.add_prose_column("rank", justify="right")
+        table.add_column("train (M)", justify="right")
         for row in self.rows:
-            rank = "-" if row.rank is None else f"{row.rank}" + (" full" if row.full_rank else "")
+            rank = "-" if row.rank is None else f"rank {row.rank} (full rank)" if row.full_rank else f"{row.rank}"
             rank += " part" if 0 < row.adapted < row.matrices else ""
             shape = "x".join(map(str, row.shape))
             trained = f"{row.trainable / 1e6:,.2f}" if row.trainable else "-"

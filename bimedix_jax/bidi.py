@@ -7,11 +7,17 @@ line. A program cannot find out which kind of terminal it writes to, so the user
 """
 
 import re
+from typing import IO
 
 import arabic_reshaper
 from bidi.algorithm import get_display
 
 _ARABIC = re.compile(r"[\u0590-\u08ff]")
+
+
+def is_needed(wanted: bool, stream: IO[str]) -> bool:
+    """Whether lines are printed in visual order: the user asked for it, and `stream` is a terminal and not a file."""
+    return wanted and stream.isatty()
 
 
 def visual(line: str) -> str:

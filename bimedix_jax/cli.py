@@ -148,6 +148,11 @@ def _guarded(
         return _failed(str(error), USAGE)
     except KeyboardInterrupt as stop:
         return _failed(signals.sentence(*stop.args), INTERRUPTED, prefix="")
+    except BimedixError as error:
+        if debug:
+            _print_traceback(error)
+        code, document = _failed(" ".join(str(error).split()), FAILED)
+        return code, document | _plain(error.document)
     except Exception as error:
         if debug:
             _print_traceback(error)
@@ -215,9 +220,8 @@ def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
 
 
 def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
-    from rich.console import Console
-
     from bimedix_jax.options import read_options
+    from bimedix_jax.terminal import Screen
 
     module = importlib.import_module(COMMANDS[name][1])
     flags = " and ".join(f"{flag} ({text})" for flag, text in GLOBAL_FLAGS.items() if flag != "--version")
@@ -225,7 +229,7 @@ def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
     if name in REPEATING:
         startup.reuse_memory()
     startup.prepare()
-    return module.run(config, Console(stderr=as_json))
+    return module.run(config, Screen(stderr=as_json))
 
 
 def _split_flags(words: list[str]) -> tuple[set[str], list[str]]:

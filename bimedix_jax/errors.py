@@ -3,6 +3,7 @@
 import errno
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 
 class BimedixError(Exception):
@@ -10,7 +11,13 @@ class BimedixError(Exception):
 
     The message is one clear sentence that names the problem and the remedy. The command line prints it as
     `error: <message>` and exits with 1. A bug of this project must stay an ordinary exception.
+
+    `document` is what `--json` prints besides the message.
     """
+
+    def __init__(self, *message: object, document: dict[str, Any] | None = None):
+        super().__init__(*message)
+        self.document = document or {}
 
 
 class UsageError(Exception):

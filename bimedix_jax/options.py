@@ -125,7 +125,7 @@ def check_words(config: type, words: Sequence[str], prog: str) -> None:
     """Raises UsageError for earlier names, repeated options and words that belong to no option."""
     if {"-h", "--help"} & set(words):
         return
-    positionals, options = _options_by_name(config)
+    positionals, options = options_by_name(config)
     values: dict[str, list[str]] = collections.defaultdict(list)  # as they were given, by the name of the option
     loose, taker = [], ("", 0.0)  # words without an option; the option that takes the next words, and how many
     for place, word in enumerate(words):
@@ -156,7 +156,7 @@ def check_words(config: type, words: Sequence[str], prog: str) -> None:
         raise UsageError(f"`{prog}` {takes} further word, and got {loose[len(positionals)]!r}{remedy}")
 
 
-def _options_by_name(config: type, prefix: str = "") -> tuple[list[str], dict[str, float]]:
+def options_by_name(config: type, prefix: str = "") -> tuple[list[str], dict[str, float]]:
     """(the positionals as the help shows them, option -> number of words that it takes, inf for a list)."""
     positionals, options = [], {}
     for name, hint in typing.get_type_hints(config, include_extras=True).items():
@@ -164,7 +164,7 @@ def _options_by_name(config: type, prefix: str = "") -> tuple[list[str], dict[st
         if tyro.conf.Positional in marks:
             positionals.append(next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), name.upper()))
         elif _is_dataclass(kind):
-            options |= _options_by_name(kind, f"{prefix}{name.replace('_', '-')}.")[1]
+            options |= options_by_name(kind, f"{prefix}{name.replace('_', '-')}.")[1]
         else:
             several = any(typing.get_origin(option) is tuple for option in _alternatives(kind))
             options[prefix + name.replace("_", "-")] = float("inf") if several else 0 if kind is bool else 1

@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 from typing import Annotated, Literal
 
 import pytest
 import tyro
 
+from bimedix_jax.cli import COMMANDS
 from bimedix_jax.errors import UsageError
-from bimedix_jax.options import Assignment, ChangesField, changed_fields, read_options
+from bimedix_jax.options import RENAMED, Assignment, ChangesField, changed_fields, options_by_name, read_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,3 +199,24 @@ def test_no_line_of_the_help_is_wider_than_the_terminal(columns, monkeypatch):
     lines = help_at(columns, monkeypatch)
     assert max(map(len, lines)) <= columns
     assert lines[2] == "Do something."
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_no_earlier_names_and_no_second_positional(command):
+    config = importlib.import_module(COMMANDS[command][1]).Config
+    positionals, options = options_by_name(config)
+    assert len(positionals) <= 1
+    for old, new in RENAMED.items():
+        if new in options and old not in options:
+            with pytest.raises(UsageError, match=f"--{old} is now --{new} in `bimedix {command}`; write --{new}"):
+                read_options(config, [f"--{old}", "x"], f"bimedix {command}")
+    assert not {"output", "destination", "output-dir"} & options.keys()
+
+
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_the_folder_to_write_is_an_option(command):
+    config = importlib.import_module(COMMANDS[command][1]).Config
+    found = read_options(config, ["a", "--out", "b"], f"bimedix {command}")
+    assert (found.source, str(found.out)) == ("a", "b")
+    with pytest.raises(UsageError, match="takes SRC and no further word, and got 'b'; the folder to write is named"):
+        read_options(config, ["a", "b"], f"bimedix {command}")

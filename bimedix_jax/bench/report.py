@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from rich.table import Table
 
 from bimedix_jax.bench.model import threads
 from bimedix_jax.bench.peer import require_peer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.terminal import FittedTable
 
 
 def check(config: MixtralConfig, positions: int) -> None:
@@ -31,8 +31,10 @@ def versions(against: bool) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    shown = Table("", "ours", "peer", "ratio", "limit", "of limit", "compiled in", title="tokens per second")
+def table(rows: Sequence[dict[str, Any]]) -> FittedTable:
+    shown = FittedTable("row", title="tokens per second")
+    for header in ("ours", "peer", "ratio", "limit", "of limit", "compiled in"):
+        shown.add_column(header, justify="right")
     for row in rows:
         peer = row["peer_tokens_per_s"]
         shown.add_row(

@@ -57,11 +57,11 @@ def check(config: Config) -> None:
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Measures one row for each number of tokens."""
     import jax
-    from rich.table import Table
     from tqdm import tqdm
 
     from bimedix_jax.bench.moe import Size, measure, measure_feed_forward
     from bimedix_jax.files import check_file
+    from bimedix_jax.terminal import FittedTable
 
     check(config)
     if config.plot is not None:
@@ -80,7 +80,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         else:
             rows.append(measure(size, config.repetitions))
     shown, title = (FEED_FORWARDS, "ms") if config.feed_forward else (PRODUCTS, "useful GFLOP/s; G elements/s")
-    table = Table("tokens", *(name.replace("_", " ") for name in shown), title=title)
+    table = FittedTable("tokens", title=title)
+    for name in shown:
+        table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
         table.add_row(f"{row['tokens']:,}", *(f"{row[name]:.1f}" for name in shown))
     console.print(table)

@@ -68,12 +68,14 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the conversation. Returns the replies if prompts were given, otherwise only counts."""
+    from bimedix_jax.bidi import is_needed
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.inference.chat import Chat, ChatOptions, require_text
 
+    config = dataclasses.replace(config, bidi=is_needed(config.bidi, console.file))
     if console.stderr and not config.prompt:
         raise BimedixError("with --json nothing is read from the keyboard; give at least one --prompt")
     if config.save is not None and config.save.exists():

@@ -112,9 +112,9 @@ def _recipe(config: Config) -> "ResolvedRecipe":
 
 
 def _print_sources(result: dict[str, Any], console: Console) -> None:
-    from rich.table import Table
+    from bimedix_jax.terminal import FittedTable
 
-    table = Table("source", "from", "revision", "licence", title="sources to read")
+    table = FittedTable("source", "from", "revision", "licence", title="sources to read")
     table.add_column("rows", justify="right")
     for group, style in (("sources", ""), ("evaluation", "dim")):
         for row in result[group]:
@@ -126,11 +126,10 @@ def _print_sources(result: dict[str, Any], console: Console) -> None:
 
 
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
-    from rich.table import Table
-
     from bimedix_jax.curation.assembly.assemble import QUARANTINE
+    from bimedix_jax.terminal import FittedTable
 
-    table = Table("source", title=f"records in {config.out}")
+    table = FittedTable("source", title=f"records in {config.out}")
     for name in ("train", "heldout"):
         table.add_column(name, justify="right")
     for source, row in report["records"].items():

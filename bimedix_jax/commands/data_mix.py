@@ -104,16 +104,15 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
-    from rich.table import Table
-
     from bimedix_jax.commands.data_stats import print_tables
     from bimedix_jax.curation.counts import shown_ratio
     from bimedix_jax.curation.mix.candidates import MEANING, Decision
+    from bimedix_jax.terminal import FittedTable
 
     print_tables(report["tables"], config.tokenizer is not None, console)
     measures = {"samples": "by samples", "tokens": "by tokens", "learned_tokens": "by supervised tokens"}
     shown = list(measures) if config.tokenizer is not None else ["samples"]
-    table = Table("kind", *(measures[name] for name in shown), title=f"Arabic to English in {config.out}")
+    table = FittedTable("kind", *(measures[name] for name in shown), title=f"Arabic to English in {config.out}")
     for row in report["ratios"]:
         table.add_row(row["kind"], *(shown_ratio(row[name]) for name in shown))
     console.print(table)

@@ -142,9 +142,9 @@ def _existing(path: str) -> Path:
 
 
 def _print(index: dict[str, Any], config: Config, console: Console) -> None:
-    from rich.table import Table
+    from bimedix_jax.terminal import FittedTable
 
-    table = Table("language", "kind", "source", title=f"packed into {config.out}")
+    table = FittedTable("language", "kind", "source", title=f"packed into {config.out}")
     for name in ("records", "tokens", "learned tokens"):
         table.add_column(name, justify="right")
     for group in index["groups"]:

@@ -44,6 +44,10 @@ class Config:
     examples: int = 0
     """Number of records of each language whose first turn is printed."""
 
+    bidi: bool = False
+    """Reorder and join Arabic letters before printing, for terminals without bidirectional text. Files keep the logical
+    order."""
+
     limit: int | None = None
     """Most records read from each source."""
 
@@ -72,6 +76,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     from tqdm import tqdm
 
+    from bimedix_jax.bidi import is_needed
     from bimedix_jax.curation.counts import TokenCounter
     from bimedix_jax.curation.quarantine import Quarantine
     from bimedix_jax.curation.readers import read
@@ -93,7 +98,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         total = _sum(count for key, count in counts.items() if key[0] == language)
         rows.append(_row(language, "all", "all", total, tokens_of is not None))
     paper = _paper_tables(counts)
-    _print(rows, openings, console)
+    _print(rows, openings, console, is_needed(config.bidi, console.file))
     print_tables(paper, tokens_of is not None, console)
     if quarantine.rejected:
         console.print(f"[bold yellow]{len(quarantine.rejected):,} rows could not be read[/]:")
@@ -151,11 +156,12 @@ def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str
 def print_tables(rows: list[dict[str, Any]], with_tokens: bool, console: Console) -> None:
     """Print the rows that `curation.counts.tables` returns."""
     from rich import box
-    from rich.table import Table
+
+    from bimedix_jax.terminal import FittedTable
 
     names = {"set": "set", "data": "data", "samples": "samples", "average_turns": "avg. turns"}
     names |= {"tokens": "tokens", "learned_tokens": "supervised"} if with_tokens else {}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = FittedTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, title in names.items():
         table.add_column(title, justify="left" if name in ("set", "data") else "right")
     for row in rows:
@@ -182,28 +188,33 @@ def _row(language: str, kind: str, source: str, count: Count, with_tokens: bool)
     return {**row, **{f"tokens_per_{unit}": count.tokens / total for unit, total in per.items()}}
 
 
-def _print(rows: list[dict[str, Any]], openings: dict[str, list[str]], console: Console) -> None:
+def _print(rows: list[dict[str, Any]], openings: dict[str, list[str]], console: Console, bidi: bool) -> None:
     from rich import box
-    from rich.table import Table
     from rich.text import Text
+
+    from bimedix_jax.terminal import FittedTable, wrapped
 
     if not rows:
         console.print("no records")
         return
     titles = {name: title for name, title in COLUMNS.items() if name in rows[0]}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = FittedTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, title in titles.items():
         is_number = isinstance(rows[0][name], int | float)
-        table.add_column(title, justify="right" if is_number else "left", no_wrap=is_number or name == "language")
+        table.add_column(title, justify="right" if is_number else "left")
     for row in rows:
-        shown = {**row, "language": _display(LANGUAGES[row["language"]])}
+        shown = {**row, "language": _display(LANGUAGES[row["language"]], bidi)}
         table.add_row(*(_cell(shown[name]) for name in titles), style="bold" if row["kind"] == "all" else "")
     console.print(table)
     for texts in openings.values():
         for text in texts:
+            if not console.file.isatty():
+                console.print(Text(text), soft_wrap=True)
+                console.print()
+                continue
             justify = "right" if any("\u0600" <= letter <= "\u06ff" for letter in text) else "left"
-            for line in Text(text).wrap(console, console.width - 2):
-                console.print(Text(_display(line.plain.strip()), justify=justify))
+            for line in wrapped(Text(text), console.width - 2):
+                console.print(Text(_display(line.plain.strip(), bidi), justify=justify))
             console.print()
 
 
@@ -213,11 +224,10 @@ def _cell(value: str | int | float) -> str:
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _display(text: str) -> str:
-    """Arabic with joined letters in visual order, as a terminal prints from left to right."""
-    if not any("\u0600" <= letter <= "\u06ff" for letter in text):
+def _display(text: str, bidi: bool) -> str:
+    """Text in logical order, or with `bidi` in visual order."""
+    if not bidi:
         return text
-    import arabic_reshaper
-    from bidi.algorithm import get_display
+    from bimedix_jax.bidi import visual
 
-    return str(get_display(arabic_reshaper.reshape(text)))
+    return visual(text)

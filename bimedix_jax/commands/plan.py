@@ -51,12 +51,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.plan.fit import fit
     from bimedix_jax.plan.page import show
     from bimedix_jax.plan.report import estimate_inference, estimate_training, to_document
+    from bimedix_jax.terminal import Screen
 
     if config.prompt_tokens < 1 or config.batch < 1:
         raise BimedixError("--prompt-tokens or --batch is below 1; give at least 1.")
     experiment, where = resolve(config), target(config.devices)
     architecture = architecture_of(config.model, experiment)
-    progress = Console(stderr=True)
+    progress = Screen(stderr=True)
     changed: list[str] = []
     with progress.status(f"compiling the training step for {where.name}"):
         if config.fit:
@@ -69,7 +70,16 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             document |= estimate_inference(architecture, planned.experiment, where, config.batch, config.prompt_tokens)
     document |= {"assumptions": assumptions(where.device), "experiment": planned.experiment.to_dict()}
     show(document, console)
+    if not document["fits"]:
+        raise BimedixError(does_not_fit(where.name, config.fit), document=document)
     return document
+
+
+def does_not_fit(target: str, tried: bool) -> str:
+    """What to do about a training step that does not fit; `tried` is whether --fit was given."""
+    if tried:
+        return f"no settings that --fit tries fit {target}; name more devices, or devices with more memory"
+    return f"the training step does not fit {target}; pass --fit to change settings until it does, or name more devices"
 
 
 def resolve(config: Config) -> Experiment:

@@ -105,9 +105,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         return {"experiment": experiment.to_dict()}
     from bimedix_jax import distributed
     from bimedix_jax.routing.plans import read_plan
+    from bimedix_jax.terminal import Screen
     from bimedix_jax.training.loop import train
 
-    progress = console if console.stderr else Console(stderr=True)
+    progress = console if console.stderr else Screen(stderr=True)
     kept = config.out / "plan.safetensors"
     plan = read_plan(kept) if config.resume and kept.is_file() else None
     with distributed.joined(config.distributed):

@@ -5,19 +5,19 @@ They are made from the dicts in the JSON result files, so no model is needed to 
 
 from typing import Any
 
-from rich.table import Table
+from bimedix_jax.terminal import FittedTable
 
 FEWEST = 5
 """Groups with fewer questions have no line in a table, since their accuracy means little. The JSON has all groups."""
 
 
-def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> FittedTable:
     """Held-out loss by group (`HeldoutLoss.to_dict`); with `before`, old value, new value and change."""
-    table = Table(
+    table = FittedTable(
         title="Held-out loss" + ("" if before is None else ": before -> after"),
         caption=_left_out("record", result["too_long"]),
     )
-    table.add_column("group", no_wrap=True)
+    table.add_column("group")
     for column in ("nats/token", "bits/byte", "tokens", "bytes", "records"):
         table.add_column(column, justify="right")
     for group, loss in result["nats_per_token"].items():
@@ -30,18 +30,18 @@ def loss_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> 
     return table
 
 
-def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> Table:
+def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None) -> FittedTable:
     """Multiple-choice accuracy by group (`MultipleChoice.to_dict`), in percent; with `before`, old, new and change."""
     small = sum(score["n"] < FEWEST for score in result["by_group"].values())
     notes = [_left_out("question", result["too_long"])]
     notes.append(f"{small} groups of fewer than {FEWEST} questions are not shown." if small else None)
-    table = Table(
+    table = FittedTable(
         title="Multiple choice" + ("" if before is None else ": before -> after"),
         caption=" ".join(note for note in notes if note) or None,
     )
-    table.add_column("group", no_wrap=True)
+    table.add_column("group")
     for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for group, score in result["by_group"].items():
         if score["n"] < FEWEST:
             continue
@@ -60,18 +60,18 @@ def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None)
 
 def task_table(
     results: dict[str, dict[str, Any]], mean: float | None, before: dict[str, dict[str, Any]] | None = None
-) -> Table:
+) -> FittedTable:
     """The nine tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG if there are all nine."""
-    table = Table(
+    table = FittedTable(
         title="Benchmarks" + ("" if before is None else ": before -> after"),
         caption="AVG is the unweighted mean of the nine tasks, as in the paper."
         if mean is not None
         else f"{len(results)} of 9 tasks, so there is no average.",
     )
-    table.add_column("task", no_wrap=True)
+    table.add_column("task")
     for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n", "of the paper's"):
         table.add_column(column, justify="right")
-    table.add_column("note")
+    table.add_prose_column("note")
     for name, row in results.items():
         old = (before or {}).get(name)
         table.add_row(

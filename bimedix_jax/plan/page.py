@@ -4,7 +4,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from bimedix_jax.terminal import FittedTable
 
 GIB, TERA, GIGA = 2**30, 1e12, 1e9
 LABELS = {
@@ -40,22 +41,22 @@ def show(document: dict[str, Any], console: Console) -> None:
                   style="dim", highlight=False)  # fmt: skip
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), title_justify="left")
+def plain_table(title: str, *columns: str) -> FittedTable:
+    table = FittedTable(title=title, box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     table.add_column(columns[0])
     for column in columns[1:]:
         table.add_column(column, justify="right")
     return table
 
 
-def memory_table(document: dict[str, Any]) -> Table:
+def memory_table(document: dict[str, Any]) -> FittedTable:
     table = plain_table("Memory of each device", "part", "GiB")
     for name, size in document["parts"].items():
         table.add_row(LABELS.get(name, name), f"{size / GIB:.2f}")
     return table
 
 
-def work_table(document: dict[str, Any]) -> Table:
+def work_table(document: dict[str, Any]) -> FittedTable:
     table = plain_table("Work of an optimiser step, all devices", "what", "TFLOP", "of useful")
     useful = document["useful_flops"]
     table.add_row(
@@ -72,7 +73,7 @@ def work_table(document: dict[str, Any]) -> Table:
     return table
 
 
-def time_table(document: dict[str, Any]) -> Table:
+def time_table(document: dict[str, Any]) -> FittedTable:
     table = plain_table("Predicted time of a step", "what", "seconds")
     for name, seconds in document["roofline"].items():
         table.add_row(f"{name.removesuffix('_seconds')} alone", f"{seconds:.3f}")

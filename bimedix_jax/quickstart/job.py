@@ -41,6 +41,7 @@ from bimedix_jax.quickstart.run_folder import SETTINGS, run_folder, write_json
 from bimedix_jax.quickstart.tiny import tiny_dense
 from bimedix_jax.routing.load import ExpertLoad, expert_load
 from bimedix_jax.routing.picture import draw
+from bimedix_jax.terminal import Screen
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.picture import draw_run
@@ -250,7 +251,7 @@ def tune(
         training,
         resume=resume and (training / "config.json").exists(),
         model=model,
-        console=console if console.stderr else Console(stderr=True),
+        console=console if console.stderr else Screen(stderr=True),
         resume_command=resume_command(folder),
     )
     console.rule("6. Evaluate after")

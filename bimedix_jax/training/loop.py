@@ -25,6 +25,7 @@ from bimedix_jax.process import signals
 from bimedix_jax.sharding.layout import host_memory
 from bimedix_jax.sharding.placement import gather_for_export, place
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
+from bimedix_jax.terminal import Screen
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, read_metrics
@@ -82,7 +83,7 @@ def train(
       BimedixError: the experiment is impossible, or a loss is not finite; that step is not saved.
       Interrupted: Ctrl-C or SIGTERM; the step in progress was finished and saved.
     """
-    console = (console or Console(stderr=True)) if distributed.is_process_zero() else Console(quiet=True)
+    console = (console or Screen(stderr=True)) if distributed.is_process_zero() else Console(quiet=True)
     folder, command = Path(out), resume_command or f"bimedix train --resume --out {out}"
     with one_writer(folder, experiment, resume), signals.hint(f"continue with `{command}`" if resume else ""):
         return train_in(folder, experiment, resume, model, console, command, plan)

@@ -240,6 +240,7 @@ def test_dry_run_lists_the_place_of_every_source(data: Path, capfd: pytest.Captu
         ("--only", "nothing"): "has no source 'nothing'",
         ("--only", "test"): "no source of recipe tiny is left",
         ("--local", "exams=/does/not/exist"): "there is no /does/not/exist",
+        ("--local", "exams=a", "exams=b"): "--local exams is given twice (a, b); give it once",
         ("--sources", "sample"): "and not both",
         ("--limit", "0"): "leaves nothing to read",
     }

@@ -454,6 +454,8 @@ def test_invalid_prices_and_options_are_errors(tmp_path):
     assert parse_prices(["a=b=1/2/3"])["a=b"] == Price(1.0, 2.0, 3.0)
     (tmp_path / "prices.json").write_text('{"m": {"prompt": 1, "cached": 0.5, "completion": 4, "batch": 0.5}}')
     assert parse_prices([str(tmp_path / "prices.json")]) == {"m": Price(1.0, 0.5, 4.0, 0.5)}
+    with pytest.raises(BimedixError, match="--prices m is given twice; give it once"):
+        parse_prices(["m=1/2/3", "n=1/2/3", "m=4/5/6"])
     for wrong in ("m=1/2", "m", str(tmp_path / "none.json")):
         with pytest.raises(BimedixError, match="price"):
             parse_prices([wrong])

@@ -1,16 +1,20 @@
 """The counts of a set, in the tables of the paper, and fertility."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bimedix_jax.bidi import visual
 from bimedix_jax.cli import main
+from bimedix_jax.commands import data_stats
 from bimedix_jax.curation import counts
 from bimedix_jax.curation.counts import Count
 from bimedix_jax.data.records import Record, conversation, sample, write_jsonl
 from bimedix_jax.data.tokenizer import Tokenizer
+from bimedix_jax.terminal import Screen
 
 
 def stats(capsys, *options: str) -> tuple[dict[str, Any], str]:
@@ -73,3 +77,23 @@ def test_ratios_by_samples_tokens_and_supervised_tokens() -> None:
 def test_a_set_of_one_language_has_one_table(language: str, name: str) -> None:
     rows = counts.tables({("mcqa", language): Count(5, 5, 10, 5)})
     assert [(row["set"], row["data"]) for row in rows] == [(name, data) for data in ("QA", "MCQA", "Chat", "Total")]
+
+
+@pytest.mark.parametrize("options", [[], ["--bidi"]])
+def test_arabic_has_its_logical_order_in_a_pipe(options: list[str], monkeypatch, capfd) -> None:
+    """Visual order is for terminals without bidirectional text; in a file it would be text in reverse."""
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["data", "stats", "--examples", "1", *options]) == 0
+    shown = capfd.readouterr().out
+    first = next(record for record in sample() if record.language == "ar").conversations[0].value
+    assert first in shown
+    assert "العربية" in shown
+    assert not any("\ufb50" <= letter <= "\ufefc" for letter in shown), "joined presentation forms"
+
+
+def test_bidi_on_a_terminal_joins_and_reorders(monkeypatch) -> None:
+    screen = Screen()
+    screen.file = io.StringIO()
+    monkeypatch.setattr(screen.file, "isatty", lambda: True, raising=False)
+    data_stats.run(data_stats.Config(examples=1, bidi=True), screen)
+    assert visual("العربية") in screen.file.getvalue()

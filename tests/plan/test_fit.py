@@ -1,9 +1,11 @@
 """`--fit` first makes changes that cost only time, and reports its changes."""
 
 import dataclasses
+import json
 
 import pytest
 
+from bimedix_jax import cli
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import override
 from bimedix_jax.models.config import MIXTRAL_8X7B
@@ -27,7 +29,8 @@ def compiled(monkeypatch):
             done = CompiledStep("", {"base": int(arguments * GIB)}, int((arguments + working) * GIB), 0.0)
             return report.Estimate(experiment, config, where, done, None, None)
 
-        monkeypatch.setattr(fit, "estimate_training", estimate_training)
+        for module in (fit, report):
+            monkeypatch.setattr(module, "estimate_training", estimate_training)
         return tried
 
     return use
@@ -101,3 +104,15 @@ def test_a_step_that_does_not_fit_is_reported():
     assert document["fits"] is False
     assert document["peak_bytes_per_device"] == 20 * GIB
     assert dataclasses.asdict(done)["text"] is None
+
+
+@pytest.mark.parametrize("words", [[], ["--fit"]])
+def test_the_command_fails_with_a_hint_if_nothing_fits(words, compiled, capsys):
+    compiled(lambda experiment, count: (500, 1))
+    assert cli.main(["plan", "--devices", "a100-80gb:1", "--no-inference", "--json", *words]) == 1
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["fits"] is False
+    assert ("pass --fit" in document["error"]) == (not words)
+    assert document["error"] in captured.err
+    assert "does NOT fit" in captured.err

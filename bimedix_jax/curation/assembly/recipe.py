@@ -160,7 +160,11 @@ def resolve(
     Raises:
         BimedixError: a name is not in the recipe, a source has no place, or no source is left to read.
     """
-    places: dict[str, str] = {name: place for name, _, place in (text.partition("=") for text in local)}
+    places: dict[str, str] = {}
+    for name, _, place in (text.partition("=") for text in local):
+        if name in places:
+            raise BimedixError(f"--local {name} is given twice ({places[name]}, {place}); give it once")
+        places[name] = place
     known = [source.name for source in (*recipe.sources, *recipe.evaluation)]
     unknown = sorted({*only, *skip, *places} - set(known))
     if unknown:

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bimedix_jax.curation.llm.request import Usage
 from bimedix_jax.curation.llm.store import Store
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.terminal import FittedTable
 
 
 class Stopped(BimedixError):
@@ -47,6 +47,7 @@ def parse_prices(options: Sequence[str]) -> dict[str, Price]:
         BimedixError: an option is neither.
     """
     prices: dict[str, Price] = {}
+    named = set[str]()
     for option in options:
         if option.endswith(".json"):
             prices.update(_price_file(Path(option)))
@@ -59,6 +60,9 @@ def parse_prices(options: Sequence[str]) -> dict[str, Price]:
                 f"price {option!r} is not MODEL=PROMPT/CACHED/COMPLETION in US dollars per million tokens, "
                 "such as small-model=0.15/0.075/0.60, nor a .json file"
             ) from error
+        if model in named:
+            raise BimedixError(f"--prices {model} is given twice; give it once")
+        named.add(model)
         prices[model] = Price(prompt, cached, completion)
     return prices
 
@@ -238,11 +242,12 @@ class Account:
             "cached_tokens": "cached",
             "completion_tokens": "reply",
         }
-        table = Table(title=f"ledger of {self.store.path}: requests and tokens", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("stage", no_wrap=True)
+        title = f"ledger of {self.store.path}: requests and tokens"
+        table = FittedTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("stage")
         table.add_column("model")
         for name in (*names.values(), "US$"):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right")
         rows = self.rows()
         if not rows:
             return

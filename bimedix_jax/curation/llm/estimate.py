@@ -6,13 +6,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from bimedix_jax.curation.llm.account import Price
 from bimedix_jax.curation.llm.config import LlmConfig
 from bimedix_jax.curation.llm.outcomes import judge_attempts
 from bimedix_jax.curation.llm.request import Request, Usage
 from bimedix_jax.curation.llm.store import Store
+from bimedix_jax.terminal import FittedTable
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def is_stored(request: Request, config: LlmConfig, store: Store) -> bool:
 
 def show(estimates: Sequence[Estimate], prices: dict[str, Price], console: Console) -> list[dict[str, Any]]:
     """Print the estimates as a table with minimum and maximum, and return them as rows."""
-    table = Table(title="estimate (at least - at most): requests and tokens", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage", no_wrap=True)
+    table = FittedTable(title="estimate (at least - at most): requests and tokens", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage")
     table.add_column("model")
     for name in ("requests", "prompt", "reply", "US$"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     rows = [estimate.row(prices) for estimate in estimates]
     for row in rows:
         names = ("requests", "prompt_tokens", "completion_tokens")
