@@ -16,7 +16,7 @@ from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import LORA_TARGETS, LoraConfig
 from bimedix_jax.models.linear import ExpertLinear, Linear, Lora, TrainedParam, lora_axes
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.terminal import FittedTable
+from bimedix_jax.process.terminal import FittedTable
 
 
 def linears(model: Mixtral) -> dict[tuple[str, ...], Linear | ExpertLinear]:

@@ -8,6 +8,7 @@ sentence `error: ...`, with a traceback only under `--debug`. `bimedix --help` i
 import dataclasses
 import difflib
 import importlib
+import io
 import json
 import math
 import os
@@ -175,7 +176,7 @@ def _prepare_streams() -> None:
                 os.dup2(opened, descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8"))
         getattr(sys, name).reconfigure(errors="backslashreplace")
-    if sys.stdin is not None:
+    if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
 
 
@@ -221,7 +222,7 @@ def _dispatch(words: list[str], as_json: bool) -> dict[str, Any] | None:
 
 def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
     from bimedix_jax.options import read_options
-    from bimedix_jax.terminal import Screen
+    from bimedix_jax.process.terminal import Screen
 
     module = importlib.import_module(COMMANDS[name][1])
     flags = " and ".join(f"{flag} ({text})" for flag, text in GLOBAL_FLAGS.items() if flag != "--version")

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from bimedix_jax.terminal import FittedTable, Screen, wrapped
+from bimedix_jax.process.terminal import FittedTable, Screen, wrapped
 
 LONG = "en-mcqa/a-source-with-a-rather-long-name-that-no-terminal-should-cut"
 

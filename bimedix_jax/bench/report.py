@@ -9,7 +9,7 @@ from bimedix_jax.bench.model import threads
 from bimedix_jax.bench.peer import require_peer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig
-from bimedix_jax.terminal import FittedTable
+from bimedix_jax.process.terminal import FittedTable
 
 
 def check(config: MixtralConfig, positions: int) -> None:

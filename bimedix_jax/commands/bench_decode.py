@@ -57,14 +57,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         raise BimedixError("All sizes and --repetitions must be at least 1; correct them")
     startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
+    prompt, steps = config.prompt_tokens, config.steps
     report.check(architecture, max(config.length, prompt + steps * (config.repetitions + 7) + 1))
     versions = report.versions(config.against is not None)
     options = whole.Options(config=architecture, against=config.against is not None, repetitions=config.repetitions)
     rows = [whole.prefill_row(options, config.base, config.batch, config.length)]
-    rows += [
-        whole.decoding_row(options, config.base, batch, config.prompt_tokens, config.steps)
-        for batch in config.decode_batches
-    ]
+    rows += [whole.decoding_row(options, config.base, batch, prompt, steps) for batch in config.decode_batches]
     console.print(report.table(rows))
     shape = {"batch": config.batch, "length": config.length, "prompt": prompt, "steps": steps}
     return versions | shape | {"size": config.size, "rows": rows}

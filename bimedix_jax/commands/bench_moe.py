@@ -61,7 +61,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     from bimedix_jax.bench.moe import Size, measure, measure_feed_forward
     from bimedix_jax.files import check_file
-    from bimedix_jax.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable
 
     check(config)
     if config.plot is not None:

@@ -32,7 +32,7 @@ class Config:
 def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.files import check_replaceable
 
-    check_replaceable(config.destination, config.overwrite)
+    check_replaceable(config.out, config.overwrite)
     if config.base == "nf4":
         from bimedix_jax.checkpoint import store
         from bimedix_jax.checkpoint.load import load

@@ -112,7 +112,7 @@ def _recipe(config: Config) -> "ResolvedRecipe":
 
 
 def _print_sources(result: dict[str, Any], console: Console) -> None:
-    from bimedix_jax.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable
 
     table = FittedTable("source", "from", "revision", "licence", title="sources to read")
     table.add_column("rows", justify="right")
@@ -127,7 +127,7 @@ def _print_sources(result: dict[str, Any], console: Console) -> None:
 
 def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     from bimedix_jax.curation.assembly.assemble import QUARANTINE
-    from bimedix_jax.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable
 
     table = FittedTable("source", title=f"records in {config.out}")
     for name in ("train", "heldout"):

@@ -107,7 +107,7 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     from bimedix_jax.commands.data_stats import print_tables
     from bimedix_jax.curation.counts import shown_ratio
     from bimedix_jax.curation.mix.candidates import MEANING, Decision
-    from bimedix_jax.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable
 
     print_tables(report["tables"], config.tokenizer is not None, console)
     measures = {"samples": "by samples", "tokens": "by tokens", "learned_tokens": "by supervised tokens"}

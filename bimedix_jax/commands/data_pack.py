@@ -69,7 +69,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         raise BimedixError(
             "rows need at least 2 tokens and a window of at least 1; raise --sequence-length or --window"
         )
-    files.check_replaceable(config.output, config.overwrite)
+    files.check_replaceable(config.out, config.overwrite)
     workers = workers_of(config.workers)
     tokenizer = load_tokenizer(config.tokenizer, config.template)
     require_fit(tokenizer, vocab_size_of(config.tokenizer), "the model beside it")
@@ -142,7 +142,7 @@ def _existing(path: str) -> Path:
 
 
 def _print(index: dict[str, Any], config: Config, console: Console) -> None:
-    from bimedix_jax.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable
 
     table = FittedTable("language", "kind", "source", title=f"packed into {config.out}")
     for name in ("records", "tokens", "learned tokens"):

@@ -157,7 +157,7 @@ def print_tables(rows: list[dict[str, Any]], with_tokens: bool, console: Console
     """Print the rows that `curation.counts.tables` returns."""
     from rich import box
 
-    from bimedix_jax.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable
 
     names = {"set": "set", "data": "data", "samples": "samples", "average_turns": "avg. turns"}
     names |= {"tokens": "tokens", "learned_tokens": "supervised"} if with_tokens else {}
@@ -192,7 +192,7 @@ def _print(rows: list[dict[str, Any]], openings: dict[str, list[str]], console: 
     from rich import box
     from rich.text import Text
 
-    from bimedix_jax.terminal import FittedTable, wrapped
+    from bimedix_jax.process.terminal import FittedTable, wrapped
 
     if not rows:
         console.print("no records")

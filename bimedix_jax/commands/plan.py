@@ -51,7 +51,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.plan.fit import fit
     from bimedix_jax.plan.page import show
     from bimedix_jax.plan.report import estimate_inference, estimate_training, to_document
-    from bimedix_jax.terminal import Screen
+    from bimedix_jax.process.terminal import Screen
 
     if config.prompt_tokens < 1 or config.batch < 1:
         raise BimedixError("--prompt-tokens or --batch is below 1; give at least 1.")

@@ -104,8 +104,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         console.print_json(experiment.to_json())
         return {"experiment": experiment.to_dict()}
     from bimedix_jax import distributed
+    from bimedix_jax.process.terminal import Screen
     from bimedix_jax.routing.plans import read_plan
-    from bimedix_jax.terminal import Screen
     from bimedix_jax.training.loop import train
 
     progress = console if console.stderr else Screen(stderr=True)

@@ -43,7 +43,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.files import check_replaceable
     from bimedix_jax.quickstart.base_model import dense_source
 
-    check_replaceable(config.output, config.overwrite)
+    check_replaceable(config.out, config.overwrite)
 
     recipe = upcycle.UpcycleRecipe(
         experts=config.experts,

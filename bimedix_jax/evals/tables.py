@@ -5,7 +5,7 @@ They are made from the dicts in the JSON result files, so no model is needed to 
 
 from typing import Any
 
-from bimedix_jax.terminal import FittedTable
+from bimedix_jax.process.terminal import FittedTable
 
 FEWEST = 5
 """Groups with fewer questions have no line in a table, since their accuracy means little. The JSON has all groups."""

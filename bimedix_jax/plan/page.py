@@ -5,7 +5,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 
-from bimedix_jax.terminal import FittedTable
+from bimedix_jax.process.terminal import FittedTable
 
 GIB, TERA, GIGA = 2**30, 1e12, 1e9
 LABELS = {

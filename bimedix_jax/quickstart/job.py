@@ -35,13 +35,13 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 from bimedix_jax.presets import PRESETS
 from bimedix_jax.process import signals
+from bimedix_jax.process.terminal import Screen
 from bimedix_jax.quickstart import page
 from bimedix_jax.quickstart.base_model import cache_folder, dense_source, require_writable_cache
 from bimedix_jax.quickstart.run_folder import SETTINGS, run_folder, write_json
 from bimedix_jax.quickstart.tiny import tiny_dense
 from bimedix_jax.routing.load import ExpertLoad, expert_load
 from bimedix_jax.routing.picture import draw
-from bimedix_jax.terminal import Screen
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.picture import draw_run

@@ -22,10 +22,10 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.process import signals
+from bimedix_jax.process.terminal import Screen
 from bimedix_jax.sharding.layout import host_memory
 from bimedix_jax.sharding.placement import gather_for_export, place
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
-from bimedix_jax.terminal import Screen
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, read_metrics

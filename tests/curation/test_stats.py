@@ -14,7 +14,7 @@ from bimedix_jax.curation import counts
 from bimedix_jax.curation.counts import Count
 from bimedix_jax.data.records import Record, conversation, sample, write_jsonl
 from bimedix_jax.data.tokenizer import Tokenizer
-from bimedix_jax.terminal import Screen
+from bimedix_jax.process.terminal import Screen
 
 
 def stats(capsys, *options: str) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from bimedix_jax.curation.llm.request import Usage
 from bimedix_jax.curation.llm.store import Store
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.terminal import FittedTable
+from bimedix_jax.process.terminal import FittedTable
 
 
 class Stopped(BimedixError):

@@ -12,7 +12,7 @@ from bimedix_jax.curation.llm.config import LlmConfig
 from bimedix_jax.curation.llm.outcomes import judge_attempts
 from bimedix_jax.curation.llm.request import Request, Usage
 from bimedix_jax.curation.llm.store import Store
-from bimedix_jax.terminal import FittedTable
+from bimedix_jax.process.terminal import FittedTable
 
 
 @dataclass(frozen=True)
