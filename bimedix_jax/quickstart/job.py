@@ -36,10 +36,11 @@ from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 from bimedix_jax.presets import PRESETS
 from bimedix_jax.process import signals
 from bimedix_jax.process.terminal import Screen
-from bimedix_jax.quickstart import page
+from bimedix_jax.quickstart import report
 from bimedix_jax.quickstart.base_model import cache_folder, dense_source, require_writable_cache
 from bimedix_jax.quickstart.run_folder import SETTINGS, run_folder, write_json
 from bimedix_jax.quickstart.tiny import tiny_dense
+from bimedix_jax.routing.divergence import expert_distance, verdict
 from bimedix_jax.routing.load import ExpertLoad, expert_load
 from bimedix_jax.routing.picture import draw
 from bimedix_jax.training.loop import train
@@ -106,23 +107,29 @@ class Measured:
     heldout: dict[str, Any]
     choice: dict[str, Any]
     load: ExpertLoad
+    expert_distance: float
 
     def to_dict(self) -> dict[str, Any]:
-        return {"heldout": self.heldout, "choice": self.choice, "load": self.load.to_dict()}
+        plain = {"heldout": self.heldout, "choice": self.choice, "load": self.load.to_dict()}
+        return {**plain, "expert_distance": self.expert_distance}
 
     @classmethod
     def read(cls, path: Path) -> "Measured":
         plain = json.loads(path.read_text("utf-8"))
         load = plain["load"]
         arrays = {name: {g: np.array(v) for g, v in load[name].items()} for name in ("counts", "entropy", "top_weight")}
-        return cls(
-            plain["heldout"], plain["choice"], ExpertLoad(**arrays, tokens=load["tokens"], too_long=load["too_long"])
-        )
+        loaded = ExpertLoad(**arrays, tokens=load["tokens"], too_long=load["too_long"])
+        return cls(plain["heldout"], plain["choice"], loaded, plain["expert_distance"])
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Multiple-choice accuracy by language, with its interval and number of questions."""
+        return {group: score for group, score in self.choice["by_group"].items() if "/" not in group}
 
     @property
     def accuracy(self) -> dict[str, float]:
         """Multiple-choice accuracy by language."""
-        return {group: score["accuracy"] for group, score in self.choice["by_group"].items() if "/" not in group}
+        return {group: score["accuracy"] for group, score in self.scores.items()}
 
 
 def run_quickstart(folder: Path, options: QuickstartOptions, resume: bool, console: Console) -> dict[str, Any]:
@@ -142,8 +149,8 @@ def run_quickstart(folder: Path, options: QuickstartOptions, resume: bool, conso
         assert lora is not None  # the preset has adapters
         before, after, model = tune(folder, base, tokenizer, experiment, lora, options, resume, console)
         answers = ask(model, tokenizer, options, console)
-        result = conclude(folder, base, options, before, after, answers, time.perf_counter() - began)
-    print_summary(result, console)
+        result = conclude(folder, base, options, experiment.seed, before, after, answers, time.perf_counter() - began)
+    report.print_summary(result, console)
     return result
 
 
@@ -165,11 +172,11 @@ def prepare_base(folder: Path, options: QuickstartOptions, console: Console) -> 
             require_writable_cache()
         with dense_source(source, None, target.parent, console) as dense:
             upcycle.upcycle(dense, target, options.recipe, options.base)
-    report = upcycle.read_report(target)
+    upcycled = upcycle.read_report(target)
     console.print(
         f"{options.base}: {options.recipe.experts} experts, top-{options.recipe.top_k}, in {target}", highlight=False
     )
-    for warning in report.warnings:
+    for warning in upcycled.warnings:
         console.print(f"[yellow]note:[/] {warning}", highlight=False)
     return target
 
@@ -182,9 +189,9 @@ def prepare_rows(folder: Path, tokenizer: Tokenizer, options: QuickstartOptions,
     if not packed.exists():
         records = list(sample("train"))
         order = np.random.default_rng(0).permutation(len(records))
-        report = pack.PackReport()
+        packing = pack.PackReport()
         examples = (pack.encode_record(tokenizer, records[i]) for i in order)
-        rows = pack.pack(examples, length, tokenizer.pad_id, report=report)
+        rows = pack.pack(examples, length, tokenizer.pad_id, report=packing)
         facts = {
             "tokenizer": tokenizer.fingerprint,
             "template": tokenizer.template.name,
@@ -192,7 +199,7 @@ def prepare_rows(folder: Path, tokenizer: Tokenizer, options: QuickstartOptions,
             "pad_id": tokenizer.pad_id,
         }
         with files.new_folder(packed) as partial:
-            pack.write(partial, rows, report, length, facts)
+            pack.write(partial, rows, packing, length, facts)
     index = json.loads((packed / "index.json").read_text("utf-8"))
     console.print(
         f"{index['examples']} records in {index['rows']} rows of {length} tokens, {index['efficiency']:.0%} full; "
@@ -221,7 +228,7 @@ def measure(model: Mixtral, tokenizer: Tokenizer, options: QuickstartOptions, pa
     loss = heldout_loss(model, tokenizer, records).to_dict()
     choice = multiple_choice(model, tokenizer, [record for record in records if record.choices is not None]).to_dict()
     load = expert_load(model, tokenizer, records if options.smoke else records[::LOAD_EVERY])
-    measured = Measured(loss, choice, load)
+    measured = Measured(loss, choice, load, expert_distance(model))
     write_json(path, measured.to_dict())
     return measured
 
@@ -266,6 +273,8 @@ def ask(
 ) -> dict[str, dict[str, str]]:
     """Asks one question in each language."""
     console.rule("7. Ask")
+    if limits := report.limits_of(options.base, options.smoke):
+        console.print(limits, style="dim", highlight=False)
     chat_options = ChatOptions(
         max_new_tokens=options.max_new_tokens, temperature=0.0, top_p=None, repetition_penalty=1.15
     )
@@ -282,17 +291,20 @@ def conclude(
     folder: Path,
     base: Path,
     options: QuickstartOptions,
+    seed: int,
     before: Measured,
     after: Measured,
     answers: dict[str, dict[str, str]],
     seconds: float,
 ) -> dict[str, Any]:
     """Writes pictures, report and result."""
-    distance = upcycle.read_report(base).expert_distance
-    loads = {"before": before.load, "after": after.load}
-    load_picture = draw(loads, folder / "expert_load.png", expert_distance=distance if distance < 0.05 else None)
+    measured = {"before": before, "after": after}
+    distances = {when: found.expert_distance for when, found in measured.items()}
+    loads = {when: found.load for when, found in measured.items()}
+    notes = {when: verdict(distance) for when, distance in distances.items()}
+    load_picture = draw(loads, folder / "expert_load.png", notes=notes)
     metrics = read_metrics(folder / "training")
-    bits = [measured.heldout["bits_per_byte"] for measured in (before, after)]
+    bits = [found.heldout["bits_per_byte"] for found in (before, after)]
     title = f"{options.base}, {options.recipe.experts} experts top-{options.recipe.top_k}, 4-bit base, adapters"
     run_picture = draw_run(metrics, bits[0], bits[1], folder / "run.png", title)
     result = {
@@ -302,7 +314,12 @@ def conclude(
         "bits_per_byte_after": bits[1],
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
+        "accuracy": {when: found.scores for when, found in measured.items()},
+        "chance": after.choice["chance"],
+        "expert_distance": distances,
         "answers": answers,
+        "limits": report.limits_of(options.base, options.smoke),
+        **report.facts(seed),
         "steps": options.steps,
         "peak_rss_bytes": peak_rss_bytes(),
         "seconds": seconds,
@@ -312,7 +329,7 @@ def conclude(
         "report": str(folder / "report.html"),
         "folder": str(folder),
     }
-    write_report(result, title, run_picture, load_picture)
+    report.write_report(result, title, run_picture, load_picture)
     write_json(folder / "result.json", result)
     return result
 
@@ -320,45 +337,3 @@ def conclude(
 def peak_rss_bytes() -> int:
     """Largest resident size of this process so far; getrusage counts kibibytes, on a Mac bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def write_report(result: dict[str, Any], title: str, run_picture: Path, load_picture: Path) -> None:
-    parts = [
-        page.paragraph(f"{title}; {result['steps']} optimiser steps on the sample's training part."),
-        page.picture(run_picture, "Training loss by step, and held-out loss before and after"),
-        page.heading("Held-out loss"),
-        page.before_after("bits per byte", result["bits_per_byte_before"], result["bits_per_byte_after"]),
-        page.before_after("nats per token", result["loss_before"], result["loss_after"]),
-        page.heading("Multiple-choice accuracy, percent"),
-        page.before_after("language", result["accuracy_before"], result["accuracy_after"], scale=100),
-        page.heading("Expert load"),
-        page.picture(load_picture, "Share of router choices by layer, expert and language, before and after"),
-        page.heading("One answer in each language"),
-    ]
-    for language, pair in result["answers"].items():
-        parts.append(page.paragraph(pair["question"], language))
-        parts.append(page.paragraph(pair["answer"] or "-", language, "answer"))
-    parts += [page.heading("Next steps"), page.commands(next_commands(result))]
-    page.write_page(result["report"], "bimedix quickstart", parts)
-
-
-def next_commands(result: dict[str, Any]) -> list[str]:
-    return [
-        f"bimedix chat --model {result['base']} --base nf4 --adapter {result['adapter']}",
-        f"bimedix eval run --model {result['base']} --base nf4 --adapter {result['adapter']} --heldout sample",
-    ]
-
-
-def print_summary(result: dict[str, Any], console: Console) -> None:
-    console.rule("Done")
-    minutes, gib = result["seconds"] / 60, result["peak_rss_bytes"] / 2**30
-    console.print(f"{minutes:.1f} minutes, at most {gib:.1f} GiB of memory. The results are in {result['folder']}:")
-    for name, description in (
-        ("report", "the report with pictures"),
-        ("adapter", "the adapter"),
-        ("base", "its base model"),
-    ):
-        console.print(f"  {result[name]}  {description}", highlight=False, soft_wrap=True)
-    console.print("Next steps:")
-    for command in next_commands(result):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)

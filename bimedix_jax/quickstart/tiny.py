@@ -12,7 +12,8 @@ from bimedix_jax.data.tokenizer import byte_tokenizer
 
 def tiny_dense(folder: Path) -> None:
     """Writes a random Llama with 0.1 M parameters and a byte-level tokenizer."""
-    width, hidden, layers, heads, kv_heads, head = 64, 96, 2, 4, 2, 16
+    # widths are multiples of the block size, so that the fused kernel takes them in NF4
+    width, hidden, layers, heads, kv_heads, head = 64, 128, 2, 4, 2, 16
     with files.new_folder(folder, overwrite=True) as partial:
         vocab = byte_tokenizer(partial).vocab_size
         rng = np.random.default_rng(0)

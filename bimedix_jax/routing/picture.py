@@ -19,14 +19,14 @@ def draw(
     loads: Mapping[str, ExpertLoad],
     path: str | Path,
     subject: str = "held-out records",
-    expert_distance: float | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a PNG with a row of panels for each entry of `loads`, for instance {"before": ..., "after": ...}.
 
     Args:
       subject: name of the data, for the title.
-      expert_distance: mean relative distance between the experts' weights. Give it if the experts were copied from one
-        dense model and have not diverged; a note then warns that the plot shows no specialisation of experts.
+      notes: a sentence for each entry of `loads`, such as `divergence.verdict`: experts that are copies of one dense
+        model show no specialisation.
 
     Raises:
       BimedixError: there is nothing to draw, or the rows have different languages.
@@ -52,9 +52,9 @@ def draw(
             difference = 100 * (shares[1] - shares[0])
             label = f"{_spelled(languages[1])} minus {_spelled(languages[0])}, {name}"
             _panel(figure, row[-1], difference, label, "percentage points", cmap="RdBu_r", vmin=-reach, vmax=reach)
-    if expert_distance is not None:
-        note = "Experts have not diverged: initialised from one dense model"
-        figure.supxlabel(f"{note} (mean relative distance {expert_distance:.3g}).", fontsize=9, color="firebrick")
+    if notes:
+        lines = [f"{name.capitalize()}: {note}" for name, note in notes.items()]
+        figure.supxlabel("\n".join(lines), fontsize=9, color="firebrick")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png")

@@ -1,5 +1,6 @@
 """The quickstart's smoke run, end to end on a tiny random model, interrupted once and resumed."""
 
+import html
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def test_an_interrupted_smoke_run_resumes(tmp_path: Path) -> None:
     assert process.returncode == 0, stderr
     result = json.loads(stdout)
     assert set(result["loss_before"]) == set(result["loss_after"]) == LOSSES
+    assert "WARNING" not in stderr  # of a library's logger
     assert all(result["loss_after"][language] < result["loss_before"][language] for language in ("en", "ar"))
     assert set(result["accuracy_before"]) == {"en", "ar"}
     assert 0 < result["peak_rss_bytes"] < 8 * 2**30
@@ -47,6 +49,18 @@ def test_an_interrupted_smoke_run_resumes(tmp_path: Path) -> None:
     page = Path(tmp_path / result["report"]).read_text("utf-8")
     assert 'dir="rtl"' in page
     assert page.count("data:image/png;base64") == 2
+    assert "Before training the experts are identical (distance 0)" in page
+    assert "After training the experts are identical" not in page
+    assert result["expert_distance"]["before"] == 0 < result["expert_distance"]["after"]
+    for when in ("before", "after"):
+        for score in result["accuracy"][when].values():
+            assert score["low"] <= score["accuracy"] <= score["high"]
+            assert score["n"] > 0
+    assert f"bimedix_jax {result['version']}" in page
+    assert f"seed {result['seed']}" in page
+    assert result["hardware"]["processor"] in html.unescape(page)
+    assert "95 % interval" in page
+    assert result["limits"] in page
     assert (Path(tmp_path / result["adapter"]) / "adapter.json").exists()
 
 

@@ -92,7 +92,7 @@ def test_long_records_are_counted(model, tokenizer, records):
 
 def test_the_plot_is_a_png_with_every_panel(model, tokenizer, records, tmp_path):
     found = expert_load(model, tokenizer, records)
-    path = draw({"before": found, "after": found}, tmp_path / "new" / "load.png", expert_distance=0.0)
+    path = draw({"before": found, "after": found}, tmp_path / "new" / "load.png", notes={"before": "identical"})
     assert path.read_bytes().startswith(b"\x89PNG")
     english = expert_load(model, tokenizer, records[:2])
     draw({"now": english}, tmp_path / "one.png")
