@@ -230,6 +230,7 @@ def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
     if name in REPEATING:
         startup.reuse_memory()
     startup.prepare()
+    startup.log_as_sentences()
     return module.run(config, Screen(stderr=as_json))
 
 

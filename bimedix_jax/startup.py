@@ -6,6 +6,7 @@ The command line calls `prepare`. Scripts that import JAX can call it first.
 import ctypes
 import importlib
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -37,6 +38,21 @@ def prepare() -> None:
         print("note: no GPU or TPU found, JAX runs on the CPU (set JAX_PLATFORMS to choose)", file=sys.stderr)
     if plugin and plugin.origin:
         _load_cuda_quietly(Path(plugin.origin).parent)
+
+
+class _Sentences(logging.Formatter):
+    """`warning: text`, without the names of modules."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.levelname = record.levelname.lower()
+        return super().format(record)
+
+
+def log_as_sentences() -> None:
+    """Formats log messages like the other messages of a command, unless the program has set up logging itself."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Sentences("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
 
 
 def reuse_memory() -> None:
