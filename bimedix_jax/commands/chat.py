@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -16,7 +17,11 @@ from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 if TYPE_CHECKING:
     from bimedix_jax.inference.chat import Chat
 
-COMMANDS_HELP = "/reset forgets the conversation, /system TEXT sets a system prompt and starts over, /quit exits."
+COMMANDS_HELP = (
+    "/retry asks for another reply, /undo forgets the last exchange, /reset the conversation, "
+    "/system TEXT sets a system prompt and starts over, /quit exits."
+)
+COMMANDS = ("/retry", "/undo", "/reset", "/system", "/quit", "/exit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,35 +63,28 @@ class Config:
     repetition_penalty: float | None = None
     """Above 1, makes tokens less likely that occurred before; by default 1."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling. Each reply of a conversation has its own, this one plus the number of replies before it."""
     bidi: bool = False
-    """Reorder and join Arabic letters before printing, line by line: for terminals without bidirectional text, such as
-    Windows Terminal, kitty, Alacritty, xterm and tmux."""
+    """Join Arabic letters and print them from right to left, line by line: for terminals without bidirectional text.
+    Windows Terminal, kitty, Alacritty, xterm, tmux and screen are recognised (BIMEDIX_BIDI=0 turns that off)."""
     save: Path | None = None
     """Write the conversation to this new JSONL file; by default it is not stored. It may contain words of patients."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the conversation. Returns the replies if prompts were given, otherwise only counts."""
-    from bimedix_jax.bidi import is_needed
+    from bimedix_jax.bidi import is_needed, reorders_nothing
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.tokenizer import load_tokenizer
-    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
+    from bimedix_jax.data.vocabulary import context_of, require_fit, vocab_size_of
     from bimedix_jax.inference.chat import Chat, ChatOptions, require_text
+    from bimedix_jax.inference.keyboard import Keyboard
 
-    config = dataclasses.replace(config, bidi=is_needed(config.bidi, console.file))
     if console.stderr and not config.prompt:
         raise BimedixError("with --json nothing is read from the keyboard; give at least one --prompt")
-    if config.save is not None and config.save.exists():
-        raise BimedixError(f"{config.save} exists; name a new file for the conversation")
     for text in (config.system or "", *config.prompt):
         require_text(text, "a prompt")
-    folder = resolve(config.model, config.revision)
-    tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
-    _ = tokenizer.template  # an unknown template is an error before the weights are loaded
-    require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
-    model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     options = ChatOptions(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -96,12 +94,29 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         repetition_penalty=config.repetition_penalty,
         seed=config.seed,
     )
-    chat = Chat(model, tokenizer, config.system, options)
-    show_notice(console, config.bidi)
+    options.check()
+    if config.save is not None:
+        create(config.save)
+    try:
+        folder = resolve(config.model, config.revision)
+        options.check(context_of(folder))
+        tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
+        _ = tokenizer.template  # an unknown template is an error before the weights are loaded
+        require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
+        model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
+        chat = Chat(model, tokenizer, config.system, options)
+    except BaseException:
+        if config.save is not None:
+            config.save.unlink(missing_ok=True)
+        raise
+    bidi = is_needed(config.bidi or reorders_nothing(), console.file)
+    show_notice(console, bidi)
     try:
         if config.prompt:
-            return answer_prompts(chat, config, console)
-        return converse(chat, console, lambda: console.input("[bold]you>[/] "), config.bidi)
+            return answer_prompts(chat, config, console, bidi)
+        colour = console.is_terminal and not console.no_color
+        with Keyboard("you> ", lambda: console.input("[bold]you>[/] "), COMMANDS, colour) as keyboard:
+            return converse(chat, console, keyboard.read, bidi)
     finally:
         if config.save is not None:
             save(chat, config.model, config.save)
@@ -112,27 +127,26 @@ def show_notice(console: Console, bidi: bool = False) -> None:
     """Prints the research-only notice in both languages."""
     console.print(NOTICE_EN, style="yellow")
     if bidi:
-        from bimedix_jax.bidi import visual
-
-        # wrapped before it is reordered: a terminal would break reordered lines at the wrong end
-        for line in Text(NOTICE_AR).wrap(console, console.width):
-            console.print(visual(line.plain.strip()), style="yellow", justify="right", highlight=False)
+        for line in visual_lines(NOTICE_AR, console):
+            console.print(line, style="yellow", highlight=False, soft_wrap=True)
     else:
         console.print(NOTICE_AR, style="yellow", highlight=False)
 
 
-def answer_prompts(chat: "Chat", config: Config, console: Console) -> dict[str, Any]:
+def answer_prompts(chat: "Chat", config: Config, console: Console, bidi: bool) -> dict[str, Any]:
     """Answers the prompts of the command line in order, as the turns of one conversation."""
     replies = []
     for prompt in config.prompt:
-        console.print(Text(f"you> {shown(prompt, config.bidi)}", style="bold"))
-        print_reply(chat, prompt, console, config.bidi)
+        console.print(Text(f"you> {shown(prompt, bidi)}", style="bold"))
+        print_reply(chat, chat.stream(prompt), console, bidi)
         replies.append({"prompt": prompt, **dataclasses.asdict(chat.last)} if chat.last else {"prompt": prompt})
     return {"notice": {"en": NOTICE_EN, "ar": NOTICE_AR}, "system": config.system, "replies": replies}
 
 
 def converse(chat: "Chat", console: Console, read: Callable[[], str], bidi: bool = False) -> dict[str, Any]:
     """Reads questions until /quit, the end of the input or Ctrl-C. The result has counts and no words of it."""
+    from bimedix_jax.bidi import is_right_to_left
+
     console.print(COMMANDS_HELP, style="dim", highlight=False)
     counts = {"turns": 0, "tokens": 0, "dropped_turns": 0, "seconds": 0.0}
     while True:
@@ -141,18 +155,23 @@ def converse(chat: "Chat", console: Console, read: Callable[[], str], bidi: bool
         except (EOFError, KeyboardInterrupt):
             console.print()
             return counts
-        if line.startswith("/"):
-            if line in ("/quit", "/exit"):
-                return counts
+        word = line.partition(" ")[0]
+        if word in ("/quit", "/exit"):
+            return counts
+        if line.startswith("/") and word != "/retry":
             run_slash_command(chat, line, console)
         elif line:
+            retry = word == "/retry"
+            if bidi and is_right_to_left(line):  # the terminal showed what was typed in the wrong order
+                for part in visual_lines(line, console):
+                    console.print(part, style="dim", highlight=False, markup=False, soft_wrap=True)
             try:
-                print_reply(chat, line, console, bidi)
+                print_reply(chat, chat.retry() if retry else chat.stream(line), console, bidi)
             except BimedixError as error:  # the question does not fit; the conversation continues
                 console.print(f"error: {error}", style="red", highlight=False, markup=False)
                 continue
             if chat.last is not None:
-                counts["turns"] += 1
+                counts["turns"] += not retry
                 counts["tokens"] += chat.last.tokens
                 counts["seconds"] += chat.last.seconds
                 counts["dropped_turns"] = max(counts["dropped_turns"], chat.last.dropped_turns)
@@ -164,6 +183,14 @@ def run_slash_command(chat: "Chat", line: str, console: Console) -> None:
     if word == "/reset":
         chat.restart(chat.system)
         console.print("The conversation is forgotten.", style="dim")
+    elif word == "/undo":
+        try:
+            question = chat.undo()
+        except BimedixError as error:
+            console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        else:
+            note = f"Forgotten: {shown(question, bidi=False)[:60]}"
+            console.print(note, style="dim", highlight=False, markup=False)
     elif word == "/system":
         chat.restart(rest.strip() or None)
         console.print(f"{'New' if chat.system else 'No'} system prompt, new conversation.", style="dim")
@@ -171,12 +198,14 @@ def run_slash_command(chat: "Chat", line: str, console: Console) -> None:
         console.print(f"There is no command {word}. {COMMANDS_HELP}", style="red", highlight=False, markup=False)
 
 
-def print_reply(chat: "Chat", question: str, console: Console, bidi: bool) -> None:
+def print_reply(chat: "Chat", pieces: Generator[str, None, None], console: Console, bidi: bool) -> None:
     """Streams the reply to the console; Ctrl-C ends the reply and not the conversation."""
-    pieces = chat.stream(question)
     try:
         for text in lines(pieces) if bidi else pieces:
-            console.print(Text(shown(text, bidi)), end="", soft_wrap=True)
+            clean = shown(text, bidi=False)
+            if bidi:
+                clean = "\n".join(visual_lines(clean.removesuffix("\n"), console)) + "\n" * clean.endswith("\n")
+            console.print(Text(clean), end="", soft_wrap=True)
             console.file.flush()
     except KeyboardInterrupt:
         pieces.close()
@@ -202,6 +231,22 @@ def shown(text: str, bidi: bool) -> str:
     return "\n".join(visual(line) for line in clean.split("\n"))
 
 
+def visual_lines(text: str, console: Console) -> list[str]:
+    """`text` in visual order, one entry for each line of the console; paragraphs in Arabic are at the right margin.
+
+    Lines are wrapped before they are reordered: a terminal would break reordered ones at the wrong end.
+    """
+    from bimedix_jax.bidi import is_right_to_left, visual
+
+    found = []
+    for paragraph in text.split("\n"):
+        from_right = is_right_to_left(paragraph)
+        for part in Text(paragraph).wrap(console, console.width) if paragraph else [Text("")]:
+            line = visual(part.plain.strip(), from_right) if from_right else visual(part.plain.rstrip())
+            found.append(" " * (console.width - cell_len(line)) + line if from_right else line)
+    return found
+
+
 def lines(pieces: Iterator[str]) -> Iterator[str]:
     """Pieces joined to complete lines, since only a complete line can be reordered."""
     waiting = ""
@@ -213,10 +258,25 @@ def lines(pieces: Iterator[str]) -> Iterator[str]:
         yield waiting
 
 
+def create(path: Path) -> None:
+    """Creates the empty file of the conversation, which only its owner can read.
+
+    Raises:
+      BimedixError: it exists, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600, exist_ok=False)
+    except FileExistsError:
+        blocked = path if path.exists() else path.parent
+        raise BimedixError(f"{blocked} exists; name a new file for the conversation") from None
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise BimedixError(f"cannot write {path} ({reason}); name another file with --save") from None
+
+
 def save(chat: "Chat", model: str, path: Path) -> None:
-    """Writes the conversation as one line of JSON, with the keys of records; only the owner can read the file."""
+    """Writes the conversation as one line of JSON, with the keys of records."""
     turns = [{"from": turn.speaker, "value": turn.value} for turn in chat.turns]
     row = {"saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "model": model, "conversations": turns}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")

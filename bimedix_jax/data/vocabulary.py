@@ -21,10 +21,19 @@ def vocab_size_of(folder: str | Path) -> int | None:
 
     None if there is none or it is wrong; the error is raised when the model is loaded.
     """
+    return _config_number(folder, "vocab_size")
+
+
+def context_of(folder: str | Path) -> int | None:
+    """Longest sequence of the model in `folder`; None as in `vocab_size_of`."""
+    return _config_number(folder, "max_position_embeddings")
+
+
+def _config_number(folder: str | Path, field: str) -> int | None:
     for name, parents in (("bimedix.json", ("config",)), ("config.json", ())):  # ours, then Hugging Face's
         value: Any = peek_json(Path(folder, name))
         if value:
-            for key in (*parents, "vocab_size"):
+            for key in (*parents, field):
                 value = value.get(key) if isinstance(value, dict) else None
             return value if type(value) is int else None
     return None

@@ -15,7 +15,7 @@ from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Turn
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.generate import stream
+from bimedix_jax.inference.generate import Sampling, stream
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
@@ -34,6 +34,23 @@ class ChatOptions:
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int = 0
+
+    def check(self, context: int | None = None) -> None:
+        """Checks every number, and with `context` that there is room for a question; no model is needed.
+
+        Raises:
+          BimedixError: a number outside its range.
+        """
+        if self.max_new_tokens < 1:
+            raise BimedixError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise BimedixError(f"seed is {self.seed}; give a number from 0 to {2**32 - 1}")
+        Sampling.of(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        if context is not None and self.max_new_tokens >= context:
+            raise BimedixError(
+                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a question in this model's "
+                f"context of {context}; ask for fewer"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +152,11 @@ def require_text(text: str, name: str) -> None:
 
 
 class Chat:
-    """A conversation and its history."""
+    """A conversation and its history.
+
+    Each reply is sampled with its own seed, `options.seed` plus the number of replies before it. Otherwise similar
+    questions would get the same words, and `retry` the same reply.
+    """
 
     def __init__(
         self,
@@ -159,6 +180,8 @@ class Chat:
         self.turns: list[Turn] = []
         self.system = None
         self.last: Reply | None = None
+        self.asked: str | None = None
+        self.replies = 0
         self.restart(system)
 
     def restart(self, system: str | None) -> None:
@@ -167,6 +190,37 @@ class Chat:
         self.system = system
         self.turns = [] if system is None else [Turn(speaker="system", value=system)]
         self.last = None
+        self.asked = None
+
+    def undo(self) -> str:
+        """Forget the last question with its reply; returns the question.
+
+        Raises:
+          BimedixError: there is none.
+        """
+        if len(self.turns) < 2 or self.turns[-1].speaker != "gpt":
+            raise BimedixError("there is no exchange to undo; ask something first")
+        *self.turns, question, _ = self.turns
+        self.last = None
+        self.asked = None
+        return question.value
+
+    def retry(self) -> Generator[str, None, None]:
+        """Another reply to the last question, also to one whose reply was empty. It replaces the old reply.
+
+        If it is empty, the old one is kept.
+
+        Raises:
+          BimedixError: nothing was asked yet.
+        """
+        turns, question = self.turns, self.asked
+        if question is None or (self.last is not None and self.last.text):
+            question = self.undo()
+        try:
+            yield from self.stream(question)
+        finally:
+            if self.last is None or not self.last.text:
+                self.turns = turns
 
     def stream(self, question: str) -> Generator[str, None, None]:
         """The reply in pieces of text. Afterwards `last` describes it, and both turns are in the history.
@@ -182,12 +236,11 @@ class Chat:
             raise BimedixError("the question is empty; write something")
         turns = [*self.turns, Turn(speaker="human", value=question)]
         options, context = self.options, self.model.config.max_position_embeddings
-        if options.max_new_tokens >= context:
-            raise BimedixError(
-                f"max_new_tokens is {options.max_new_tokens}, which leaves no room for a question in this model's "
-                f"context of {context}; ask for fewer"
-            )
+        options.check(context)
         prompt, dropped = fit(self.tokenizer, turns, context - options.max_new_tokens)
+        self.asked = question
+        options = dataclasses.replace(options, seed=(options.seed + self.replies) % 2**32)
+        self.replies += 1
         start, text, tokens, finished = time.perf_counter(), "", _Answer(self.record), False
         answer = stream(
             self.model,

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 from rich.console import Console
 from tiny import tiny
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Engine
 
 from bimedix_jax import cli
-from bimedix_jax.bidi import visual
+from bimedix_jax.bidi import reorders_nothing, visual
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.commands import chat as command
 from bimedix_jax.data.encoding import encode_chat
@@ -186,6 +187,100 @@ def test_the_keyboard_loop(model, tokenizer):
     assert "hello" not in json.dumps(result)
     shown, result = scripted(chat, ["/reset", "/system", KeyboardInterrupt])
     assert (result["turns"], chat.turns, chat.system) == (0, [], None)
+
+
+SAMPLED = ChatOptions(max_new_tokens=8, temperature=5.0, top_p=None, seed=3)
+
+
+def test_each_reply_has_its_own_seed(model, tokenizer):
+    words = []
+    for _ in range(2):
+        chat = Chat(model, tokenizer, options=SAMPLED)
+        replies = []
+        for _ in range(3):
+            replies.append(chat.ask("hello").text)
+            chat.restart(None)
+        words.append(replies)
+    assert len(set(words[0])) == 3
+    assert words[0] == words[1]  # and the conversation can be repeated
+
+
+def test_retry_replaces_the_last_reply_and_undo_forgets_it(model, tokenizer):
+    chat = Chat(model, tokenizer, "Be kind.", SAMPLED)
+    for attempt in (chat.undo, lambda: list(chat.retry())):
+        with pytest.raises(BimedixError, match="ask something first"):
+            attempt()
+    chat.ask("one")
+    first = chat.turns
+    chat.ask("two")
+    old = chat.turns
+    "".join(chat.retry())
+    assert [turn.value for turn in chat.turns[:-1]] == [turn.value for turn in old[:-1]]
+    assert chat.turns[-1] != old[-1]
+    assert chat.undo() == "two"
+    assert chat.turns == first
+    stopped = chat.retry()
+    stopped.close()  # before the first word
+    assert chat.turns == first
+
+
+def test_retry_and_undo_at_the_keyboard(model, tokenizer):
+    chat = Chat(model, tokenizer, options=GREEDY)
+    shown, result = scripted(chat, ["/retry", "/undo", "hello", "/retry", "again", "/undo", "/quit"])
+    assert shown.count("error: there is no exchange to undo; ask something first") == 2
+    assert shown.count(ANSWER) == 3
+    assert "Forgotten: again" in shown
+    assert (result["turns"], [turn.value for turn in chat.turns]) == (2, ["hello", ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temperature", "-1", "temperature is -1"),
+        ("--temperature", "nan", "temperature is nan"),
+        ("--top-k", "0", "top_k is 0"),
+        ("--top-p", "1.5", "top_p is 1.5"),
+        ("--min-p", "2", "min_p is 2"),
+        ("--repetition-penalty", "0", "repetition_penalty is 0"),
+        ("--max-new-tokens", "0", "max_new_tokens is 0"),
+        ("--max-new-tokens", "256", "leaves no room"),
+        ("--seed", "-1", "seed is -1"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_loaded(folder, monkeypatch, capsys, option, value, message):
+    monkeypatch.setattr("bimedix_jax.checkpoint.load.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert cli.main(["chat", "--model", str(folder), "--prompt", "hello", option, value]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_file_to_save_is_checked_before_the_model_is_loaded(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bimedix_jax.checkpoint.load.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("x")
+    for target in (tmp_path, tmp_path / "file", tmp_path / "file" / "chat.jsonl", Path("/proc/chat.jsonl")):
+        assert cli.main(["chat", "--model", str(folder), "--prompt", "hello", "--save", str(target)]) == 1
+        error = capsys.readouterr().err
+        assert "unexpected" not in error
+        assert "name a" in error
+    assert cli.main(["chat", "--model", str(tmp_path / "none"), "--save", str(tmp_path / "new.jsonl")]) == 1
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_arabic_is_wrapped_before_it_is_reordered_and_ends_at_the_right():
+    console = Console(file=io.StringIO(), width=20)
+    text = "الربو مرض مزمن يصيب الرئتين و inhaler يساعد"
+    lines = command.visual_lines(text, console)
+    assert len(lines) > 1
+    assert all(cell_len(line) == 20 for line in lines)
+    assert lines[0].endswith(visual("الربو"))  # a reader begins at the right of the first line
+    assert command.visual_lines("plain\n\nربو", console) == ["plain", "", " " * 17 + "ﻮﺑﺭ"]
+
+
+def test_terminals_without_bidirectional_text_are_known():
+    assert reorders_nothing({"TMUX": "x"})
+    assert reorders_nothing({"TERM": "xterm-kitty"})
+    assert not reorders_nothing({"TERM": "xterm-256color"})
+    assert not reorders_nothing({"TMUX": "x", "BIMEDIX_BIDI": "0"})
+    assert reorders_nothing({"BIMEDIX_BIDI": "1"})
 
 
 def test_arabic_in_visual_order_line_by_line():
