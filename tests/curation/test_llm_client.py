@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import socket
 import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from bimedix_jax.curation.llm.account import Account, BudgetReached, Price, Stopped, parse_prices
+from bimedix_jax.curation.llm.batch import BatchTransport
 from bimedix_jax.curation.llm.client import Client, Unanswered, open_client
 from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
-from bimedix_jax.curation.llm.direct import DirectTransport, retry_after
+from bimedix_jax.curation.llm.direct import DirectTransport, new_openai, retry_after
 from bimedix_jax.curation.llm.pace import Pace
 from bimedix_jax.curation.llm.request import Reply, Request, likely_tokens
 from bimedix_jax.curation.llm.store import open_store
@@ -478,3 +481,73 @@ def test_likely_tokens_of_english_and_arabic():
     assert likely_tokens("a" * 400) == 100
     assert likely_tokens("س" * 400) == 200
     assert likely_tokens("") == 0
+
+
+class Nowhere:
+    """A URL at which nothing listens."""
+
+    def __init__(self) -> None:
+        with socket.socket() as reserved:
+            reserved.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_an_endpoint_that_does_not_listen_is_one_sentence_and_costs_nothing(tmp_path, batch):
+    clock, path, place = Clock(), tmp_path / "store.sqlite", Nowhere()
+    spent = []
+
+    async def run() -> None:
+        with open_store(path) as store:
+            chosen = config(place, batch=batch)
+            owner = Account(store, budget_tokens=10**6)
+            transport = (BatchTransport if batch else DirectTransport)(chosen, owner)
+            client = Client(chosen, owner, transport, clock, clock.sleep)
+            try:
+                await client.ask(request())
+            finally:
+                spent.append((owner.tokens, owner.rows()[0]["unknown_cost_attempts"]))
+                await transport.close()
+
+    with pytest.raises(Stopped, match=r"cannot be reached \(.+\) and nothing was sent; start the server"):
+        asyncio.run(run())
+    assert spent == [(0, 0)]
+    assert sum(clock.slept) < 10
+    assert set(rows(path)) == {"unreachable"}
+    with open_store(path) as store:  # nor does a later run count it
+        assert Account(store).tokens == 0
+
+
+def test_a_server_that_stops_later_is_waited_for(serve, tmp_path):
+    server = serve(respond=respond)
+
+    async def ask(client: Client) -> None:
+        await client.ask(request("first"))
+        server.stop()
+        client._transport._openai = new_openai(config(server), "none")  # without the open connection
+        await client.ask(request("second"))
+
+    with pytest.raises(Unanswered, match="no reply in 8 attempts, the last one: unreachable"):
+        talk(tmp_path / "store.sqlite", server, ask, Clock())
+
+
+@pytest.mark.parametrize("make", [lambda url: LlmConfig("m", base_url=url), lambda url: JudgeConfig(base_url=url)])
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:8000/v1", "begin it with http:// or https://"),
+        ("127.0.0.1:8000", "begin it with http:// or https://"),
+        ("", "begin it with http:// or https://"),
+        ("ftp://host/v1", "begin it with http:// or https://"),
+        ("http://", "names no host"),
+        ("http://a host/v1", "has a blank"),
+        ("http://host:port/v1", "give a URL such as"),
+        ("http://host:99999/v1", "give a URL such as"),
+        ("http://host/v1?key=1", "leave out what follows the path"),
+        ("http://host/v1/chat/completions", "leave out /chat/completions"),
+    ],
+)
+def test_a_wrong_url_raises_with_the_remedy(make, url, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(url)
+    assert make("http://127.0.0.1:8000/v1").base_url == "http://127.0.0.1:8000/v1"

@@ -14,7 +14,7 @@ from typing import Any
 
 from bimedix_jax.curation.llm.account import Account, Stopped
 from bimedix_jax.curation.llm.config import LlmConfig
-from bimedix_jax.curation.llm.direct import ending_of, new_openai, scrub
+from bimedix_jax.curation.llm.direct import ending_of, new_openai, no_connection, scrub
 from bimedix_jax.curation.llm.outcomes import Attempt, from_body
 from bimedix_jax.curation.llm.store import Heading
 
@@ -106,8 +106,11 @@ class BatchTransport:
         except openai.APIStatusError as error:
             ending = ending_of(error.status_code, error.code)
             self._end(mark, {}, Attempt(ending, error.status_code, scrub(f"{error.message}", self._key)[:500]))
-        except openai.APIConnectionError:
-            await self._resume(mark)  # the batch may have been created before the connection broke
+        except openai.APIConnectionError as error:
+            if (reason := no_connection(error)) is not None:
+                self._end(mark, {}, Attempt("unreachable", detail=scrub(reason, self._key)))
+            else:
+                await self._resume(mark)  # the batch may have been created before the connection broke
         else:
             await self._watch(mark, batch.id)
 

@@ -26,6 +26,8 @@ from bimedix_jax.errors import BimedixError
 EXHAUSTED_IN_A_ROW = 5
 # after so many refusals (400, 422, ...) and no reply, the options must be wrong and not the texts
 REFUSED_AT_FIRST = 3
+# attempts of one request to connect before any reply, with waits of 0.5, 1 and 2 s: then nothing listens there
+CONNECT_AT_FIRST = 4
 
 
 class Unanswered(BimedixError):
@@ -170,6 +172,15 @@ class Client:
 
     async def _wait_after(self, attempt: Attempt, without_reply: int) -> None:
         """Wait as long as the endpoint asks, or with exponential back-off. After the last attempt, raise."""
+        never_reached = attempt.ending == "unreachable" and not self._replies
+        if never_reached and without_reply >= min(CONNECT_AT_FIRST, self.config.max_attempts):
+            self.account.stop(
+                Stopped(
+                    f"{self.config.base_url} cannot be reached ({attempt.detail}) and nothing was sent; start the "
+                    "server or correct base-url, and run the same command again"
+                )
+            )
+            self.account.check()
         if without_reply >= self.config.max_attempts:
             self._exhausted += 1
             error = (
@@ -182,7 +193,7 @@ class Client:
                 )
                 self.account.check()
             raise Unanswered(error)
-        if self.config.batch:  # all wait equally long, so that one batch collects them again
+        if self.config.batch and not never_reached:  # all wait equally long, so that one batch collects them again
             await self._sleep(self.config.poll_seconds)
             return
         wait = min(60.0, 0.5 * 2 ** (without_reply - 1)) * random.uniform(0.75, 1.25)

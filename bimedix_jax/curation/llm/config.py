@@ -5,8 +5,33 @@ import json
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from bimedix_jax.errors import BimedixError
+
+
+def check_url(url: str) -> None:
+    """Checks that requests can be sent to paths below `url`.
+
+    Raises:
+        ValueError: it is not an http or https URL of a host, or it names more than the endpoint.
+    """
+    example = "such as http://127.0.0.1:8000/v1"
+    if "://" not in url:
+        raise ValueError(f"base_url is {url!r}; begin it with http:// or https://, {example}")
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"base_url is {url!r} ({error}); give a URL {example}") from error
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(f"base_url is {url!r}; begin it with http:// or https://, {example}")
+    if not host or not url.isprintable() or " " in url:
+        raise ValueError(f"base_url is {url!r}, which names no host or has a blank; give a URL {example}")
+    if parts.query or parts.fragment:
+        raise ValueError(f"base_url is {url!r}; leave out what follows the path, {example}")
+    if parts.path.rstrip("/").endswith("/completions"):
+        raise ValueError(f"base_url is {url!r}; leave out /chat/completions, {example}")
 
 
 @dataclass(frozen=True)
@@ -62,6 +87,7 @@ class LlmConfig:
     """Seconds between two requests for a batch's status."""
 
     def __post_init__(self) -> None:
+        check_url(self.base_url)
         for name in ("concurrency", "timeout", "max_attempts", "batch_size", "poll_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0")
@@ -144,6 +170,10 @@ class JudgeConfig:
 
     batch: bool | None = None
     """Use the endpoint's batch API."""
+
+    def __post_init__(self) -> None:
+        if self.base_url is not None:
+            check_url(self.base_url)
 
     def over(self, base: LlmConfig) -> LlmConfig:
         """`base` with the options that are given here."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import os
 import time
 from typing import Any
 
@@ -14,6 +15,9 @@ from bimedix_jax.curation.llm.store import Heading
 _DENIED_STATUS = {401, 403, 404}
 _DENIED_CODES = {"insufficient_quota", "billing_hard_limit_reached", "invalid_api_key"}
 _TRANSIENT_STATUS = {408, 409, 425}
+
+CONNECT_SECONDS = 10.0
+"""Longest wait for a connection; an answer may take longer."""
 
 
 class DirectTransport:
@@ -44,11 +48,15 @@ class DirectTransport:
             # the client's own time-out is per read, so a server that sends a byte at a time would never reach it
             async with asyncio.timeout(self._config.timeout):
                 response = await self._openai.post("/chat/completions", body=payload, cast_to=httpx2.Response)
-        except (TimeoutError, openai.APITimeoutError):
+        except (TimeoutError, openai.APITimeoutError) as error:
+            if (reason := no_connection(error)) is not None:
+                return Attempt("unreachable", detail=scrub(reason, self._key))
             return Attempt("timeout", detail=f"no answer within {self._config.timeout:g} s")
         except openai.APIStatusError as error:
             return from_status(error, self._key)
         except openai.APIConnectionError as error:
+            if (reason := no_connection(error)) is not None:
+                return Attempt("unreachable", detail=scrub(reason, self._key))
             return Attempt("cut", detail=scrub(f"{error.__cause__ or error}", self._key))
         return from_body(response.text)
 
@@ -61,7 +69,27 @@ def new_openai(config: LlmConfig, key: str) -> Any:
     """The SDK's client without its retries, which would be neither counted nor paced nor stored."""
     import openai
 
-    return openai.AsyncOpenAI(base_url=config.base_url, api_key=key, max_retries=0, timeout=config.timeout)
+    timeout = openai.Timeout(config.timeout, connect=min(CONNECT_SECONDS, config.timeout))
+    return openai.AsyncOpenAI(base_url=config.base_url, api_key=key, max_retries=0, timeout=timeout)
+
+
+def no_connection(error: BaseException) -> str | None:
+    """Why there was no connection, so that nothing was sent; None if a connection broke later."""
+    import httpx2
+
+    never_sent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.UnsupportedProtocol)
+    cause = error.__cause__
+    if not isinstance(cause, never_sent):
+        return None
+    if isinstance(cause, httpx2.ConnectTimeout):
+        return "no connection in time"
+    deepest: BaseException | None = cause
+    while deepest is not None:
+        if isinstance(deepest, OSError) and deepest.errno:
+            # asyncio replaces the system's message by the address; errors of name look-ups have negative numbers
+            return (os.strerror(deepest.errno) if deepest.errno > 0 else f"{deepest.strerror}").lower()
+        deepest = deepest.__cause__ or deepest.__context__
+    return f"{cause}" or type(cause).__name__
 
 
 def from_status(error: Any, key: str) -> Attempt:

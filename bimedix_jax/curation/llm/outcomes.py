@@ -11,8 +11,11 @@ from bimedix_jax.curation.llm.request import Reply, Request, Usage
 from bimedix_jax.data.records import explain
 
 # reply: the endpoint answered (and was paid). refused: it rejects this request. denied: it rejects all requests until
-# the user corrects something, such as the key. lost: the process ended while the attempt was in flight.
-Ending = Literal["reply", "rate_limited", "server_error", "timeout", "cut", "bad_body", "refused", "denied", "lost"]
+# the user corrects something, such as the key. unreachable: there was no connection, so nothing was sent. lost: the
+# process ended while the attempt was in flight.
+Ending = Literal[
+    "reply", "rate_limited", "server_error", "timeout", "cut", "bad_body", "refused", "denied", "unreachable", "lost"
+]
 
 # it is unknown whether these were paid for, so budgets count their maximum cost
 UNKNOWN_COST: frozenset[Ending] = frozenset({"timeout", "cut", "bad_body", "lost"})
