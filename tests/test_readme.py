@@ -127,3 +127,21 @@ def test_the_count_of_the_paper_is_right(capsys):
     (command,) = re.findall(r"`bimedix (coverage --model mixtral-8x7b[^`]*)` says 1,904,246,784", README)
     assert main(command.split()) == 0
     assert "1,904,246,784" in capsys.readouterr().out
+
+
+def test_every_variable_of_the_project_is_documented():
+    files = [path for part in ("bimedix_jax", "scripts", "tests") for path in (ROOT / part).rglob("*")]
+    texts = [path.read_text("utf-8") for path in files if path.suffix in (".py", ".sh") and path.is_file()]
+    used = set(re.findall(r"\bBIMEDIX_[A-Z_]*[A-Z]\b", "\n".join(texts)))
+    page = (ROOT / "docs/environment.md").read_text("utf-8")
+    assert "BIMEDIX_CACHE" in used
+    assert used == set(re.findall(r"BIMEDIX_[A-Z_]*[A-Z]", page))
+
+
+def test_examples_start_from_experts_that_differ():
+    """Between copies of one expert a ban or another router changes the logits by rounding only."""
+    study = (ROOT / "experiments/router_training.py").read_text("utf-8")
+    for text in (README, study):
+        upcycled = re.findall(r"^\s*bimedix upcycle .*$", text, re.MULTILINE)
+        assert upcycled
+        assert all("--noise 0.1" in line and "--drop-rate" not in line for line in upcycled)

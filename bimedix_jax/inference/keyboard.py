@@ -4,17 +4,13 @@ A terminal in its usual mode (canonical, termios(3)) cuts a line at 4,095 bytes.
 between two messages, too; GNU readline edits lines in it. History is in memory only.
 """
 
+import importlib.util
 import select
 import sys
+import termios
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any
-
-try:
-    import readline
-    import termios
-except ImportError:  # not on every system
-    readline = termios = None
 
 PASTE_PAUSE = 0.05
 """Seconds: lines that arrive within this time after another are of one paste. People do not type so fast."""
@@ -33,7 +29,10 @@ class Keyboard:
         self.saved: list[Any] | None = None
 
     def __enter__(self) -> "Keyboard":
-        if readline is not None and termios is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        # some builds of Python have no readline; then the terminal edits lines, and cuts long ones
+        if sys.stdin.isatty() and sys.stdout.isatty() and importlib.util.find_spec("readline"):
+            import readline
+
             self.saved = termios.tcgetattr(sys.stdin)
             readline.set_auto_history(True)
             if "libedit" not in (readline.__doc__ or ""):
@@ -45,7 +44,7 @@ class Keyboard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.saved is not None and termios is not None:
+        if self.saved is not None:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.saved)
             self.saved = None
 
@@ -83,7 +82,6 @@ class Keyboard:
         return line.strip().partition(" ")[0] in self.commands
 
     def _set_mode(self, echo: bool) -> None:
-        assert termios is not None
         assert self.saved is not None
         mode = [*self.saved]
         mode[3] &= ~termios.ICANON

@@ -524,7 +524,7 @@ def test_a_server_that_stops_later_is_waited_for(serve, tmp_path):
     async def ask(client: Client) -> None:
         await client.ask(request("first"))
         server.stop()
-        client._transport._openai = new_openai(config(server), "none")  # without the open connection
+        vars(client._transport)["_openai"] = new_openai(config(server), "none")  # without the open connection
         await client.ask(request("second"))
 
     with pytest.raises(Unanswered, match="no reply in 8 attempts, the last one: unreachable"):

@@ -30,7 +30,9 @@ def test_copies_have_distance_zero_until_an_adapter_moves_one(four_bits):
     model = quantise_base(copies()) if four_bits else copies()
     model = add_lora(model, LoraConfig(rank=4, alpha=8.0), 0)
     assert expert_distance(model) == 0
-    b = model.layers.moe.w1.lora.b
+    lora = model.layers.moe.w1.lora
+    assert lora is not None
+    b = lora.b
     b.set_value(b.get_value().at[:, 0].set(0.1))
     assert expert_distance(model) > 0
 
