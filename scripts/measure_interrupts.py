@@ -43,11 +43,11 @@ COMMANDS: dict[str, tuple[list[str], dict[str, str]]] = {
         ["quickstart", "--smoke", "--out", "OUT"],
         {"compile": COMPILE, "work": "bimedix_jax.training.metrics:MetricsLog.write", "save": REPLACE},
     ),
-    "convert": (["convert", "MODEL", "OUT", "--base", "float32"], {"work": WRITE_TENSOR, "save": REPLACE}),
-    "export": (["export", "MODEL", "OUT"], {"work": WRITE_TENSOR, "save": REPLACE}),
-    "upcycle": (["upcycle", "--base", "DENSE", "--output", "OUT"], {"work": WRITE_TENSOR, "save": REPLACE}),
+    "convert": (["convert", "MODEL", "--out", "OUT", "--base", "float32"], {"work": WRITE_TENSOR, "save": REPLACE}),
+    "export": (["export", "MODEL", "--out", "OUT"], {"work": WRITE_TENSOR, "save": REPLACE}),
+    "upcycle": (["upcycle", "--model", "DENSE", "--out", "OUT"], {"work": WRITE_TENSOR, "save": REPLACE}),
     "data pack": (
-        ["data", "pack", "--records", "sample", "--tokenizer", "MODEL", "--output", "OUT", "--sequence-length", "256"],
+        ["data", "pack", "--records", "sample", "--tokenizer", "MODEL", "--out", "OUT", "--sequence-length", "256"],
         {"work": "bimedix_jax.data.pack:pack", "save": REPLACE},
     ),
     "eval run": (

@@ -180,7 +180,7 @@ def read_scaling(
     if factors is None or (factors == 1).all():
         return None
     found = RopeScaling(
-        factor=float(factors.max()), low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
+        factor=float(factors.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     )
     half = head_dim // 2
     frequencies = theta ** (-np.arange(half) / half)

@@ -188,7 +188,7 @@ def test_the_command_line(write_mixtral, tmp_path, capsys):
         (["--merge", "original", "--format", "peft"], "--merge gives a whole model"),
         (["--dtype", "float32"], "--dtype is the precision of a merge"),
     ):
-        assert main([*words[:2], str(tmp_path / "none"), *words[3:], *extra]) == 1
+        assert main([*words[:3], str(tmp_path / "none"), *words[4:], *extra]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 

@@ -144,12 +144,12 @@ def test_the_command_refuses_what_load_refuses(made, tmp_path, capsys):
 
     folder = made(spoil)
     for base in ("bfloat16", "float32", "nf4"):
-        assert main(["convert", str(folder), str(tmp_path / "out"), "--base", base]) == 1
+        assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--base", base]) == 1
         assert "NaN or infinity" in capsys.readouterr().err
     announced = made(name="announced")
     config = json.loads((announced / "config.json").read_text())
     quantisation = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (announced / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    assert main(["convert", str(announced), str(tmp_path / "out")]) == 1
+    assert main(["convert", str(announced), "--out", str(tmp_path / "out")]) == 1
     assert "announces 4-bit weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

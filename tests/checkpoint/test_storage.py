@@ -127,7 +127,16 @@ def test_older_folders_load(source, over_nf4, tmp_path, caplog):
 def test_a_base_that_is_4_bits_in_part(source, over_nf4, tmp_path, caplog):
     """Its adapters keep the storage of the folder."""
     caplog.set_level(logging.ERROR)
-    command = ["export", str(source), str(tmp_path / "part"), "--format", "bitsandbytes", "--layout", "attention"]
+    command = [
+        "export",
+        str(source),
+        "--out",
+        str(tmp_path / "part"),
+        "--format",
+        "bitsandbytes",
+        "--layout",
+        "attention",
+    ]
     assert main(command) == 0
     assert storage_of(load(tmp_path / "part")).base == MIXED
     adapter = adapter_over(tmp_path / "part", tmp_path / "adapter", None)
@@ -145,7 +154,7 @@ def test_an_export_compares_with_the_model_as_it_was_trained(source, over_nf4, t
     them, over the very weights that are merged into, sees nothing of what the merge changes."""
     reports = {}
     for base in (None, "nf4", "bfloat16"):
-        words = ["export", str(source), str(tmp_path / f"{base}"), "--adapter", str(over_nf4), "--merge", into]
+        words = ["export", str(source), "--out", str(tmp_path / f"{base}"), "--adapter", str(over_nf4), "--merge", into]
         assert main([*words, *(["--base", base] if base else []), "--probe-records", "3", "--json"]) == 0
         captured, warned = capsys.readouterr(), caplog.text
         caplog.clear()

@@ -32,6 +32,7 @@ from bimedix_jax.data.records import (
     write_jsonl,
 )
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.process.folders import WRITTEN
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -608,13 +609,13 @@ def test_files_without_verdicts_are_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("review.jsonl").write_text(item().to_json() + "\n", "utf-8")
     for form, ending in (("csv", "csv"), ("jsonl", "jsonl"), ("label-studio", "json")):
-        words = ["--items", "review.jsonl", "--output", form, "--form", form]
+        words = ["--items", "review.jsonl", "--out", form, "--form", form]
         assert main(["data", "review", "export", *words]) == 0
-        (blank,) = [path for path in Path(form).iterdir() if path.suffix == f".{ending}"]
+        (blank,) = [path for path in Path(form).iterdir() if path.suffix == f".{ending}" and path.name != WRITTEN]
         if ending == "json":  # as Label Studio exports tasks that nobody annotated
             tasks = [{**task, "annotations": []} for task in json.loads(blank.read_text("utf-8"))]
             blank.write_text(json.dumps(tasks), "utf-8")
-        for action in (["import", "--output", "final"], ["statistics"]):
+        for action in (["import", "--out", "final"], ["statistics"]):
             assert main(["data", "review", *action, "--items", "review.jsonl", "--verdicts", str(blank)]) == 1
             assert f"{blank} contains no verdict" in " ".join(capsys.readouterr().err.split())
     assert not Path("final").exists()

@@ -85,7 +85,7 @@ def test_the_vocabulary_is_read_from_the_configuration_alone(small, folder, tmp_
     "words",
     [
         ["eval", "run", "--model", "MODEL", "--heldout", "sample"],
-        ["chat", "--model", "MODEL", "--prompt", "hello"],
+        ["chat", "--model", "MODEL", "--prompt", "hello", "--max-new-tokens", "8"],
         ["data", "pack", "--records", "sample", "--tokenizer", "MODEL", "--out", "OUT", "--workers", "0"],
         ["export", "MODEL", "--out", "OUT", "--tokenizer-from", "MODEL"],
     ],
