@@ -115,7 +115,7 @@ with new_folder(sys.argv[1]) as folder:
     assert len(names(tmp_path)) == 2
     with new_folder(tmp_path / "other"):
         assert len([name for name in names(tmp_path) if ".out" in name]) == 2
-    with new_folder(tmp_path / "out") as first, pytest.raises(BimedixError, match="not empty"):
+    with pytest.raises(BimedixError, match="not empty"), new_folder(tmp_path / "out") as first:
         assert len([name for name in names(tmp_path) if name.startswith(".out.")]) == 2, "the new one and that of more"
         with new_folder(tmp_path / "out") as second:
             assert first.exists()
@@ -124,7 +124,7 @@ with new_folder(sys.argv[1]) as folder:
     assert names(tmp_path / "out") == ["a"]
     with new_folder(tmp_path / "out.more"):
         pass
-    assert names(tmp_path) == ["out", "out.more"]
+    assert names(tmp_path) == ["other", "out", "out.more"]
 
 
 def test_a_folder_that_was_killed_while_it_was_replaced_comes_back(tmp_path):
