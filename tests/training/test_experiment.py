@@ -38,7 +38,7 @@ def test_the_recipe_of_the_paper():
         ({"lora": {"rank": 4}}, "lora lacks alpha"),
         ({"lora": {"rank": 4, "alpha": 8, "targets": ["gate"]}}, "Unknown target gate"),
         ({"lora": None}, "needs model.base float32"),
-        ({"steps": None, "epochs": None}, "give one"),
+        ({"steps": None, "epochs": None}, "set one"),
         ({"eval_every": 5}, "data.heldout"),
         ({"model": {"path": "a", "base": "bfloat16", "dtype": "float32"}}, "model.dtype"),
     ],
@@ -55,7 +55,7 @@ def test_literals_are_checked_in_constructors():
 
 def test_a_file_that_is_not_json_raises(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(BimedixError, match="not JSON"):
+    with pytest.raises(BimedixError, match="not valid JSON"):
         read(tmp_path / "config.json")
 
 
