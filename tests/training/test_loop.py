@@ -168,8 +168,7 @@ def test_a_nan_loss_stops_the_run(experiment, config, tmp_path):
     broken.norm.scale.set_value(broken.norm.scale.get_value().at[0].set(np.nan))
     with pytest.raises(BimedixError, match=r"Step 1: loss nan.*there is no checkpoint before it"):
         train(experiment(lora=LORA), tmp_path / "run", model=broken)
-    assert not (tmp_path / "run/checkpoints").exists()
-    assert not read_metrics(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def packed(folder, rows, length, seed, highest=61, **facts):
@@ -202,7 +201,7 @@ def test_epochs_of_a_packed_folder_with_heldout_rows(experiment, tmp_path):
     assert read(tmp_path / "run/config.json").steps == result.steps == 3
     assert lines[2]["tokens"] < lines[0]["tokens"]
     assert ["heldout_nll" in line for line in lines] == [False, True, False]
-    assert lines[1]["heldout_nll"] == pytest.approx(np.log(61), rel=0.05)
+    assert lines[1]["heldout_nll"] == pytest.approx(np.log(304), rel=0.05)
     mirrored = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert len(mirrored) == 1
 
@@ -214,8 +213,8 @@ def test_data_that_do_not_fit_raise(experiment, tmp_path):
         train(dataclasses.replace(run, data=DataSource(path=short, sequence_length=16)), tmp_path / "a")
     with pytest.raises(BimedixError, match="names no data"):
         train(dataclasses.replace(run, data=DataSource(sequence_length=16)), tmp_path / "b")
-    with pytest.raises(BimedixError, match="exceed the model's 64 positions"):
-        train(dataclasses.replace(run, data=DataSource(sequence_length=128, synthetic_rows=2)), tmp_path / "c")
+    with pytest.raises(BimedixError, match="exceed the model's 512 positions"):
+        train(dataclasses.replace(run, data=DataSource(sequence_length=1024, synthetic_rows=2)), tmp_path / "c")
     assert not any((tmp_path / name).exists() for name in "abc")
     with pytest.raises(BimedixError, match="model's tokenizer"):
         loop.checked({"tokens_BT": np.asarray([[61]])}, 61, 0)
