@@ -51,7 +51,19 @@ def test_training_steps(capsys):
 
 
 def test_decoding_against_the_peer(capsys):
-    words = ["--length", "16", "--prompt-tokens", "8", "--steps", "2", "--decode-batches", "1", "3"]
+    words = [
+        "--length",
+        "16",
+        "--prompt-tokens",
+        "8",
+        "--steps",
+        "2",
+        "--decode-batches",
+        "1",
+        "3",
+        "--base",
+        "bfloat16",
+    ]
     found = bench(capsys, "decode", *words, "--against", "transformers")
     check(found["rows"], ["prefill", "decode_b1", "decode_b3"], against=True)
     assert found["rows"][2]["bytes_read_per_step"] > found["rows"][1]["bytes_read_per_step"]
