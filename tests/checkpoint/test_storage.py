@@ -112,7 +112,7 @@ def older(folder, target):
 
 
 def test_older_folders_load(source, over_nf4, tmp_path, caplog):
-    """One that lies in its run takes the storage from there."""
+    """An adapter inside its run takes the storage from the run."""
     caplog.set_level(logging.WARNING)
     adapter = older(over_nf4, tmp_path / "run/adapter")
     assert is_adapter(adapter)
@@ -151,7 +151,7 @@ def test_adapters_of_a_base_that_is_packed_later_remember_theirs(source):
 @pytest.mark.parametrize("into", ["original", "dequantised"])
 def test_an_export_compares_with_the_model_as_it_was_trained(source, over_nf4, tmp_path, capsys, caplog, into):
     """The default base gives the same report as an explicit nf4; another base gives both comparisons, and the first of
-    them, over the very weights that are merged into, sees nothing of what the merge changes."""
+    them, over the very weights that are merged into, does not show what the merge changes."""
     reports = {}
     for base in (None, "nf4", "bfloat16"):
         words = ["export", str(source), "--out", str(tmp_path / f"{base}"), "--adapter", str(over_nf4), "--merge", into]
