@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "data assemble": ("turn published data sets into checked records", "bimedix_jax.commands.data_assemble"),
     "data translate": (
-        "translate English records into Arabic: scored, refined, queued for review",
+        "translate English records into Arabic, score, refine and check the translations",
         "bimedix_jax.commands.data_translate",
     ),
     "data mix": (
@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bimedix_jax.commands.data_mix",
     ),
     "data review": (
-        "send translations to reviewers, read their verdicts, bound the error rate",
+        "export translations for reviewers, import their verdicts, bound the error rate",
         "bimedix_jax.commands.data_review",
     ),
     "data chats": (
@@ -60,9 +60,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data pack": ("pack records into rows of tokens for training", "bimedix_jax.commands.data_pack"),
     "data stats": ("count records and tokens by language, kind and source", "bimedix_jax.commands.data_stats"),
     "eval run": ("measure held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
-    "chat": ("talk with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
+    "chat": ("chat with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
-    "plan": ("memory, work and time of a run on devices that you need not have", "bimedix_jax.commands.plan"),
+    "plan": ("estimate memory, FLOPs and time of a run on hardware that you do not have", "bimedix_jax.commands.plan"),
     "bench moe": (
         "measure the speed of the experts' matrix products on this machine",
         "bimedix_jax.commands.bench_moe",
@@ -285,7 +285,7 @@ def _help(group: str) -> str:
     if not group:
         title = "BiMediX in JAX: bilingual (English, Arabic) medical mixtures of experts. For research only."
         lines += [textwrap.fill(title, columns), ""]
-    lines += ["commands:", *table(rows), "", "everywhere:", *table(GLOBAL_FLAGS), ""]
+    lines += ["commands:", *table(rows), "", "with every command:", *table(GLOBAL_FLAGS), ""]
     lines += [textwrap.fill(f"`{_program(group)} COMMAND --help` lists a command's options.", columns), ""]
     return "\n".join(lines)
 

@@ -140,7 +140,7 @@ def main() -> None:
     rows = {**result["programs"], "together": {"seconds": result["seconds"], "ratio": result["ratio"]}}
     for name, row in rows.items():
         print(f"{name:<10}" + "".join(f"{value:>14.2f} s" for value in row["seconds"]) + f"{row['ratio']:>8.2f}")
-    print(f"bar {BAR}: {'kept' if result['within_bar'] else 'broken'}")
+    print(f"limit {BAR}: {'met' if result['within_bar'] else 'exceeded'}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_sigterm_to_one_process_stops_all(tmp_path):
     finally:
         stop_all(running)
     assert codes == [130, 130]
-    assert "is saved; continue with `bimedix train --resume" in (tmp_path / "0.log").read_text()
+    assert "is saved; resume with `bimedix train --resume" in (tmp_path / "0.log").read_text()
     last = len(losses(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / f"{last:08d}" / "manifest.json").is_file()
 

@@ -124,7 +124,7 @@ def test_the_notices_are_the_products_own():
 
 
 def test_the_count_of_the_paper_is_right(capsys):
-    (command,) = re.findall(r"`bimedix (coverage --model mixtral-8x7b[^`]*)` says 1,904,246,784", README)
+    (command,) = re.findall(r"`bimedix (coverage --model mixtral-8x7b[^`]*)` prints 1,904,246,784", README)
     assert main(command.split()) == 0
     assert "1,904,246,784" in capsys.readouterr().out
 

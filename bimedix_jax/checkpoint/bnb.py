@@ -120,7 +120,7 @@ def check_packing(values: dict[str, Any], config: MixtralConfig) -> None:
     for path, value in packed.items():
         if not value.transposed or value.unit_shape != shapes[path]:
             raise BimedixError(
-                f"{path} is packed in another order than (out, in), which bitsandbytes' layers need; load the model "
+                f"{path} is not packed in the order (out, in), which bitsandbytes' layers need; load the model "
                 "with base nf4 instead."
             )
         if value.block_size not in BLOCK_SIZES:

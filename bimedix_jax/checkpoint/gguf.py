@@ -115,13 +115,15 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     what = f"{path} is part {number + 1} of {count} of a model"
     if match is None or (int(match[2]), int(match[3])) != (number + 1, count):
         raise BimedixError(
-            f"{what}, but is not named so; give all parts the names that gguf-split gave them "
+            f"{what}, but its name does not say so; give all parts the names that gguf-split gave them "
             f"(NAME-{number + 1:05d}-of-{count:05d}.gguf), or join them with `gguf-split --merge`."
         )
     parts = [path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
     absent = [part.name for part in parts if not part.is_file()]
     if absent:
-        raise BimedixError(f"{what}, and {listed(absent)} is missing beside it; download all parts into one folder.")
+        raise BimedixError(
+            f"{what}, and {listed(absent)} is missing from its folder; download all parts into one folder."
+        )
     first: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
@@ -152,7 +154,8 @@ def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         if RAW_PART.fullmatch(path.name):
             raise BimedixError(
-                f"{path} is a piece of a file, by its name: join the pieces with `cat`, or finish the download, and "
+                f"{path} is only a piece of a file, judging by its name; join the pieces with `cat`, or finish the "
+                "download, and "
                 "name the whole file."
             ) from None
         raise BimedixError(f"{path} is not a complete GGUF file ({error}); download it again.") from None
@@ -231,7 +234,7 @@ def read_config(
     head_dim = whole("attention.key_length", width // heads)
     if {whole("attention.value_length", head_dim), whole("rope.dimension_count", head_dim)} != {head_dim}:
         raise BimedixError(
-            f"{path} rotates a part of each head or has values of another size, which is not implemented."
+            f"{path} rotates only a part of each head, or its values have another size, which is not implemented."
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
     theta = single("rope.freq_base", 1e4)

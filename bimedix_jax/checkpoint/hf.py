@@ -121,7 +121,7 @@ def check_packed(units: Sequence[table.Unit], folder: Path, ignore_config_keys: 
     packed = any(isinstance(unit.tensor, PackedTensor) for unit in units)
     if not packed and KEY not in ignore_config_keys and is_packed(raw_config(folder), folder):
         raise BimedixError(
-            f"{folder / CONFIG_NAME} announces 4-bit weights ({KEY}), but every tensor is unpacked; pass "
+            f"{folder / CONFIG_NAME} declares 4-bit weights ({KEY}), but every tensor is unpacked; pass "
             f"--ignore-config-key {KEY} to load it anyway."
         )
     return packed

@@ -46,7 +46,7 @@ def warn_storage(trained: Storage | None, model: Mixtral, folder: str | Path) ->
     own = storage_of(model)
     if trained is not None and trained.base != own.base:
         log.warning(
-            "%s was trained over %s and runs over %s here, so its outputs differ; leave base out to get the former.",
+            "%s was trained over %s and runs over %s here, so its outputs differ; leave base out to avoid this.",
             folder,
             trained.base,
             own.base,

@@ -167,7 +167,7 @@ def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | No
         return restored(folder / "model", base, dtype, mapped=mesh is not None)
     if not store.is_adapter(folder / "adapter"):
         raise BimedixError(
-            f"{folder} has not finished training; continue it with `bimedix train --resume --out {folder}`."
+            f"{folder} has not finished training; resume it with `bimedix train --resume --out {folder}`."
         )
     if (folder / "plan.safetensors").is_file():
         log.warning("%s was trained under a routing plan; pass plan= to use it when the model runs, too.", folder)

@@ -223,7 +223,7 @@ def summary(folder: Path, into: Into, dtype: str, sums: Sums) -> Merged:
     large = [f"{target} {share:.0%}" for target, share in losses.items() if share > LARGE_LOSS]
     if large:
         log.warning(
-            "%s weights lose a part of the fine-tuning: rounding takes %s of the deltas' norm; float32 keeps it.",
+            "%s weights lose a part of the fine-tuning: rounding loses %s of the deltas' norm; float32 keeps it.",
             dtype,
             ", ".join(large),
         )

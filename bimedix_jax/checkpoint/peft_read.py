@@ -107,7 +107,7 @@ def load_peft(model: Mixtral, folder: str | Path) -> Mixtral:
     check_tables(content, model)
     fused_later = any(pair.kind in ("w1", "w3") for pair in content.pairs)
     if fused_later and settings.rank_stabilised and first_match(settings.rank_pattern, GATE_UP, "") == GATE_UP:
-        log.warning("w1 and w3 have the scale of training; transformers 5 with peft 0.21 multiplies it by 1.41.")
+        log.warning("w1 and w3 keep the scale of training; transformers 5 with peft 0.21 would multiply it by 1.41.")
     recorded = check_base(model, folder, settings)
     adapted = with_factors(model, content, conversion_of(content, settings, recorded, model))
     adapted.trained_over = peft_storage(folder)

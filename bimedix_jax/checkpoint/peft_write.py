@@ -111,7 +111,7 @@ def export_peft(model: Mixtral, folder: str | Path, layout: PeftLayout = "per_ex
     experts = per_expert_tensors(adapters) if layout == "per_expert" else fused_tensors(adapters, model)
     tensors = [*plain_tensors(adapters), *experts]
     if config.train_router:
-        log.warning("The routers trained in full: their weights are written as modules_to_save (gate).")
+        log.warning("The routers were trained in full, so their weights are written as modules_to_save (gate).")
         tensors += routers(model, layout)
     dropout = config.dropout
     if dropout and adapters.keys() & {"router", "w1", "w2", "w3"}:
@@ -147,7 +147,7 @@ def adapters_of(model: Mixtral) -> dict[str, StackedAdapter]:
         log.warning("w1 and w3 have different scales; that of w3 is folded into its B (times %g).", factor)
         found["w3"] = dataclasses.replace(found["w3"], factor=factor)
     if not found:  # peft loads no adapter that has no target
-        log.warning("Only the routers trained: 1 adapter with factors that are zero is written, on q of layer 0.")
+        log.warning("Only the routers were trained, so one adapter with zero factors is written, on q of layer 0.")
         _, width_in, width_out = model.layers.attention.q.w.get_value().shape
         a, b = jnp.zeros((1, width_in, 1)), jnp.zeros((1, 1, width_out))
         found["q"] = StackedAdapter(a, b, (model.config.num_layers,), {(0,): (0,)})

@@ -51,7 +51,7 @@ def read_rope(block: Any, info: ValidationInfo) -> Rope | None:
         raise ValueError(f"{info.field_name} needs rope_theta, a positive number (found {theta!r})")
     if not is_one(fields.pop("partial_rotary_factor", 1)):
         raise ValueError(
-            f"the model rotates a part of each head ({info.field_name}: partial_rotary_factor), which is not "
+            f"the model rotates only a part of each head ({info.field_name}: partial_rotary_factor), which is not "
             "implemented"
         )
     scaling = None if scales_nothing(kind, fields) else read_scaling(kind, fields, str(info.field_name))

@@ -137,7 +137,7 @@ def restore_step(folder: Path, step: int, template: Any) -> tuple[Any, dict[str,
     if different:
         name = different[0]
         raise BimedixError(
-            f"{place} contains another training state: {len(different)} differences, first {name}, "
+            f"{place} contains another training state: {len(different)} differences, such as {name}: "
             f"{stored.get(name)} there and {wanted.get(name)} here; resume with the experiment that wrote it."
         )
     abstract = jax.tree.map(

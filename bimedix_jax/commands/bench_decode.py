@@ -14,15 +14,15 @@ class Config:
     """Measure the speed of prefill and greedy decoding of a small Mixtral on this machine.
 
     The model has width 512, expert width 1,792, 4 layers, 8 experts, top-2, a vocabulary of 32,000 and random weights.
-    Each row also has the machine's limit, measured alternately in the same run: for prefill the time of its matrix
-    products alone, for decoding the time to read the weights of a step once. With --against, transformers is measured
-    too, with the fastest of its data types and expert implementations.
+    Each result also has the machine's limit, measured alternately in the same run. For prefill it is the time of the
+    matrix products alone, and for decoding the time to read the weights of a step once. With --against, transformers is
+    measured too, with the fastest of its data types and expert implementations.
     """
 
     against: Literal["transformers"] | None = None
-    """Peer to measure too, which needs torch, transformers and peft; by default none."""
+    """Library to compare with; it needs torch, transformers and peft. By default none."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
-    """Storage of our weights; by default the fastest in a short trial for each row, as for the peer."""
+    """Storage of the weights of this project's model; by default the fastest in a short trial for each result."""
     batch: int = 2
     """Rows of the prefill."""
     length: int = 512
@@ -38,7 +38,8 @@ class Config:
     size: Literal["small", "full_width", "smoke"] = "small"
     """Model: the one above (small), two layers of Mixtral-8x7B for accelerators (full_width), a tiny one (smoke)."""
     router: str | None = None
-    """Router variant of our model (topk, softmax_topk, sigmoid_bias); by default topk, which the peer has."""
+    """Router variant of this project's model (topk, softmax_topk, sigmoid_bias); by default topk, the router of
+    transformers."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

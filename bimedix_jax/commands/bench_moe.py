@@ -13,13 +13,13 @@ from bimedix_jax.errors import BimedixError
 class Config:
     """Measure the speed of the grouped matrix product of a mixture of experts on this machine, in bfloat16.
 
-    All of these are measured alternately in one process: a dense product with the same useful FLOPs, our product on
-    balanced and on skewed groups (one expert gets half of the tokens), with 16-bit and with NF4 weights,
-    lax.ragged_dot, and dequantisation.
+    These are measured alternately in one process: a dense product with the same useful FLOPs, this project's product on
+    balanced and on skewed groups (one expert gets half of the tokens) with 16-bit and with NF4 weights, lax.ragged_dot,
+    and dequantisation.
     """
 
     tokens: tuple[int, ...] = (2048,)
-    """Numbers of tokens, one row of the table for each; the default is the size of the project's targets."""
+    """Numbers of tokens, one row of the table for each. The project's speed goals are for the default."""
     width: int = 1024
     """Width D of the tokens."""
     hidden: int = 3584
@@ -31,7 +31,8 @@ class Config:
     repetitions: int = 9
     """Repetitions; the result is their median."""
     feed_forward: bool = False
-    """Measure the feed-forward on NF4 weights instead, from dispatch to combine, as one operation and as its parts."""
+    """Measure the whole feed-forward layer on NF4 weights instead, from dispatch to combine: as one operation, and as
+    separate operations."""
     rank: int = 16
     """Rank of the adapters with --feed-forward."""
     plot: Path | None = None

@@ -20,11 +20,11 @@ class Config:
     """
 
     against: Literal["transformers"] | None = None
-    """Peer to measure too, which needs torch, transformers and peft; by default none."""
+    """Library to compare with; it needs torch, transformers and peft. By default none."""
     base: Literal["bfloat16", "float32", "nf4"] = "nf4"
-    """Storage of our base weights."""
+    """Storage of the base weights in this project's steps."""
     remat: Literal["none", "experts", "layer"] = "none"
-    """What our backward pass recomputes."""
+    """What the backward pass of this project recomputes."""
     batch: int = 2
     """Rows of a step."""
     length: int = 512
@@ -34,7 +34,8 @@ class Config:
     size: Literal["small", "full_width", "smoke"] = "small"
     """Model: the one above (small), two layers of Mixtral-8x7B for accelerators (full_width), a tiny one (smoke)."""
     router: str | None = None
-    """Router variant of our model (topk, softmax_topk, sigmoid_bias); by default topk, which the peer has."""
+    """Router variant of this project's model (topk, softmax_topk, sigmoid_bias); by default topk, the router of
+    transformers."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

@@ -57,13 +57,14 @@ class Config:
     top_k: int | None = None
     """Choose among this many of the most likely tokens; by default among all."""
     top_p: float = 0.9
-    """Choose among the most likely tokens that together reach this probability; 1 keeps all."""
+    """Choose among the most likely tokens that together reach this probability; with 1, among all."""
     min_p: float | None = None
     """Choose among tokens at least this fraction as likely as the most likely one; by default among all."""
     repetition_penalty: float | None = None
-    """Above 1, makes tokens less likely that occurred before; by default 1."""
+    """A value above 1 makes tokens that occurred before less likely; by default 1."""
     seed: int = 0
-    """Seed of the sampling. Each reply of a conversation has its own, this one plus the number of replies before it."""
+    """Seed of the sampling. Each reply of a conversation has its own seed: this one plus the number of replies before
+    it."""
     bidi: bool = False
     """Join Arabic letters and print them from right to left, line by line: for terminals without bidirectional text.
     Windows Terminal, kitty, Alacritty, xterm, tmux and screen are recognised (BIMEDIX_BIDI=0 turns that off)."""

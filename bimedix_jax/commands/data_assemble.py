@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 class Config:
     """Read data sets, check and split their rows, remove evaluation records, and write records as JSONL.
 
-    Give a recipe (bimed-en, the English set of the paper as far as it is known; published-data, the small one of
-    scripts/published_data.sh), the path of your own TOML file, or single sources. A source is NAME=PLACE with the name
-    of a reader (table, records, medqa, medmcqa, mmlu, pubmedqa, pubmedqa_artificial, pubmedqa_unlabelled, medquad,
-    liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, sharegpt, messages, medqa_usmle_en, medmcqa_en,
-    mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample of the package, or the path of a JSONL
-    file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split. It may end in options of the
-    reader: `table=qa.csv?question=Q&answer=A&licence=MIT`.
+    Give a recipe by name, the path of your own recipe (a TOML file), or single sources. The recipes are bimed-en, the
+    English set of the paper as far as it is known, and published-data, the small set of scripts/published_data.sh. A
+    source is NAME=PLACE with the name of a reader (table, records, medqa, medmcqa, mmlu, pubmedqa, pubmedqa_artificial,
+    pubmedqa_unlabelled, medquad, liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, sharegpt, messages,
+    medqa_usmle_en, medmcqa_en, mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample of the package, or the
+    path of a JSONL file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split. It may end with
+    options of the reader: `table=qa.csv?question=Q&answer=A&licence=MIT`.
     """
 
     out: Path
@@ -46,16 +46,17 @@ class Config:
     """Sources of the recipe to leave out."""
 
     evaluation: tuple[str, ...] = ()
-    """Sources that training must not overlap. Records that they mark for training are ignored; none are written."""
+    """Evaluation sources. Records that overlap them are left out. Records in their training splits are ignored, and no
+    record of these sources is written."""
 
     seed: int | None = None
-    """Decides, with the id of a record, its split if the source has none. By default the recipe's, else 0."""
+    """Seed of the random split of records whose source has no split. By default the recipe's, else 0."""
 
     heldout_fraction: float | None = None
     """Share of these records that is held out. By default the recipe's, else 0.02."""
 
     limit: int | None = None
-    """Most rows read from each source. Counts are then not compared with the recipe's."""
+    """Maximum number of rows to read from each source. Counts are then not compared with the recipe's."""
 
     allow_counts: bool = False
     """Only warn if the number of rows of a source differs from the recipe."""

@@ -23,7 +23,7 @@ class Config:
         bimedix data chats --sources train.jsonl --out chats --llm.model gpt-4o-mini \\
             --prices gpt-4o-mini=0.15/0.075/0.60 --dry-run
 
-    With a switch between English and Arabic in every fifth chat:
+    Let the patient switch between English and Arabic in every fifth chat:
 
         bimedix data chats --sources train.jsonl --out chats --switch-share 0.2 --llm.model gpt-4o-mini \\
             --judge.model qwen3-32b --judge.base-url http://127.0.0.1:8000/v1 --judge.api-key-env ''
@@ -51,7 +51,7 @@ class Config:
     """Mean number of turns; the paper's English chats have 4.71."""
 
     most_turns: int = 10
-    """Turns of the longest chat; the shortest has 2. Lengths have a binomial distribution."""
+    """Maximum number of turns of a chat; the minimum is 2. The number has a binomial distribution."""
 
     switch_share: float = 0.1
     """Share of the chats in which the patient changes the language and the doctor follows."""
@@ -60,7 +60,7 @@ class Config:
     """First language of a chat: that of its question, English or Arabic."""
 
     threshold: float = 80.0
-    """Lowest accepted score, of 100."""
+    """Lowest accepted score, from 0 to 100."""
 
     rounds: int = 2
     """Maximum number of revisions of a chat."""
@@ -90,7 +90,8 @@ class Config:
     """Maximum number of questions of each source."""
 
     give_up: bool = False
-    """Reject questions without an answer. Otherwise the run ends without output and the next one tries again."""
+    """Reject questions for which the endpoint gave no usable reply. Otherwise the run ends without output, and the next
+    run tries again."""
 
     dry_run: bool = False
     """Print the estimate and send nothing."""
@@ -153,7 +154,7 @@ def task_of(config: Config) -> "WriteChats":
 
 def not_a_question(record: "Record") -> str | None:
     """Why no chat is built on a record, or None."""
-    return None if record.kind == "mcqa" else f"of kind {record.kind} are no multiple-choice questions"
+    return None if record.kind == "mcqa" else f"of kind {record.kind} are not multiple-choice questions"
 
 
 def _print_forecast(forecast: "Forecast", console: Console) -> dict[str, Any]:
@@ -183,4 +184,4 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     if report["rejected"]:
         listed = ", ".join(f"{name} {number:,}" for name, number in report["rejected_for"].items())
         listed += f"{', ' if listed else ''}duplicates {report['duplicates']:,}" if report["duplicates"] else ""
-        console.print(f"[bold yellow]{report['rejected']:,} questions gave no chat[/]: {listed}", highlight=False)
+        console.print(f"[bold yellow]{report['rejected']:,} questions have no chat[/]: {listed}", highlight=False)

@@ -26,7 +26,7 @@ class Config:
     """Sources, in either language, that the set must not overlap. Records that they mark for training are ignored."""
 
     benchmarks: Path | None = None
-    """Folder with the files of the nine tasks of the paper, as in `bimedix eval run`: more evaluation sets."""
+    """Folder with the files of the paper's nine tasks, as in `bimedix eval run`. They are further evaluation sets."""
 
     ratio: str = "1:2"
     """Arabic to English, in each kind."""
@@ -38,13 +38,14 @@ class Config:
     """With a preset: if there are too few records, keep its proportions instead of stopping."""
 
     near_duplicates: float = 0.8
-    """Least share of common runs of five words of near-duplicates; 0 keeps all records."""
+    """Two records are near-duplicates if they have at least this share of runs of five words in common; 0 keeps all
+    records."""
 
     ngram: int = 8
     """Number of words in the runs that are compared with evaluation questions."""
 
     overlap: float = 0.5
-    """Least share of the runs of an evaluation question that a record must contain to be left out."""
+    """A record is left out if it contains at least this share of the runs of an evaluation question."""
 
     tokenizer: Path | None = None
     """Checkpoint folder whose tokenizer counts tokens; the ratio is then also printed by tokens."""
@@ -53,13 +54,13 @@ class Config:
     """Chat template by name (mixtral, mixtral-2023, chatml, plain) instead of the checkpoint's."""
 
     limit: int | None = None
-    """Most records read from each source, for a trial."""
+    """Maximum number of records to read from each source, for a trial."""
 
     seed: int = 0
-    """Decides which records are chosen, and their order."""
+    """Seed of the choice of records and of their order."""
 
     workers: int | None = None
-    """Number of worker processes, by default one per core; 0 uses none. The set does not depend on it."""
+    """Number of worker processes, by default one per core; 0 uses none. The result does not depend on it."""
 
     overwrite: bool = False
     """Replace --out if it exists."""

@@ -44,10 +44,10 @@ class Config:
     """Number of rows that are open for more records while packing."""
 
     seed: int = 0
-    """Decides the order of the records."""
+    """Seed of the order of the records."""
 
     limit: int | None = None
-    """Most records to pack."""
+    """Maximum number of records to pack."""
 
     workers: int | None = None
     """Number of worker processes, by default one per core; 0 uses none. The rows do not depend on it."""
@@ -72,7 +72,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     files.check_replaceable(config.out, config.overwrite)
     workers = workers_of(config.workers)
     tokenizer = load_tokenizer(config.tokenizer, config.template)
-    require_fit(tokenizer, vocab_size_of(config.tokenizer), "the model beside it")
+    require_fit(tokenizer, vocab_size_of(config.tokenizer), "the model in the same folder")
     facts = {
         "tokenizer": tokenizer.fingerprint,
         "template": tokenizer.template.name,
@@ -162,7 +162,7 @@ def _print(index: dict[str, Any], config: Config, console: Console) -> None:
         "records were truncated": index["truncated"],
         "tokens were truncated": index["truncated_tokens"],
         "records were longer than a row and left out": index["dropped_too_long"],
-        "records had no learned token in their first row and were left out": index["dropped_nothing_learned"],
+        "records had no supervised token in their first row and were left out": index["dropped_nothing_learned"],
     }
     for text, count in losses.items():
         if count:

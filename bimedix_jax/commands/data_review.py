@@ -25,8 +25,8 @@ class Config:
             --translated arabic/translated.jsonl --out arabic_reviewed
         bimedix data review statistics --items arabic/review.jsonl --verdicts first.csv second.csv
 
-    The ending of a file with verdicts gives its format: .json is Label Studio's export; `export` writes .csv and
-    .jsonl.
+    The file extension of verdicts determines their format: .json is an export of Label Studio; .csv and .jsonl are the
+    formats that `export` writes.
     """
 
     action: Annotated[Literal["export", "import", "statistics"], tyro.conf.Positional]
@@ -49,15 +49,15 @@ class Config:
     """export: share of the items that two reviewers get, which is needed for their agreement."""
 
     show_machine: bool = False
-    """export: show the judge's score, the flags and the reason for review, which biases reviewers. By default they see
-    only the texts, in random order."""
+    """export: show the judge's score, the flags and the reason for review. This biases the reviewers. By default they
+    see only the texts, in random order."""
 
     verdicts: tuple[Path, ...] = ()
     """import and statistics: the files with verdicts."""
 
     translated: Path | None = None
-    """import: translated.jsonl of `bimedix data translate`. Its records are copied with the edits of the review and
-    without rejected ones, and translations that only review accepted are added."""
+    """import: translated.jsonl of `bimedix data translate`. Its records are copied with the reviewers' edits. Rejected
+    translations are left out, and translations that only the reviewers accepted are added."""
 
     reasons: tuple[Literal["low score", "flag", "no score", "no translation", "sample"], ...] = ()
     """export: only items with one of these reasons; by default all."""
@@ -199,8 +199,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
     for kind in ("rejected", "changed"):
         found = unseen[kind].get("weighted") or unseen[kind]
         lines.append(
-            f"accepted unseen, {kind} by people: {unseen[kind]['errors']} of {unseen['seen']} sampled, at most "
-            f"{found['high']:.1%} (Wilson, 95 %)"
+            f"accepted without review: people {kind} {unseen[kind]['errors']} of {unseen['seen']} sampled, so at most "
+            f"{found['high']:.1%} of all (Wilson, 95 %)"
         )
     for line in lines:
         console.print(line, highlight=False, markup=False)

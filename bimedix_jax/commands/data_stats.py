@@ -29,9 +29,9 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Count records, turns and, with a tokenizer, tokens and fertility: tokens per word, character and UTF-8 byte.
+    """Count records and turns. With a tokenizer, count tokens too, also per word, character and UTF-8 byte.
 
-    The second table has the layout of Tables 7 and 8 of the BiMediX paper (arXiv 2402.13253). A turn there is a
+    The second table has the layout of Tables 7 and 8 of the BiMediX paper (arXiv 2402.13253). There, a turn is a
     question with its answer.
     """
 
@@ -49,11 +49,11 @@ class Config:
     order."""
 
     limit: int | None = None
-    """Most records read from each source."""
+    """Maximum number of records to read from each source."""
 
     against: Path | None = None
-    """JSONL file of records, such as the training set. Prints by source which share of the runs of eight words in
-    answers its answers contain too."""
+    """JSONL file of records to compare with, such as the training set. For each source, this prints the share of the
+    runs of eight words in its answers that are also in the answers of this file."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    """Translate records, score the translations, refine those below the threshold, and write the rest for review.
+    """Translate records, score the translations, refine those below the threshold, and write doubtful ones for review.
 
     Estimate requests and cost without sending anything:
 
@@ -49,7 +49,8 @@ class Config:
     """SQLite file with all replies; by default next to --out, with `.sqlite` added to its name."""
 
     threshold: float = 85.0
-    """Lowest accepted score, of 100; a flag of the checks also prevents acceptance. The paper does not give its own."""
+    """Lowest accepted score, from 0 to 100. A flag of the checks also prevents acceptance. The paper does not state its
+    threshold."""
 
     rounds: int = 3
     """Maximum number of refinements. If none is accepted, people review the best version."""
@@ -82,7 +83,8 @@ class Config:
     """Maximum number of English records of each source."""
 
     give_up: bool = False
-    """Send records without an answer to review. Otherwise the run ends without output and the next one tries again."""
+    """Send records to review for which the endpoint gave no usable reply. Otherwise the run ends without output, and
+    the next run tries again."""
 
     dry_run: bool = False
     """Print the estimate and send nothing."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluate a model: held-out loss per language and kind, multiple choice, the paper's nine tasks."""
+    """Evaluate a model: held-out loss by language and kind of record, multiple choice, and the paper's nine tasks."""
 
     model: str
     """Model folder or hub id."""
@@ -38,7 +38,8 @@ class Config:
     revision: str | None = None
     """Revision of a hub id; by default the main branch."""
     heldout: str | None = None
-    """Held-out records: `sample`, or a JSONL file, without its training records; by default none."""
+    """Held-out records: `sample`, or a JSONL file, of which records in the training split are ignored; by default
+    none."""
     tasks: tuple[str, ...] = ()
     """Benchmark tasks by name, or `all`; by default none. They are mmlu_clinical_knowledge, mmlu_college_biology,
     mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
@@ -51,10 +52,10 @@ class Config:
     batch_tokens: int = 4096
     """Tokens run at a time; it affects speed and memory only."""
     compare: Path | None = None
-    """JSON result of an earlier run (--out) to compare with; by default none. It must be of the same model (with any
+    """JSON result of an earlier run (--out) to compare with; by default none. It must have the same model (with any
     adapter), limit, records, template and tokenizer."""
     force: bool = False
-    """Compare with another model, limit or protocol too."""
+    """Compare even if the model, the limit or the protocol differs."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file to write the result to; by default it is only printed. NAME.predictions.jsonl in the same folder gets
     one line for each question."""

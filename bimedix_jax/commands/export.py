@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 WHICH = (
-    "The model carries adapters: add --merge original or --merge dequantised for one folder, or --format peft for the "
+    "The model has adapters: add --merge original or --merge dequantised for a merged model, or --format peft for the "
     "adapters alone."
 )
 
@@ -23,8 +23,8 @@ WHICH = (
 class Config:
     """Write a checkpoint that other libraries can load.
 
-    With --format hf it is the model in Hugging Face's hub layout with tokenizer, chat template and generation config;
-    with --merge, the adapters are merged into it. With --format bitsandbytes it has 4-bit weights, with --format peft
+    With --format hf, the model is written in Hugging Face's hub layout, with tokenizer, chat template and generation
+    config; --merge merges the adapters into it. --format bitsandbytes writes 4-bit weights, and --format peft writes
     only the adapters.
 
     A merge ends with a report: how much of the fine-tuning was lost to rounding, and on how many tokens the logits and

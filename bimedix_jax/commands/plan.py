@@ -18,14 +18,16 @@ DEFAULT = "bimedix-mixtral-8x7b"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Compile the training step, the prefill and a decoding step of a run for devices that you need not have.
+    """Compile the training step, the prefill and a decoding step of a run for devices that you do not need to have.
 
-    The steps of `bimedix train` and `bimedix chat` are compiled with the compiler of these devices. Only time is
-    estimated. On a CPU, compiling a step takes half a minute for GPUs and two minutes for TPUs.
+    The steps of `bimedix train` and `bimedix chat` are compiled with the compiler of these devices. Memory, FLOPs and
+    communication are read from the compiled programs; only the time is estimated. On a CPU, compiling a step takes half
+    a minute for GPUs and two minutes for TPUs.
     """
 
     devices: str
-    """Devices and their number, such as a100-80gb:8. Known are a100-40gb, a100-80gb, h100-80gb, v5e and v5p."""
+    """Device and number of devices, such as a100-80gb:8. The devices are a100-40gb, a100-80gb, h100-80gb, v5e and
+    v5p."""
     experiment: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET|FILE")] = DEFAULT
     """Preset or experiment file; the default is the paper's recipe."""
     model: str | None = None
@@ -42,7 +44,7 @@ class Config:
     prompt_tokens: int = 512
     """Tokens of a prompt in the prefill."""
     batch: int = 1
-    """Prompts in a batch of inference."""
+    """Prompts in an inference batch."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             found.append(f"the {label} is {shown(before[key])} there and {shown(now[key])} here")
     for name, value in records_of(before).items():
         if records_of(now).get(name, value) != value:
-            found.append(f"the records of {name} are others")
+            found.append(f"the records of {name} differ")
     return found
 
 
@@ -98,7 +98,11 @@ def check_weights(before: Mapping[str, Any], now: Mapping[str, Any], source: Pat
         if before.get(key) is not None and before[key] != now[key]
     ]
     if changes:
-        log.warning("%s has another storage or router (%s), which is a part of the change.", source, "; ".join(changes))
+        log.warning(
+            "%s has another storage or router (%s), which accounts for a part of the change.",
+            source,
+            "; ".join(changes),
+        )
     missing = [label for key, label in {**LABELS, "records": "records"}.items() if key not in before]
     if missing:
         log.warning("%s does not record its %s, so these were not compared.", source, ", ".join(missing))

@@ -57,7 +57,7 @@ def memory_table(document: dict[str, Any]) -> FittedTable:
 
 
 def work_table(document: dict[str, Any]) -> FittedTable:
-    table = plain_table("Work of an optimiser step, all devices", "what", "TFLOP", "of useful")
+    table = plain_table("FLOPs of an optimiser step, all devices", "what", "TFLOP", "of useful")
     useful = document["useful_flops"]
     table.add_row(
         "counted in the compiled program", f"{document['flops'] / TERA:,.0f}", f"{document['flops'] / useful:.3f}"
@@ -78,7 +78,7 @@ def time_table(document: dict[str, Any]) -> FittedTable:
     for name, seconds in document["roofline"].items():
         table.add_row(f"{name.removesuffix('_seconds')} alone", f"{seconds:.3f}")
     table.add_row("kernels one after another", f"{document['device_seconds']:.3f}")
-    table.add_row("network that is not hidden", f"{document['exposed_network_seconds']:.3f}")
+    table.add_row("network, not overlapped", f"{document['exposed_network_seconds']:.3f}")
     table.add_row("step", f"{document['step_seconds']:.3f}")
     paper = document["paper"]
     table.caption = (

@@ -52,7 +52,7 @@ def effective_weight(linear: ExpertLinear, index: tuple[int, int]) -> np.ndarray
 def verdict(distance: float) -> str:
     """What the distance between the experts says about their load."""
     if distance == 0:
-        return "experts are identical (distance 0): their load shows the router only"
+        return "experts are identical (distance 0), so their load depends on the router alone"
     if distance < HARDLY:
-        return f"experts have hardly diverged (mean relative distance {distance:.2g}): load shows no specialisation"
+        return f"experts have hardly diverged (mean relative distance {distance:.2g}), so load shows no specialisation"
     return f"experts differ (mean relative distance {distance:.2g})"

@@ -85,7 +85,7 @@ def train(
     """
     console = (console or Screen(stderr=True)) if distributed.is_process_zero() else Console(quiet=True)
     folder, command = Path(out), resume_command or f"bimedix train --resume --out {out}"
-    with one_writer(folder, experiment, resume), signals.hint(f"continue with `{command}`" if resume else ""):
+    with one_writer(folder, experiment, resume), signals.hint(f"resume with `{command}`" if resume else ""):
         return train_in(folder, experiment, resume, model, console, command, plan)
 
 
@@ -132,7 +132,7 @@ def train_in(
                 experiment, folder, feed, compiled, structure, state, frozen, plan, console, command
             )
     update_params(model, {**state.params, **state.router})
-    with signals.hint(f"continue with `{command}`"):
+    with signals.hint(f"resume with `{command}`"):
         return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
 
 
@@ -180,7 +180,7 @@ def print_start(experiment: Experiment, rows: Rows, step: int, kernels: dict[str
     size, length = experiment.batch.size, experiment.data.sequence_length
     console.print(
         f"{experiment.name}: {rows.steps} steps of {size} x {length} = {size * length:,} tokens"
-        + (f", continuing after step {step}" if step else ""),
+        + (f", resuming after step {step}" if step else ""),
         highlight=False,
     )
     if experiment.remat == "experts" and "xla" in kernels.get("expert_mlp", ()):
@@ -243,7 +243,7 @@ def run_steps(
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
                 save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)
             if stopping and done < rows.steps:
-                raise Interrupted(f"step {done} of {rows.steps} is saved; continue with `{command}`")
+                raise Interrupted(f"step {done} of {rows.steps} is saved; resume with `{command}`")
             lines.restart_clock()
     return state, lines.last
 

@@ -342,7 +342,7 @@ def test_incomplete_splits_raise(tmp_path: Path, untied: Path) -> None:
         return str(error.value)
 
     renamed = parts[0].rename(tmp_path / "model.gguf")
-    assert "is part 1 of 3 of a model, but is not named so" in problem(renamed)
+    assert "is part 1 of 3 of a model, but its name does not say so" in problem(renamed)
     renamed.rename(parts[0])
     aside = parts[2].rename(tmp_path / "aside.gguf")
     assert f"is part 1 of 3 of a model, and {parts[2].name} is missing" in problem(parts[0])

@@ -167,7 +167,7 @@ def test_empty_and_default_blocks_scale_nothing(block: Any) -> None:
         ({"rope_type": "surprise", "factor": 1.0}, "scales its rotary"),
         ({"rope_type": "linear", "factor": True}, "scales its rotary"),
         ({"rope_type": ["linear"], "factor": 1.0}, "scales its rotary"),
-        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "rotates a part of each head"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "rotates only a part of each head"),
         ({"rope_type": "llama3", "factor": 8.0}, "needs low_freq_factor"),
         ({"rope_type": "llama3", "factor": "8", **LLAMA3}, "needs factor, a positive number"),
         ({"rope_type": "llama3", "factor": 8.0, **LLAMA3, "surprise": 1}, "unknown key.s. .* surprise"),

@@ -151,5 +151,5 @@ def test_the_command_refuses_what_load_refuses(made, tmp_path, capsys):
     quantisation = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (announced / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
     assert main(["convert", str(announced), "--out", str(tmp_path / "out")]) == 1
-    assert "announces 4-bit weights" in capsys.readouterr().err
+    assert "declares 4-bit weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -326,7 +326,7 @@ def test_a_chat_that_changes_the_answer_is_rejected(serve, tmp_path):
     (row,) = [json.loads(line) for line in (tmp_path / "out" / output.REJECTED).read_text("utf-8").splitlines()]
     assert row["id"] == "q1"
     assert "reads as choice B, not as A" in row["reasons"][0]
-    assert "1 questions gave no chat" in said
+    assert "1 questions have no chat" in said
     assert list(read_jsonl(tmp_path / "out" / output.CHATS)) == []
 
 
@@ -388,7 +388,7 @@ def test_a_dry_run_sends_nothing(serve, tmp_path):
 def test_records_that_are_no_questions_are_counted(serve, tmp_path):
     chat = Record(id="c", language="en", kind="qa", source="s", licence="l", conversations=conversation("Why?", "So."))
     _, said = run(tmp_path, serve(respond=Model()), [question(), chat])
-    assert "1 records of kind qa are no multiple-choice questions" in said
+    assert "1 records of kind qa are not multiple-choice questions" in said
     with pytest.raises(BimedixError, match="no question to build a chat on"):
         run(tmp_path, serve(respond=Model()), [chat])
 

@@ -56,7 +56,7 @@ def test_another_model_limit_or_protocol_is_refused(evaluated, capsys, tmp_path)
     for message, extra, replace in (
         ("the model is", [], {options[3]: str(root / "model1")}),
         ("the limit is 2 there and 3 here", [], {"2": "3"}),
-        ("the records of heldout are others", [], {options[5]: str(tmp_path / "others.jsonl")}),
+        ("the records of heldout differ", [], {options[5]: str(tmp_path / "others.jsonl")}),
         ("the chat template is", ["--template", "mixtral-2023"], None),
         ("the maximum length is none there and 300 here", ["--max-length", "300"], None),
         ("none of the records and tasks", [], None),

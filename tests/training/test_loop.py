@@ -128,7 +128,7 @@ def test_a_resumed_run_is_bitwise_equal(whole, experiment, tmp_path, monkeypatch
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(Interrupted, match="step 5 of 6 is saved; continue with `bimedix train --resume"),
+        pytest.raises(Interrupted, match="step 5 of 6 is saved; resume with `bimedix train --resume"),
     ):
         at_launch(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
         train(run, folder, resume=True)
