@@ -181,7 +181,7 @@ def _prepare_streams() -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Sends what is still buffered nowhere, so that Python does not fail when it exits."""
+    """Discards what is still buffered, so that Python does not fail when it exits."""
     with suppress(OSError):  # a stream in memory has no descriptor
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

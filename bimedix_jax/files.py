@@ -31,13 +31,14 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, ours: bool
 
     Args:
         overwrite: replace an old folder, if this program wrote every file in it.
-        ours: the caller knows that it did, because the folder is a part of a run or of the cache. It gets no WRITTEN.
+        ours: the caller knows that this program wrote every file, because the folder is a part of a run or of the
+        cache. No list WRITTEN is added to it.
 
     Raises:
         BimedixError: `path` is a file, is not empty and may not be replaced, contains the working directory, or cannot
             be written.
     """
-    target = Path(path).resolve()  # a symlink to a folder keeps pointing there; its contents are replaced
+    target = Path(path).resolve()  # a symlink to a folder remains, and the contents of the folder are replaced
     folders.sweep(target.parent, target.name)
     check_replaceable(target, overwrite, ours)
     with contextlib.ExitStack() as stack:
@@ -117,7 +118,8 @@ def require_content(path: str | os.PathLike[str], text: bool = False, markup: bo
 
 
 def stand_in(head: bytes, text: bool = False, markup: bool = False) -> str | None:
-    """What a file with these first bytes is instead of its content, with the remedy; None where it may be genuine."""
+    """Describes a file that is only a stand-in, judging by its first bytes, with the remedy; None if it may be
+    genuine."""
     wide = head.startswith(WIDE_MARKS)
     start = head.decode("utf-16", "ignore").encode() if wide else head.removeprefix(BYTE_ORDER_MARK)
     start = start.strip().lower()

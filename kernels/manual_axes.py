@@ -13,7 +13,7 @@ def varying(*operands: Any) -> frozenset[str]:
 
 
 def vary_alike(*operands: Any) -> Any:
-    """The operands, all marked as varying along every mesh axis along which any of them varies.
+    """Marks all operands as varying along every mesh axis along which at least one of them varies.
 
     A custom gradient would have to sum the gradients of replicated operands over devices, but it does not know which
     operands are replicated. The transpose of this marking does the sum. Outside of shard_map, and with

@@ -1,4 +1,5 @@
-"""What a model has besides its mathematics: the folder it came from, its placement on devices, the compiled call."""
+"""The parts of a model that are not mathematics: the folder it came from, its placement on devices, the compiled
+call."""
 
 import functools
 from typing import Any, Protocol

@@ -41,7 +41,7 @@ class Head:
 
     @property
     def weight_DV(self) -> jax.Array | None:
-        """The matrix of a head that is a plain product; None for a head with an adapter."""
+        """The weight matrix of the head, if the head is a plain product; None for a head with an adapter."""
         if self.layer is None:
             return self.embed.table[...].T
         return self.layer.w[...] if self.layer.lora is None else None

@@ -10,12 +10,13 @@ from bimedix_jax.models import shards
 from bimedix_jax.models.config import Remat
 
 ROUTES = "routes"
-"""Name in checkpoint policies of what routers decided. Every policy keeps it. A recomputation rounds differently, and
-one token that changed its expert would give the gradient of another function than the one that gave the loss."""
+"""Name of the routers' decisions in checkpoint policies. Every policy saves them. Recomputing them could round
+differently, and if one token then went to another expert, the gradient would not be that of the loss."""
 
 
 def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """The body of the loop over layers, keeping for the backward pass only what `remat` allows, and always ROUTES."""
+    """The body of the loop over layers, which saves for the backward pass only what `remat` allows, and always
+    ROUTES."""
     policies = jax.checkpoint_policies
     if remat == "layer":
         policy = policies.save_only_these_names(ROUTES)

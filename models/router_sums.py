@@ -73,7 +73,7 @@ def sum_by_group(x_BTC: Float[Array, "B T C"], group_BT: Int[Array, "B T"], grou
 
 
 def margins(ranks_BTE: jax.Array, chosen_BTE: jax.Array) -> jax.Array:
-    """[B, T]; 0 if no allowed expert was left, or if a banned one was forced."""
+    """The margin of each token, [B, T]; 0 if no allowed expert was left, or if a banned one was forced."""
     last_BT = jnp.min(jnp.where(chosen_BTE, ranks_BTE, jnp.inf), axis=-1)
     refused_BT = jnp.max(jnp.where(chosen_BTE, -jnp.inf, ranks_BTE), axis=-1)
     return jnp.where(jnp.isfinite(last_BT) & jnp.isfinite(refused_BT), last_BT - refused_BT, 0.0)

@@ -1,13 +1,13 @@
-"""Lines by room, import arrows between rooms, and import cycles: now, and at an earlier commit.
+"""Lines of each package (here called a room), imports between them, and import cycles: now, and at an earlier commit.
 
     python scripts/count_rooms.py                      # a table
     python scripts/count_rooms.py --json               # one JSON document
     python scripts/count_rooms.py --before COMMIT      # 4e3f1a1 by default, if the repository has it
 
 A room is a folder with code, directly in the repository (`kernels`) or in `bimedix_jax/` (`bimedix_jax/data`), or a
-module at the top of `bimedix_jax/`. An arrow leads from one room to another whose code it imports. Imports are read
-from syntax trees, so that those inside functions and under TYPE_CHECKING count as well. A cycle is a set of modules, or
-of rooms, each of which reaches all the others through imports.
+module at the top of `bimedix_jax/`. An arrow leads from a room to another room that it imports. Imports are read from
+syntax trees, so those inside functions and under TYPE_CHECKING count too. A cycle is a set of modules, or of rooms,
+each of which reaches all the others through imports.
 """
 
 import argparse

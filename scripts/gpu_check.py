@@ -1,4 +1,4 @@
-"""All checks that need one GPU, the cheapest first, each in a process of its own and within a budget of seconds.
+"""All checks that need one GPU, the cheapest first, each in a separate process and within a budget of seconds.
 
     scripts/gpu_check.sh                                   # installs, then runs this
     python scripts/gpu_check.py --budget 480 --out gpu_check.json
@@ -11,8 +11,8 @@
 | decode | prefill and decoding at full width and two layers against transformers + bitsandbytes |
 
 The document on stdout has a result for each check: `passed`, `failed`, `cut off` or `not started`, its seconds, and its
-own JSON or the end of its output. What is known so far is printed if the script is interrupted or terminated, and
-`--out` holds it after each check. Exit code 1 if a check failed.
+own JSON or the end of its output. If the script is interrupted or terminated, it prints the results so far; `--out` has
+them after each check. The exit code is 1 if a check failed.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""An OpenAI-compatible server on 127.0.0.1 that answers by rule, without a model, and can inject faults.
+"""An OpenAI-compatible server on 127.0.0.1 whose replies follow rules, without a model. It can inject faults.
 
     python scripts/loopback_llm.py --port 8123 --faults 0.2 --latency 0.05
 
-It replaces a hosted endpoint in tests, in `measure_translation_kills.py`, and in a rehearsal of `bimedix data
-translate` before money is spent (`--llm.base-url http://127.0.0.1:8123/v1`). The same request always gets the same
-answer. GET /stats returns how often requests were answered (`twice` must stay 0).
+It replaces a hosted endpoint in tests, in `measure_translation_kills.py`, and when you try out `bimedix data translate`
+before you spend money (`--llm.base-url http://127.0.0.1:8123/v1`). The same request always gets the same answer. GET
+/stats returns how often requests were answered (`twice` must stay 0).
 """
 
 import argparse

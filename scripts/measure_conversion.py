@@ -3,9 +3,10 @@
     python scripts/measure_conversion.py --json                      # 6.3 GB, needs 13 GB of disk, 7 GB of memory
     python scripts/measure_conversion.py --json --small              # seconds
 
-Writes a random sharded bfloat16 checkpoint, then in a fresh process each: loads it with base nf4; loads it with base
-bfloat16 and exports it. Peak memory is the process's high-water mark (VmHWM), interpreter and JAX included. The bound
-is what the loaded model holds, plus the two largest tensors of the source, plus 0.5 GiB. Everything written is removed.
+The script writes a random sharded bfloat16 checkpoint. One new process loads it with base nf4, and another loads it
+with base bfloat16 and exports it. Peak memory is the highest resident memory of the process (VmHWM), including the
+interpreter and JAX. The bound is the size of the loaded model, plus the two largest tensors of the source, plus 0.5
+GiB. Everything written is removed.
 """
 
 import argparse

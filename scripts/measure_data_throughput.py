@@ -6,15 +6,15 @@
 The script generates records and writes them to disk. Kinds, languages and lengths are those of Tables 7 and 8 of the
 BiMediX paper. Words are drawn by Zipf's law from half a million words similar to those of the bundled sample. Arabic
 records name the English records they translate, and chats name their questions. Near-duplicates and evaluation
-questions in both languages are planted. The memory of these commands is measured, worker processes included:
+questions in both languages are inserted. The memory of these commands is measured, worker processes included:
 
     bimedix data assemble   both languages into one training and one held-out file
     bimedix data mix        no near-duplicates, no evaluation text, 1:2 in each kind
     bimedix data pack       tokens, mask and rows of 4,096 with the Mixtral tokenizer (from the package mistral-common)
 
-On a part of the result it runs `bimedix data pack` and the `tokenizers` library in turns. The library alone gets the
-finished texts in memory and all cores. On a machine with other load compare tokens per processor second, which are
-printed too. The script reads /proc, so it needs Linux.
+On a part of the result it runs `bimedix data pack` and the `tokenizers` library alternately. The library only
+tokenises: it gets the rendered texts in memory, and all cores. On a machine with other load, compare tokens per
+processor second, which are printed too. The script reads /proc, so it needs Linux.
 """
 
 import argparse

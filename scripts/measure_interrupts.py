@@ -1,13 +1,15 @@
-"""Interrupt each command at different moments: does it end in one sentence, and leave nothing half-written?
+"""Interrupts each command at different moments, and checks that it ends with one sentence and leaves nothing
+half-written.
 
     python scripts/measure_interrupts.py --json                     # one try each, some minutes on two idle cores
     python scripts/measure_interrupts.py --commands train --tries 20
 
-A row for each command, moment and signal. `tries`; `clean`: the process ended within 30 s with exit code 130 and one
-sentence that begins with "interrupted", without a traceback, a crash of the interpreter, or a partial folder; or it had
-finished before the signal came (`late`). Moments: `start` is a random time while Python imports, `compile` is within a
-compilation of JAX, `work` is within the first step, reply or tensor, and `save` is while results are written. A command
-that JAX compiles nothing for has no `compile`. `faults` has the end of the output of what was not clean.
+There is a row for each command, moment and signal. `tries` is the number of tries. `clean` counts those in which the
+process ended within 30 s with exit code 130 and one sentence that begins with "interrupted", without a traceback, a
+crash of the interpreter, or a partial folder. Tries in which the process had finished before the signal came (`late`)
+are clean too. The moments are `start`, a random time while Python imports; `compile`, during a compilation of JAX;
+`work`, during the first step, reply or tensor; and `save`, while results are written. A command for which JAX compiles
+nothing has no `compile`. `faults` has the end of the output of each try that was not clean.
 """
 
 import argparse

@@ -3,16 +3,16 @@
     python scripts/measure_quantisation.py --json       # a minute or two, below 3 GiB
     python scripts/measure_quantisation.py --small      # seconds
 
-Matrices of Mixtral-8x7B (an expert's and an attention projection, bfloat16, and the attention one in float16 and
-float32), and edge cases, are quantised by both, live; the states that bitsandbytes makes, with double quantisation and
-without, are dequantised by both, by ours eagerly and under jit. Every number but `bits_per_weight` counts elements that
-differ in any bit, and 0 is what is expected.
+Both sides quantise matrices of Mixtral-8x7B (an expert's and an attention projection in bfloat16, and the attention
+projection also in float16 and float32), and edge cases. Then both dequantise the states that bitsandbytes makes, with
+and without double quantisation; our side does so eagerly and under jit. Every number except `bits_per_weight` counts
+elements that differ in any bit. The expected number is 0.
 
-bitsandbytes 0.50.2 dequantises wrongly on CPU where the last axis is a multiple of 16 but not of 64: there its formula
-in NumPy stands in, which rows name under `dequantised_by`. Fresh 8-bit codes of scales are not compared: its CPU path
-takes neighbouring codes now and then; `scale_codes_that_differ` shows how often. What was stored is read exactly.
-Where scales near the largest number overflow bitsandbytes' mean of them, its values are NaN (`not_finite`), and so are
-ours of that state; our own quantisation of such weights stays finite.
+bitsandbytes 0.50.2 dequantises wrongly on CPU if the last axis is a multiple of 16 but not of 64. There, its formula in
+NumPy is used instead, as rows state under `dequantised_by`. New 8-bit codes of scales are not compared, because the CPU
+path of bitsandbytes sometimes takes a neighbouring code; `scale_codes_that_differ` counts these. Stored codes are read
+exactly. If scales near the largest number overflow in bitsandbytes' mean, its values are NaN (`not_finite`), and so are
+ours of the same state. Our own quantisation of such weights stays finite.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python scripts/measure_translation_kills.py --kills 50 --json      # two to five minutes on two cores
     python scripts/measure_translation_kills.py --kills 3 --records 8  # seconds
 
-A server on this machine (`loopback_llm.py`) translates and judges by rule. One request in ten first gets an error, a
-cut connection or an unusable reply. One run is undisturbed. Another, with its own store, gets SIGKILL at random
-moments: four times in five after a random number of requests, otherwise after a random time, which may be during the
-start or while output is written. After `--kills` kills it runs to the end.
+A server on this machine (`loopback_llm.py`) makes translations and scores by rules. One request in ten first gets an
+error, a broken connection or an unusable reply. One run is undisturbed. Another, with its own store, gets SIGKILL at
+random moments: four times in five after a random number of requests, otherwise after a random time, which may be during
+the start or while output is written. After `--kills` kills it runs to the end.
 
 `identical`: whether all output files have the same bytes. `resent`: how often the server gave a good reply to a request
 that already had one. `in_flight`: the number of requests that were sent and not committed at the kills, which limits

@@ -1,1 +1,1 @@
-"""Timings against peers and hardware limits; every ratio compares two timings of the same run."""
+"""Timings against other libraries and hardware limits. Every ratio compares two timings of the same run."""

@@ -1,4 +1,5 @@
-"""The model of the whole-model benchmarks, and our side of them: a training step, a prefill, a decoding step."""
+"""The model of the whole-model benchmarks, and this project's side of them: a training step, a prefill, a decoding
+step."""
 
 import dataclasses
 import os

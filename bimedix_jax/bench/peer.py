@@ -1,4 +1,4 @@
-"""The peer: transformers + peft on the same model, with the fastest of their implementations.
+"""The peer, which is the other library: transformers + peft on the same model, with their fastest implementation.
 
 Only this module may import torch, and only inside functions. If JAX runs on a GPU, so does the peer.
 """

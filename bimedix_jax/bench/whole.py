@@ -1,4 +1,5 @@
-"""Rows of the whole-model benchmarks: our side, the peer and the hardware limit, interleaved in one process."""
+"""Rows of the whole-model benchmarks: this project, transformers (the peer) and the hardware limit, alternately in one
+process."""
 
 import dataclasses
 from collections import Counter

@@ -1,6 +1,6 @@
 """4-bit models -> folders in bitsandbytes' format, with the 4-bit bytes of the model unchanged.
 
-Which layout is for which loader (transformers 5.23, bitsandbytes 0.50.2; tests/checkpoint/test_bnb.py):
+The layouts, and what loads them in 4 bits (transformers 5.23, bitsandbytes 0.50.2; tests/checkpoint/test_bnb.py):
 
     layout        experts on disk                        loaded in 4 bits by
     per_expert    packed, one quant state each           transformers 4 + bitsandbytes, this project

@@ -54,10 +54,10 @@ class BitsandbytesJson(BaseModel, extra="forbid"):
 
 
 def is_packed(raw: Mapping[str, Any], folder: Path) -> bool:
-    """Whether this config.json announces NF4 weights of bitsandbytes.
+    """Whether this config.json declares NF4 weights of bitsandbytes.
 
     Raises:
-      BimedixError: it announces another quantisation, or has a key that is unknown.
+      BimedixError: it declares another quantisation, or has a key that is unknown.
     """
     settings = raw.get(KEY)
     if settings is None or settings == {}:

@@ -117,7 +117,7 @@ def fill_leaves(leaves: Mapping[str, Any], units: Sequence[table.Unit], base: Ba
 
 
 def check_packed(units: Sequence[table.Unit], folder: Path, ignore_config_keys: Collection[str]) -> bool:
-    """Whether the folder has 4-bit tensors. Raises BimedixError where config.json announces them and there are none."""
+    """Whether the folder has 4-bit tensors. Raises BimedixError where config.json declares them and there are none."""
     packed = any(isinstance(unit.tensor, PackedTensor) for unit in units)
     if not packed and KEY not in ignore_config_keys and is_packed(raw_config(folder), folder):
         raise BimedixError(
@@ -202,7 +202,7 @@ def export_hf(
       tokenizer_from: folder whose tokenizer, chat template, generation config, licence and neutral config.json keys are
         copied; None takes the folder the model was loaded from.
     Raises:
-      BimedixError: the model carries adapters, or a folder cannot be read or written.
+      BimedixError: the model has adapters, or a folder cannot be read or written.
     """
     require_topk(model, "A Hugging Face checkpoint of a Mixtral")
     adapters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))

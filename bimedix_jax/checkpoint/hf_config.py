@@ -1,7 +1,7 @@
 """config.json of Hugging Face Mixtral and Llama folders, read strictly and written for transformers 4 and 5.
 
-A key is used here, or does not change what the network computes, or must have the one value that is implemented. Any
-other key is an error: a model that silently ignores a part of its configuration is a different model.
+Each known key is used here, does not change what the network computes, or must have the one value that is implemented.
+Any other key is an error, because ignoring it could silently give a different model.
 """
 
 import dataclasses

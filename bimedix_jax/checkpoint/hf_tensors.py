@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face folder under the names of the conversion table, whatever saved them.
 
-Wrappers of training add segments to names (`_orig_mod.`), old files have buffers that are recomputed, and tied models
-may store their head twice. What is equal is passed over; what differs is an error that names the cause.
+Training wrappers add segments to names (`_orig_mod.`), old files have buffers that are recomputed, and tied models may
+store their head twice. Redundant tensors that agree are ignored. If they differ, the error names the cause.
 """
 
 import re

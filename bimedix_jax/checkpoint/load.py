@@ -48,12 +48,12 @@ def load(
         that the adapter was trained over, if it is known, or else keeps that of a native checkpoint, of one that
         bitsandbytes packed and of a run's base, and means bfloat16 for any other folder. A storage that differs from
         the adapter's changes the outputs, so a warning names both.
-      adapter: folder of an adapter to add, in our format or PEFT's.
+      adapter: folder of an adapter to add, in the native format or in PEFT's.
       mesh: devices to shard it over, see bimedix_jax/sharding. A process reads the shards of its own devices from a
         native checkpoint. From any other folder it reads its own experts and all other parameters, because the scales
         of a 4-bit matrix are quantised together.
-      dtype: of the computation; by default that of the adapter's base or of the base, and bfloat16 for "nf4". A native
-        checkpoint records its dtype, and the config.json of one that bitsandbytes packed names it.
+      dtype: dtype of the computation. By default it is that of the adapter's base or of the base, and bfloat16 for
+        "nf4". A native checkpoint records its dtype. In a checkpoint that bitsandbytes packed, config.json names it.
       revision: of a hub id.
       ignore_config_keys: keys of config.json to ignore although they are unknown or not implemented.
       router: name of a variant in models/routers.py; None keeps the one that the adapter, run or checkpoint was trained

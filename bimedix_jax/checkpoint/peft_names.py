@@ -52,7 +52,7 @@ class Pair:
 @dataclasses.dataclass(frozen=True)
 class Content:
     """The content of a file: adapters; routers by layer, each under one or two names; copies of the base's tables, with
-    their paths in our tree."""
+    their paths in this project's parameter tree."""
 
     pairs: list[Pair]
     routers: dict[int, list[StoredTensor]]

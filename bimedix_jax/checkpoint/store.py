@@ -1,4 +1,4 @@
-"""The project's own formats: a whole model (with adapters, 4-bit leaves unchanged), or its adapters only.
+"""The native formats of this project: a whole model (with adapters, 4-bit leaves unchanged), or its adapters only.
 
 A model folder restores to exactly the model that was saved:
 
@@ -141,7 +141,7 @@ def restore(folder: str | Path, verify: bool = True, mapped: bool = False) -> Mi
       mapped: return memory-mapped NumPy arrays, which are read when they are used.
 
     Raises:
-      BimedixError: the folder is not in our format or is damaged, or its tensors do not fit its configuration.
+      BimedixError: the folder is not in the native format or is damaged, or its tensors do not fit its configuration.
     """
     folder = Path(folder)
     config = read_config(folder / MODEL_CONFIG, ModelJson, MODEL_FORMAT)
@@ -184,8 +184,8 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
     the base in training.
 
     Raises:
-      BimedixError: the folder is damaged or not in our format, was made for another base or contains NaN, or the model
-        already has adapters.
+      BimedixError: the folder is damaged or not in the native format, was made for another base or contains NaN, or the
+        model already has adapters.
     """
     folder = Path(folder)
     config = adapter_config(model, folder)
@@ -206,7 +206,7 @@ def adapter_config(model: Mixtral, folder: Path) -> LoraConfig:
     """The configuration of a saved adapter that belongs to `model`.
 
     Raises:
-      BimedixError: the folder is not in our format, or was made for another base.
+      BimedixError: the folder is not in the native format, or was made for another base.
     """
     record = read_adapter_config(folder)
     check_base(record.base, model, folder)

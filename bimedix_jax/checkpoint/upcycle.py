@@ -1,5 +1,5 @@
 """A dense Llama-architecture model -> a Mixtral whose experts start from its feed-forward layers (Sparse Upcycling,
-arXiv 2212.05055), optionally pushed apart (Drop-Upcycling, arXiv 2502.19261).
+arXiv 2212.05055), optionally made different from each other (Drop-Upcycling, arXiv 2502.19261).
 
 With equal experts, and router weights that sum to 1, the mixture computes exactly the dense layer for any choice of
 experts. The drawback is that the router then gets no gradient from the language-model loss until experts differ.

@@ -145,7 +145,7 @@ def _print(index: dict[str, Any], config: Config, console: Console) -> None:
     from bimedix_jax.process.terminal import FittedTable
 
     table = FittedTable("language", "kind", "source", title=f"packed into {config.out}")
-    for name in ("records", "tokens", "learned tokens"):
+    for name in ("records", "tokens", "supervised tokens"):
         table.add_column(name, justify="right")
     for group in index["groups"]:
         counts = (f"{group[name]:,}" for name in ("examples", "tokens", "learned_tokens"))

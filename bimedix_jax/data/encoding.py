@@ -16,7 +16,7 @@ from bimedix_jax.errors import BimedixError
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation as tokens; `learned` marks the targets, which are the assistant's tokens."""
+    """One conversation as tokens; `learned` marks the supervised tokens, which are the assistant's."""
 
     id: str
     language: str
@@ -29,7 +29,7 @@ class Example:
 def encode_chat(
     tokenizer: Tokenizer, turns: Sequence[Turn], add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each whether it is learned: the assistant's words and their end token.
+    """Token ids of a conversation, and for each whether it is supervised: the assistant's words and their end token.
 
     The ids are those of transformers' `apply_chat_template`, with two exceptions. A special token spelled out inside a
     turn stays ordinary text, so that a user can neither end their turn nor start another. And no token spans the end of

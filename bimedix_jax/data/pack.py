@@ -59,7 +59,7 @@ class Row:
 
     tokens: np.ndarray  # int32 [T]
     segment_ids: np.ndarray  # int32 [T], 0 is padding
-    loss_mask: np.ndarray  # bool [T], True where the token is a learned target
+    loss_mask: np.ndarray  # bool [T], True where the token is a supervised target
     segments: tuple[Segment, ...]
 
     def to_bytes(self) -> bytes:
@@ -95,10 +95,10 @@ class PackReport:
     truncated_tokens: int = 0
     dropped_too_long: int = 0
     dropped_nothing_learned: int = 0
-    groups: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)  # examples, tokens, learned
+    groups: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)  # examples, tokens, supervised tokens
 
     def add(self, example: Example, learned: int) -> None:
-        """Count an example that was packed, and its learned tokens."""
+        """Count an example that was packed, and its supervised tokens."""
         tokens = len(example.tokens)
         group = self.groups.setdefault((example.language, example.kind, example.source), [0, 0, 0])
         group[0] += 1
@@ -136,7 +136,7 @@ def pack(
 
     Each example is placed in the open row that has the least room left for it. When more than `window` rows are open,
     the fullest is closed. An example longer than a row is truncated or dropped, as `too_long` says. An example without
-    a learned token is dropped. `packing="none"` gives every example its own row.
+    a supervised token is dropped. `packing="none"` gives every example its own row.
     """
     report = PackReport() if report is None else report
     open_rows: list[tuple[int, int]] = []  # (free tokens, key), sorted
@@ -161,7 +161,7 @@ def pack(
 
 
 def batch(rows: Sequence[Row], languages: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Rows as the training batch: tokens_BT and segment_ids_BT int32, loss_mask_BT bool (True at learned targets).
+    """Rows as the training batch: tokens_BT and segment_ids_BT int32, loss_mask_BT bool (True at supervised targets).
 
     With `languages`, also language_BT int32: the index of each token's language, their number for any other.
     """
@@ -239,7 +239,7 @@ def write(
     return index
 
 
-_Placed = tuple[Example, int]  # an example and how many of its tokens are learned
+_Placed = tuple[Example, int]  # an example and its number of supervised tokens
 
 
 def _fitting(

@@ -22,7 +22,7 @@ LABELS = {
 }
 """What must be equal, besides the records: key of a result -> description."""
 EXPLAINED = {"base": "base", "dtype": "dtype", "router": "router"}
-"""What may differ, with a warning, because it is a part of the change that the tables show."""
+"""What may differ, with a warning, because the change in the tables includes its effect."""
 
 
 def digest(records: Iterable[Record]) -> str:
@@ -89,8 +89,8 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], parts: set[str], so
 
 
 def check_weights(before: Mapping[str, Any], now: Mapping[str, Any], source: Path, force: bool) -> None:
-    """As `check`, for the weights, which are known later. Warns of differences that are a part of the change, and of
-    what an older result does not record."""
+    """Like `check`, for the weights, which are known later. Warns of differences whose effect is included in the
+    change, and of what an older result does not record."""
     check(before, {"weights": now["weights"]}, parts_of(before), source, force)
     changes = [
         f"{label} {before[key]} there and {now[key]} here"

@@ -24,7 +24,8 @@ from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A record as tokens; `learned` marks the assistant's words and end tokens, `text_bytes` is their size."""
+    """A record as tokens; `learned` marks the supervised tokens: the assistant's words and end tokens. `text_bytes` is
+    the size of their text."""
 
     groups: tuple[str, ...]
     ids: list[int]

@@ -1,1 +1,1 @@
-"""Generation, chat, padding and scoring; each takes a routing plan and can return the record."""
+"""Generation, chat, padding and scoring. Each takes a routing plan and can return a routing record."""

@@ -23,7 +23,7 @@ from bimedix_jax.models.linear import fill_slots
 from bimedix_jax.models.mixtral import Mixtral
 
 MAX_BRANCHES = 64
-"""Most layers times experts: each pair is compiled separately."""
+"""Maximum of layers times experts, since each pair of a layer and an expert is compiled separately."""
 
 
 def is_faster(model: Mixtral, rows: int) -> bool:

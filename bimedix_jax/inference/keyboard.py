@@ -1,7 +1,7 @@
 """Messages from the keyboard: line editing, history, pastes of several lines, and no limit on length.
 
-A terminal in its usual mode (canonical, termios(3)) cuts a line at 4,095 bytes. So this one is kept in the other mode
-between two messages, too; GNU readline edits lines in it. History is in memory only.
+A terminal in canonical mode (the default, termios(3)) cuts a line at 4,095 bytes. So the terminal is kept in the other
+mode, also between two messages, and GNU readline edits the lines. History is in memory only.
 """
 
 import importlib.util

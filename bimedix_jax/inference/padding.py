@@ -1,4 +1,4 @@
-"""Batches of few shapes from sequences of any length, and the way back: places, plans and records of each sequence.
+"""Batches of few shapes from sequences of any length, and the mapping from batches back to sequences.
 
 Each new shape is compiled, so lengths are rounded up to 2^k or 3 * 2^(k-1). There are two such lengths per octave, and
 at most a third of a row is padding. Padding has segment id 0: the model neither attends to it nor routes it.

@@ -26,11 +26,13 @@ from bimedix_jax.process import signals
 log = logging.getLogger(__name__)
 
 WRITTEN = ".bimedix.json"
-"""In every folder that this program writes: its files. --overwrite deletes these, unchanged, and no others."""
+"""The list of its files, in every folder that this program writes. --overwrite deletes only files that are listed and
+unchanged."""
 HASHED_BYTES = 16 << 20
 LOCK = "run.lock"
 UNLOCKED_SECONDS = 60.0
-"""A partial file, or a partial folder of an older version, has no lock; it counts as left after so long unchanged."""
+"""A partial file, or a partial folder of an older version, has no lock. It counts as abandoned when it has not changed
+for this long."""
 _LEFTOVER = re.compile(r"\.(?P<name>.+?)\.([0-9a-f]{8}\.)?(?P<kind>partial|old|removed)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -79,7 +81,7 @@ def sweep(parent: Path, name: str | None = None) -> None:
 
 
 def _is_abandoned(path: Path, owned: bool) -> bool:
-    """Whether no process holds the lock of a partial folder. What has no lock goes by age, if it is not `owned`."""
+    """Whether no process holds the lock of a partial folder. Without a lock, its age decides, unless it is `owned`."""
     try:
         if (path / WRITTEN).exists():
             with (path / WRITTEN).open("r+", encoding="utf-8") as file:
@@ -101,7 +103,7 @@ def list_written(folder: Path, file: IO[str]) -> None:
 
 
 def _print_of(path: Path) -> str:
-    """What tells whether a file is still the one that was written: its size, and its hash unless it is large."""
+    """Identifies the content of a written file: its size, and its hash unless it is large."""
     size = path.lstat().st_size
     if path.is_symlink() or size > HASHED_BYTES:
         return f"{size} bytes"
@@ -181,7 +183,7 @@ def one_writer(folder: Path, doing: str) -> Iterator[None]:
                     f"{who} {doing} in {folder}; wait until it has ended or stop it, or name another folder with --out"
                 )
             if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break  # else its last holder has removed it in the meantime
+                break  # otherwise the previous holder of the lock has removed it in the meantime
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -35,7 +35,7 @@ _cleanups: list[Callable[[], None]] = []
 _hints: list[str] = []
 _ending = threading.Lock()
 _wakeup: int | None = None  # written to by Python's signal handling, read by _watch
-_patience = 0  # how many signals may wait for the main thread as long as it takes
+_patience = 0  # number of signals whose handling in the main thread may take any time
 _shields, _pending, _ended = 0, False, False
 _document: int | None = None
 _last = signal.SIGINT
@@ -118,7 +118,7 @@ def on_abandon(action: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Delays a signal until the end of the block: for short cleaning up that must be complete."""
+    """Delays a signal until the end of the block, for a short clean-up that must not be interrupted."""
     global _shields, _pending
     _shields += 1
     try:
@@ -132,7 +132,7 @@ def shielded() -> Iterator[None]:
 
 @contextmanager
 def patient() -> Iterator[None]:
-    """Within the block the first signal may take as long as it takes, for handlers that finish a training step."""
+    """Within the block, handling the first signal may take any time, for handlers that finish a training step."""
     global _patience
     _patience = 1
     try:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 UNLIMITED = 100_000
-"""Columns of a terminal without an end, in which a table has its natural width."""
+"""Columns of a terminal so wide that every table has its natural width."""
 
 FOREIGN_TAG = re.compile(r"(\\*)\[(?!(?:/|/?bold|dim|(?:bold )?(?:yellow|red|green))\])(?=[a-z#/@][^\[]*?\])")
 """What rich would read as a tag, and is not one of those that our own messages use."""

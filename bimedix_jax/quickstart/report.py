@@ -17,7 +17,7 @@ LIMITS = {
     "Arabic, and no answer below is medical information.",
     "tiny": "The model is tiny and random: its answers are noise, and its numbers only show that every part runs.",
 }
-"""What the base cannot do, said next to its answers."""
+"""The limits of the base, printed next to its answers."""
 
 
 def limits_of(base: str, smoke: bool) -> str:
@@ -65,7 +65,7 @@ def facts_line(result: dict[str, Any]) -> str:
 
 
 def divergence(distances: dict[str, float]) -> dict[str, str]:
-    """One sentence for each time, so that what holds before training is not said of the model after it."""
+    """One sentence about the model before training, and one about the model after it."""
     return {when: f"{when.capitalize()} training the {verdict(value)}." for when, value in distances.items()}
 
 

@@ -1,4 +1,5 @@
-"""How far the experts of a layer are apart, adapters included: copies of one expert cannot specialise."""
+"""How much the experts of a layer differ, adapters included. Experts that are copies of each other cannot
+specialise."""
 
 import itertools
 
@@ -11,7 +12,7 @@ from bimedix_jax.models.linear import ExpertLinear
 from bimedix_jax.models.mixtral import Mixtral
 
 HARDLY = 0.05
-"""Below this distance expert load says little about specialisation."""
+"""Below this distance, expert load shows little about specialisation."""
 
 
 def expert_distance(model: Mixtral) -> float:

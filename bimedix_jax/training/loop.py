@@ -75,8 +75,8 @@ def train(
     Args:
       resume: continue from the newest valid checkpoint. The losses are bitwise those of an uninterrupted run.
       model: a base that is loaded already, with or without adapters; None loads it. The result has the trained model.
-      plan: the routing plan of every step and of the held-out loss. Its B is 1 or the rows of a step, and its T is 1 or
-        the tokens of a row. The folder stores it, and a resumed run must pass the same plan.
+      plan: the routing plan for every step and for the held-out loss. Its B is 1 or the rows of a step, and its T is 1
+        or the tokens of a row. The folder stores it, and a resumed run must pass the same plan.
       console, resume_command: where progress is printed (stderr), and the command that an interruption message names.
 
     Raises:
@@ -98,7 +98,7 @@ def train_in(
     command: str,
     plan: RoutingPlan | None,
 ) -> TrainResult:
-    """`train` in a folder that this process holds."""
+    """`train` in a folder that this process has locked."""
     warn_unchecked(check_tokenizer(experiment), console)
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():

@@ -1,4 +1,4 @@
-"""Next-token cross entropy over learned targets, in chunks, as a sum and a count.
+"""Next-token cross entropy over supervised targets, in chunks, as a sum and a count.
 
 The loss of an optimiser step is (NLL of all its targets) / (number of its targets). A mean over the means of
 micro-batches would weight a target by the number of targets in its micro-batch, so sum and count are separate.
@@ -27,8 +27,8 @@ def targets_of(
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """(token that each position predicts, whether its loss counts).
 
-    The loss counts if the next token is a learned target of the same segment. At padding and at the end of a segment it
-    does not count.
+    The loss counts if the next token is a supervised target of the same segment. At padding and at the end of a segment
+    it does not count.
     """
     ahead_BT = jnp.roll(tokens_BT, -1, axis=1)
     same_BT = (segment_ids_BT == jnp.roll(segment_ids_BT, -1, axis=1)) & (segment_ids_BT != 0)
@@ -85,7 +85,7 @@ def next_token_loss(
     Args:
       hidden_BTD: `model.hidden(...).hidden_BTD`.
       segment_ids_BT: 0 is padding.
-      loss_mask_BT: True where the token itself is a learned target, not where it is predicted.
+      loss_mask_BT: True where the token itself is a supervised target, not where it is predicted.
     """
     targets_BT, learned_BT = targets_of(tokens_BT, segment_ids_BT, loss_mask_BT)
     # shards with the same rows each compute a part of them

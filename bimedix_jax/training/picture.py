@@ -34,7 +34,7 @@ def draw_run(
         curve.legend(fontsize=8, frameon=False)
     curve.set_title("Training loss", fontsize=10)
     curve.set_xlabel("optimiser step", fontsize=9)
-    curve.set_ylabel("nats per learned token", fontsize=9)
+    curve.set_ylabel("nats per supervised token", fontsize=9)
     groups = list(after)
     places = range(len(groups))
     bars.barh([place - 0.2 for place in places], [before[g] for g in groups], 0.4, label="before", color="lightgray")

@@ -7,8 +7,8 @@ metrics.jsonl                   one line for each step
 metrics.superseded-N.jsonl      lines of steps that a resumed run repeated
 checkpoints/STEP/               training states (checkpoint/steps.py)
 adapter/ or model/              the trained adapters or model, at the end
-wandb/                          the mirror, if tracking is on
-run.lock                        held by the process that writes the folder, removed at its end
+wandb/                          the copy for Weights & Biases, if tracking is on run.lock                        held by
+the process that writes the folder, removed at its end
 """
 
 import contextlib
@@ -36,7 +36,7 @@ CONFIG, PLAN, CHECKPOINTS = "config.json", "plan.safetensors", "checkpoints"
 
 @contextlib.contextmanager
 def one_writer(folder: Path, experiment: Experiment, resume: bool) -> Iterator[None]:
-    """Holds the folder for this run; several processes of one run share one writer, process 0.
+    """Locks the folder for this run. Of several processes of a run, only process 0 writes.
 
     A run that ends before its first step is logged leaves nothing: its folder is removed, if it is new.
 

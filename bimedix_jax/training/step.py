@@ -41,7 +41,7 @@ class Totals:
     """Denominators of a whole optimiser step.
 
     Attributes:
-      targets: learned targets.
+      targets: supervised targets.
       tokens: positions that are not padding.
       rows, parts: rows and micro-batches with at least one token.
       load: load of all routers over the step, for scope "global" with several micro-batches.

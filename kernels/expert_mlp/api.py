@@ -15,8 +15,9 @@ from bimedix_jax.kernels.unstacked import is_unstacked, stack
 
 BACKENDS = ("xla", "composed", "few_rows")
 FUSED_SHARE = 1 / 4
-"""The fused loop is the faster one from this many pairs for each expert on, as a share of the width D, on two AVX-512
-cores (docs/results/moe_kernels.md). With fewer, as in decoding, joining the expert's matrices dominates."""
+"""From this many token-expert pairs for each expert on, as a share of the width D, the fused loop is faster, on two
+AVX-512 cores (docs/results/moe_kernels.md). With fewer pairs, as in decoding, concatenating the expert's matrices takes
+longer than multiplying by them."""
 
 
 def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights) -> str:

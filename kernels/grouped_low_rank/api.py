@@ -1,9 +1,9 @@
 """x A_e B_e for the expert e that owns each row, without computing A_e B_e or a dense gradient of it.
 
-`masked`, for a CPU and few columns in all (experts * rank): one product with the A of all experts side by side, a mask
-over the columns of other experts, one product with all B stacked. It does `experts` times the work of a delta, which is
-a few percent of the base's, but in plain matrix products, which are faster than a grouped loop. `grouped`, for GPUs,
-TPUs and many columns: two grouped matmuls.
+`masked` is for a CPU and a small number of columns, experts * rank. It is one product with the A of all experts side by
+side, a mask over the columns of other experts, and one product with all B stacked. It takes `experts` times the FLOPs
+of a delta, which are a few percent of the base's. But these are plain matrix products, which are faster than a grouped
+loop. `grouped` is for GPUs, TPUs and many columns: two grouped matmuls.
 """
 
 import jax

@@ -1,9 +1,9 @@
 """Which rows each step of a kernel over row tiles works on, for a grid of static size.
 
-There are two ways to cut rows that are sorted by expert. On a TPU, blocks must start at multiples of their height. A
-block in which one group ends and the next begins is visited once for each of them. M rows in E groups need at most
-ceil(M / height) + E - 1 visits; unneeded visits have no rows. On a GPU, tiles may start at any row. Each group is cut
-from its first row on, and so are the rows after the last group.
+There are two ways to divide rows that are sorted by expert into tiles. On a TPU, blocks must start at multiples of
+their height. A block in which one group ends and the next begins is visited once for each of the two groups. M rows in
+E groups need at most ceil(M / height) + E - 1 visits; unneeded visits have no rows. On a GPU, tiles may start at any
+row: the first tile of each group starts at its first row, and so does the first tile of the rows after the last group.
 """
 
 from typing import NamedTuple

@@ -1,1 +1,1 @@
-"""Inspection of compiled kernels, for accelerators that need not be present: registers, memory and FLOPs."""
+"""Inspection of compiled kernels, for accelerators that this machine need not have: registers, memory and FLOPs."""

@@ -1,4 +1,4 @@
-"""Mixtral-8x7B's products as test cases, to compile for accelerators that need not be present."""
+"""Mixtral-8x7B's products as test cases, to compile for accelerators that this machine need not have."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs by XLA, Triton and ptxas, on a machine that needs no GPU."""
+"""Kernels compiled for GPUs by XLA, Triton and ptxas. No GPU is needed."""
 
 import functools
 import importlib.util

@@ -1,4 +1,5 @@
-"""One MoE layer of Mixtral-8x7B, forward and backward pass, compiled for accelerators that need not be present."""
+"""One MoE layer of Mixtral-8x7B, forward and backward pass, compiled for accelerators that this machine need not
+have."""
 
 import time
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Kernels compiled for TPUs by Mosaic, on a machine that needs no TPU."""
+"""Kernels compiled for TPUs by Mosaic. No TPU is needed."""
 
 import functools
 import re
