@@ -272,7 +272,7 @@ def test_json_is_the_only_thing_on_stdout(words):
         assert text in done.stderr
 
 
-def test_json_holds_when_a_library_prints_at_exit():
+def test_stdout_is_json_even_if_a_library_prints_at_exit():
     done = bimedix("prints_at_exit", "--count", "1", "--json")
     assert json.loads(done.stdout) == {"ok": True}
     assert "stray print at exit" in done.stderr

@@ -35,7 +35,7 @@ SOURCES = {
 }
 
 
-def test_rooms_arrows_and_cycles_are_counted():
+def test_packages_imports_and_cycles_are_counted():
     found = rooms.count(SOURCES)
     assert found["lines"] == {
         "bimedix_jax/data": 6,
@@ -52,7 +52,7 @@ def test_rooms_arrows_and_cycles_are_counted():
     assert found["functions_named_run"] == 2
 
 
-def test_rooms_that_reach_each_other_are_a_cycle():
+def test_packages_that_reach_each_other_are_a_cycle():
     back = {**SOURCES, "bimedix_jax/data/back.py": "import bimedix_jax.training.loop\n"}
     assert rooms.count(back)["room_cycles"] == [["bimedix_jax/data", "bimedix_jax/training"]]
 

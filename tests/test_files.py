@@ -101,7 +101,7 @@ def test_links_of_others_are_never_deleted(tmp_path):
         check_replaceable(tmp_path / "out", overwrite=True)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     """And what a living one writes is not."""
     killed = """
 import os, sys
@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, error):
     assert names(tmp_path) == []
 
 
-def test_an_empty_folder_may_be_filled(tmp_path):
+def test_an_empty_folder_can_be_written(tmp_path):
     (tmp_path / "out").mkdir()
     with new_folder(tmp_path / "out") as folder:
         (folder / "a").touch()
@@ -233,7 +233,7 @@ def test_a_folder_below_a_file_raises(tmp_path):
         pass
 
 
-def test_a_link_still_leads_to_the_replaced_folder(tmp_path):
+def test_a_symlink_still_points_to_the_replaced_folder(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     with new_folder(tmp_path / "link") as folder:
@@ -254,13 +254,13 @@ def test_text_is_replaced_atomically(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/../../x", "/etc/passwd", "a\\..\\x", "C:\\x", "a\0b"])
-def test_a_name_that_leaves_the_folder_raises(tmp_path, name):
+def test_a_name_outside_the_folder_raises(tmp_path, name):
     with pytest.raises(BimedixError, match="not a path inside"):
         inside(tmp_path, name)
 
 
 @given(st.text(max_size=20))
-def test_no_name_leads_out(name):
+def test_no_name_points_outside_the_folder(name):
     folder = Path("/srv/model")
     try:
         found = inside(folder, name)
@@ -269,7 +269,7 @@ def test_no_name_leads_out(name):
     assert found.resolve().is_relative_to(folder)
 
 
-def test_links_may_leave_the_folder(tmp_path):
+def test_symlinks_may_point_outside_the_folder(tmp_path):
     repository = tmp_path / "models--a--b"
     (repository / "blobs").mkdir(parents=True)
     (repository / "blobs" / "123").write_text("weights")

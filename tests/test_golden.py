@@ -23,7 +23,7 @@ golden = load_script()
 
 
 @pytest.mark.parametrize("name", golden.names())
-def test_text_is_golden(name):
+def test_text_equals_the_golden_files(name):
     changes = golden.difference(name, golden.current(name))
     if changes:
         pytest.fail(f"{changes}\n{REMEDY}", pytrace=False)

@@ -24,7 +24,7 @@ def check(script: dict[str, Any], code: str, seconds: int = 60) -> Any:
     return script["Check"](command=(sys.executable, "-c", code), seconds=seconds)
 
 
-def test_without_a_gpu_it_says_so_and_succeeds(tmp_path: Path) -> None:
+def test_without_a_gpu_the_script_reports_it_and_succeeds(tmp_path: Path) -> None:
     for command in ([sys.executable, str(SCRIPT)], ["/bin/bash", str(SCRIPT.with_suffix(".sh"))]):
         done = subprocess.run(command, capture_output=True, text=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The layers and rooms: kernels <- models <- bimedix_jax <- experiments <- scripts, imports point left only.
+"""The layers and packages: kernels <- models <- bimedix_jax <- experiments <- scripts, imports point left only.
 
 Everything is read from the syntax trees of the files, so that an import inside a function counts as well.
 """
@@ -203,11 +203,11 @@ def test_no_cycles_between_modules():
     assert rooms.cycles(GRAPH) == []
 
 
-def test_no_cycles_between_rooms():
+def test_no_cycles_between_packages():
     assert rooms.cycles(rooms.room_graph(SOURCES, GRAPH)) == []
 
 
-def test_rooms_stay_small():
+def test_packages_stay_small():
     top = [path for path in SOURCES if path.startswith("bimedix_jax/") and path.count("/") == 1]
     assert len(top) <= MAX_TOP_LEVEL_MODULES
     data = [text for path, text in SOURCES.items() if path.startswith("bimedix_jax/data/")]
@@ -225,7 +225,7 @@ def test_few_functions_are_named_run():
 
 
 @pytest.mark.parametrize("name", ["Layout", "Settings"])
-def test_one_class_of_a_name(name):
+def test_class_names_are_unique(name):
     found = rooms.public_classes(SOURCES).get(name, [])
     assert len(found) <= 1, found
 
@@ -242,11 +242,11 @@ def test_every_folder_of_code_is_a_package():
 
 
 @pytest.mark.parametrize("module", ["bimedix_jax.cli", "bimedix_jax.errors", "bimedix_jax.models.config"])
-def test_no_jax_behind_the_help(module):
+def test_the_help_imports_no_jax(module):
     assert not [str(i) for i in external_at_load(module) if top(i) in JAX_LIBRARIES]
 
 
-def test_no_jax_behind_the_options_of_a_command():
+def test_the_options_of_a_command_import_no_jax():
     """`bimedix train --help` imports the command's module, which must not import JAX before it runs."""
     commands = [name for name in MODULES if name.startswith("bimedix_jax.commands")]
     wrong = {f"{name}: {i}" for name in commands for i in external_at_load(name) if top(i) in JAX_LIBRARIES}

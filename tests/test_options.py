@@ -74,7 +74,7 @@ def help_at(columns: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return stream.read().splitlines()
 
 
-def test_what_is_left_out_has_its_default():
+def test_omitted_fields_have_their_defaults():
     assert read() == Config()
 
 
@@ -146,7 +146,7 @@ def test_fields_that_do_not_overlap_may_be_set_together():
     assert read("--set", "a.b=1", "a.bc=2", "a.c=3", "--rows", "4").rows == 4
 
 
-def test_the_help_wins_over_other_errors(capsys):
+def test_the_help_takes_precedence_over_errors(capsys):
     with pytest.raises(SystemExit) as left:
         read("--output", "x", "--help")
     assert left.value.code == 0

@@ -1,1 +1,1 @@
-"""What makes records: readers, mixing, translation, synthesis of chats, review."""
+"""Makes records: readers, mixing, translation, synthesis of chats, review."""

@@ -1,4 +1,5 @@
-"""The share of a set of answers that another set also contains: how much of a held-out loss memory can explain."""
+"""The share of a set of answers that another set also contains. It shows how much of a held-out loss memorisation can
+explain."""
 
 import re
 from collections import defaultdict

@@ -49,7 +49,7 @@ class Quarantine:
     Attributes:
       rejected: the rejected rows, if there is no `sink`.
       read: number of rows read, by source.
-      limit: most rows read from each source.
+      limit: maximum number of rows to read from each source.
       sink: called with each rejected row, which is then not kept in `rejected`.
       row: number of the row that was built last, counted from 0 within its source.
       count: rows rejected so far.

@@ -1,6 +1,6 @@
 """Splits an English record into segments, which are translated, and a frame, which is kept.
 
-The frame holds the turns, the letters of the choices and the answer key. The model sees only the segments. Rules put
+The frame holds the turns, the letters of the choices and the answer key. The model sees only the segments. Code puts
 their translations back into the frame, so the model cannot mistranslate the letter of the right choice or "Answer: ".
 """
 

@@ -56,7 +56,7 @@ def test_two_tensors_of_one_name_raise(changed: Change) -> None:
         load_hf(changed(edit))
 
 
-def test_rotary_buffers_are_passed_over(mixtral: Path, changed: Change) -> None:
+def test_rotary_buffers_are_ignored(mixtral: Path, changed: Change) -> None:
     import torch
 
     def edit(tensors: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def set_tied(folder: Path, tied: bool) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_an_equal_head_of_a_tied_model_is_passed_over(changed: Change, tmp_path: Path, dtype: str) -> None:
+def test_an_equal_head_of_a_tied_model_is_ignored(changed: Change, tmp_path: Path, dtype: str) -> None:
     import torch
 
     def edit(tensors: dict[str, Any]) -> None:

@@ -163,7 +163,7 @@ def redirect(folder: Path, name: str, file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "a/../../outside.safetensors", "..\\x"])
-def test_an_index_cannot_leave_the_folder(tmp_path: Path, file: str) -> None:
+def test_an_index_cannot_name_files_outside_the_folder(tmp_path: Path, file: str) -> None:
     folder = sharded(tmp_path / "model")
     safetensors.numpy.save_file({"a": arrays()["a"]}, tmp_path / "outside.safetensors")
     redirect(folder, "a", file)

@@ -80,7 +80,7 @@ def test_another_storage_is_a_warning_that_names_both(source, over_nf4, tmp_path
     assert trained_over(tmp_path / "again") == trained_over(over_nf4)
 
 
-def test_an_exported_peft_folder_knows_it_too(source, over_nf4, tmp_path, caplog):
+def test_an_exported_peft_folder_records_the_storage(source, over_nf4, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     export_peft(load(source, adapter=over_nf4), tmp_path / "peft")
     assert storage_of(load(source, adapter=tmp_path / "peft")) == Storage(base="nf4", dtype="float32")
@@ -124,7 +124,7 @@ def test_older_folders_load(source, over_nf4, tmp_path, caplog):
     assert storage_of(load(source, adapter=adapter)) == Storage(base="nf4", dtype="bfloat16")
 
 
-def test_a_base_that_is_4_bits_in_part(source, over_nf4, tmp_path, caplog):
+def test_a_partly_packed_base(source, over_nf4, tmp_path, caplog):
     """Its adapters keep the storage of the folder."""
     caplog.set_level(logging.ERROR)
     command = [
@@ -143,7 +143,7 @@ def test_a_base_that_is_4_bits_in_part(source, over_nf4, tmp_path, caplog):
     assert storage_of(load(tmp_path / "part", adapter=adapter)).base == MIXED
 
 
-def test_adapters_of_a_base_that_is_packed_later_remember_theirs(source):
+def test_adapters_keep_the_storage_of_training_if_the_base_is_packed_later(source):
     adapted = bmx.add_lora(load(source, "bfloat16"), LORA)
     assert quantise_base(adapted).trained_over == Storage(base="bfloat16", dtype="bfloat16")
 

@@ -199,14 +199,14 @@ def test_unexpected_counts_raise_unless_allowed(data: Path, capfd: pytest.Captur
     common = ["data", "assemble", str(file), "--data", str(data), "--out", str(out)]
     assert main(common) == 1
     said = capfd.readouterr().err
-    assert "doctor has 30 rows, expected are 31; exams has 38 records, expected are 39 to 50: " in said
+    assert "doctor has 30 rows, expected 31; exams has 38 records, expected 39 to 50: " in said
     assert not out.exists()
     assert main([*common, "--allow-counts", "--json"]) == 0
     assert len(json.loads(capfd.readouterr().out)["unexpected"]) == 2
     (data / "test.jsonl").write_text((data / "test.jsonl").read_text().splitlines()[0] + "\n")
     file.write_text(RECIPE)
     assert main([*common, "--overwrite"]) == 1
-    assert "test has 1 rows, expected are 2" in capfd.readouterr().err
+    assert "test has 1 rows, expected 2" in capfd.readouterr().err
     assert main([*common, "--overwrite", "--limit", "4", "--json"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["read"] == {"chatdoctor": 4, "exams": 4}, "no counts are compared with a limit"

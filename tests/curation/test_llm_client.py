@@ -540,7 +540,7 @@ def test_a_server_that_stops_later_is_waited_for(serve, tmp_path):
         ("", "begin it with http:// or https://"),
         ("ftp://host/v1", "begin it with http:// or https://"),
         ("http://", "names no host"),
-        ("http://a host/v1", "has a blank"),
+        ("http://a host/v1", "contains a space"),
         ("http://host:port/v1", "give a URL such as"),
         ("http://host:99999/v1", "give a URL such as"),
         ("http://host/v1?key=1", "leave out what follows the path"),

@@ -42,7 +42,7 @@ def test_noise_gives_the_distance_of_independent_draws():
     assert expert_distance(copies(0.1)) == pytest.approx(np.sqrt(2) * 0.1 / np.sqrt(1.01), rel=0.05)
 
 
-def test_the_verdict_is_of_its_own_time():
+def test_before_and_after_have_separate_sentences():
     sentences = divergence({"before": 0.0, "after": 0.02})
     assert sentences["before"].startswith("Before training the experts are identical (distance 0)")
     assert sentences["after"].startswith(

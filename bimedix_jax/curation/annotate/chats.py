@@ -1,7 +1,7 @@
 """The task `chats`: a consultation on an exam question, checked by rules and by a judge, and revised where needed.
 
-The judge sees the question and its choices without the key, and names the choice that the doctor arrived at. It cannot
-agree out of politeness. The answer is preserved where that is the right choice and the rules find no problem.
+The judge sees the question and its choices without the key, and names the choice that the doctor arrived at. Without
+the key, it cannot simply agree. The chat keeps the answer if that is the right choice and the rules find no problem.
 """
 
 import functools
@@ -99,7 +99,7 @@ class WriteChats(Task[ChatVersion]):
         return unsuitable(record)
 
     def same_text(self, record: Record) -> int | None:
-        """By the words of the question."""
+        """Compares the words of the question."""
         return fingerprints.whole(fingerprints.words(_asked(record)))
 
     def exchanges(self, record: Record) -> int:

@@ -107,7 +107,7 @@ class ResolvedRecipe:
 
     Attributes:
       name: the recipe's, None for sources named on the command line.
-      limit: most rows read from each source.
+      limit: maximum number of rows to read from each source.
       left_out: sources of the recipe that were not selected.
     """
 

@@ -64,5 +64,5 @@ def unexpected(source: ResolvedSource, counts: dict[str, Any]) -> list[str]:
         if not least <= found.get(name, 0) <= most:
             wanted = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             what = name if name in (ROWS, RECORDS_MADE) else f"rows of {name}"
-            wrong.append(f"{source.name} has {found.get(name, 0):,} {what}, expected are {wanted}")
+            wrong.append(f"{source.name} has {found.get(name, 0):,} {what}, expected {wanted}")
     return wrong

@@ -1,1 +1,1 @@
-"""Requests to language models behind OpenAI-compatible endpoints. No reply is lost, and none is paid for twice."""
+"""Requests to language models behind OpenAI-compatible endpoints. No stored reply is lost or paid for twice."""

@@ -150,7 +150,9 @@ class Client:
         try:
             attempt = await self._transport.send(heading, payload)
         except sqlite3.Error as error:
-            self.account.stop(Stopped(f"cannot write {self.account.store.path} ({error}); make room and run again"))
+            self.account.stop(
+                Stopped(f"cannot write {self.account.store.path} ({error}); free some space and run again")
+            )
             raise
         finally:
             paid = attempt.ending == "reply" or attempt.ending in UNKNOWN_COST

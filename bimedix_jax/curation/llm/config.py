@@ -27,7 +27,7 @@ def check_url(url: str) -> None:
     if parts.scheme not in ("http", "https"):
         raise ValueError(f"base_url is {url!r}; begin it with http:// or https://, {example}")
     if not host or not url.isprintable() or " " in url:
-        raise ValueError(f"base_url is {url!r}, which names no host or has a blank; give a URL {example}")
+        raise ValueError(f"base_url is {url!r}, which names no host or contains a space; give a URL {example}")
     if parts.query or parts.fragment:
         raise ValueError(f"base_url is {url!r}; leave out what follows the path, {example}")
     if parts.path.rstrip("/").endswith("/completions"):

@@ -17,7 +17,7 @@ from bimedix_jax.curation.llm.client import Client, Unanswered
 
 
 class Interrupted(Stopped):
-    """The user pressed Ctrl-C, or the machine is about to be taken away (SIGTERM)."""
+    """The user pressed Ctrl-C, or the process was told to end (SIGTERM)."""
 
 
 @dataclass

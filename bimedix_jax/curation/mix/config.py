@@ -13,10 +13,10 @@ class MixConfig:
       sources, evaluation: as readers.read takes them; evaluation records whose split is `train` are ignored.
       ratio: Arabic to English in each kind.
       preset, scale: see targets.py.
-      near_duplicates: least similarity at which a record is removed; 0 keeps all records.
+      near_duplicates: smallest similarity at which a record is removed; 0 keeps all records.
       ngram, share: see decontaminate.py.
-      limit: most records read from each source.
-      seed: decides which records are chosen, and their order.
+      limit: maximum number of records to read from each source.
+      seed: seed of the choice of records and of their order.
       tokenizer, template: count tokens as training does; without a tokenizer tokens are not counted.
       workers: number of worker processes; the set does not depend on it.
     """

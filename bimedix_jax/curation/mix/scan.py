@@ -22,7 +22,7 @@ PARENTS = 1 + len(MADE_FROM)
 """How many numbers of a record are digests: of its id and of the ids it was made from (0 for none)."""
 
 NUMBERS = PARENTS + 4
-"""The digests are followed by exchanges, characters, tokens and learned tokens (both 0 without a tokenizer)."""
+"""The digests are followed by exchanges, characters, tokens and supervised tokens (both 0 without a tokenizer)."""
 
 
 @dataclass(frozen=True)

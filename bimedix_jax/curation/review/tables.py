@@ -114,7 +114,7 @@ def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: date
         for name in ONCE_PER_ITEM:
             value = cells.get(name, "").removeprefix("'")
             if value and known.get(name, value) != value:
-                raise BimedixError(f"{place}: {name} is {value!r} here and {known[name]!r} above; one item has one")
+                raise BimedixError(f"{place}: {name} is {value!r} here and {known[name]!r} above; its rows must agree")
             known |= {name: value} if value else {}
     return [
         verdict
