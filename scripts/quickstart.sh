@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From nothing to a fine-tuned bilingual mixture of experts, on a laptop. Arguments go to `bimedix quickstart`:
-#     scripts/quickstart.sh             the real thing
-#     scripts/quickstart.sh --smoke     the same way on a tiny random model, without further downloads
-#     scripts/quickstart.sh --resume    continue after Ctrl-C
+#     scripts/quickstart.sh             the full run
+#     scripts/quickstart.sh --smoke     the same pipeline on a tiny random model, which is not downloaded
+#     scripts/quickstart.sh --resume    resume after Ctrl-C
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 

@@ -4,7 +4,7 @@
 #   scripts/launch/tpu_pod.sh NAME ZONE \
 #       bimedix-mixtral-8x7b --model /mnt/shared/Mixtral-8x7B-nf4 --data /mnt/shared/packed --out /mnt/shared/runs/bimedix
 #
-# NAME and ZONE are those of the TPU VM; BIMEDIX_HOME says where the project lies on its hosts (default ~/bimedix_jax).
+# NAME and ZONE are those of the TPU VM; BIMEDIX_HOME is the project's folder on its hosts (default ~/bimedix_jax).
 set -euo pipefail
 
 if (($# < 3)); then

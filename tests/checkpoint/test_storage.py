@@ -1,4 +1,4 @@
-"""An adapter knows the storage that it was trained over, which is the default wherever it is loaded."""
+"""An adapter records the storage that it was trained over, which is the default wherever the adapter is loaded."""
 
 import json
 import logging

@@ -1,4 +1,5 @@
-"""The distance between experts is exactly 0 for copies, counts what adapters change, and is given for each time."""
+"""The distance between experts is exactly 0 for copies, includes adapters, and is reported before and after
+training."""
 
 import jax
 import jax.numpy as jnp

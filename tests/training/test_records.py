@@ -1,4 +1,4 @@
-"""Files of a run: metrics, their mirror, fingerprints."""
+"""Files of a run: metrics, their copy in Weights & Biases, fingerprints."""
 
 import dataclasses
 
