@@ -43,7 +43,7 @@ class ModelSource:
     revision: str | None = None
     """Revision of a hub id."""
     base: Literal["bfloat16", "float32", "nf4"] = "nf4"
-    """Storage of the base weights; nf4 packs attention and experts to 4 bits with double quantisation."""
+    """Storage of the base weights; nf4 quantises attention and experts to 4 bits with double quantisation."""
     dtype: Dtype | None = None
     """Compute dtype; null uses that of the base, and bfloat16 for nf4."""
     random: MixtralConfig | None = None

@@ -1,4 +1,4 @@
-"""Packs the linear layers of a model to 4 bits: of a model in memory, or of one that has shapes only."""
+"""Quantises the linear layers of a model to 4 bits: of a model in memory, or of one that has shapes only."""
 
 import logging
 

@@ -24,7 +24,7 @@ class Storage:
 
 
 MIXED = "nf4 in part"
-"""`Storage.base` where only some of the matrices that base nf4 packs are in 4 bits."""
+"""`Storage.base` where only some of the matrices that base nf4 quantises are in 4 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "nf4")}
-"""What is tried on each device. nf4 packs the linear layers with bitsandbytes; experts stay in bfloat16, as always in
-transformers 5, where they are no linear layers."""
+"""What is tried on each device. nf4 quantises the linear layers with bitsandbytes; experts stay in bfloat16, as always
+in transformers 5, where they are no linear layers."""
 EXPERTS = ("eager", "grouped_mm")
 """Experts implementations of transformers."""
 DECODING_EXPERTS = (*EXPERTS, "batched_mm")
@@ -94,7 +94,7 @@ def build(config: MixtralConfig, dtype: str, experts: str) -> Any:
 
 
 def pack_linear_layers(model: Any) -> Any:
-    """Packs every linear layer but the head into double-quantised NF4, as transformers does with bitsandbytes."""
+    """Quantises every linear layer except the head to double-quantised NF4, as transformers does with bitsandbytes."""
     import torch
 
     nn: Any = importlib.import_module("bitsandbytes").nn

@@ -114,7 +114,7 @@ def check_packing(values: dict[str, Any], config: MixtralConfig) -> None:
     packed = {path: value for path, value in values.items() if isinstance(value, NF4Tensor)}
     if not packed:
         raise BimedixError(
-            "the model is not in 4 bits; load it with base nf4, or pack it with quantise_base, and export that."
+            "the model is not in 4 bits; load it with base nf4, or quantise it with quantise_base, and export that."
         )
     shapes = {row.path: table.unit_shape(row, config) for row in table.rows_of(config)}
     for path, value in packed.items():

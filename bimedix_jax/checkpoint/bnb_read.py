@@ -35,8 +35,8 @@ def kept_formats(units: Sequence[Unit], base: str | None, quantised: frozenset[s
     """The leaves whose packed bytes are kept, by path; warns of every other packed tensor.
 
     Args:
-      base: None keeps the storage in the folder; "nf4" also packs 16-bit matrices of leaves with packed ones; any other
-        value dequantises everything.
+      base: None keeps the storage in the folder; "nf4" also quantises 16-bit matrices of leaves with packed ones; any
+        other value dequantises everything.
       quantised: paths of the leaves that may be NF4.
     Raises:
       BimedixError: the packed matrices of a leaf differ in format.
@@ -59,7 +59,7 @@ def kept_formats(units: Sequence[Unit], base: str | None, quantised: frozenset[s
         elif base is None and path in plain:
             log.warning(
                 "%s: %d of %d matrices are packed and are dequantised exactly, because the others have 16 bits and all "
-                "layers have the same storage; base nf4 packs the others instead, which changes them.",
+                "layers have the same storage; base nf4 quantises the others instead, which changes them.",
                 path,
                 len(members),
                 len(members) + len(plain[path]),

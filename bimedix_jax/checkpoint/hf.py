@@ -57,9 +57,9 @@ def load_hf(
     """A Mixtral from a folder in Hugging Face layout, hub (per expert) or transformers 5 (fused), packed or not.
 
     Args:
-      base: storage of the weights; "nf4" casts to `dtype`, packs attention and experts with double quantisation as
+      base: storage of the weights; "nf4" casts to `dtype`, quantises attention and experts with double quantisation as
         bitsandbytes does, and keeps the rest in `dtype`. For a folder that bitsandbytes packed, None and "nf4" keep the
-        4-bit bytes ("nf4" also packs attention and experts that are in 16 bits), and the others dequantise exactly.
+        4-bit bytes ("nf4" also quantises attention and experts that are in 16 bits), and the others dequantise exactly.
         For any other folder None means bfloat16.
       dtype: of the computation; by default that of the base. For "nf4" the default is bfloat16, and for a packed
         folder the dtype that its config.json names.

@@ -44,10 +44,10 @@ def load(
     Args:
       path: folder in Hugging Face layout, hub id, native checkpoint, or the folder of a finished training run. For a
         run, its base is loaded (or initialised again) and the trained parameters are added.
-      base: storage of the weights; "nf4" packs attention and experts to 4 bits while reading. None takes the storage
-        that the adapter was trained over, if it is known, or else keeps that of a native checkpoint, of one that
-        bitsandbytes packed and of a run's base, and means bfloat16 for any other folder. A storage that differs from
-        the adapter's changes the outputs, so a warning names both.
+      base: storage of the weights; "nf4" quantises attention and experts to 4 bits while reading. None takes the
+        storage that the adapter was trained over, if it is known, or else keeps that of a native checkpoint, of one
+        that bitsandbytes packed and of a run's base, and means bfloat16 for any other folder. A storage that differs
+        from the adapter's changes the outputs, so a warning names both.
       adapter: folder of an adapter to add, in the native format or in PEFT's.
       mesh: devices to shard it over, see bimedix_jax/sharding. A process reads the shards of its own devices from a
         native checkpoint. From any other folder it reads its own experts and all other parameters, because the scales

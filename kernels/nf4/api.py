@@ -92,7 +92,7 @@ def quantize_blocks(w: Float[Array, "*batch n"], block_size: int) -> tuple[UInt8
 def quantize(
     w: Shaped[Array, "..."], block_size: int = 64, double_quant: bool = True, batch_dims: int = 0
 ) -> NF4Tensor:
-    """Packs `w` to 4 bits; nibbles and scales are those of bitsandbytes.
+    """Quantises `w` to 4 bits; nibbles and scales are those of bitsandbytes.
 
     Args:
       w: array of any shape; each of its `w.shape[:batch_dims]` sub-arrays is quantised separately.
