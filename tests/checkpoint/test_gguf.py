@@ -450,6 +450,6 @@ def test_stand_ins_and_pieces_are_named(tmp_path: Path) -> None:
     for name in ("m.gguf-split-a", "m.gguf.part1of2", "m.gguf.part2", "m.gguf.incomplete"):
         assert ours.is_gguf(name)
         (tmp_path / name).write_bytes(b"GGUF....")
-        with pytest.raises(BimedixError, match="is a piece of a file"):
+        with pytest.raises(BimedixError, match="is only a piece of a file"):
             ours.convert(tmp_path / name, tmp_path / "dense")
     assert not ours.is_gguf("owner/name-gguf")
