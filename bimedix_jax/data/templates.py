@@ -1,18 +1,14 @@
 """Chat templates as values, with the parts of the text that the assistant wrote marked.
 
-A checkpoint has its template as Jinja source, which is a program by somebody else. It is run once, in Jinja's sandbox
-and on a probe conversation, to recognise which of the templates below it is. Training and chat then use that value,
-because Jinja's output does not say which characters the assistant wrote.
+A checkpoint has its template as Jinja source, which is a program by somebody else. template_detection.py recognises
+which of the templates below it is. Training and chat then use that value, because Jinja's output does not say which
+characters the assistant wrote.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from bimedix_jax import files
-from bimedix_jax.data.records import Turn, conversation
-from bimedix_jax.data.tokenizer_files import TokenizerConfig, read_if_present
+from bimedix_jax.data.records import Turn
 from bimedix_jax.errors import BimedixError
 
 
@@ -38,10 +34,11 @@ class ChatTemplate:
     answer_closing: str  # what follows before the next turn; not learned
     jinja: str  # the same template for Hugging Face, written when a checkpoint is exported
     default_system: str | None = None  # the system prompt of a conversation that has none
+    trimmed: tuple[str, ...] = ()  # speakers whose turns are written without surrounding whitespace
 
     def parts(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> list[tuple[str, str, bool]]:
         """(a wrapper of the template, the text for its `{text}`, whether it is learned), in order."""
-        turns = list(turns)
+        turns = [_trimmed(turn) if turn.speaker in self.trimmed else turn for turn in turns]
         if self.system is not None and self.default_system is not None and not _has_system(turns):
             turns.insert(0, Turn(speaker="system", value=self.default_system))
         if self.system is None and _has_system(turns):
@@ -162,84 +159,15 @@ def named(name: str) -> ChatTemplate:
     return TEMPLATES[name]
 
 
-def source(folder: str | Path) -> str | None:
-    """Jinja source of a checkpoint's chat template, None if it has none (base models)."""
-    place = Path(folder)
-    if (place / "chat_template.jinja").is_file():
-        return files.read_text(place / "chat_template.jinja")
-    value = read_if_present(place / "tokenizer_config.json", TokenizerConfig).chat_template
-    if isinstance(value, list):
-        return next((entry.template for entry in value if entry.name == "default"), None)
-    return value
-
-
-def detect(folder: str | Path, bos: str, eos: str) -> ChatTemplate:
-    """The template below that renders like the checkpoint's own, with its default system prompt if it has one.
-
-    Raises:
-        BimedixError: the checkpoint has no template, or one that renders like none of TEMPLATES.
-    """
-    jinja = source(folder)
-    remedy = f"name the template to use ({', '.join(TEMPLATES)}), for instance `--template plain`"
-    if jinja is None:
-        raise BimedixError(f"{folder} has no chat template; {remedy}")
-    for template in TEMPLATES.values():
-        found = _recognise(template, jinja, bos, eos)
-        if found is not None:
-            return dataclasses.replace(found, jinja=jinja)
-    raise BimedixError(f"the chat template of {folder} is not a known one; {remedy}")
-
-
 def split_wrapper(wrapper: str, bos: str, eos: str) -> tuple[str, str]:
     """The text that a wrapper writes before and after a turn."""
     before, _, after = wrapper.replace("{bos}", bos).replace("{eos}", eos).partition("{text}")
     return before, after
 
 
+def _trimmed(turn: Turn) -> Turn:
+    return Turn(speaker=turn.speaker, value=turn.value.strip())
+
+
 def _has_system(turns: Sequence[Turn]) -> bool:
     return bool(turns) and turns[0].speaker == "system"
-
-
-_PROBE = conversation("First question?", "First answer.", "Second question?")
-
-
-def _recognise(template: ChatTemplate, jinja: str, bos: str, eos: str) -> ChatTemplate | None:
-    """`template` if it renders the probes as `jinja` does, with the default system prompt found there."""
-    bare = _render_jinja(jinja, _PROBE, bos, eos, add_generation_prompt=True)
-    if bare is None:
-        return None
-    if template.system is not None and template.text(_PROBE, bos, eos, True) != bare:
-        before, after = template.system.split("{text}")
-        opening = template.start.replace("{bos}", bos) + before
-        end = bare.find(after, len(opening))
-        if not bare.startswith(opening) or end <= len(opening):
-            return None
-        template = dataclasses.replace(template, default_system=bare[len(opening) : end])
-    if template.text(_PROBE, bos, eos, True) != bare:
-        return None
-    answered = _render_jinja(jinja, _PROBE[:2], bos, eos, add_generation_prompt=False)
-    if answered != template.text(_PROBE[:2], bos, eos):
-        return None
-    instructed = (Turn(speaker="system", value="System prompt."), *_PROBE)
-    with_system = _render_jinja(jinja, instructed, bos, eos, add_generation_prompt=True)
-    # None: the published template raises an error for system prompts; ours renders them nevertheless
-    return template if with_system in (None, template.text(instructed, bos, eos, True)) else None
-
-
-def _render_jinja(jinja: str, turns: Sequence[Turn], bos: str, eos: str, add_generation_prompt: bool) -> str | None:
-    """What transformers' `apply_chat_template(tokenize=False)` returns; None if the template raises an error."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
-    roles = {"system": "system", "human": "user", "gpt": "assistant"}
-    messages = [{"role": roles[turn.speaker], "content": turn.value} for turn in turns]
-    values = {"messages": messages, "bos_token": bos, "eos_token": eos, "add_generation_prompt": add_generation_prompt}
-    try:
-        return environment.from_string(jinja).render(values)
-    except jinja2.TemplateError:
-        return None

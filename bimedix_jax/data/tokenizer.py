@@ -1,11 +1,13 @@
 """One tokenizer interface over a checkpoint's own files: `tokenizer.json`, or a SentencePiece `tokenizer.model`.
 
 Both run in the `tokenizers` library. A SentencePiece BPE model is read with `sentencepiece` and rebuilt there exactly
-as transformers' LlamaTokenizer does it, so ids, special tokens and character offsets are those of Hugging Face.
+as transformers' LlamaTokenizer does it (tokenizer_build.py), so ids, special tokens and character offsets are those of
+Hugging Face.
 """
 
-import hashlib
+import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +16,15 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from bimedix_jax import files
 from bimedix_jax.data import templates
+from bimedix_jax.data.template_detection import detect
 from bimedix_jax.data.templates import ChatTemplate
-from bimedix_jax.data.tokenizer_files import ROLES, SpecialTokens, TokenIds, TokenizerConfig, read_if_present
+from bimedix_jax.data.tokenizer_build import build
+from bimedix_jax.data.tokenizer_files import TokenIds, read_if_present
 from bimedix_jax.errors import BimedixError
+
+MARKUP = re.compile(r"<\|.+\|>|<(start|end)_of_turn>", re.DOTALL)
+"""Added tokens that a chat template writes, and a user must not be able to write."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +95,10 @@ class Tokenizer:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template: the one that was named, or else the checkpoint's own; see templates.detect."""
+        """The chat template: the one that was named, or else the checkpoint's own; see template_detection.detect."""
         if self.template_name is not None:
             return templates.named(self.template_name)
-        return templates.detect(self.folder, bos=self.special.get("bos", ""), eos=self.special.get("eos", ""))
+        return detect(self.folder, self.special)
 
     def token_id(self, text: str) -> int | None:
         """Id of a token by its exact text, None if the vocabulary lacks it."""
@@ -121,8 +127,14 @@ class Tokenizer:
 
     @cached_property
     def _literal_engine(self) -> tokenizers.Tokenizer:
-        """A copy of the engine that treats special tokens as text; switching the engine itself is not thread-safe."""
-        engine = tokenizers.Tokenizer.from_str(self.engine.to_str())
+        """A copy of the engine that treats special tokens as text; switching the engine itself is not thread-safe.
+
+        Some checkpoints declare `<|im_start|>` as an added token that is not special; it is treated as text too.
+        """
+        spec = json.loads(self.engine.to_str())
+        for token in spec["added_tokens"]:
+            token["special"] |= bool(MARKUP.fullmatch(token["content"]))
+        engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
         engine.encode_special_tokens = True
         return engine
 
@@ -144,32 +156,9 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Tokenizer
         BimedixError: the folder has neither tokenizer.json nor a SentencePiece BPE model, or they cannot be read.
     """
     place = Path(folder)
-    config = read_if_present(place / "tokenizer_config.json", TokenizerConfig)
-    if (place / "tokenizer.json").is_file():
-        path = place / "tokenizer.json"
-        text = files.read_text(path)
-        try:
-            engine = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the Rust library raises bare Exception
-            raise BimedixError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
-    elif (place / "tokenizer.model").is_file():
-        path = place / "tokenizer.model"
-        files.require_content(path)
-        engine = _from_sentencepiece(path, legacy=config.legacy is True)
-    else:
-        raise BimedixError(f"{place} has neither tokenizer.json nor tokenizer.model; name a folder with a tokenizer")
-    engine.post_processor = None  # it would add special tokens and trim leading spaces from the offsets
-    engine.no_padding()
-    engine.no_truncation()
-    special = _special_texts(place, config, engine)
-    _add_missing(engine, config, special)
-    decisive = [
-        path,
-        *(p for p in (place / "tokenizer_config.json",) if path.name == "tokenizer.model" and p.is_file()),
-    ]
-    digest = hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in decisive)).hexdigest()
-    bare = Tokenizer(place, engine, special, (), digest, template)
-    return Tokenizer(place, engine, special, _stop_ids(place, bare), digest, template)
+    built = build(place)
+    bare = Tokenizer(place, built.engine, built.special, (), built.fingerprint, template)
+    return dataclasses.replace(bare, stop_ids=_stop_ids(place, bare))
 
 
 def fertility(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float]:
@@ -208,90 +197,6 @@ def byte_tokenizer(folder: str | Path) -> Tokenizer:
     }
     (place / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return load_tokenizer(place)
-
-
-def _from_sentencepiece(path: Path, legacy: bool) -> tokenizers.Tokenizer:
-    """A SentencePiece BPE model in the `tokenizers` library, after transformers 5 (LlamaTokenizer, generate_merges).
-
-    With `legacy` (of tokenizer_config.json), the word-start mark is put after every special token too.
-    """
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise BimedixError(f"{path} is not a SentencePiece model ({error}); fetch it again") from error
-    pieces = [model.id_to_piece(index) for index in range(model.get_piece_size())]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    engine = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=_merges(vocabulary), fuse_unk=True, byte_fallback=True)
-    )
-    engine.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always" if legacy else "first", split=False)
-    engine.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
-    )
-    control = [piece for i, piece in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)]
-    engine.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in control])
-    probe = "Take 2 tablets (500 mg), twice daily.\nخذ قرصين مرتين يوميًا؛ 1.5 mg/kg — naïve β-blocker 😀"
-    if engine.encode(probe, add_special_tokens=False).ids != model.encode(probe):
-        raise BimedixError(f"{path} is not a plain SentencePiece BPE model; add a tokenizer.json to the folder")
-    return engine
-
-
-def _merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs of pieces that BPE merges, in order: by the id of the result, then by the lengths of the two."""
-    found = []
-    for piece, rank in vocabulary.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((rank, len(left), len(right), left, right))
-    return [(left, right) for *_, left, right in sorted(found, key=lambda pair: pair[:3])]
-
-
-def _special_texts(folder: Path, config: TokenizerConfig, engine: tokenizers.Tokenizer) -> dict[str, str]:
-    """Role -> text: tokenizer_config.json, then special_tokens_map.json, then the ids of the two model configs."""
-    texts: dict[str, str] = {}
-    for source in (config, read_if_present(folder / "special_tokens_map.json", SpecialTokens)):
-        for role in ROLES:
-            text = source.text(role)
-            if text is not None:
-                texts.setdefault(role, text)
-    for name in ("generation_config.json", "config.json"):
-        source = read_if_present(folder / name, TokenIds)
-        for role in ROLES:
-            ids = source.ids(role)
-            text = engine.id_to_token(ids[0]) if ids else None
-            if text is not None:
-                texts.setdefault(role, text)
-    if (folder / "tokenizer.model").is_file():  # transformers' LlamaTokenizer has these defaults
-        for role, text in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>")):
-            if engine.token_to_id(text) is not None:
-                texts.setdefault(role, text)
-    return texts
-
-
-def _add_missing(engine: tokenizers.Tokenizer, config: TokenizerConfig, special: dict[str, str]) -> None:
-    """Make the named special tokens special, and add those of `added_tokens_decoder` that the vocabulary lacks.
-
-    Raises:
-        BimedixError: an added token gets another id than its file states, which would shift every id after it.
-    """
-    for number, row in sorted(config.added_tokens_decoder.items()):
-        if engine.token_to_id(row.content) is None:
-            token = AddedToken(row.content, normalized=row.normalized, special=row.special)
-            (engine.add_special_tokens if token.special else engine.add_tokens)([token])
-        actual = engine.token_to_id(row.content)
-        if actual != number:
-            raise BimedixError(
-                f"tokenizer_config.json gives {row.content!r} the id {number}, the vocabulary {actual}; use the files "
-                "of one checkpoint"
-            )
-    for role, text in special.items():
-        if engine.token_to_id(text) is None:
-            raise BimedixError(f"the {role}_token {text!r} is not in the vocabulary; correct tokenizer_config.json")
-        if engine.token_to_id(text) not in engine.get_added_tokens_decoder():
-            engine.add_special_tokens([AddedToken(text, normalized=False, special=True)])
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -5,20 +5,29 @@ files with many more keys, which are ignored.
 """
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bimedix_jax.files import read_json
+from bimedix_jax.files import read_json, read_text
 
 ROLES = ("bos", "eos", "pad", "unk")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Keys of special tokens, in the order in which transformers adds them to a vocabulary that lacks them."""
+
+LARGEST_ID = 2**31 - 1
+TokenId = Annotated[int, Field(le=LARGEST_ID)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class AddedTokenFields(BaseModel):
     """A token that is written as an object."""
 
-    content: str
-    normalized: bool = False
+    content: Text
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool | None = None  # by default the opposite of `special`
     special: bool = False
 
 
@@ -29,13 +38,42 @@ class NamedTemplate(BaseModel):
     template: str
 
 
-class SpecialTokens(BaseModel):
-    """special_tokens_map.json."""
+Token = Text | AddedTokenFields
 
-    bos_token: str | AddedTokenFields | None = None
-    eos_token: str | AddedTokenFields | None = None
-    pad_token: str | AddedTokenFields | None = None
-    unk_token: str | AddedTokenFields | None = None
+
+class SpecialTokens(BaseModel):
+    """special_tokens_map.json. Keys such as `image_token` name special tokens too; they are in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    bos_token: Token | None = None
+    eos_token: Token | None = None
+    pad_token: Token | None = None
+    unk_token: Token | None = None
+    sep_token: Token | None = None
+    cls_token: Token | None = None
+    mask_token: Token | None = None
+    additional_special_tokens: list[Token] | None = None
+    extra_special_tokens: list[Token] | dict[str, Token] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tokens_by_other_names(cls, value: Any) -> Any:
+        """Drops keys of other libraries, and null for a list."""
+        if not isinstance(value, dict):
+            return value
+        known = cls.model_fields
+        return {key: item for key, item in value.items() if key in known or (_names_token(key, item))}
+
+    def named(self) -> dict[str, Token]:
+        """Key -> token, in the order in which transformers adds them; keys without a token are left out."""
+        found = {key: getattr(self, key) for key in NAMED if getattr(self, key) is not None}
+        more = {
+            key: item if isinstance(item, str) else AddedTokenFields(**item)
+            for key, item in (self.model_extra or {}).items()
+        }
+        own = self.extra_special_tokens
+        return {**found, **more, **(own if isinstance(own, dict) else {})}
 
     def text(self, role: str) -> str | None:
         """The token of a role (bos, eos, pad, unk); None if the file does not name one."""
@@ -43,12 +81,30 @@ class SpecialTokens(BaseModel):
         return value.content if isinstance(value, AddedTokenFields) else value
 
 
+def _names_token(key: str, value: Any) -> bool:
+    """Whether a key that is not declared names a special token, as `image_token` does."""
+    if not key.endswith("_token"):
+        return False
+    content = value.get("content") if isinstance(value, dict) and value.get("__type") == "AddedToken" else value
+    return isinstance(content, str) and bool(content)
+
+
 class TokenizerConfig(SpecialTokens):
     """tokenizer_config.json."""
 
+    tokenizer_class: str | None = None
     legacy: bool | None = None
-    added_tokens_decoder: dict[int, AddedTokenFields] = {}
-    chat_template: str | list[NamedTemplate] | None = None
+    add_prefix_space: bool | None = None
+    split_special_tokens: bool = False
+    added_tokens_decoder: dict[TokenId, AddedTokenFields] | None = None
+    chat_template: str | dict[str, str] | list[NamedTemplate] | None = None
+
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name; a single one is called `default`."""
+        value = self.chat_template
+        if isinstance(value, list):
+            return {entry.name: entry.template for entry in value}
+        return {"default": value} if isinstance(value, str) else value or {}
 
 
 class TokenIds(BaseModel):
@@ -56,18 +112,19 @@ class TokenIds(BaseModel):
 
     model_config = ConfigDict(strict=True)  # True is not the token 1
 
-    bos_token_id: int | list[int] | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | list[int] | None = None
-    unk_token_id: int | list[int] | None = None
+    bos_token_id: TokenId | list[TokenId] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | list[TokenId] | None = None
+    unk_token_id: TokenId | list[TokenId] | None = None
 
     def ids(self, role: str) -> list[int]:
-        """The ids of a role (bos, eos, pad, unk); empty if the file does not give one."""
+        """The ids of a role (bos, eos, pad, unk); empty if the file does not give one, or gives -1."""
         value = getattr(self, f"{role}_token_id")
-        return [value] if isinstance(value, int) else value or []
+        return [number for number in ([value] if isinstance(value, int) else value or []) if number >= 0]
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
+REMEDY = "correct it, or fetch the file again"
 
 
 def read_if_present(path: Path, schema: type[Schema]) -> Schema:
@@ -76,4 +133,21 @@ def read_if_present(path: Path, schema: type[Schema]) -> Schema:
     Raises:
         BimedixError: it is not JSON, or a key has another type; the message names both.
     """
-    return read_json(path, schema, "fetch it again") if path.is_file() else schema()
+    return read_json(path, schema, REMEDY) if path.is_file() else schema()
+
+
+def read_added_tokens(path: Path) -> dict[str, int]:
+    """added_tokens.json, which transformers wrote before 4.34: text -> id. Empty if there is no such file."""
+    return read_json(path, dict[Text, TokenId], REMEDY) if path.is_file() else {}
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """Chat templates of a checkpoint by name: chat_template.jinja is `default`, and precedes tokenizer_config.json.
+
+    Raises:
+        BimedixError: a file cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    if not path.is_file():
+        return read_if_present(folder / "tokenizer_config.json", TokenizerConfig).templates()
+    return {"default": read_text(path)}
