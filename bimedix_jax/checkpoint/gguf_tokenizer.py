@@ -7,9 +7,12 @@ in llama.cpp's source (src/llama-vocab.cpp); the table here has those that Llama
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import BaseModel, Field, model_validator
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import validate
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -23,6 +26,51 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The pattern in Llama 3's own tokenizer.json."""
+
+NO_TOKEN = (-1, 2**32 - 1)
+"""What llama.cpp writes for a special token that a model does not have."""
+
+INSTEAD = "convert from the model's safetensors folder instead"
+
+
+class Keys(BaseModel):
+    """The keys `tokenizer.ggml.*` of a GGUF file that determine token ids, without that prefix."""
+
+    tokens: Annotated[list[str], Field(min_length=1)]
+    model: str
+    pre: str = "missing"
+    merges: list[str] = []
+    scores: list[float] | None = None
+    token_type: list[int] = []
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    unknown_token_id: int | None = None
+    padding_token_id: int | None = None
+    add_bos_token: bool | None = None
+    add_space_prefix: bool = True
+    remove_extra_whitespaces: bool = False
+    precompiled_charsmap: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        size = len(self.tokens)
+        if len(set(self.tokens)) < size:
+            raise ValueError("a token is twice in tokenizer.ggml.tokens")
+        for name in ("scores", "token_type"):
+            found = getattr(self, name)
+            if found and len(found) != size:
+                raise ValueError(f"tokenizer.ggml.{name} has {len(found)} entries for {size} tokens")
+        for name, number in self.special().items():
+            if not 0 <= number < size:
+                raise ValueError(f"tokenizer.ggml.{name}_token_id is {number}, but there are {size} tokens")
+        if self.remove_extra_whitespaces or self.precompiled_charsmap:
+            raise ValueError("its tokenizer normalises text (remove_extra_whitespaces, precompiled_charsmap)")
+        return self
+
+    def special(self) -> dict[str, int]:
+        """Ids of the special tokens that the file names, by GGUF's names (bos, eos, unknown, padding)."""
+        ids = {name: getattr(self, f"{name}_token_id") for name in ("bos", "eos", "unknown", "padding")}
+        return {name: number for name, number in ids.items() if number is not None and number not in NO_TOKEN}
 
 
 def _gpt2() -> "PreTokenizer":
@@ -67,14 +115,17 @@ def byte_level(tokens: Sequence[str], merges: Sequence[str], pre: str, path: Pat
 
     if pre not in PRE_TOKENIZERS:
         raise BimedixError(
-            f"{path} needs the pre-tokenizer {pre!r}, but only {', '.join(PRE_TOKENIZERS)} are known; convert from the "
-            "model's safetensors folder instead."
+            f"{path} needs the pre-tokenizer {pre!r}, but only {', '.join(PRE_TOKENIZERS)} are known; {INSTEAD}."
         )
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     # Llama 3 uses a piece that is a whole token without any merge
     whole_first = PRE_TOKENIZERS[pre] is _llama3
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_first))
+    try:
+        model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_first)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise BimedixError(f"{path} has merges that do not fit its vocabulary ({error}); {INSTEAD}.") from error
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -111,41 +162,41 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, path: Path) -> No
     """
     from tokenizers import AddedToken, processors
 
-    keys = {
-        key.removeprefix("tokenizer.ggml."): value
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.ggml.")
-    }
-    tokens = keys.get("tokens")
-    if not tokens:
-        raise BimedixError(f"{path} has no vocabulary; convert from the model's safetensors folder instead.")
-    kind = keys.get("model")
-    if kind == "gpt2":
-        tokenizer = byte_level(tokens, keys.get("merges", ()), keys.get("pre", "missing"), path)
-        adds_bos = bool(keys.get("add_bos_token", False))
-    elif kind == "llama" and len(keys.get("scores", ())) == len(tokens):
-        unknown = keys.get("unknown_token_id", 0)
-        tokenizer = sentencepiece_bpe(tokens, keys["scores"], bool(keys.get("add_space_prefix", True)), unknown)
-        adds_bos = bool(keys.get("add_bos_token", True))  # llama.cpp's default for SentencePiece
+    if not metadata.get("tokenizer.ggml.tokens"):
+        raise BimedixError(f"{path} has no vocabulary; {INSTEAD}.")
+    prefix = "tokenizer.ggml."
+    found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    keys = validate(found, Keys, str(path), INSTEAD)
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise BimedixError(f"{path} has a tokenizer.chat_template that is not text; {INSTEAD}.")
+    tokens, special = keys.tokens, keys.special()
+    if keys.model == "gpt2":
+        tokenizer = byte_level(tokens, keys.merges, keys.pre, path)
+        adds_bos = bool(keys.add_bos_token)
+    elif keys.model == "llama" and keys.scores:
+        tokenizer = sentencepiece_bpe(tokens, keys.scores, keys.add_space_prefix, special.get("unknown", 0))
+        adds_bos = keys.add_bos_token is not False  # llama.cpp's default for SentencePiece
     else:
         raise BimedixError(
-            f"{path} has a tokenizer of kind {kind!r}; only 'gpt2' and 'llama' (with scores) are implemented."
+            f"{path} has a tokenizer of kind {keys.model!r}; only 'gpt2' and 'llama' (with scores) are implemented."
         )
-    types = keys.get("token_type", ())
-    for special, wanted in ((True, CONTROL), (False, USER_DEFINED)):
+    for is_special, wanted in ((True, CONTROL), (False, USER_DEFINED)):
         added = [
-            AddedToken(t, normalized=False, special=special) for t, k in zip(tokens, types, strict=False) if k == wanted
+            AddedToken(t, normalized=False, special=is_special)
+            for t, k in zip(tokens, keys.token_type, strict=False)
+            if k == wanted
         ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
+        (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)(added)
     names = {
-        f"{name}_token": tokens[keys[f"{key}_token_id"]]
+        f"{name}_token": tokens[special[key]]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"{key}_token_id" in keys
+        if key in special
     }
     if adds_bos and "bos_token" in names:
         bos = names["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, keys["bos_token_id"])]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, special["bos"])]
         )
     tokenizer.save(str(folder / "tokenizer.json"))
     written = {
@@ -155,7 +206,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, path: Path) -> No
         "model_max_length": metadata.get("llama.context_length"),
         **names,
     }
-    if "tokenizer.chat_template" in metadata:
-        written["chat_template"] = metadata["tokenizer.chat_template"]
+    if template is not None:
+        written["chat_template"] = template
     text = json.dumps(written, indent=2, ensure_ascii=False, sort_keys=True)
     (folder / "tokenizer_config.json").write_text(text + "\n", "utf-8")

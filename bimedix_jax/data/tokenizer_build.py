@@ -104,7 +104,13 @@ def _added_rows(engine: tokenizers.Tokenizer) -> list[str]:
 
 
 def _no_tokenizer(folder: Path) -> str:
-    """The sentence for a folder without a tokenizer that can be read; names the files that cannot."""
+    """The sentence for a folder without a tokenizer that can be read; names what is there instead."""
+    experiment = peek_json(folder / "config.json")
+    if "optimiser" in experiment:  # a folder that `bimedix train` wrote
+        model = experiment.get("model")
+        base = model.get("path") if isinstance(model, dict) else None
+        where = f"that of its base, for instance `--tokenizer {base}`" if base else "that of its base with --tokenizer"
+        return f"{folder} is a training run, which has no tokenizer; name {where}"
     other = [name for name in ("vocab.json", "tekken.json", "vocab.txt", "spiece.model") if (folder / name).is_file()]
     found = f" (found {other[0]}, which is not read)" if other else ""
     remedy = (

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def vocab_size_of(folder: str | Path) -> int | None:
     """Rows of the embedding of the model in `folder`, from its configuration alone.
 
-    None if there is none or it is wrong; the error is raised when the model is loaded.
+    A training run has its model's or its base's. None if there is none or it is wrong; the error is raised when the
+    model is loaded.
     """
     return _config_number(folder, "vocab_size")
 
@@ -30,6 +31,13 @@ def context_of(folder: str | Path) -> int | None:
 
 
 def _config_number(folder: str | Path, field: str) -> int | None:
+    run = peek_json(Path(folder, "config.json"))
+    if "optimiser" in run:
+        base = run["model"].get("path") if isinstance(run.get("model"), dict) else None
+        trained = Path(folder, "model")
+        if trained.is_dir():
+            return _config_number(trained, field)
+        return _config_number(base, field) if isinstance(base, str) else None
     for name, parents in (("bimedix.json", ("config",)), ("config.json", ())):  # ours, then Hugging Face's
         value: Any = peek_json(Path(folder, name))
         if value:
