@@ -306,12 +306,13 @@ def validate(value: Any, schema: type[T], source: str, remedy: str, unknown_reme
         return TypeAdapter(schema).validate_python(value)
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False)
-    unknown = [_key(error) for error in errors if error["type"] in UNKNOWN]
+    unknown = [_key(error, value) for error in errors if error["type"] in UNKNOWN]
     if unknown:
         problem, key = f" has {len(unknown)} unknown key(s): {listed(unknown)}", unknown[0]
         remedy = unknown_remedy or remedy
     else:
-        problem, key = _problem(errors[0]), _key(errors[0])
+        key = _key(errors[0], value)
+        problem = _problem(errors[0], key)
     raise BimedixError(f"{source}{problem}; {remedy.replace('{key}', key).replace('{keys}', ' '.join(unknown))}.")
 
 
@@ -323,13 +324,22 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _key(error: "ErrorDetails") -> str:
-    return ".".join(map(str, error["loc"]))
+def _key(error: "ErrorDetails", value: Any) -> str:
+    """Where in `value` the error is, without the names that pydantic gives the branches of a union."""
+    kept = []
+    for part in error["loc"]:
+        entries: Any = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(entries, dict) and part in entries:
+            value = entries[part]
+        elif not (isinstance(value, dict) and error["type"].startswith("missing") and part == error["loc"][-1]):
+            continue
+        kept.append(str(part))
+    return ".".join(kept)
 
 
-def _problem(error: "ErrorDetails") -> str:
+def _problem(error: "ErrorDetails", key: str) -> str:
     """One pydantic error as the rest of a sentence that begins with the name of the file."""
-    key, found = _key(error), repr(error["input"])
+    found = repr(error["input"])
     if error["type"].startswith("missing"):
         return f" lacks the key {key}"
     if error["type"] == "value_error":  # raised by a schema's own check, whose sentence is complete

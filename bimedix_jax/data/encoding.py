@@ -42,7 +42,7 @@ def encode_chat(
     text = "".join(span.text for span in spans)
     learned = _learned_ranges(spans)
     special = _markup_specials(spans, tokenizer.special_texts)
-    encoding = tokenizer.encode_with_offsets(text)
+    encoding = _without_blanks(tokenizer, text, tokenizer.encode_with_offsets(text))
     cuts = {edge for span in learned for edge in span if _is_inside_a_token(edge, encoding)}
     if cuts or _special_ranges(tokenizer, encoding) != special:
         encoding = _encode_in_pieces(tokenizer, text, special, cuts)
@@ -57,6 +57,12 @@ def require_tokens(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: 
         if "{" + role + "}" in parts and not text:
             raise BimedixError(
                 f"the {template.name} template needs a {role}_token, which {tokenizer.folder} lacks; add it"
+            )
+    for text in tokenizer.special_texts:
+        if text in parts.replace("{bos}", bos).replace("{eos}", eos) and tokenizer.flags(text).single_word:
+            raise BimedixError(
+                f"the {template.name} template needs the token {text}, which {tokenizer.folder} declares as a "
+                "single_word, so that it is no token beside a word; remove that flag"
             )
     for text in re.findall(r"<\|im_\w+\|>", parts):
         if tokenizer.token_id(text) is None:
@@ -93,6 +99,24 @@ def _markup_specials(spans: Iterable[Span], special_texts: Sequence[str]) -> lis
     return ranges
 
 
+BLANK = r"[^\S\x1c-\x1f]*"
+"""What a token with `lstrip` or `rstrip` takes with it: Unicode's White_Space, without what only Python adds."""
+
+
+def _without_blanks(tokenizer: Tokenizer, text: str, encoding: Encoding) -> Encoding:
+    """The offsets of tokens that take blanks with them, without those blanks."""
+    if not tokenizer.stripping_ids:
+        return encoding
+    offsets = list(encoding.offsets)
+    for number, token in enumerate(encoding.ids):
+        if token in tokenizer.stripping_ids:
+            low, high = offsets[number]
+            found = text[low:high]
+            low += len(found) - len(found.lstrip())
+            offsets[number] = low, low + len(found.strip())
+    return Encoding(encoding.ids, offsets)
+
+
 def _special_ranges(tokenizer: Tokenizer, encoding: Encoding) -> list[tuple[int, int]]:
     special = tokenizer.special_ids
     return [offset for token, offset in zip(encoding.ids, encoding.offsets, strict=True) if token in special]
@@ -118,6 +142,13 @@ def _encode_in_pieces(
             offsets.append((start, end))
             continue
         follows_special = any(stop == start for _, stop in special)
+        if tokenizer.stripping_ids:
+            before = next((text[low:high] for low, high in special if high == start), None)
+            after = text[end : tokens[end]] if end in tokens else None
+            if before is not None and tokenizer.flags(before).rstrip:
+                start += len(re.match(BLANK, text[start:end])[0])  # pyright: ignore  # it always matches
+            if after is not None and tokenizer.flags(after).lstrip:
+                end = start + len(re.sub(BLANK + r"\Z", "", text[start:end]))
         opens = start == 0 or (follows_special and tokenizer.restarts_after_special)
         piece = (
             tokenizer.encode_with_offsets(text[start:end], literal=True)

@@ -9,15 +9,18 @@ the beginning-of-sequence token at the start, a default system prompt, and wheth
 import dataclasses
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from bimedix_jax.data.records import Turn, conversation
 from bimedix_jax.data.templates import TEMPLATES, ChatTemplate
 from bimedix_jax.data.tokenizer_files import chat_templates
 from bimedix_jax.errors import BimedixError, listed
+
+log = logging.getLogger(__name__)
 
 PLAIN = ("First question?", "First answer.", "Second question?", "Second answer.")
 BLANK = (" \n One\n\n question? ", " An  answer.\n", "\tTwo \n", " \nb ")
@@ -67,6 +70,8 @@ def detect(folder: str | Path, special: Mapping[str, str]) -> ChatTemplate:
             _variants(declared, bos, bare) for declared in TEMPLATES.values()
         ):
             if _renders(template, wanted, bos, eos):
+                if own.reads_clock:
+                    log.warning("The chat template of %s writes today's date, so its tokens differ every day.", folder)
                 return dataclasses.replace(template, jinja=jinja)
     reason = f" (it fails with {own.failure!r})" if bare is None else ""
     raise BimedixError(f"the chat template of {folder} is not a known one{reason}; {_remedy()}")
@@ -133,6 +138,12 @@ class Jinja:
         tokens = {f"{role}_token": text for role, text in special.items()}
         self._values = {"bos_token": "", "eos_token": "", **tokens, "tools": None, "documents": None}
         self.failure = ""  # the message of the last error
+        self.reads_clock = False  # whether the time was asked for
+        self._template.globals["strftime_now"] = self._now
+
+    def _now(self, form: str) -> str:
+        self.reads_clock = True
+        return datetime.now().strftime(form)
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str | None:
         """The text of the conversation; None if the template raises an error."""
@@ -150,18 +161,19 @@ class Jinja:
 def _environment() -> Any:
     """Jinja's sandbox with the extensions of transformers' chat_template_utils.py."""
     import jinja2
+    from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
         """`{% generation %}` marks what the assistant writes; it changes no text."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  # declared by Jinja as it is
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+            return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
         def _text(self, caller: Any) -> str:
             return caller()
@@ -179,5 +191,4 @@ def _environment() -> Any:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

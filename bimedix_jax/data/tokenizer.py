@@ -86,6 +86,21 @@ class Tokenizer:
         return frozenset(self.engine.get_added_tokens_decoder())
 
     @cached_property
+    def stripping_ids(self) -> frozenset[int]:
+        """Those of `special_ids` that take the blanks beside them with them (`lstrip`, `rstrip`)."""
+        return frozenset(number for number, token in self._added.items() if token.lstrip or token.rstrip)
+
+    def flags(self, text: str) -> AddedToken:
+        """One of `special_texts` with its flags (`lstrip`, `rstrip`, `single_word`)."""
+        number = self.engine.token_to_id(text)
+        assert number is not None
+        return self._added[number]
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        return self.engine.get_added_tokens_decoder()
+
+    @cached_property
     def restarts_after_special(self) -> bool:
         """Whether text after a special token gets SentencePiece's word-start mark, as at the start of a text."""
         alone = self.engine.encode("a", add_special_tokens=False).ids

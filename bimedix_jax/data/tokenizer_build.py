@@ -1,44 +1,55 @@
-"""The files of a tokenizer -> an engine of the `tokenizers` library with the ids of transformers.
+"""The files of a tokenizer -> an engine of the `tokenizers` library with the ids of transformers 5.
 
-transformers 5 builds some tokenizers from the vocabulary and the class that tokenizer_config.json names, not from what
-tokenizer.json says about spaces. The classes that it rebuilds and that Llama-like models use are handled here:
-LlamaTokenizer (with `legacy` and `add_prefix_space`), GPT2Tokenizer and Qwen2Tokenizer (`add_prefix_space`). Every
-other class is read from tokenizer.json as it is.
+transformers builds some tokenizers from the vocabulary, the merges and the class that tokenizer_config.json names, and
+not from what tokenizer.json says about spaces, digits and normalisation. The classes that do so and that Llama-like
+models use are handled here: LlamaTokenizer (with `legacy` and `add_prefix_space`), GPT2Tokenizer and Qwen2Tokenizer
+(with `add_prefix_space`). Others that do so are refused. Every other class reads tokenizer.json as it is.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from bimedix_jax import files
+from bimedix_jax.data.tokenizer_added import declared, text_of
 from bimedix_jax.data.tokenizer_files import (
+    REBUILT,
     ROLES,
-    AddedTokenFields,
     SpecialTokens,
-    Token,
     TokenIds,
     TokenizerConfig,
-    read_added_tokens,
     read_if_present,
 )
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import peek_json
 
-DEFAULTS = {
-    "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
-    "GPT2Tokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
-    "Qwen2Tokenizer": {"eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": "<|endoftext|>"},
-}
-"""Special tokens that a class of transformers has where its files name none. Used if the vocabulary has them."""
+log = logging.getLogger(__name__)
 
-READ_LITERALLY = ("mistral", "mixtral")
-"""model_type of a config.json with which transformers reads tokenizer.json as it is, also for LlamaTokenizer."""
+LITERAL, LLAMA, GPT2, QWEN2 = "TokenizersBackend", "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer"
+DEFAULTS = {
+    LLAMA: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    GPT2: {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+    QWEN2: {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
+}
+"""Special tokens that a class has where its files lack the key."""
+
+REGISTERED = {"gpt2": GPT2, "qwen2": QWEN2, "qwen2_moe": QWEN2}
+"""model_type of a config.json -> the class where no file names one."""
+
+READ_LITERALLY = ("mistral", "mixtral", "ministral", "ministral3")
+"""model_type with which transformers reads tokenizer.json as it is, whatever class is named."""
+
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATCHED_SIZE = 100_000  # with `fix_mistral_regex`, transformers changes how larger vocabularies split text
 
 
 @dataclass(frozen=True)
@@ -50,57 +61,59 @@ class Built:
     fingerprint: str
 
 
-@dataclass(frozen=True)
-class _Added:
-    """What the files add to the vocabulary, in transformers' order: tokens with ids, then special tokens without."""
-
-    numbered: dict[int, AddedTokenFields]
-    special: list[Token]
-    roles: dict[str, str]
-    files: list[Path]  # those besides tokenizer_config.json that were read
-
-
 def build(folder: Path) -> Built:
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        BimedixError: the folder has neither tokenizer.json nor a SentencePiece BPE model, or they cannot be read.
+        BimedixError: the folder has neither tokenizer.json nor a SentencePiece BPE model, they cannot be read, or
+            transformers reads them in a way that is not implemented here.
     """
     config = read_if_present(folder / "tokenizer_config.json", TokenizerConfig)
-    if config.split_special_tokens:
-        raise BimedixError(
-            f"{folder / 'tokenizer_config.json'} has split_special_tokens = true, with which no chat template works; "
-            "remove the key"
-        )
-    kind = (config.tokenizer_class or "").removesuffix("Fast")
-    own: list[AddedToken] = []
+    _check_supported(folder, config)
     if (folder / "tokenizer.json").is_file():
-        path = folder / "tokenizer.json"
-        engine, changed = _from_json(path, kind, config)
+        engine, roles, changed = _from_json(folder, config)
+        decisive = [folder / "tokenizer.json"]
     elif (folder / "tokenizer.model").is_file():
-        path = folder / "tokenizer.model"
-        engine, own = _from_sentencepiece(path, config)
-        kind, changed = "LlamaTokenizer", ""
+        engine, roles, changed = _from_sentencepiece(folder, config)
+        decisive = [path for name in ("tokenizer.model", "tokenizer_config.json") if (path := folder / name).is_file()]
     else:
         raise BimedixError(_no_tokenizer(folder))
-    engine.post_processor = None  # it would add special tokens and trim leading spaces from the offsets
-    engine.no_padding()
-    engine.no_truncation()
-    added = _added(folder, config)
-    before = _added_rows(engine)
-    _add(engine, folder, added, own if not _has_extras(config) else [])
-    decisive = [path]
-    if path.name == "tokenizer.model" and (folder / "tokenizer_config.json").is_file():
-        decisive.append(folder / "tokenizer_config.json")
-    if path.name == "tokenizer.json" or added.files:  # otherwise the configuration, which is hashed, has them all
-        changed += "".join(row for row in _added_rows(engine) if row not in before)
-    digests = [hashlib.sha256(p.read_bytes()).digest() for p in decisive]
-    roles = _roles(folder, added.roles, engine, kind)
-    return Built(engine, roles, hashlib.sha256(b"".join(digests) + changed.encode()).hexdigest())
+    digests = [hashlib.sha256(path.read_bytes()).digest() for path in decisive]
+    fingerprint = hashlib.sha256(b"".join(digests) + changed.encode()).hexdigest()
+    return Built(engine, _roles(folder, roles, engine), fingerprint)
 
 
-def _added_rows(engine: tokenizers.Tokenizer) -> list[str]:
-    return [json.dumps(row, sort_keys=True) for row in json.loads(engine.to_str())["added_tokens"]]
+def _check_supported(folder: Path, config: TokenizerConfig) -> None:
+    path = folder / "tokenizer_config.json"
+    if config.split_special_tokens:
+        raise BimedixError(f"{path} has split_special_tokens = true, with which no chat template works; remove the key")
+    if config.fast_tokenizer_files:
+        raise BimedixError(
+            f"{path} has fast_tokenizer_files, by which every version of transformers reads its own file; remove the "
+            "key and keep the tokenizer.json that you want to use"
+        )
+
+
+def _class(folder: Path, config: TokenizerConfig, byte_level: bool) -> str:
+    """The class with which transformers' AutoTokenizer reads the folder: LITERAL, LLAMA, GPT2 or QWEN2.
+
+    Raises:
+        BimedixError: another one that does not read tokenizer.json as it is.
+    """
+    model = peek_json(folder / "config.json")
+    kind, family = config.tokenizer_class or model.get("tokenizer_class"), model.get("model_type")
+    if family in READ_LITERALLY:
+        return LITERAL
+    if not isinstance(kind, str):
+        return REGISTERED.get(str(family), LITERAL)
+    kind = kind.removesuffix("Fast")
+    if kind.removesuffix("Tokenizer") in REBUILT:
+        raise BimedixError(
+            f"{folder} has the tokenizer_class {kind}, which transformers builds in its own way and which is not "
+            f'implemented here; write "tokenizer_class": "PreTrainedTokenizerFast" into '
+            f"{folder / 'tokenizer_config.json'} to read its tokenizer.json as it is"
+        )
+    return kind if kind in DEFAULTS and not (kind == LLAMA and byte_level) else LITERAL
 
 
 def _no_tokenizer(folder: Path) -> str:
@@ -121,42 +134,86 @@ def _no_tokenizer(folder: Path) -> str:
     return f"{folder} has neither tokenizer.json nor tokenizer.model{found}; {remedy}"
 
 
-def _from_json(path: Path, kind: str, config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, str]:
-    """tokenizer.json as transformers' class reads it, and what differs from the file ("" if nothing does)."""
+def _from_json(folder: Path, config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, dict[str, str], str]:
+    """The engine of tokenizer.json, roles, and what differs from the file ("" if nothing does)."""
+    path = folder / "tokenizer.json"
     text = files.read_text(path)
     try:
-        engine = tokenizers.Tokenizer.from_str(text)
+        literal = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the Rust library raises bare Exception
         raise BimedixError(f"{path} cannot be read as a tokenizer ({error}); fetch it again") from error
-    spec = json.loads(engine.to_str())
-    if kind == "LlamaTokenizer" and spec["model"]["type"] == "BPE" and not _byte_level(spec):
-        if peek_json(path.parent / "config.json").get("model_type") in READ_LITERALLY:
-            return engine, ""
-        _as_llama(spec, config)
-    elif kind in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        for part in _byte_level(spec):
-            part["add_prefix_space"] = config.add_prefix_space is True
-    rebuilt = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    if rebuilt.to_str() == engine.to_str():
-        return engine, ""
-    return rebuilt, json.dumps([spec["pre_tokenizer"], spec["normalizer"]], sort_keys=True)
+    spec = json.loads(text)
+    kind = _class(folder, config, byte_level='"ByteLevel"' in text)
+    _strip(literal)
+    if config.fix_mistral_regex and literal.get_vocab_size() > PATCHED_SIZE:
+        raise BimedixError(
+            f"{folder / 'tokenizer_config.json'} has fix_mistral_regex = true, which is not implemented; save the "
+            "tokenizer with transformers' save_pretrained, which writes the corrected pattern, and remove the key"
+        )
+    engine = literal if kind == LITERAL else _rebuilt(spec, kind, config, path)
+    before = _settings(literal)
+    defaults = dict(DEFAULTS.get(kind, {}))
+    if spec.get("padding"):
+        defaults.setdefault("pad_token", spec["padding"]["pad_token"])
+    found = declared(folder, config, spec["added_tokens"], defaults, older=True)
+    engine.add_tokens(found.tokens(engine))
+    if kind == QWEN2:  # without the flags of their objects
+        names = [text_of(token) for token in [*found.named.values(), *(found.unnamed or [])]]
+        engine.add_tokens([AddedToken(text, special=True) for text in dict.fromkeys(names)])
+    found.check_ids(engine, folder)
+    roles = {role: text_of(found.named[key]) for role in ROLES if (key := f"{role}_token") in found.named}
+    after = _settings(engine)
+    return engine, roles, "" if after == before else after
 
 
-def _byte_level(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ByteLevel pre-tokenizers of a tokenizer.json."""
-    top = spec["pre_tokenizer"]
-    parts = [] if top is None else top.get("pretokenizers", [top])
-    return [part for part in parts if part["type"] == "ByteLevel"]
+def _settings(engine: tokenizers.Tokenizer) -> str:
+    """What determines the ids besides the vocabulary and the merges."""
+    parts = [engine.normalizer, engine.pre_tokenizer]
+    states = [None if part is None else json.loads(part.__getstate__()) for part in parts]
+    names = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
+    names += ("continuing_subword_prefix", "end_of_word_suffix")
+    flags = [getattr(engine.model, name, None) or None for name in names]
+    added = [[number, repr(token)] for number, token in sorted(engine.get_added_tokens_decoder().items())]
+    return json.dumps([states, flags, added], sort_keys=True)
 
 
-def _as_llama(spec: dict[str, Any], config: TokenizerConfig) -> None:
-    """Replaces what tokenizer.json says about spaces by what LlamaTokenizer does: the `legacy` key decides."""
-    plain = tokenizers.Tokenizer(models.BPE())
-    _mark_words(plain, config)
-    parts = json.loads(plain.to_str())
-    spec["normalizer"] = None
-    spec["pre_tokenizer"], spec["decoder"] = parts["pre_tokenizer"], parts["decoder"]
-    spec["model"] |= {"fuse_unk": True, "byte_fallback": True, "unk_token": None}
+def _strip(engine: tokenizers.Tokenizer) -> None:
+    """Removes what adds special tokens, trims leading spaces from the offsets, pads or truncates."""
+    engine.post_processor = None
+    engine.no_padding()
+    engine.no_truncation()
+
+
+def _rebuilt(spec: dict[str, Any], kind: str, config: TokenizerConfig, path: Path) -> tokenizers.Tokenizer:
+    """An engine with the vocabulary and merges of a tokenizer.json, and everything else as the class has it."""
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise BimedixError(
+            f"{path} is a {model['type']} model, but the tokenizer_class {kind} is BPE; write "
+            f'"tokenizer_class": "PreTrainedTokenizerFast" into {path.with_name("tokenizer_config.json")}'
+        )
+    merged = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    pairs = [(left, right) for left, right in merged]
+    if kind == LLAMA:
+        engine = tokenizers.Tokenizer(models.BPE(vocab=model["vocab"], merges=pairs, fuse_unk=True, byte_fallback=True))
+        _mark_words(engine, config)
+        return engine
+    engine = tokenizers.Tokenizer(
+        models.BPE(vocab=model["vocab"], merges=pairs, continuing_subword_prefix="", end_of_word_suffix="")
+    )
+    prefix = config.add_prefix_space is True
+    engine.decoder = decoders.ByteLevel()
+    if kind == GPT2:
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        return engine
+    engine.normalizer = normalizers.NFC()
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False),
+        ]
+    )
+    return engine
 
 
 def _mark_words(engine: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
@@ -170,10 +227,15 @@ def _mark_words(engine: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
     )
 
 
-def _from_sentencepiece(path: Path, config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, list[AddedToken]]:
-    """A SentencePiece BPE model, after transformers 5 (LlamaTokenizer, generate_merges), and the tokens it declares."""
+def _from_sentencepiece(folder: Path, config: TokenizerConfig) -> tuple[tokenizers.Tokenizer, dict[str, str], str]:
+    """The engine of a SentencePiece BPE model, roles, and what the older files change ("" if nothing).
+
+    Only LlamaTokenizer has the word-start mark at the start of a text. Where another class is named, or the model is a
+    Mixtral, transformers reads the model without it; so do we, and say it.
+    """
     import sentencepiece
 
+    path = folder / "tokenizer.model"
     files.require_content(path)
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -182,23 +244,65 @@ def _from_sentencepiece(path: Path, config: TokenizerConfig) -> tuple[tokenizers
             f"{path} is not a SentencePiece model ({error}); fetch it again, or add a tokenizer.json to the folder if "
             "it is a tiktoken file"
         ) from error
+    kind = _sentencepiece_class(folder, config)
     pieces = [model.id_to_piece(index) for index in range(model.get_piece_size())]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    engine = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges(vocabulary), fuse_unk=True, byte_fallback=True)
-    )
+    pairs = merges(vocabulary)
+    engine = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=True, byte_fallback=True))
+    marked = _check_plain(engine, model, path)
+    unknown = pieces[model.unk_id()]
+    if kind == LLAMA:
+        _mark_words(engine, config)
+        defaults = DEFAULTS[LLAMA]
+    else:
+        engine = tokenizers.Tokenizer(
+            models.BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        )
+        engine.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁")])
+        engine.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])  # pyright: ignore
+        ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        defaults = {key: pieces[number] for key, number in ids.items() if number >= 0}
+        if marked:
+            log.warning(
+                "%s starts a text with a word-start mark, but transformers reads it without one, and so do we; add the "
+                "model's tokenizer.json to keep the mark.",
+                path,
+            )
+    own = _declared(path, pieces)
+    found, plain = (declared(folder, config, [], defaults, older) for older in (True, False))
+    added, without = found.tokens(engine, own), plain.tokens(engine, own)
+    engine.add_tokens(added)
+    found.check_ids(engine, folder)
+    roles = {role: text_of(found.named[key]) for role in ROLES if (key := f"{role}_token") in found.named}
+    changed = "" if kind == LLAMA else kind
+    return engine, roles, changed if repr(added) == repr(without) else changed + repr(added)
+
+
+def _sentencepiece_class(folder: Path, config: TokenizerConfig) -> str:
+    """LLAMA or LITERAL. A folder without any configuration is LLAMA, which gives the ids of SentencePiece itself."""
+    kind = _class(folder, config, byte_level=False)
+    if kind in (GPT2, QWEN2):
+        raise BimedixError(
+            f"{folder} has the tokenizer_class {kind}, which cannot read its tokenizer.model; correct the class in "
+            f"{folder / 'tokenizer_config.json'}, or add the model's tokenizer.json"
+        )
+    configured = any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+    return kind if configured else LLAMA
+
+
+def _check_plain(engine: tokenizers.Tokenizer, model: Any, path: Path) -> bool:
+    """Checks that the engine gives the ids of SentencePiece itself; whether with a mark at the start of a text.
+
+    Raises:
+        BimedixError: it does not, because the model normalises text or is not BPE.
+    """
     probe = "Take 2 tablets (500 mg), twice daily.\nخذ قرصين مرتين يوميًا؛ 1.5 mg/kg — naïve β-blocker 😀"
     expected = model.encode(probe)
-    for prefix in (True, False):  # a model may have been trained without the mark at the start of a text
+    for prefix in (True, False):  # a model may have been trained without the mark
         _mark_words(engine, TokenizerConfig(add_prefix_space=prefix))
         if engine.encode(probe, add_special_tokens=False).ids == expected:
-            break
-    else:
-        raise BimedixError(f"{path} is not a plain SentencePiece BPE model; add a tokenizer.json to the folder")
-    _mark_words(engine, config)
-    declared = _declared(path, pieces)
-    engine.add_special_tokens([AddedToken(pieces[model.unk_id()], normalized=False, special=True)])
-    return engine, declared
+            return prefix
+    raise BimedixError(f"{path} is not a plain SentencePiece BPE model; add a tokenizer.json to the folder")
 
 
 def _declared(path: Path, pieces: Sequence[str]) -> list[AddedToken]:
@@ -226,85 +330,11 @@ def merges(vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(found, key=lambda pair: pair[:3])]
 
 
-def _has_extras(config: TokenizerConfig) -> bool:
-    return bool({"additional_special_tokens", "extra_special_tokens"} & config.model_fields_set)
-
-
-def _added(folder: Path, config: TokenizerConfig) -> _Added:
-    """What tokenizer_config.json adds; if it has no `added_tokens_decoder`, also the two older files.
-
-    special_tokens_map.json then precedes the configuration, and added_tokens.json has the ids.
-    """
-    extras = config.extra_special_tokens or config.additional_special_tokens or []
-    extras = list(extras) if isinstance(extras, list) else []
-    named = config.named()
-    roles = {role: text for role in ROLES if (text := config.text(role)) is not None}
-    if config.added_tokens_decoder is not None:
-        return _Added(config.added_tokens_decoder, [*named.values(), *extras], roles, [])
-    files = [path for name in ("special_tokens_map.json", "added_tokens.json") if (path := folder / name).is_file()]
-    older = read_if_present(folder / "special_tokens_map.json", SpecialTokens)
-    named |= older.named()
-    roles |= {role: text for role in ROLES if (text := older.text(role)) is not None}
-    more = older.extra_special_tokens if isinstance(older.extra_special_tokens, list) else []
-    extras += [token for token in more if token not in extras]
-    if not _has_extras(config) and not more and (folder / "tokenizer.json").is_file():
-        # transformers forgets this list for a SentencePiece model, where added_tokens.json gives the ids
-        extras = list(older.additional_special_tokens or [])
-    special = {_text(token) for token in [*named.values(), *extras]}
-    known = special | {_text(token) for token in older.additional_special_tokens or []}
-    numbered = {
-        number: AddedTokenFields(content=text, normalized=text not in special, special=text in known)
-        for text, number in read_added_tokens(folder / "added_tokens.json").items()
-    }
-    return _Added(numbered, [*named.values(), *extras], roles, files)
-
-
-def _text(token: Token) -> str:
-    return token if isinstance(token, str) else token.content
-
-
-def _add(engine: tokenizers.Tokenizer, folder: Path, added: _Added, own: Sequence[AddedToken]) -> None:
-    """Adds tokens in the order of transformers.
-
-    Raises:
-        BimedixError: a token gets another id than its file states, which would shift every id after it.
-    """
-    source = added.files[-1].name if added.files else "tokenizer_config.json"
-    names = {_text(token) for token in added.special}
-    for number, row in sorted(added.numbered.items()):
-        special = row.special or row.content in names
-        normalized = not special if row.normalized is None else row.normalized
-        token = AddedToken(
-            row.content,
-            single_word=row.single_word,
-            lstrip=row.lstrip,
-            rstrip=row.rstrip,
-            normalized=normalized,
-            special=special,
-        )
-        engine.add_tokens([token])
-        actual = engine.token_to_id(row.content)
-        if actual != number:
-            raise BimedixError(
-                f"{source} gives {row.content!r} the id {number}, the vocabulary {actual}; use the files of one "
-                f"checkpoint ({folder})"
-            )
-    for token in [*added.special, *own]:
-        known = {found.content for found in engine.get_added_tokens_decoder().values()}
-        if isinstance(token, AddedToken):
-            engine.add_tokens([token] if token.content not in known else [])
-        elif _text(token) not in known:
-            fields = token if isinstance(token, AddedTokenFields) else AddedTokenFields(content=token)
-            flags = {"single_word": fields.single_word, "lstrip": fields.lstrip, "rstrip": fields.rstrip}
-            normalized = bool(fields.normalized)
-            engine.add_tokens([AddedToken(fields.content, normalized=normalized, special=True, **flags)])
-
-
-def _roles(folder: Path, named: dict[str, str], engine: tokenizers.Tokenizer, kind: str) -> dict[str, str]:
-    """Role -> text: the tokenizer's own files, then the ids of the two model configurations, then the class."""
+def _roles(folder: Path, named: dict[str, str], engine: tokenizers.Tokenizer) -> dict[str, str]:
+    """Role -> text. Roles that transformers lacks are filled from files that it ignores: a role is better than none."""
     texts = dict(named)
     older = read_if_present(folder / "special_tokens_map.json", SpecialTokens)
-    for role in ROLES:  # ignored by transformers beside `added_tokens_decoder`, but a role is better than none
+    for role in ROLES:
         text = older.text(role)
         if text is not None and engine.token_to_id(text) is not None:
             texts.setdefault(role, text)
@@ -315,9 +345,6 @@ def _roles(folder: Path, named: dict[str, str], engine: tokenizers.Tokenizer, ki
             text = engine.id_to_token(ids[0]) if ids else None
             if text is not None:
                 texts.setdefault(role, text)
-    for role, text in DEFAULTS.get(kind, {}).items():
-        if engine.token_to_id(text) is not None:
-            texts.setdefault(role, text)
     added = engine.get_added_tokens_decoder()
     missing = [text for text in texts.values() if engine.token_to_id(text) not in added]
     engine.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in missing])

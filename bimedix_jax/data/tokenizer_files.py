@@ -15,6 +15,20 @@ ROLES = ("bos", "eos", "pad", "unk")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Keys of special tokens, in the order in which transformers adds them to a vocabulary that lacks them."""
 
+REBUILT = frozenset(
+    (
+        "Albert Barthez Bartpho Bert BertGeneration BertJapanese Bertweet BigBird BioGpt Blenderbot "
+        "BlenderbotSmall ByT5 CLIP CTRL Camembert Canine Clvp CodeGen CodeLlama Cohere ConvBert Cpm CpmAnt "
+        "DPRContextEncoder DPRQuestionEncoder DPRReader Deberta DebertaV2 Dia DistilBert Esm Esmc FNet FSMT "
+        "FastSpeech2Conformer Flaubert Funnel GPTNeoX GPTNeoXJapanese GPTSw3 Gemma Herbert Lasr LayoutLMv2 "
+        "LayoutLMv3 LayoutXLM Luke M2M100 MBart MBart50 MLuke MPNet Marian MarkupLM Mgpstr MyT5 Nllb Nougat "
+        "OpenAIGPT PLBart Parakeet Pegasus Perceiver Phobert Pop2Piano ProphetNet Qwen3_5 Reformer RemBert RoCBert "
+        "RoFormer Roberta SeamlessM4T Siglip Siglip2 Speech2Text SpeechT5 Splinter T5 Tapas Tipsv2 Udop VideoPrism "
+        "Vits Wav2Vec2CTC Wav2Vec2PhonemeCTC Whisper XGLM XLM XLMRoberta XLNet "
+    ).split()
+)
+"""Classes of transformers, without `Tokenizer`, that do not read tokenizer.json as it is and are not implemented."""
+
 LARGEST_ID = 2**31 - 1
 TokenId = Annotated[int, Field(le=LARGEST_ID)]
 Text = Annotated[str, Field(min_length=1)]
@@ -96,6 +110,8 @@ class TokenizerConfig(SpecialTokens):
     legacy: bool | None = None
     add_prefix_space: bool | None = None
     split_special_tokens: bool = False
+    fast_tokenizer_files: list[str] | None = None
+    fix_mistral_regex: bool | None = None
     added_tokens_decoder: dict[TokenId, AddedTokenFields] | None = None
     chat_template: str | dict[str, str] | list[NamedTemplate] | None = None
 

@@ -63,7 +63,10 @@ class WordEncoder(dict[str, bytes]):
             or model["end_of_word_suffix"]
         ):
             return False
-        if any(not token["special"] for token in description["added_tokens"]):
+        if any(
+            not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+            for token in description["added_tokens"]
+        ):
             return False
         marks_words = normalizer is not None or pre_tokenizer is not None
         if normalizer is not None and not all(_marks_words(part) for part in _parts(normalizer)):

@@ -1,5 +1,6 @@
 """Token ids, roles and sizes of many tokenizer folders equal transformers', or the folder is refused by name."""
 
+import ast
 import io
 import json
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from bimedix_jax.data.tokenizer import load_tokenizer
 from bimedix_jax.data.tokenizer_build import merges
+from bimedix_jax.data.tokenizer_files import REBUILT
 from bimedix_jax.errors import BimedixError
 
 SENTENCES = [
@@ -35,13 +38,17 @@ TEXTS = [
     "<mask> q<sep>",
     "é e\u0301",
     "\n\n a",
+    "a  123, I'll <extra>",
+    "<PAD> <PAD><sep>x<sep> x",
     "",
     "<|endoftext|>ab <|endoftext|> cd",
 ]
 SIZE = 420  # of the SentencePiece model
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 FAST, GPT2 = {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}
+QWEN2 = {"tokenizer_class": "Qwen2TokenizerFast"}
 ADDED = {"<|im_end|>": SIZE, "<|im_start|>": SIZE + 1}
+BACKENDS = ("TokenizersBackend", "SentencePieceBackend", "PreTrainedTokenizer", "PythonBackend")
 CHATML = ["<|im_start|>", "<|im_end|>"]
 EXTRA = {"__type": "AddedToken", "content": "<extra>", "lstrip": True, "rstrip": True, "normalized": False}
 
@@ -109,6 +116,13 @@ def rows(*tokens: str, first: int = SIZE, **flags: Any) -> dict[str, Any]:
     return {str(first + i): {"content": token, "special": True} | flags for i, token in enumerate(tokens)}
 
 
+def with_tokens(tokenizer: Tokenizer, *tokens: str) -> Tokenizer:
+    """A copy with added tokens that are not special."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.add_tokens([AddedToken(token, rstrip=True, single_word=True) for token in tokens])
+    return copy
+
+
 BYTES = byte_level().get_vocab_size()
 FOLDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "additional in the configuration": lambda: pieces({"additional_special_tokens": CHATML}),
@@ -159,6 +173,11 @@ FOLDERS: dict[str, Callable[[], dict[str, Any]]] = {
         "tokenizer_config": LLAMA,
         "config": {"model_type": "mixtral"},
     },
+    "pieces without a class": lambda: {
+        "tokenizer.model": piece_model(),
+        "tokenizer_config": {"pad_token": "<PAD>"},
+        "added_tokens": ADDED,
+    },
     "no configuration": lambda: {"tokenizer.json": llama_json("normaliser"), "tokenizer_config": {}},
     "byte level, older files": lambda: {
         "tokenizer.json": byte_level(),
@@ -181,7 +200,8 @@ FOLDERS: dict[str, Callable[[], dict[str, Any]]] = {
         | {"added_tokens_decoder": rows("<extra>", first=BYTES, lstrip=True) | rows("<|endoftext|>", first=0)},
     },
 }
-for _legacy in (True, False, None):
+DECODER = {"added_tokens_decoder": rows("<mask>", first=BYTES + 1)}
+for _legacy in (True, None):
     for _prefix in (True, False, None):
         _options = {"legacy": _legacy, "add_prefix_space": _prefix}
         _config = {key: value for key, value in _options.items() if value is not None}
@@ -192,7 +212,30 @@ for _legacy in (True, False, None):
                 "tokenizer.json": llama_json(scheme),
                 "tokenizer_config": LLAMA | config,
             }
-for _class in (FAST, GPT2, {}):
+FLAGS = {"__type": "AddedToken", "single_word": True, "normalized": True}
+for _family in ("mixtral", "llama", "mistral"):
+    for _class in (LLAMA, GPT2, QWEN2, FAST, {}):
+        _name = f"{_family}, {_class.get('tokenizer_class')}"
+        FOLDERS[f"byte level, {_name}"] = lambda config=_class, family=_family: {
+            "tokenizer.json": byte_level(digits=True, prefix=True),
+            "tokenizer_config": {"tokenizer_class": config.get("tokenizer_class")},
+            "config": {"model_type": family},
+        }
+        if _class in (LLAMA, FAST, {}) or _family != "llama":
+            FOLDERS[f"pieces, {_name}"] = lambda config=_class, family=_family: {
+                "tokenizer.model": piece_model(user_defined_symbols=("<|im_end|>",)),
+                "tokenizer_config": config | {"pad_token": "<PAD>"},
+                "config": {"model_type": family},
+            }
+for _class in (LLAMA, GPT2, QWEN2, FAST):
+    FOLDERS[f"flags of tokens, {_class['tokenizer_class']}"] = lambda config=_class: {
+        "tokenizer.json": with_tokens(byte_level(), "<extra>", "<mask>"),
+        "tokenizer_config": config
+        | {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": FLAGS | {"content": "<PAD>"}}
+        | {"extra_special_tokens": [FLAGS | {"content": "<sep>", "lstrip": True}, "<mask>", "<sep>"]},
+        "special_tokens_map": {"mask_token": {"content": "<mask>", "lstrip": True, "normalized": True}},
+    }
+for _class in (FAST, GPT2, QWEN2, {}):
     for _prefix in (True, False, None):
         for _digits, _own in ((False, False), (False, True), (True, False)):
             _config = dict(_class) | ({} if _prefix is None else {"add_prefix_space": _prefix})
@@ -240,12 +283,45 @@ def test_ids_text_roles_and_size_are_those_of_transformers(name: str, tmp_path: 
         (lambda: pieces({"add_prefix_space": "perhaps"}), "add_prefix_space"),
         (lambda: pieces({"eos_token": ""}), "eos_token"),
         (lambda: {"tokenizer.model": piece_model(normalization_rule_name="nmt_nfkc")}, "not a plain SentencePiece BPE"),
+        (lambda: pieces({"tokenizer_class": "GPT2Tokenizer"}), "GPT2Tokenizer, which cannot read its tokenizer.model"),
+        (lambda: pieces({"tokenizer_class": "GemmaTokenizerFast"}), "tokenizer_class GemmaTokenizer, which"),
+        (lambda: pieces({"tokenizer_class": 3}), "tokenizer_class = 3"),
+        (lambda: pieces({"fast_tokenizer_files": ["tokenizer.4.json"]}), "fast_tokenizer_files"),
+        (
+            lambda: {"tokenizer.json": Tokenizer(models.Unigram()), "tokenizer_config": LLAMA},
+            "a Unigram model, but the tokenizer_class LlamaTokenizer is BPE",
+        ),
+        (
+            lambda: {"tokenizer.json": with_tokens(byte_level(), "<x>"), "tokenizer_config": GPT2 | DECODER},
+            "gives '<mask>' the id 401, the vocabulary 400",
+        ),
         (lambda: {"vocab": {}, "tokenizer_config": {}}, r"found vocab\.json, which is not read"),
     ],
 )
 def test_a_folder_that_would_give_other_ids_raises(files: Callable[[], dict], message: str, tmp_path: Path) -> None:
     with pytest.raises(BimedixError, match=message):
         load_tokenizer(write(tmp_path, files()))
+
+
+def test_every_class_of_transformers_that_builds_its_own_engine_is_known() -> None:
+    """A class with its own __init__ ignores parts of tokenizer.json."""
+    folder = Path(str(transformers.__file__)).parent / "models"
+    trees = [ast.parse(path.read_text()) for path in folder.glob("*/tokenization_*.py")]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    own = {
+        node.name.removesuffix("Tokenizer")
+        for node in classes
+        if node.name.endswith("Tokenizer") and any(getattr(base, "id", "") in BACKENDS for base in node.bases)
+    }
+    assert len(own) > 50
+    assert own <= REBUILT | {"Llama", "GPT2", "Qwen2"}
+
+
+def test_a_model_that_transformers_reads_without_its_mark_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_tokenizer(write(tmp_path, pieces({}) | {"config": {"model_type": "mixtral"}}))
+    assert "without one, and so do we; add the model's tokenizer.json" in caplog.text
 
 
 def test_files_that_change_ids_change_the_fingerprint(tmp_path: Path) -> None:
