@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from bimedix_jax.kernels.pytree import Leaf
-from bimedix_jax.models.config import MixtralConfig
+from bimedix_jax.models.config import MixtralConfig, RouterConfig
 
 
 @jax.tree_util.register_dataclass
@@ -20,10 +20,10 @@ class RoutingPlan:
     """What the routers are told to do.
 
     A field of None has no effect. B = 1 applies a field to every sequence, T = 1 to every token. Setting a field that
-    was None recompiles; changing its values does not. Fields take effect in this order: noise, bias, temperature,
-    experts, weights. The meaning of B and T depends on the call. For a model they are rows and columns of `tokens_BT`.
-    For `generate` they are prompts and their tokens, counted from the first one after padding. For an evaluation they
-    are records and their tokens.
+    was None recompiles; changing its values does not. Fields take effect in this order: noise, bias and deviations,
+    temperature, experts, active, weights, map, gain. The meaning of B and T depends on the call. For a model they are
+    rows and columns of `tokens_BT`. For `generate` they are prompts and their tokens, counted from the first one after
+    padding. For an evaluation they are records and their tokens.
 
     Attributes:
       noise_LBT: float32 standard deviation of Gaussian noise on the logits; needs `keys_LBT`.
@@ -34,6 +34,10 @@ class RoutingPlan:
         expert.
       weights_LBTK: float32 weights to use; a slot of -1 keeps the router's weight. A replay needs experts and weights,
         because an empty slot is recorded with the weight 0.
+      deviations_LBTE: float32 added to the logits in units of the standard deviation of the token's own logits.
+      active_LBT: int32 number of slots that are used, the first ones; the weights are those of a router with this k.
+      map_LBTE: int32 permutation of the experts: where the router chose e, expert map[e] computes.
+      gain_LBTE: float32 that multiplies the output of an expert, by the expert that computes; 0 silences it.
     """
 
     bias_LBTE: Leaf | None = None
@@ -42,16 +46,24 @@ class RoutingPlan:
     weights_LBTK: Leaf | None = None
     noise_LBT: Leaf | None = None
     keys_LBT: Leaf | None = None
+    deviations_LBTE: Leaf | None = None
+    active_LBT: Leaf | None = None
+    map_LBTE: Leaf | None = None
+    gain_LBTE: Leaf | None = None
 
     @classmethod
     def neutral(cls, config: MixtralConfig, batch: int = 1, length: int = 1) -> "RoutingPlan":
         """A plan without effect in which all fields but noise are set: changing their values does not recompile."""
-        lead = (config.num_layers, batch, length)
+        lead, experts, top_k = (config.num_layers, batch, length), config.router.num_experts, config.router.top_k
         return cls(
-            jnp.zeros((*lead, config.router.num_experts), jnp.float32),
-            jnp.ones(lead, jnp.float32),
-            jnp.full((*lead, config.router.top_k), -1, jnp.int32),
-            jnp.full((*lead, config.router.top_k), -1.0, jnp.float32),
+            bias_LBTE=jnp.zeros((*lead, experts), jnp.float32),
+            temperature_LBT=jnp.ones(lead, jnp.float32),
+            experts_LBTK=jnp.full((*lead, top_k), -1, jnp.int32),
+            weights_LBTK=jnp.full((*lead, top_k), -1.0, jnp.float32),
+            deviations_LBTE=jnp.zeros((*lead, experts), jnp.float32),
+            active_LBT=jnp.full(lead, top_k, jnp.int32),
+            map_LBTE=jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32), (*lead, experts)),
+            gain_LBTE=jnp.ones((*lead, experts), jnp.float32),
         )
 
     @classmethod
@@ -81,10 +93,9 @@ class RoutingPlan:
 
         Values are checked only outside of functions that are being compiled.
         """
-        last = {"bias_LBTE": config.router.num_experts, "experts_LBTK": config.router.top_k}
-        last["weights_LBTK"] = config.router.top_k
+        sizes = {"E": config.router.num_experts, "K": config.router.top_k}
         for name, value in self.present().items():
-            tail = (last[name],) if name in last else ()
+            tail = (sizes[name[-1]],) if name[-1] in sizes else ()
             fits = value.shape[:1] == (config.num_layers,) and value.shape[3:] == tail and value.ndim == 3 + len(tail)
             if not (fits and value.shape[1] in (1, batch) and value.shape[2] in (1, length)):
                 raise ValueError(
@@ -95,7 +106,7 @@ class RoutingPlan:
             raise ValueError("RoutingPlan needs noise_LBT and keys_LBT together; RoutingPlan.noisy makes both.")
         for name, value in self.present().items():
             if name != "keys_LBT" and not isinstance(value, Tracer):
-                check_values(name, np.asarray(value), config.router.num_experts)
+                check_values(name, np.asarray(value), config.router)
 
     def canonical(self) -> "RoutingPlan":
         """The same plan as JAX arrays in float32 and int32, from any arrays or nested lists.
@@ -197,7 +208,7 @@ def as_field(name: str, value: Any) -> Any:
             raise ValueError("RoutingPlan.keys_LBT must be PRNG keys; RoutingPlan.noisy makes them.")
         return value
     array = value if isinstance(value, jax.Array) else np.asarray(value)
-    kinds = "iu" if name == "experts_LBTK" else "iuf"
+    kinds = "iu" if name in ("experts_LBTK", "active_LBT", "map_LBTE") else "iuf"
     if jnp.dtype(array.dtype).kind not in kinds and not (kinds == "iuf" and array.dtype == jnp.bfloat16):
         what = "integers" if kinds == "iu" else "real numbers"
         raise ValueError(f"RoutingPlan.{name} has type {array.dtype}; give {what}.")
@@ -205,23 +216,31 @@ def as_field(name: str, value: Any) -> Any:
         return jnp.asarray(array, jnp.int32 if kinds == "iu" else jnp.float32)
 
 
-def check_values(name: str, value: np.ndarray, num_experts: int) -> None:
+def check_values(name: str, value: np.ndarray, router: RouterConfig) -> None:
     """Raises ValueError for invalid values of a field."""
     if name == "experts_LBTK":
-        if ((value < -1) | (value >= num_experts)).any():
-            raise ValueError(f"RoutingPlan.{name} has numbers outside of -1 .. {num_experts - 1}.")
+        if ((value < -1) | (value >= router.num_experts)).any():
+            raise ValueError(f"RoutingPlan.{name} has numbers outside of -1 .. {router.num_experts - 1}.")
         ordered = np.sort(value, axis=-1)
         if ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any():
             raise ValueError(f"RoutingPlan.{name} forces the same expert twice on one token; list it once.")
         return
+    if name == "map_LBTE":
+        if (np.sort(value, axis=-1) != np.arange(router.num_experts)).any():
+            raise ValueError(
+                f"RoutingPlan.{name} is not a permutation of the experts; list each of 0 .. {router.num_experts - 1} "
+                "once for every token."
+            )
+        return
+    finite_from_0 = (value >= 0) & (value < np.inf)
     allowed = {
         "bias_LBTE": (value < np.inf, "numbers, or -inf for a ban"),
         "temperature_LBT": ((value > 0) & (value < np.inf), "finite numbers above 0; 1 has no effect"),
-        "weights_LBTK": (
-            ((value >= 0) & (value < np.inf)) | (value == -1),
-            "finite numbers from 0, or -1 for the router's weight",
-        ),
-        "noise_LBT": ((value >= 0) & (value < np.inf), "finite standard deviations from 0"),
+        "weights_LBTK": (finite_from_0 | (value == -1), "finite numbers from 0, or -1 for the router's weight"),
+        "noise_LBT": (finite_from_0, "finite standard deviations from 0"),
+        "deviations_LBTE": (np.isfinite(value), "finite numbers"),
+        "active_LBT": ((value >= 1) & (value <= router.top_k), f"numbers from 1 to the router's k, {router.top_k}"),
+        "gain_LBTE": (finite_from_0, "finite numbers from 0; 1 has no effect"),
     }
     good, wanted = allowed[name]
     if not good.all():

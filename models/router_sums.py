@@ -24,7 +24,7 @@ class RouterSums:
     Only `mass_LXE` and `z_LX` have gradients.
 
     Attributes:
-      chosen_LXE: how often each expert was chosen.
+      chosen_LXE: how often the router chose each expert; a plan's permutation does not change it.
       mass_LXE: probability of each expert in the softmax of the router's logits.
       entropy_LX: entropy of these probabilities in nats.
       margin_LX: rank of the last chosen expert minus the rank of the best expert that was allowed but not chosen.
@@ -48,8 +48,8 @@ def sums_of(decision: Decision, group_BT: Int[Array, "B T"], groups: int) -> Rou
     assert logits_BTE is not None  # a decision always has logits
     experts = logits_BTE.shape[-1]
     chosen_BTE = jnp.zeros(logits_BTE.shape, bool)
-    for k in range(routing.experts_LBTK.shape[-1]):  # a token chooses an expert at most once
-        chosen_BTE = chosen_BTE | (routing.experts_LBTK[..., k, None] == jnp.arange(experts)[None, None])
+    for k in range(decision.chosen_BTK.shape[-1]):  # a token chooses an expert at most once
+        chosen_BTE = chosen_BTE | (decision.chosen_BTK[..., k, None] == jnp.arange(experts)[None, None])
     log_mass_BTE = jax.nn.log_softmax(logits_BTE, axis=-1)
     mass_BTE, z_BT = jnp.exp(log_mass_BTE), jax.nn.logsumexp(logits_BTE, axis=-1) ** 2
     per_token = {

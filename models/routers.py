@@ -3,9 +3,10 @@
     steer -> score -> choose -> weigh
 
 `steer` applies a plan's noise, bias and temperature to the router's logits. `score` computes scores from the logits.
-`choose` selects the best experts, never a banned one and always a forced one. `weigh` computes weights from the scores
-of the chosen experts, and a plan may replace them. Steering, bans and forced slots are the same code for all variants,
-so every variant obeys every plan. A new variant is a row of ROUTERS.
+`choose` selects the best experts, never a banned one and always a forced one, and a plan may use fewer of them. `weigh`
+computes weights from the scores of the chosen experts. A plan may then replace them, permute the experts and multiply
+their outputs. All of this is the same code for all variants, so every variant obeys every plan. A new variant is a row
+of ROUTERS.
 """
 
 import dataclasses
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.kernels.pytree import Leaf
 from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.plans import RoutingPlan, checked_plan
+from bimedix_jax.models.remat import ROUTES
 
 __all__ = ["ROUTERS", "Router", "Routing", "RoutingPlan", "checked_plan", "route"]
 
@@ -40,8 +43,9 @@ class Routing:
     """What the routers did. L is absent for one layer; the loop over layers stacks the layers.
 
     Attributes:
-      experts_LBTK: int32, chosen experts in the order of choice; NO_EXPERT (-1) in a slot without an expert.
-      weights_LBTK: float32, weight of each expert's output; 0 in a slot without an expert.
+      experts_LBTK: int32, the experts that compute, in the order of choice and after the plan's permutation; NO_EXPERT
+        (-1) in a slot without an expert.
+      weights_LBTK: float32, weight of each expert's output, with the plan's gain; 0 in a slot without an expert.
       logits_LBTE: float32, the router's logits, before the plan's noise, bias and temperature. None with record
         "choices"; the type omits this, so that other callers need no check.
     """
@@ -161,6 +165,7 @@ def steer(logits_BTE: Float[Array, "B T E"], plan: RoutingPlan, keys_BT: Array |
 
     A high temperature does not lift a ban, and a low one does not cause a ban.
     """
+    own_BTE = logits_BTE
     if plan.noise_LBT is not None:
         if keys_BT is None:
             raise ValueError("A plan with noise needs a key for each token; RoutingPlan.noisy makes the keys.")
@@ -168,10 +173,19 @@ def steer(logits_BTE: Float[Array, "B T E"], plan: RoutingPlan, keys_BT: Array |
         logits_BTE = logits_BTE + plan.noise_LBT[..., None] * draw(keys_BT)
     if plan.bias_LBTE is not None:
         logits_BTE = logits_BTE + plan.bias_LBTE
+    if plan.deviations_LBTE is not None:
+        logits_BTE = logits_BTE + plan.deviations_LBTE * deviation(own_BTE)
     if plan.temperature_LBT is not None:
         heated_BTE = jnp.maximum(logits_BTE / plan.temperature_LBT[..., None], BANNED)
         logits_BTE = jnp.where(logits_BTE < BANNED, logits_BTE, heated_BTE)
     return logits_BTE
+
+
+def deviation(logits_BTE: Float[Array, "B T E"]) -> Float[Array, "B T 1"]:
+    """Standard deviation of a token's logits over the experts; if they are all equal, 0 with gradient 0."""
+    variance_BT1 = jnp.var(logits_BTE, axis=-1, keepdims=True)
+    varied_BT1 = variance_BT1 > 0
+    return jnp.where(varied_BT1, jnp.sqrt(jnp.where(varied_BT1, variance_BT1, 1.0)), 0.0)
 
 
 def choose(
@@ -195,9 +209,16 @@ def choose(
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Result of `decide` for one layer: the record, and the ranks by which experts were chosen (-inf for bans)."""
+    """Result of `decide` for one layer.
+
+    Attributes:
+      routing: the record.
+      chosen_BTK: the experts that the router chose, before the plan's permutation; otherwise as in the record.
+      ranks_BTE: the ranks by which they were chosen, -inf for bans.
+    """
 
     routing: Routing
+    chosen_BTK: jax.Array
     ranks_BTE: jax.Array
 
 
@@ -213,21 +234,35 @@ def decide(
     router, logits_BTE = router_of(config), logits_BTE.astype(jnp.float32)
     with jax.named_scope("steer"):
         steered_BTE = steer(logits_BTE, plan, keys_BT)
+        if steered_BTE is not logits_BTE:
+            steered_BTE = checkpoint_name(steered_BTE, ROUTES)
         allowed_BTE = ~(steered_BTE < BANNED)  # NaN is allowed, so that it stays visible
     with jax.named_scope("score"):
         scores_BTE = router.score(steered_BTE, config)
     with jax.named_scope("choose"):
         ranks_BTE = router.rank(scores_BTE, state_E)
-        experts_BTK, exists_BTK = choose(ranks_BTE, allowed_BTE, plan.experts_LBTK, config.top_k)
+        chosen_BTK, exists_BTK = choose(ranks_BTE, allowed_BTE, plan.experts_LBTK, config.top_k)
+        if plan.active_LBT is not None:
+            exists_BTK = exists_BTK & (jnp.arange(config.top_k)[None, None] < plan.active_LBT[..., None])
     with jax.named_scope("weigh"):
-        weights_BTK = router.weigh(jnp.take_along_axis(scores_BTE, experts_BTK, axis=-1), exists_BTK, config)
+        weights_BTK = router.weigh(jnp.take_along_axis(scores_BTE, chosen_BTK, axis=-1), exists_BTK, config)
         if plan.weights_LBTK is not None:
             weights_BTK = jnp.where(plan.weights_LBTK >= 0, plan.weights_LBTK, weights_BTK)
+        experts_BTK = chosen_BTK if plan.map_LBTE is None else of_chosen(plan.map_LBTE, chosen_BTK)
+        if plan.gain_LBTE is not None:
+            weights_BTK = weights_BTK * of_chosen(plan.gain_LBTE, experts_BTK)
         if valid_BT is not None:
             exists_BTK = exists_BTK & valid_BT[..., None]
-        experts_BTK = jnp.where(exists_BTK, experts_BTK, NO_EXPERT)
+        chosen_BTK, experts_BTK = (jnp.where(exists_BTK, x, NO_EXPERT) for x in (chosen_BTK, experts_BTK))
         weights_BTK = jnp.where(exists_BTK, weights_BTK, 0.0)
-    return Decision(Routing(experts_BTK, weights_BTK, logits_BTE), jnp.where(allowed_BTE, ranks_BTE, -jnp.inf))
+    ranks_BTE = jnp.where(allowed_BTE, ranks_BTE, -jnp.inf)
+    return Decision(Routing(experts_BTK, weights_BTK, logits_BTE), chosen_BTK, ranks_BTE)
+
+
+def of_chosen(values_BTE: jax.Array, experts_BTK: jax.Array) -> jax.Array:
+    """[B, T, K]: the values of these experts; B and T of the values may be 1."""
+    values_BTE = jnp.broadcast_to(values_BTE, (*experts_BTK.shape[:2], values_BTE.shape[-1]))
+    return jnp.take_along_axis(values_BTE, experts_BTK, axis=-1)
 
 
 def route(

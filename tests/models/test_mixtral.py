@@ -12,6 +12,7 @@ from flax import nnx
 from tiny import GROUPED, tiny
 
 from bimedix_jax.adapters import linears
+from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.models.attention import KVCache, positions_in_segments
 from bimedix_jax.models.call import Output
@@ -142,7 +143,46 @@ def test_neutral_plans_have_no_effect_and_new_values_do_not_recompile(model: Mix
     assert (half_forced.routing.experts_LBTK[..., 1] != 2).all()
     weighted = planned(state, vary(plan, "weights_LBTK", lambda weights: weights.at[2].set(0.25)))
     assert (weighted.routing.weights_LBTK[2] == 0.25).all()
+    fewer = planned(state, vary(plan, "active_LBT", lambda active: active.at[1].set(1)))
+    assert (fewer.routing.experts_LBTK[1, ..., 1] == -1).all()
+    silent = planned(state, vary(plan, "gain_LBTE", lambda gain: gain.at[..., 2].set(0)))
+    assert np.array_equal(silent.routing.experts_LBTK[0], expected.routing.experts_LBTK[0])
+    assert not np.array_equal(silent.logits_BTV, expected.logits_BTV)
     assert traces == 1
+
+
+@pytest.mark.parametrize("expert_mlp", ["xla", "composed"])
+def test_permuting_experts_equals_permuting_their_weights(model: Mixtral, tokens: np.ndarray, expert_mlp: str) -> None:
+    """Outputs, sums and gradients, and the gradient of every expert's gain, also of a silenced one."""
+    order = jnp.array([2, 0, 3, 1])
+    graph, state = nnx.split(model)
+    gain = jnp.ones((3, 1, 1, 4)).at[1, ..., 2].set(0.0)
+    tangent = jnp.asarray(np.random.default_rng(0).standard_normal(gain.shape), jnp.float32)
+
+    def loss(experts: list[jax.Array], gain: jax.Array, order: jax.Array) -> tuple[jax.Array, Output]:
+        moved = nnx.merge(graph, state, copy=True)
+        for layer, w in zip((moved.layers.moe.w1, moved.layers.moe.w2, moved.layers.moe.w3), experts, strict=True):
+            layer.w.set_value(w)
+        plan = RoutingPlan(map_LBTE=jnp.broadcast_to(order, (3, 1, 1, 4)), gain_LBTE=gain)
+        out = moved(tokens, plan=plan, groups=1)
+        return jnp.mean(jnp.sin(out.logits_BTV)) + out.aux_loss, out
+
+    moe = model.layers.moe
+    experts = [layer.w.get_value() for layer in (moe.w1, moe.w2, moe.w3)]
+    with backends.use(expert_mlp=expert_mlp, grouped_matmul="xla" if expert_mlp == "xla" else "ragged_dot"):
+        graded = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        (_, out), (found, by_gain) = graded(experts, gain, order)
+        moved = [w[:, order] for w in experts]
+        (_, expected), (theirs, their_gain) = graded(moved, gain[..., order], jnp.arange(4))
+        ends = [graded(experts, gain + sign * 1e-2 * tangent, order)[0][0] for sign in (1, -1)]
+    close(out.logits_BTV, expected.logits_BTV)
+    assert np.array_equal(out.routing.experts_LBTK, order[expected.routing.experts_LBTK])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), out.sums, expected.sums)
+    for ours, other in zip(found, theirs, strict=True):
+        close(ours[:, order], other)
+    close(by_gain[..., order], their_gain)
+    np.testing.assert_allclose(jnp.vdot(by_gain, tangent), (ends[0] - ends[1]) / 2e-2, rtol=1e-2)
+    assert np.abs(by_gain[1, ..., 2]).max() > 0
 
 
 def test_replaying_the_record_reproduces_the_run(model: Mixtral, tokens: np.ndarray) -> None:

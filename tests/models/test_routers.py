@@ -225,6 +225,93 @@ def test_padding_gets_no_expert(variant: str) -> None:
         assert (routing.experts_LBTK[valid] != NO_EXPERT).all()
 
 
+@every_variant
+def test_fewer_active_slots_equal_a_smaller_k(variant: str) -> None:
+    active = jnp.asarray(np.random.default_rng(0).integers(1, 4, (B, T)), jnp.int32)
+    routing = routed(variant, RoutingPlan(active_LBT=active), top_k=3)
+    for k in (1, 2, 3):
+        smaller, own = routed(variant, top_k=k), np.asarray(active == k)
+        np.testing.assert_array_equal(routing.experts_LBTK[own][:, :k], smaller.experts_LBTK[own])
+        np.testing.assert_allclose(routing.weights_LBTK[own][:, :k], smaller.weights_LBTK[own], rtol=1e-6)
+        assert (routing.experts_LBTK[own][:, k:] == NO_EXPERT).all()
+        assert (routing.weights_LBTK[own][:, k:] == 0).all()
+
+
+@every_variant
+def test_deviations_are_those_of_the_token(variant: str) -> None:
+    units = jnp.asarray([[[0.5, -1.0, 0.0, 2.0]]])
+    bias = units * jnp.std(logits(), axis=-1, keepdims=True)
+    found, expected = (routed(variant, plan) for plan in (RoutingPlan(deviations_LBTE=units), RoutingPlan(bias)))
+    np.testing.assert_array_equal(found.experts_LBTK, expected.experts_LBTK)
+    np.testing.assert_allclose(found.weights_LBTK, expected.weights_LBTK, rtol=1e-5)
+    flat = jax.grad(
+        lambda x: jnp.sum(route(x, config(variant), RoutingPlan(deviations_LBTE=units)).weights_LBTK[..., 0])
+    )(jnp.zeros((B, T, E)))
+    assert np.isfinite(flat).all(), "equal logits have no deviation"
+
+
+@every_variant
+def test_permutation_and_gain_follow_the_weights(variant: str) -> None:
+    """In this order: the gain belongs to the expert that computes. A silenced expert keeps its slot."""
+    before, order = routed(variant), np.array([2, 0, 3, 1])
+    gain = jnp.asarray([[[1.0, 0.0, 0.5, 3.0]]])
+    plan = RoutingPlan(map_LBTE=jnp.asarray(order, jnp.int32)[None, None], gain_LBTE=gain)
+    routing = routed(variant, plan)
+    experts = order[np.asarray(before.experts_LBTK)]
+    np.testing.assert_array_equal(routing.experts_LBTK, experts)
+    expected = np.asarray(before.weights_LBTK) * np.asarray(gain)[0, 0][experts]
+    np.testing.assert_allclose(routing.weights_LBTK, expected, rtol=1e-6)
+    assert (routing.experts_LBTK == 1).any()
+    forced = routed(variant, dataclasses.replace(plan, weights_LBTK=jnp.full((1, 1, 2), 0.5)))
+    np.testing.assert_allclose(forced.weights_LBTK, 0.5 * np.asarray(gain)[0, 0][experts], rtol=1e-6)
+
+
+@every_variant
+def test_gradients_of_gains_and_logits_under_a_plan_equal_the_float64_formula(variant: str) -> None:
+    rng = np.random.default_rng(0)
+    bias, temperature = rng.normal(0, 0.3, (1, 1, E)), rng.uniform(0.5, 2, (B, T))
+    units, active = rng.normal(0, 0.5, (B, T, E)), rng.integers(1, 3, (B, T))
+    order = rng.permuted(np.tile(np.arange(E), (B, T, 1)), axis=-1)
+    mix, gain = rng.standard_normal(E), rng.uniform(0.5, 2, E)
+    gain[1] = 0
+    plan = RoutingPlan(
+        bias_LBTE=jnp.asarray(bias, jnp.float32),
+        temperature_LBT=jnp.asarray(temperature, jnp.float32),
+        deviations_LBTE=jnp.asarray(units, jnp.float32),
+        active_LBT=jnp.asarray(active, jnp.int32),
+        map_LBTE=jnp.asarray(order, jnp.int32),
+    )
+
+    def loss(x: jax.Array, gain_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+        own = dataclasses.replace(plan, gain_LBTE=gain_E[None, None])
+        routing = route(x, config(variant), own, state=state(variant))
+        return jnp.sum(routing.weights_LBTK * jnp.asarray(mix, jnp.float32)[routing.experts_LBTK]), routing.experts_LBTK
+
+    arguments = logits(), jnp.asarray(gain, jnp.float32)
+    (value, ran), (by_logit, by_gain) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*arguments)
+
+    def expected(x: np.ndarray, gain: np.ndarray) -> float:
+        total = 0.0
+        for p in np.ndindex(B, T):
+            steered = (x[p] + bias[0, 0] + units[p] * x[p].std()) / temperature[p]
+            experts = np.asarray(ran)[p][: active[p]]
+            chosen = np.argsort(order[p])[experts]
+            total += float(oracle(steered, chosen, config(variant)) * gain[experts] @ mix[experts])
+        return total
+
+    x = np.asarray(logits(), np.float64)
+    np.testing.assert_allclose(value, expected(x, gain), rtol=1e-5)
+    for of, found in ((x, by_logit), (gain, by_gain)):
+        for index in np.ndindex(of[:1].shape):
+            before = of[index]
+            ends = []
+            for step in (1e-5, -1e-5):
+                of[index] = before + step
+                ends.append(expected(x, gain))
+            of[index] = before
+            np.testing.assert_allclose(found[index], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-5)
+
+
 def test_nan_stays_visible() -> None:
     routing = route(logits().at[0, 0, 0].set(jnp.nan), RouterConfig(num_experts=E, top_k=2), RoutingPlan())
     assert np.isnan(routing.weights_LBTK[0, 0]).any()
@@ -274,6 +361,8 @@ def test_invalid_plans_raise(base_config) -> None:
         RoutingPlan(temperature_LBT=jnp.zeros((2, 1, 1))).check(base_config, 1, 1)
     with pytest.raises(ValueError, match="bias_LBTE has the value nan"):
         RoutingPlan(bias_LBTE=jnp.full((2, 1, 1, 4), jnp.nan)).check(base_config, 1, 1)
+    with pytest.raises(ValueError, match=r"map_LBTE is not a permutation of the experts; list each of 0 .. 3 once"):
+        RoutingPlan(map_LBTE=jnp.ones((2, 1, 1, 4), jnp.int32)).check(base_config, 1, 1)
     with pytest.raises(ValueError, match="needs noise_LBT and keys_LBT together"):
         RoutingPlan(noise_LBT=jnp.ones((2, 1, 1))).check(base_config, 1, 1)
 
@@ -286,13 +375,18 @@ def test_invalid_plans_raise(base_config) -> None:
         ("weights_LBTK", np.inf),
         ("temperature_LBT", np.inf),
         ("noise_LBT", -1.0),
+        ("deviations_LBTE", np.inf),
+        ("gain_LBTE", -1.0),
+        ("active_LBT", 0),
+        ("active_LBT", 3),
     ],
 )
 def test_invalid_plan_values_raise(base_config, field: str, value: float) -> None:
     plan = RoutingPlan.neutral(base_config)
     fields = {"noise_LBT": np.zeros((2, 1, 1)), "keys_LBT": RoutingPlan.noisy(base_config, 1.0).keys_LBT}
     plan = dataclasses.replace(plan, **fields)
-    changed = np.full(np.shape(getattr(plan, field)), value)
+    before = getattr(plan, field)
+    changed = np.full(before.shape, value, before.dtype)
     with pytest.raises(ValueError, match=f"RoutingPlan.{field} has the value {value}; give"):
         checked_plan(dataclasses.replace(plan, **{field: changed}), base_config, 1, 1)
 
