@@ -26,6 +26,12 @@ class Example:
     learned: np.ndarray  # bool [N]
 
 
+ROLES = ("first", "template", "prompt", "answer")
+"""Roles of tokens: the first FIRST positions, the template's own text, what is asked, and what the assistant says."""
+FIRST = 4
+"""Positions that are kept apart, because models attend to them whatever they are (arXiv 2309.17453)."""
+
+
 def encode_chat(
     tokenizer: Tokenizer, turns: Sequence[Turn], add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
@@ -35,19 +41,45 @@ def encode_chat(
     turn stays ordinary text, so that a user can neither end their turn nor start another. And no token spans the end of
     a prompt and the start of an answer, since the two are separate when the model answers.
     """
+    encoding, spans = _encode_spans(tokenizer, turns, add_generation_prompt)
+    return encoding.ids, _learned_mask(encoding, spans)
+
+
+def roles_of_chat(tokenizer: Tokenizer, turns: Sequence[Turn], add_generation_prompt: bool = False) -> np.ndarray:
+    """uint8 [N]: the index in ROLES of each token of `encode_chat`.
+
+    The end token of an answer belongs to the answer. A token with any text of a turn is not of the template.
+    """
+    encoding, spans = _encode_spans(tokenizer, turns, add_generation_prompt)
+    said = np.repeat([not span.markup for span in spans], [len(span.text) for span in spans])
+    before = np.concatenate([[0], np.cumsum(said)])  # characters that speakers wrote before each one
+    offsets = np.asarray(encoding.offsets, int).reshape(-1, 2)
+    has_text = before[offsets[:, 1]] > before[offsets[:, 0]]
+    roles = np.where(has_text, ROLES.index("prompt"), ROLES.index("template"))
+    roles[np.asarray(_learned_mask(encoding, spans), bool)] = ROLES.index("answer")
+    roles[:FIRST] = ROLES.index("first")
+    return roles.astype(np.uint8)
+
+
+def _encode_spans(
+    tokenizer: Tokenizer, turns: Sequence[Turn], add_generation_prompt: bool
+) -> tuple[Encoding, list[Span]]:
     bos, eos = tokenizer.special.get("bos", ""), tokenizer.special.get("eos", "")
     template = tokenizer.template
     require_tokens(tokenizer, template, bos, eos)
     spans = template.render(turns, bos, eos, add_generation_prompt)
     text = "".join(span.text for span in spans)
-    learned = _learned_ranges(spans)
     special = _markup_specials(spans, tokenizer.special_texts)
     encoding = _without_blanks(tokenizer, text, tokenizer.encode_with_offsets(text))
-    cuts = {edge for span in learned for edge in span if _is_inside_a_token(edge, encoding)}
+    cuts = {edge for span in _learned_ranges(spans) for edge in span if _is_inside_a_token(edge, encoding)}
     if cuts or _special_ranges(tokenizer, encoding) != special:
         encoding = _encode_in_pieces(tokenizer, text, special, cuts)
-    mask = [any(low <= start < high for low, high in learned) for start, _ in encoding.offsets]
-    return encoding.ids, mask
+    return encoding, spans
+
+
+def _learned_mask(encoding: Encoding, spans: Sequence[Span]) -> list[bool]:
+    learned = _learned_ranges(spans)
+    return [any(low <= start < high for low, high in learned) for start, _ in encoding.offsets]
 
 
 def require_tokens(tokenizer: Tokenizer, template: ChatTemplate, bos: str, eos: str) -> None:

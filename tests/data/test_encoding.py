@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from bimedix_jax.data.encoding import ChatEncoder, EncodeLines, encode_chat
+from bimedix_jax.data.encoding import ROLES, ChatEncoder, EncodeLines, encode_chat, roles_of_chat
 from bimedix_jax.data.parallel import batched, ordered_map
 from bimedix_jax.data.records import Turn, conversation, sample
 from bimedix_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -66,6 +67,25 @@ def test_cached_words_give_the_tokens_and_mask_of_encode_chat(
 def test_cached_words_give_the_tokens_and_mask_with_a_tokenizer_json(hub_tokenizer: Tokenizer, said) -> None:
     assert WordEncoder.supports(hub_tokenizer)
     assert_same(hub_tokenizer, said)
+
+
+def test_roles_of_tokens(mixtral_tokenizer: Tokenizer) -> None:
+    """The template's own tokens, what is asked, and what is learned; the first positions are kept apart."""
+    for template in ("mixtral", "mixtral-2023", "plain"):
+        tokenizer = load_tokenizer(mixtral_tokenizer.folder, template)
+        said = conversation("What is asthma?", "Wheezing.", "ما الربو؟", "السعال.")
+        ids, learned = encode_chat(tokenizer, said)
+        roles = np.array([ROLES[role] for role in roles_of_chat(tokenizer, said)])
+        assert (roles[:4] == "first").all()
+        assert (roles[4:] != "first").all()
+        np.testing.assert_array_equal(roles[4:] == "answer", learned[4:])
+        asked = tokenizer.decode([token for token, role in zip(ids, roles, strict=True) if role == "prompt"])
+        assert asked.endswith("ما الربو؟")
+        written = tokenizer.decode([token for token, role in zip(ids, roles, strict=True) if role == "template"])
+        assert re.fullmatch(r"((User|Assistant)?:|\[/?INST\]|\s)+", written)
+        prompt, _ = encode_chat(tokenizer, said[:3], add_generation_prompt=True)
+        begun = roles_of_chat(tokenizer, said[:3], add_generation_prompt=True)
+        np.testing.assert_array_equal(begun, roles_of_chat(tokenizer, said)[: len(prompt)])
 
 
 def test_words_are_cached_in_two_generations(mixtral_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
