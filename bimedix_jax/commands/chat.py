@@ -5,8 +5,9 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
@@ -65,6 +66,8 @@ class Config:
     seed: int = 0
     """Seed of the sampling. Each reply of a conversation has its own seed: this one plus the number of replies before
     it."""
+    intervene: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file of rules that tell the routers what to do (docs/routing.md); by default none."""
     bidi: bool = False
     """Join Arabic letters and print them from right to left, line by line: for terminals without bidirectional text.
     Windows Terminal, kitty, Alacritty, xterm, tmux and screen are recognised (BIMEDIX_BIDI=0 turns that off)."""
@@ -81,6 +84,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.vocabulary import context_of, require_fit, vocab_size_of
     from bimedix_jax.inference.chat import Chat, ChatOptions, require_text
     from bimedix_jax.inference.keyboard import Keyboard
+    from bimedix_jax.routing.interventions import rules_of
 
     if console.stderr and not config.prompt:
         raise BimedixError("with --json nothing is read from the keyboard; give at least one --prompt")
@@ -96,6 +100,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         seed=config.seed,
     )
     options.check()
+    rules = rules_of(config.intervene)
     if config.save is not None:
         create(config.save)
     try:
@@ -105,7 +110,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         _ = tokenizer.template  # an unknown template is an error before the weights are loaded
         require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
         model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
-        chat = Chat(model, tokenizer, config.system, options)
+        chat = Chat(model, tokenizer, config.system, options, rules)
+        if rules is not None:
+            rules.check(model.config)
     except BaseException:
         if config.save is not None:
             config.save.unlink(missing_ok=True)

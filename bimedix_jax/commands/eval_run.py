@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bimedix_jax.evals.multiple_choice import Prediction
     from bimedix_jax.evals.tasks import Questions
     from bimedix_jax.models.mixtral import Mixtral
+    from bimedix_jax.routing.interventions import Interventions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class Config:
     """Longest record or question in tokens, by default the model's context; longer ones are counted and not scored."""
     batch_tokens: int = 4096
     """Tokens run at a time; it affects speed and memory only."""
+    intervene: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file of rules that tell the routers what to do (docs/routing.md); by default none."""
     compare: Path | None = None
     """JSON result of an earlier run (--out) to compare with; by default none. It must have the same model (with any
     adapter), limit, records, template and tokenizer."""
@@ -71,8 +74,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.evals import comparison, tasks
     from bimedix_jax.files import check_file
+    from bimedix_jax.routing.interventions import report, rules_of
 
     check_options(config)
+    rules = rules_of(config.intervene, config.adapter)
     before = None if config.compare is None else read_result(config.compare)
     if config.out is not None:
         check_file(config.out, config.overwrite, is_result)
@@ -89,22 +94,24 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         comparison.check(before, result, parts, config.compare, config.force)
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     result |= loaded(model)
+    rules = with_base(rules, model, folder, config)
     if before is not None and config.compare is not None:
         comparison.check_weights(before, result, config.compare, config.force)
     predictions: dict[str, list[Prediction]] = {}
     if records:
         assert config.heldout is not None  # no records without it
         found, predictions[config.heldout] = evaluate_records(
-            model, tokenizer, records, config.max_length, config.batch_tokens
+            model, tokenizer, records, config.max_length, config.batch_tokens, rules
         )
         result |= found
     if questions:
         assert config.data is not None  # no questions without it
         options = (config.limit, config.max_length, config.batch_tokens)
-        scored = tasks.run_tasks(model, tokenizer, questions, config.data, *options, questions=questions)
+        scored = tasks.run_tasks(model, tokenizer, questions, config.data, *options, rules, questions=questions)
         result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
         result["average"] = tasks.average([outcome.score.value for outcome in scored.values()])
         predictions |= {name: outcome.choice.predictions for name, outcome in scored.items()}
+    result |= report(rules, console)
     for table in result_tables(result, before):
         console.print(table)
     if config.out is not None:
@@ -126,6 +133,17 @@ def check_options(config: Config) -> None:
         raise BimedixError(f"--limit is {config.limit}; give at least 1")
     if config.force and config.compare is None:
         raise BimedixError("--force is for --compare; leave it out")
+
+
+def with_base(rules: "Interventions | None", model: "Mixtral", folder: Path, config: Config) -> "Interventions | None":
+    """The rules, with the model without its adapter if a rule freezes the routes of the base."""
+    from bimedix_jax.checkpoint.load import load
+    from bimedix_jax.quantise import storage_of
+
+    if rules is None or not rules.needs_base:
+        return rules
+    base: Any = storage_of(model).base
+    return dataclasses.replace(rules, base=load(folder, base=base, router=config.router))
 
 
 def loaded(model: "Mixtral") -> dict[str, Any]:
@@ -173,17 +191,22 @@ def heldout_records(source: str, limit: int | None) -> "list[Record]":
 
 
 def evaluate_records(
-    model: "Mixtral", tokenizer: "Tokenizer", records: "list[Record]", max_length: int | None, batch_tokens: int
+    model: "Mixtral",
+    tokenizer: "Tokenizer",
+    records: "list[Record]",
+    max_length: int | None,
+    batch_tokens: int,
+    rules: "Interventions | None" = None,
 ) -> "tuple[dict[str, Any], list[Prediction]]":
     """Held-out loss of all records, and accuracy and predictions for those with choices."""
     from bimedix_jax.evals.heldout import heldout_loss
     from bimedix_jax.evals.multiple_choice import multiple_choice
 
-    result = {"heldout": heldout_loss(model, tokenizer, records, max_length, batch_tokens).to_dict()}
+    result = {"heldout": heldout_loss(model, tokenizer, records, max_length, batch_tokens, rules).to_dict()}
     questions = [record for record in records if record.choices is not None]
     if not questions:
         return result, []
-    choice = multiple_choice(model, tokenizer, questions, max_length, batch_tokens)
+    choice = multiple_choice(model, tokenizer, questions, max_length, batch_tokens, rules)
     return {**result, "choice": choice.to_dict()}, choice.predictions
 
 

@@ -16,6 +16,7 @@ from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.inference.planning import AnyPlan, Planner, of_sequences, source_of
 from bimedix_jax.inference.scoring import score
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
@@ -91,7 +92,7 @@ def heldout_loss(
     records: Iterable[Record],
     max_length: int | None = None,
     batch_tokens: int = 4096,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan = None,
     record: RecordKind = "none",
 ) -> HeldoutLoss:
     """Scores every record.
@@ -100,7 +101,7 @@ def heldout_loss(
       max_length: longest record in tokens, by default the model's context; longer ones are counted and not scored.
       batch_tokens: tokens run at a time; it affects speed and memory only.
       plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
-        longest one that is scored.
+        longest one that is scored. Or rules.
       record: "choices" or "full" keeps what the routers did with every token, in `routing`.
 
     Raises:
@@ -108,6 +109,7 @@ def heldout_loss(
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    records = list(records)
     examples = [example_of(one, tokenizer) for one in records]
     fitting = {number: example for number, example in enumerate(examples) if len(example.ids) <= longest}
     too_long: dict[str, int] = defaultdict(int)
@@ -118,7 +120,9 @@ def heldout_loss(
         raise BimedixError(
             f"there is no record of at most {longest} tokens to score; give others or a longer max_length"
         )
-    plan = checked_plan(plan, model.config, len(examples), max(len(example.ids) for example in fitting.values()))
+    plan = of_sequences(plan, model.config, lambda: [source_of(one, tokenizer) for one in records])
+    if not isinstance(plan, Planner):
+        plan = checked_plan(plan, model.config, len(examples), max(len(example.ids) for example in fitting.values()))
     nats: dict[str, float] = defaultdict(float)
     tokens, sizes, counts = (defaultdict(int) for _ in range(3))
     routings: dict[int, Routing | None] = {}
@@ -142,7 +146,7 @@ def heldout_loss(
 
 
 def losses(
-    model: Mixtral, examples: dict[int, Example], batch_tokens: int, plan: RoutingPlan, record: RecordKind
+    model: Mixtral, examples: dict[int, Example], batch_tokens: int, plan: RoutingPlan | Planner, record: RecordKind
 ) -> Iterator[tuple[int, float, Routing | None]]:
     """(key of an example, its summed negative log-likelihood in nats, record); the keys are rows of the plan."""
     numbers, rows = list(examples), [example.ids for example in examples.values()]

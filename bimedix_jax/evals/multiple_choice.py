@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from scipy.stats import binomtest
@@ -26,7 +27,9 @@ from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.padding import bucket, by_length, pad_left, pad_right, part_of
+from bimedix_jax.inference.planning import AnyPlan, Plans, Rules, Tokens, source_of
 from bimedix_jax.inference.scoring import prefill, score_continuations
+from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
@@ -211,7 +214,7 @@ def multiple_choice(
     records: Iterable[Record],
     max_length: int | None = None,
     batch_tokens: int = 4096,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan = None,
     record: RecordKind = "none",
 ) -> MultipleChoice:
     """Chooses an option for every question and counts the correct ones.
@@ -221,7 +224,7 @@ def multiple_choice(
       max_length: longest question in tokens, by default the model's context; longer ones are counted and not scored.
       batch_tokens: tokens run at a time; it affects speed and memory only.
       plan: what the routers are told to do. Its B is 1 or the number of records; its T is 1 or the tokens of the
-        longest question with its longest candidate.
+        longest question with its longest candidate. Or rules; each candidate belongs to the answer.
       record: "choices" or "full" keeps what the routers did, in `routing`.
 
     Raises:
@@ -230,6 +233,7 @@ def multiple_choice(
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    records = list(records)
     questions = [question_of(one, tokenizer) for one in records]
     numbered = [(number, question) for number, question in enumerate(questions) if question.length <= longest]
     too_long = _count([group for question in questions if question.length > longest for group in question.groups])
@@ -238,8 +242,12 @@ def multiple_choice(
     fitting = [question for _, question in numbered]
     ids = (ids for question in fitting for ids in (question.prompt, *question.candidates))
     require_ids(ids, model.config.vocab_size)
-    plan = checked_plan(plan, model.config, len(questions), max(question.length for question in fitting))
-    scorer = _Scorer(*nnx.split(model), plan, record, longest)
+    if isinstance(plan, Rules):
+        plans = Plans(plan.planner(model.config, [source_of(one, tokenizer, asked=True) for one in records]), model)
+    else:
+        longest_one = max(question.length for question in fitting)
+        plans = Plans(checked_plan(plan, model.config, len(questions), longest_one), model)
+    scorer = _Scorer(*nnx.split(model), plans, record, longest)
     predictions: dict[int, Prediction] = {}
     routings: dict[int, QuestionRouting | None] = {}
     with tqdm(total=len(fitting), desc="multiple choice", unit="question", delay=2, disable=None) as bar:
@@ -264,7 +272,7 @@ class _Scorer:
 
     graph: nnx.GraphDef
     weights: nnx.State
-    plan: RoutingPlan
+    plans: Plans
     record: RecordKind
     longest: int
 
@@ -283,10 +291,17 @@ class _Scorer:
         filled = [question.prompt for question in questions] + [[]] * (rows - len(batch))
         numbers_B = np.array([number for number, _ in batch] + [0] * (rows - len(batch)), np.int32)
         lengths_B = np.array([len(ids) for ids in filled], np.int32)
-        own = self.plan.at(numbers_B[:, None], np.arange(columns)[None] - (columns - lengths_B)[:, None])
-        cache, first_BV, routing = prefill(
-            self.graph, self.weights, *pad_left(filled, columns), own, columns + width, self.record
-        )
+        prompts_BT, ids_BT = pad_left(filled, columns)
+        positions_BT = np.arange(columns)[None] - (columns - lengths_B)[:, None]
+        caches: dict[str, KVCache] = {}
+
+        def read_prompts(name: str, graph: nnx.GraphDef, weights: nnx.State, free: RoutingPlan) -> Routing | None:
+            caches[name], _, found = prefill(graph, weights, prompts_BT, ids_BT, free, columns + width, "choices")
+            return found
+
+        own = self.plans.of(Tokens(prompts_BT, numbers_B[:, None], positions_BT), read_prompts)
+        kept = self.plans.record(self.record)
+        cache, first_BV, routing = prefill(self.graph, self.weights, prompts_BT, ids_BT, own, columns + width, kept)
         first = np.asarray(first_BV, np.float64)
         scores = [[float(first[row, ids[0]]) for ids in question.candidates] for row, question in enumerate(questions)]
         routings: list[list[Routing | None]] = [[None] * len(question.candidates) for question in questions]
@@ -300,17 +315,36 @@ class _Scorer:
             part = longer[start : start + rows]
             rows_R = np.array([row for row, *_ in part] + [0] * (rows - len(part)), np.int32)
             tokens_RT, ids_RT = pad_right([ids for *_, ids in part] + [[]] * (rows - len(part)), width)
-            own = self.plan.at(numbers_B[rows_R][:, None], lengths_B[rows_R][:, None] + np.arange(width)[None])
-            logprobs_RT, read = score_continuations(
-                self.graph, self.weights, cache, rows_R, tokens_RT, ids_RT, own, self.record
-            )
+            logprobs_RT, read = self.continuations(cache, caches, rows_R, tokens_RT, ids_RT, numbers_B, lengths_B)
             rest = np.asarray(logprobs_RT, np.float64)
             for place, (row, index, ids) in enumerate(part):
                 scores[row][index] += float(rest[place, : len(ids) - 1].sum())
                 routings[row][index] = None if read is None else part_of(read, place, 0, len(ids) - 1)
-        return [
-            (scores[row], self._routing(routing, row, columns, lengths_B, routings[row])) for row in range(len(batch))
-        ]
+        asked = None if self.record == "none" else routing
+        return [(scores[i], self._routing(asked, i, columns, lengths_B, routings[i])) for i in range(len(batch))]
+
+    def continuations(
+        self,
+        cache: KVCache,
+        caches: dict[str, KVCache],
+        rows_R: np.ndarray,
+        tokens_RT: np.ndarray,
+        ids_RT: np.ndarray,
+        numbers_B: np.ndarray,
+        lengths_B: np.ndarray,
+    ) -> tuple[jax.Array, Routing | None]:
+        """`score_continuations` of candidates under the plan for their tokens."""
+        positions_RT = lengths_B[rows_R][:, None] + np.arange(tokens_RT.shape[1])[None]
+        tokens = Tokens(tokens_RT, numbers_B[rows_R][:, None], np.where(ids_RT != 0, positions_RT, -1))
+        own = self.plans.of(
+            tokens,
+            lambda name, graph, weights, free: score_continuations(
+                graph, weights, caches[name], rows_R, tokens_RT, ids_RT, free, "choices"
+            )[1],
+        )
+        kept = self.plans.record(self.record)
+        found, read = score_continuations(self.graph, self.weights, cache, rows_R, tokens_RT, ids_RT, own, kept)
+        return found, None if self.record == "none" else read
 
     @staticmethod
     def _routing(

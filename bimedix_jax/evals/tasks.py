@@ -14,9 +14,9 @@ from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.multiple_choice import Accuracy, MultipleChoice, multiple_choice
+from bimedix_jax.inference.planning import AnyPlan
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
-from bimedix_jax.models.routers import RoutingPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def run_tasks(
     limit: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 4096,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan = None,
     record: RecordKind = "none",
     questions: Questions | None = None,
 ) -> dict[str, TaskResult]:
@@ -146,7 +146,7 @@ def run_tasks(
 
     Args:
       limit: number of questions of each task, the first ones; the result marks such a task as limited.
-      plan: what the routers are told to do; its B and T are 1.
+      plan: what the routers are told to do; its B and T are 1. Or rules.
       record: "choices" or "full" keeps what the routers did, in `TaskResult.choice.routing`.
       questions: what `read_tasks` returned; None reads the files.
     """

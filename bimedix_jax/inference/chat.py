@@ -11,11 +11,12 @@ from typing import Any, Literal, get_args, overload
 import jax
 import numpy as np
 
-from bimedix_jax.data.encoding import encode_chat
+from bimedix_jax.data.encoding import encode_chat, roles_of_chat
 from bimedix_jax.data.records import Turn
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.generate import Sampling, stream
+from bimedix_jax.inference.planning import AnyPlan, Rules, Source, language_of
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
@@ -164,7 +165,7 @@ class Chat:
         tokenizer: Tokenizer,
         system: str | None = None,
         options: ChatOptions | None = None,
-        plan: RoutingPlan | None = None,
+        plan: AnyPlan = None,
         record: Record = "none",
     ):
         """`plan` applies to every reply; `record` keeps what the routers did in `Reply.routing`. See `generate`."""
@@ -173,8 +174,8 @@ class Chat:
         self.options = options or ChatOptions()
         if record not in get_args(Record):
             raise BimedixError(f"record is {record!r}; choose one of {', '.join(get_args(Record))}")
-        if not isinstance(plan, RoutingPlan | None):
-            raise BimedixError(f"plan is {plan!r}; give a RoutingPlan or None")
+        if not isinstance(plan, RoutingPlan | Rules | None):
+            raise BimedixError(f"plan is {plan!r}; give a RoutingPlan, rules or None")
         self.plan = plan
         self.record: Record = record
         self.turns: list[Turn] = []
@@ -246,7 +247,7 @@ class Chat:
             self.model,
             prompt,
             stop_tokens=self.tokenizer.stop_ids,
-            plan=self.plan,
+            plan=self._plan(turns, dropped),
             record=self.record,
             **dataclasses.asdict(options),
         )
@@ -263,6 +264,16 @@ class Chat:
             self.last = Reply(text, tokens.count, seconds, finished, dropped, tokens.routing)
             if text:
                 self.turns = [*turns, Turn(speaker="gpt", value=text)]
+
+    def _plan(self, turns: list[Turn], dropped: int) -> Any:
+        """The plan of a reply to these turns. With rules, the language is that of the last question by its letters."""
+        if not isinstance(self.plan, Rules):
+            return self.plan
+        system = turns[:1] if turns[0].speaker == "system" else []
+        kept = [*system, *turns[len(system) + dropped :]]
+        roles = roles_of_chat(self.tokenizer, kept, add_generation_prompt=True)
+        source = Source("chat", language_of(turns[-1].value), "chat", roles, where="conversations")
+        return self.plan.planner(self.model.config, [source])
 
     def ask(self, question: str) -> Reply:
         """The complete reply."""
@@ -305,7 +316,7 @@ def reply(
     question: str,
     system: str | None = None,
     options: ChatOptions | None = None,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan = None,
     record: Literal["none"] = "none",
 ) -> str: ...
 
@@ -317,7 +328,7 @@ def reply(
     question: str,
     system: str | None = None,
     options: ChatOptions | None = None,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan = None,
     *,
     record: Literal["choices", "full"],
 ) -> tuple[str, Routing]: ...
@@ -329,7 +340,7 @@ def reply(
     question: str,
     system: str | None = None,
     options: ChatOptions | None = None,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan = None,
     record: Record = "none",
 ) -> Any:
     """The answer to one question; with a record, (answer, what the routers did as in `Reply.routing`)."""

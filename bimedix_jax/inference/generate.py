@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference import decoding_layout
-from bimedix_jax.inference.padding import bucket, pad_left
+from bimedix_jax.inference.padding import bucket, pad_left, pad_right
+from bimedix_jax.inference.planning import AnyPlan, Planner, of_prompts, plan_of_rows
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import NO_EXPERT, Record, Routing, RoutingPlan, checked_plan
@@ -114,7 +115,7 @@ def generate(
     stop_tokens: Collection[int] = (),
     seed: int = 0,
     segment_ids: Any = None,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan | Planner = None,
     record: Record = "none",
 ) -> Any:
     """The tokens that follow one prompt, or each prompt of a batch: new tokens only, without the stop token.
@@ -126,7 +127,8 @@ def generate(
       seed: seed of the sampling; a draw depends on seed, row and step.
       segment_ids: for prompts in one padded array, an array of its shape that is 0 at padding.
       plan: what the routers are told to do. Its B is 1 or the number of prompts. Its T is 1 or the length of the
-        longest prompt + max_new_tokens; index 0 is the first token of each prompt, after its padding.
+        longest prompt + max_new_tokens; index 0 is the first token of each prompt, after its padding. Or rules, or
+        their planner if more is known of the prompts than their tokens.
       record: "choices" or "full" also returns what the routers did.
 
     Returns:
@@ -197,7 +199,7 @@ def stream(
     repetition_penalty: float | None = None,
     stop_tokens: Collection[int] = (),
     seed: int = 0,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan | Planner = None,
     record: Record = "none",
 ) -> Iterator[Any]:
     """The tokens of `generate` for one prompt, each as soon as it is chosen.
@@ -247,7 +249,7 @@ def decode(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan | Planner = None,
     record: Record = "none",
     read_last: bool = False,
 ) -> Iterator[tuple[list[int], Routing | None]]:
@@ -270,21 +272,29 @@ def decode(
             "shorten the prompt or ask for fewer new tokens"
         )
     require_ids(prompts, config.vocab_size)
-    plan = checked_plan(plan, config, len(prompts), longest + max_new_tokens)
+    plan = of_prompts(plan, model, len(prompts))
+    if not isinstance(plan, Planner):
+        plan = checked_plan(plan, config, len(prompts), longest + max_new_tokens)
     length = min(bucket(longest), context - max_new_tokens)
     slots = min(bucket(length + max_new_tokens), context)
     tokens_BT, segment_ids_BT = pad_left(prompts, length)
     graph, weights = nnx.split(model)
-    key = jax.random.key(seed)
-    state, routing = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, plan, slots, record)
+    key, lengths_B = jax.random.key(seed), np.array(list(map(len, prompts)), np.int32)
+    own = plan
+    if isinstance(plan, Planner):
+        ids_BT, valid_BT = pad_right(prompts, length)
+        own = plan_of_rows(plan, ids_BT, np.where(valid_BT != 0, np.arange(length)[None], -1))
+    state, routing = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, own, slots, record)
     if max_new_tokens > 1 and decoding_layout.is_faster(model, len(prompts)):
         graph, weights = nnx.split(decoding_layout.unstack_model(model))
         state = dataclasses.replace(state, cache=decoding_layout.unstack_cache(state.cache))
     steps = max_new_tokens - (not (read_last and record != "none"))
-    for _ in range(steps):
+    for number in range(steps):
         token_B, read = state.token_B, routing
         rest = dataclasses.replace(state, cache=None, seen_BV=None)
-        state, routing = _step(graph, weights, rest, (state.cache, state.seen_BV), sampling, key, plan, record)
+        if isinstance(plan, Planner) and plan.by_token:  # such rules need the token before the next step is launched
+            own = plan_of_rows(plan, np.asarray(token_B)[:, None], (lengths_B + number)[:, None])
+        state, routing = _step(graph, weights, rest, (state.cache, state.seen_BV), sampling, key, own, record)
         yield token_B.tolist(), read  # the next step is already running
     yield ([], routing) if steps == max_new_tokens else (state.token_B.tolist(), routing)
 

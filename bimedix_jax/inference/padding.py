@@ -10,7 +10,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from bimedix_jax.models.routers import Routing, RoutingPlan
+from bimedix_jax.models.routers import Routing
 
 Item = TypeVar("Item")
 
@@ -130,23 +130,6 @@ def packed_places(
         span = slice(start, start + lengths[index])
         items_BT[line, span], positions_BT[line, span] = index, np.arange(lengths[index])
     return items_BT, positions_BT
-
-
-def packed_plan(
-    plan: RoutingPlan,
-    shape: tuple[int, ...],
-    places: Sequence[tuple[int, int, int]],
-    lengths: Sequence[int],
-    plan_rows: np.ndarray,
-) -> RoutingPlan:
-    """The plan of a packed batch, from a plan whose rows are sequences.
-
-    Args:
-      shape, places, lengths: as for `packed_places`.
-      plan_rows: int32, the row of the plan for each item.
-    """
-    items_BT, positions_BT = packed_places(shape, places, lengths)
-    return plan.at(plan_rows[items_BT], positions_BT)
 
 
 def part_of(routing: Routing, line: int, start: int, length: int) -> Routing:

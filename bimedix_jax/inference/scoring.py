@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import packed, packed_plan, part_of
+from bimedix_jax.inference.padding import packed, packed_places, part_of
+from bimedix_jax.inference.planning import Planner, Plans, Tokens
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan, checked_plan
@@ -27,7 +28,7 @@ def score(
     model: Mixtral,
     rows: Sequence[Sequence[int] | np.ndarray],
     scored: Sequence[Sequence[bool] | np.ndarray] | None = None,
-    plan: RoutingPlan | None = None,
+    plan: RoutingPlan | Planner | None = None,
     record: Record = "none",
     batch_tokens: int = 4096,
     plan_rows: Sequence[int] | None = None,
@@ -37,7 +38,8 @@ def score(
     Args:
       rows: token ids of each sequence.
       scored: for each sequence, the tokens to score; by default all. The first token never is: none comes before it.
-      plan: what the routers are told to do. Its B is 1 or the number of sequences, its T is 1 or the longest one.
+      plan: what the routers are told to do. Its B is 1 or the number of sequences, its T is 1 or the longest one. Or a
+        planner, whose sources are the sequences.
       record: "choices" or "full" also returns what the routers did.
       batch_tokens: tokens run at a time; it affects speed and memory only.
       plan_rows: the row of the plan for each sequence, by default its index; B is then not checked.
@@ -56,18 +58,24 @@ def score(
         raise BimedixError(f"a sequence has {longest} tokens, more than this model's context of {context}; shorten it")
     require_ids(rows, model.config.vocab_size)
     if plan_rows is None:
-        plan, plan_rows = checked_plan(plan, model.config, len(rows), longest), range(len(rows))
-    numbers, plan = np.asarray(plan_rows, np.int32), plan or RoutingPlan()
+        plan_rows = range(len(rows))
+        plan = plan if isinstance(plan, Planner) else checked_plan(plan, model.config, len(rows), longest)
+    numbers, plans = np.asarray(plan_rows, np.int32), Plans(plan or RoutingPlan(), model)
     graph, weights = nnx.split(model)
     for places, tokens_BT, ids_BT in packed(rows, batch_tokens, context):
         scored_BT = np.zeros(tokens_BT.shape, bool)
         for index, line, start in places:
             scored_BT[line, start : start + lengths[index]] = True if scored is None else scored[index]
             scored_BT[line, start : start + 1] = False
-        own = packed_plan(plan, tokens_BT.shape, places, lengths, numbers)
-        logprobs_BT, routing = target_logprobs(graph, weights, tokens_BT, ids_BT, scored_BT, own, record)
+        items_BT, positions_BT = packed_places(tokens_BT.shape, places, lengths)
+        batch = (tokens_BT, ids_BT, scored_BT)
+        own = plans.of(
+            Tokens(tokens_BT, numbers[items_BT], np.where(ids_BT != 0, positions_BT, -1)),
+            lambda _, graph, weights, free, batch=batch: target_logprobs(graph, weights, *batch, free, "choices")[1],
+        )
+        logprobs_BT, routing = target_logprobs(graph, weights, *batch, own, plans.record(record))
         for index, line, start in places:
-            part = None if routing is None else part_of(routing, line, start, lengths[index])
+            part = None if routing is None or record == "none" else part_of(routing, line, start, lengths[index])
             yield index, logprobs_BT[line, start : start + lengths[index]], part
 
 

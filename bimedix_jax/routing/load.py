@@ -19,6 +19,8 @@ from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.padding import packed, packed_places
+from bimedix_jax.inference.planning import AnyPlan, Planner, Plans, Tokens, of_sequences, source_of
+from bimedix_jax.inference.scoring import target_logprobs
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.router_sums import RouterSums
 from bimedix_jax.models.routers import RoutingPlan, checked_plan
@@ -64,7 +66,7 @@ def expert_load(
     records: Iterable[Record],
     max_length: int | None = None,
     batch_tokens: int = 4096,
-    plan: RoutingPlan | None = None,
+    plan: AnyPlan = None,
 ) -> ExpertLoad:
     """Runs the model on records and counts the routers' choices.
 
@@ -72,16 +74,16 @@ def expert_load(
       max_length: longest record in tokens, by default the model's context; longer ones are counted and not run.
       batch_tokens: tokens run at a time; it affects speed and memory only.
       plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
-        longest one that is run.
+        longest one that is run. Or rules.
 
     Raises:
       BimedixError: there is no record, none fits, or one has a token id that the model lacks.
       ValueError: a plan that does not fit.
     """
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    rows, kinds, numbers, total, too_long = [], [], [], 0, 0
+    records = list(records)
+    rows, kinds, numbers, too_long = [], [], [], 0
     for number, record in enumerate(records):
-        total += 1
         ids, _ = encode_chat(tokenizer, record.conversations)
         if len(ids) > longest:
             too_long += 1
@@ -93,14 +95,23 @@ def expert_load(
         raise BimedixError(f"there is no record of at most {longest} tokens; give others or a longer max_length")
     require_ids(rows, model.config.vocab_size)
     lengths, names = list(map(len, rows)), sorted(set(kinds))
-    plan = checked_plan(plan, model.config, total, max(lengths))
+    plan = of_sequences(plan, model.config, lambda: [source_of(record, tokenizer) for record in records])
+    if not isinstance(plan, Planner):
+        plan = checked_plan(plan, model.config, len(records), max(lengths))
+    plans = Plans(plan, model)
     kind_R = np.array([names.index(kind) for kind in kinds], np.int32)
     sums = None
     graph, weights = nnx.split(model)
     with tqdm(total=len(rows), desc="expert load", unit="record", delay=2, disable=None) as bar:
         for places, tokens_BT, ids_BT in packed(rows, batch_tokens, longest):
             items_BT, positions_BT = packed_places(tokens_BT.shape, places, lengths)
-            own = plan.at(np.asarray(numbers, np.int32)[items_BT], positions_BT)
+            batch = (tokens_BT, ids_BT, np.zeros(ids_BT.shape, bool))
+            own = plans.of(
+                Tokens(tokens_BT, np.asarray(numbers, np.int32)[items_BT], np.where(ids_BT != 0, positions_BT, -1)),
+                lambda _, graph, weights, free, batch=batch: target_logprobs(graph, weights, *batch, free, "choices")[
+                    1
+                ],
+            )
             found = _sums(graph, weights, tokens_BT, ids_BT, kind_R[items_BT], own, len(names))
             found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
             sums = found if sums is None else jax.tree.map(np.add, sums, found)

@@ -1,23 +1,35 @@
 """Every function that runs a model follows a plan: banning an expert equals a model without that expert."""
 
 import dataclasses
+import io
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
+from bimedix_jax.adapters import add_lora
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.checkpoint.store import save_adapter
+from bimedix_jax.commands import eval_run
 from bimedix_jax.data.encoding import encode_chat
+from bimedix_jax.data.records import write_jsonl
+from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.heldout import heldout_loss
 from bimedix_jax.evals.multiple_choice import multiple_choice
 from bimedix_jax.inference.chat import Chat, ChatOptions
 from bimedix_jax.inference.generate import generate, stream
+from bimedix_jax.inference.padding import pad_right
 from bimedix_jax.kernels import backends
-from bimedix_jax.models.config import RouterConfig
+from bimedix_jax.models.config import LoraConfig, RouterConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import NO_EXPERT, ROUTERS, RoutingPlan
+from bimedix_jax.routing.interventions import Interventions
 from bimedix_jax.routing.load import expert_load
+from bimedix_jax.training.state import split_params, update_params
 
 BANNED = 2
 PROMPTS = [[5, 17, 3, 60, 2], [9], [44, 8, 8]]
@@ -156,6 +168,65 @@ def test_expert_load_under_a_ban(model, models, tokenizer, mixed):
 
 
 @pytest.mark.usefixtures("quick_kernels")
+def test_rules_in_multiple_choice(model, tokenizer, mcqa):
+    """By role, which must cover prompts and candidates, and with routes of another pass over both."""
+
+    def logprobs(base, *rules):
+        interventions = dataclasses.replace(Interventions.of(*rules), base=base)
+        found = multiple_choice(model, tokenizer, mcqa, plan=interventions, record="choices")
+        assert found.routing is not None
+        return np.array([x for row in found.predictions for x in row.texts]), found.routing
+
+    free, _ = logprobs(None, {"op": "gain", "experts": [0], "value": 1})
+    banned, _ = logprobs(None, {"op": "ban", "experts": [BANNED]})
+    parts = [{"role": ["first", "template"]}, {"role": "prompt"}, {"role": "answer"}]
+    by_role, routing = logprobs(None, *({"op": "ban", "experts": [BANNED], "where": part} for part in parts))
+    np.testing.assert_allclose(by_role, banned, rtol=1e-5)
+    assert all((part.prompt.experts_LBTK != BANNED).all() for part in routing)
+    assert np.abs(banned - free).max() > 1e-3
+    frozen, _ = logprobs(model, {"op": "freeze"})
+    np.testing.assert_allclose(frozen, free, rtol=1e-4)
+    shuffled, _ = logprobs(None, {"op": "shuffle"})
+    assert np.abs(shuffled - free).max() > 1e-3
+    load = expert_load(model, tokenizer, mcqa, plan=Interventions.of({"op": "ban", "experts": [BANNED]}))
+    assert all((counts[:, BANNED] == 0).all() for counts in load.counts.values())
+
+
+@pytest.mark.usefixtures("quick_kernels")
+def test_the_command_applies_rules_and_reports_them(tmp_path, model, tokenizer, mixed):
+    """`freeze` uses the model without the adapter. A rule without a token gives a warning."""
+    records = [record for record in mixed if record.choices is None]
+    adapted = add_lora(model, LoraConfig(rank=2, alpha=4.0, targets=("q", "router", "w2")))
+    _, params, _ = split_params(adapted)
+    rng = np.random.default_rng(0)
+    update_params(adapted, {name: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()})
+    export_hf(model, tmp_path / "base", tokenizer_from=tokenizer.folder)
+    save_adapter(adapted, tmp_path / "adapter")
+    write_jsonl(tmp_path / "records.jsonl", records)
+    rules = [{"op": "freeze", "layers": [0]}, {"op": "uniform", "where": {"positions": "500:"}}]
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    given = {"heldout": str(tmp_path / "records.jsonl"), "intervene": tmp_path / "rules.json"}
+    with pytest.raises(BimedixError, match="has the op freeze, which uses the routes of the base of an adapter"):
+        eval_run.run(eval_run.Config(model=str(tmp_path / "base"), **given), Console())
+    written = io.StringIO()
+    screen = Console(file=written, width=200)
+    config = eval_run.Config(model=str(tmp_path / "base"), base="float32", adapter=tmp_path / "adapter", **given)
+    result = eval_run.run(config, screen)
+    assert "rule 1 was applied to no token" in written.getvalue()
+    tokens = sum(len(encode_chat(tokenizer, record.conversations)[0]) for record in records)
+    assert [part["tokens"] for part in result["intervene"]["rules"]] == [tokens, 0]
+    assert result["intervene"]["rules"][0]["rule"] == rules[0]
+    interventions = dataclasses.replace(Interventions.of(*rules), base=model)
+    expected = heldout_loss(adapted, tokenizer, records, plan=interventions, record="choices")
+    assert result["heldout"]["nats_per_token"] == pytest.approx(expected.nats_per_token, rel=1e-5)
+    assert expected.routing is not None
+    base = heldout_loss(model, tokenizer, records, plan=Interventions.of({"op": "uniform"}), record="choices").routing
+    assert base is not None
+    for number, routing in expected.routing.items():
+        np.testing.assert_array_equal(routing.experts_LBTK[0], base[number].experts_LBTK[0])
+
+
+@pytest.mark.usefixtures("quick_kernels")
 @pytest.mark.parametrize("base", ["same", "other"])
 def test_recorded_routes_replay_by_row_and_position(model, tokenizer, mixed, base):
     """With fields that differ at every token of every record, in any batch."""
@@ -191,6 +262,23 @@ def test_a_generation_replays_from_its_own_record(model):
     assert one[0] == tokens[0]
 
 
+def test_every_field_acts_on_the_same_tokens_while_decoding(model):
+    rng = np.random.default_rng(0)
+    lead, experts = (2, len(PROMPTS), 5 + 6), model.config.router.num_experts
+    plan = RoutingPlan(
+        deviations_LBTE=jnp.asarray(rng.normal(0, 1, (*lead, experts)), jnp.float32),
+        active_LBT=jnp.asarray(rng.integers(1, 3, lead), jnp.int32),
+        map_LBTE=jnp.asarray(rng.permuted(np.tile(np.arange(experts), (*lead, 1)), axis=-1), jnp.int32),
+        gain_LBTE=jnp.asarray(rng.uniform(0, 2, (*lead, experts)), jnp.float32),
+    )
+    tokens, routing = generate(model, PROMPTS, 6, plan=plan, record="choices")
+    assert tokens != generate(model, PROMPTS, 6)
+    ids_BT, segments_BT = pad_right([prompt + answer for prompt, answer in zip(PROMPTS, tokens, strict=True)], 5 + 6)
+    alone = model(ids_BT, segments_BT, plan).routing
+    np.testing.assert_array_equal(routing.experts_LBTK, alone.experts_LBTK)
+    np.testing.assert_allclose(routing.weights_LBTK, alone.weights_LBTK, rtol=1e-3, atol=1e-5)
+
+
 def test_a_plan_of_another_length_raises(model, tokenizer, mixed):
     plan = RoutingPlan(temperature_LBT=jnp.ones((2, 1, 7)))
     with pytest.raises(ValueError, match=r"temperature_LBT has shape \(2, 1, 7\)"):
@@ -200,10 +288,6 @@ def test_a_plan_of_another_length_raises(model, tokenizer, mixed):
 
 
 def test_adapters_are_banned_with_their_expert(model):
-    from bimedix_jax.adapters import add_lora
-    from bimedix_jax.models.config import LoraConfig
-    from bimedix_jax.training.state import split_params, update_params
-
     adapted = add_lora(model, LoraConfig(rank=2, alpha=4.0))
     _, params, _ = split_params(adapted)
     rng = np.random.default_rng(0)

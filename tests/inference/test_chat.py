@@ -302,6 +302,9 @@ def test_prompts_on_the_command_line_give_one_json_document(folder, tmp_path, ca
     saved = tmp_path / "said" / "chat.jsonl"
     words = ["--json", "chat", "--model", str(folder), "--base", "float32"]
     words += ["--temperature", "0", "--max-new-tokens", "16"]
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"op": "ban", "experts": [0], "where": {"language": "ar", "role": ["prompt", "answer"]}}]')
+    words += ["--intervene", str(rules)]
     code = cli.main([*words, "--prompt", "hello", "سؤال", "--save", str(saved)])
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -314,6 +317,10 @@ def test_prompts_on_the_command_line_give_one_json_document(folder, tmp_path, ca
     assert saved.stat().st_mode & 0o077 == 0
     assert cli.main([*words, "--prompt", "hello", "--save", str(saved)]) == 1  # never overwritten
     assert cli.main(words) == 1  # --json has no keyboard
+    for rule, message in (({"op": "freeze"}, "name an --adapter"), ({"op": "ban", "experts": [2]}, "names expert 2")):
+        rules.write_text(json.dumps([rule]))
+        assert cli.main([*words, "--prompt", "hello"]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_nothing_is_written_without_save(folder, tmp_path, monkeypatch, capsys):
