@@ -247,6 +247,8 @@ class Experiment:
     """Training data."""
     router: RouterTraining = RouterTraining()
     """Router losses and variant."""
+    intervene: str | None = None
+    """JSON file of rules that tell the routers what to do with which tokens (docs/routing.md); null for none."""
     optimiser: OptimiserConfig = OptimiserConfig()
     """AdamW and its schedule."""
     batch: BatchConfig = BatchConfig()
@@ -367,10 +369,7 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} as {'a.b': 1}."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

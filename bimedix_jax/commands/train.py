@@ -59,6 +59,8 @@ class Config:
     """Weight of the load-balancing loss."""
     aux_scope: Annotated[Literal["sequence", "micro_batch", "global"] | None, ChangesField("router.aux_scope")] = None
     """Tokens over which the expert load is balanced."""
+    intervene: Annotated[str | None, ChangesField("intervene"), tyro.conf.arg(metavar="FILE")] = None
+    """JSON file of rules that tell the routers what to do (docs/routing.md)."""
     remat: Annotated[Literal["none", "experts", "layer"] | None, ChangesField("remat")] = None
     """What the backward pass recomputes."""
     seed: Annotated[int | None, ChangesField("seed")] = None

@@ -15,6 +15,7 @@ from bimedix_jax import distributed
 from bimedix_jax.adapters import coverage
 from bimedix_jax.checkpoint.steps import save_step
 from bimedix_jax.checkpoint.store import save, save_adapter
+from bimedix_jax.data import pack
 from bimedix_jax.data.vocabulary import outside, require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
@@ -23,15 +24,17 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.process import signals
 from bimedix_jax.process.terminal import Screen
+from bimedix_jax.routing.interventions import report
 from bimedix_jax.sharding.layout import host_memory
 from bimedix_jax.sharding.placement import gather_for_export, place
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.feed import Feed
+from bimedix_jax.training.interventions import StepPlans, rules_of_run
 from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import MetricsLog, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
-from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model, replicated_plan
+from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, one_writer, resume_state
@@ -100,6 +103,7 @@ def train_in(
 ) -> TrainResult:
     """`train` in a folder that this process has locked."""
     warn_unchecked(check_tokenizer(experiment), console)
+    rules = rules_of_run(experiment, plan)
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():
         model = prepare_model(experiment, model, mesh)
@@ -110,8 +114,9 @@ def train_in(
     model = model if mesh is None else place(model, mesh)
     structure, params, frozen = split_params(model)
     check_router_rate(experiment, params)
-    same = identity(frozen, rows.fingerprint, rows.steps, plan)
+    same = identity(frozen, rows.fingerprint, rows.steps, plan, rules)
     feed = Feed.of(experiment, rows, structure.layout)
+    plans = StepPlans.of_run(plan, rules, model.config, rows, structure.layout)
     optimiser = make_optimiser(experiment.optimiser, rows.steps)
     state = init_state(params, optimiser, structure.router_state(frozen))
     distributed.on_process_zero(lambda: begin(folder, experiment, plan))
@@ -123,14 +128,15 @@ def train_in(
         console.print(f"all {rows.steps} steps are already done", highlight=False)
         last = read_metrics(folder)[-1]
     else:
-        step, plan = make_train_step(structure, experiment, rows.steps, optimiser), replicated_plan(plan, feed.layout)
+        step = make_train_step(structure, experiment, rows.steps, optimiser)
         with backends.use(**experiment.kernels.named()):
-            compiled, cost = compile_step(step, state, frozen, feed, plan, console)
+            compiled, cost = compile_step(step, state, frozen, feed, plans.of_step(done), console)
             distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
             print_start(experiment, rows, done, cost["kernels"], console)
             state, last = run_steps(
-                experiment, folder, feed, compiled, structure, state, frozen, plan, console, command
+                experiment, folder, feed, compiled, structure, state, frozen, plans, console, command
             )
+        report(plans.rules, console)
     update_params(model, {**state.params, **state.router})
     with signals.hint(f"resume with `{command}`"):
         return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
@@ -199,7 +205,7 @@ def run_steps(
     structure: Structure,
     state: TrainState,
     frozen: dict[str, Any],
-    plan: RoutingPlan | None,
+    plans: StepPlans,
     console: Console,
     command: str,
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -211,8 +217,8 @@ def run_steps(
     evaluate, rows, logs = make_eval_step(structure), feed.rows, distributed.is_process_zero()
     done, vocab_size = int(state.step), structure.vocab_size
 
-    def read(step: int) -> dict[str, jax.Array]:
-        return feed.to_devices(checked(feed.read(step), vocab_size, step))
+    def read(step: int) -> tuple[dict[str, jax.Array], RoutingPlan | None]:
+        return feed.to_devices(checked(feed.read(step), vocab_size, step)), plans.of_step(step)
 
     with (
         StopRequest(console) as stop,
@@ -225,7 +231,7 @@ def run_steps(
         requested = distributed.any_process_later(lambda: stop.requested)
         while done < rows.steps:
             try:
-                batch = batches.next()
+                batch, plan = batches.next()
             except Exception:
                 lines.settle()  # the previous step succeeded, so its line is written
                 raise
@@ -237,7 +243,7 @@ def run_steps(
             saves = stopping or done % experiment.checkpoint_every == 0 or done == rows.steps
             if not (evaluates or saves):
                 continue
-            measure = partial(measure_heldout, experiment, evaluate, state, frozen, feed, vocab_size, plan)
+            measure = partial(measure_heldout, experiment, evaluate, state, frozen, feed, vocab_size, plans)
             lines.settle(measure if evaluates else None)
             if saves:
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
@@ -270,11 +276,12 @@ def measure_heldout(
     frozen: dict[str, Any],
     feed: Feed,
     vocab_size: int,
-    plan: RoutingPlan | None = None,
+    plans: StepPlans,
 ) -> dict[str, float]:
     """Held-out loss in nats per target. Raises BimedixError for a token id outside of the vocabulary."""
     nll, targets = 0.0, 0.0
-    for batch in heldout_batches(experiment):
+    for rows in heldout_batches(experiment):
+        batch, plan = pack.batch(rows), plans.of_rows(rows)
         require_ids(batch["tokens_BT"], vocab_size)
         nll_sum, count = evaluate(state.params, {**frozen, **state.router}, feed.whole_to_devices(batch), plan)
         nll, targets = nll + float(nll_sum), targets + float(count)

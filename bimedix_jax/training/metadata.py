@@ -17,6 +17,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import write_text
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.routing.interventions import Interventions
 
 RUN = "run.json"
 PACKAGES = ("bimedix_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -72,11 +73,19 @@ def environment() -> dict[str, Any]:
 
 
 def identity(
-    frozen: dict[str, Any], data_fingerprint: str, steps: int, plan: RoutingPlan | None = None
+    frozen: dict[str, Any],
+    data_fingerprint: str,
+    steps: int,
+    plan: RoutingPlan | None = None,
+    rules: Interventions | None = None,
 ) -> dict[str, Any]:
     """What must not change when a run is resumed, besides its experiment."""
     same = {"base_fingerprint": fingerprint(frozen), "data_fingerprint": data_fingerprint, "steps": steps}
-    return {**same, "plan": None if plan is None else plan.digest()}
+    return {
+        **same,
+        "plan": None if plan is None else plan.digest(),
+        "intervene": None if rules is None else rules.digest(),
+    }
 
 
 def check_identity(folder: Path, same: dict[str, Any]) -> None:
@@ -85,7 +94,7 @@ def check_identity(folder: Path, same: dict[str, Any]) -> None:
     changed = [name for name, value in same.items() if earlier.get(name) != value]
     if changed:
         raise BimedixError(
-            f"{', '.join(changed)} differs from that of the run in {folder}: its model or data files have changed; "
+            f"{', '.join(changed)} differs from that of the run in {folder}: its model, data or rules have changed; "
             "restore them, or start a new run."
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from bimedix_jax.data.pack import Row, Segment
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 
@@ -19,11 +20,13 @@ class Rows:
     Attributes:
       batch: (step from 0, indices of rows in the batch of an optimiser step) -> tokens_BT, segment_ids_BT and
         loss_mask_BT of these rows, and language_BT if the experiment names languages.
+      whole: (step) -> all rows of its batch, with the record of each segment.
       steps: steps of the run.
       fingerprint: of the data; it must be the same in a resumed run.
     """
 
     batch: Callable[[int, np.ndarray], NumpyBatch]
+    whole: Callable[[int], list[Row]]
     steps: int
     fingerprint: str
 
@@ -44,6 +47,7 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
         digest = hashlib.sha256(b"".join(rows[name].tobytes() for name in sorted(rows))).hexdigest()
         return Rows(
             lambda step, positions: {name: x[(step * size + positions) % len(x)] for name, x in rows.items()},
+            lambda step: [synthetic_row(rows, (step * size + i) % data.synthetic_rows) for i in range(size)],
             steps,
             digest,
         )
@@ -65,7 +69,9 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
             f"{steps} steps are more than the {len(batches)} that {experiment.epochs} epochs of {data.path} have; "
             "lower steps, or do not set epochs, so that the data repeat."
         )
-    return Rows(lambda step, rows: batches.at(step, rows, languages), steps, loader.fingerprint(data.path))
+    return Rows(
+        lambda step, rows: batches.at(step, rows, languages), batches.rows, steps, loader.fingerprint(data.path)
+    )
 
 
 def check_length(folder: str, sequence_length: int) -> None:
@@ -103,14 +109,14 @@ def check_tokenizer(experiment: Experiment) -> int:
     return sum(not loader.require_tokenizer(folder, tokenizer) for folder in packed)
 
 
-def heldout_batches(experiment: Experiment) -> Iterator[NumpyBatch]:
+def heldout_batches(experiment: Experiment) -> Iterator[list[Row]]:
     """Every held-out row once, in order, as micro-batches. The last one is padded with empty rows."""
     from bimedix_jax.data import loader
 
     assert experiment.data.heldout is not None  # experiment.py requires it for eval_every
     check_length(experiment.data.heldout, experiment.data.sequence_length)
     batches = loader.batches(experiment.data.heldout, experiment.batch.rows, seed=0, shuffle=False, epochs=1)
-    return (batches[step] for step in range(len(batches)))
+    return (batches.rows(step) for step in range(len(batches)))
 
 
 def synthetic(rows: int, length: int, vocab_size: int, seed: int) -> NumpyBatch:
@@ -126,6 +132,17 @@ def synthetic(rows: int, length: int, vocab_size: int, seed: int) -> NumpyBatch:
         "segment_ids_BT": segment_ids,
         "loss_mask_BT": (segment_ids != 0) & (inside >= border // 2),
     }
+
+
+def synthetic_row(rows: NumpyBatch, number: int) -> Row:
+    """One of the synthetic rows, whose documents have neither language nor kind."""
+    tokens, segment_ids, learned = (rows[name][number] for name in ("tokens_BT", "segment_ids_BT", "loss_mask_BT"))
+    segments = []
+    for segment in (1, 2):
+        own = segment_ids == segment
+        name = f"synthetic {number}.{segment}"
+        segments.append(Segment(segment, name, "", "", "", int(own.sum()), int(learned[own].sum())))
+    return Row(tokens, segment_ids, learned, tuple(segments))
 
 
 def micro_batches(batch: NumpyBatch, accumulation: int) -> NumpyBatch:

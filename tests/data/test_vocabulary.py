@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from tiny import tiny
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.store import save
+from bimedix_jax.data.pack import Row
 from bimedix_jax.data.records import Record, conversation
 from bimedix_jax.data.tokenizer import byte_tokenizer, load_tokenizer
 from bimedix_jax.data.vocabulary import outside, require_fit, vocab_size_of
@@ -21,6 +23,7 @@ from bimedix_jax.inference.generate import generate
 from bimedix_jax.models.init import init_random
 from bimedix_jax.routing.drift import observe
 from bimedix_jax.routing.load import expert_load
+from bimedix_jax.training.interventions import StepPlans
 from bimedix_jax.training.loop import measure_heldout
 
 CONFIG = tiny(vocab_size=256, num_layers=1, experts=2, top_k=1)
@@ -113,10 +116,12 @@ def test_an_id_that_the_model_lacks_raises_in_every_function(small, tokenizer, r
 def test_heldout_rows_of_a_training_run_are_checked_too(monkeypatch):
     from bimedix_jax.training import loop
 
-    monkeypatch.setattr(loop, "heldout_batches", lambda experiment: [{"tokens_BT": np.array([[256]])}])
-    nothing: dict = dict.fromkeys(("experiment", "evaluate", "state", "frozen", "feed"))
+    row = Row(np.array([256]), np.array([1]), np.array([True]), ())
+    monkeypatch.setattr(loop, "heldout_batches", lambda experiment: [[row]])
+    nothing: Any = None
+    plans, others = StepPlans(nothing, nothing, nothing, nothing, nothing), (nothing,) * 5
     with pytest.raises(BimedixError, match="token id 256 is outside"):
-        measure_heldout(**nothing, vocab_size=256)
+        measure_heldout(*others, vocab_size=256, plans=plans)
 
 
 def test_the_first_id_out_of_range():

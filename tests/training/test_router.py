@@ -12,9 +12,12 @@ from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.load import load
 from bimedix_jax.checkpoint.peft_write import export_peft
 from bimedix_jax.checkpoint.store import load_adapter
+from bimedix_jax.data.encoding import ROLES
+from bimedix_jax.data.pack import Row, Segment
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.inference.generate import generate
+from bimedix_jax.inference.planning import UNKNOWN
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.init import init_random
@@ -23,6 +26,7 @@ from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.plans import read_plan
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import make_mesh
+from bimedix_jax.training.interventions import tokens_of_rows
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
@@ -97,13 +101,17 @@ def test_a_plan_can_have_values_for_each_row(config, batch) -> None:
 
 
 def test_a_plan_is_the_same_on_a_mesh(config, batch) -> None:
-    """A ban, temperatures for each row and position, and noise, which depends on the row and not on the device."""
+    """A ban, other fields for each row and position, and noise, which depends on the row and not on the device."""
     model, data = init_random(config, std=0.4), stacked(batch(8, 12, seed=2), 2)
-    heat = np.random.default_rng(0).uniform(0.5, 2.0, (2, 8, 12))
+    rng = np.random.default_rng(0)
     plan = dataclasses.replace(
         RoutingPlan.noisy(config, 1.0),
         bias_LBTE=RoutingPlan.ban(config, 1).bias_LBTE,
-        temperature_LBT=jnp.asarray(heat, jnp.float32),
+        temperature_LBT=jnp.asarray(rng.uniform(0.5, 2.0, (2, 8, 12)), jnp.float32),
+        deviations_LBTE=jnp.asarray(rng.normal(0, 0.5, (2, 8, 1, 4)), jnp.float32),
+        active_LBT=jnp.asarray(rng.integers(1, 3, (2, 8, 12)), jnp.int32),
+        map_LBTE=jnp.asarray(rng.permuted(np.tile(np.arange(4), (2, 8, 12, 1)), axis=-1), jnp.int32),
+        gain_LBTE=jnp.asarray(rng.uniform(0, 2, (2, 1, 12, 4)), jnp.float32),
     )
     structure, params, frozen = split_params(model)
     expected, sums = jax.jit(make_gradient(structure, RouterTraining(), "none"))(params, frozen, data, None, plan)
@@ -199,6 +207,48 @@ def test_a_run_saves_its_plan_and_resuming_with_another_raises(tmp_path, config,
     with pytest.raises(BimedixError, match="was started with no routing plan"):
         train(run, tmp_path / "free", plan=plan, resume=True)
     train(run, tmp_path / "run", plan=plan, resume=True)
+
+
+def test_a_run_follows_rules_and_resuming_with_others_raises(tmp_path, config, experiment) -> None:
+    """The same as a plan where rules say the same for all tokens; by token, also for noise."""
+    rules = tmp_path / "rules.json"
+
+    def run(name: str, *given: dict, plan: RoutingPlan | None = None, resume: bool = False) -> list[float]:
+        rules.write_text(json.dumps(given))
+        one = experiment(steps=2, checkpoint_every=2, intervene=str(rules) if given else None)
+        train(one, tmp_path / name, plan=plan, resume=resume)
+        return [line["nll"] for line in read_metrics(tmp_path / name)]
+
+    ban = {"op": "ban", "experts": [3]}
+    banned = run("rules", ban)
+    np.testing.assert_allclose(banned, run("plan", plan=RoutingPlan.ban(config, 3)), rtol=1e-6)
+    parts = [{**ban, "where": {"positions": span}} for span in (":3", "3:")]
+    np.testing.assert_allclose(run("parts", *parts), banned, rtol=1e-5)
+    assert json.loads((tmp_path / "rules/config.json").read_text("utf-8"))["intervene"] == str(rules)
+    with pytest.raises(BimedixError, match=r"intervene differs from that of the run .* rules have changed"):
+        run("rules", {**ban, "experts": [2]}, resume=True)
+    for given, message in (
+        ({"op": "shuffle"}, "shuffle needs another pass of a model in every step"),
+        ({"op": "uniform", "where": {"language": "ar"}}, "language, which is not available: packed rows lack it"),
+        ({"op": "ban", "experts": [4]}, "names expert 4"),
+    ):
+        with pytest.raises(BimedixError, match=message):
+            run("wrong", given)
+    with pytest.raises(BimedixError, match="a routing plan and the experiment has intervene; give one of them"):
+        run("wrong", ban, plan=RoutingPlan.ban(config, 3))
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_rules_know_the_records_of_packed_rows() -> None:
+    segments = (Segment(1, "a", "en", "qa", "s", 6, 1), Segment(2, "b", "ar", "chat", "s", 3, 1))
+    ids, learned = np.array([1, 1, 1, 1, 1, 1, 2, 2, 2, 0]), np.array([0, 0, 0, 0, 0, 1, 0, 0, 1, 0], bool)
+    tokens, sources = tokens_of_rows([Row(np.arange(10), ids, learned, segments)])
+    assert tokens.positions_BT.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, -1]]
+    assert tokens.items_BT[0, :9].tolist() == [0] * 6 + [1] * 3
+    assert [(source.id, source.language, source.kind) for source in sources] == [("a", "en", "qa"), ("b", "ar", "chat")]
+    roles = [source.roles.tolist() for source in sources if source.roles is not None]
+    first, answer = ROLES.index("first"), ROLES.index("answer")
+    assert roles == [[first] * 4 + [UNKNOWN, answer], [first] * 3]
 
 
 def test_a_plan_that_does_not_fit_raises(tmp_path, config, experiment) -> None:
