@@ -1,19 +1,37 @@
 """Mirrors metrics.jsonl to Weights & Biases: numbers and the configuration, but no text, code or machine data.
 
-A resumed run is a new wandb run in the same group, since resuming an offline run would give overlapping steps.
+A run has one id, made from its folder, so that the mirror can be lost and made again. A run that resumes continues its
+curve: offline the earlier lines are written again into a new local file, which replaces the old one; online the
+server keeps them.
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.experiment import Experiment
+from bimedix_jax.experiment import Experiment, flatten
+from bimedix_jax.training.metrics import METRICS, read_metrics
+
+LABELS = "arm.json"
+"""Beside the folder of a run that belongs to a sweep: its study, size, arm and identity (sweeps/folder.py)."""
+RUN, CONFIG = "run.json", "config.json"
 
 
 class Mirror:
     """Logs each line of metrics.jsonl. It does nothing in mode "disabled" or without an experiment.
+
+    Args:
+      step: the step that the run resumes from, 0 for a new run.
 
     Raises:
       BimedixError: wandb is enabled and cannot start.
@@ -21,8 +39,19 @@ class Mirror:
 
     def __init__(self, experiment: Experiment | None, folder: Path, step: int):
         self.run = None
-        if experiment is not None and experiment.tracking.mode != "disabled":
-            self.run = start(experiment, folder, step)
+        if experiment is None or experiment.tracking.mode == "disabled":
+            return
+        offline = experiment.tracking.mode == "offline"
+        identity = run_id(folder)
+        before = local_files(folder, identity) if offline else []
+        while any(time.strftime("%Y%m%d_%H%M%S") in old.name for old in before):
+            time.sleep(0.05)  # the new files would have the same name
+        self.run = start(experiment, folder, identity, folder, resume=step > 0 and not offline)
+        if offline and step and (folder / METRICS).is_file():
+            for line in read_metrics(folder):
+                self.write(line)
+        for old in before:
+            shutil.rmtree(old, ignore_errors=True)
 
     def write(self, line: dict[str, Any]) -> None:
         if self.run is not None:
@@ -38,7 +67,50 @@ class Mirror:
             self.run.finish(exit_code=0 if kind is None else 1)
 
 
-def start(experiment: Experiment, folder: Path, step: int) -> Any:
+def run_id(folder: Path) -> str:
+    """The id of a run in Weights & Biases: a hash of its experiment or identity, and of the time of its first start.
+
+    A copy of the folder has the same id. An agent of a W&B sweep chooses the id itself.
+    """
+    if os.environ.get("WANDB_SWEEP_ID") and (chosen := os.environ.get("WANDB_RUN_ID")):
+        return chosen
+    starts = files.peek_json(folder / RUN).get("starts") or [{}]
+    what = files.peek_json(folder.parent / LABELS).get("identity")
+    if what is None and (folder / CONFIG).is_file():
+        what = (folder / CONFIG).read_text("utf-8")
+    return hashlib.sha256(f"{what}\n{starts[0].get('time')}".encode()).hexdigest()[:16]
+
+
+def local_files(folder: Path, identity: str) -> list[Path]:
+    """The offline files of a run in its folder."""
+    return sorted((folder / "wandb").glob(f"offline-run-*-{identity}"))
+
+
+def labels(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Name, group, tags and configuration of a run, as arguments of `wandb.init`.
+
+    The group is the part of the experiment's name before the last slash: arms and seeds of a study share it. The
+    configuration is flat, so that a table of runs can be sorted by what differs between arms.
+    """
+    group, _, _ = experiment.name.rpartition("/")
+    sweep = files.peek_json(folder.parent / LABELS)
+    own = {key: sweep[key] for key in ("study", "size", "arm", "identity") if isinstance(sweep.get(key), str)}
+    config = {key.replace(".", "/"): plain(value) for key, value in flatten(experiment.to_dict()).items()}
+    return {
+        "name": f"{experiment.name} seed {experiment.seed}",
+        "group": group or experiment.name,
+        "tags": [*([own["size"]] if "size" in own else []), *experiment.router.languages],
+        "config": config | own,
+    }
+
+
+def plain(value: Any) -> Any:
+    """A value of the configuration that a table can sort: a list as one text."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def start(experiment: Experiment, folder: Path, identity: str, place: Path, resume: bool = False) -> Any:
+    """Starts the run in wandb, with local files in `place`. Without `resume`, one of the same id is replaced."""
     tracking = experiment.tracking
     remedy = 'set tracking.mode to "offline" or "disabled"'
     try:
@@ -61,17 +133,53 @@ def start(experiment: Experiment, folder: Path, step: int) -> Any:
     try:
         return wandb.init(
             project=tracking.project,
-            name=experiment.name if step == 0 else f"{experiment.name} from step {step}",
-            group=experiment.name,
-            dir=str(folder),
+            id=identity,
+            resume="allow" if resume else None,
+            dir=str(place),
             mode=tracking.mode,
-            config=experiment.to_dict(),
             settings=settings,
+            **labels(experiment, folder),
         )
     except (wandb.Error, OSError) as error:
         raise BimedixError(
             f"wandb cannot start in mode {tracking.mode} ({error}); log in with `wandb login`, or {remedy}."
         ) from error
+
+
+@contextlib.contextmanager
+def rebuilt(experiment: Experiment, folder: Path, mode: Literal["offline", "online"]) -> Iterator[Any]:
+    """The run in wandb, made again from metrics.jsonl; what the block logs is added. It replaces an earlier mirror.
+
+    Offline, the new local files replace the old ones when they are complete.
+    """
+    tracking = dataclasses.replace(experiment.tracking, mode=mode)
+    experiment, identity = dataclasses.replace(experiment, tracking=tracking), run_id(folder)
+    before = local_files(folder, identity)
+    with contextlib.ExitStack() as stack:
+        place = folder
+        if mode == "offline":
+            place = folder / ".wandb-rebuilt.partial"  # a second run of one second and id would have the same name
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            stack.callback(shutil.rmtree, place, ignore_errors=True)
+        run = start(experiment, folder, identity, place)
+        try:
+            for line in read_metrics(folder):
+                run.log(flat_numbers(line), step=line["step"])
+            yield run
+        except BaseException:
+            run.finish(exit_code=1)
+            raise
+        run.finish(exit_code=0)
+        if mode == "offline":
+            for old in before:
+                shutil.rmtree(old)
+            (folder / "wandb").mkdir(exist_ok=True)
+            for new in local_files(place, identity):
+                new.rename(folder / "wandb" / new.name)
+            for link in (folder / "wandb").iterdir():
+                if not link.exists():  # it led to the old files
+                    link.unlink()
 
 
 def flat_numbers(line: dict[str, Any]) -> dict[str, float]:

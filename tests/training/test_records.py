@@ -12,7 +12,7 @@ from bimedix_jax.training.metadata import fingerprint
 from bimedix_jax.training.metrics import METRICS, MetricsLog, plain, read_metrics, rewind
 from bimedix_jax.training.progress import duration
 from bimedix_jax.training.rows import micro_batches, synthetic
-from bimedix_jax.training.tracking import Mirror, flat_numbers
+from bimedix_jax.training.tracking import Mirror, flat_numbers, labels, run_id
 
 
 def test_rewinding_twice_keeps_both_copies(tmp_path):
@@ -57,8 +57,8 @@ def test_the_mirror_receives_numbers_only(monkeypatch, experiment, tmp_path):
         mirror.write({"step": 8, "loss": 2.0, "load_entropy": [0.5, 1.0]})
     assert seen[8] == {"loss": 2.0, "load_entropy/mean": 0.75, "load_entropy/min": 0.5, "load_entropy/max": 1.0}
     assert seen["exit"] == 0
-    assert seen["options"]["config"] == run.to_dict()
-    assert seen["options"]["name"] == "tiny from step 7"
+    assert seen["options"]["config"] == labels(run, tmp_path)["config"]
+    assert seen["options"]["id"] == run_id(tmp_path)
     settings = seen["options"]["settings"]
     assert settings.console == "off"
     assert not settings.save_code
