@@ -62,6 +62,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval run": ("measure held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
     "chat": ("chat with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
+    "sweep run": (
+        "run the arms and seeds of a study; what is finished never runs again",
+        "bimedix_jax.commands.sweep_run",
+    ),
+    "sweep report": (
+        "tables of a sweep: differences with intervals, curves, compute",
+        "bimedix_jax.commands.sweep_report",
+    ),
+    "track upload": (
+        "make the runs of a folder again in Weights & Biases",
+        "bimedix_jax.commands.track_upload",
+    ),
     "plan": ("estimate memory, FLOPs and time of a run on hardware that you do not have", "bimedix_jax.commands.plan"),
     "bench moe": (
         "measure the speed of the experts' matrix products on this machine",
@@ -76,6 +88,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bimedix_jax.commands.bench_decode",
     ),
 }
+
+SHORT = {"sweep": "sweep run"}
+"""Group -> the command that is meant where no command of the group is named."""
 
 REPEATING = frozenset({"train", "quickstart"})
 """Commands that allocate the same large buffers in every step, and so keep freed memory (startup.reuse_memory)."""
@@ -254,6 +269,8 @@ def _find_command(words: list[str]) -> tuple[str, list[str]]:
     group, rest = (words[0], words[1:]) if is_group else ("", words)
     if not rest or rest[0] in ("-h", "--help"):
         return group, rest[:1]
+    if group in SHORT:
+        return SHORT[group], rest
     raise _unknown(group, rest[0])
 
 

@@ -73,6 +73,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.evals import comparison, tasks
+    from bimedix_jax.evals.heldout import heldout_records
     from bimedix_jax.files import check_file
     from bimedix_jax.routing.interventions import report, rules_of
 
@@ -174,20 +175,6 @@ def setting(config: Config, tokenizer: "Tokenizer", records: "list[Record]", que
         "max_length": config.max_length,
         "records": digests | ({"heldout": digest(records)} if records else {}),
     }
-
-
-def heldout_records(source: str, limit: int | None) -> "list[Record]":
-    """The held-out records of `sample` or of a JSONL file; records without a split count as held out."""
-    from bimedix_jax.data import records
-
-    found = records.sample() if source == "sample" else records.read_jsonl(source)
-    kept = [record for record in found if record.split != "train"]
-    if not kept:
-        raise BimedixError(f"{source} has no held-out record; name a file that does")
-    if limit is None or limit >= len(kept):
-        return kept
-    # spread, because files are sorted by source and kind
-    return [kept[i * len(kept) // limit] for i in range(limit)]
 
 
 def evaluate_records(

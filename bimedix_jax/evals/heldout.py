@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bimedix_jax.data.encoding import encode_chat
-from bimedix_jax.data.records import Record
+from bimedix_jax.data.records import Record, read_jsonl, sample
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.planning import AnyPlan, Planner, of_sequences, source_of
@@ -60,6 +60,22 @@ class HeldoutLoss:
         """The result for JSON, without the routing record."""
         fields = [field.name for field in dataclasses.fields(self) if field.name != "routing"]
         return {name: getattr(self, name) for name in fields}
+
+
+def heldout_records(source: str, limit: int | None) -> list[Record]:
+    """The held-out records of `sample` or of a JSONL file; records without a split count as held out.
+
+    Raises:
+      BimedixError: there is none.
+    """
+    found = sample() if source == "sample" else read_jsonl(source)
+    kept = [record for record in found if record.split != "train"]
+    if not kept:
+        raise BimedixError(f"{source} has no held-out record; name a file that does")
+    if limit is None or limit >= len(kept):
+        return kept
+    # spread, because files are sorted by source and kind
+    return [kept[i * len(kept) // limit] for i in range(limit)]
 
 
 def groups_of(record: Record) -> tuple[str, str]:

@@ -8,10 +8,10 @@ from rich.console import Console
 
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
-from bimedix_jax.commands.eval_run import heldout_records, predictions_path, write_predictions
+from bimedix_jax.commands.eval_run import predictions_path, write_predictions
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals import tables, tasks
-from bimedix_jax.evals.heldout import heldout_loss
+from bimedix_jax.evals.heldout import heldout_loss, heldout_records
 from bimedix_jax.evals.multiple_choice import multiple_choice
 
 SUBJECTS = [name.removeprefix("mmlu_") for name in tasks.TASKS if name.startswith("mmlu_")]

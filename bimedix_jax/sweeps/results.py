@@ -1,0 +1,110 @@
+"""The metrics of finished runs, from metrics.jsonl and evaluation.json: one number for each metric and group."""
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bimedix_jax import files
+from bimedix_jax.sweeps.folder import CRASH, EVALUATION, TRAINING, is_finished
+from bimedix_jax.sweeps.study import LOGGED
+
+ALL = "all"
+"""The group of all records."""
+LAST = 10
+"""The last tenth of the steps gives the metrics of training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run of a study.
+
+    Attributes:
+      metrics: value by metric; a group follows after a slash, as nats_per_token/en.
+      records: of evaluation.json.
+      curve: (step, training loss) in the order of the steps.
+      seconds: wall time of the steps. It is never a part of the results.
+    """
+
+    arm: str
+    seed: int
+    identity: str
+    folder: Path
+    state: str
+    reason: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    records: Sequence[Mapping[str, Any]] = ()
+    curve: Sequence[tuple[int, float]] = ()
+    cost: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def read_results(folder: Path, study: Mapping[str, Any]) -> list[Result]:
+    """The runs of study.json in its folder, finished or not."""
+    return [read_result(folder / run["folder"], run) for run in study["runs"]]
+
+
+def read_result(folder: Path, run: Mapping[str, Any]) -> Result:
+    own = (run["arm"], run["seed"], run["identity"], folder)
+    lines = read_lines(folder / TRAINING / "metrics.jsonl")
+    seconds = math.fsum(line.get("seconds", 0.0) for line in lines)
+    if not is_finished(folder):
+        crash = files.peek_json(folder / CRASH)
+        state = "crashed" if crash else "unfinished" if lines else "waiting"
+        return Result(*own, state, crash.get("reason"), seconds=seconds)
+    evaluation = files.peek_json(folder / EVALUATION)
+    records = evaluation.get("records", ())
+    metrics = logged(lines)
+    for group, row in by_group(records).items():
+        suffix = "" if group == ALL else f"/{group}"
+        metrics |= {f"{name}{suffix}": row[name] for name in ("nats_per_token", "bits_per_byte")}
+    cost = {name: evaluation[name] for name in ("trainable_parameters", "tokens", "training_flops")}
+    curve = [(line["step"], line["nll"]) for line in lines]
+    return Result(*own, "finished", metrics=metrics, records=records, curve=curve, cost=cost, seconds=seconds)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without an incomplete last line; empty where there is none."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def logged(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The metrics of training: means over the last tenth of the steps that have them, and over layers."""
+    found: dict[str, float] = {}
+    for name in LOGGED:
+        values = [value for line in lines if (value := mean_of(line, name)) is not None]
+        if values:
+            last = values[-max(1, len(values) // LAST) :]
+            found[name] = math.fsum(last) / len(last)
+    return found
+
+
+def mean_of(line: Mapping[str, Any], name: str) -> float | None:
+    """A metric of a line; of one by layer, the mean."""
+    value = line.get(name)
+    if isinstance(value, list):
+        return math.fsum(value) / len(value)
+    return value
+
+
+def by_group(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Loss of all records, by language, and by language and kind."""
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
+    for record in records:
+        language = record["language"]
+        for group in (ALL, language, f"{language}/{record['kind']}"):
+            for place, value in enumerate((record["nats"], record["tokens"], record["bytes"], 1)):
+                sums[group][place] += value
+    return {
+        group: {
+            "nats_per_token": nats / tokens,
+            "bits_per_byte": nats / math.log(2) / size,
+            "tokens": int(tokens),
+            "records": int(count),
+        }
+        for group, (nats, tokens, size, count) in sorted(sums.items(), key=lambda item: (item[0] != ALL, item[0]))
+    }
