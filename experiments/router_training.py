@@ -51,7 +51,7 @@ SIZES = {
         minutes=0.5,
         inputs=Inputs(dense=TINY),
         heldout="sample",
-        limit=12,
+        limit=6,
     ),
     "lab": Size(minutes=15, inputs=Inputs(dense="smollm2-135m"), heldout="sample"),
     "full": Size(changes=delta(quickstart(), bimedix_mixtral_8x7b()), heldout="sample"),

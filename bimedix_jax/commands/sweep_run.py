@@ -61,7 +61,6 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the study. Raises BimedixError, with the result as its document, if a run is not finished."""
     from bimedix_jax.process.terminal import Screen
     from bimedix_jax.sweeps import sweep
-    from bimedix_jax.sweeps.report import write_report
 
     plan = plan_of(config)
     if config.dry_run:
@@ -73,13 +72,16 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.slurm or config.wandb_sweep:
         return write_grids(config, plan, wanted, console)
     elsewhere = sweep.run_all(plan, wanted, config.jobs, config.retry, progress)
+    from bimedix_jax.sweeps.page import document
+    from bimedix_jax.sweeps.report import write_report  # after the runs, since it imports libraries for a second
+
     tables = write_report(plan.out)
     table = next(one for one in tables if (one.study, one.size) == (plan.study.name, plan.name))
-    document = sweep.document(plan, table, elsewhere)
+    result = document(table, plan.out, elsewhere)
     show(table, plan.out, console)
     if problem := sweep.unfinished(wanted, elsewhere):
-        raise BimedixError(problem, document=document)
-    return document
+        raise BimedixError(problem, document=result)
+    return result
 
 
 def plan_of(config: Config) -> "Plan":
@@ -99,14 +101,14 @@ def plan_of(config: Config) -> "Plan":
     unknown = [arm for arm in arms if arm not in study.arms]
     if unknown:
         raise BimedixError(f"{config.study} has no arm {', '.join(unknown)}; the arms are {', '.join(study.arms)}.")
-    changes = {"model.path": config.model, "data.path": config.data, "tracking.mode": config.wandb}
+    changes = {"model.path": located(config.model), "data.path": located(config.data), "tracking.mode": config.wandb}
     given = {name: value for name, value in changes.items() if value is not None}
     return Plan(
         study=study,
         name=config.size,
         size=dataclasses.replace(
             size,
-            heldout=config.heldout or size.heldout,
+            heldout=located(config.heldout) or size.heldout,
             inputs=None if config.model and config.data else size.inputs,
         ),
         out=config.out or Path("runs") / study.name,
@@ -114,6 +116,11 @@ def plan_of(config: Config) -> "Plan":
         arms=tuple(dict.fromkeys(arms)),
         seeds=study.seeds_of(size, config.seeds) if config.seed is None else (config.seed,),
     )
+
+
+def located(name: str | None) -> str | None:
+    """A path that exists as an absolute one, since runs may start elsewhere; a hub id or `sample` is unchanged."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 def dry_run(plan: "Plan", jobs: int, console: Console) -> dict[str, Any]:
@@ -136,10 +143,10 @@ def write_grids(config: Config, plan: "Plan", wanted: "list[Run]", console: Cons
     from bimedix_jax.sweeps import grids
 
     words = ["--size", plan.name, "--out", str(plan.out.resolve())]
-    places = {"model": config.model, "data": config.data, "heldout": config.heldout, "wandb": config.wandb}
-    for name, value in places.items():
+    given = {"model": config.model, "data": config.data, "heldout": config.heldout, "wandb": config.wandb}
+    for name, value in given.items():
         if value is not None:
-            words += [f"--{name}", str(Path(value).resolve()) if Path(value).exists() else value]
+            words += [f"--{name}", located(value) or ""]
     document: dict[str, Any] = {"study": plan.study.name, "size": plan.name, "runs": len(wanted)}
     if config.slurm:
         script = grids.write_slurm(plan.folder, wanted, config.study, words)

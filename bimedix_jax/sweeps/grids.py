@@ -36,8 +36,16 @@ read -r arm seed <<<"${{runs[SLURM_ARRAY_TASK_ID]}}"
 cd {here}
 # SLURM warns 120 s before the time limit; the run then saves a checkpoint
 {command} --only "$arm" --seed "$seed" &
-trap 'kill -TERM %1' TERM
-wait %1 || {{ code=$?; wait %1 || exit "$code"; }}
+run=$!
+trap 'kill -TERM "$run"' TERM
+code=0
+wait "$run" || code=$?
+# the signal ends the first wait, while the run still saves
+if ((code > 128)) && kill -0 "$run" 2>/dev/null; then
+    code=0
+    wait "$run" || code=$?
+fi
+exit "$code"
 """
 
 

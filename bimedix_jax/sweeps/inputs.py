@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def prepare(inputs: Inputs, folder: Path, sequence_length: int, command: Callabl
     if not inputs.commands(folder, sequence_length):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with held(folder, waiting):
         if inputs.dense == TINY and not (folder / "dense").is_dir():
             from bimedix_jax.quickstart.tiny import tiny_dense
 
@@ -82,14 +82,18 @@ def prepare(inputs: Inputs, folder: Path, sequence_length: int, command: Callabl
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Any:
+def held(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """The folder's lock, after waiting for another process that holds it."""
+    told = False
     with contextlib.ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(folders.one_writer(folder, "makes the inputs"))
                 break
             except BimedixError:
+                if not told:
+                    waiting()
+                told = True
                 time.sleep(WAIT_SECONDS)
         yield
 
@@ -105,7 +109,7 @@ class Fingerprints:
     store: Path
 
     def __post_init__(self) -> None:
-        self._known = files.peek_json(self.store)
+        self._known, self._changed = files.peek_json(self.store), False
 
     def of_file(self, path: Path) -> str:
         status = path.stat()
@@ -132,7 +136,7 @@ class Fingerprints:
         return combined({name: value["sha256"] for name, value in manifest["files"].items()})
 
     def save(self) -> None:
-        if self.__dict__.pop("_changed", False):
+        if self._changed:
             files.write_text(self.store, json.dumps(self._known, indent=2, sort_keys=True) + "\n")
 
 

@@ -1,9 +1,11 @@
 """The results of a study for a terminal and for JSON."""
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from bimedix_jax.process.terminal import FittedTable
-from bimedix_jax.sweeps.report import described, shown
+from bimedix_jax.sweeps.report import CSV, HTML, MARKDOWN, described, shown
 from bimedix_jax.sweeps.table import StudyTable
 
 
@@ -41,3 +43,16 @@ def rows_of(table: StudyTable) -> list[dict[str, Any]]:
         }
         for result in table.results
     ]
+
+
+def document(table: StudyTable, out: Path, elsewhere: Collection[str] = ()) -> dict[str, Any]:
+    """The result of a sweep for JSON. `elsewhere` has the identities of runs that another process is running."""
+    rows = [row | ({"state": "elsewhere"} if row["identity"] in elsewhere else {}) for row in rows_of(table)]
+    return {
+        "study": table.study,
+        "size": table.size,
+        "folder": str(out),
+        "report": [str(out / name) for name in (MARKDOWN, CSV, HTML)],
+        "rows": rows,
+        "primary": table.primary.to_dict(),
+    }

@@ -145,7 +145,7 @@ def run_jobs(
                 if stopping() and not told:
                     told, waiting = True, []
                     for one in active:
-                        send(one, signal.SIGTERM)
+                        one.process.terminate()  # alone: it ends what it has started after it has saved
                 while waiting and free:
                     job = waiting.pop(0)
                     started(job)

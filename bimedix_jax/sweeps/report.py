@@ -21,7 +21,7 @@ from bimedix_jax.sweeps.picture import draw_curves
 from bimedix_jax.sweeps.results import read_results
 from bimedix_jax.sweeps.statistics import Difference
 from bimedix_jax.sweeps.study import EVALUATED, LOGGED
-from bimedix_jax.sweeps.table import StudyTable, adjusted, tabulate
+from bimedix_jax.sweeps.table import StudyTable, adjusted, plural, tabulate
 
 MARKDOWN, CSV, HTML, TIMINGS, TIMINGS_CSV = "report.md", "report.csv", "report.html", "timings.md", "timings.csv"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -141,7 +141,7 @@ def primary_sentence(table: StudyTable) -> str:
         return f"{declared} No seed of both arms is finished."
     difference = primary.comparison.difference
     outcome = "as expected" if math.copysign(1, difference.mean) == primary.sign else "not as expected"
-    found = f"{shown(difference)} over {difference.seeds} seeds, {outcome}; p = {primary.p:.4f}"
+    found = f"{shown(difference)} over {plural(difference.seeds)}, {outcome}; p = {primary.p:.4f}"
     if primary.p_holm is not None:
         found += f", with Holm {primary.p_holm:.4f}"
     note = primary.note()

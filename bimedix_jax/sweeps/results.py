@@ -10,7 +10,7 @@ from typing import Any
 
 from bimedix_jax import files
 from bimedix_jax.sweeps.folder import CRASH, EVALUATION, TRAINING, is_finished
-from bimedix_jax.sweeps.study import LOGGED
+from bimedix_jax.sweeps.study import EVALUATED, LOGGED
 
 ALL = "all"
 """The group of all records."""
@@ -57,10 +57,10 @@ def read_result(folder: Path, run: Mapping[str, Any]) -> Result:
         return Result(*own, state, crash.get("reason"), seconds=seconds)
     evaluation = files.peek_json(folder / EVALUATION)
     records = evaluation.get("records", ())
-    metrics = logged(lines)
-    for group, row in by_group(records).items():
-        suffix = "" if group == ALL else f"/{group}"
-        metrics |= {f"{name}{suffix}": row[name] for name in ("nats_per_token", "bits_per_byte")}
+    groups = by_group(records)
+    metrics = {
+        name if group == ALL else f"{name}/{group}": row[name] for name in EVALUATED for group, row in groups.items()
+    } | logged(lines)
     cost = {name: evaluation[name] for name in ("trainable_parameters", "tokens", "training_flops")}
     curve = [(line["step"], line["nll"]) for line in lines]
     return Result(*own, "finished", metrics=metrics, records=records, curve=curve, cost=cost, seconds=seconds)

@@ -20,11 +20,8 @@ from bimedix_jax.sweeps import folder as place
 from bimedix_jax.sweeps import inputs
 from bimedix_jax.sweeps.folder import Run, log_incident, run_of, study_folder, write_json, write_study
 from bimedix_jax.sweeps.inputs import Fingerprints
-from bimedix_jax.sweeps.page import rows_of
 from bimedix_jax.sweeps.queue import BUSY, Job, machine, reason_of, run_jobs, shares
-from bimedix_jax.sweeps.report import CSV, HTML, MARKDOWN
 from bimedix_jax.sweeps.study import Size, Study
-from bimedix_jax.sweeps.table import StudyTable
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 
 WORKER = (sys.executable, "-m", "bimedix_jax.sweeps.worker")
@@ -110,7 +107,10 @@ def prepare_inputs(plan: Plan, console: Console) -> None:
                 if code:
                     raise BimedixError(f"the inputs cannot be made: {reason_of(log, code)} (all output is in {log})")
 
-    inputs.prepare(plan.size.inputs, plan.inputs_folder, plan.length, command)
+    def waiting() -> None:
+        console.print(f"another process makes the inputs in {plan.inputs_folder}; waiting for it", highlight=False)
+
+    inputs.prepare(plan.size.inputs, plan.inputs_folder, plan.length, command, waiting)
 
 
 def environment(plan: Plan) -> dict[str, str]:
@@ -165,7 +165,8 @@ def settle(run: Run, code: int, seconds: float, stopped: bool) -> str:
     """Writes down how a run ended. Returns it for a message."""
     if run.state() == "finished":
         log_incident(run, "finish", seconds=round(seconds, 1))
-        return f"finished in {seconds:.0f} s"
+        problem = reason_of(run.folder / place.LOG, code) if code else None
+        return f"finished in {seconds:.0f} s" + (f", but then: {problem}" if problem else "")
     if code == BUSY:
         log_incident(run, "elsewhere")
         return "another process is running it"
@@ -222,19 +223,6 @@ def dry_rows(plan: Plan) -> list[dict[str, Any]]:
                 {"arm": arm, "seed": seed, "state": state, "identity": identity, "experiment": experiment.to_dict()}
             )
     return rows
-
-
-def document(plan: Plan, table: StudyTable, elsewhere: set[str]) -> dict[str, Any]:
-    """The result for JSON."""
-    rows = [row | ({"state": "elsewhere"} if row["identity"] in elsewhere else {}) for row in rows_of(table)]
-    return {
-        "study": table.study,
-        "size": table.size,
-        "folder": str(plan.out),
-        "report": [str(plan.out / name) for name in (MARKDOWN, CSV, HTML)],
-        "rows": rows,
-        "primary": table.primary.to_dict(),
-    }
 
 
 def unfinished(runs: Sequence[Run], elsewhere: set[str]) -> str | None:

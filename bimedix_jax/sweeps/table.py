@@ -59,10 +59,7 @@ class Primary:
         if seeds >= FEWEST_SEEDS:
             return None
         least = 2.0 ** (1 - seeds) if seeds > 1 else 1.0
-        return (
-            f"{seeds} seeds: the smallest p that they can give is {least:.3g}; {FEWEST_SEEDS} are the least that "
-            "reach 0.05"
-        )
+        return f"The smallest p of {plural(seeds)} is {least:.3g}; {FEWEST_SEEDS} seeds are the least that reach 0.05"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +88,26 @@ class StudyTable:
         return [result for result in self.results if result.state != "finished"]
 
 
+def plural(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
 def tabulate(study: Mapping[str, Any], results: Sequence[Result]) -> StudyTable:
     """The figures of a study from study.json and its runs."""
     ordered = sorted(results, key=lambda result: (study["arms"].index(result.arm), result.seed))
     finished = [result for result in ordered if result.state == "finished"]
     metrics = list(dict.fromkeys(name for result in finished for name in result.metrics))
     baseline = study["primary"]["baseline"]
+    arms = [arm for arm in study["arms"] if any(result.arm == arm for result in results)]
     values = {
         metric: {
             arm: (math.fsum(found) / len(found), len(found))
-            for arm in study["arms"]
+            for arm in arms
             if (found := [r.metrics[metric] for r in finished if r.arm == arm and metric in r.metrics])
         }
         for metric in metrics
     }
-    others = [arm for arm in study["arms"] if arm != baseline]
+    others = [arm for arm in arms if arm != baseline]
     comparisons = {
         metric: [found for arm in others if (found := compare(finished, metric, arm, baseline)) is not None]
         for metric in metrics
@@ -115,7 +117,7 @@ def tabulate(study: Mapping[str, Any], results: Sequence[Result]) -> StudyTable:
         study["study"],
         study["size"],
         study["question"],
-        list(study["arms"]),
+        arms,
         metrics,
         primary,
         values,

@@ -33,7 +33,7 @@ def test_interval_covers_at_its_level():
     draws = np.random.default_rng(0)
     inside = 0
     for _ in range(2000):
-        found = paired(draws.normal(0.7, 2.0, 5))
+        found = paired(draws.normal(0.7, 2.0, 5).tolist())
         assert found.low is not None
         assert found.high is not None
         inside += found.low <= 0.7 <= found.high

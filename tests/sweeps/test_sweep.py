@@ -45,7 +45,7 @@ def test_what_is_finished_never_runs_again(study, stub, tmp_path, capsys):
     assert done["rows"][0]["nats_per_token/ar"] == pytest.approx(done["rows"][0]["nats_per_token/en"] + 0.1)
     assert done["primary"]["difference"] == pytest.approx(-0.2, abs=0.02)
     assert done["primary"]["p"] == 0.5
-    assert "6 are the least that reach 0.05" in done["primary"]["note"]
+    assert "6 seeds are the least that reach 0.05" in done["primary"]["note"]
     before = report(out)
     code, again = sweep(study, out, capsys=capsys)
     assert again["rows"] == done["rows"]
