@@ -61,6 +61,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the study. Raises BimedixError, with the result as its document, if a run is not finished."""
     from bimedix_jax.process.terminal import Screen
     from bimedix_jax.sweeps import sweep
+    from bimedix_jax.sweeps.page import document  # before the runs, which may take a day and outlive an update
+    from bimedix_jax.sweeps.report import write_report
 
     plan = plan_of(config)
     if config.dry_run:
@@ -72,9 +74,6 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.slurm or config.wandb_sweep:
         return write_grids(config, plan, wanted, console)
     elsewhere = sweep.run_all(plan, wanted, config.jobs, config.retry, progress)
-    from bimedix_jax.sweeps.page import document
-    from bimedix_jax.sweeps.report import write_report  # after the runs, since it imports libraries for a second
-
     tables = write_report(plan.out)
     table = next(one for one in tables if (one.study, one.size) == (plan.study.name, plan.name))
     result = document(table, plan.out, elsewhere)

@@ -29,7 +29,7 @@ def test_every_study_of_the_project_has_three_sizes_and_enough_seeds(file):
 
 def test_a_study_imports_no_jax(study):
     """The process that starts the runs must not take the devices."""
-    code = f"import sys; from bimedix_jax.sweeps import sweep, study; study.load_study({str(study)!r}); "
+    code = f"import sys; from bimedix_jax.sweeps import page, sweep, study; study.load_study({str(study)!r}); "
     code += "sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
