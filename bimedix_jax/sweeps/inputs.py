@@ -63,11 +63,18 @@ class Inputs:
         return found
 
 
-def prepare(inputs: Inputs, folder: Path, sequence_length: int, command: Callable[[Sequence[str], Path], None]) -> None:
+def prepare(
+    inputs: Inputs,
+    folder: Path,
+    sequence_length: int,
+    command: Callable[[Sequence[str], Path], None],
+    waiting: Callable[[], None] = lambda: None,
+) -> None:
     """Makes what is missing. Of several processes one makes it, and the others wait.
 
     Args:
       command: runs the words of a command, with its output in a log file; raises BimedixError if it fails.
+      waiting: is called once if this process has to wait.
     """
     if not inputs.commands(folder, sequence_length):
         return

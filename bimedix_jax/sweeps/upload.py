@@ -69,7 +69,7 @@ def add_results(run: Any, lines: Sequence[dict[str, Any]], evaluation: dict[str,
     found: dict[str, Any] = {"load": wandb.Image(str(draw_load(lines, scratch / "load.png")))}
     groups = by_group(evaluation.get("records", ()))
     if groups:
-        columns = ["group", *next(iter(groups.values()))]
+        columns: list[str | int] = ["group", *next(iter(groups.values()))]
         found["evaluation"] = wandb.Table(columns=columns, data=[[name, *row.values()] for name, row in groups.items()])
     run.log(found, step=last)
     for name, row in groups.items():

@@ -33,7 +33,7 @@ def records(path: Path) -> list[Any]:
         assert checksum == zlib.crc32(part, zlib.crc32(bytes([kind])))
         parts, place = parts + part, place + HEADER + length
         if kind in (1, 4):  # full, or the last part
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
             record.ParseFromString(parts)
             found.append(record)
             parts = b""
