@@ -1,7 +1,7 @@
 """What an analysis of routes says: questions with their cells and layers, claims with their level, and refusals.
 
-These classes are `claims.json`: `Analysis.to_dict()` has its keys and order. What was not recorded or cannot be computed
-is None. Lists of layers and experts use the numbers of the recording.
+These classes are `claims.json`: `Analysis.to_dict()` has its keys. What was not recorded or cannot be computed is None.
+Layers and experts have the numbers of the recording.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What an analysis of routes reads: arrays by record, layer and expert, and the routes of single tokens.
 
-Letters: R records, N tokens, L layers, E experts, K experts of a token, M random routers. A recorder or an importer fills
-`Tables`; `count_routes` makes the sums by record from the routes of the tokens. Template tokens and first positions
-belong into an analysis of their own: leave them out of the arrays.
+Letters: R records, N tokens, L layers, E experts, K experts of a token, M random routers. A recorder or an importer
+fills `Tables`; `count_routes` sums the routes of the tokens by record. Template tokens and first positions belong in an
+analysis of their own: leave them out of the arrays.
 """
 
 import dataclasses
