@@ -8,9 +8,9 @@ Letters: U units (clusters, or some together), T token ids, E experts, B flips, 
 """
 
 import numpy as np
-from scipy import sparse
 
 from bimedix_jax.routing.information import TokenRows
+from bimedix_jax.routing.sums import SparseMatrix, dense, summing
 
 MOST_UNITS = 100
 """More clusters are merged into so many units, half of them of each group."""
@@ -52,15 +52,13 @@ class SquaredDifferences:
         """[U, T]: sums by unit and id."""
         return np.bincount(self.cell_P, value_P, self.units * len(self.total_T)).reshape(self.units, -1)
 
-    def layer(self, share_PE: sparse.csr_array) -> tuple[np.ndarray, np.ndarray]:
+    def layer(self, share_PE: SparseMatrix) -> tuple[np.ndarray, np.ndarray]:
         """The statistic [E] and its values under flips [B, E], studentised and 0 where they are negative."""
         own_PE = share_PE[self.index_P]
-        rows, ids = len(self.index_P), len(self.total_T)
-        by_id = sparse.coo_array((self.weight_P, (self.id_P, np.arange(rows))), (ids, rows)).tocsr()
-        mean_TE = (by_id @ own_PE).toarray() / self.total_T[:, None]
-        shape = (self.units * ids, rows)
-        by_cell = sparse.coo_array((self.contrast_P, (self.cell_P, np.arange(rows))), shape).tocsr()
-        score_UTE = (by_cell @ own_PE).toarray().reshape(self.units, ids, -1)
+        ids = len(self.total_T)
+        mean_TE = dense(summing(self.id_P, ids, self.weight_P) @ own_PE) / self.total_T[:, None]
+        by_cell = summing(self.cell_P, self.units * ids, self.contrast_P)
+        score_UTE = dense(by_cell @ own_PE).reshape(self.units, ids, -1)
         score_UTE -= self._summed(self.contrast_P)[:, :, None] * mean_TE
         scaled_EUT = np.moveaxis(score_UTE * self.scale_UT[:, :, None], 2, 0)
         weighted_EUT = scaled_EUT * self.inverse_T

@@ -13,9 +13,9 @@ import dataclasses
 import numpy as np
 from scipy.special import ndtr
 
-MIXING = 20
+MIXING = 10
 """Rounds of trades before the first sample: in a round each token trades with one other of its record."""
-BETWEEN = 4
+BETWEEN = 2
 """Rounds between samples."""
 
 
@@ -61,7 +61,7 @@ def trade(chosen_NE: np.ndarray, record_N: np.ndarray, rng: np.random.Generator)
 
 
 def coactivation(
-    experts_NK: np.ndarray, record_N: np.ndarray, experts: int, rng: np.random.Generator, samples: int = 50
+    experts_NK: np.ndarray, record_N: np.ndarray, experts: int, rng: np.random.Generator, samples: int = 40
 ) -> Coactivation:
     """Lift of every pair over random sets with the same sizes and the same loads in each record."""
     chosen_NE = sets(experts_NK, experts)

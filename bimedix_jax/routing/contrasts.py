@@ -6,9 +6,9 @@ Letters: R records, U clusters of a contrast, L layers, E experts.
 import dataclasses
 
 import numpy as np
-from scipy import sparse
 
 from bimedix_jax.routing.clusters import Comparison
+from bimedix_jax.routing.sums import components, table
 from bimedix_jax.routing.tables import MISSING, Tables
 
 OTHERS = "others"
@@ -58,7 +58,7 @@ class Contrast:
         record_X = np.flatnonzero(self.kept_R)
         place_X = np.where(self.first_R[record_X], 0, self.units) + self.unit_R[record_X]
         shape = (2 * self.units, len(self.kept_R))
-        matrix = sparse.coo_array((np.ones(len(record_X)), (place_X, record_X)), shape).tocsr()
+        matrix = table((place_X, record_X), np.ones(len(record_X)), shape)
         summed = matrix @ values_RLE.reshape(len(values_RLE), -1)
         lead, trail = summed.reshape(2, self.units, *values_RLE.shape[1:])
         return lead, trail
@@ -107,7 +107,7 @@ def _contrast(
     present = np.zeros((2, len(unit_R)), bool)
     for side, first in enumerate((True, False)):
         present[side, unit_R[kept_R & (first_R == first)]] = True
-    both_U, either_U = present.all(0), present.any(0)
+    both_U, either_U = present[0] & present[1], present[0] | present[1]
     paired = bool(both_U.sum() > (either_U & ~both_U).sum())
     chosen_U = both_U if paired else either_U & ~both_U
     kept_R = kept_R & chosen_U[unit_R]
@@ -145,6 +145,4 @@ def joined_units(cluster_R: np.ndarray | None, pair_R: np.ndarray | None, kept_R
     linked_X = np.flatnonzero(kept_R & (pair_R != MISSING))
     pairs, pair_X = np.unique(pair_R[linked_X], return_inverse=True)
     size = records + len(pairs)
-    edges = sparse.coo_array((np.ones(len(linked_X)), (cluster_R[linked_X], records + pair_X)), (size, size))
-    _, component_X = sparse.csgraph.connected_components(edges, directed=False)
-    return component_X[cluster_R]
+    return components(cluster_R[linked_X], records + pair_X, size)[cluster_R]

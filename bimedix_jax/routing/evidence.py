@@ -12,8 +12,9 @@ from bimedix_jax.routing.clusters import FEW_CLUSTERS, MIN_CLUSTERS, Comparison,
 from bimedix_jax.routing.contrasts import Contrast
 from bimedix_jax.routing.information import TokenRows, held_out_nats, jensen_shannon
 from bimedix_jax.routing.intervals import mean_interval
-from bimedix_jax.routing.split import LEAST_OVERLAP, Split, row_shares, same_id_differences, same_ids, token_rows
+from bimedix_jax.routing.split import LEAST_OVERLAP, Split, same_id_differences, same_ids, token_rows
 from bimedix_jax.routing.stats import PERMUTATIONS, Test, compare, flipped_sums, in_blocks, step_down
+from bimedix_jax.routing.sums import row_shares
 from bimedix_jax.routing.tables import MISSING, Tables, TokenTable
 
 LEAST_ROUTERS = 100

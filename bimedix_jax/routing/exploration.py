@@ -6,7 +6,6 @@ Letters: P rows of (cluster, group, token id), L layers, E experts, N tokens, K 
 """
 
 import numpy as np
-from scipy import sparse
 from scipy import stats as distributions
 
 from bimedix_jax.routing.claims import Exploration
@@ -15,6 +14,7 @@ from bimedix_jax.routing.coactivation import coactivation
 from bimedix_jax.routing.contrasts import Contrast
 from bimedix_jax.routing.split import token_rows
 from bimedix_jax.routing.stats import benjamini_hochberg
+from bimedix_jax.routing.sums import SparseMatrix, dense, row_shares, summing
 from bimedix_jax.routing.tables import Tables, TokenRoutes
 
 MOST_IDS = 200
@@ -22,7 +22,7 @@ MOST_IDS = 200
 LISTED = 30
 """Findings that are listed."""
 LARGEST_Q = 0.1
-SWAPPED_TOKENS = 20_000
+SWAPPED_TOKENS = 3000
 """Tokens whose sets of experts are swapped, from as many records as they fill."""
 
 
@@ -44,9 +44,8 @@ def explore_tokens(tables: Tables, contrast: Contrast) -> list[Exploration]:
     place_P, first_P = order_T[rows.id_P[index_P]], rows.first_P[index_P]
     estimates, p_values = [], []
     for layer in range(tables.counts_RLE.shape[1]):
-        choices_PE = table.choices(layer, row_N, len(rows.tokens_P))[index_P]
-        share_PE = choices_PE / np.maximum(np.asarray(choices_PE.sum(1)).reshape(-1, 1), 1)
-        difference_SE, p_SE = _welch_by_id(sparse.csr_array(share_PE), place_P, first_P, len(chosen_S))
+        share_PE = row_shares(table.choices(layer, row_N, len(rows.tokens_P))[index_P])
+        difference_SE, p_SE = _welch_by_id(share_PE, place_P, first_P, len(chosen_S))
         estimates.append(difference_SE)
         p_values.append(p_SE)
     estimate_LSE, p_LSE = np.array(estimates), np.array(p_values)
@@ -107,16 +106,16 @@ def sampled_records(record_N: np.ndarray, most_tokens: int, rng: np.random.Gener
 
 
 def _welch_by_id(
-    share_PE: sparse.csr_array, place_P: np.ndarray, first_P: np.ndarray, ids: int
+    share_PE: SparseMatrix, place_P: np.ndarray, first_P: np.ndarray, ids: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """[S, E] each: difference of the groups' mean shares over clusters, and its p-value."""
     means, variances, counts = [], [], []
     for side in (True, False):
         own_X = np.flatnonzero(first_P == side)
-        grouped = sparse.coo_array((np.ones(len(own_X)), (place_P[own_X], own_X)), (ids, len(place_P))).tocsr()
+        grouped = summing(place_P[own_X], ids)
         count_S1 = np.bincount(place_P[own_X], minlength=ids)[:, None].astype(np.float64)
-        mean_SE = (grouped @ share_PE).toarray() / count_S1
-        square_SE = (grouped @ share_PE.multiply(share_PE)).toarray() / count_S1
+        mean_SE = dense(grouped @ share_PE[own_X]) / count_S1
+        square_SE = dense(grouped @ share_PE[own_X].power(2)) / count_S1
         means.append(mean_SE)
         variances.append(np.maximum(square_SE - mean_SE**2, 0) / (count_S1 - 1))
         counts.append(count_S1)

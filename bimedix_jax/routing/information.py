@@ -10,9 +10,9 @@ Letters: C clusters, L layers, E experts, T token ids, P rows of (cluster, group
 import dataclasses
 
 import numpy as np
-from scipy import sparse
 
 from bimedix_jax.routing.stats import PERMUTATIONS, blocks
+from bimedix_jax.routing.sums import SparseMatrix
 
 FOLDS = 5
 PRIORS = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -129,9 +129,7 @@ class TokenRows:
     ids: int
 
 
-def held_out_nats(
-    rows: TokenRows, choices_PE: sparse.csr_array, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def held_out_nats(rows: TokenRows, choices_PE: SparseMatrix, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Nats a choice, [C] each, by which predictors that are fitted on other clusters improve.
 
     The first is the gain of predicting an expert by the token id over the marginal load; the second that of predicting

@@ -143,7 +143,8 @@ def vocabulary_specialisation(counts_TE: np.ndarray) -> tuple[float, float]:
     total_T = counts_TE.sum(1)
     load_E = counts_TE.sum(0) / counts_TE.sum()
     drawn_TE = np.random.default_rng(0).multinomial(total_T, load_E)
-    return tuple(float((table.max(1) / total_T).mean()) for table in (counts_TE, drawn_TE))
+    index, null = (float((table.max(1) / total_T).mean()) for table in (counts_TE, drawn_TE))
+    return index, null
 
 
 def _by_record(values_LN: np.ndarray, record_N: np.ndarray, records: int) -> np.ndarray:

@@ -51,10 +51,8 @@ def analyse(
     of a question and for the number of questions.
 
     Args:
-      unit: the name of what `tables.cluster_R` holds, for the results.
-      permutations: of each test, and resamples of each interval.
-      margin: loads that differ by less are equivalent.
-      explore: whether to search single tokens, which yields no claims.
+      unit: the name of what `tables.cluster_R` holds. permutations: of each test, and resamples of each interval.
+      margin: loads that differ by less are equivalent. explore: whether to search single tokens and pairs of experts.
 
     Raises:
       BimedixError: fewer than 1,999 permutations.
@@ -69,17 +67,11 @@ def analyse(
         asked += found
         if not found:
             refused.append(Refusal(claim=f"routes depend on {field}", why=_no_groups(tables, field)))
-    gate = divergence_gate(tables, seed)
-    tested, untested = [], []
-    for contrast in asked:
-        why = _too_few(contrast)
-        warnings += _warnings(contrast, unit)
-        if why is None:
-            tested.append(_evidence(tables, contrast, permutations, seed))
-        else:
-            untested.append(contrast)
-            refused.append(Refusal(claim=f"routes depend on {contrast.name}: any claim or interval", why=why))
-    questions, claims, exploration = [], [], []
+        warnings += [text for contrast in found for text in _warnings(contrast, unit)]
+    untested = {contrast.name: why for contrast in asked if (why := _too_few(contrast)) is not None}
+    refused += [Refusal(claim=f"routes depend on {name}: claims, intervals", why=why) for name, why in untested.items()]
+    tested = [_evidence(tables, c, permutations, seed) for c in asked if c.name not in untested]
+    gate, questions, claims, exploration = divergence_gate(tables, seed), [], [], []
     for evidence, rungs in zip(tested, _adjusted(tested), strict=True):
         cells = [(layer, expert) for layer in tables.layers for expert in range(tables.counts_RLE.shape[2])]
         found = levels(evidence, rungs, gate, cells, alpha)
@@ -87,12 +79,11 @@ def analyse(
         claims += [Claim(question=name, layer=c[0], expert=c[1], level=x) for c, x in zip(cells, found, strict=True)]
         refused += refusals(evidence, tables, gate, found)
         questions.append(_question(tables, evidence, rungs, unit, len(tested), alpha, margin, seed, highest(found)))
-        if explore:
-            exploration += explore_tokens(tables, evidence.contrast)
-    questions += [_untested(tables, contrast, unit) for contrast in untested]
-    questions.sort(key=lambda question: [contrast.name for contrast in asked].index(question.name))
-    if explore:
-        exploration += explore_pairs(tables, seed)
+        exploration += explore_tokens(tables, evidence.contrast) if explore else []
+    questions += [_untested(tables, contrast, unit) for contrast in asked if contrast.name in untested]
+    order = [contrast.name for contrast in asked]
+    questions.sort(key=lambda question: order.index(question.name))
+    exploration += explore_pairs(tables, seed) if explore else []
     return Analysis(
         gate=gate,
         questions=tuple(questions),

@@ -14,10 +14,10 @@ Letters: U clusters, L layers, E experts, T shared token ids, P rows of (cluster
 import dataclasses
 
 import numpy as np
-from scipy import sparse
 
 from bimedix_jax.routing.clusters import FEW_CLUSTERS, MIN_CLUSTERS
 from bimedix_jax.routing.information import TokenRows
+from bimedix_jax.routing.sums import SparseMatrix, dense, row_shares, summing, table
 from bimedix_jax.routing.tables import TokenTable
 
 LEAST_OVERLAP = 0.02
@@ -26,24 +26,18 @@ LEAST_USERS = 2
 """Clusters of each group that must use an id: of an id with one cluster, its group and its cluster are the same."""
 
 
-def row_shares(choices_PE: sparse.csr_array) -> sparse.csr_array:
-    """The same with rows that sum to 1."""
-    total_P = np.asarray(choices_PE.sum(1)).ravel()
-    return (sparse.diags_array(1 / np.where(total_P > 0, total_P, 1)) @ choices_PE).tocsr()
-
-
 def token_rows(
-    table: TokenTable, cluster_R: np.ndarray, first_R: np.ndarray, kept_R: np.ndarray, clusters: int
+    tokens: TokenTable, cluster_R: np.ndarray, first_R: np.ndarray, kept_R: np.ndarray, clusters: int
 ) -> tuple[TokenRows, np.ndarray]:
-    """The rows of (cluster, group, token id), and for each entry of the table its row; -1 if its record is left out."""
-    kept_N = kept_R[table.record_N]
-    record_N = table.record_N[kept_N]
-    ids, id_N = np.unique(table.id_N[kept_N], return_inverse=True)
+    """The rows of (cluster, group, token id), and the row of each entry of the tokens, -1 if its record is left out."""
+    kept_N = kept_R[tokens.record_N]
+    record_N = tokens.record_N[kept_N]
+    ids, id_N = np.unique(tokens.id_N[kept_N], return_inverse=True)
     key_N = (cluster_R[record_N].astype(np.int64) * 2 + first_R[record_N]) * max(len(ids), 1) + id_N
     keys_P, inverse_N = np.unique(key_N, return_inverse=True)
     row_N = np.full(len(kept_N), -1, np.int64)
     row_N[kept_N] = inverse_N
-    tokens_N = None if table.tokens_N is None else table.tokens_N[kept_N]
+    tokens_N = None if tokens.tokens_N is None else tokens.tokens_N[kept_N]
     side_P, id_P = np.divmod(keys_P, max(len(ids), 1))
     rows = TokenRows(
         cluster_P=side_P // 2,
@@ -94,7 +88,7 @@ class Split:
             )
         return None
 
-    def layer(self, choices_PE: sparse.csr_array) -> "LayerSplit":
+    def layer(self, choices_PE: SparseMatrix) -> "LayerSplit":
         """The split of a layer."""
         rows, shared_P = self.rows, np.flatnonzero(self.shared_P)
         share_PE = row_shares(choices_PE)
@@ -108,8 +102,7 @@ class Split:
         loads, masses = [], []
         for side in (True, False):
             own_P = weight_P * (side_P == side)
-            grouped_TP = sparse.coo_array((own_P, (id_P, np.arange(len(id_P)))), (len(ids), len(id_P))).tocsr()
-            loads.append((grouped_TP @ share_PE[shared_P]).toarray())
+            loads.append(dense(summing(id_P, len(ids), own_P) @ share_PE[shared_P]))
             masses.append(np.bincount(id_P, own_P, len(ids)))
         rates = [load_TE / mass_T[:, None] for load_TE, mass_T in zip(loads, masses, strict=True)]
         within_E = ((masses[0] + masses[1]) / 2) @ (rates[0] - rates[1])
@@ -119,7 +112,7 @@ class Split:
 
     def _scores(
         self,
-        share_PE: sparse.csr_array,
+        share_PE: SparseMatrix,
         shared_P: np.ndarray,
         id_P: np.ndarray,
         loads: list[np.ndarray],
@@ -140,11 +133,9 @@ class Split:
         contrast_P = weight_P * (first_P - (masses[0] / total_T)[id_P])
         found = []
         for factor_P in (contrast_P, contrast_P / np.sqrt(np.maximum(1 - leverage_P, 1e-3))):
-            by_row_UP = sparse.coo_array(
-                (factor_P, (cluster_P, np.arange(len(id_P)))), (self.rows.clusters, len(id_P))
-            ).tocsr()
-            by_id_UT = sparse.coo_array((factor_P, (cluster_P, id_P)), (self.rows.clusters, len(total_T))).tocsr()
-            found.append((by_row_UP @ share_PE).toarray() - by_id_UT @ mean_TE)
+            by_row_UP = summing(cluster_P, self.rows.clusters, factor_P)
+            by_id_UT = table((cluster_P, id_P), factor_P, (self.rows.clusters, len(total_T)))
+            found.append(dense(by_row_UP @ share_PE) - by_id_UT @ mean_TE)
         return found[0], found[1]
 
 
@@ -160,16 +151,16 @@ class LayerSplit:
 
 
 def same_ids(
-    table: TokenTable, pair_R: np.ndarray, first_R: np.ndarray, cluster_R: np.ndarray, kept_R: np.ndarray
+    tokens: TokenTable, pair_R: np.ndarray, first_R: np.ndarray, cluster_R: np.ndarray, kept_R: np.ndarray
 ) -> tuple[TokenRows, np.ndarray, float, int]:
     """Rows of (pair, group, token id) whose id occurs on both sides of a translated pair.
 
     Returns:
-      the rows (`cluster_P` is an index of pairs); for each entry of the table its row, -1 for none; the share of tokens
+      the rows (`cluster_P` is an index of pairs); the row of each entry of the tokens, -1 for none; the share of tokens
       that have such an id, in the group where it is smaller; and the number of clusters with one.
     """
     pairs, index_R = np.unique(pair_R, return_inverse=True)
-    rows, row_N = token_rows(table, index_R, first_R, kept_R, len(pairs))
+    rows, row_N = token_rows(tokens, index_R, first_R, kept_R, len(pairs))
     key_P = rows.cluster_P.astype(np.int64) * max(rows.ids, 1) + rows.id_P
     _, place_P, sides = np.unique(key_P, return_inverse=True, return_counts=True)
     both_P = sides[place_P] == 2
@@ -191,7 +182,7 @@ def same_ids(
     return kept, row_N, float(min(shares)), len(clusters)
 
 
-def same_id_differences(rows: TokenRows, choices_PE: sparse.csr_array, unit_A: np.ndarray, units: int) -> np.ndarray:
+def same_id_differences(rows: TokenRows, choices_PE: SparseMatrix, unit_A: np.ndarray, units: int) -> np.ndarray:
     """[U, E]: difference of the routes of the same id on both sides of a pair, first minus second group.
 
     The mean over the ids of a pair, weighted by the smaller number of tokens, then over the pairs of a unit; NaN for a
@@ -210,6 +201,6 @@ def same_id_differences(rows: TokenRows, choices_PE: sparse.csr_array, unit_A: n
     present_A = np.bincount(pair_Z, minlength=rows.clusters) > 0
     pairs_U = np.bincount(unit_A[present_A], minlength=units)
     weight_Z = weight_Z / pairs_U[unit_A[pair_Z]]
-    grouped_UZ = sparse.coo_array((weight_Z, (unit_A[pair_Z], np.arange(len(lead)))), (units, len(lead))).tocsr()
-    difference_UE = (grouped_UZ @ (share_PE[lead] - share_PE[trail])).toarray()
+    grouped_UZ = summing(unit_A[pair_Z], units, weight_Z)
+    difference_UE = dense(grouped_UZ @ (share_PE[lead] - share_PE[trail]))
     return np.where(pairs_U[:, None] > 0, difference_UE, np.nan)

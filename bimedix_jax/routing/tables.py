@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from scipy import sparse
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.routing.sums import SparseMatrix, dense, table
 
 MISSING = ""
 """The label of a record without one."""
@@ -32,7 +32,7 @@ class TokenTable(Protocol):
         """How many tokens an entry stands for; None if each is one."""
         ...
 
-    def choices(self, layer: int, row_N: np.ndarray, rows: int) -> sparse.csr_array:
+    def choices(self, layer: int, row_N: np.ndarray, rows: int) -> SparseMatrix:
         """[rows, E] float64: choices by row, where row_N says to which row each entry belongs, -1 for none."""
         ...
 
@@ -52,13 +52,12 @@ class TokenRoutes:
     experts: int
     tokens_N: None = None
 
-    def choices(self, layer: int, row_N: np.ndarray, rows: int) -> sparse.csr_array:
+    def choices(self, layer: int, row_N: np.ndarray, rows: int) -> SparseMatrix:
         """[rows, E] float64: choices by row; tokens of row -1 are left out."""
         kept_N = row_N >= 0
         chosen_NK = np.asarray(self.experts_LNK[layer])[kept_N]
         row_X = np.repeat(row_N[kept_N], chosen_NK.shape[1])
-        shape = (rows, self.experts)
-        return sparse.coo_array((np.ones(len(row_X)), (row_X, chosen_NK.ravel())), shape).tocsr()
+        return table((row_X, chosen_NK.ravel()), np.ones(len(row_X)), (rows, self.experts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -80,12 +79,12 @@ class TokenCounts:
     count_X: np.ndarray
     experts: int
 
-    def choices(self, layer: int, row_N: np.ndarray, rows: int) -> sparse.csr_array:
+    def choices(self, layer: int, row_N: np.ndarray, rows: int) -> SparseMatrix:
         """[rows, E] float64: choices by row; entries of row -1 are left out."""
         row_X = row_N[self.entry_X]
         kept_X = (self.layer_X == layer) & (row_X >= 0)
         place = (row_X[kept_X], self.expert_X[kept_X])
-        return sparse.coo_array((self.count_X[kept_X].astype(np.float64), place), (rows, self.experts)).tocsr()
+        return table(place, self.count_X[kept_X], (rows, self.experts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +183,6 @@ def count_routes(routes: TokenTable, records: int, layers: int, experts: int) ->
     """counts_RLE and tokens_R of the tokens' routes, int64."""
     counts_RLE = np.zeros((records, layers, experts), np.int64)
     for layer in range(layers):
-        counts_RLE[:, layer] = routes.choices(layer, routes.record_N, records).toarray().round().astype(np.int64)
+        counts_RLE[:, layer] = dense(routes.choices(layer, routes.record_N, records)).round().astype(np.int64)
     tokens_N = np.ones(len(routes.record_N)) if routes.tokens_N is None else routes.tokens_N
     return counts_RLE, np.bincount(routes.record_N, tokens_N, records).astype(np.int64)
