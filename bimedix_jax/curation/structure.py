@@ -58,7 +58,7 @@ class Frame:
         record = self.record
         values = ["".join(texts[text] if kind == "segment" else text for kind, text in turn) for turn in self.turns]
         turns = tuple(
-            Turn.model_validate({"from": turn.speaker, "value": value})
+            Turn(speaker=turn.speaker, value=value, learned=turn.learned)
             for turn, value in zip(record.conversations, values, strict=True)
         )
         own = {**record.provenance, **provenance}

@@ -29,8 +29,9 @@ ANSWER_PREFIX: dict[str, str] = {"en": "Answer: ", "ar": "الإجابة: "}
 class Turn(BaseModel):
     """What one speaker says. In JSON the speaker's key is `from`, which is a reserved word in Python.
 
-    `language` is set only if a turn is not in its record's language, as when a patient switches languages. JSON has no
-    such key otherwise.
+    `language` is set only if a turn is not in its record's language, as when a patient switches languages. `learned` is
+    False for an answer that the loss leaves out, as its data set asks (`weight: 0`, `train: false`). JSON has neither
+    key otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +39,7 @@ class Turn(BaseModel):
     speaker: Speaker = Field(validation_alias=AliasChoices("from", "speaker"), serialization_alias="from")
     value: str
     language: Language | None = Field(default=None, exclude_if=lambda language: language is None)
+    learned: bool = Field(default=True, exclude_if=lambda learned: learned)
 
     @model_validator(mode="after")
     def _not_blank(self) -> Self:
@@ -74,6 +76,8 @@ class Record(BaseModel):
                 raise ValueError(f"turn {index + 1} is from {turn.speaker!r}, but {expected!r} must speak next")
         if turns[-1].speaker != "gpt":
             raise ValueError("the last turn must be from 'gpt', since only its turns are learned")
+        if not any(turn.learned for turn in turns if turn.speaker == "gpt"):
+            raise ValueError("no answer is to be learned")
         return self
 
     @model_validator(mode="after")

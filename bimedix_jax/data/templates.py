@@ -50,7 +50,7 @@ class ChatTemplate:
         for turn in turns:
             if turn.speaker == "gpt":
                 found.append((self.answer_opening, "", False))
-                found.append((self.answer, turn.value, True))
+                found.append((self.answer, turn.value, turn.learned))
                 found.append((self.answer_closing, "", False))
             else:
                 wrapper = self.human if turn.speaker == "human" else self.system

@@ -86,7 +86,7 @@ def groups_of(record: Record) -> tuple[str, str]:
 def example_of(record: Record, tokenizer: Tokenizer) -> Example:
     """`record` as tokens."""
     ids, learned = encode_chat(tokenizer, record.conversations)
-    size = sum(len(turn.value.encode()) for turn in record.conversations if turn.speaker == "gpt")
+    size = sum(len(turn.value.encode()) for turn in record.conversations if turn.speaker == "gpt" and turn.learned)
     return Example(groups_of(record), ids, [False, *learned[1:]], size)
 
 

@@ -217,3 +217,16 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_an_answer_that_is_not_to_be_learned_is_encoded_and_masked(hub_tokenizer: Tokenizer) -> None:
+    plain = conversation("What dose?", "Two.", "Sure?", "One.")
+    marked = (plain[0], plain[1].model_copy(update={"learned": False}), *plain[2:])
+    ids, mask = encode_chat(hub_tokenizer, marked)
+    before, whole = encode_chat(hub_tokenizer, plain)
+    first = sum(encode_chat(hub_tokenizer, plain[:2])[1])
+    assert ids == before
+    assert [learned for learned in whole if learned][first:] == [learned for learned in mask if learned]
+    assert not any(mask[: len(encode_chat(hub_tokenizer, plain[:2])[0])])
+    tokens, fast = ChatEncoder(hub_tokenizer).encode(marked)
+    assert (tokens.tolist(), fast.tolist()) == (ids, mask)
