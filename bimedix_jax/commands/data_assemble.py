@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from bimedix_jax.curation.assembly.recipe import ResolvedRecipe
@@ -18,10 +19,10 @@ class Config:
     Give a recipe by name, the path of your own recipe (a TOML file), or single sources. The recipes are bimed-en, the
     English set of the paper as far as it is known, and published-data, the small set of scripts/published_data.sh. A
     source is NAME=PLACE with the name of a reader (table, records, medqa, medmcqa, mmlu, pubmedqa, pubmedqa_artificial,
-    pubmedqa_unlabelled, medquad, liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, sharegpt, messages,
+    pubmedqa_unlabelled, medquad, liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, sharegpt, messages, dialogue,
     medqa_usmle_en, medmcqa_en, mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample of the package, or the
     path of a JSONL file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split. It may end with
-    options of the reader: `table=qa.csv?question=Q&answer=A&licence=MIT`.
+    options of the reader: `table=qa.csv?question=Q&answer=A&licence=MIT`. docs/data.md lists them.
     """
 
     out: Path
@@ -137,6 +138,7 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
         table.add_row(source, f"{row['train']:,}", f"{row['heldout']:,}")
     table.add_row("all", f"{report['train']:,}", f"{report['heldout']:,}", style="bold")
     console.print(table)
+    print_notes(report["sources"] + report["evaluation"], console)
     if report["limit"] is not None:
         console.print(f"[bold yellow]only the first {report['limit']:,} rows of each source were read[/]")
     for sentence in report["unexpected"]:
@@ -146,3 +148,11 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
         console.print(f"[bold yellow]{report['quarantined']:,} rows were left out[/], each with its reason in {where}:")
         for row in report["reasons"][:12]:
             console.print(f"  {row['rows']:,} of {row['source']}: {row['reason']}", highlight=False, markup=False)
+
+
+def print_notes(sources: list[dict[str, Any]], console: Console) -> None:
+    """Print where the lines of each source went, and what was decided about it."""
+    for source in sources:
+        console.print(f"[bold]{source['reader']}[/] {escape(source['from'])}", highlight=False)
+        for sentence in source["notes"]:
+            console.print(f"  {sentence}", highlight=False, markup=False)

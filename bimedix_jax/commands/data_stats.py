@@ -1,7 +1,7 @@
 """`bimedix data stats`: count a set of records by language, kind and source."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from bimedix_jax.curation.accounting import SourceAccount
     from bimedix_jax.curation.counts import TokenCounter
     from bimedix_jax.data.records import Record
 
@@ -86,9 +87,14 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     quarantine = Quarantine()
     counts: dict[tuple[str, str, str], Count] = defaultdict(Count)
     openings: dict[str, list[str]] = defaultdict(list)
-    everything = itertools.chain.from_iterable(
-        itertools.islice(read(source, quarantine), config.limit) for source in config.sources
-    )
+    accounts: dict[str, SourceAccount] = {}
+
+    def records_of(source: str) -> "Iterator[Record]":
+        for record in itertools.islice(read(source, quarantine), config.limit):
+            accounts[source] = quarantine.account
+            yield record
+
+    everything = itertools.chain.from_iterable(map(records_of, config.sources))
     for record in tqdm(everything, desc="counting", unit=" records", disable=None):
         _add(counts[record.language, record.kind, record.source], record, tokens_of)
         if len(openings[record.language]) < config.examples:
@@ -100,11 +106,16 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     paper = _paper_tables(counts)
     _print(rows, openings, console, is_needed(config.bidi, console.file))
     print_tables(paper, tokens_of is not None, console)
+    for source, account in accounts.items():
+        console.print(source, style="bold", highlight=False, markup=False)
+        for sentence in account.sentences():
+            console.print(f"  {sentence}", highlight=False, markup=False)
     if quarantine.rejected:
         console.print(f"[bold yellow]{len(quarantine.rejected):,} rows could not be read[/]:")
         for (source, reason), number in quarantine.reasons().most_common(12):
             console.print(f"  {number:,} of {source}: {reason}", highlight=False, markup=False)
-    result: dict[str, Any] = {"groups": rows, "tables": paper, "quarantined": len(quarantine.rejected)}
+    sources = [{"source": source, **account.to_dict()} for source, account in accounts.items()]
+    result = {"groups": rows, "tables": paper, "quarantined": len(quarantine.rejected), "sources": sources}
     return result if config.against is None else {**result, "overlap": _overlap(config, config.against, console)}
 
 
@@ -140,7 +151,7 @@ def _add(count: Count, record: "Record", tokens_of: "TokenCounter | None") -> No
         count.tokens += tokens
         if turn.speaker == "gpt":
             count.exchanges += 1
-            count.learned += tokens
+            count.learned += tokens if turn.learned else 0
 
 
 def _paper_tables(counts: Mapping[tuple[str, str, str], Count]) -> list[dict[str, Any]]:

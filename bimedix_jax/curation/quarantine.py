@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from bimedix_jax.curation.accounting import SourceAccount
 from bimedix_jax.data.records import Record, explain
 from bimedix_jax.errors import BimedixError
 
@@ -53,6 +54,7 @@ class Quarantine:
       sink: called with each rejected row, which is then not kept in `rejected`.
       row: number of the row that was built last, counted from 0 within its source.
       count: rows rejected so far.
+      account: where the lines of the current source went; `start` begins a new one.
     """
 
     rejected: list[Rejected] = field(default_factory=list)
@@ -61,11 +63,13 @@ class Quarantine:
     sink: Callable[[Rejected], None] | None = None
     row: int = -1
     count: int = 0
+    account: SourceAccount = field(default_factory=SourceAccount)
     _reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def start(self) -> None:
         """Begin a new source: count its rows from 0."""
         self.row = -1
+        self.account = SourceAccount()
 
     def build(
         self, source: str, file: str | Path, line: int, make: Callable[..., Record], *parts: object

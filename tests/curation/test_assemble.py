@@ -177,7 +177,7 @@ def test_every_row_is_a_record_or_quarantined_with_its_reason(data: Path, capfd:
         "the evaluation set has the same record or question",
         "field 'answer_icliniq' is missing",
         "1 columns, the header has 4",
-        "answer 'C' is not among 2 choices",
+        "the answer is not one of the 2 choices, read as the labels of the choices",
     }
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert [row["line"] is None for row in lines] == sorted(row["line"] is None for row in lines), "unread rows first"

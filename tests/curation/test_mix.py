@@ -27,10 +27,13 @@ from bimedix_jax.data.records import (
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 
+IN_ARABIC = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ابتثجحخدذرزسشصضطظعغفقكلمنه")
+
 
 def words(*parts: object) -> str:
     """Twenty words that no other text has."""
-    return " ".join("x".join(map(str, (*parts, i))) for i in range(20))
+    text = " ".join("x".join(map(str, (*parts, i))) for i in range(20))
+    return text.translate(IN_ARABIC) if "ar" in parts else text
 
 
 def record(language: Language, kind: Kind, number: int, source: str = "test", **more: Any) -> Record:

@@ -176,6 +176,7 @@ def test_unreadable_sources_raise_with_the_reason(source: str, tmp_path: Path, m
 ELSEWHERE = {
     "test_readers_exams.py": ["medqa", "medmcqa", "mmlu", "pubmedqa_artificial", "pubmedqa_unlabelled"],
     "test_readers_texts.py": ["liveqa", "medicationqa", "chatdoctor", "pmc_llama", "sharegpt", "messages", "table"],
+    "test_readers_dialogues.py": ["dialogue"],
 }
 
 PUBLISHED = {

@@ -283,8 +283,8 @@ def test_a_table_by_the_names_of_its_columns(tmp_path: Path) -> None:
     choices = lines(
         tmp_path / "mc.jsonl",
         {"q": "?", "o": {"all": ["x", "y"]}, "a": "B", "c": "Given.", "why": "Because."},
-        {"q": "?", "o": {"all": ["x", "y"]}, "a": 0},
-        {"q": "?", "o": {"all": ["x", "y"]}, "a": "y", "c": None},
+        {"q": "?", "o": {"all": ["x", "y"]}, "a": "A"},
+        {"q": "?", "o": {"all": ["x", "y"]}, "a": "b", "c": None},
         {"q": "?", "o": {"all": ["x", "y"]}, "a": "C", "c": None, "why": None},
         {"q": "?", "o": "x,y", "a": "C", "c": None, "why": None},
     )
@@ -296,7 +296,7 @@ def test_a_table_by_the_names_of_its_columns(tmp_path: Path) -> None:
     made, quarantine = run(f"table={choices}?question=q&answer=a&choices=o.all&licence=MIT")
     assert [record.answer for record in made] == [1, 0, 1]
     columns = lines(tmp_path / "c.jsonl", {"q": "?", "a1": "x", "a2": "y", "right": "1"})
-    assert run(f"table={columns}?question=q&answer=right&choices=a1,a2&licence=MIT")[0][0].answer == 1
+    assert run(f"table={columns}?question=q&answer=right&choices=a1,a2&licence=MIT&first_option=0")[0][0].answer == 1
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_table_by_the_names_of_its_columns(tmp_path: Path) -> None:
         ("sharegpt={}", "needs licence=..."),
         ("pmc_llama={}?instruction=no", "neither keep nor drop"),
         ("medmcqa={}?first_option=2", "neither 0 nor 1"),
-        ("medquad={}?split=train", "has no option 'split'; its options are none"),
+        ("medquad={}?split=train", "has no option 'split'; its options are language, html, placeholders"),
         ("chatdoctor={}?x", "has no option 'x'"),
         ("liveqa=hf:owner/name", "reads only the files of the authors"),
     ],

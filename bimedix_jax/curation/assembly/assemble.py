@@ -120,7 +120,8 @@ def _evaluation(recipe: ResolvedRecipe, counts: list[dict[str, Any]]) -> Iterato
             made[record.source] += 1
             if record.split != "train":
                 yield record
-        counts.append({"read": dict(quarantine.read), "records": dict(made), "rejected": quarantine.count})
+        found = {"read": dict(quarantine.read), "records": dict(made), "rejected": quarantine.count}
+        counts.append({**found, **quarantine.account.to_dict()})
 
 
 def _separate(
@@ -156,7 +157,8 @@ def _separate(
                     train.write(candidate.to_bytes())
             revision = place.revision if isinstance(place, HubSet) else None
             read, records = (dict(sorted(counter.items())) for counter in (rows.read, made))
-            counts.append({"revision": revision, "read": read, "records": records, "rejected": rows.count})
+            found = {"revision": revision, "read": read, "records": records, "rejected": rows.count}
+            counts.append({**found, **rows.account.to_dict()})
     for duplicate in duplicates:  # after the rows that could not be read, in quarantine.jsonl
         quarantine.note(duplicate)
     return counts

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-from bimedix_jax.curation.quarantine import LimitReached, Quarantine
+from bimedix_jax.curation.accounting import SourceAccount
+from bimedix_jax.curation.quarantine import LimitReached, Quarantine, WrongSource
 from bimedix_jax.curation.readers import dialogues, exams, hub, instructions, questions, tables
+from bimedix_jax.curation.readers.reading import COMMON, parse_reading
 from bimedix_jax.curation.readers.rows import Place
 from bimedix_jax.data.records import Record
 from bimedix_jax.errors import BimedixError
@@ -34,6 +36,7 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "chatdoctor": instructions.chatdoctor,
     "pmc_llama": instructions.pmc_llama,
     "sharegpt": dialogues.sharegpt,
+    "dialogue": dialogues.dialogue,
     "messages": dialogues.messages,
     "medqa_usmle_en": exams.medqa_usmle_en,
     "medmcqa_en": exams.medmcqa_en,
@@ -43,6 +46,15 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 
 FOLDERS_ONLY = {"mts_dialog", "liveqa", "medqa_usmle_en", "medmcqa_en", "mmlu_medical_en", "mmlu_medical_en_dev"}
 """Readers of files that only the authors publish, in formats that `datasets` cannot read."""
+
+_TEXTS = ("language", "html", "placeholders")
+_SHARED = {
+    **dict.fromkeys(FOLDERS_ONLY | {"medquad"}, _TEXTS),
+    **dict.fromkeys(("liveqa", "pubmedqa", "pubmedqa_artificial", "pubmedqa_unlabelled"), (*_TEXTS, "split")),
+    "mmlu": (*_TEXTS, "split", "delimiter"),
+    "records": ("language",),
+}
+"""The shared options (readers/reading.py) of readers that do not take all of them."""
 
 
 def read(source: str, quarantine: Quarantine) -> Iterator[Record]:
@@ -101,17 +113,49 @@ def read_place(name: str, place: Place, options: Mapping[str, str], quarantine: 
             )
     elif name != "sample" and not place.exists():
         raise BimedixError(f"there is no {place}; name the file or folder of the {name} data")
+    reading = parse_reading(options)
+    own = {key: value for key, value in options.items() if key not in COMMON}
     quarantine.start()
+    account, limited = quarantine.account, False
+    how = {"reading": reading} if _takes_reading(name) else {}
     try:
-        yield from READERS[name](place, quarantine, **options)
+        yield from READERS[name](place, quarantine, **own, **how)
     except LimitReached:
-        return
+        limited = True
+    if not account.records:
+        raise nothing_read(name, place, account, limited)
+    if not limited and account.lines:
+        account.check(f"{name}={place}")
+
+
+def nothing_read(name: str, place: Place, account: SourceAccount, limited: bool) -> WrongSource:
+    """The error for a source without a record, with what its file has instead."""
+    label = f"{name}={place.label if isinstance(place, hub.HubSet) else place}"
+    if not account.rows:
+        skipped = f" ({account.skipped:,} were skipped by its options)" if account.skipped else ""
+        return WrongSource(f"{label} has no rows{skipped}; name a file with data")
+    rows = f"none of the first {account.rows:,} rows" if limited else f"none of its {account.rows:,} rows"
+    columns = f"; its columns or keys are {account.listed_columns()}" if account.columns else ""
+    hint = ""
+    if name == "table":
+        hint = "; name those that hold the question and the answer, and pass header=no if the file has no header"
+    columns += "".join(f" ({note})" for note in account.notes)
+    return WrongSource(f"{label}: {rows} is a record ({account.listed_problems()}){columns}{hint}")
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a reader, by name."""
-    parameters = inspect.signature(READERS[name]).parameters
-    return {key: value for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
+    """The options of a reader, by name: its own, then those that it shares with other readers."""
+    own = {
+        key: value
+        for key, value in inspect.signature(READERS[name]).parameters.items()
+        if value.kind is inspect.Parameter.KEYWORD_ONLY and key != "reading"
+    }
+    shared = _SHARED.get(name, COMMON) if _takes_reading(name) else ()
+    return own | {key: inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None) for key in shared}
+
+
+def _takes_reading(name: str) -> bool:
+    return "reading" in inspect.signature(READERS[name]).parameters
 
 
 def check_options(name: str, options: Mapping[str, str]) -> None:

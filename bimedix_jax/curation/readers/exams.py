@@ -6,47 +6,53 @@ from typing import Any
 
 from bimedix_jax.curation.quarantine import Quarantine, WrongSource
 from bimedix_jax.curation.readers import rows as row_files
-from bimedix_jax.curation.readers.rows import Place, Row, build_all, parse_split, row_id, rows, tidy
+from bimedix_jax.curation.readers.answers import number_of
+from bimedix_jax.curation.readers.choices import choices_of, label_of
+from bimedix_jax.curation.readers.reading import Reading
+from bimedix_jax.curation.readers.rows import Place, Row, build_all, optional, row_id, rows, said, split_for, tidy
+from bimedix_jax.curation.structure import FIXED_CHOICES
 from bimedix_jax.data import records
 from bimedix_jax.data.records import Record, Split, conversation
 from bimedix_jax.errors import BimedixError
 
 DECISIONS = ("yes", "no", "maybe")
+ABSTRACT_AND_QUESTION = {"en": ("Abstract", "Question"), "ar": ("الملخص", "السؤال")}
 
 
-def medqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+def medqa(place: Place, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """MedQA (Jin et al. 2020): {question, options {A: ...}, answer, answer_idx, meta_info}, four or five options.
 
     The split is taken from the name of the file or hub split, unless `split` is given.
     """
+    how, account = reading or Reading(), quarantine.account
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
-        return _lettered("medqa", "MIT", row, fields, parse_split(split, row))
+        return _lettered("medqa", "MIT", row, fields, split_for(row, how, account), how)
 
-    yield from build_all("medqa", rows(place), quarantine, make)
+    yield from build_all("medqa", rows(place, reading=how, account=account), quarantine, make, how)
 
 
-def medqa_usmle_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+def medqa_usmle_en(folder: Path, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """MedQA, USMLE, four options: the 1,273 test questions in the layout of MedAgents (`realidx`)."""
-    yield from _test_set("medqa_usmle_en", folder, "medqa_4options_test.jsonl", "Apache-2.0", quarantine)
+    yield from _test_set("medqa_usmle_en", folder, "medqa_4options_test.jsonl", "Apache-2.0", quarantine, reading)
 
 
-def medmcqa_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+def medmcqa_en(folder: Path, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """MedMCQA (Pal et al. 2022): the single-choice validation questions, which the field uses as its test set."""
-    yield from _test_set("medmcqa_en", folder, "medmcqa_val2816_single.jsonl", "MIT", quarantine)
+    yield from _test_set("medmcqa_en", folder, "medmcqa_val2816_single.jsonl", "MIT", quarantine, reading)
 
 
-def mmlu_medical_en(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+def mmlu_medical_en(folder: Path, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """Six medical subjects of MMLU (Hendrycks et al. 2021): the canonical 1,089 test questions.
 
     `test/*.csv` of the same folder is an older version (282 instead of 272 questions of professional medicine) and is
     not read.
     """
-    yield from _test_set("mmlu_medical_en", folder, "medagents_mmlu_test.jsonl", "MIT", quarantine)
+    yield from _test_set("mmlu_medical_en", folder, "medagents_mmlu_test.jsonl", "MIT", quarantine, reading)
 
 
 def medmcqa(
-    place: Place, quarantine: Quarantine, *, split: str | None = None, first_option: str | None = None
+    place: Place, quarantine: Quarantine, *, reading: Reading | None = None, first_option: str | None = None
 ) -> Iterator[Record]:
     """MedMCQA (Pal et al. 2022): {question, opa..opd, cop, exp, subject_name, topic_name, choice_type, id}.
 
@@ -55,18 +61,19 @@ def medmcqa(
     """
     if first_option not in (None, "0", "1"):
         raise BimedixError(f"first_option={first_option} is neither 0 nor 1")
+    how, account = reading or Reading(), quarantine.account
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
         authors = isinstance(place, Path) and row.file.removesuffix(".gz").endswith((".json", ".jsonl"))
         first = int(authors) if first_option is None else int(first_option)
-        number = fields["cop"]
+        account.note(f"answers: cop counts from {first} in {row.file}; first_option= decides otherwise")
+        number = number_of(fields["cop"])
         if number is None or number == -1:
             raise ValueError("the answer is not published (test questions)")
-        answer = int(number) - first
+        answer = number - first
         if answer in (-1, 4):
             raise WrongSource(f"{row.file}:{row.line} has cop {number}: options are counted from {1 - first} in this "
                               f"file; pass first_option={1 - first}")  # fmt: skip
-        explanation = fields.get("exp")
         return multiple_choice(
             row_id("medmcqa", row, fields.get("id")),
             "medmcqa",
@@ -75,16 +82,17 @@ def medmcqa(
             tuple(tidy(fields[name]) for name in ("opa", "opb", "opc", "opd")),
             answer,
             {name: fields[name] for name in ("topic_name", "choice_type") if fields.get(name)},
-            parse_split(split, row),
-            explanation=tidy(explanation) if explanation else "",
-            specialty=fields.get("subject_name") or None,
+            split_for(row, how, account),
+            how,
+            explanation=optional(fields.get("exp")),
+            specialty=optional(fields.get("subject_name")) or None,
         )
 
-    yield from build_all("medmcqa", rows(place), quarantine, make)
+    yield from build_all("medmcqa", rows(place, reading=how, account=account), quarantine, make, how)
 
 
 def mmlu(
-    place: Place, quarantine: Quarantine, *, split: str | None = None, subjects: str | None = None
+    place: Place, quarantine: Quarantine, *, reading: Reading | None = None, subjects: str | None = None
 ) -> Iterator[Record]:
     """MMLU (Hendrycks et al. 2021): `<subject>_<part>.csv` without header, or hub rows {question, subject, choices,
     answer}. All questions are held out unless `split` is given.
@@ -92,22 +100,32 @@ def mmlu(
     `subjects` selects subjects, separated by commas; rows of other subjects are skipped.
     """
     wanted = None if subjects is None else set(subjects.split(","))
+    how, account = reading or Reading(), quarantine.account
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
-        side = parse_split(split or "heldout", row)
+        side = split_for(row, how, account, otherwise="heldout")
         if "choices" not in fields:
             subject, _, part = row.stem.rpartition("/")[2].rpartition("_")
-            return _mmlu_csv(subject, part, row.line, list(fields.values()), "mmlu", side)
+            return _mmlu_csv(subject, part, row.line, list(fields.values()), "mmlu", side, how)
         subject = fields["subject"]
+        choices, answer = choices_of(fields["choices"]).texts, number_of(fields["answer"])
+        if answer is None:
+            raise ValueError("the answer is not a number")
+        if answer == len(choices):
+            raise WrongSource(
+                f"{row.file}:{row.line} has answer {answer} of {len(choices)} choices, but MMLU counts from 0; "
+                "read this copy with table=, which finds out what they count from"
+            )
         return multiple_choice(
             f"mmlu/{subject}/{row.stem.rpartition('/')[2]}/{row.line}",
             "mmlu",
             "MIT",
             fields["question"],
-            tuple(tidy(choice) for choice in fields["choices"]),
-            int(fields["answer"]),
+            tuple(tidy(choice) for choice in choices),
+            answer,
             {"subject": subject},
             side,
+            how,
             specialty=subject,
         )
 
@@ -115,16 +133,20 @@ def mmlu(
         if wanted is None:
             return True
         content = row.content
+        subject = row.stem.rpartition("/")[2].rpartition("_")[0]
         if isinstance(content, dict) and "subject" in content:
-            return content["subject"] in wanted
-        return row.stem.rpartition("/")[2].rpartition("_")[0] in wanted
+            subject = content["subject"]
+        account.skipped += 0 if subject in wanted else row.lines
+        return subject in wanted
 
-    yield from build_all("mmlu", filter(is_wanted, rows(place, header=False)), quarantine, make)
+    found = filter(is_wanted, rows(place, header=False, reading=how, account=account))
+    yield from build_all("mmlu", found, quarantine, make, how)
 
 
-def mmlu_medical_en_dev(folder: Path, quarantine: Quarantine) -> Iterator[Record]:
+def mmlu_medical_en_dev(folder: Path, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """The development and validation questions of the six medical subjects (CSV), for few-shot prompts."""
     source = "mmlu_medical_en_dev"
+    how = reading or Reading()
     for part in ("dev", "val"):
         paths = sorted((folder / part).glob(f"*_{part}.csv"))
         if not paths:
@@ -133,17 +155,19 @@ def mmlu_medical_en_dev(folder: Path, quarantine: Quarantine) -> Iterator[Record
             subject = path.stem.removesuffix(f"_{part}")
 
             def make(row: Row, fields: dict[str, Any], subject: str = subject, part: str = part) -> Record:
-                return _mmlu_csv(subject, part, row.line, list(fields.values()), source, "heldout")
+                return _mmlu_csv(subject, part, row.line, list(fields.values()), source, "heldout", how)
 
-            yield from build_all(source, rows(path, header=False), quarantine, make)
+            found = rows(path, header=False, account=quarantine.account)
+            yield from build_all(source, found, quarantine, make, how)
 
 
-def pubmedqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+def pubmedqa(place: Place, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """PubMedQA (Jin et al. 2019), labelled part: abstract and question -> yes, no or maybe, and the long answer.
 
     In the authors' folder the 500 ids of test_ground_truth.json are `heldout`, the others `train`. In a copy without
     that file (the hub's `pqa_labeled`) all rows are held out, since half of them are the test set.
     """
+    how, account = reading or Reading(), quarantine.account
     test: dict[str, Any] = {}
     authors = isinstance(place, Path) and place.is_dir() and (place / "ori_pqal.json").is_file()
     if isinstance(place, Path) and authors:
@@ -156,27 +180,33 @@ def pubmedqa(place: Place, quarantine: Quarantine, *, split: str | None = None) 
         if pmid in test and test[pmid] != decision:
             raise ValueError(f"final_decision is {decision!r}, but {test[pmid]!r} in the ground truth")
         side: Split = "train" if authors and pmid not in test else "heldout"
-        return _abstract("pubmedqa", row, fields, parse_split(split, row) if split else side)
+        return _abstract("pubmedqa", row, fields, how.split or side, how)
 
-    yield from build_all("pubmedqa", rows(place, keyed=True), quarantine, make)
+    yield from build_all("pubmedqa", rows(place, keyed=True, reading=how, account=account), quarantine, make, how)
 
 
-def pubmedqa_artificial(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+def pubmedqa_artificial(place: Place, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """PubMedQA, artificial part (211,269 rows): questions made from titles, decisions made by rule; for training."""
 
+    how = reading or Reading()
+
     def make(row: Row, fields: dict[str, Any]) -> Record:
-        return _abstract("pubmedqa_artificial", row, fields, parse_split(split or "train", row))
+        return _abstract("pubmedqa_artificial", row, fields, how.split or "train", how)
 
-    yield from build_all("pubmedqa_artificial", rows(place, keyed=True), quarantine, make)
+    found = rows(place, keyed=True, reading=how, account=quarantine.account)
+    yield from build_all("pubmedqa_artificial", found, quarantine, make, how)
 
 
-def pubmedqa_unlabelled(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+def pubmedqa_unlabelled(place: Place, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """PubMedQA, unlabelled part (61,249 rows): only the long answer, without a decision; for training."""
 
-    def make(row: Row, fields: dict[str, Any]) -> Record:
-        return _abstract("pubmedqa_unlabelled", row, fields, parse_split(split or "train", row), decided=False)
+    how = reading or Reading()
 
-    yield from build_all("pubmedqa_unlabelled", rows(place, keyed=True), quarantine, make)
+    def make(row: Row, fields: dict[str, Any]) -> Record:
+        return _abstract("pubmedqa_unlabelled", row, fields, how.split or "train", how, decided=False)
+
+    found = rows(place, keyed=True, reading=how, account=quarantine.account)
+    yield from build_all("pubmedqa_unlabelled", found, quarantine, make, how)
 
 
 def multiple_choice(
@@ -188,38 +218,43 @@ def multiple_choice(
     answer: int,
     provenance: dict[str, Any],
     split: Split | None,
+    how: Reading,
     explanation: str = "",
     specialty: str | None = None,
     instruction: str = "",
 ) -> Record:
-    """A record of an English question with lettered choices. `instruction` is put before the question."""
-    asked = tidy(question)
+    """A record of a question with lettered choices. `instruction` is put before the question."""
+    asked = said(question)
+    language = how.spoken_in_exam(asked, choices)
     if not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer} is not one of {len(choices)} choices")
     human = records.multiple_choice_question(f"{instruction}\n{asked}" if instruction else asked, choices)
     return Record(
         id=name,
-        language="en",
+        language=language,
         kind="mcqa",
         source=source,
         licence=licence,
         specialty=specialty,
         split=split,
-        conversations=conversation(human, records.multiple_choice_answer(choices, answer, "en", explanation)),
+        conversations=conversation(human, records.multiple_choice_answer(choices, answer, language, explanation)),
         choices=choices,
         answer=answer,
         provenance={**provenance, "question": asked} if instruction else provenance,
     )
 
 
-def _test_set(source: str, folder: Path, name: str, licence: str, quarantine: Quarantine) -> Iterator[Record]:
+def _test_set(
+    source: str, folder: Path, name: str, licence: str, quarantine: Quarantine, reading: Reading | None
+) -> Iterator[Record]:
     """One JSONL file of test questions in the layout of MedAgents. All records are held out."""
+    how = reading or Reading()
     path = row_files.named_file(folder, name)
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
-        return _lettered(source, licence, row, fields, "heldout", {"part": "test", "row": fields["realidx"]})
+        return _lettered(source, licence, row, fields, "heldout", how, {"part": "test", "row": fields["realidx"]})
 
-    yield from build_all(source, rows(path), quarantine, make)
+    yield from build_all(source, rows(path, account=quarantine.account), quarantine, make, how)
 
 
 def _lettered(
@@ -228,18 +263,16 @@ def _lettered(
     row: Row,
     fields: dict[str, Any],
     split: Split | None,
+    how: Reading,
     provenance: dict[str, Any] | None = None,
 ) -> Record:
-    """A row {question, options, answer, answer_idx}. Options are an object by letter, or a list of {key, value}."""
-    options = fields["options"]
-    if isinstance(options, list):
-        options = {option["key"]: option["value"] for option in options}
-    options = {letter: text for letter, text in options.items() if text is not None}  # Parquet fills gaps with null
-    letters = list(options)
-    if letters != list(records.LETTERS[: len(letters)]):
-        raise ValueError(f"options are lettered {letters}")
-    if options.get(fields["answer_idx"]) != fields["answer"]:
-        raise ValueError(f"option {fields['answer_idx']!r} is not the stated answer")
+    """A row {question, options, answer, answer_idx}. Options have labels, in any form of readers/choices.py."""
+    options = choices_of(fields["options"])
+    label, texts = label_of(fields["answer_idx"]), tuple(tidy(text) for text in options.texts)
+    if label not in options.labels:
+        raise ValueError("answer_idx is not the label of an option")
+    if texts[options.labels.index(label)] != said(fields["answer"]):
+        raise ValueError("the option that answer_idx names is not the stated answer")
     found = dict(provenance or {})
     for name in ("subject", "meta_info"):
         if fields.get(name):
@@ -251,15 +284,18 @@ def _lettered(
         source,
         licence,
         fields["question"],
-        tuple(tidy(choice) for choice in options.values()),
-        letters.index(fields["answer_idx"]),
+        texts,
+        options.labels.index(label),
         found,
         split,
+        how,
         specialty=fields.get("subject"),
     )
 
 
-def _mmlu_csv(subject: str, part: str, number: int, values: list[str], source: str, split: Split | None) -> Record:
+def _mmlu_csv(
+    subject: str, part: str, number: int, values: list[str], source: str, split: Split | None, how: Reading
+) -> Record:
     """A CSV row without header: question, A, B, C, D, letter."""
     if len(values) != 6:
         raise ValueError(f"{len(values)} columns, expected question, four choices and a letter")
@@ -274,32 +310,36 @@ def _mmlu_csv(subject: str, part: str, number: int, values: list[str], source: s
         "ABCD".index(values[5]),
         {"part": part, "row": number, "subject": subject},
         split,
+        how,
         specialty=subject,
     )
 
 
-def _abstract(source: str, row: Row, fields: dict[str, Any], split: Split | None, decided: bool = True) -> Record:
+def _abstract(
+    source: str, row: Row, fields: dict[str, Any], split: Split | None, how: Reading, decided: bool = True
+) -> Record:
     """A row of PubMedQA in the authors' spelling (QUESTION, CONTEXTS) or the hub's (question, context.contexts)."""
     decision = _field(fields, "final_decision") if decided else None
     if decided and decision not in DECISIONS:
         raise ValueError(f"final_decision is {decision!r}")
     contexts = fields["CONTEXTS"] if "CONTEXTS" in fields else fields["context"]["contexts"]
     abstract = "\n".join(tidy(context) for context in contexts)
-    question, long_answer = tidy(_field(fields, "question")), tidy(_field(fields, "long_answer"))
-    pmid = _pmid(row, fields)
+    question, long_answer = said(_field(fields, "question")), tidy(how.reply(_field(fields, "long_answer")))
+    pmid, language = _pmid(row, fields), how.spoken(question, long_answer)
+    choices = DECISIONS if language == "en" else tuple(FIXED_CHOICES[choice] for choice in DECISIONS)
+    right = DECISIONS.index(str(decision)) if decided else None
+    told = long_answer if right is None else f"{records.ANSWER_PREFIX[language]}{choices[right]}\n{long_answer}"
+    about, asked = ABSTRACT_AND_QUESTION[language]
     return Record(
         id=f"{source}/{pmid}",
-        language="en",
+        language=language,
         kind="qa",
         source=source,
         licence="MIT",
         split=split,
-        conversations=conversation(
-            f"Abstract: {abstract}\nQuestion: {question}",
-            f"{records.ANSWER_PREFIX['en']}{decision}\n{long_answer}" if decided else long_answer,
-        ),
-        choices=DECISIONS if decided else None,
-        answer=DECISIONS.index(str(decision)) if decided else None,
+        conversations=conversation(f"{about}: {abstract}\n{asked}: {question}", told),
+        choices=choices if decided else None,
+        answer=right,
         provenance={"pmid": pmid, "question": question},
     )
 

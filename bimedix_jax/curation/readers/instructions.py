@@ -7,8 +7,8 @@ from typing import Any
 
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers.exams import DECISIONS, multiple_choice
-from bimedix_jax.curation.readers.rows import Place, Row, build_all, parse_split, row_id, rows, tidy
-from bimedix_jax.curation.readers.tables import parse_language
+from bimedix_jax.curation.readers.reading import Reading
+from bimedix_jax.curation.readers.rows import Place, Row, build_all, optional, row_id, rows, said, split_for, tidy
 from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Split, conversation
 from bimedix_jax.errors import BimedixError
 
@@ -19,8 +19,7 @@ def chatdoctor(
     *,
     licence: str = "not stated",
     source: str = "chatdoctor",
-    language: str = "en",
-    split: str | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Record]:
     """ChatDoctor (Li et al. 2023) and data sets of the same form: {instruction, input, output}.
 
@@ -29,22 +28,25 @@ def chatdoctor(
     question and one answer (Table 1 of the paper).
     """
 
+    how, account = reading or Reading(), quarantine.account
+
     def make(row: Row, fields: dict[str, Any]) -> Record:
-        instruction, patient = tidy(fields.get("instruction") or ""), tidy(fields.get("input") or "")
+        instruction, patient = optional(fields.get("instruction")), optional(fields.get("input"))
         if patient and instruction.casefold().startswith("if you are a doctor"):
             instruction = ""
-        answer = fields["output"] if "output" in fields else fields["answer_icliniq"]
+        answer = tidy(how.reply(fields["output"] if "output" in fields else fields["answer_icliniq"]))
+        asked = "\n".join(text for text in (instruction, patient) if text)
         return Record(
             id=row_id(source, row),
-            language=parse_language(language),
+            language=how.spoken(patient, instruction, answer),
             kind="qa",
             source=source,
             licence=licence,
-            split=parse_split(split, row),
-            conversations=conversation("\n".join(text for text in (instruction, patient) if text), tidy(answer)),
+            split=split_for(row, how, account),
+            conversations=conversation(asked, answer),
         )
 
-    yield from build_all(source, rows(place), quarantine, make)
+    yield from build_all(source, rows(place, reading=how, account=account), quarantine, make, how)
 
 
 # `source` field -> part of the record's source: the two UMLS subsets are counted together, as on the card
@@ -69,7 +71,7 @@ def pmc_llama(
     *,
     licence: str = "openrail",
     instruction: str = "keep",
-    split: str | None = "train",
+    reading: Reading | None = None,
 ) -> Iterator[Record]:
     """PMC-LLaMA's instructions (Wu et al. 2023): {source, instruction, input, output, sample_id}, 513,999 rows.
 
@@ -80,20 +82,21 @@ def pmc_llama(
     """
     if instruction not in ("keep", "drop"):
         raise BimedixError(f"instruction={instruction} is neither keep nor drop")
+    how, account = reading or Reading(), quarantine.account
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
         subset = PMC_LLAMA[fields["source"]]
         asked, answered = _sections(fields["input"]), _sections(fields["output"])
-        told = tidy(fields.get("instruction") or "") if instruction == "keep" else ""
-        source, side = f"pmc_llama/{subset}", parse_split(split, row)
-        found = _Parts(row_id(source, row), source, licence, told, asked, answered, side)
+        told = optional(fields.get("instruction")) if instruction == "keep" else ""
+        source, side = f"pmc_llama/{subset}", split_for(row, how, account, otherwise="train")
+        found = _Parts(row_id(source, row), source, licence, told, asked, answered, side, how)
         if "options" in asked:
             return _with_options(found)
         return _free(found) if subset != "pubmedqa" else _with_decision(found)
 
-    for row in rows(place):
+    for row in rows(place, reading=how, account=account):
         subset = _subset(row)
-        yield from build_all("pmc_llama" if subset is None else f"pmc_llama/{subset}", [row], quarantine, make)
+        yield from build_all("pmc_llama" if subset is None else f"pmc_llama/{subset}", [row], quarantine, make, how)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class _Parts:
     asked: dict[str, str]
     answered: dict[str, str]
     split: Split | None
+    how: Reading
 
     @property
     def question(self) -> str:
@@ -120,9 +124,10 @@ class _Parts:
 
     def record(self, human: str, gpt: str, decision: str | None = None) -> Record:
         """A record without options."""
+        self.how.reply(gpt)
         return Record(
             id=self.id,
-            language="en",
+            language=self.how.spoken(self.question, human, gpt),
             kind="qa" if decision is None else "mcqa",
             source=self.source,
             licence=self.licence,
@@ -156,6 +161,7 @@ def _with_options(parts: _Parts) -> Record:
         LETTERS.index(letter[1].upper()),
         {},
         parts.split,
+        parts.how,
         explanation=parts.reasons,
         instruction=parts.instruction,
     )
@@ -181,7 +187,7 @@ def _free(parts: _Parts) -> Record:
 
 def _sections(text: object) -> dict[str, str]:
     """Texts by the name of their section in lower case; text before the first section has the name ""."""
-    plain = tidy(text)
+    plain = said(text)
     pieces = _SECTION.split(plain)
     found = {"": pieces[0].strip()} if pieces[0].strip() else {}
     for name, body in zip(pieces[1::2], pieces[2::2], strict=True):

@@ -6,15 +6,43 @@ library can start at any position of a text, so entries are decoded one by one a
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from bimedix_jax.curation.accounting import SourceAccount
+from bimedix_jax.curation.quarantine import WrongSource
 from bimedix_jax.errors import BimedixError
 
 CHUNK = 1 << 20
 MAX_ENTRY = 64 << 20
 """Most characters of one entry; bounds the memory. A file with a longer entry is refused."""
+
+IN_ROWS = {
+    "conversations",
+    "conversation",
+    "messages",
+    "turns",
+    "dialogue",
+    "dialog",
+    "utterances",
+    "options",
+    "choices",
+}
+IN_ROWS |= {"answers", "candidates"}
+"""Keys whose arrays of objects are parts of one row, not rows."""
+
+MAX_KEYS = 100
+"""Most keys and arrays that `outline` lists."""
+
+MAX_DEPTH = 3
+"""Levels of keys that `outline` enters."""
+
+
+class BrokenJson(BimedixError):
+    """A file is not the JSON that it should be."""
+
 
 _DECODER = json.JSONDecoder()
 _SPACE = " \t\r\n"
@@ -34,16 +62,8 @@ def entries(file: IO[bytes], path: Path) -> Iterator[tuple[str | None, Any]]:
         while text.peek():
             yield None, text.value()
         return
-    text.take("[")
-    if text.peek() == "]":
-        text.take("]")
-    else:
-        while True:
-            yield None, text.value()
-            if text.peek() != ",":
-                break
-            text.take(",")
-        text.take("]")
+    for value in text.elements():
+        yield None, value
     text.end()
 
 
@@ -54,21 +74,110 @@ def keyed_entries(file: IO[bytes], path: Path) -> Iterator[tuple[str, Any]]:
         BimedixError: the file is not one JSON object.
     """
     text = _Window(file, path)
-    text.take("{")
-    if text.peek() == "}":
-        text.take("}")
-    else:
-        while True:
-            key = text.value()
-            if not isinstance(key, str):
-                raise text.broken(f"a key is {key!r}")
-            text.take(":")
-            yield key, text.value()
-            if text.peek() != ",":
-                break
-            text.take(",")
-        text.take("}")
+    for key in text.each_key():
+        yield key, text.value()
     text.end()
+
+
+def entries_under(file: IO[bytes], path: Path, keys: Sequence[str]) -> Iterator[tuple[str | None, Any]]:
+    """(key or None, value) of each entry of the array or object under nested keys of a file that is one object.
+
+    Raises:
+        BimedixError: the file is not JSON, has no such key, or has no array or object there.
+    """
+    text = _Window(file, path)
+    for number, key in enumerate(keys):
+        at = ".".join(keys[:number]) or "the file"
+        if text.peek() != "{":
+            raise BimedixError(f"{at} of {path} is not an object, so it has no key {key!r}; name another with key=")
+        passed: list[str] = []
+        for found in text.each_key():
+            if found == key:
+                break
+            passed.append(found)
+            text.skip()
+        else:
+            raise BimedixError(f"{at} of {path} has no key {key!r}; its keys are {', '.join(passed[:30])}")
+    if text.peek() == "[":
+        for value in text.elements():
+            yield None, value
+    elif text.peek() == "{":
+        for key in text.each_key():
+            yield key, text.value()
+    else:
+        raise BimedixError(f"{'.'.join(keys)} of {path} is neither an array nor an object; name another key with key=")
+
+
+def outline(file: IO[bytes], path: Path) -> "Outline | None":
+    """Where a file that is one object has arrays of objects; None if it is not exactly one object.
+
+    Raises:
+        BimedixError: the file is not JSON.
+    """
+    text = _Window(file, path)
+    if text.peek() != "{":
+        return None
+    found = Outline()
+    _walk(text, (), found)
+    return None if text.peek() else found
+
+
+@dataclass
+class Outline:
+    """The keys of a file that is one object.
+
+    Attributes:
+      keys: those of the object itself, at most MAX_KEYS, and `objects`, whether the values of all of them are objects.
+      arrays: number of entries of each array of objects, by its nested keys joined with a dot.
+    """
+
+    keys: list[str] = field(default_factory=list)
+    objects: bool = True
+    arrays: dict[str, int] = field(default_factory=dict)
+
+
+def keys_of_rows(file: IO[bytes], path: Path, name: str, account: SourceAccount) -> list[str] | None:
+    """Nested keys of the rows in a file that is one object; None if it holds rows side by side or is itself a row.
+
+    Raises:
+        WrongSource: several keys have arrays of objects.
+    """
+    try:
+        found = outline(file, path)
+    except BrokenJson:
+        return None  # the lines or entries before the error are rows, and it is raised when they have been read
+    if found is None:
+        return None
+    arrays = {key: number for key, number in found.arrays.items() if key.rpartition(".")[2] not in IN_ROWS}
+    if len(arrays) > 1:
+        listed = ", ".join(f"{key} ({number:,})" for key, number in list(arrays.items())[:12])
+        raise WrongSource(f"{path} is one object with rows under several keys: {listed}; name one with key=")
+    if arrays:
+        key = next(iter(arrays))
+        account.note(f"rows: those under the key {key!r} of {name}; key= decides otherwise")
+        return key.split(".")
+    if found.objects and len(found.keys) > 1:
+        account.note(f"rows: one for each key of {name}")
+        return []
+    return None
+
+
+def _walk(text: "_Window", at: tuple[str, ...], found: Outline) -> None:
+    for key in text.each_key():
+        opening = text.peek()
+        if not at and len(found.keys) < MAX_KEYS:
+            found.keys.append(key)
+        found.objects &= bool(at) or opening == "{"
+        if opening == "{" and len(at) < MAX_DEPTH - 1:
+            _walk(text, (*at, key), found)
+        elif opening == "[":
+            first, number = None, 0
+            for number, value in enumerate(text.elements(), start=1):
+                first = value if number == 1 else first
+            if isinstance(first, dict) and len(found.arrays) < MAX_KEYS:
+                found.arrays[".".join((*at, key))] = number
+        else:
+            text.skip()
 
 
 class _Window:
@@ -120,6 +229,44 @@ class _Window:
                 max(CHUNK, len(self._text) - self._at)
             )  # doubling keeps the work linear in the length of the text
 
+    def elements(self) -> Iterator[Any]:
+        """The values of the array that is next."""
+        self.take("[")
+        if self.peek() != "]":
+            while True:
+                yield self.value()
+                if self.peek() != ",":
+                    break
+                self.take(",")
+        self.take("]")
+
+    def each_key(self) -> Iterator[str]:
+        """The keys of the object that is next. After each, consume its value."""
+        self.take("{")
+        if self.peek() != "}":
+            while True:
+                key = self.value()
+                if not isinstance(key, str):
+                    raise self.broken(f"a key is {key!r}")
+                self.take(":")
+                yield key
+                if self.peek() != ",":
+                    break
+                self.take(",")
+        self.take("}")
+
+    def skip(self, depth: int = 0) -> None:
+        """Consume the next value in the memory of one of its entries."""
+        opening = self.peek()
+        if opening == "[":
+            for _ in self.elements():
+                pass
+        elif opening == "{" and depth < MAX_DEPTH:
+            for _ in self.each_key():
+                self.skip(depth + 1)
+        else:
+            self.value()
+
     def end(self) -> None:
         """Check that only spaces follow."""
         if self.peek():
@@ -128,7 +275,7 @@ class _Window:
     def broken(self, problem: str) -> BimedixError:
         """The error to raise at the current position."""
         where = self._used + self._at
-        return BimedixError(f"{self._path} is not valid JSON near character {where:,} ({problem}); fetch it again")
+        return BrokenJson(f"{self._path} is not valid JSON near character {where:,} ({problem}); fetch it again")
 
     def _read(self, size: int) -> None:
         data = self._file.read(size)

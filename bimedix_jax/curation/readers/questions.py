@@ -6,15 +6,29 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from bimedix_jax.curation.accounting import SourceAccount
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers import markup
-from bimedix_jax.curation.readers.rows import Place, Row, build_all, data_files, opened, parse_split, row_id, rows, tidy
+from bimedix_jax.curation.readers.reading import Reading
+from bimedix_jax.curation.readers.rows import (
+    Place,
+    Row,
+    build_all,
+    data_files,
+    opened,
+    optional,
+    row_id,
+    rows,
+    said,
+    split_for,
+    tidy,
+)
 from bimedix_jax.data.records import Record, conversation
 
 MEDQUAD_FILE = "medquad_answered.jsonl.gz"
 
 
-def medquad(place: Place, quarantine: Quarantine) -> Iterator[Record]:
+def medquad(place: Place, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """MedQuAD (Ben Abacha and Demner-Fushman 2019): consumer questions with answers from NIH sites.
 
     Reads either the authors' folders of XML, or gzip JSONL of the answered pairs {id, source, url, focus, qtype,
@@ -22,19 +36,23 @@ def medquad(place: Place, quarantine: Quarantine) -> Iterator[Record]:
     A page has several questions, and pages of different sites describe the same condition. The provenance names the
     condition as `group`, so that a split by group does not put the same question into both sets.
     """
-    found = rows(place)
-    if isinstance(place, Path) and place.is_dir():
-        found = rows(place / MEDQUAD_FILE) if (place / MEDQUAD_FILE).is_file() else _medquad_pages(place)
+    how, account = reading or Reading(), quarantine.account
+    answered = place / MEDQUAD_FILE if isinstance(place, Path) and place.is_dir() else place
+    if isinstance(place, Path) and isinstance(answered, Path) and not answered.is_file():
+        found = _medquad_pages(place, account)
+    else:
+        found = rows(answered, reading=how, account=account)
 
     def make(row: Row, fields: dict[str, Any]) -> Record:
         page = fields["page"] if "page" in fields else f"{fields['source']}/{fields['id']}"
+        asked, answer = said(fields["question"]).replace(" ?", "?"), tidy(how.reply(fields["answer"]))
         return Record(
             id=f"medquad/{page}/{row.line}",
-            language="en",
+            language=how.spoken(asked, answer),
             kind="qa",
             source="medquad",
             licence="CC-BY-4.0",
-            conversations=conversation(tidy(fields["question"]).replace(" ?", "?"), tidy(fields["answer"])),
+            conversations=conversation(asked, answer),
             provenance={
                 "url": fields["url"],
                 "focus": fields["focus"],
@@ -43,10 +61,10 @@ def medquad(place: Place, quarantine: Quarantine) -> Iterator[Record]:
             },
         )
 
-    yield from build_all("medquad", found, quarantine, make)
+    yield from build_all("medquad", found, quarantine, make, how)
 
 
-def _medquad_pages(folder: Path) -> Iterator[Row]:
+def _medquad_pages(folder: Path, account: SourceAccount) -> Iterator[Row]:
     """A row for each pair in the authors' files of one page each; `line` is the number of the pair in its page.
 
     Five of the 11,274 pages use other names for the same elements.
@@ -60,6 +78,8 @@ def _medquad_pages(folder: Path) -> Iterator[Row]:
                     "focus": markup.text_of(_first(page, "Focus", "doctitle-focus")),
                 }
                 pairs = [item for item in page.iter() if item.tag in ("QAPair", "pair")]
+                account.lines += max(1, len(pairs))
+                account.blank += not pairs
                 for number, pair in enumerate(pairs, start=1):
                     question = _first(pair, "Question", "question")
                     content = {
@@ -75,38 +95,43 @@ def _first(element: Element, *names: str) -> Element | None:
     return next((found for name in names for found in element.iter(name)), None)
 
 
-def liveqa(place: Path, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+def liveqa(place: Path, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """LiveQA, medical task of TREC 2017 (Ben Abacha et al. 2017): XML of questions sent to the NLM.
 
     Each answer of each question is a record. In the training files an answer belongs to a sub-question, whose focus and
     type are in the provenance. Message and subject are the patient's words in their original spelling.
     """
 
+    how, account = reading or Reading(), quarantine.account
+
     def make(row: Row, fields: dict[str, Any]) -> Record:
-        subject, message = _lines(fields["subject"]), _lines(fields["message"])
+        subject, message = (_lines(optional(fields[name])) for name in ("subject", "message"))
+        asked = "\n".join(text for text in (subject, message) if text)
+        answer = _lines(said(how.reply(fields["answer"])))
         return Record(
             id=f"liveqa/{row.stem}/{fields['id']}",
-            language="en",
+            language=how.spoken(asked, answer),
             kind="qa",
             source="liveqa",
             licence="not stated",
-            split=parse_split(split, row),
-            conversations=conversation(
-                "\n".join(text for text in (subject, message) if text), _lines(fields["answer"])
-            ),
+            split=split_for(row, how, account),
+            conversations=conversation(asked, answer),
             provenance={name: fields[name] for name in ("question_id", "focus", "type", "url") if fields[name]}
             | {"group": f"liveqa/{row.stem}/{fields['question_id']}"},
         )
 
-    yield from build_all("liveqa", _liveqa_answers(place), quarantine, make)
+    yield from build_all("liveqa", _liveqa_answers(place, account), quarantine, make, how)
 
 
-def _liveqa_answers(place: Path) -> Iterator[Row]:
+def _liveqa_answers(place: Path, account: SourceAccount) -> Iterator[Row]:
     for path, name in data_files(place, (".xml",)):
         with opened(path) as file:
             number = 0
             for index, question in enumerate(markup.elements(file, path, {"NLM-QUESTION"}), start=1):
-                for answer in _answers(question):
+                answers = list(_answers(question))
+                account.lines += max(1, len(answers))
+                account.blank += not answers
+                for answer in answers:
                     number += 1
                     name_of = answer["id"] or f"{index}/{number}"
                     yield Row(name, number, {**_asked(question, index), **answer, "id": name_of})
@@ -136,7 +161,7 @@ def _lines(text: str) -> str:
     return "\n".join(line for line in (part.strip() for part in tidy(text).split("\n")) if line)
 
 
-def medicationqa(place: Place, quarantine: Quarantine, *, split: str | None = None) -> Iterator[Record]:
+def medicationqa(place: Place, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
     """MedicationQA (Ben Abacha et al. 2019), 690 rows.
 
     The columns are Question, Focus (Drug), Question Type, Answer, Section Title and URL. Reads the authors' workbook, a
@@ -144,18 +169,21 @@ def medicationqa(place: Place, quarantine: Quarantine, *, split: str | None = No
     """
     columns = {"question_type": "Question Type", "section": "Section Title", "url": "URL"}
 
+    how, account = reading or Reading(), quarantine.account
+
     def make(row: Row, fields: dict[str, Any]) -> Record:
-        drug = tidy(fields.get("Focus (Drug)") or "")
+        drug = optional(fields.get("Focus (Drug)"))
         provenance = {name: fields[column] for name, column in columns.items() if fields.get(column)}
+        asked, answer = said(fields["Question"]), tidy(how.reply(fields["Answer"]))
         return Record(
             id=row_id("medicationqa", row),
-            language="en",
+            language=how.spoken(asked, answer),
             kind="qa",
             source="medicationqa",
             licence="not stated",
-            split=parse_split(split, row),
-            conversations=conversation(tidy(fields["Question"]), tidy(fields["Answer"])),
+            split=split_for(row, how, account),
+            conversations=conversation(asked, answer),
             provenance={**provenance, "drug": drug} if drug else provenance,
         )
 
-    yield from build_all("medicationqa", rows(place), quarantine, make)
+    yield from build_all("medicationqa", rows(place, reading=how, account=account), quarantine, make, how)

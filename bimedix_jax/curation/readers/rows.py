@@ -1,14 +1,13 @@
 """Rows of a file, a folder of files or a data set on the Hugging Face hub, one at a time, in any of these formats:
 
     .jsonl .ndjson     one object a line            .json       an array, one object of rows, or objects in a row
-    .csv .tsv          with a header                .parquet    in batches (needs pyarrow)
+    .csv .tsv          usually with a header        .parquet    in batches (needs pyarrow)
     .xlsx              the first sheet, with a header
 
 All but the last two can be compressed (.gz). A row that cannot be parsed raises when its fields are read, so that
 `Quarantine.build` notes it. A file that is broken as a whole is an error.
 """
 
-import csv
 import gzip
 import io
 import json
@@ -16,15 +15,19 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
+
+from pydantic import ValidationError
 
 from bimedix_jax import files
+from bimedix_jax.curation.accounting import SourceAccount
 from bimedix_jax.curation.quarantine import Quarantine, WrongSource
-from bimedix_jax.curation.readers import hub, json_stream, markup
+from bimedix_jax.curation.readers import delimited, hub, json_stream, markup, script, texts
 from bimedix_jax.curation.readers.hub import HubSet
-from bimedix_jax.data.records import Record, Split
+from bimedix_jax.curation.readers.reading import Reading, split_of
+from bimedix_jax.data.records import Record, Split, explain
 from bimedix_jax.errors import BimedixError
 
 Place = Path | HubSet
@@ -36,6 +39,7 @@ MAX_LINE = 64 << 20
 """Most bytes of a line and most characters of a CSV field; longer ones are quarantined without being parsed."""
 
 PARQUET_BATCH = 256
+
 SAVED_BY_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
@@ -48,12 +52,16 @@ class Row:
       line: number of the line, of the row of a sheet, or of the entry, from 1.
       content: the fields; or a line of JSON; or an exception if the row could not be read.
       key: name of the row if the file is one object of rows.
+      lines: number of lines of the file that the row spans.
+      part: what the split is read from; None: the name of the file.
     """
 
     file: str
     line: int
     content: Any
     key: str | None = None
+    lines: int = 1
+    part: str | None = None
 
     def fields(self) -> dict[str, Any]:
         """The row's fields by name.
@@ -76,25 +84,37 @@ class Row:
         return re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|xlsx|xml)(\.gz)?$", "", self.file)
 
 
-def rows(place: Place, keyed: bool = False, header: bool = True) -> Iterator[Row]:
+def rows(
+    place: Place,
+    keyed: bool = False,
+    header: bool = True,
+    reading: Reading | None = None,
+    account: SourceAccount | None = None,
+) -> Iterator[Row]:
     """All rows of a place, ordered by file name and then by their position in the file.
 
-    `keyed`: a .json file that is one object has a row per entry. Without `header` the fields of a CSV row are named
-    "0", "1", ...
+    Args:
+        keyed: a .json file that is one object has a row per entry.
+        header: a CSV file has one; otherwise its fields are named "0", "1", ...
+        reading: options of the source.
+        account: counts the lines.
 
     Raises:
         BimedixError: there is nothing to read, or a file is damaged.
     """
+    read = _Files(keyed, header, reading or Reading(), account or SourceAccount())
     if not isinstance(place, HubSet):
         for path, name in data_files(place, ENDINGS):
-            yield from _of_file(path, name, keyed, header)
+            yield from read.rows_of(path, name)
         return
     for part in hub.parts(place):
         if isinstance(part, Path):
-            yield from _of_file(part, f"{place.label}/{part.name}", keyed, header)
+            for row in read.rows_of(part, f"{place.label}/{part.name}"):
+                yield replace(row, part=place.split)
         else:
             for number, content in enumerate(part, start=1):
-                yield Row(place.label, number, content)
+                read.account.lines += 1
+                yield Row(place.label, number, content, part=place.split)
 
 
 def data_files(place: Path, endings: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
@@ -138,17 +158,43 @@ def named_file(folder: Path, name: str) -> Path:
 
 
 def build_all(
-    source: str, found: Iterable[Row], quarantine: Quarantine, make: Callable[[Row, dict[str, Any]], Record]
+    source: str,
+    found: Iterable[Row],
+    quarantine: Quarantine,
+    make: Callable[[Row, dict[str, Any]], Record],
+    reading: Reading | None = None,
+    own: bool = False,
 ) -> Iterator[Record]:
-    """`make(row, fields)` of every row. Rows for which it raises are quarantined."""
+    """`make(row, fields)` of every row. Rows for which it raises are quarantined.
+
+    The fields are without HTML, and the language of each record is compared with its script (readers/script.py). `own`:
+    the rows are records already, and are only checked.
+    """
+    how, account = reading or Reading(), quarantine.account
 
     def build(row: Row) -> Record:
-        return make(row, row.fields())
+        try:
+            fields = row.fields()
+            account.saw(fields)
+            record = make(row, fields if own else how.clean(fields, account))
+            stated = how.language is not None
+            from_script = reading is not None and not (own or stated)
+            return script.settled(record, account, stated=stated, from_script=from_script, own=own)
+        except Exception as error:
+            account.failed(_problem(error))
+            raise
 
     for row in found:
         record = quarantine.build(source, row.file, row.line, build, row)
+        account.built(row.lines, record is not None)
         if record is not None:
             yield record
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"field {error} is missing"
+    return explain(error) if isinstance(error, ValidationError) else str(error)[:200]
 
 
 def tidy(text: object) -> str:
@@ -163,24 +209,40 @@ def tidy(text: object) -> str:
     return re.sub(r"[ \t\xa0]+", " ", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
-def split_of(name: str) -> Split | None:
-    """The split that the name of a file or hub split implies, None if it implies none.
+def said(value: object) -> str:
+    """`tidy` of a text that must be there.
 
-    Validation and test parts are held out, since models are compared on them.
+    Raises:
+        ValueError: it is missing, also if a program wrote a word such as NULL or nan for that.
     """
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    if words & {"test", "dev", "val", "valid", "validation", "heldout"}:
-        return "heldout"
-    return "train" if words & {"train", "training"} else None
+    if texts.is_missing(value):
+        raise ValueError("a text is missing")
+    return tidy(value)
 
 
-def parse_split(text: str | None, row: Row) -> Split | None:
-    """The split given as an option, or else implied by the name of the row's file."""
-    if text is None:
-        return split_of(row.file)
-    if text not in ("train", "heldout"):
-        raise WrongSource(f"split={text} is not a split; write split=train or split=heldout")
-    return text
+def optional(value: object) -> str:
+    """`tidy` of a text that may be missing; then ""."""
+    return "" if texts.is_missing(value) else tidy(value)
+
+
+def is_yes(name: str, value: str) -> bool:
+    """Whether an option is yes. Raises WrongSource if it is neither yes nor no."""
+    if value not in ("yes", "no"):
+        raise WrongSource(f"{name}={value} is neither yes nor no")
+    return value == "yes"
+
+
+def split_for(row: Row, reading: Reading, account: SourceAccount, otherwise: Split | None = None) -> Split | None:
+    """The split stated as an option, else `otherwise`, else the one that the name of the row's file implies."""
+    if reading.split is not None or otherwise is not None:
+        return reading.split or otherwise
+    name = row.part or row.file
+    if name not in account.splits:
+        found, ambiguous = split_of(name)
+        if found is None and not ambiguous:
+            return None
+        account.splits[name] = found
+    return account.splits[name]
 
 
 def row_id(source: str, row: Row, own: object = None) -> str:
@@ -198,19 +260,57 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         raise BimedixError(f"{path} is damaged ({error}); fetch it again") from error
 
 
-def _of_file(path: Path, name: str, keyed: bool, header: bool) -> Iterator[Row]:
-    plain = name.lower().removesuffix(".gz")
-    files.require_content(path, text=name.lower().endswith(_TEXT))
-    if plain.endswith((".jsonl", ".ndjson")):
-        return _lines(path, name)
-    if plain.endswith(".json"):
-        return _json(path, name, keyed)
-    if plain.endswith((".csv", ".tsv")):
-        return _csv(path, name, "\t" if plain.endswith(".tsv") else ",", header)
-    return _parquet(path, name) if plain.endswith(".parquet") else _sheet(path, name)
+@dataclass(frozen=True)
+class _Files:
+    """Reads files as `rows` describes."""
+
+    keyed: bool
+    header: bool
+    reading: Reading
+    account: SourceAccount
+
+    def rows_of(self, path: Path, name: str) -> Iterator[Row]:
+        """The rows of one file, counted."""
+        plain = name.lower().removesuffix(".gz")
+        files.require_content(path, text=name.lower().endswith(_TEXT))
+        if plain.endswith((".csv", ".tsv")):
+            return self._delimited(path, name)
+        if self.reading.key is not None and not plain.endswith(".json"):
+            raise WrongSource(f"key= names the key of the rows in a .json file, but {path} has none; leave it out")
+        if plain.endswith((".jsonl", ".ndjson")):
+            return self._lines(path, name)
+        return self._entries(_json(path, name, self) if plain.endswith(".json") else _other(path, name, self.account))
+
+    def _entries(self, found: Iterator[Row]) -> Iterator[Row]:
+        for row in found:
+            self.account.lines += row.lines
+            yield row
+
+    def _lines(self, path: Path, name: str) -> Iterator[Row]:
+        for row in _json_lines(path, name):
+            self.account.lines += 1
+            if row is None:
+                self.account.blank += 1
+            else:
+                yield row
+
+    def _delimited(self, path: Path, name: str) -> Iterator[Row]:
+        if self.reading.key is not None:
+            raise WrongSource(f"key= names the key of the rows in a .json file, but {path} has none; leave it out")
+
+        @contextmanager
+        def text() -> Iterator[TextIO]:
+            with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as lines:
+                yield lines
+
+        delimited.csv.field_size_limit(MAX_LINE)
+        found = delimited.table_rows(text, name, self.reading.delimiter, self.header, self.account)
+        for row, content in found:
+            yield Row(name, row.line, content, lines=row.lines)
 
 
-def _lines(path: Path, name: str) -> Iterator[Row]:
+def _json_lines(path: Path, name: str) -> Iterator[Row | None]:
+    """A row for each line, None for a blank one."""
     with opened(path) as file:
         number = 0
         while line := file.readline(MAX_LINE):
@@ -219,52 +319,39 @@ def _lines(path: Path, name: str) -> Iterator[Row]:
                 while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
                     pass
                 yield Row(name, number, ValueError(f"the line is longer than {MAX_LINE >> 20} MiB"))
-            elif line.strip():
-                yield Row(name, number, line)
+            else:
+                yield Row(name, number, line) if line.strip() else None
 
 
-def _json(path: Path, name: str, keyed: bool) -> Iterator[Row]:
+def _json(path: Path, name: str, how: _Files) -> Iterator[Row]:
     with opened(path) as file:
         opening = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         first_line = opening.partition(b"\n")[0].strip()
-    if opening.startswith(b"{") and not keyed and (first_line.endswith(b"}") or b"\n" not in opening):
-        yield from _lines(
-            path, name
-        )  # JSON lines with the ending .json, such as MedMCQA's; a broken line is one rejected row
-        return
+    keys = None if how.reading.key is None else how.reading.key.split(".")
+    if keys is None and opening.startswith(b"{") and not how.keyed:
+        with opened(path) as file:
+            keys = json_stream.keys_of_rows(file, path, name, how.account)
+        if keys is None and (first_line.endswith(b"}") or b"\n" not in opening):
+            # JSON lines with the ending .json, such as MedMCQA's; a broken line is one rejected row
+            for row in _json_lines(path, name):
+                how.account.lines += row is None
+                how.account.blank += row is None
+                if row is not None:
+                    yield row
+            return
     with opened(path) as file:
-        entries = json_stream.entries
-        if keyed and opening.startswith(b"{"):
-            entries = json_stream.keyed_entries
-        for number, (key, value) in enumerate(entries(file, path), start=1):
+        if keys is not None:
+            found = json_stream.entries_under(file, path, keys)
+        elif how.keyed and opening.startswith(b"{"):
+            found = json_stream.keyed_entries(file, path)
+        else:
+            found = json_stream.entries(file, path)
+        for number, (key, value) in enumerate(found, start=1):
             yield Row(name, number, value, key)
 
 
-def _csv(path: Path, name: str, delimiter: str, header: bool) -> Iterator[Row]:
-    csv.field_size_limit(MAX_LINE)
-    with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as text:
-        reader = csv.reader(text, delimiter=delimiter)
-        names = next(reader, None) if header else None
-        if names is not None and len(set(names)) < len(names):
-            raise BimedixError(f"{path} has two columns with the same name ({', '.join(names)}); rename one")
-        while True:
-            try:
-                values = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Row(name, reader.line_num, ValueError(str(error)))
-                continue
-            if values:
-                yield Row(name, reader.line_num, _named(names, values))
-
-
-def _named(names: list[str] | None, values: list[str]) -> dict[str, str] | ValueError:
-    if names is None:
-        return {str(index): value for index, value in enumerate(values)}
-    if len(names) != len(values):
-        return ValueError(f"{len(values)} columns, the header has {len(names)}")
-    return dict(zip(names, values, strict=True))
+def _other(path: Path, name: str, account: SourceAccount) -> Iterator[Row]:
+    return _parquet(path, name) if name.lower().endswith(".parquet") else _sheet(path, name, account)
 
 
 def _parquet(path: Path, name: str) -> Iterator[Row]:
@@ -284,9 +371,15 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         raise BimedixError(f"{path} is not a Parquet file, or damaged ({error}); fetch it again") from error
 
 
-def _sheet(path: Path, name: str) -> Iterator[Row]:
+def _sheet(path: Path, name: str, account: SourceAccount) -> Iterator[Row]:
     found = markup.sheet_rows(path)
-    names = next(found, (0, []))[1]
+    header = next(found, None)
+    names = [value.strip() for value in header[1]] if header else []
+    account.lines += header is not None
+    account.header += header is not None
     for number, values in found:
         if any(values):
-            yield Row(name, number, _named(names, values + [""] * (len(names) - len(values))))
+            yield Row(name, number, delimited.named(names, values + [""] * (len(names) - len(values))))
+        else:
+            account.lines += 1
+            account.blank += 1

@@ -1,0 +1,119 @@
+"""The language of a record compared with its script: an Arabic text is never labelled English, nor the reverse."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bimedix_jax.curation.accounting import SourceAccount
+from bimedix_jax.data.records import Language, Record, Turn
+
+MIXED = 0.1
+"""Share of Arabic letters from which a text may be Arabic with foreign terms."""
+
+FEW_LETTERS = 8
+"""A text with fewer letters than this may be a formula, a name or an abbreviation in either language."""
+
+NAMES = {"en": "English", "ar": "Arabic"}
+
+_ASCII = re.compile(r"[A-Za-z]+")
+_ARABIC = re.compile(r"[\u0620-\u064a\u066e-\u06d3\u06fa-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc]+")
+_LETTERS = re.compile(r"[^\W\d_]+")
+_LATIN_OR_GREEK = re.compile(r"[A-Za-z\u00aa\u00ba\u00c0-\u024f\u0370-\u03ff\u1e00-\u1eff]+")
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Numbers of letters of a text: Arabic ones, Latin and Greek ones, and all."""
+
+    arabic: int
+    latin: int
+    all: int
+
+    def __add__(self, other: "Letters") -> "Letters":
+        return Letters(self.arabic + other.arabic, self.latin + other.latin, self.all + other.all)
+
+    @property
+    def share(self) -> float:
+        """Share of Arabic among Arabic and Latin letters; 0 for a text without either."""
+        return self.arabic / max(1, self.arabic + self.latin)
+
+
+def letters_of(text: str) -> Letters:
+    """The letters of a text by script."""
+    if text.isascii():
+        number = sum(map(len, _ASCII.findall(text)))
+        return Letters(0, number, number)
+    arabic, latin, every = (sum(map(len, kind.findall(text))) for kind in (_ARABIC, _LATIN_OR_GREEK, _LETTERS))
+    return Letters(arabic, latin, max(every, arabic + latin))
+
+
+def language_of(*texts: str) -> Language:
+    """The language of the first text that has letters, by its script."""
+    for text in texts:
+        found = letters_of(text)
+        if found.all:
+            return "ar" if found.share >= 0.5 else "en"
+    return "en"
+
+
+def language_of_exam(question: str, choices: Sequence[str]) -> Language:
+    """The language of a question with choices: Arabic if the question is, or else all of it together."""
+    return "ar" if "ar" in (language_of(question), language_of(" ".join((question, *choices)))) else "en"
+
+
+def settled(
+    record: Record, account: SourceAccount, *, stated: bool, from_script: bool = False, own: bool = False
+) -> Record:
+    """`record` if its language agrees with its script, with a language of their own for turns in the other script.
+
+    Args:
+        stated: the language was stated by an option.
+        from_script: the language was taken from the script.
+        own: the record is in the format of this project: its language is corrected unless one is stated, and its turns
+            stay as they are.
+
+    Raises:
+        ValueError: the script is that of the other language, or of neither.
+    """
+    turns = [turn for turn in record.conversations if turn.language is None and turn.speaker != "system"]
+    found = [letters_of(turn.value) for turn in turns]
+    total = sum(found, Letters(0, 0, 0))
+    if total.all >= FEW_LETTERS and 2 * (total.arabic + total.latin) < total.all:
+        raise ValueError("the text is neither in Latin nor in Arabic script")
+    if not from_script and _contradicts(record.language, turns, found, total):
+        if own and not stated:
+            account.changes["records whose language was corrected, since their script contradicts it"] += 1
+            return record.model_copy(update={"language": "ar" if record.language == "en" else "en"})
+        script = "Arabic" if record.language == "en" else "Latin"
+        raise ValueError(
+            f"the text is in {script} script, but its language is stated to be {NAMES[record.language]} "
+            f"({record.language})"
+        )
+    if from_script:
+        account.languages[record.language] += 1
+    if own or record.kind == "mcqa":
+        return record
+    return _with_other_turns(record, account)
+
+
+def _contradicts(language: Language, turns: Sequence[Turn], found: Sequence[Letters], total: Letters) -> bool:
+    if language == "en":
+        asked = sum((n for turn, n in zip(turns, found, strict=True) if turn.speaker == "human"), Letters(0, 0, 0))
+        return total.share >= 0.5 and (asked.share >= 0.5 or not asked.all)
+    return total.latin >= FEW_LETTERS and all(letters.share < MIXED for letters in found)
+
+
+def _with_other_turns(record: Record, account: SourceAccount) -> Record:
+    """`record` with the language of each turn that is in the script of the other language."""
+    other: Language = "en" if record.language == "ar" else "ar"
+    turns = []
+    for turn in record.conversations:
+        found = letters_of(turn.value) if turn.language is None else Letters(0, 0, 0)
+        away = found.share >= 0.5 if other == "ar" else found.share < MIXED
+        if away and found.all >= FEW_LETTERS:
+            turn = turn.model_copy(update={"language": other})
+            account.changes["turns marked as being in the other language"] += 1
+        turns.append(turn)
+    if all(turn is before for turn, before in zip(turns, record.conversations, strict=True)):
+        return record
+    return record.model_copy(update={"conversations": tuple(turns)})
