@@ -92,6 +92,8 @@ def test_every_reading_is_recognised_in_every_format(
         # neither the first nor the last number occurs
         ([(ORGANS, 1), (ORGANS, 2), (ORGANS, 3)], "numbers from 0 and numbers from 1"),
         ([(ORGANS, 0), (ORGANS, 4), (ORGANS, 2)], r"both 0 \(lines 1\) and the number of choices \(lines 2\)"),
+        ([(ORGANS, answer) for answer in [*(1, 2, 3) * 20, "Spleen"]], "numbers from 0 and numbers from 1"),
+        ([(ORGANS, answer) for answer in [*(1, 2, 3, 4) * 20, 0]], "both 0"),
         ([(ORGANS, "B"), (ORGANS, 0), (ORGANS, "Spleen")], "no reading that fits all its 3 answers"),
     ],
 )

@@ -1,5 +1,6 @@
 """Dialogues that people have: the doctor first, names in one text, several turns of one side, and marks of turns."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,18 @@ def test_a_dialogue_may_be_a_list_or_a_column_of_a_csv_file(tmp_path: Path) -> N
     (tmp_path / "x.csv").write_text('"1","' + "\n".join(said) + '"\n')
     (record,) = run(f"dialogue={tmp_path / 'x.csv'}?text=1&licence=x&header=no")[0]
     assert turns(record) == VISIT
+
+
+def test_messages_in_a_cell_of_a_table(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "Hi, doctor"}, {"role": "assistant", "content": 'Hello, "friend"'}]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["id", "messages"], ["nan", json.dumps(said)], ["", "[1]"], ["7", json.dumps(said)]]
+        )
+    records, quarantine = run(f"messages={tmp_path / 'x.csv'}?licence=x")
+    assert turns(records[0]) == [("human", "Hi, doctor"), ("gpt", 'Hello, "friend"')]
+    assert len({record.id for record in records}) == 2
+    assert [row.reason for row in quarantine.rejected] == ["messages is not a list of messages"]
 
 
 def test_chats_with_the_doctor_first_or_several_turns_of_one_side(tmp_path: Path) -> None:

@@ -92,6 +92,15 @@ def test_a_quotation_mark_that_is_text_takes_no_rows_with_it(tmp_path: Path) -> 
     assert (quarantine.account.lines, quarantine.account.continued) == (23, 10)
 
 
+def test_a_row_over_several_lines_with_a_column_too_many_is_left_out_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('q,a\n"What\nis it, then?\nreally, so\n?",b,c\nWho?,"A\nnurse"\n')
+    records, quarantine = run(f"table={path}?{TABLE}")
+    assert texts(records) == [["Who?", "A\nnurse"]]
+    assert [(row.line, row.reason) for row in quarantine.rejected] == [(5, "3 columns, the header has 2")]
+    assert (quarantine.account.lines, quarantine.account.continued) == (7, 4)
+
+
 def test_a_mark_that_is_never_closed_does_not_hold_the_file_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     rows = "".join(f'"Question {n}, then?","Answer {n}, so"\n' for n in range(3 * MAX_SPAN))
@@ -131,8 +140,9 @@ def test_rows_under_several_keys_need_one_of_them(tmp_path: Path) -> None:
         run(f"table={path}?{TABLE}")
     with pytest.raises(BimedixError, match="has no key 'valid'; its keys are train, test"):
         run(f"table={path}?{TABLE}&key=valid")
-    with pytest.raises(WrongSource, match="leave it out"):
-        run(f"table={lines(tmp_path / 'x.jsonl', {'q': 'x', 'a': 'y'})}?{TABLE}&key=data")
+    for option in ("key=data", "delimiter=tab"):
+        with pytest.raises(WrongSource, match="leave it out"):
+            run(f"table={lines(tmp_path / 'x.jsonl', {'q': 'x', 'a': 'y'})}?{TABLE}&{option}")
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def test_medicationqa_from_the_workbook_and_from_csv(tmp_path: Path) -> None:
     assert values(from_book[0]) == values(from_csv[0]) == ["is it safe", "Ask."]
     assert from_book[0].provenance == {"question_type": "Usage", "url": "u", "drug": "aspirin"}
     assert [row.line for row in quarantine.rejected] == [4]
+    account = quarantine.account
+    assert (account.lines, account.header, account.blank, account.rows) == (4, 1, 1, 2)
+    book = workbook(tmp_path / "x.xlsx", [["what", "this"], ["who", "that"]])
+    assert len(run(f"table={book}?question=0&answer=1&licence=x&header=no")[0]) == 2
     assert [row.line for row in other.rejected] == [3]
 
 

@@ -154,9 +154,17 @@ class Column:
         """
         if not self.rows:
             return None
-        fitting = [reading for reading in READINGS if self.fits[reading] == self.rows]
+        numbers = max(self.fits["from0"], self.fits["from1"])
+        if self.zeros and self.tops and numbers == max(self.fits.values()):
+            raise WrongSource(
+                f"column {name} has both 0 (lines {_lines(self.zeros)}) and the number of choices (lines "
+                f"{_lines(self.tops)}), so it counts neither from 0 nor from 1; pass first_option=0 or first_option=1, "
+                "and the rows that do not fit are left out"
+            )
+        least = self.rows if self.rows in self.fits.values() else NEARLY_ALL * self.rows
+        fitting = [reading for reading in READINGS if self.fits[reading] >= least]
         if not fitting:
-            return self._nearly(name)
+            self._refuse_all(name)
         chosen = fitting[0]
         for other in fitting[1:]:
             lines = self.apart.get((min(chosen, other), max(chosen, other)))
@@ -167,16 +175,8 @@ class Column:
             self._refuse(name, chosen, other, lines)
         return chosen
 
-    def _nearly(self, name: str) -> str:
-        most, number = self.fits.most_common(1)[0]
-        if most in ("from0", "from1") and self.zeros and self.tops:
-            raise WrongSource(
-                f"column {name} has both 0 (lines {_lines(self.zeros)}) and the number of choices (lines "
-                f"{_lines(self.tops)}), so it counts neither from 0 nor from 1; pass first_option=0 or first_option=1, "
-                "and the rows that do not fit are left out"
-            )
-        if number >= NEARLY_ALL * self.rows:
-            return most
+    def _refuse_all(self, name: str) -> None:
+        most = self.fits.most_common(1)[0][0]
         counts = ", ".join(
             f"{READINGS[reading][0]} {self.fits[reading]:,}" for reading in READINGS if self.fits[reading]
         )

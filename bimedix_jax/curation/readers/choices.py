@@ -29,7 +29,7 @@ ALPHABET = "أبتثجحخدذر"
 
 _SAME_LETTER = str.maketrans("اإآٱﺍﺃﻫہۀة٠١٢٣٤٥٦٧٨٩۰۱۲۳۴۵۶۷۸۹", "أأأأأأهههه01234567890123456789")
 _NAMED = re.compile(r"(?:option|opt|op|choice|answer|ans|الخيار|خيار|الإجابة|الاختيار)[\s_-]*(.+)", re.IGNORECASE)
-_AROUND = " \t\r\n()[]{}.:-–،,)؛\u0640\u200e\u200f\u200c\u200d"
+_AROUND = " \t\r\n()[]{}.:-–،,)\"'؛\u0640\u200e\u200f\u200c\u200d"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def parsed(lines: Iterator[str], dialect: Dialect, width: int | None = None) -> 
         except csv.Error as error:
             values = ValueError(str(error))
         wrong = isinstance(values, Exception) or (width is not None and len(values) != width)
-        if wrong and len(feed.taken) > 1:
+        if wrong and len(feed.taken) > 1 and not _closes(feed.taken, dialect):
             feed.take_back()
             yield Parsed(ValueError("a quotation mark opens a field and does not close it"), feed.number, 1)
             rows = reader()
@@ -107,6 +107,15 @@ def parsed(lines: Iterator[str], dialect: Dialect, width: int | None = None) -> 
             if not dialect.quoted:
                 values = [_unquoted(value) for value in values]
         yield Parsed(values, feed.number, len(feed.taken))
+
+
+def _closes(lines: list[str], dialect: Dialect) -> bool:
+    """Whether the lines are one row whose quotation marks enclose whole fields, so that only their number is wrong."""
+    strict = csv.reader(lines, delimiter=dialect.delimiter, skipinitialspace=dialect.spaced, strict=True)
+    try:
+        return len(list(strict)) == 1
+    except csv.Error:
+        return False
 
 
 def _unquoted(value: str) -> str:
@@ -210,7 +219,7 @@ def _marks_enclose(opened: Opener, dialect: Dialect) -> bool:
 
 
 def _sound_lines(lines: Iterator[str], dialect: Dialect) -> tuple[int, int, int]:
-    """Lines in rows as wide as the first, lines in other rows, and rows over several lines."""
+    """Lines in rows as wide as the first or over several lines, lines in other rows, and rows over several lines."""
     width: int | None = None
     sound = wrong = spans = 0
     for row in parsed(lines, dialect):
@@ -218,7 +227,7 @@ def _sound_lines(lines: Iterator[str], dialect: Dialect) -> tuple[int, int, int]
             continue
         if isinstance(row.values, list) and width is None:
             width = len(row.values)
-        if isinstance(row.values, list) and len(row.values) == width:
+        if isinstance(row.values, list) and (len(row.values) == width or row.lines > 1):
             sound += row.lines
             spans += row.lines > 1
         else:

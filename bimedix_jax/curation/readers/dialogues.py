@@ -1,5 +1,6 @@
 """Conversations: MTS-Dialog, ShareGPT and Vicuna (`conversations`), OpenAI (`messages`), transcripts in one text."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from bimedix_jax.curation.readers.rows import (
     said,
     split_for,
 )
+from bimedix_jax.curation.readers.texts import is_missing
 from bimedix_jax.curation.readers.transcripts import SPEAKERS, transcript
 from bimedix_jax.curation.readers.turns import Said, Side, Style
 from bimedix_jax.data.records import Record, Split, Turn
@@ -137,8 +139,13 @@ def dialogue(
 
 
 def _messages(fields: dict[str, Any], first: str, style: Style) -> list[Said]:
-    key = next((name for name in (first, *CONVERSATIONS) if isinstance(fields.get(name), list)), first)
-    return [turns.message(fields_of_message, style) for fields_of_message in fields[key]]
+    key = next((name for name in (first, *CONVERSATIONS) if fields.get(name)), first)
+    found = fields[key]
+    if isinstance(found, str):  # a cell of a table
+        found = json.loads(found)
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise ValueError(f"{key} is not a list of messages")
+    return [turns.message(item, style) for item in found]
 
 
 def _chats(
@@ -161,7 +168,7 @@ def _chats(
                 how.reply(turn.value)
         exchanges = sum(turn.speaker == "gpt" for turn in found)
         return Record(
-            id=row_id(source, row, fields.get("id")),
+            id=row_id(source, row, None if is_missing(fields.get("id")) else fields["id"]),
             language=how.spoken("\n".join(turn.value for turn in found if turn.speaker != "system")),
             kind="chat" if exchanges > 1 else "qa",
             source=source,

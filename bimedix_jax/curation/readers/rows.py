@@ -275,11 +275,15 @@ class _Files:
         files.require_content(path, text=name.lower().endswith(_TEXT))
         if plain.endswith((".csv", ".tsv")):
             return self._delimited(path, name)
+        if self.reading.delimiter is not None:
+            raise WrongSource(f"delimiter= is for text with columns, but {path} has none; leave it out")
         if self.reading.key is not None and not plain.endswith(".json"):
             raise WrongSource(f"key= names the key of the rows in a .json file, but {path} has none; leave it out")
         if plain.endswith((".jsonl", ".ndjson")):
             return self._lines(path, name)
-        return self._entries(_json(path, name, self) if plain.endswith(".json") else _other(path, name, self.account))
+        if plain.endswith(".json"):
+            return self._entries(_json(path, name, self))
+        return self._entries(_parquet(path, name) if plain.endswith(".parquet") else _sheet(path, name, self))
 
     def _entries(self, found: Iterator[Row]) -> Iterator[Row]:
         for row in found:
@@ -350,10 +354,6 @@ def _json(path: Path, name: str, how: _Files) -> Iterator[Row]:
             yield Row(name, number, value, key)
 
 
-def _other(path: Path, name: str, account: SourceAccount) -> Iterator[Row]:
-    return _parquet(path, name) if name.lower().endswith(".parquet") else _sheet(path, name, account)
-
-
 def _parquet(path: Path, name: str) -> Iterator[Row]:
     try:
         import pyarrow
@@ -371,15 +371,15 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         raise BimedixError(f"{path} is not a Parquet file, or damaged ({error}); fetch it again") from error
 
 
-def _sheet(path: Path, name: str, account: SourceAccount) -> Iterator[Row]:
-    found = markup.sheet_rows(path)
-    header = next(found, None)
-    names = [value.strip() for value in header[1]] if header else []
-    account.lines += header is not None
-    account.header += header is not None
-    for number, values in found:
-        if any(values):
-            yield Row(name, number, delimited.named(names, values + [""] * (len(names) - len(values))))
+def _sheet(path: Path, name: str, how: _Files) -> Iterator[Row]:
+    names: list[str] | None = None
+    for number, values in markup.sheet_rows(path):
+        if not any(values) or (how.header and names is None):
+            how.account.lines += 1
+            how.account.blank += not any(values)
+            how.account.header += any(values)
+            names = [value.strip() for value in values] if any(values) else names
+        elif names is None:
+            yield Row(name, number, {str(index): value for index, value in enumerate(values)})
         else:
-            account.lines += 1
-            account.blank += 1
+            yield Row(name, number, delimited.named(names, values + [""] * (len(names) - len(values))))

@@ -23,6 +23,7 @@ from bimedix_jax.curation.readers.rows import (
     split_for,
     tidy,
 )
+from bimedix_jax.curation.readers.texts import is_missing
 from bimedix_jax.data import records
 from bimedix_jax.data.records import Record, Split, conversation
 from bimedix_jax.errors import BimedixError
@@ -104,6 +105,7 @@ class _Columns:
         def text(column: str | None) -> str:
             return optional(None if column is None else _column(fields, column))
 
+        own = None if self.id is None else _column(fields, self.id)
         asked, found = self.question_and_choices(fields)
         about = text(self.context)
         shown = f"{about}\n{asked}" if about else asked
@@ -120,7 +122,7 @@ class _Columns:
             shown = records.multiple_choice_question(shown, choices)
             told = records.multiple_choice_answer(choices, right, spoken, text(self.explanation))
         return Record(
-            id=row_id(source, row, None if self.id is None else _column(fields, self.id)),
+            id=row_id(source, row, None if is_missing(own) else own),
             language=spoken,
             kind="qa" if choices is None else "mcqa",
             source=source,
