@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, Field, StrictBool
 
 from bimedix_jax import files
 from bimedix_jax.checkpoint.bnb_config import KEY, is_packed
+from bimedix_jax.checkpoint.hf_tensors import BIAS_KEYS, zero_biases
 from bimedix_jax.checkpoint.rope import Rope, read_rope, written_rope
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.config import MixtralConfig, RopeScaling, RouterConfig
@@ -181,8 +182,8 @@ def read_dense_config(folder: str | Path, ignore_config_keys: Collection[str] = 
         raise BimedixError(
             f"{folder} has model_type {kind!r}; upcycling starts from a dense {' or '.join(DENSE_TYPES)} model."
         )
-    if kind == "llama" and raw.get("num_key_value_heads") is None:
-        raw["num_key_value_heads"] = raw.get("num_attention_heads")
+    if kind == "llama":
+        raw.setdefault("num_key_value_heads", None)
     return DenseConfig(**fields_of(check(raw, DenseJson, folder, ignore_config_keys), folder))
 
 
@@ -237,6 +238,10 @@ def check(raw: dict[str, Any], schema: type[Checked], folder: Path, ignored: Col
     if sizes:
         raise BimedixError(f"{listed(sizes)} in {source} is an architecture size and cannot be ignored.")
     raw = {key: value for key, value in raw.items() if key not in ignored}
+    if raw.get("num_key_value_heads", 0) is None:  # one for each query head, in every class of transformers
+        raw["num_key_value_heads"] = raw.get("num_attention_heads")
+    if any(raw.get(key) is True for key in BIAS_KEYS):
+        raw |= dict.fromkeys(zero_biases(folder), False)
     require_known(raw, schema, source, ignored)
     used = {key: value for key, value in raw.items() if key in schema.model_fields}
     found = files.validate(used, schema, str(source), "correct it, or use another checkpoint")

@@ -1,7 +1,8 @@
 """The tensors of a Hugging Face folder under the names of the conversion table, whatever saved them.
 
 Training wrappers add segments to names (`_orig_mod.`), old files have buffers that are recomputed, and tied models may
-store their head twice. Redundant tensors that agree are ignored. If they differ, the error names the cause.
+store their head twice. Tensors that change nothing, such as biases of zeros, are ignored. Where they would change
+something, the error names the cause.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bimedix_jax.checkpoint.bnb_format import assemble
-from bimedix_jax.checkpoint.safetensors_io import StoredTensor, pieces, read_folder
+from bimedix_jax.checkpoint.safetensors_io import INDEX_NAME, SINGLE_NAME, StoredTensor, pieces, read_folder
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.models.config import MixtralConfig
 
@@ -20,23 +21,54 @@ WRAPPERS = ("_orig_mod", "module", "_forward_module", "_fsdp_wrapped_module", "_
 checkpointing add. No module of a model has such a name."""
 RECOMPUTED = re.compile(r"(.+\.)?rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)")
 """Buffers in old exports. They are computed from the configuration, so they are ignored, as transformers does."""
+BIAS = re.compile(r"(?:.+\.)?layers\.\d+\.(self_attn|mlp)\.(?:[qkvo]|gate|up|down)_proj\.bias")
+BIAS_KEYS = {"attention_bias": "self_attn", "mlp_bias": "mlp"}
+"""Keys of config.json -> the part of a layer whose projections then have biases."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_tensors(folder: Path, config: MixtralConfig) -> dict[str, StoredTensor]:
     """The tensors of a folder, with packed ones assembled, by the names of the conversion table.
 
-    Raises BimedixError for damaged files, for tensors that were saved empty or in flat pieces, and for a tied model
-    with a head of its own.
+    Raises BimedixError for damaged files, for tensors that were saved empty or in flat pieces, for biases that are not
+    zero, and for a tied model with a head of its own.
     """
     source = str(folder)
     tensors = {name: tensor for name, tensor in read_folder(folder).items() if not RECOMPUTED.fullmatch(name)}
     require_gathered(tensors, source)
-    tensors = assemble(plain_names(tensors, source), source)
+    tensors = assemble(without_biases(plain_names(tensors, source), source), source)
     if config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
         require_equal_head(tensors[HEAD], tensors[EMBEDDING], source)
         del tensors[HEAD]
     return tensors
+
+
+def is_zero(tensor: StoredTensor) -> bool:
+    return not any(np.any(tensor.read(first, rows).astype(np.float32)) for first, rows in pieces(tensor))
+
+
+def without_biases(tensors: Mapping[str, StoredTensor], source: str) -> dict[str, StoredTensor]:
+    """The tensors without biases of zeros; raises BimedixError for others, which are not implemented."""
+    biases = [name for name in tensors if BIAS.fullmatch(name)]
+    wrong = [name for name in biases if not is_zero(tensors[name])]
+    if wrong:
+        raise BimedixError(
+            f"{source} has {len(wrong)} bias(es) that are not zero ({listed(wrong)}), which are not implemented; use "
+            "another checkpoint."
+        )
+    return {name: tensor for name, tensor in tensors.items() if name not in biases}
+
+
+def zero_biases(folder: Path) -> list[str]:
+    """The keys of BIAS_KEYS whose biases are in the folder and are all zero, so that they change nothing."""
+    if not any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME)):
+        return []
+    found: dict[str, list[bool]] = {}
+    for name, tensor in read_folder(folder).items():
+        match = BIAS.fullmatch(unwrapped(name))
+        if match:
+            found.setdefault(match[1], []).append(is_zero(tensor))
+    return [key for key, part in BIAS_KEYS.items() if part in found and all(found[part])]
 
 
 def unwrapped(name: str) -> str:

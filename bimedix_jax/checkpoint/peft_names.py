@@ -96,7 +96,7 @@ def content_of(tensors: Mapping[str, StoredTensor], settings: PeftSettings, mode
     """
     modules, factors = modules_of(model), collections.defaultdict[str, dict[str, StoredTensor]](dict)
     routers, tables, unknown = collections.defaultdict[int, list[StoredTensor]](list), [], []
-    require_gathered(tensors, settings.source)
+    require_gathered(tensors, str(next(iter(tensors.values())).path) if tensors else settings.source)
     named = set()
     for full_name, tensor in tensors.items():
         name = unwrapped(full_name).removeprefix(PREFIX)

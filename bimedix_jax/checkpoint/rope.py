@@ -5,6 +5,7 @@ scaling "llama3" is implemented. Every other type is read only with values for w
 """
 
 import dataclasses
+import json
 from typing import Any
 
 from pydantic import ValidationInfo
@@ -70,9 +71,10 @@ def scales_nothing(kind: Any, fields: dict[str, Any]) -> bool:
 def read_scaling(kind: Any, fields: dict[str, Any], name: str) -> RopeScaling:
     """Llama 3.1's scaling; raises ValueError for any other and for missing or wrong values."""
     if kind != "llama3":
+        values = "".join(f", {key} {json.dumps(value)[:40]}" for key, value in sorted(fields.items()))
         raise ValueError(
-            f"the model scales its rotary embeddings ({name}: {' '.join([repr(kind), *sorted(fields)])}), which is not "
-            "implemented (only 'llama3' is)"
+            f"the model scales its rotary embeddings ({name}: {kind!r}{values}), which is not implemented (only "
+            "'llama3' is)"
         )
     extra = sorted(set(fields) - set(LLAMA3))
     if extra:

@@ -71,6 +71,11 @@ def new_spelling() -> dict[str, Any]:
     }
 
 
+def test_null_key_value_heads_mean_one_for_each_query_head(tmp_path: Path) -> None:
+    found = read_config(folder_with(tmp_path, {**OLD, "num_key_value_heads": None}))
+    assert found.num_kv_heads == found.num_heads
+
+
 @pytest.mark.parametrize("config", [OLD, new_spelling(), {**OLD, **new_spelling()}], ids=["old", "new", "both"])
 def test_old_and_new_spellings(tmp_path: Path, config: dict[str, Any]) -> None:
     assert read_config(folder_with(tmp_path, config)) == EXPECTED

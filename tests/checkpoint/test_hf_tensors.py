@@ -87,6 +87,23 @@ def test_partitioned_parameters_are_named(changed: Change, name: str, shape: tup
         load_hf(changed(lambda tensors: tensors.update({name: torch.ones(shape)})))
 
 
+@pytest.mark.parametrize("key", [{"attention_bias": True}, {}])
+def test_only_biases_of_zeros_are_ignored(mixtral: Path, changed: Change, key: dict[str, Any]) -> None:
+    import torch
+
+    name = "model.layers.0.self_attn.q_proj.bias"
+    folder = changed(lambda tensors: tensors.update({name: torch.zeros(len(tensors[name[:-4] + "weight"]))}))
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **key}))
+    assert read_tensors(folder, read_config(folder)).keys() == read_folder(mixtral).keys()
+    stored = read_folder(folder)[name]
+    with stored.path.open("r+b") as file:
+        file.seek(stored.start)
+        file.write(np.ones(1, stored.dtype).tobytes())
+    with pytest.raises(BimedixError, match="attention_bias" if key else r"1 bias\(es\) that are not zero .*q_proj"):
+        read_tensors(folder, read_config(folder))
+
+
 def set_tied(folder: Path, tied: bool) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": tied}))

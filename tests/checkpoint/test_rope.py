@@ -159,7 +159,7 @@ def test_empty_and_default_blocks_scale_nothing(block: Any) -> None:
 @pytest.mark.parametrize(
     ("block", "why"),
     [
-        ({"rope_type": "linear", "factor": 2.0}, "scales its rotary embeddings .rope_scaling: 'linear' factor"),
+        ({"rope_type": "linear", "factor": 2.0}, "scales its rotary embeddings .rope_scaling: 'linear', factor 2.0"),
         ({"rope_type": "linear"}, "scales its rotary"),
         ({"rope_type": "default", "factor": 2.0}, "scales its rotary"),
         ({"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2}, "scales its rotary"),

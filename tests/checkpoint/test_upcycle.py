@@ -32,13 +32,17 @@ LLAMA = {
 }
 
 
-def saved_llama(folder: Path, **changes: Any) -> Path:
+def saved_llama(folder: Path, bias: float = 0.0, **changes: Any) -> Path:
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**LLAMA, **changes})
-    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
+    model = transformers.LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.constant_(parameter, bias)
+    model.save_pretrained(folder, max_shard_size="20KB")
     return folder
 
 
@@ -188,10 +192,19 @@ def test_results_depend_on_the_seed_and_not_on_piece_sizes(
     ],
 )
 def test_unsupported_dense_models_raise(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
-    source = saved_llama(tmp_path / "dense", **changes)
+    source = saved_llama(tmp_path / "dense", bias=0.1, **changes)
     with pytest.raises(BimedixError, match=why):
         upcycle(source, tmp_path / "m", UpcycleRecipe(experts=4, top_k=2))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_biases_of_zeros_change_nothing(tmp_path: Path) -> None:
+    source = saved_llama(tmp_path / "dense", attention_bias=True, mlp_bias=True)
+    upcycle(source, tmp_path / "m", UpcycleRecipe(experts=2, top_k=1))
+    written, own = read_folder(tmp_path / "m"), read_folder(source)
+    assert not any(name.endswith(".bias") for name in written)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    assert written[name].read().tobytes() == own[name].read().astype(written[name].dtype).tobytes()
 
 
 @pytest.mark.parametrize(
