@@ -241,8 +241,11 @@ def test_every_folder_of_code_is_a_package():
     assert not (ROOT / "tests/__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["bimedix_jax.cli", "bimedix_jax.errors", "bimedix_jax.models.config"])
-def test_the_help_imports_no_jax(module):
+WITHOUT_JAX = ["bimedix_jax.cli", "bimedix_jax.errors", "bimedix_jax.models.config", "bimedix_jax.routing.questions"]
+
+
+@pytest.mark.parametrize("module", WITHOUT_JAX)
+def test_no_jax_behind_help_and_statistics(module):
     assert not [str(i) for i in external_at_load(module) if top(i) in JAX_LIBRARIES]
 
 

@@ -8,6 +8,7 @@ Letters: C clusters, X cells (layers x experts).
 
 import dataclasses
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,6 +16,10 @@ MIN_CLUSTERS = 10
 """A group with fewer has neither interval nor claim."""
 FEW_CLUSTERS = 20
 """A group with fewer is warned about."""
+
+
+BLOCK = 1 << 20
+"""Numbers in an array of permutations: 8 MiB."""
 
 
 def generator(seed: int, *names: str) -> np.random.Generator:
@@ -76,3 +81,17 @@ class Comparison:
         first, second = self.sizes
         lead_C, trail_C = first * (1 - share_C) / total, second * share_C / total
         return [(centred_CX * lead_C[:, None])[self.first_C], (centred_CX * trail_C[:, None])[~self.first_C]]
+
+
+def blocks(total: int, width: int) -> Iterator[int]:
+    """Sizes of blocks of permutations, so that an array of so many by `width` has about BLOCK numbers."""
+    size = max(min(BLOCK // max(width, 1), total), 1)
+    yield from (min(size, total - start) for start in range(0, total, size))
+
+
+def resampled_weights(clusters: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """[B, C] float64: how often each cluster is drawn in each resample, with replacement."""
+    drawn_BC = rng.integers(0, clusters, (resamples, clusters), np.int32)
+    drawn_BC += clusters * np.arange(resamples, dtype=np.int32)[:, None]
+    counts = np.bincount(drawn_BC.ravel(), minlength=resamples * clusters)
+    return counts.reshape(resamples, clusters).astype(np.float64)

@@ -11,7 +11,7 @@ from bimedix_jax.routing.by_id import SquaredDifferences
 from bimedix_jax.routing.clusters import FEW_CLUSTERS, MIN_CLUSTERS, Comparison, generator
 from bimedix_jax.routing.contrasts import Contrast
 from bimedix_jax.routing.information import TokenRows, held_out_nats, jensen_shannon
-from bimedix_jax.routing.intervals import mean_interval
+from bimedix_jax.routing.intervals import mean_intervals
 from bimedix_jax.routing.split import LEAST_OVERLAP, Split, same_id_differences, same_ids, token_rows
 from bimedix_jax.routing.stats import PERMUTATIONS, Test, compare, flipped_sums, in_blocks, step_down
 from bimedix_jax.routing.sums import row_shares
@@ -70,8 +70,7 @@ def token_evidence(tables: Tables, contrast: Contrast, permutations: int, seed: 
             squares.append(squared.layer(row_shares(choices_PE)))
         opposed = [half.layer(choices_PE[index_P]) for half, index_P in halves]
         summaries.append(_cross_fitted([(x.token_mix_E, x.within_E, x.unshared_E) for x in opposed]))
-        by_cluster = held_out_nats(rows, choices_PE, generator(seed, contrast.name, "folds"))
-        nats.append([_interval(values_C, generator(seed, contrast.name, "nats")) for values_C in by_cluster])
+        nats.extend(held_out_nats(rows, choices_PE, generator(seed, contrast.name, "folds")))
     p_X = None
     if why_not is None:
         _, summed_p_X = flipped_sums(np.concatenate(scores, 1), np.concatenate(scaled, 1), rng, permutations)
@@ -79,6 +78,8 @@ def token_evidence(tables: Tables, contrast: Contrast, permutations: int, seed: 
         squared_p_X, _ = step_down(found_X, in_blocks(flipped_BX))
         p_X = np.minimum(2 * np.minimum(summed_p_X, squared_p_X), 1.0)
     same_id, same_id_why_not = _same_id(tables, table, contrast, permutations, seed)
+    nats_CX = np.stack(nats, axis=1)
+    nats_XI = mean_intervals(nats_CX[np.isfinite(nats_CX).all(1)], generator(seed, contrast.name, "nats"))
     mix_LE, within_LE, unshared_LE = (np.array(part) for part in zip(*parts, strict=True))
     mean_3 = np.mean(summaries, axis=0)
     return TokenEvidence(
@@ -91,14 +92,9 @@ def token_evidence(tables: Tables, contrast: Contrast, permutations: int, seed: 
         summary=(float(mean_3[0]), float(mean_3[1]), float(mean_3[2])),
         same_id=same_id,
         same_id_why_not=same_id_why_not,
-        vocabulary_LI=np.array([row[0] for row in nats]),
-        group_LI=np.array([row[1] for row in nats]),
+        vocabulary_LI=nats_XI[0::2],
+        group_LI=nats_XI[1::2],
     )
-
-
-def _interval(values_C: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    mean, low, high = mean_interval(values_C[np.isfinite(values_C)], rng)
-    return mean, np.nan if low is None else low, np.nan if high is None else high
 
 
 def _halves(contrast: Contrast, rows: TokenRows, rng: np.random.Generator) -> list[tuple[Split, np.ndarray]]:

@@ -8,14 +8,16 @@ Letters: C clusters, L layers, E experts, T token ids, P rows of (cluster, group
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
-from bimedix_jax.routing.stats import PERMUTATIONS, blocks
+from bimedix_jax.routing.clusters import blocks, resampled_weights
+from bimedix_jax.routing.stats import PERMUTATIONS
 from bimedix_jax.routing.sums import SparseMatrix
 
 FOLDS = 5
-PRIORS = (0.01, 0.1, 1.0, 10.0, 100.0)
+PRIORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 """Weights of the prior, in choices, among which the predictor selects on clusters that it is not scored on."""
 
 
@@ -74,30 +76,26 @@ def divergence(
 
 def _permuted_means(
     lead_CX: np.ndarray, trail_CX: np.ndarray, paired: bool, rng: np.random.Generator, total: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     first, second = len(lead_CX), len(trail_CX)
-    found = []
-    for size in blocks(total, lead_CX.shape[1]):
+    for size in blocks(total, max(first + second, lead_CX.shape[1])):
         if paired:
             swapped_bC = rng.integers(0, 2, (size, first)).astype(np.float64)
             moved_bX = swapped_bC @ (trail_CX - lead_CX) / first
-            found.append((lead_CX.mean(0) + moved_bX, trail_CX.mean(0) - moved_bX))
+            yield lead_CX.mean(0) + moved_bX, trail_CX.mean(0) - moved_bX
         else:
             labels_bC = rng.permuted(np.tile(np.arange(first + second) < first, (size, 1)), axis=1).astype(np.float64)
             both_CX = np.concatenate([lead_CX, trail_CX])
             sum_bX = labels_bC @ both_CX
-            found.append((sum_bX / first, (both_CX.sum(0) - sum_bX) / second))
-    return found
+            yield sum_bX / first, (both_CX.sum(0) - sum_bX) / second
 
 
 def _resampled_means(
     lead_CX: np.ndarray, trail_CX: np.ndarray, paired: bool, rng: np.random.Generator, total: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    found = []
-    for size in blocks(total, lead_CX.shape[1]):
-        weights = [rng.multinomial(n, np.full(n, 1 / n), size) / n for n in (len(lead_CX), len(trail_CX))]
-        found.append((weights[0] @ lead_CX, weights[0 if paired else 1] @ trail_CX))
-    return found
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for size in blocks(total, max(len(lead_CX), len(trail_CX), lead_CX.shape[1])):
+        weights = [resampled_weights(n, size, rng) / n for n in (len(lead_CX), len(trail_CX))]
+        yield weights[0] @ lead_CX, weights[0 if paired else 1] @ trail_CX
 
 
 def _linear_variance(lead_CX: np.ndarray, trail_CX: np.ndarray, paired: bool, shape: tuple[int, ...]) -> np.ndarray:

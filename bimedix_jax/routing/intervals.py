@@ -6,11 +6,11 @@ Letters: C clusters, X cells, B resamples.
 import numpy as np
 from scipy import stats as distributions
 
-from bimedix_jax.routing.clusters import Comparison
+from bimedix_jax.routing.clusters import Comparison, blocks, resampled_weights
 
 RESAMPLES = 1999
 COLUMNS = 256
-"""Cells of a block: [B, COLUMNS] float64 are held at a time."""
+"""Cells whose quantiles are computed at a time."""
 LEAST_ERROR = 0.2
 """A resample's standard error is at least this share of the sample's.
 
@@ -24,12 +24,12 @@ def resampled_t(comparison: Comparison, rng: np.random.Generator, resamples: int
     Clusters are drawn with replacement within their group (Efron and Tibshirani 1993, section 12.5).
     """
     parts = comparison.parts()
-    weights = [rng.multinomial(len(part), np.full(len(part), 1 / len(part)), resamples) for part in parts]
-    weights = [weight_BC.astype(np.float64) for weight_BC in weights]
-    t_BX = np.empty((resamples, parts[0].shape[1]), np.float32)
-    for start in range(0, t_BX.shape[1], COLUMNS):
-        block = slice(start, start + COLUMNS)
-        t_BX[:, block] = _deviations([part[:, block] for part in parts], weights)
+    cells, start = parts[0].shape[1], 0
+    t_BX = np.empty((resamples, cells), np.float32)
+    for size in blocks(resamples, max(cells, len(comparison.values_CX))):
+        weights = [resampled_weights(len(part), size, rng) for part in parts]
+        t_BX[start : start + size] = _deviations(parts, weights)
+        start += size
     return t_BX
 
 
@@ -64,19 +64,21 @@ def bootstrap_t(
     return np.clip(low_X, -limit, limit), np.clip(high_X, -limit, limit)
 
 
-def mean_interval(
-    values_C: np.ndarray, rng: np.random.Generator, level: float = 0.95
-) -> tuple[float, float | None, float | None]:
-    """Mean of one value a cluster, with its bootstrap-t interval; None below clusters.MIN_CLUSTERS."""
-    values_C = np.asarray(values_C, np.float64)
-    comparison = Comparison(values_CX=values_C[:, None])
-    mean = float(values_C.mean()) if len(values_C) else float("nan")
-    if not comparison.enough:
-        return mean, None, None
-    error = values_C.std(ddof=1) / np.sqrt(len(values_C))
-    t_BX = resampled_t(comparison, rng)
-    low_X, high_X = bootstrap_t(np.array([mean]), np.array([error]), t_BX, level, float("inf"))
-    return mean, float(low_X[0]), float(high_X[0])
+def mean_intervals(values_CX: np.ndarray, rng: np.random.Generator, level: float = 0.95) -> np.ndarray:
+    """[X, 3]: the mean over clusters of each column, with the ends of its bootstrap-t interval.
+
+    The ends are NaN below clusters.MIN_CLUSTERS.
+    """
+    values_CX = np.asarray(values_CX, np.float64)
+    comparison = Comparison(values_CX=values_CX)
+    found_X3 = np.full((values_CX.shape[1], 3), np.nan)
+    if len(values_CX):
+        found_X3[:, 0] = values_CX.mean(0)
+    if comparison.enough:
+        error_X = values_CX.std(0, ddof=1) / np.sqrt(len(values_CX))
+        t_BX = resampled_t(comparison, rng)
+        found_X3[:, 1:] = np.transpose(bootstrap_t(found_X3[:, 0], error_X, t_BX, level, float("inf")))
+    return found_X3
 
 
 def intraclass(counts_CX: np.ndarray, tokens_C: np.ndarray, group_C: np.ndarray) -> tuple[float | None, float | None]:

@@ -18,7 +18,7 @@ from bimedix_jax.routing.claims import LEVELS, Gate, Refusal
 from bimedix_jax.routing.clusters import MIN_CLUSTERS, Comparison, generator
 from bimedix_jax.routing.contrasts import Contrast, joined_units
 from bimedix_jax.routing.evidence import LEAST_ROUTERS, Geometry, TokenEvidence
-from bimedix_jax.routing.intervals import mean_interval
+from bimedix_jax.routing.intervals import mean_intervals
 from bimedix_jax.routing.stats import Test
 from bimedix_jax.routing.tables import Tables
 
@@ -63,9 +63,10 @@ def divergence_gate(tables: Tables, seed: int) -> Gate | None:
     tokens_R = np.asarray(tables.tokens_R, np.float64)
     cost_R = (np.asarray(tables.shuffled_nll_R, np.float64) - tables.nll_R) * tokens_R
     cost_U = np.bincount(unit_R, cost_R) / np.bincount(unit_R, tokens_R)
-    mean, low, high = mean_interval(cost_U, generator(seed, "gate"))
-    diverged = None if low is None else bool(low > tables.nll_floor)
-    return Gate(delta_nll=mean, low=low, high=high, floor=tables.nll_floor, diverged=diverged)
+    mean, low, high = (float(x) for x in mean_intervals(cost_U[:, None], generator(seed, "gate"))[0])
+    if np.isnan(low):
+        return Gate(delta_nll=mean, low=None, high=None, floor=tables.nll_floor, diverged=None)
+    return Gate(delta_nll=mean, low=low, high=high, floor=tables.nll_floor, diverged=low > tables.nll_floor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -47,8 +47,8 @@ def analyse(
 ) -> Analysis:
     """Asks of each field whether routes depend on it, and claims what the tables carry.
 
-    A field of two groups is one question; of more, each group against all others. p-values are adjusted for the cells
-    of a question and for the number of questions.
+    A field of two groups is one question; of more, each group against all others. p-values are adjusted for both cells
+    and questions.
 
     Args:
       unit: the name of what `tables.cluster_R` holds. permutations: of each test, and resamples of each interval.
@@ -90,7 +90,7 @@ def analyse(
         claims=tuple(claims),
         refused=tuple(refused),
         exploration=tuple(exploration),
-        warnings=tuple(warnings),
+        warnings=tuple(text for contrast in asked for text in _warnings(contrast, unit)),
         alpha=alpha,
         margin=margin,
         permutations=permutations,

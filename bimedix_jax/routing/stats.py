@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from scipy import stats as distributions
 
-from bimedix_jax.routing.clusters import Comparison
+from bimedix_jax.routing.clusters import Comparison, blocks
 from bimedix_jax.routing.intervals import bootstrap_t, resampled_t
 
 PERMUTATIONS = 1999
 TIED = 1e-9
 """Statistics that differ by less, relatively, are equal: a permutation may repeat the observed labels."""
-BLOCK = 1 << 21
-"""Numbers in an array of permuted statistics."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,7 +140,7 @@ def _labels(
     strata = comparison.strata()
 
     def permuted() -> Iterator[np.ndarray]:
-        for size in blocks(permutations, centred_CX.shape[1]):
+        for size in blocks(permutations, max(centred_CX.shape)):
             labels_bC = np.tile(first_C, (size, 1))
             for member_S in strata:
                 labels_bC[:, member_S] = rng.permuted(labels_bC[:, member_S], axis=1)
@@ -195,7 +193,7 @@ def _signs(
         return np.maximum(np.sqrt(np.maximum(square_X - mean_bX**2, 0) / (clusters - 1)), floor_X)
 
     def permuted() -> Iterator[np.ndarray]:
-        for size in blocks(permutations, cells):
+        for size in blocks(permutations, max(clusters, cells)):
             mean_bX = _flips(rng, size, clusters) @ values_CX / clusters
             spread_bX = error(mean_bX)
             yield _ratio(mean_bX, spread_bX)
@@ -218,7 +216,7 @@ def flipped_sums(
     error_X[error_X <= TIED * np.abs(scaled_CX).max(initial=0)] = 0  # rounding
 
     def permuted() -> Iterator[np.ndarray]:
-        for size in blocks(permutations, cells):
+        for size in blocks(permutations, max(clusters, cells)):
             yield _ratio(_flips(rng, size, clusters) @ scaled_CX, error_X)
 
     t_X = _ratio(scores_CX.sum(0), error_X)
@@ -227,12 +225,6 @@ def flipped_sums(
 
 def _flips(rng: np.random.Generator, size: int, clusters: int) -> np.ndarray:
     return rng.integers(0, 2, (size, clusters), np.int8) * 2.0 - 1.0
-
-
-def blocks(total: int, cells: int) -> Iterator[int]:
-    """Sizes of blocks of permutations, so that an array of statistics has at most BLOCK numbers."""
-    size = max(min(BLOCK // max(cells, 1), total), 1)
-    yield from (min(size, total - start) for start in range(0, total, size))
 
 
 def _welch(values_CX: np.ndarray, first_C: np.ndarray) -> np.ndarray:
