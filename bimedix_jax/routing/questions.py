@@ -47,8 +47,7 @@ def analyse(
 ) -> Analysis:
     """Asks of each field whether routes depend on it, and claims what the tables carry.
 
-    A field of two groups is one question; of more, each group against all others. p-values are adjusted for both cells
-    and questions.
+    A field of two groups is one question; of more, each group against all others.
 
     Args:
       unit: the name of what `tables.cluster_R` holds. permutations: of each test, and resamples of each interval.
@@ -81,8 +80,7 @@ def analyse(
         questions.append(_question(tables, evidence, rungs, unit, len(tested), alpha, margin, seed, highest(found)))
         exploration += explore_tokens(tables, evidence.contrast) if explore else []
     questions += [_untested(tables, contrast, unit) for contrast in asked if contrast.name in untested]
-    order = [contrast.name for contrast in asked]
-    questions.sort(key=lambda question: order.index(question.name))
+    questions.sort(key=lambda question: [contrast.name for contrast in asked].index(question.name))
     exploration += explore_pairs(tables, seed) if explore else []
     return Analysis(
         gate=gate,
