@@ -61,28 +61,45 @@ def smoothed(losses_SN: np.ndarray, span: int) -> np.ndarray:
 
 def draw_load(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Writes a PNG: the share of each expert by layer and language, or else the busiest expert's share over time."""
-    loads = {name: group["load"] for name, group in lines[-1].get("by_language", {}).items() if "load" in group}
+    loads = load_by_language(lines)
     figure = Figure(figsize=(3.2 * max(1, len(loads)) + 1.2, 4.0), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(loads)), squeeze=False)[0]
+    shown = None
     if loads:
-        axes = figure.subplots(1, len(loads), squeeze=False)[0]
+        most = max(load_LE.max() for load_LE in loads.values())
         for axis, (name, load_LE) in zip(axes, loads.items(), strict=True):
-            shown = axis.imshow(np.asarray(load_LE), aspect="auto", vmin=0.0, cmap="viridis")
+            shown = axis.imshow(load_LE, aspect="auto", vmin=0.0, vmax=most, cmap="viridis")
             axis.set_title(f"{name}: share of tokens", fontsize=9)
             axis.set_xlabel("expert")
-            axis.set_ylabel("layer")
-            figure.colorbar(shown, ax=axis)
     else:
-        axis = figure.subplots()
+        (axis,) = axes
         share_LS = np.asarray([line["load_max_share"] for line in lines]).T
         ends = (lines[0]["step"] - 0.5, lines[-1]["step"] + 0.5, len(share_LS) - 0.5, -0.5)
         shown = axis.imshow(share_LS, aspect="auto", extent=ends, cmap="viridis")
         axis.set_title("share of the busiest expert", fontsize=9)
         axis.set_xlabel("optimiser step")
-        axis.set_ylabel("layer")
-        figure.colorbar(shown, ax=axis)
+    axes[0].set_ylabel("layer")
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    if shown is not None:
+        figure.colorbar(shown, ax=axes[-1])
     path.write_bytes(png(figure))
     return path
+
+
+def load_by_language(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Share of each expert [L, E] by language, over the tokens of the last quarter of the steps."""
+    found: dict[str, np.ndarray] = {}
+    for name, group in lines[-1].get("by_language", {}).items():
+        if "load" not in group:
+            continue
+        last = [line["by_language"][name] for line in lines[-max(1, len(lines) // 4) :]]
+        tokens = sum(one["tokens"] for one in last)
+        if tokens:
+            found[name] = np.sum([one["tokens"] * np.asarray(one["load"]) for one in last], axis=0) / tokens
+    return found
 
 
 def png(figure: Figure) -> bytes:

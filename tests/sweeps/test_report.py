@@ -1,0 +1,60 @@
+"""Curves, pictures and the page: made from numbers alone, and the same bytes each time."""
+
+import numpy as np
+import pytest
+
+from bimedix_jax.sweeps.picture import aligned, draw_curves, draw_load, load_by_language, smoothed
+from bimedix_jax.sweeps.report import Grid, Heading, Paragraph, Picture, Quote, markdown, page
+from bimedix_jax.sweeps.results import by_group, logged
+
+
+def test_curves_use_the_steps_that_all_seeds_have():
+    steps, losses = aligned([[(1, 4.0), (2, 3.0), (3, 2.5)], [(1, 5.0), (2, 4.0)]])
+    assert steps.tolist() == [1, 2]
+    assert losses.tolist() == [[4.0, 3.0], [5.0, 4.0]]
+    assert smoothed(np.asarray([[4.0, 2.0, 6.0]]), 2).tolist() == [[4.0, 3.0, 4.0]]
+    curves = {"a": [[(1, 4.0), (2, 3.0)], [(1, 4.5), (2, 3.5)]], "b": []}
+    assert draw_curves(curves) == draw_curves(curves)
+
+
+def test_load_is_a_mean_over_tokens(tmp_path):
+    groups = [{"tokens": 3.0, "load": [[1.0, 0.0]]}, {"tokens": 1.0, "load": [[0.0, 1.0]]}]
+    lines = [{"step": s, "load_max_share": [0.5, 0.6], "by_language": {"ar": groups[s % 2]}} for s in range(8)]
+    assert load_by_language(lines)["ar"].tolist() == [[0.75, 0.25]]
+    assert (
+        draw_load(lines, tmp_path / "a.png").read_bytes()
+        != draw_load(
+            [{"step": line["step"], "load_max_share": line["load_max_share"]} for line in lines], tmp_path / "b.png"
+        ).read_bytes()
+    )
+
+
+def test_metrics_are_means_over_the_last_tenth_and_over_layers():
+    lines = [{"nll": float(step), "load_entropy": [step, step + 1.0], "seconds": 1.0} for step in range(20)]
+    assert logged(lines) == {"nll": 18.5, "load_entropy": 19.0}
+
+
+def test_groups_sum_over_records():
+    rows = [("en", "qa", 10.0, 5), ("en", "chat", 30.0, 15), ("ar", "qa", 8.0, 2)]
+    found = by_group(
+        {"language": language, "kind": kind, "nats": nats, "tokens": tokens, "bytes": 2 * tokens}
+        for language, kind, nats, tokens in rows
+    )
+    assert list(found) == ["all", "ar", "ar/qa", "en", "en/chat", "en/qa"]
+    assert found["en"]["nats_per_token"] == 2.0
+    assert found["all"]["nats_per_token"] == pytest.approx(48 / 22)
+    assert found["en/chat"]["bits_per_byte"] == pytest.approx(1 / np.log(2))
+
+
+def test_a_page_escapes_what_users_wrote():
+    blocks = [
+        Heading(1, "a < b"),
+        Paragraph("**p** & <q>"),
+        Quote("> x"),
+        Grid(["a|b"], [["<script>"]]),
+        Picture("i", b"1"),
+    ]
+    shown = page(blocks)
+    assert "<script>" not in shown
+    assert "<strong>p</strong> &amp; &lt;q&gt;" in shown
+    assert "a\\|b" in markdown(blocks)
