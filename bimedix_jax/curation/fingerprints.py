@@ -1,7 +1,6 @@
 """Hashes of words and of runs of words, and the MinHash bands by which near-duplicates are found.
 
-All hashes have 64 bits and are the same in every process and on every machine. Words are those of `disjoint.normalise`.
-The translation checks normalise text differently; curation/arabic.py lists the differences.
+All hashes have 64 bits and are the same in every process and on every machine. Words are those of `arabic.normalise`.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 
-from bimedix_jax.curation.assembly.disjoint import normalise
+from bimedix_jax.curation.arabic import normalise
 
 SHINGLE = 5
 """Number of words in a run. The similarity of two texts is their share of common runs."""
@@ -50,7 +49,7 @@ _word_hashes = _WordHashes()
 
 
 def words(text: str) -> np.ndarray:
-    """A hash for each word of the normalised text (`disjoint.normalise`): uint64 [N]."""
+    """A hash for each word of the normalised text (`arabic.normalise`): uint64 [N]."""
     found = normalise(text).split()
     return np.fromiter(map(_word_hashes.__getitem__, found), np.uint64, len(found))
 

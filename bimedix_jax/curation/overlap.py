@@ -1,13 +1,13 @@
 """The share of a set of answers that another set also contains. It shows how much of a held-out loss memorisation can
 explain."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from bimedix_jax.curation.arabic import normalise
 from bimedix_jax.data.records import Record
 
 WORDS = 8
@@ -19,7 +19,7 @@ def runs(record: Record) -> set[int]:
     found: set[int] = set()
     for turn in record.conversations:
         if turn.speaker == "gpt":
-            words = re.findall(r"\w+", turn.value.lower())
+            words = normalise(turn.value).split()
             found.update(hash(tuple(words[i : i + WORDS])) for i in range(len(words) - WORDS + 1))
     return found
 

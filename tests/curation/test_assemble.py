@@ -7,9 +7,10 @@ import pytest
 
 from bimedix_jax.cli import main
 from bimedix_jax.commands.data_assemble import Config
+from bimedix_jax.curation.arabic import normalise
 from bimedix_jax.curation.assembly import recipe
 from bimedix_jax.curation.assembly.assemble import Candidate, assemble
-from bimedix_jax.curation.assembly.disjoint import Overlap, assert_disjoint, normalise, overlaps
+from bimedix_jax.curation.assembly.disjoint import Overlap, assert_disjoint, overlaps
 from bimedix_jax.curation.assembly.recipe import resolve_sources
 from bimedix_jax.curation.readers import READERS
 from bimedix_jax.data import records

@@ -1,17 +1,12 @@
 """Find records that a training set and an evaluation set share, by id, PubMed id and text of the question."""
 
 import hashlib
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from bimedix_jax.curation.arabic import normalise
 from bimedix_jax.data.records import Record, question_of
 from bimedix_jax.errors import BimedixError
-
-# Arabic vowel signs, superscript alef, Quranic marks and tatweel: none of them changes the meaning
-_ARABIC_MARKS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
-_ARABIC_LETTERS = str.maketrans({"أ": "ا", "إ": "ا", "آ": "ا", "ى": "ي", "ة": "ه"})
 
 
 @dataclass(frozen=True)
@@ -72,24 +67,13 @@ def assert_disjoint(train: Iterable[Record], evaluation: Iterable[Record]) -> No
         )
 
 
-def normalise(text: str) -> str:
-    """Letters and digits in one case and one spelling, so that copies of a question compare equal.
-
-    curation/arabic.py lists how this differs from the normalisation of the translation checks.
-    """
-    if text.isascii():  # skips the slow part, which does not change ASCII text
-        plain = text.casefold()
-    else:
-        plain = _ARABIC_MARKS.sub("", unicodedata.normalize("NFKC", text)).translate(_ARABIC_LETTERS).casefold()
-    return " ".join(re.findall(r"\w+", plain))
-
-
 def keys(record: Record) -> Iterator[tuple[str, bytes]]:
     """The keys of a record: (`id` or `question`, digest of 16 bytes) for its id, PubMed id and question."""
     yield "id", _digest(f"id:{record.id}")
     if "pmid" in record.provenance:
         yield "id", _digest(f"pmid:{record.provenance['pmid']}")
-    yield "question", _digest(f"question:{normalise(question_of(record))}")
+    asked = question_of(record)
+    yield "question", _digest(f"question:{normalise(asked) or asked}")
 
 
 def _digest(text: str) -> bytes:

@@ -8,8 +8,7 @@ A record is contaminated when
   is about. If that has fewer than twice `ngram` words, it must contain all runs, since short questions begin alike;
 - it belongs to the family of such a record: its source, its translations, the chats made from it.
 
-Words are compared as `fingerprints.words` gives them, that is after `disjoint.normalise`. curation/arabic.py lists how
-that differs from the normalisation of the translation checks.
+Words are compared as `fingerprints.words` gives them, that is after `arabic.normalise`.
 """
 
 import dataclasses
