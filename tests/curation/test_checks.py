@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bimedix_jax.curation.arabic import plain
-from bimedix_jax.curation.checks import damage, doses, drugs, numbers
+from bimedix_jax.curation.checks import damage, doses, drugs, numbers, structure
 from bimedix_jax.curation.checks.api import FLAG_NAMES, Batch, check, check_text
 from bimedix_jax.data import records
 from bimedix_jax.data.records import Record, conversation, multiple_choice_answer, multiple_choice_question
@@ -274,6 +274,27 @@ def test_units_in_both_scripts():
 def test_spellings_of_units(spelled, unit):
     (measure,) = doses.measures(f"أعطي 5 {spelled} في الصباح", "ar")
     assert measure.unit == unit
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Which?\nA. Gout\nB. Asthma\nC. Flu\nD. Rash", ["Gout", "Asthma", "Flu", "Rash"]),
+        ("Which?\nA. Gout\nB. Asthma\nD. Rash", ["Gout", "Asthma"]),  # D is out of order, and ends the run
+        ("Which?\nA. Gout\nB. Asthma\nD. Rash\nC. Flu\nD. Rash", ["Gout", "Asthma"]),  # and C does not resume it
+        ("Which?\nA. Gout\nB. Asthma\nB. Flu\nC. Rash", ["Gout", "Asthma"]),  # nor does a label that is repeated
+        ("1. Fever\n2. Cough\nA. Gout\nB. Asthma\nC. Flu", ["Gout", "Asthma", "Flu"]),  # the longest run
+        ("A. Gout\nB. Asthma\nC. Flu\nA. Yes\nB. No", ["Gout", "Asthma", "Flu"]),  # the first label begins another
+        ("B. Asthma\nC. Flu\nD. Rash", []),  # no run begins with B
+        ("A. Gout", []),
+        ("Which of (A) gout, (B) asthma and (C) flu", ["gout,", "asthma and", "flu"]),
+        ("أ. النقرس\nب. الربو\nج. الزكام\nد. الطفح", ["النقرس", "الربو", "الزكام", "الطفح"]),
+        ("1. Gout\n2.5 mg of it\n2. Flu", ["Gout", "Flu"]),  # a number is no label
+        ("0. Gout\n1. Flu\n2. Rash", ["Flu", "Rash"]),
+    ],
+)
+def test_options_are_one_run_of_labels(text, found):
+    assert structure.labels(plain(text)) == found
 
 
 # usual Arabic spellings

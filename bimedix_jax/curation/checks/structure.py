@@ -9,7 +9,9 @@ from bimedix_jax.data.records import LETTERS, Record
 
 # labels of options in the order in which Arabic exams use them
 _ARABIC_LABELS = "ابجدهوزحطي"
-_LABEL = re.compile(r"(?m)^[ \t]*(?:[*\-•][ \t]*)?[(\[{]?([A-Ja-jأابجدهـوزحطي]|\d{1,2})[.)\]}:\-–،][ \t]*(.*)$")
+_LABEL = re.compile(
+    r"(?m)^[ \t]*(?:[*\-•][ \t]*)?[(\[{]?([A-Ja-jأابجدهوزحطي]|\d{1,2}(?![.،:\-–]\d))[.)\]}:\-–،][ \t]*(.*)$"
+)
 _INLINE = re.compile(r"[(\[]([A-Jأابجدهوزحطي])[)\]][ \t]*([^()\[\]\n]*)")
 _ANSWER_EN = re.compile(
     r"\b(?:(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is)?)\s*[:=]?\s*[(\[]?"
@@ -94,14 +96,12 @@ def labels(text: str) -> list[str]:
             place = _place(match.group(1))
             if place == 0:
                 run = [match.group(2).strip()]
-            elif place == len(run):
+            elif run and place == len(run):
                 run.append(match.group(2).strip())
-            elif place is not None:
-                run = run if place < len(run) else [*run]
+            else:
+                run = []
             if len(run) > len(best):
                 best = list(run)
-            elif len(run) == len(best) and run:
-                best = list(run) if best[: len(run)] == run else best
     return best if len(best) >= 2 else []
 
 
