@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "translate English records into Arabic, score, refine and check the translations",
         "bimedix_jax.commands.data_translate",
     ),
+    "data check": ("find wrong translations among pairs that you have", "bimedix_jax.commands.data_check"),
     "data mix": (
         "mix records of both languages into one training set at an exact ratio",
         "bimedix_jax.commands.data_mix",

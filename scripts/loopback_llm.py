@@ -18,6 +18,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from bimedix_jax.curation.checks import lexicon
+
 Body = dict[str, Any]
 
 # faults that replace a good answer; `429:1` and `429:200` have a Retry-After header
@@ -59,7 +61,8 @@ def pseudo_arabic(text: str, salt: str = "", keep: frozenset[str] = frozenset())
         if lower in UNITS or lower in keep or (len(found) > 1 and found.isupper()):
             return found
         number = digest(lower, salt)
-        return "".join(SYLLABLES[number >> 4 * i & 15] for i in range(1 + len(found) // 3))
+        made = "".join(SYLLABLES[number >> 4 * i & 15] for i in range(1 + len(found) // 3))
+        return (lexicon.rendering(lower) or "") + made  # a check compares the words that the lexicon knows
 
     # a word with a digit (B12, 5mg) is kept
     pieces = SPACED.split(text)

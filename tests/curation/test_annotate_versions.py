@@ -183,6 +183,14 @@ BEHAVIOUR: dict[tuple[str, int], dict[str, str]] = {
         "same text": "80403c1f44b9e267",
         "outcomes": "37cdf0fcff3037c7",
     },
+    ("translate", 2): {  # question and choices are checked one by one; symbols, Latin words, unrelated texts, order
+        "scores": "574a805fa11bea29",
+        "segments": "b3e088e1d83c825d",
+        "records": "b9cd186fafc78b18",
+        "flags": "7238e4f36534148b",
+        "same text": "80403c1f44b9e267",
+        "outcomes": "37cdf0fcff3037c7",
+    },
     ("chats", 1): {
         "scores": "574a805fa11bea29",
         "unsuitable": "649a093c2f329a4b",

@@ -57,6 +57,43 @@ GOOD = [
     ("See https://www.who.int/news-room/fact-sheets/detail/asthma for details.",
      "للتفاصيل انظر https://www.who.int/news-room/fact-sheets/detail/asthma من فضلك."),
     ("COVID-19", "COVID-19"),
+    # units that capital letters tell apart
+    ("Calcium rises by 2 mM.", "يرتفع الكالسيوم بمقدار 2 مليمول لكل لتر."),
+    ("Calcium rises by 2 mM.", "يرتفع الكالسيوم بمقدار 2 mM."),
+    ("The line is 2 mm long.", "طول الخط 2 ملم."),
+    # one, in all its forms
+    ("It lasts 1 mile.", "يمتد ميلا واحدا."),
+    ("Drink 1 cup.", "اشرب كوبًا."),
+    # digits of formulas, names and units that are spelled out
+    ("Her SpO2 fell.", "انخفض تشبع الأكسجين لديها."),
+    ("The CO2 level rises.", "يرتفع مستوى ثاني أكسيد الكربون."),
+    ("The body mass index is 25 kg/m2.", "مؤشر كتلة الجسم 25 كغ لكل متر مربع."),
+    ("Pain at L1 and T12.", "ألم عند الفقرة القطنية الأولى والفقرة الصدرية الثانية عشرة."),
+    ("Give oxygen at once.", "أعط O2 على الفور."),
+    # thousands
+    ("There were 25 000 births.", "كان هناك 25000 ولادة."),
+    ("There were 25,000 births.", "كان هناك 25 000 ولادة."),
+    ("Take 5 100 mg tablets.", "تناول 5 أقراص من 100 ملغ."),
+    ("A frequency of .05", "تكرار قدره 0.05"),
+    ("There are 10⁶ cells.", "هناك 10^6 خلية."),
+    ("The 3rd and 9th ribs", "الضلعان الثالث والتاسع"),
+    ("Who won the 2-point game?", "من فاز في مباراة النقطتين؟"),
+    # notation, drugs and species stay as they are, with the punctuation of either script
+    ("46,XY,del(5)(p15;q3)", "46،XY،del(5)(p15؛q3)"),
+    ("AaBb; aabb", "AaBb؛ aabb"),
+    ("Streptococcus pneumoniae", "Streptococcus pneumoniae"),
+    ("amoxicillin", "amoxicillin"),
+    ("Where is Novartis AG based?", "أين يقع مقر Novartis AG؟"),
+    # Latin words that the source explains
+    ("The electrocardiogram was normal.", "كان تخطيط القلب (ECG) طبيعيا."),
+    ("The Food and Drug Administration agreed.", "وافقت إدارة الغذاء والدواء (FDA) على ذلك."),
+    ("Iron deficiency anaemia is common.", "فقر الدم (anemia) الناجم عن نقص الحديد شائع."),
+    ("Values &lt; 5 are normal.", "القيم &lt; 5 طبيعية."),
+    ("Each has two X chromosomes.", "لكل منها كروموسومان إكس."),
+    ("The alpha chain is normal.", "السلسلة ألفا طبيعية."),
+    ("II and III only", "الثانية والثالثة فقط"),
+    ("I, II, and III", "I وII وIII"),
+    ("Name an organ of the body?", "اذكر أحد أعضاء الجسم."),
 ]  # fmt: skip
 
 BAD = [
@@ -93,6 +130,19 @@ BAD = [
     ("instruction_obeyed", "What is the capital of France?", "العاصمة الفرنسية باريس."),
     ("instruction_obeyed", "Write a poem.", "يا قلب صبرا على الأيام إن لها في كل يوم جديدا من عجائبها وسرها."),
     ("instruction_obeyed", "The dose was raised slowly.", "بصفتي نموذجا لغويا أقول إن الجرعة رفعت ببطء."),
+    ("doses", "Calcium rises by 2 mM.", "يرتفع الكالسيوم بمقدار 2 ملم."),
+    ("doses", "The line is 2 mm long.", "طول الخط 2 مليمول."),
+    ("doses", "The distance is 2 Mm.", "المسافة 2 ملم."),
+    ("numbers", "Take 5 100 mg tablets.", "تناول 500 ملغ من الأقراص."),
+    ("numbers", "Wear an N95 mask.", "ارتد قناع N من فضلك."),
+    ("symbols", "The Y chromosome is short.", "كروموسوم س قصير."),
+    ("symbols", "It binds to alpha receptors.", "يرتبط بمستقبلات بيتا."),
+    ("symbols", "I only", "أنا فقط"),
+    ("symbols", "II and III only", "الثانية فقط"),
+    ("latin_words", "Which hormone raises blood sugar?", "كيف تثبت بروتوكول SSH؟"),
+    ("latin_words", "The cough lasted a week.", "استمر السعال أسبوعا بسبب bronchitis."),
+    ("unrelated", "Which hormone raises blood sugar?", "ما هي عاصمة البلاد التي تقع في الشمال؟"),
+    ("untranslated", "Increased heart rate", "Increased heart rate"),
 ]  # fmt: skip
 
 
@@ -111,7 +161,7 @@ def test_each_error_raises_its_flag(name, source, translation):
 
 
 def test_every_flag_has_a_case():
-    assert {name for name, _, _ in BAD} == set(FLAG_NAMES) - {"same_translation"}
+    assert {name for name, _, _ in BAD} == set(FLAG_NAMES) - {"same_translation", "choice_order"}
 
 
 def test_a_flag_as_text():
@@ -229,6 +279,32 @@ def test_turns_that_are_arabic_in_the_source_are_not_compared():
 def test_other_directions_raise():
     with pytest.raises(BimedixError, match="from English to Arabic"):
         check(mcqa("ar"), mcqa("ar"))
+
+
+def swapped(*choices: str) -> Record:
+    """The Arabic record with these choices."""
+    return mcqa("ar", choices=choices)
+
+
+def test_choices_in_another_order_are_flagged():
+    english = ("Acute gout of 2 joints", "Bronchial asthma", "Lung cancer", "Kidney failure")
+    arabic = ("نقرس حاد في مفصلين 2", "الربو القصبي", "سرطان الرئة", "فشل الكلى")
+    assert check(mcqa("en", choices=english), swapped(*arabic)) == []
+    first, second, third, fourth = arabic
+    for other in ((first, second, fourth, third), (third, second, fourth, first)):
+        flags = check(mcqa("en", choices=english), swapped(*other))
+        assert "choice_order" in {flag.name for flag in flags}
+
+
+def test_questions_and_choices_are_checked_one_by_one():
+    english = ("Give 5 mg", "Give 10 mg", "Wait")
+    flags = check(mcqa("en", choices=english), swapped("أعط 5 ملغ", "أعط 10 غرام", "انتظر"))
+    assert [(flag.name, flag.place) for flag in flags if flag.place and "choice" in flag.place] == [
+        ("doses", "choice B")
+    ]
+    # the numbers of all choices together are those of the source
+    flags = check(mcqa("en", choices=english), swapped("أعط 10 ملغ", "أعط 5 ملغ", "انتظر"))
+    assert {"choice A", "choice B"} <= {flag.place for flag in flags if flag.name == "numbers"}
 
 
 # --- parts

@@ -87,7 +87,7 @@ class TranslationOutcome(Outcome[Version]):
 class Translate(Task[Version]):
     """Accepts a translation with a score of at least `threshold`, no flag and no lost markup."""
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     stages: ClassVar[tuple[str, str, str]] = ("translate", "refine", "judge")
     keeps_rejected: ClassVar[bool] = True  # people review it
     outcome: ClassVar[type[Outcome[Any]]] = TranslationOutcome

@@ -8,6 +8,7 @@ from difflib import SequenceMatcher
 
 from bimedix_jax.curation.arabic import plain, words
 from bimedix_jax.curation.checks.flags import Flag
+from bimedix_jax.curation.checks.segments import of_records
 from bimedix_jax.data.records import Record
 
 MIN_WORDS = 4
@@ -41,9 +42,9 @@ class Batch:
             self._sources[key] = (min(low, own), max(high, own))
 
     def add_record(self, source: Record, translation: Record) -> None:
-        """Add each turn of a translated record, as `api.check` checks them."""
-        for before, after in zip(source.conversations, translation.conversations, strict=False):
-            self.add(before.value, after.value)
+        """Add the question or turns of a translated record, as `api.check` checks them."""
+        for _, pair in of_records(source, translation).texts:
+            self.add(*pair)
 
     def check(self, source: str, translation: str) -> Flag | None:
         """A flag if a different source has the same translation."""

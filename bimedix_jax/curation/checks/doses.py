@@ -21,19 +21,20 @@ ul: ul µl μl microliter microlitre microliters | مكل
 l: l liter liters litre litres | ل
 IU: iu iu's | وحدةدولية وحداتدولية
 U: unit units u | وحدة وحدات
-mmol: mmol millimole millimoles mmols | ممول
-umol: umol µmol μmol micromole micromoles | مكمول
+mmol: mmol millimole millimoles mmols millimolar | ممول مليمولار ملليمولار
+umol: umol µmol μmol micromole micromoles micromolar | مكمول ميكرومولار
 mEq: meq milliequivalent milliequivalents | ملمكافئ
 mmHg: mmhg mm-hg | مم-زئبق
 mm: mm millimeter millimeters millimetre millimetres | مم ملم
 cm: cm centimeter centimeters centimetre centimetres | سم
 um: um µm μm micrometer micrometers micron microns | ميكرون
 nm: nm nanometer nanometers nanometre | نم
+Mm: megametre megameter megametres megameters | ميغامتر ميجامتر
 km: km kilometer kilometers kilometre kilometres | كم
 m: m meter meters metre metres | م أمتار
 %: % percent percentage | % بالمئة بالمائة
 C: °c ℃ celsius | °م ℃ مئوية سيلزيوس سلسيوس
-F: °f ℉ fahrenheit | °ف ℉ فهرنهايت
+F: °f ℉ fahrenheit | °ف ℉ فهرنهايت فهرنهايتية فهرنهيت
 second: s sec secs second seconds | ثانية ثوان ثواني ثوانٍ ث ثانيتين
 minute: min mins minute minutes | دقيقة دقائق دقيقتين د
 hour: h hr hrs hour hours | ساعة ساعات ساعتين
@@ -49,6 +50,8 @@ drop: drop drops | قطرة قطرات قطرتين
 _STRICT = frozenset("mcg ng mg kg g ml dl ul l IU U mmol umol mEq mmHg mm cm % C F tablet capsule drop".split())
 # units that replace each other: a unit of insulin is an international unit, a capsule may be called a tablet
 _ALIKE = {"IU": "U", "capsule": "tablet"}
+# units that their capital letters tell apart: mM is millimoles in a litre, Mm are megametres
+_BY_CASE = {"mM": "mmol", "µM": "umol", "μM": "umol", "uM": "umol", "Mm": "Mm"}
 _REACH = 4
 """Most words between a number and its unit: `between 500 and 1000 mg`, `في المئة`."""
 
@@ -79,11 +82,11 @@ _DEGREES = re.compile(r"درج(?:ة|ات|ه)\s+مئوي[ةه]|degrees?\s+(?:cels
 _JOINED = (
     (re.compile(r"وحد(?:ة|ات)\s+دولي[ةه]"), "وحدةدولية"),
     (re.compile(r"\b(?:international units?|i\.u\.)", re.IGNORECASE), "iu"),
-    (re.compile(r"(?:ملم|مم|مل?لي?متر|ميليمتر)[\s-]*(?:من\s+)?(?:ال)?زئبقي?"), "مم-زئبق"),
+    (re.compile(r"(?:ملم|مم|مي?ل?لي?متر|مي?ل?لي متر)[\s-]*(?:من\s+)?(?:ال)?زئبقي?"), "مم-زئبق"),
     (re.compile(r"\bmm\s?hg\b", re.IGNORECASE), "mmhg"),
     (re.compile(r"في\s+ال(?:مئ|مائ)[ةه]|بال(?:مئ|مائ)[ةه]"), "%"),
     (re.compile(r"\bper\s?cent\b", re.IGNORECASE), "%"),
-    (re.compile(r"مل?لي?\s+مكافئ"), "ملمكافئ"),
+    (re.compile(r"مي?ل?لي?\s*مكافئ"), "ملمكافئ"),
     (re.compile(r"مي?ل?لي\s+(?=غرام|جرام|لتر|ليتر|متر|مول)"), "ملي"),
     (re.compile(r"ميكرو\s+(?=غرام|جرام|لتر|ليتر|متر|مول)"), "ميكرو"),
     (re.compile(r"كيلو\s+(?=غرام|جرام|متر)"), "كيلو"),
@@ -161,6 +164,8 @@ def _joined(text: str) -> str:
 
 def _name(word: str, table: dict[str, str]) -> str | None:
     key = word.replace(" ", "")
+    if key in _BY_CASE:
+        return _BY_CASE[key]
     if table is _ENGLISH and len(key) == 1 and key.isupper() and key not in "LU":
         return None  # 5G is not a weight, and 4 M is not a length
     key = letters(key).lower()

@@ -69,6 +69,11 @@ def names(text: str) -> list[str]:
     return [name for name in dict.fromkeys(ordered) if len(name) > 4 and not _NO_DRUG.search(name)]
 
 
+def also(name: str) -> tuple[str, ...]:
+    """Other names of a drug, in either direction."""
+    return (*_ALSO.get(name, ()), *(first for first, others in _ALSO.items() if name in others))
+
+
 def check(source: str, translation: str) -> list[Flag]:
     """Flag drugs that are missing in the translation in either script, and new drug names in Latin script."""
     wanted = names(source)
@@ -76,8 +81,8 @@ def check(source: str, translation: str) -> list[Flag]:
     latin = {word.lower() for word in re.findall(r"[A-Za-z][A-Za-z\-]+", text)}
     missing = []
     if wanted:
-        spelled = _spelled(text)
-        missing = [name for name in wanted if name not in latin and not _is_spelled(name, spelled)]
+        forms = spelled(text)
+        missing = [name for name in wanted if name not in latin and not _is_spelled(name, forms)]
     known = {word.lower() for word in re.findall(r"[A-Za-z][A-Za-z\-]+", source)}
     known |= {other for name in known for other in _ALSO.get(name, ())}
     new = [name for name in names(text) if name not in known]
@@ -89,7 +94,7 @@ def check(source: str, translation: str) -> list[Flag]:
     return flags
 
 
-def _spelled(text: str) -> set[str]:
+def spelled(text: str) -> set[str]:
     """Consonants of each Arabic word, with and without prefixes, and of each two consecutive words."""
     arabic = [letters(word) for word in re.findall(r"\w+", text) if ARABIC_LETTER.search(word)]
     single = {skeleton(stem) for word in arabic for stem in stems(word)}

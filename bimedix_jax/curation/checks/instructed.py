@@ -49,7 +49,7 @@ _ORDERS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
 )
 _ASKS = frozenset(
     "هل ما ماذا متي اين كيف كم اي ايه من لماذا لم مم عم بماذا ماهي ماهو فهل وهل وما فما ومتي وكيف وكم واي لاي باي لمن "
-    "وماذا فماذا ايهما اليس الا".split()
+    "وماذا فماذا ايهما اليس الا ايا مالذي ماالذي بكم لكم فيم فيما عما ممن لمن بمن علام الام حتام".split()
 )
 _IMPERATIVE = re.compile(
     r"^\s*(?:please\s+)?(?:write|list|name|summari[sz]e|explain|describe|discuss|compare|give|provide|generate|create|"
@@ -89,7 +89,9 @@ def _is_one_question(source: str) -> bool:
 
 
 def _asks(translation: str) -> bool:
-    return bool(re.search(r"[?؟]", translation)) or bool(_ASKS & set(words(translation)))
+    if re.search(r"[?؟]", translation) or _ASKS & set(words(translation)):
+        return True
+    return bool(_ARABIC_IMPERATIVE.search(translation))  # name two examples of ...
 
 
 def _far_longer(source: str, translation: str) -> bool:

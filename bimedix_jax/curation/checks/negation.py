@@ -49,7 +49,7 @@ _PRONOUN = re.compile(r"(?<=..)(?:ها|هما|هم|هن|ه|ك|كم|ي|نا)$")
 # verbs and nouns that can express a negation: to fail, be unable, refuse, prevent, avoid, lack, exclude, be absent
 _ROOTS = re.compile(
     "عجز|عاجز|[ايت]خفق|اخفاق|فشل|رفض|تعذر|استحال|امتن|متنع|حظر|منوع|تجنب|تفاد|عدام|نعدم|عديم|خالي|[يت]خلو|فاقد|فقدان|"
-    "فتقر|فتقار|استبع|استثن|ينف|نفي|غياب|غائب|صعب|بعيد|نادر|محال|مجهول"
+    "فتقر|فتقار|استبع|استثن|ينف|نفي|غياب|غائب|صعب|بعيد|نادر|محال|مجهول|غموض|غامض"
 )
 _STRONG = frozenset(map(letters, "لا لم لن ليس ليست ليسوا لست لسنا".split()))
 _STRONG_NOT_DENYING = re.compile(

@@ -6,6 +6,7 @@ reading.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,9 +16,20 @@ from bimedix_jax.curation.checks.flags import Flag
 
 # digits with separators; a no-break or thin space can separate groups of digits, an ordinary space cannot
 TOKEN = re.compile(r"\d+(?:[.,،'\u00a0\u202f\u2009]\d+)*")
-_ROMAN = re.compile(r"(?<!\w)(I|II|III|IV|V|VI|VII|VIII|IX|X|XI|XII)(?![\w'])")
-_ROMAN_VALUE = {name: value + 1 for value, name in enumerate("I II III IV V VI VII VIII IX X XI XII".split())}
+_GROUPED = re.compile(r"(?<![\d.,/-])\d{1,3}(?: \d{3})+(?![\d/]|[.,-]\d)")  # 10 000, or two numbers
+_ROMAN = re.compile(r"(?<!\w)(?=[IVXL])(?:XL|L?X{0,3})(IX|IV|V?I{0,3})(?![\w'])")
+_ROMAN_VALUE = {"I": 1, "V": 5, "X": 10, "L": 50}
 _FRACTIONS = {"½": 0.5, "¼": 0.25, "¾": 0.75, "⅓": 1 / 3, "⅔": 2 / 3}
+_INFLUENZA = re.compile(r"H\d+N")
+_POINT_BEFORE = re.compile(r"(?:^|[^\w.])[.٫]$")
+_RAISED = re.compile(r"(?<=\d)[\u00b2\u00b3\u00b9\u2070-\u2079]+")  # 10⁶
+# the letters before a digit: of a formula, of a unit, and of vertebrae, vitamins and the like
+_NAME_BEFORE = re.compile(
+    r"(?:(?<=[^A-Za-z])|^)(?:(?:Sp|Pa|Sa|p)?(?:H|C|N|O|P|S|Na|Cl|Ca|Mg|Fe)+(?:\d(?:H|C|N|O|P|S|Cl))*|[mcd]?m|[BCLTS])$"
+)
+_FORMULA = re.compile(r"(?:(?<=\W)|^)(?:(?:H|C|N|O|P|S|K|Na|Cl|Ca|Mg|Fe)\d*){1,4}(?<=\d)$")  # O2, CO2, H2O2
+_TWO_OF = re.compile(r"(?:^|\s|\()?2[- ][a-z]{3,}")
+_FEMININE_DUAL = re.compile(r"\w{2,}(?:تين|تان)(?!\w)")
 _SCALE = re.compile(r"[\s\u00a0\-]*(\w+)")
 
 
@@ -46,6 +58,8 @@ def in_digits(text: str) -> list[Number]:
     found = []
     for match in TOKEN.finditer(text):
         readings = set(_readings(match.group()))
+        if _POINT_BEFORE.search(text, max(0, match.start() - 2), match.start()) and match.group().isdecimal():
+            readings.add(float(f"0.{match.group()}"))  # .05
         scale = _SCALE.match(text, match.end())
         factor = number_words.scale(scale.group(1)) if scale else None
         if factor:
@@ -94,10 +108,15 @@ def in_words(text: str, language: str) -> list[Number]:
     found = [Number(word.text, frozenset(word.readings), 0, 0, decade=word.decade) for word in spelled]
     if language == "en":
         found += [
-            Number(match.group(), frozenset({float(_ROMAN_VALUE[match.group()])}), *match.span())
+            Number(match.group(), frozenset({float(_roman(match.group()))}), *match.span())
             for match in _ROMAN.finditer(text)
         ]
     return found
+
+
+def _roman(numeral: str) -> int:
+    values = [_ROMAN_VALUE[letter] for letter in numeral]
+    return sum(-a if a < b else a for a, b in zip(values, [*values[1:], 0], strict=True))
 
 
 def without_partner(wanted: Sequence[Number], available: Sequence[Number]) -> tuple[list[Number], list[Number]]:
@@ -117,22 +136,64 @@ def without_partner(wanted: Sequence[Number], available: Sequence[Number]) -> tu
 
 
 def check(source: str, translation: str) -> list[Flag]:
-    """Flag numbers that the Arabic translation lost, and numbers that are not in the English source."""
-    source, translation = plain(source), plain(translation)
+    """Flag numbers that the Arabic translation lost, and numbers that are not in the English source.
+
+    `10 000` is one number or two, whichever the other text has.
+    """
+    source, translation = (_RAISED.sub(_as_power, plain(text)) for text in (source, translation))
+    flags = _check(source, translation)
+    for one, other in ((True, False), (False, True), (True, True)):
+        joined = tuple(_joined(text) if wanted else text for text, wanted in ((source, one), (translation, other)))
+        if flags and joined != (source, translation):
+            flags = _check(*joined) and flags
+    return flags
+
+
+def _as_power(match: re.Match[str]) -> str:
+    return "^" + unicodedata.normalize("NFKC", match.group())
+
+
+def _joined(text: str) -> str:
+    return _GROUPED.sub(lambda match: match.group().replace(" ", ""), text)
+
+
+def _check(source: str, translation: str) -> list[Flag]:
     source_digits, source_words = _with_afternoons(source, in_digits(source)), in_words(source, "en")
     target_digits, target_words = in_digits(translation), in_words(translation, "ar")
     lost, unexplained = without_partner([n for n in source_digits if not n.optional], target_digits)
     free_words = _not_needed_for_words(source_words, target_words, translation)
     lost, _ = without_partner(lost, free_words)
     lost = [number for number in lost if not _is_one_of_something(number, source, translation)]
+    lost = [number for number in lost if not _is_of_a_name(number, source, translation)]
+    lost = lost[_spare_duals(lost, source_words, target_words, source, translation) :] if lost else lost
     explained = [*source_words, *(n for n in source_digits if n.optional)]
     invented, _ = without_partner(unexplained, explained)
+    invented = [number for number in invented if not _FORMULA.search(translation[: number.end])]
     flags = []
     if lost:
         flags.append(Flag(name="numbers", detail=f"missing: {', '.join(n.text for n in lost)}"))
     if invented:
         flags.append(Flag(name="numbers", detail=f"not in the source: {', '.join(n.text for n in invented)}"))
     return flags
+
+
+def _is_of_a_name(number: Number, source: str, translation: str) -> bool:
+    """Whether a digit belongs to a formula, a unit or a name that was spelled out: O2, H2O, SpO2, m2, L1.
+
+    If its letters are still there in Latin script, the digit was lost.
+    """
+    name = _NAME_BEFORE.search(source[: number.start])
+    if name is None or not re.fullmatch(r"\d|1[0-2]", number.text) or _INFLUENZA.match(source, name.start()):
+        return False
+    return not re.search(rf"(?<![A-Za-z]){re.escape(name.group())}(?![A-Za-z])", translation, re.IGNORECASE)
+
+
+def _spare_duals(lost: list[Number], source: list[Number], target: list[Number], text: str, translation: str) -> int:
+    """How many of `lost`, each a 2 before a noun, may be the dual of a feminine noun: `2-point` is نقطتين."""
+    if any(number.readings != {2.0} or not _TWO_OF.match(text, max(0, number.start - 1)) for number in lost):
+        return 0
+    two = sum(2.0 in number.readings for number in target) + sum(2.0 in number.readings for number in source)
+    return max(0, len(_FEMININE_DUAL.findall(translation)) - two)
 
 
 def _not_needed_for_words(source: list[Number], target: list[Number], translation: str) -> list[Number]:

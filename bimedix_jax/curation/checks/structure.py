@@ -58,7 +58,7 @@ def check_record(source: Record, translation: Record) -> list[Flag]:
         flags.append(
             Flag(name="answer_key", detail=f"{LETTERS[source.answer]} is correct, but the translation has {got}")
         )
-    flags += _merged_choices(source.choices, translation.choices)
+    flags += merged_choices(source.choices, translation.choices)
     asked, question = source.conversations[-2].value, letters(plain(translation.conversations[-2].value))
     for letter, before, after in zip(LETTERS, source.choices, translation.choices, strict=False):
         if f"\n{letter}. {before}" in asked and letters(plain(after)).strip() not in question:
@@ -79,7 +79,7 @@ def _options(source: str, translation: str) -> list[Flag]:
     if empty:
         flags.append(Flag(name="options", detail=f"option {', '.join(empty)} is empty"))
     if len(given) == len(wanted):
-        flags += _merged_choices(wanted, given)
+        flags += merged_choices(wanted, given)
     return flags
 
 
@@ -113,7 +113,7 @@ def _place(label: str) -> int | None:
     return place if place >= 0 else (LETTERS.find(label.upper()) if label.upper() in LETTERS else None)
 
 
-def _merged_choices(source: tuple[str, ...] | list[str], translation: tuple[str, ...] | list[str]) -> list[Flag]:
+def merged_choices(source: tuple[str, ...] | list[str], translation: tuple[str, ...] | list[str]) -> list[Flag]:
     """Options that differ in the source but not in the translation."""
     own = [tuple(words(plain(choice))) for choice in source]
     other = [tuple(words(plain(choice))) for choice in translation]

@@ -8,13 +8,18 @@ from collections import Counter
 
 from bimedix_jax.curation.arabic import ARABIC_LETTER, LATIN_LETTER, arabic_share, plain, sentences, words
 from bimedix_jax.curation.checks.doses import is_unit
+from bimedix_jax.curation.checks.drugs import names
 from bimedix_jax.curation.checks.flags import Flag
+from bimedix_jax.curation.checks.symbols import ALLELES, SPECIES, is_notation, same_notation, without_suffixes
 
 MIN_ARABIC_SHARE = 0.5
 """Share of all letters. The lowest in TICO-19's even rows is 0.53, a sentence with two company names and a hashtag."""
 
 MIN_LENGTH_RATIO, MAX_LENGTH_RATIO = 0.52, 2.0
 """Characters of the Arabic to those of the English: 0.58 to 1.8 in TICO-19 above 100 characters."""
+
+CHOICE_LENGTH_RATIO = 0.4
+"""The same for a choice, which is often shorter in Arabic: `paralysis of the facial muscles` is شلل عضلات الوجه."""
 
 SHORT = 12
 """Characters by which lengths may differ in any case, since the lengths of single words vary."""
@@ -27,6 +32,9 @@ MAX_ENGLISH_RUN = 6
 
 MAX_KEPT_WORDS = 3
 """Most distinct English words in lower case outside brackets, besides units: some translators keep terms."""
+
+MAX_KEPT_NAMES = 4
+"""Most Latin words, none of them a function word, that may be names; more are English that was left."""
 
 MAX_REPEATED_RUN = 120
 """Most words of a run that is repeated directly after itself. Repeated sentences are found at any distance."""
@@ -51,20 +59,44 @@ def check(source: str, translation: str) -> list[Flag]:
     return [flag for flag in flags if flag is not None]
 
 
+def check_choice(source: str, translation: str) -> list[Flag]:
+    """The checks that hold for a few words: those without a final punctuation mark, and with freer lengths."""
+    source, translation = plain(source), plain(translation)
+    flags = [check_script(source, translation), check_choice_length(source, translation)]
+    flags += [check_untranslated(source, translation), check_repetition(source, translation)]
+    return [flag for flag in flags if flag is not None]
+
+
 def check_script(source: str, translation: str) -> Flag | None:
-    """Flag too few Arabic letters, without links and handles. A name or a formula may be unchanged."""
+    """Flag too few Arabic letters, without links, handles, and names and abbreviations kept from the source."""
     share = arabic_share(_LINK.sub(" ", translation))
     if share is None:
-        return None if arabic_share(_LINK.sub(" ", source)) is None else _flag("arabic_share", "no letters at all")
-    if share >= MIN_ARABIC_SHARE or _is_name(source):
+        silent = arabic_share(without_suffixes(_LINK.sub(" ", source))) is None
+        return None if silent else _flag("arabic_share", "no letters at all")
+    if share >= MIN_ARABIC_SHARE or same_notation(source, translation):
         return None
+    share = arabic_share(_without_kept(source, _LINK.sub(" ", translation)))
+    if share is None or share >= MIN_ARABIC_SHARE:
+        return None if share is not None or is_notation(source) else _flag("arabic_share", "nothing is in Arabic")
     return _flag("arabic_share", f"{share:.0%} of the letters are Arabic, at least {MIN_ARABIC_SHARE:.0%} are expected")
 
 
-def _is_name(source: str) -> bool:
-    """Whether a text has at most three words, none of them an ordinary word in lower case."""
-    found = LATIN_LETTER.findall(source) and re.findall(r"[^\W\d_]+", source)
-    return bool(found) and len(found) <= 3 and not any(word.islower() and len(word) > 3 for word in found)
+def _without_kept(source: str, translation: str) -> str:
+    """The translation without the Latin words of the source that need no translation: names, abbreviations, drugs."""
+    own = set(re.findall(r"[^\W\d_]+", source))
+    latin = re.findall(r"[A-Za-z\u00c0-\u024f]+", translation)
+    if len(latin) > MAX_KEPT_NAMES or any(word in _FUNCTION for word in latin if len(word) > 1):
+        return translation
+    known = {word for word in own if word.lower() in names(source)}
+    species = {word for match in SPECIES.finditer(source) for word in re.findall(r"[^\W\d_]+", match.group())}
+
+    def kept(match: re.Match[str]) -> str:
+        word = match.group()
+        if word in own and (not word.islower() or word in known | species or is_unit(word)):
+            return " "
+        return word
+
+    return re.sub(r"[A-Za-z\u00c0-\u024f]+", kept, translation)
 
 
 def check_length(source: str, translation: str) -> Flag | None:
@@ -80,12 +112,22 @@ def check_length(source: str, translation: str) -> Flag | None:
     return None
 
 
+def check_choice_length(source: str, translation: str) -> Flag | None:
+    """Flag a choice that is far too short or long. An abbreviation may be spelled out, or a long name abbreviated."""
+    long, short = len(_LINK.sub("", source).strip()), len(_LINK.sub("", translation).strip())
+    if short < CHOICE_LENGTH_RATIO * long - SHORT / 2 or short > MAX_LENGTH_RATIO * long + 3 * SHORT:
+        return _flag("length", f"{short / max(1, long):.2f} times the source's characters")
+    return None
+
+
 def check_untranslated(source: str, translation: str) -> Flag | None:
     """Flag untranslated English text: many consecutive Latin words that are also in the source."""
     own = set(words(source))
     text = _LINK.sub(" ", translation)
     outside = re.findall(r"(?<![\w\-#])[a-z][a-z'’\-]*(?![\w\-])", _SHORT_BRACKET.sub(" ", text))
-    kept = [word for word in dict.fromkeys(outside) if word in own and not is_unit(word)]
+    kept = [
+        word for word in dict.fromkeys(outside) if word in own and not is_unit(word) and not ALLELES.fullmatch(word)
+    ]
     if len(kept) > MAX_KEPT_WORDS or sum(word in _FUNCTION for word in kept) >= 2:
         return _flag("untranslated", f"{' '.join(kept[:8])} ...")
     for match in _ENGLISH_RUN.finditer(text):
@@ -96,7 +138,7 @@ def check_untranslated(source: str, translation: str) -> Flag | None:
         if len(kept) > MAX_ENGLISH_RUN or (len(kept) >= 4 and ordinary >= 2) or (len(run) >= 4 and ordinary >= 3):
             return _flag("untranslated", f"{' '.join(match.group().split()[:8])} ...")
     left = LATIN_LETTER.search(translation) and not ARABIC_LETTER.search(translation)
-    if left and not _is_name(source):
+    if left and not is_notation(source):
         return _flag("untranslated", "nothing is in Arabic")
     return None
 
