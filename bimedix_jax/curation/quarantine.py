@@ -1,5 +1,7 @@
 """Rows that were left out, each with its reason, so that no row of a data set disappears silently."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,15 @@ MAX_REASONS = 1000
 
 OTHER_REASONS = "other reasons"
 REASON_LENGTH = 300
-"""Most characters of a reason that are kept; some reasons quote the row."""
+"""Most characters of a reason and of a detail that are kept."""
+
+# values that an error quotes: texts, lists and objects, and numbers of more than two digits
+_VALUE = re.compile(
+    r"(?<!field )(?<!column )(?<!key )(?<!from )(?<!but )(?<![\w'])"  # these words come before names
+    r"(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")(?!\w)"
+    r"|\{.*\}|\[.*\]|(?<![\w.])\d{3,}(?![\w.])",
+    re.DOTALL,
+)
 
 
 class WrongSource(BimedixError):
@@ -41,6 +51,20 @@ class Rejected:
 def left_out(source: str, record: str, reason: str, detail: str) -> Rejected:
     """The rejection of a valid record; `file` is its id."""
     return Rejected(source, record, None, reason, detail)
+
+
+def reason_of(error: Exception) -> tuple[str, str]:
+    """(the kind of an error, without text of the row, so that equal errors are counted together; the error in full)."""
+    if isinstance(error, ValidationError):
+        return explain(error), ""
+    if isinstance(error, KeyError):
+        return f"field {error} is missing", ""
+    if isinstance(error, json.JSONDecodeError):
+        return f"the row is not valid JSON ({error.msg})", str(error)
+    if isinstance(error, UnicodeError):
+        return "a text is not valid in the encoding of its file", str(error)
+    reason = _VALUE.sub("…", str(error))
+    return reason, "" if reason == str(error) else str(error)
 
 
 @dataclass
@@ -88,18 +112,14 @@ class Quarantine:
             return make(*parts)
         except WrongSource:
             raise
-        except ValidationError as error:
-            reason = explain(error)
-        except KeyError as error:
-            reason = f"field {error} is missing"
-        except (ValueError, TypeError, AttributeError, IndexError, BimedixError) as error:
-            reason = str(error)
-        self.add(source, file, line, reason)
+        except (ValueError, TypeError, AttributeError, LookupError, BimedixError) as error:
+            self.add(source, file, line, *reason_of(error))
         return None
 
-    def add(self, source: str, file: str | Path, line: int, reason: str) -> None:
-        """Note one rejected row."""
-        self.note(Rejected(source, file.name if isinstance(file, Path) else file, line, reason[:REASON_LENGTH]))
+    def add(self, source: str, file: str | Path, line: int, reason: str, detail: str = "") -> None:
+        """Note one rejected row. `reason` is a kind of error, `detail` what it is in this row."""
+        name = file.name if isinstance(file, Path) else file
+        self.note(Rejected(source, name, line, reason[:REASON_LENGTH], detail[:REASON_LENGTH]))
 
     def leave_out(self, record: Record, reason: str, detail: str) -> None:
         """Note a valid record that is left out."""

@@ -84,6 +84,34 @@ def test_evaluation_records_are_removed_from_training_and_quarantined(tmp_path: 
     ]
 
 
+def test_a_benchmark_keeps_its_size(tmp_path: Path) -> None:
+    held = [make(f"h{number}", "What is the diagnosis?", "heldout") for number in range(3)]
+    records.write_jsonl(tmp_path / "s.jsonl", [*held, make("a", "Free?", "train"), make("b", "Free?", "train")])
+    (tmp_path / "out").mkdir()
+    report = assemble(resolve_sources([str(tmp_path / "s.jsonl")]), tmp_path / "out")
+    assert (report["heldout"], report["train"], report["quarantined"]) == (3, 1, 1)
+
+
+def test_reasons_are_kinds_of_errors_without_text_of_the_rows(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"q": "x", "c": [{"text": f'it\'s "choice" {number}', "label": ["A"]}, "b"], "a": "A"} for number in range(1200)
+    ]
+    rows += [{"q": "x", "c": ["a", "b"], "a": f"the answer of patient {number}"} for number in range(1200)]
+    lines = [json.dumps(row) for row in rows] + ["{" + f"broken {number}" for number in range(1200)]
+    lines.append(json.dumps({"q": "x", "c": ["a", "b"], "a": "a"}))
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    source = f"table={tmp_path / 'q.jsonl'}?question=q&choices=c&answer=a&licence=x"
+    assert main(["data", "assemble", "--sources", source, "--out", str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert [row["rows"] for row in report["reasons"]] == [1200] * 3
+    said = "".join(row["reason"] for row in report["reasons"])
+    assert "choice 1" not in said
+    assert "patient" not in said
+    assert "broken" not in said
+
+
 def test_records_of_one_group_get_the_same_split(tmp_path: Path) -> None:
     made = [make(f"r{i}", f"Question {i}?", group=f"g{i // 5}") for i in range(100)]
     records.write_jsonl(tmp_path / "s.jsonl", made)

@@ -95,7 +95,8 @@ def test_invalid_utf8_is_quarantined_not_replaced(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"XX", b"\xe9t\xe9"))
     records, quarantine = run(f"mts_dialog={tmp_path}")
     assert len(records) == 1
-    assert "can't encode" in quarantine.rejected[0].reason
+    assert "not valid in the encoding" in quarantine.rejected[0].reason
+    assert "can't encode" in quarantine.rejected[0].detail
 
 
 def test_pubmedqa_test_ids_are_held_out(tmp_path: Path) -> None:
@@ -115,7 +116,9 @@ def test_pubmedqa_test_ids_are_held_out(tmp_path: Path) -> None:
     human, gpt = (turn.value for turn in records[0].conversations)
     assert human == "Abstract: One.\nTwo.\nQuestion: Does it help?"
     assert gpt == "Answer: yes\nIt does."
-    assert [row.reason for row in quarantine.rejected] == ["final_decision is '?'"]
+    assert [(row.reason, row.detail) for row in quarantine.rejected] == [
+        ("final_decision is …", "final_decision is '?'")
+    ]
     (tmp_path / "test_ground_truth.json").write_text(json.dumps({"9": "no"}))
     with pytest.raises(BimedixError, match="1 test ids"):
         run(f"pubmedqa={tmp_path}")

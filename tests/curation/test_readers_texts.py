@@ -251,7 +251,7 @@ def test_sharegpt_and_vicuna(tmp_path: Path) -> None:
     assert records[0].is_system(0)
     assert records[1].provenance == {"unanswered_turns": 1}
     assert "'human' must speak" in quarantine.rejected[0].reason
-    assert "'bing' is not a speaker" in quarantine.rejected[1].reason
+    assert "'bing' is not a speaker" in quarantine.rejected[1].detail
 
 
 def test_openai_messages(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_openai_messages(tmp_path: Path) -> None:
     assert [(record.id, record.split, values(record)) for record in records] == [
         ("messages/train/1", "train", ["Be kind.", "Hi", "Hello"])
     ]
-    assert [row.reason.split(";")[0] for row in quarantine.rejected] == [
+    assert [(row.detail or row.reason).split(";")[0] for row in quarantine.rejected] == [
         "a message calls a tool",
         "a message has parts that are not text",
         "'tool' is not a speaker",

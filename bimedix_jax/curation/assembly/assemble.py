@@ -68,8 +68,8 @@ def assemble(recipe: ResolvedRecipe, folder: Path, allow_counts: bool = False) -
     """Read all sources of a recipe and write the two sets into an existing folder; return the report.
 
     A record without a split gets one by the hash of its id, or of the group that its source puts it in. Of records with
-    one id or one text, the first is kept. A training record is left out if a held-out or an evaluation record has the
-    same id, PubMed id or question.
+    one id or one text, the first is kept; records that a source itself holds out, as a benchmark does, may have equal
+    texts. A training record is left out if a held-out or an evaluation record has the same id, PubMed id or question.
 
     Raises:
         BimedixError: a source cannot be read or differs from what the recipe states; or training and evaluation
@@ -143,7 +143,7 @@ def _separate(
             for unsplit in read_source(source, place, rows):
                 made[unsplit.source] += 1
                 record = _with_split(unsplit, recipe.seed, recipe.heldout_fraction)
-                duplicate = _duplicate(record, ids, texts)
+                duplicate = _duplicate(record, ids, texts, benchmark=unsplit.split == "heldout")
                 if duplicate is not None:
                     duplicates.append(duplicate)
                     continue
@@ -172,14 +172,18 @@ def _with_split(record: Record, seed: int, heldout_fraction: float) -> Record:
     return record.model_copy(update={"split": record_files.assign_split(key, seed, heldout_fraction)})
 
 
-def _duplicate(record: Record, ids: set[str], texts: dict[bytes, str]) -> Rejected | None:
-    """The rejection of a record whose id is not new, or whose text is not new within its split."""
+def _duplicate(record: Record, ids: set[str], texts: dict[bytes, str], benchmark: bool) -> Rejected | None:
+    """The rejection of a record whose id is not new, or whose text is not new within its split.
+
+    Records that their source holds out are a benchmark, whose size is known: equal texts stay.
+    """
     if record.id in ids:
         return left_out(record.source, record.id, DUPLICATE_ID, record.id)
-    said = f"{record.split}\0" + "\0".join(f"{turn.speaker}\0{turn.value}" for turn in record.conversations)
-    first = texts.setdefault(hashlib.blake2b(said.encode(), digest_size=16).digest(), record.id)
-    if first != record.id:
-        return left_out(record.source, record.id, DUPLICATE_TEXT, first)
+    if not benchmark:
+        said = f"{record.split}\0" + "\0".join(f"{turn.speaker}\0{turn.value}" for turn in record.conversations)
+        first = texts.setdefault(hashlib.blake2b(said.encode(), digest_size=16).digest(), record.id)
+        if first != record.id:
+            return left_out(record.source, record.id, DUPLICATE_TEXT, first)
     ids.add(record.id)
     return None
 
