@@ -1,10 +1,12 @@
 """Human review: what is exported comes back as verdicts, edits are carried out, statistics are the known ones."""
 
 import csv
+import hashlib
 import io
 import json
 import math
 import random
+import re
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -212,7 +214,7 @@ def test_skipped_annotations_are_no_verdicts():
         (lambda task: task["annotations"][0].update(completed_by=None), "completed_by is missing"),
         (lambda task: task.pop("annotations"), "not as JSON-MIN"),
         (lambda task: task["data"].update(item="other"), "no item 'other'"),
-        (lambda task: task["data"].update(digest="0"), "translated again"),
+        (lambda task: task["data"].update(digest="x"), "translated again"),
         (lambda task: task["annotations"][0]["result"][0].update(from_name="mood"), "unknown control 'mood'"),
         (lambda task: task["annotations"][0]["result"][0].update(value={"rating": 3}), "neither a choice"),
         (lambda task: task["annotations"][0]["result"][0]["value"].update(choices=["maybe"]), "decision: Input"),
@@ -259,6 +261,55 @@ def test_csv_survives_writing_and_reading():
     assert (found.reviewer, found.decision, found.edited, found.time) == ("first", "reject", None, NOON)
 
 
+@pytest.mark.parametrize(
+    ("written", "score"),
+    [("85", 85), ("85.5", 85.5), ("85,5", 85.5), ("٨٥", 85), ("۸۵", 85), ("٨٥٫٥", 85.5), ("85%", 85), ("85 %", 85),
+     ("٨٥٪", 85), ("85/100", 85), ("0", 0), ("", None), (" 100 ", 100)],
+)  # fmt: skip
+def test_scores_are_read_as_people_write_them(written, score):
+    (found,) = from_csv(fill(tables.to_csv([item()], "first", blind=True), decision="accept", score=written))
+    assert found.score == score
+    line = json.loads(tables.to_jsonl([item()], "first", blind=True)) | {"decision": "accept", "score": written}
+    (found,) = tables.from_jsonl(json.dumps(line), "back.jsonl", {"q1": item()}, NOON, "file")
+    assert found.score == score
+
+
+@pytest.mark.parametrize("written", ["good", "8 5", "1,000", "-1", "101", "85,5,5"])
+def test_other_scores_are_errors(written):
+    with pytest.raises(BimedixError, match=r"back\.csv"):
+        from_csv(fill(tables.to_csv([item()], "first", blind=True), decision="accept", score=written))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "؛", "،"])
+def test_sheets_with_another_delimiter_are_read(delimiter):
+    text = fill(tables.to_csv([item()], "first", blind=True), decision="accept", score="85,5", comment="a, b; c")
+    rows = list(csv.reader(io.StringIO(text.removeprefix("\ufeff"))))
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter).writerows(rows)
+    (found,) = from_csv(buffer.getvalue())
+    assert (found.decision, found.score, found.comment) == ("accept", 85.5, "a, b; c")
+
+
+def test_no_spreadsheet_takes_a_digest_for_a_number():
+    for number in range(100):
+        source, translation = mcqa("q", "en", f" {number}"), mcqa("q", "ar", f" {number}")
+        found = digest(ReviewItem(id="q", reason="sample", source=source, translation=translation))
+        assert re.fullmatch("[a-z]{16}", found)
+        assert not set(found) & set("efil")
+
+
+def test_digests_of_earlier_versions_are_read_and_rounded_ones_explained():
+    text = fill(tables.to_csv([item()], "first", blind=True), decision="accept")
+    seen = "\0".join(f"{part.id}\0{part.source}\0{part.translation}" for part in segments(item()))
+    earlier = hashlib.sha256(seen.encode()).hexdigest()[:16]
+    assert len(from_csv(text.replace(digest(item()), earlier))) == 1
+    for rounded in ("1.23457E+15", "1,23457E+15", "1234567890123450"):
+        with pytest.raises(BimedixError, match="rounded the digest"):
+            from_csv(fill(text, digest=rounded))
+    with pytest.raises(BimedixError, match="translated again"):
+        from_csv(fill(text, digest="x" * 16))
+
+
 def test_a_cell_is_never_a_formula():
     evil = item().model_copy(update={"source": mcqa("q1", extra="").model_copy(update={"id": "=1+1"})})
     wild = ReviewItem(id="=cmd()", reason="sample", source=evil.source, translation=mcqa("q1", "ar"))
@@ -274,9 +325,9 @@ def test_a_cell_is_never_a_formula():
     [
         (lambda text: text.replace("decision", "verdict"), "no column 'decision'"),
         (lambda text: fill(text, decision="perhaps"), "decision: Input"),
-        (lambda text: fill(text, decision="accept", score="good"), "score: Input"),
+        (lambda text: fill(text, decision="accept", score="good"), "is not a number"),
         (lambda text: fill(text, decision="accept", item="q9"), "no item 'q9'"),
-        (lambda text: fill(text, decision="accept", digest="0"), "translated again"),
+        (lambda text: fill(text, decision="accept", digest="x"), "translated again"),
         (lambda text: fill(text, edited="نص", segment="t99"), "no segment 't99'"),
         (lambda text: fill(text, score="5"), "and no decision"),
         (lambda text: fill(text, decision="accept", time="yesterday"), "time: Input"),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bimedix_jax.curation.review.items import ReviewItem, Verdict
 from bimedix_jax.curation.review.presentation import changes, editable, side_by_side
-from bimedix_jax.curation.review.segments import digest, segments
+from bimedix_jax.curation.review.segments import digest, has_digest, segments
 from bimedix_jax.data.records import explain
 from bimedix_jax.errors import BimedixError
 
@@ -113,7 +113,7 @@ def _item(task: _Task, place: str, items: Mapping[str, ReviewItem]) -> ReviewIte
     item = items.get(name) if isinstance(name, str) else None
     if item is None:
         raise BimedixError(f"{place}: there is no item {name!r} in the review file; give the file that was exported")
-    if task.data.get("digest") != digest(item):
+    if not has_digest(item, task.data.get("digest")):
         raise BimedixError(f"{place}: item {name!r} has been translated again since it was exported; export it again")
     return item
 

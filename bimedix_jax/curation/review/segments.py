@@ -35,7 +35,22 @@ def segments(item: ReviewItem) -> list[Segment]:
 
 
 def digest(item: ReviewItem) -> str:
-    """A hash of the texts in 16 digits. It reveals verdicts that belong to an earlier translation."""
+    """A hash of the texts in 16 letters. It reveals verdicts that belong to an earlier translation.
+
+    It has no digits: a spreadsheet takes 1234567890123456 and 12345e67 for numbers, and rounds them.
+    """
+    return _hexadecimal(item).translate(_LETTERS)
+
+
+def has_digest(item: ReviewItem, seen: object) -> bool:
+    """Whether a digest is that of the item: as `digest` writes it, or in hexadecimal, as earlier versions did."""
+    return seen in (digest(item), _hexadecimal(item))
+
+
+_LETTERS = str.maketrans("0123456789abcdef", "ghjkmnpqrsabcdxy")  # no e, i, l, o and f: no number, no word, no date
+
+
+def _hexadecimal(item: ReviewItem) -> str:
     seen = "\0".join(f"{part.id}\0{part.source}\0{part.translation}" for part in segments(item))
     return hashlib.sha256(seen.encode()).hexdigest()[:16]
 

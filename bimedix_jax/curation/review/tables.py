@@ -7,15 +7,17 @@ an item's rows can have its decision, score and comment.
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bimedix_jax.curation.arabic import plain
 from bimedix_jax.curation.review.items import ReviewItem, Verdict, dump
 from bimedix_jax.curation.review.presentation import changed, machine
-from bimedix_jax.curation.review.segments import digest, segments
+from bimedix_jax.curation.review.segments import digest, has_digest, segments
 from bimedix_jax.data.records import explain
 from bimedix_jax.errors import BimedixError
 
@@ -66,7 +68,7 @@ class JsonItem(BaseModel):
     digest: str
     segments: list[JsonSegment]
     decision: str | None = None
-    score: float | None = None
+    score: float | str | None = None
     comment: str = ""
     reviewer: str | None = None
     time: datetime | None = None
@@ -93,8 +95,9 @@ def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: date
     Raises:
         BimedixError: a row cannot be read or does not fit its item.
     """
+    text = text.removeprefix("\ufeff")
     try:
-        rows = list(csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True))
     except csv.Error as error:
         raise BimedixError(f"{where} is not a CSV file ({error}); save it as CSV in UTF-8") from error
     found: dict[str, dict[str, Any]] = {}
@@ -121,6 +124,27 @@ def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: date
         for name, given in found.items()
         if (verdict := _verdict(items[name], given, saved, reviewer)) is not None
     ]
+
+
+def _delimiter(text: str) -> str:
+    """What separates the columns of the header. Excel writes `;` where the comma is the decimal mark, or tabs."""
+    header = text.lstrip("\r\n").partition("\n")[0]
+    counts = {mark: header.count(mark) for mark in (",", ";", "\t", "،", "؛")}
+    return max(counts, key=lambda mark: counts[mark])
+
+
+def _score(text: str, place: str) -> float | None:
+    """A score as people write it: `85`, `٨٥`, `85 %`, `85,5`, `٨٥٫٥`, `85/100`; None if the cell is empty.
+
+    Raises:
+        BimedixError: it is none of these.
+    """
+    number = re.sub(r"\s*(?:%|/\s*100)$", "", plain(text).strip())
+    if not number:
+        return None
+    if not re.fullmatch(r"[+-]?\d+(?:\.\d*|,\d{0,2})?", number):
+        raise BimedixError(f"{place}: the score {text!r} is not a number from 0 to 100; correct the cell")
+    return float(number.replace(",", "."))
 
 
 def from_jsonl(text: str, where: str, items: Mapping[str, ReviewItem], saved: datetime, reviewer: str) -> list[Verdict]:
@@ -165,7 +189,11 @@ def _item(name: str, seen: str | None, place: str, items: Mapping[str, ReviewIte
     item = items.get(name)
     if item is None:
         raise BimedixError(f"{place}: there is no item {name!r} in the review file; give the file that was exported")
-    if seen is not None and seen != digest(item):
+    if seen is not None and not has_digest(item, seen):
+        if re.fullmatch(r"[\d.,]+(?:[eE][+-]?\d+)?", plain(seen)):
+            raise BimedixError(
+                f"{place}: a spreadsheet rounded the digest {seen!r} as a number; export the items again"
+            )
         raise BimedixError(f"{place}: item {name!r} has been translated again since it was exported; export it again")
     return item
 
@@ -185,7 +213,9 @@ def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer:
         return None
     if edited and decision in ("", "accept"):
         decision = "edit"  # a changed text is an edit, even if the decision is empty or `accept`
-    time = given.get("time") or saved.isoformat()
+    time = plain(given.get("time") or saved.isoformat())
+    score = given.get("score")
+    score = _score(score, place) if isinstance(score, str) else score
     try:
         return Verdict.model_validate(
             {
@@ -193,7 +223,7 @@ def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer:
                 "reviewer": given.get("reviewer") or reviewer,
                 "time": time if _has_zone(time) else f"{time}{saved.strftime('%z')}",
                 "decision": decision,
-                "score": given.get("score") or (0 if given.get("score") == 0 else None),
+                "score": score,
                 "edited": (edited or None) if decision == "edit" else None,
                 "comment": given.get("comment") or "",
             }
