@@ -34,7 +34,8 @@ def test_all_figures_have_their_order_of_magnitude(script: Any):
     assert max(found[name] for name in ("fpr", "fpr_unequal", "fpr_relabelled")) <= 0.2
     assert found["fpr_per_token"] > 0.5
     assert found["fpr_plain"] > found["fpr_unequal"]
-    assert min(found[name] for name in ("coverage", "coverage_planted", "coverage_jsd")) > 0.8
+    assert 0.9 < found["coverage"] < 0.98  # of 160 cells and more
+    assert min(found[name] for name in ("coverage_planted", "coverage_jsd")) > 0.6  # of 10 data sets
     powers = [row["detected"] for row in found["power"]]
     assert powers[0] < 0.5 < powers[-1]
     assert 0.4 < found["detection_at_mde80"] <= 1

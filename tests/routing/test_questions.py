@@ -115,7 +115,7 @@ def hidden_states(seed: int, routers: int, aligned: float) -> Tables:
     state_ND = rng.standard_normal((60, width))[routes.id_N] + np.where(arabic_N, 1, -1)[:, None] * direction
     state_ND += 0.3 * rng.standard_normal((60, width))[routes.record_N]
 
-    def route(weight_LDE: np.ndarray) -> np.ndarray:
+    def route(weight_LDE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         score_LNE = np.einsum("nd,lde->lne", state_ND, weight_LDE)
         score_LNE -= np.median(score_LNE, axis=1, keepdims=True)  # alike loads
         experts_LNK = np.argsort(-score_LNE, axis=2)[:, :, :2]

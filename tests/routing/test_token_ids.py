@@ -1,5 +1,7 @@
 """The tests of information, split, by_id and exploration: what token ids say about routes."""
 
+from typing import Any
+
 import numpy as np
 import planted_routes
 import pytest
@@ -15,8 +17,8 @@ from bimedix_jax.routing.tables import TokenCounts, TokenRoutes, count_routes
 RNG = np.random.default_rng(2)
 
 
-def setting(**changes):
-    tables = planted_routes.tables(np.random.default_rng(4), records=40, tokens=20, **changes)
+def setting(**changes: Any) -> Any:
+    tables: Any = planted_routes.tables(np.random.default_rng(4), records=40, tokens=20, **changes)
     (contrast,) = contrasts(tables, "language")
     rows, row_N = split.token_rows(tables.routes, contrast.unit_R, contrast.first_R, contrast.kept_R, contrast.units)
     return tables, contrast, rows, row_N
