@@ -94,6 +94,7 @@ def identity(experiment: Experiment, prints: Fingerprints, heldout: str | None, 
 
     Raises:
       BimedixError: the base or the data are missing.
+      OSError: a file of rules or records is missing.
     """
     plain = experiment.to_dict()
     for name in ELSEWHERE:
@@ -102,6 +103,8 @@ def identity(experiment: Experiment, prints: Fingerprints, heldout: str | None, 
         part, key = name.split(".")
         del plain[part][key]
     model, data = experiment.model, experiment.data
+    if experiment.intervene is not None:
+        plain["intervene"] = prints.of_file(Path(experiment.intervene))
     content = {
         "experiment": plain,
         "base": None if model.path is None else prints.of_model(model.path, model.revision),

@@ -92,7 +92,10 @@ def test_identity_is_of_content_and_not_of_place(placed, tmp_path):
     others.add(known(moved))
     (tmp_path / "rows/manifest.json").write_text(json.dumps({"files": {"rows.array_record": {"sha256": "x"}}}))
     others.add(known(placed))
-    assert len(others | {first}) == 6
+    for rules in ("[]", "[1]"):
+        (tmp_path / "rules.json").write_text(rules)
+        others.add(known(override(placed, {"intervene": str(tmp_path / "rules.json")})))
+    assert len(others | {first}) == 8
     assert known(override(placed, {"model.path": "owner/name"})) != first
     (tmp_path / "base/model.safetensors").unlink()
     with pytest.raises(BimedixError, match="has no weights"):
