@@ -5,7 +5,8 @@
 
 One sweep is undisturbed. Another gets SIGKILL: three times in four the sweep itself, otherwise one of its runs, as the
 system does when memory runs out. The moments are a random time after the start, which may be during imports or
-compilation, or a random number of steps later. After `--kills` kills it runs to the end.
+compilation, or a random number of steps later. After `--kills` kills it runs to the end. If it finishes before that,
+another sweep is killed in the same way.
 
 `identical`: report.md, report.csv and report.html have the same bytes, and all runs the same evaluation. `repeated`:
 runs that started again, or whose files changed, after they were finished. `survivors`: processes of a run that lived
@@ -22,11 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bimedix_jax.errors import run_script
-from bimedix_jax.sweeps.folder import EVALUATION, LOG, RUNS, read_incidents
+from bimedix_jax.sweeps.folder import EVALUATION, RUNS, read_incidents
 
 STUDY = '''"""Kills: do they change the table?"""
 
@@ -131,17 +133,24 @@ def survivors(out: Path) -> int:
     return len(alive)
 
 
-def measure(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    draws, study, log = random.Random(seed), folder / "kills.py", folder / "log"
-    study.write_text(STUDY, "utf-8")
-    began = time.monotonic()
-    finish(study, folder / "undisturbed", log)
-    scale = (time.monotonic() - began) / 4  # a run with its start takes a sixth
-    out, done, alive, early, of_runs, first = folder / "killed", 0, 0, 0, 0, dict[str, int]()
+@dataclass
+class Kills:
+    """What was killed so far, over all sweeps."""
+
+    wanted: int
+    done: int = 0
+    of_runs: int = 0
+    survivors: int = 0
+    ended_before: int = 0
+
+
+def disturb(study: Path, out: Path, log: Path, draws: random.Random, scale: float, kills: Kills) -> int:
+    """Runs a sweep to its end, killing until there were enough kills. Returns how many finished runs were repeated."""
+    first: dict[str, int] = {}
     process = start(study, out, log)
-    while done < kills:
+    while kills.done < kills.wanted:
         if not wait(process, out, draws, scale):
-            early += 1
+            kills.ended_before += 1
             process.wait()
             if len(finished(out)) == len(run_folders(out)) > 0:
                 break  # nothing is left to kill
@@ -149,30 +158,43 @@ def measure(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             continue
         victims = workers(out)
         if victims and draws.random() < 0.25:
-            of_runs += 1
+            kills.of_runs += 1
             os.kill(draws.choice(victims), signal.SIGKILL)
         else:
             process.kill()
             process.wait()
-            alive += survivors(out)
+            kills.survivors += survivors(out)
             process = start(study, out, log)
-        done += 1
+        kills.done += 1
         first |= {path: when for path, when in finished(out).items() if path not in first}
         if sys.stderr.isatty():
-            print(f"\r{done} kills, {len(first)} of 6 runs finished", end="", file=sys.stderr)
+            print(f"\r{kills.done} kills, {len(first)} of 6 runs of {out.name} finished", end="", file=sys.stderr)
     process.wait()
     finish(study, out, log)
-    rewritten = sum(finished(out)[path] != when for path, when in first.items())
+    return sum(finished(out)[path] != when for path, when in first.items()) + started_again(out)
+
+
+def measure(wanted: int, seed: int, folder: Path) -> dict[str, Any]:
+    draws, study, log = random.Random(seed), folder / "kills.py", folder / "log"
+    study.write_text(STUDY, "utf-8")
+    began = time.monotonic()
+    finish(study, folder / "undisturbed", log)
+    scale = (time.monotonic() - began) / 4  # a run with its start takes a sixth
+    expected, kills, identical, repeated, sweeps = digests(folder / "undisturbed"), Kills(wanted), True, 0, 0
+    while kills.done < wanted:  # a sweep may finish before there were enough kills; then another one is killed
+        sweeps += 1
+        out = folder / f"killed-{sweeps}"
+        repeated += disturb(study, out, log, draws, scale, kills)
+        identical = identical and digests(out) == expected
     return {
-        "kills": done,
-        "identical": digests(folder / "undisturbed") == digests(out),
-        "repeated": rewritten + started_again(out),
-        "survivors": alive,
-        "kills_of_runs": of_runs,
-        "starts": sum(line["event"] == "start" for line in read_incidents(next(out.glob("kills-*")))),
-        "runs_that_ended_before_their_kill": early,
+        "kills": kills.done,
+        "identical": identical,
+        "repeated": repeated,
+        "survivors": kills.survivors,
+        "sweeps": sweeps,
+        "kills_of_runs": kills.of_runs,
+        "sweeps_that_ended_before_their_kill": kills.ended_before,
         "seconds": round(time.monotonic() - began, 1),
-        "logs": {folder.name: tail(folder / LOG) for folder in run_folders(out)} if alive else {},
     }
 
 
@@ -183,10 +205,6 @@ def started_again(out: Path) -> int:
         found += line["event"] == "start" and line["identity"] in done
         done |= {line["identity"]} if line["event"] == "finish" else set()
     return found
-
-
-def tail(path: Path) -> str:
-    return path.read_text("utf-8", "replace")[-400:] if path.is_file() else ""
 
 
 def main() -> None:
