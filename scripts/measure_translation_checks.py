@@ -5,7 +5,8 @@
 `--pairs` is a JSONL file with the fields `en` and `ar` (TICO-19: 3,071 sentences). Every damage of
 bimedix_jax/curation/checks/damage.py is applied to every pair to which it can be applied. A pair passes if it raises no
 flag. Damage counts as found if it raises a flag that the undamaged pair does not raise. `halves` are the pairs at even
-and odd positions, counted from 0. Numeric thresholds were chosen on the even ones.
+and odd positions, counted from 0. Numeric thresholds were chosen on the even ones. `file` is one file with every fifth
+translation swapped, from which the checks also learn which words go together.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from typing import Any
 
 from bimedix_jax.curation.checks import damage
 from bimedix_jax.curation.checks.api import FLAG_NAMES, Batch, check_text
+from bimedix_jax.curation.checks.related import Corpus
+from bimedix_jax.curation.checks.segments import Segments
 from bimedix_jax.errors import BimedixError, run_script
 
 
@@ -80,6 +83,24 @@ def measure(pairs: list[damage.Pair], seed: int) -> dict[str, Tally]:
     return tallies
 
 
+def measure_file(pairs: list[damage.Pair], seed: int) -> dict[str, Any]:
+    """A file in which every fifth source has the translation of another one, checked as `bimedix data check` does."""
+    order = random.Random(f"{seed}:file").sample(range(len(pairs)), len(pairs))
+    wrong = order[: len(pairs) // 5]
+    found = list(pairs)
+    for place, other in zip(wrong, [*wrong[1:], *wrong[:1]], strict=True):
+        found[place] = (pairs[place][0], pairs[other][1])
+    corpus = Corpus([Segments(((None, pair),)) for pair in found])
+    batch, unrelated = Batch(found), corpus.unrelated()
+    flagged = [bool(check_text(*pair, batch)) or pair in unrelated for pair in found]
+    caught, sound = sum(flagged[place] for place in wrong), [place for place in order if place not in set(wrong)]
+    false = sum(flagged[place] for place in sound)
+    return {
+        "swapped": {"rate": caught / max(1, len(wrong)), "n": len(wrong)},
+        "sound_flagged": {"rate": false / max(1, len(sound)), "n": len(sound)},
+    }
+
+
 def report(tallies: dict[str, Tally]) -> dict[str, Any]:
     """The figures as one JSON document."""
 
@@ -117,6 +138,12 @@ def show(result: dict[str, Any]) -> None:
         print(f"| {kind} | {row['rate']:.2%} | {row['n']:,} | {even:.2%} | {odd:.2%} |")
     for kind, row in {**result["also"], "swapped": result["swapped"]}.items():
         print(f"| {kind} (no required share) | {row['rate']:.2%} | {row['n']:,} | | |")
+    caught, false = result["file"]["swapped"], result["file"]["sound_flagged"]
+    print(
+        f"\nin a file with every fifth translation swapped: {caught['rate']:.2%} of {caught['n']:,} are caught, ",
+        end="",
+    )
+    print(f"{false['rate']:.2%} of the other {false['n']:,} are flagged")
     columns = [name for name in FLAG_NAMES if any(row[name] for row in result["flags"].values())]
     print(f"\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for kind, row in result["flags"].items():
@@ -131,12 +158,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--misses", metavar="KIND", help="print the misjudged pairs of a kind (or of `clean`)")
     options = parser.parse_args()
-    tallies = measure(read_pairs(options.pairs)[: options.limit], options.seed)
+    pairs = read_pairs(options.pairs)[: options.limit]
+    tallies = measure(pairs, options.seed)
     if options.misses:
         for example in tallies[options.misses].examples:
             print(json.dumps(example, ensure_ascii=False))
         return
-    result = report(tallies)
+    result = {**report(tallies), "file": measure_file(pairs, options.seed)}
     if options.json:
         json.dump(result, sys.stdout, ensure_ascii=False)
         print()

@@ -62,7 +62,7 @@ def reason_of(error: Exception) -> tuple[str, str]:
     if isinstance(error, json.JSONDecodeError):
         return f"the row is not valid JSON ({error.msg})", str(error)
     if isinstance(error, UnicodeError):
-        return "a text is not valid in the encoding of its file", str(error)
+        return "a text is not valid UTF-8; pass encoding= if the whole file has another encoding", str(error)
     reason = _VALUE.sub("…", str(error))
     return reason, "" if reason == str(error) else str(error)
 

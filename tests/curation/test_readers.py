@@ -95,7 +95,7 @@ def test_invalid_utf8_is_quarantined_not_replaced(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"XX", b"\xe9t\xe9"))
     records, quarantine = run(f"mts_dialog={tmp_path}")
     assert len(records) == 1
-    assert "not valid in the encoding" in quarantine.rejected[0].reason
+    assert "a text is not valid UTF-8" in quarantine.rejected[0].reason
     assert "can't encode" in quarantine.rejected[0].detail
 
 

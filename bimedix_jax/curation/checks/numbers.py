@@ -27,7 +27,10 @@ _RAISED = re.compile(r"(?<=\d)[\u00b2\u00b3\u00b9\u2070-\u2079]+")  # 10⁶
 _NAME_BEFORE = re.compile(
     r"(?:(?<=[^A-Za-z])|^)(?:(?:Sp|Pa|Sa|p)?(?:H|C|N|O|P|S|Na|Cl|Ca|Mg|Fe)+(?:\d(?:H|C|N|O|P|S|Cl))*|[mcd]?m|[BCLTS])$"
 )
-_FORMULA = re.compile(r"(?:(?<=\W)|^)(?:(?:H|C|N|O|P|S|K|Na|Cl|Ca|Mg|Fe)\d*){1,4}(?<=\d)$")  # O2, CO2, H2O2
+# digits that end a formula which a translation may write for a name: O2, CO2, H2O2, Ca2+
+_FORMULA = re.compile(
+    r"(?:(?<=[\W_])|^)(?:(?:Sp|Pa|Sa|Pv|p)?C?O2|H2O?2?|N2|O3|NH[34]|[NSP]O[234]|CH4|(?:Na|Ca)?H?CO3|Ca2|Mg2|Fe[23]|Zn2|Cu2)$"
+)
 _TWO_OF = re.compile(r"(?:^|\s|\()?2[- ][a-z]{3,}")
 _FEMININE_DUAL = re.compile(r"\w{2,}(?:تين|تان)(?!\w)")
 _SCALE = re.compile(r"[\s\u00a0\-]*(\w+)")
