@@ -75,7 +75,7 @@ def medmcqa(
             raise WrongSource(f"{row.file}:{row.line} has cop {number}: options are counted from {1 - first} in this "
                               f"file; pass first_option={1 - first}")  # fmt: skip
         return multiple_choice(
-            row_id("medmcqa", row, fields.get("id")),
+            f"medmcqa/{fields['id']}" if fields.get("id") else row_id("medmcqa", row),
             "medmcqa",
             "Apache-2.0",
             fields["question"],

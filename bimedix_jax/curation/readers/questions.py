@@ -9,13 +9,13 @@ from xml.etree.ElementTree import Element
 from bimedix_jax.curation.accounting import SourceAccount
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers import markup
+from bimedix_jax.curation.readers.encodings import opened
 from bimedix_jax.curation.readers.reading import Reading
 from bimedix_jax.curation.readers.rows import (
     Place,
     Row,
     build_all,
     data_files,
-    opened,
     optional,
     row_id,
     rows,

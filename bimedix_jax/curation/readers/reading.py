@@ -1,5 +1,6 @@
 """How a source is read: the options that all readers share, and the split that the name of a file implies."""
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -43,6 +44,7 @@ class Reading:
       split: of all records; None takes it from the name of the file, or leaves it undecided.
       key: of the rows in a JSON file that is one object, with a dot for each level.
       delimiter: between the columns of a text file; None finds it.
+      encoding: of text files; None is UTF-8.
       html: whether markup is dropped from texts.
       placeholders: whether rows whose answer says only that there is none are dropped.
     """
@@ -51,6 +53,7 @@ class Reading:
     split: Split | None = None
     key: str | None = None
     delimiter: str | None = None
+    encoding: str | None = None
     html: Literal["drop", "keep"] = "drop"
     placeholders: Literal["drop", "keep"] = "drop"
 
@@ -97,6 +100,12 @@ def parse_reading(options: Mapping[str, str]) -> Reading:
         delimiter = DELIMITERS.get(delimiter, delimiter)
         if len(delimiter) != 1:
             raise WrongSource(f"delimiter={delimiter} is neither one character nor one of {', '.join(DELIMITERS)}")
+    encoding = options.get("encoding")
+    if encoding is not None:
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise WrongSource(f"encoding={encoding} is unknown; write one such as windows-1256 or utf-16") from None
     for name in ("html", "placeholders"):
         if options.get(name, "drop") not in ("drop", "keep"):
             raise WrongSource(f"{name}={options[name]} is neither drop nor keep")
@@ -107,6 +116,7 @@ def parse_reading(options: Mapping[str, str]) -> Reading:
         split=split,  # pyright: ignore[reportArgumentType]
         key=options.get("key"),
         delimiter=delimiter,
+        encoding=encoding,
         html=options.get("html", "drop"),  # pyright: ignore[reportArgumentType]
         placeholders=options.get("placeholders", "drop"),  # pyright: ignore[reportArgumentType]
     )

@@ -8,23 +8,22 @@ All but the last two can be compressed (.gz). A row that cannot be parsed raises
 `Quarantine.build` notes it. A file that is broken as a whole is an error.
 """
 
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import Any, TextIO
 
 from pydantic import ValidationError
 
 from bimedix_jax import files
 from bimedix_jax.curation.accounting import SourceAccount
 from bimedix_jax.curation.quarantine import Quarantine, WrongSource
-from bimedix_jax.curation.readers import delimited, hub, json_stream, markup, script, texts
+from bimedix_jax.curation.readers import delimited, encodings, hub, json_stream, markup, script, texts
+from bimedix_jax.curation.readers.encodings import opened
 from bimedix_jax.curation.readers.hub import HubSet
 from bimedix_jax.curation.readers.reading import Reading, split_of
 from bimedix_jax.data.records import Record, Split, explain
@@ -54,6 +53,7 @@ class Row:
       key: name of the row if the file is one object of rows.
       lines: number of lines of the file that the row spans.
       part: what the split is read from; None: the name of the file.
+      folder: the last two folders of the path of the source, which ids carry.
     """
 
     file: str
@@ -62,6 +62,7 @@ class Row:
     key: str | None = None
     lines: int = 1
     part: str | None = None
+    folder: str = ""
 
     def fields(self) -> dict[str, Any]:
         """The row's fields by name.
@@ -80,8 +81,9 @@ class Row:
 
     @property
     def stem(self) -> str:
-        """The name of the file without its endings. It is part of the id of rows that have no id."""
-        return re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|xlsx|xml)(\.gz)?$", "", self.file)
+        """The path of the file without its endings. It is part of the ids of rows."""
+        name = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|xlsx|xml)(\.gz)?$", "", self.file)
+        return f"{self.folder}/{name}" if self.folder else name
 
 
 def rows(
@@ -104,8 +106,10 @@ def rows(
     """
     read = _Files(keyed, header, reading or Reading(), account or SourceAccount())
     if not isinstance(place, HubSet):
+        folder = folder_of(place)
         for path, name in data_files(place, ENDINGS):
-            yield from read.rows_of(path, name)
+            for row in read.rows_of(path, name):
+                yield replace(row, folder=folder)
         return
     for part in hub.parts(place):
         if isinstance(part, Path):
@@ -115,6 +119,13 @@ def rows(
             for number, content in enumerate(part, start=1):
                 read.account.lines += 1
                 yield Row(place.label, number, content, part=place.split)
+
+
+def folder_of(place: Path) -> str:
+    """The last two folders of a path, so that sets with files of one name have different ids on every machine."""
+    place = place.resolve()
+    folder = place.parent if place.is_file() else place
+    return "/".join(part for part in folder.parts[-2:] if part != folder.anchor)
 
 
 def data_files(place: Path, endings: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
@@ -246,18 +257,8 @@ def split_for(row: Row, reading: Reading, account: SourceAccount, otherwise: Spl
 
 
 def row_id(source: str, row: Row, own: object = None) -> str:
-    """An id from the row's own id, or else from its file and line, so that ids do not depend on other rows."""
-    return f"{source}/{row.stem}/{row.line}" if own is None or own == "" else f"{source}/{own}"
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading bytes, decompressed if its name ends in .gz."""
-    try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            yield cast("IO[bytes]", file)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BimedixError(f"{path} is damaged ({error}); fetch it again") from error
+    """An id from the path of the file and the row's own id, or else its line. It does not depend on other rows."""
+    return f"{source}/{row.stem}/{row.line if own is None or own == '' else own}"
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,13 @@ class _Files:
     def rows_of(self, path: Path, name: str) -> Iterator[Row]:
         """The rows of one file, counted."""
         plain = name.lower().removesuffix(".gz")
-        files.require_content(path, text=name.lower().endswith(_TEXT))
+        is_text = plain.endswith(_TEXT)
+        if self.reading.encoding is not None and not is_text:
+            raise WrongSource(f"encoding= is for text, but {path} is none; leave it out")
+        if is_text and self.reading.encoding is None:
+            with opened(path) as file:
+                encodings.check_utf8(file.read(encodings.BLOCK), path)
+        files.require_content(path, text=name.lower().endswith(_TEXT) and self.reading.encoding is None)
         if plain.endswith((".csv", ".tsv")):
             return self._delimited(path, name)
         if self.reading.delimiter is not None:
@@ -291,7 +298,7 @@ class _Files:
             yield row
 
     def _lines(self, path: Path, name: str) -> Iterator[Row]:
-        for row in _json_lines(path, name):
+        for row in _json_lines(path, name, self.reading.encoding):
             self.account.lines += 1
             if row is None:
                 self.account.blank += 1
@@ -302,9 +309,14 @@ class _Files:
         if self.reading.key is not None:
             raise WrongSource(f"key= names the key of the rows in a .json file, but {path} has none; leave it out")
 
+        encoding = self.reading.encoding
+
         @contextmanager
         def text() -> Iterator[TextIO]:
-            with opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as lines:
+            with (
+                opened(path, encoding) as file,
+                io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="") as lines,
+            ):
                 yield lines
 
         delimited.csv.field_size_limit(MAX_LINE)
@@ -313,9 +325,9 @@ class _Files:
             yield Row(name, row.line, content, lines=row.lines)
 
 
-def _json_lines(path: Path, name: str) -> Iterator[Row | None]:
+def _json_lines(path: Path, name: str, encoding: str | None) -> Iterator[Row | None]:
     """A row for each line, None for a blank one."""
-    with opened(path) as file:
+    with opened(path, encoding) as file:
         number = 0
         while line := file.readline(MAX_LINE):
             number += 1
@@ -328,22 +340,22 @@ def _json_lines(path: Path, name: str) -> Iterator[Row | None]:
 
 
 def _json(path: Path, name: str, how: _Files) -> Iterator[Row]:
-    with opened(path) as file:
+    with opened(path, how.reading.encoding) as file:
         opening = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         first_line = opening.partition(b"\n")[0].strip()
     keys = None if how.reading.key is None else how.reading.key.split(".")
     if keys is None and opening.startswith(b"{") and not how.keyed:
-        with opened(path) as file:
+        with opened(path, how.reading.encoding) as file:
             keys = json_stream.keys_of_rows(file, path, name, how.account)
         if keys is None and (first_line.endswith(b"}") or b"\n" not in opening):
             # JSON lines with the ending .json, such as MedMCQA's; a broken line is one rejected row
-            for row in _json_lines(path, name):
+            for row in _json_lines(path, name, how.reading.encoding):
                 how.account.lines += row is None
                 how.account.blank += row is None
                 if row is not None:
                     yield row
             return
-    with opened(path) as file:
+    with opened(path, how.reading.encoding) as file:
         if keys is not None:
             found = json_stream.entries_under(file, path, keys)
         elif how.keyed and opening.startswith(b"{"):
