@@ -143,6 +143,9 @@ def raw_config(folder: Path) -> dict[str, Any]:
         raise BimedixError(
             f"{folder} is an adapter without a base model; name the base, and pass this folder as adapter."
         )
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf and not path.is_file():
+        raise BimedixError(f"{folder} has no {CONFIG_NAME}; to upcycle its GGUF model, name the file: {gguf[0]}.")
     if not path.is_file():
         raise BimedixError(f"{folder} has no {CONFIG_NAME}; {files.where_instead(folder, CONFIG_NAME)}.")
     return files.read_json(path, dict[str, Any], "download it again")

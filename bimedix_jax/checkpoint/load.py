@@ -14,9 +14,9 @@ from bimedix_jax.checkpoint import hub, store
 from bimedix_jax.checkpoint.hf import Base, load_hf, parameters
 from bimedix_jax.checkpoint.peft import is_peft
 from bimedix_jax.checkpoint.peft_read import load_peft, peft_storage
+from bimedix_jax.data.run_folder import is_run
 from bimedix_jax.errors import BimedixError, listed
 from bimedix_jax.experiment import Experiment, RouterTraining
-from bimedix_jax.files import peek_json
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.config import MIXED, RouterConfig, Storage
 from bimedix_jax.models.init import init_random, with_router
@@ -149,11 +149,6 @@ def rerouted(model: Mixtral, variant: str, source: str) -> Mixtral:
     kept = {name: getattr(own, name) for name in ROUTERS[variant].reads}
     router = RouterConfig(num_experts=own.num_experts, top_k=own.top_k, variant=variant, **kept)
     return with_router(model, router)
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether `bimedix train` wrote this folder."""
-    return "optimiser" in peek_json(Path(folder) / "config.json")
 
 
 def read_run(folder: Path, base: Base | None, mesh: Mesh | None, dtype: str | None) -> Mixtral:

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from bimedix_jax import files
+from bimedix_jax.data.run_folder import base_of, is_run
 from bimedix_jax.data.tokenizer_added import declared, text_of
 from bimedix_jax.data.tokenizer_files import (
     REBUILT,
@@ -118,12 +119,16 @@ def _class(folder: Path, config: TokenizerConfig, byte_level: bool) -> str:
 
 def _no_tokenizer(folder: Path) -> str:
     """The sentence for a folder without a tokenizer that can be read; names what is there instead."""
-    experiment = peek_json(folder / "config.json")
-    if "optimiser" in experiment:  # a folder that `bimedix train` wrote
-        model = experiment.get("model")
-        base = model.get("path") if isinstance(model, dict) else None
-        where = f"that of its base, for instance `--tokenizer {base}`" if base else "that of its base with --tokenizer"
-        return f"{folder} is a training run, which has no tokenizer; name {where}"
+    if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "does not exist"
+        return f"{folder} {found}; name a folder with a tokenizer"
+    if is_run(folder):
+        base = base_of(folder)
+        if isinstance(base, str):
+            remedy = f"`--tokenizer {base}`" if Path(base).is_dir() else f"--tokenizer and a folder with that of {base}"
+        else:
+            remedy = "--tokenizer and the folder with which its data were packed"
+        return f"{folder} is a training run, which has no tokenizer; pass {remedy}"
     other = [name for name in ("vocab.json", "tekken.json", "vocab.txt", "spiece.model") if (folder / name).is_file()]
     found = f" (found {other[0]}, which is not read)" if other else ""
     remedy = (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bimedix_jax.data.run_folder import base_of, is_run
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import peek_json
 
@@ -31,13 +32,14 @@ def context_of(folder: str | Path) -> int | None:
 
 
 def _config_number(folder: str | Path, field: str) -> int | None:
-    run = peek_json(Path(folder, "config.json"))
-    if "optimiser" in run:
-        base = run["model"].get("path") if isinstance(run.get("model"), dict) else None
-        trained = Path(folder, "model")
+    if is_run(folder):
+        base, trained = base_of(folder), Path(folder, "model")
         if trained.is_dir():
             return _config_number(trained, field)
-        return _config_number(base, field) if isinstance(base, str) else None
+        if isinstance(base, str):
+            return _config_number(base, field)
+        value = base and base.get(field)
+        return value if type(value) is int else None
     for name, parents in (("bimedix.json", ("config",)), ("config.json", ())):  # ours, then Hugging Face's
         value: Any = peek_json(Path(folder, name))
         if value:

@@ -145,6 +145,11 @@ def test_folders_that_are_something_else_are_named(mixtral: Path, tmp_path: Path
         load_hf(parts)
     with pytest.raises(BimedixError, match=r"name the subfolder that has it: .*parts"):
         load_hf(tmp_path)
+    gguf = tmp_path / "gguf" / "model.gguf"
+    gguf.parent.mkdir()
+    gguf.touch()
+    with pytest.raises(BimedixError, match=r"name the file: .*model\.gguf"):
+        load_hf(gguf.parent)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BimedixError, match="adapter without a base model"):
         load_hf(tmp_path)

@@ -137,3 +137,20 @@ def test_a_model_that_computes_nan_gets_no_result(tokenizer, records):
         heldout_loss(broken, tokenizer, records)
     with pytest.raises(BimedixError, match="likelihood of question 1 is not finite"):
         multiple_choice(broken, tokenizer, records)
+
+
+def test_a_training_run_has_the_size_of_its_model_and_names_its_bases_tokenizer(tokenizer, tmp_path):
+    base = tokenizer.folder
+    for name, model, message in (
+        ("random", {"random": {"vocab_size": 7}, "path": None}, "its data were packed"),
+        ("folder", {"random": None, "path": str(base)}, f"pass `--tokenizer {base}`"),
+        ("hub", {"random": None, "path": "a/b"}, "a folder with that of a/b"),
+    ):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"optimiser": {}, "model": model}))
+        assert vocab_size_of(run) == (7 if name == "random" else None)
+        with pytest.raises(BimedixError, match=f"is a training run, which has no tokenizer; .*{message}"):
+            load_tokenizer(run)
+    with pytest.raises(BimedixError, match="does not exist; name a folder"):
+        load_tokenizer(tmp_path / "none")
