@@ -6,8 +6,10 @@
 `fpr` counts the data sets without any effect in which a cell is significant at 0.05, after all adjustments: half of the
 records are Arabic. `fpr_unequal` has three times as many Arabic records, with a fifth of the variance.
 `fpr_relabelled` gives random labels to a real recording, and `fpr_per_token` permutes tokens instead of records, which
-must fail if these data sets are to show anything. `fpr_plain` permutes differences that are not studentised, on the
-unequal groups. `fpr_within_token` tests routes that depend on token ids only, in groups with other frequencies of ids.
+must fail if these data sets are to show anything. On the unequal groups, `fpr_plain` permutes differences that are not
+studentised; `fpr_unequal_permuted` and `fpr_unequal_resampled` use one of the two p-values of which the larger counts.
+`fpr_within_token` tests routes that depend on token ids only, in groups with other frequencies of ids.
+
 `coverage` is the share of 95 % intervals that contain the true difference. `power` has the detections of a planted
 difference in one cell, and `detection_at_mde80` those of the effect that the analysis states as detectable.
 
@@ -30,7 +32,7 @@ from bimedix_jax.routing.clusters import Comparison, generator
 from bimedix_jax.routing.contrasts import contrasts
 from bimedix_jax.routing.evidence import token_evidence
 from bimedix_jax.routing.information import divergence, jensen_shannon
-from bimedix_jax.routing.stats import PERMUTATIONS, Test, compare, detectable
+from bimedix_jax.routing.stats import PERMUTATIONS, Test, compare, critical_value, detectable
 from bimedix_jax.routing.tables import Tables, TokenRoutes, count_routes
 
 ALPHA = 0.05
@@ -105,18 +107,21 @@ def tested(shape: Shape, counts_RLE: np.ndarray, first_R: np.ndarray, rng: np.ra
 def null_sets(shape: Shape, name: str, groups: tuple[np.ndarray, np.ndarray], plain: bool) -> dict[str, float]:
     """False positives, coverage and stated detectable effects over data sets without an effect."""
     first_R, concentration_R = groups
-    positives, covered, detectable_effects, plain_positives = [], [], [], []
+    positives, alone, covered, detectable_effects, plain_positives = [], [], [], [], []
     for number in range(shape.datasets):
         rng = generator(shape.seed, name, str(number))
         counts_RLE = draw(shape, rng, first_R, concentration_R)
         test = tested(shape, counts_RLE, first_R, rng)
         positives.append(test.p_X.min() <= ALPHA)
+        alone.append([np.abs(test.t_X).max() > critical_value(largest_B, ALPHA) for largest_B in test.largest])
         covered.append(((test.low_X <= 0) & (test.high_X >= 0)).mean())
         detectable_effects.append(detectable(test, ALPHA)[0])
         if plain:
             plain_positives.append(plain_p(counts_RLE, first_R, rng, shape.permutations) <= ALPHA)
     return {
         "fpr": float(np.mean(positives)),
+        "fpr_permuted": float(np.mean(alone, axis=0)[0]),
+        "fpr_resampled": float(np.mean(alone, axis=0)[1]),
         "coverage": float(np.mean(covered)),
         "mde80": float(np.mean(detectable_effects)),
         "fpr_plain": float(np.mean(plain_positives)) if plain else float("nan"),
@@ -234,6 +239,8 @@ def measure(shape: Shape) -> dict[str, Any]:
         "fpr_unequal": wild["fpr"],
         "fpr_per_token": per_token(shape),
         "fpr_plain": wild["fpr_plain"],
+        "fpr_unequal_permuted": wild["fpr_permuted"],
+        "fpr_unequal_resampled": wild["fpr_resampled"],
         "fpr_within_token": within_token(shape),
         "coverage": (equal["coverage"] + wild["coverage"]) / 2,
         "coverage_equal": equal["coverage"],
