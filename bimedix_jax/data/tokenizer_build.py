@@ -160,7 +160,7 @@ def _from_json(folder: Path, config: TokenizerConfig) -> tuple[tokenizers.Tokeni
     defaults = dict(DEFAULTS.get(kind, {}))
     if spec.get("padding"):
         defaults.setdefault("pad_token", spec["padding"]["pad_token"])
-    found = declared(folder, config, spec["added_tokens"], defaults, older=True)
+    found = declared(folder, config, spec.get("added_tokens") or [], defaults, older=True)
     engine.add_tokens(found.tokens(engine))
     if kind == QWEN2:  # without the flags of their objects
         names = [text_of(token) for token in [*found.named.values(), *(found.unnamed or [])]]

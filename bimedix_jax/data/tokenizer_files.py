@@ -7,8 +7,9 @@ files with many more keys, which are ignored.
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import read_json, read_text
 
 ROLES = ("bos", "eos", "pad", "unk")
@@ -31,6 +32,7 @@ REBUILT = frozenset(
 
 LARGEST_ID = 2**31 - 1
 TokenId = Annotated[int, Field(le=LARGEST_ID)]
+StrictId = Annotated[int, Field(ge=0, le=LARGEST_ID, strict=True)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -38,11 +40,11 @@ class AddedTokenFields(BaseModel):
     """A token that is written as an object."""
 
     content: Text
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool | None = None  # by default the opposite of `special`
-    special: bool = False
+    lstrip: StrictBool = False
+    rstrip: StrictBool = False
+    single_word: StrictBool = False
+    normalized: StrictBool | None = None  # by default the opposite of `special`
+    special: StrictBool = False
 
 
 class NamedTemplate(BaseModel):
@@ -107,11 +109,11 @@ class TokenizerConfig(SpecialTokens):
     """tokenizer_config.json."""
 
     tokenizer_class: str | None = None
-    legacy: bool | None = None
-    add_prefix_space: bool | None = None
-    split_special_tokens: bool = False
+    legacy: StrictBool | None = None
+    add_prefix_space: StrictBool | None = None
+    split_special_tokens: StrictBool = False
     fast_tokenizer_files: list[str] | None = None
-    fix_mistral_regex: bool | None = None
+    fix_mistral_regex: StrictBool | None = None
     added_tokens_decoder: dict[TokenId, AddedTokenFields] | None = None
     chat_template: str | dict[str, str] | list[NamedTemplate] | None = None
 
@@ -153,8 +155,17 @@ def read_if_present(path: Path, schema: type[Schema]) -> Schema:
 
 
 def read_added_tokens(path: Path) -> dict[str, int]:
-    """added_tokens.json, which transformers wrote before 4.34: text -> id. Empty if there is no such file."""
-    return read_json(path, dict[Text, TokenId], REMEDY) if path.is_file() else {}
+    """added_tokens.json, which transformers wrote before 4.34: text -> id. Empty if there is no such file.
+
+    Raises:
+        BimedixError: it is not such a file, or gives two tokens one id.
+    """
+    found = read_json(path, dict[Text, StrictId], REMEDY) if path.is_file() else {}
+    texts: dict[int, str] = {}
+    for text, number in found.items():
+        if texts.setdefault(number, text) != text:
+            raise BimedixError(f"{path} gives {texts[number]!r} and {text!r} the same id {number}; {REMEDY}.")
+    return found
 
 
 def chat_templates(folder: Path) -> dict[str, str]:

@@ -277,6 +277,10 @@ def test_ids_text_roles_and_size_are_those_of_transformers(name: str, tmp_path: 
         (lambda: pieces({}, added_tokens={"<s>": 7}), r"added_tokens\.json gives '<s>' the id 7, the vocabulary 1"),
         (lambda: pieces({}, added_tokens=["<s>"]), r"added_tokens\.json is not a JSON object"),
         (lambda: pieces({}, added_tokens={"<s>": "one"}), r"added_tokens\.json has <s> = 'one'"),
+        (lambda: pieces({}, added_tokens={"<a>": SIZE, "<b>": SIZE}), "'<a>' and '<b>' the same id 420"),
+        (lambda: pieces({}, added_tokens={"<a>": True}), r"added_tokens\.json has <a> = True"),
+        (lambda: pieces({}, added_tokens={"<a>": -1}), r"added_tokens\.json has <a> = -1"),
+        (lambda: pieces({"pad_token": {"content": "<a>", "lstrip": "no"}}), "pad_token"),
         (lambda: pieces({"split_special_tokens": True}), "split_special_tokens = true"),
         (lambda: pieces({"additional_special_tokens": "<s>"}), "additional_special_tokens"),
         (lambda: pieces({"additional_special_tokens": [1]}), r"additional_special_tokens\.0"),
@@ -315,6 +319,15 @@ def test_every_class_of_transformers_that_builds_its_own_engine_is_known() -> No
     }
     assert len(own) > 50
     assert own <= REBUILT | {"Llama", "GPT2", "Qwen2"}
+
+
+def test_a_tokenizer_json_may_lack_added_tokens(tmp_path: Path) -> None:
+    write(tmp_path, {"tokenizer.json": byte_level(), "tokenizer_config": FAST})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key[:5] != "added"})
+    )
+    assert load_tokenizer(tmp_path).encode("a") == byte_level().encode("a").ids
 
 
 def test_a_model_that_transformers_reads_without_its_mark_is_a_warning(
