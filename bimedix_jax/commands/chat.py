@@ -105,10 +105,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         create(config.save)
     try:
         folder = resolve(config.model, config.revision)
-        options.check(context_of(folder))
         tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
         _ = tokenizer.template  # an unknown template is an error before the weights are loaded
         require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
+        options.check(context_of(folder))
         model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
         chat = Chat(model, tokenizer, config.system, options, rules)
         if rules is not None:
