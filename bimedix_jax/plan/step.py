@@ -27,6 +27,7 @@ from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import BATCH_AXES, COMPILER_OPTIONS, make_mesh
+from bimedix_jax.training.feed import batch_kinds
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import TrainState, split_params
 from bimedix_jax.training.step import make_train_step
@@ -128,7 +129,7 @@ def training_arguments(
     router = structure.router_state(frozen)
     state = TrainState(params, optimiser_state(optimiser, params, placed.replicated), count, router)
     shape = (experiment.batch.accumulation, experiment.batch.rows, experiment.data.sequence_length)
-    kinds = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
+    kinds = batch_kinds(bool(experiment.router.languages))
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=placed.batch) for name, kind in kinds.items()}
     return (state, frozen, batch), make_train_step(structure, experiment, STEPS, optimiser)
 

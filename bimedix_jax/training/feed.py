@@ -17,6 +17,11 @@ from bimedix_jax.training.rows import NumpyBatch, Rows, micro_batches
 KINDS = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
 
 
+def batch_kinds(languages: bool) -> dict[str, Any]:
+    """Name and dtype of each array of a batch; with `languages` it has the language of each token."""
+    return KINDS | ({"language_BT": jnp.int32} if languages else {})
+
+
 @dataclasses.dataclass(frozen=True)
 class Feed:
     """The rows of a run, and how they are sharded.
@@ -43,8 +48,8 @@ class Feed:
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a step's batch, [A, B, T], for the compiler."""
         shape = (self.batch.accumulation, self.batch.rows, self.length)
-        kinds = KINDS | ({"language_BT": jnp.int32} if self.languages else {})
-        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(None)) for name, kind in kinds.items()}
+        kinds = batch_kinds(self.languages).items()
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(None)) for name, kind in kinds}
 
     def own_rows(self) -> np.ndarray:
         """Indices of the rows of a micro-batch on the devices of this process, ascending."""

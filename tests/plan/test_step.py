@@ -43,6 +43,14 @@ def test_moments_in_bfloat16_halve_the_optimiser_state():
     assert step.local_bytes(state.optimiser) == pytest.approx(step.local_bytes(state.params), abs=16)
 
 
+def test_metrics_by_language_need_a_language_for_each_token():
+    """The planner's batch is that of a run: the step can be traced with it."""
+    experiment = override(smoke(), {"router.languages": ["en", "ar"]})
+    arguments, train_step = step.training_arguments(architecture(experiment), experiment, CPUS[:1])
+    assert "language_BT" in arguments[2]
+    assert set(jax.eval_shape(train_step, *arguments)[1]["by_language"]) == {"en", "ar"}
+
+
 def test_rows_that_the_devices_do_not_divide_raise():
     experiment = override(smoke(), {"batch.rows": 3})
     with pytest.raises(
