@@ -42,6 +42,7 @@ RUNTIME = [
     "docstring_parser>=0.18",
     "rich>=14.0",
     "tqdm>=4.67",
+    "pyarrow>=26.0",
     "grain>=0.2.18",
     "array_record>=0.8.3",
     "rensa>=0.5.0",
@@ -54,7 +55,7 @@ RUNTIME = [
 LINUX = '; sys_platform == "linux"'
 EXTRAS = {
     # fetching, translating and scoring data; `openai` talks to any server that offers its API
-    "data": ["openai>=3.54", "datasets>=5.2.0", "sacrebleu>=2.6.0", "pyarrow>=26.0"],
+    "data": ["openai>=3.54", "datasets>=5.2.0", "sacrebleu>=2.6.0"],
     "serve": ["fastapi>=0.165", "uvicorn>=0.54"],
     "cuda12": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from bimedix_jax.data.records import Record, Turn, parse
+from bimedix_jax.data.roles import FIRST, ROLES
 from bimedix_jax.data.templates import ChatTemplate, Span, split_wrapper
 from bimedix_jax.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 from bimedix_jax.data.tokenizer_words import WordEncoder
@@ -24,12 +25,6 @@ class Example:
     source: str
     tokens: np.ndarray  # int32 [N]
     learned: np.ndarray  # bool [N]
-
-
-ROLES = ("first", "template", "prompt", "answer")
-"""Roles of tokens: the first FIRST positions, the template's own text, what is asked, and what the assistant says."""
-FIRST = 4
-"""Positions that are kept apart, because models attend to them whatever they are (arXiv 2309.17453)."""
 
 
 def encode_chat(
