@@ -75,6 +75,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "make the runs of a folder again in Weights & Biases",
         "bimedix_jax.commands.track_upload",
     ),
+    "routes import": (
+        "check routes that another program recorded, and import them",
+        "bimedix_jax.commands.routes_import",
+    ),
+    "routes export": ("write recorded routes in the format of another program", "bimedix_jax.commands.routes_export"),
     "plan": ("estimate memory, FLOPs and time of a run on hardware that you do not have", "bimedix_jax.commands.plan"),
     "bench moe": (
         "measure the speed of the experts' matrix products on this machine",

@@ -76,6 +76,25 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` for a new file; rename it to `path` on success, remove it on any error."""
+    target = Path(path).resolve()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folders.made_parents(target.parent))
+        except OSError as error:
+            raise _cannot_create(target, error, "file") from error
+        folders.sweep(target.parent, target.name)
+        partial = _sibling(target, "partial")
+        try:
+            with signals.on_abandon(lambda: partial.unlink(missing_ok=True)):
+                yield partial
+                partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def inside(folder: str | os.PathLike[str], name: str) -> Path:
     """`folder / name`, where the name is checked. For names that we did not write, such as those in an index.
 

@@ -1,0 +1,1 @@
+"""Recordings of routes in the formats of other programs; docs/formats.md describes each."""

@@ -1,0 +1,330 @@
+"""Routes of other programs: what they recorded is imported and exported unchanged, and what cannot be is refused."""
+
+import base64
+import gzip
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bimedix_jax import cli
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.routing.formats.exports import export_routes
+from bimedix_jax.routing.formats.imports import ImportOptions, import_routes
+from bimedix_jax.routing.parts import token_hash
+from bimedix_jax.routing.recording import Recording
+
+RECORDS, LAYERS, EXPERTS, TOP_K = 6, 3, 4, 2
+
+
+def chosen(rng: np.random.Generator, tokens: int, experts: int = EXPERTS, top_k: int = TOP_K) -> np.ndarray:
+    return np.argsort(rng.random((LAYERS, tokens, experts)), axis=-1)[..., :top_k]
+
+
+def records(top_k: int = TOP_K, experts: int = EXPERTS, **changes) -> list[dict]:
+    rng, found = np.random.default_rng(1), []
+    for number in range(RECORDS):
+        tokens = 5 + number
+        found.append(
+            {
+                "id": f"r{number}",
+                "language": ("en", "ar")[number % 2],
+                "kind": "qa",
+                "cluster": f"c{number // 2}",
+                "pair": f"p{number // 2}",
+                "labels": {"site": "ward"},
+                "input_ids": rng.integers(0, 300, tokens).tolist(),
+                "experts": chosen(rng, tokens, experts, top_k).tolist(),
+                "weights": np.full((LAYERS, tokens, top_k), 0.5).tolist(),
+                "nll": [None, *np.linspace(0, 1, tokens - 1).tolist()],
+            }
+            | changes
+        )
+    return found
+
+
+def lines(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def imported(tmp_path, values, form: Any = "jsonl", **options) -> Recording:
+    path = lines(tmp_path / "in.jsonl", values)
+    import_routes([path], form, tmp_path / "R", ImportOptions(**options), overwrite=True)
+    return Recording.open(tmp_path / "R", verify=True)
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (5, 1), (300, 8)])
+def test_jsonl_is_imported_and_exported_unchanged(tmp_path, experts, top_k):
+    given = records(top_k, experts)
+    recording = imported(tmp_path, given)
+    columns = recording.tokens("record", "id", "experts", "weights", "nll")
+    for number, record in enumerate(given):
+        own = columns["record"] == number
+        assert columns["id"][own].tolist() == record["input_ids"]
+        assert columns["experts"][own].swapaxes(0, 1).tolist() == record["experts"]
+        assert columns["nll"][own][1:] == pytest.approx(record["nll"][1:])
+    assert recording.records["pair"][:2] == ["p0", "p0"]
+    assert recording.groups()["site"].tolist() == ["ward"] * RECORDS
+    export_routes(recording, "jsonl", tmp_path / "out.jsonl")
+    import_routes([tmp_path / "out.jsonl"], "jsonl", tmp_path / "R2", ImportOptions())
+    again = Recording.open(tmp_path / "R2")
+    shas = [{part.name: part.sha256 for part in found.manifest.parts} for found in (recording, again)]
+    assert shas[0] == shas[1]
+
+
+def test_logits_give_experts_margins_and_entropy(tmp_path):
+    logits = np.random.default_rng(0).normal(size=(LAYERS, 9, EXPERTS))
+    logits[..., -1] -= 9  # never chosen, but there
+    order = np.argsort(-logits, -1)
+    given = {"id": 1, "input_ids": list(range(9)), "experts": order[..., :2].tolist(), "logits": logits.tolist()}
+    recording = imported(tmp_path, [given])
+    assert recording.manifest.experts == EXPERTS
+    with pytest.raises(BimedixError, match="logits of 4 experts, but there are 5"):
+        imported(tmp_path, [given], experts=5)
+    columns = recording.tokens("margin", "entropy")
+    best = np.take_along_axis(logits, order, -1)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(columns["margin"].T, best[..., 1] - best[..., 2], atol=2e-3)
+    np.testing.assert_allclose(columns["entropy"].T, -(p * np.log(p)).sum(-1), atol=2e-3)
+
+
+def test_other_formats_hold_the_same_routes(tmp_path):
+    recording = imported(tmp_path, records())
+    whole = recording.tokens("id", "experts")
+    for form in ("olmoe", "vllm"):
+        export_routes(recording, form, tmp_path / f"x.{form}")
+        import_routes([tmp_path / f"x.{form}"], form, tmp_path / form, ImportOptions())
+        found = Recording.open(tmp_path / form).tokens("id", "experts")
+        assert np.array_equal(found["id"], whole["id"]), form
+        assert np.array_equal(found["experts"], whole["experts"]), form
+    line = json.loads((tmp_path / "x.olmoe").read_text().splitlines()[0])
+    assert np.shape(line["exp_ids"]) == (5, TOP_K, LAYERS)
+
+
+def test_a_response_has_roles_and_no_routes_of_its_last_token(tmp_path):
+    experts = chosen(np.random.default_rng(0), 9).swapaxes(0, 1)
+    choice = {"token_ids": [7, 8, 9], "routed_experts": experts.tolist()}
+    recording = imported(tmp_path, [{"id": "x", "prompt_token_ids": list(range(7)), "choices": [choice]}], "vllm")
+    columns = recording.tokens("id", "role", "experts")
+    assert columns["id"].tolist() == [*range(7), 7, 8]
+    assert [recording.manifest.roles[role] for role in columns["role"]] == ["first"] * 4 + ["prompt"] * 3 + [
+        "answer"
+    ] * 2
+    assert np.array_equal(columns["experts"], experts)
+
+
+def test_envelopes_are_decoded_and_tokens_that_were_not_run_left_out(tmp_path, caplog):
+    experts = chosen(np.random.default_rng(0), 10).swapaxes(0, 1).astype("<i2")
+    experts[-1] = -1
+    envelope = f"nrlre1:int16:10x{LAYERS}x{TOP_K}:" + base64.b64encode(experts.tobytes()).decode()
+    sample = {"prompt_token_ids": [1] * 6, "generation_token_ids": [2] * 4, "routed_experts": envelope}
+    recording = imported(tmp_path, [sample], "nemo")
+    assert np.array_equal(recording.tokens("experts")["experts"], experts[:-1])
+    assert "1 of 10 tokens have no routes" in caplog.text
+    (tmp_path / "alone.txt").write_text(envelope + "\n")
+    import_routes([tmp_path / "alone.txt"], "nemo", tmp_path / "alone", ImportOptions())
+    assert Recording.open(tmp_path / "alone").tokens("id")["id"].tolist() == [-1] * 9
+    with pytest.raises(BimedixError, match="token ids of record"):
+        export_routes(Recording.open(tmp_path / "alone"), "jsonl", tmp_path / "x")
+    with pytest.raises(BimedixError, match="cut off"):
+        imported(tmp_path, [sample | {"routed_experts": envelope[:-8]}], "nemo")
+
+
+def trace(**changes) -> list[dict]:
+    rng, found = np.random.default_rng(0), []
+    for step in range(2):
+        for layer in (3, 1):
+            top = np.argsort(rng.random((10, EXPERTS)), -1)[:, :TOP_K].tolist()
+            line = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": 0}
+            found.append(line | {"num_tokens": 10, "topk": TOP_K, "top_indices": top} | changes)
+    return found
+
+
+def test_traces_bind_layers_by_their_numbers(tmp_path):
+    given = trace()
+    mtp = given[0] | {"block": "mtp", "mtp_idx": 0}
+    recording = imported(tmp_path, [*given[:2], mtp, *given[2:]], "megatron")
+    assert recording.layer_numbers == [1, 3]
+    assert recording.manifest.layers[1].path == "decoder.layers.3.mlp.router"
+    assert recording.tokens("experts")["experts"][:10, 1].tolist() == given[0]["top_indices"]
+    for change, message in [
+        ({"block": None}, "by position instead of path"),
+        ({"layer": 1}, "duplicate: layer 1 of step 0"),
+        ({"num_tokens": 11}, "top_indices"),
+    ]:
+        with pytest.raises(BimedixError, match=message):
+            imported(tmp_path, trace(**change), "megatron")
+
+
+def test_layers_are_named_or_left_out(tmp_path):
+    given = records()
+    names = ("model.layers.1.mlp", "-", "model.layers.7.mlp")
+    recording = imported(tmp_path, given, layers=names)
+    assert recording.layer_numbers == [1, 7]
+    first = recording.tokens("experts", "weights")["experts"][:5]
+    assert first.swapaxes(0, 1).tolist() == [given[0]["experts"][0], given[0]["experts"][2]]
+    with pytest.raises(BimedixError, match="by position instead of path: '1'"):
+        imported(tmp_path, given, layers=("1", "2", "3"))
+    with pytest.raises(BimedixError, match="by position instead of path: 0"):
+        imported(tmp_path, records(layers=[0, 1, 2]))
+    with pytest.raises(BimedixError, match="duplicate layers"):
+        imported(tmp_path, records(layers=["layers.1.a", "layers.1.b", "layers.2.a"]))
+
+
+def changed(place: int, **changes) -> list[dict]:
+    found = records()
+    found[place] |= changes
+    return found
+
+
+def zeros(layer: int) -> list[dict]:
+    found = records()
+    for record in found:
+        record["experts"][layer] = [[0] * TOP_K for _ in record["input_ids"]]
+    return found
+
+
+def same(layer: int) -> list[dict]:
+    found = records()
+    for record in found:
+        record["experts"][layer] = [[0, 3] for _ in record["input_ids"]]
+    return found
+
+
+def expert(value: int) -> list[dict]:
+    found = records()
+    found[2]["experts"][1][0][0] = value
+    return found
+
+
+REFUSED = {
+    "zeros": (zeros(1), "layer 1 is constant"),
+    "constant": (same(2), r"layer 2 is constant, all 45 tokens have the experts \[0, 3\]"),
+    "duplicate id": (changed(3, id="r1"), "duplicate"),
+    "duplicate expert": (expert(records()[2]["experts"][1][0][1]), "duplicate experts"),
+    "negative expert": (expert(-1), "out of range: -1"),
+    "large expert": (expert(99), "out of range: 99"),
+    "token": (changed(0, input_ids=[-3, 1, 2, 3, 4]), "token id out of range: -3"),
+    "hash": (changed(1, token_hash=token_hash(np.array([1]))), "another token hash"),
+    "unknown key": (changed(1, lang="en"), "unknown key.*lang"),
+    "no experts": ([{"id": 1, "input_ids": [1]}], "lacks the key experts"),
+    "transposed": (changed(0, experts=np.zeros((5, LAYERS, TOP_K), int).tolist()), "the shape 5 x 3 x 2"),
+    "ragged": (changed(0, experts=[[[0, 1]], [[0]]]), "unequal lengths"),
+    "reals": (changed(0, experts=np.full((LAYERS, 5, TOP_K), 0.5).tolist()), "not whole numbers"),
+    "weights": (changed(0, weights=[[1.0]]), r"weights \[L\]\[T\]\[k\]"),
+    "columns": (changed(0, weights=None), "the same columns"),
+    "no tokens": (changed(0, input_ids=[], experts=[[], [], []], weights=None, nll=None), "has experts"),
+    "empty": ([], "no record"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_recordings_are_refused_by_name(tmp_path, name):
+    values, message = REFUSED[name]
+    with pytest.raises(BimedixError, match=message):
+        imported(tmp_path, values)
+    assert not (tmp_path / "R").exists()
+
+
+def test_what_a_file_cannot_say_is_told(tmp_path):
+    recording = imported(tmp_path, expert(99), experts=100)
+    assert recording.manifest.experts == 100
+    assert imported(tmp_path, same(2), keep_constant=True).manifest.experts == EXPERTS
+    with pytest.raises(BimedixError, match="0 to 2"):
+        imported(tmp_path, records(), experts=3)
+    with pytest.raises(BimedixError, match="belongs to counts"):
+        imported(tmp_path, records(), top_k=2)
+    roles = imported(tmp_path, records(), first=2).tokens("role", "position")
+    assert (roles["role"] == 0).tolist() == (roles["position"] < 2).tolist()
+
+
+def test_another_recording_of_the_same_records_has_their_hashes(tmp_path):
+    import_routes([lines(tmp_path / "a", records())], "jsonl", tmp_path / "A", ImportOptions())
+    imported(tmp_path, records(), tokens_of=tmp_path / "A")
+    with pytest.raises(BimedixError, match=r"another token hash than .*A says"):
+        imported(tmp_path, changed(1, input_ids=[1, 2, 3, 4, 5, 6]), tokens_of=tmp_path / "A")
+    with pytest.raises(BimedixError, match="has no record 'other'"):
+        imported(tmp_path, changed(1, id="other"), tokens_of=tmp_path / "A")
+
+
+HEADER = "model,domain,layer,expert,token_id,count\n"
+
+
+def table(tmp_path, rows):
+    path = tmp_path / "counts.csv.gz"
+    path.write_bytes(gzip.compress((HEADER + "".join(",".join(map(str, row)) + "\n" for row in rows)).encode()))
+    return path
+
+
+def counted(tmp_path, rows, **options) -> Recording:
+    import_routes([table(tmp_path, rows)], "counts", tmp_path / "C", ImportOptions(**options), overwrite=True)
+    return Recording.open(tmp_path / "C", verify=True)
+
+
+def count_rows() -> list[tuple]:
+    """Layers 0, 7 and 15, as in OLMoE's table of Mixtral-8x7B: 2 domains, 3 ids of 4 tokens each, top-2 of 4."""
+    found = []
+    for domain in ("c4", "github"):
+        for layer in (0, 7, 15):
+            for token in (5, 9, 11):
+                found += [
+                    ("m", domain, layer, e, token, n) for e, n in ((0, 4), (token % 3 + 1, 3), (token % 2 + 2, 1))
+                ]
+    merged: dict[tuple, int] = {}
+    for row in found:
+        merged[row[:-1]] = merged.get(row[:-1], 0) + row[-1]
+    return [(*key, count) for key, count in merged.items()]
+
+
+def test_counts_keep_layers_domains_and_tokens(tmp_path):
+    recording = counted(tmp_path, count_rows())
+    assert recording.layer_numbers == [0, 7, 15]
+    assert (recording.manifest.top_k, recording.manifest.experts) == (2, 4)
+    assert recording.records["tokens"] == [12, 12]
+    assert recording.groups()["domain"].tolist() == ["c4", "github"]
+    export_routes(recording, "counts", tmp_path / "out.csv")
+    written = (tmp_path / "out.csv").read_text().splitlines()
+    assert sorted(written[1:]) == sorted(",".join(map(str, row)) for row in count_rows())
+    with pytest.raises(BimedixError, match="counts only"):
+        export_routes(recording, "jsonl", tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (count_rows() + count_rows()[:1], "duplicates"),
+        ([("m", "a", 0, -1, 1, 2)], "expert out of range: -1"),
+        ([("m", "a", 0, 1, -1, 2)], "token id out of range: -1"),
+        ([("m", "a", 0, 1, 1, 0)], "the count 0"),
+        (
+            [row if row[2] != 7 else (*row[:3], 0, *row[4:]) for row in count_rows() if row[3] == 0 or row[2] != 7],
+            "layer 7 is constant",
+        ),
+        (count_rows()[1:], "different numbers of tokens|how many experts"),
+    ],
+)
+def test_wrong_counts_are_refused_by_name(tmp_path, rows, message):
+    with pytest.raises(BimedixError, match=message):
+        counted(tmp_path, rows)
+
+
+def test_counts_of_tokens_are_those_of_a_recording(tmp_path):
+    recording = imported(tmp_path, records())
+    export_routes(recording, "counts", tmp_path / "x.csv.gz")
+    import_routes([tmp_path / "x.csv.gz"], "counts", tmp_path / "C", ImportOptions())
+    found = Recording.open(tmp_path / "C")
+    assert sum(found.records["tokens"]) == recording.manifest.tokens
+    assert found.counts()["count"].sum() == recording.manifest.rows * TOP_K
+
+
+def test_the_commands_import_and_export_without_jax(tmp_path, capsys):
+    path = lines(tmp_path / "in.jsonl", records())
+    assert cli.main(["routes", "import", str(path), "--format", "jsonl", "--out", str(tmp_path / "R"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 45 * LAYERS
+    export = ["routes", "export", str(tmp_path / "R"), "--format", "counts", "--out", str(tmp_path / "x.csv")]
+    assert cli.main(export) == 0
+    assert cli.main(export) == 1
+    assert "exists" in capsys.readouterr().err
+    assert cli.main([*export, "--overwrite"]) == 0
