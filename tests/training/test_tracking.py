@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def records(path: Path) -> list[Any]:
             continue
         checksum, length, kind = struct.unpack_from("<IHB", data, place)
         part = data[place + HEADER : place + HEADER + length]
+        if len(part) < length:  # it is being written
+            break
         assert checksum == zlib.crc32(part, zlib.crc32(bytes([kind])))
         parts, place = parts + part, place + HEADER + length
         if kind in (1, 4):  # full, or the last part
@@ -40,11 +43,22 @@ def records(path: Path) -> list[Any]:
     return found
 
 
+def complete(path: Path) -> list[Any]:
+    """The records of a finished run. wandb's own process may write them shortly after `finish` has returned."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = records(path)
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def mirrored(folder: Path) -> dict[str, Any]:
     """The one offline run in a folder: how it is called, its configuration, its curve of loss and its summary."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     curve, summary, own = [], {}, None
-    for record in records(path):
+    for record in complete(path):
         if record.HasField("run") and record.run.run_id:
             own = own or record.run
         if record.HasField("history"):
