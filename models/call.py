@@ -1,6 +1,7 @@
 """Operands and results of a call of the model."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,13 @@ from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.config import Remat
 from bimedix_jax.models.router_sums import RouterSums, load_balancing_loss, router_z_loss
 from bimedix_jax.models.routers import Record, Recorded, Routing, RoutingPlan
+
+Observe = Callable[..., Any]
+"""(moe, x_BTD, decision, group_BT, operand) -> a pytree of arrays that begin with B: what to keep of a layer.
+
+It gets the layer's mixture of experts, the states that its router reads, what the router decided, the group of each
+token, -1 at padding, and its layer of the operands. It is static: equal ones share a compiled program.
+"""
 
 
 @jax.tree_util.register_dataclass
@@ -21,9 +29,11 @@ class Call:
       plan: what the routers are told to do.
       cache: keys and values of earlier tokens.
       group_BT: int32 group of each token in the routers' sums; tokens outside of [0, groups) are not summed.
+      operands: a pytree of arrays that begin with L, for `observe`.
       remat: what the backward pass recomputes.
       record: how much of each token's routing is returned.
       groups: number of groups; 0 means no sums.
+      observe: what else is kept of every layer; None means nothing.
     """
 
     tokens_BT: Leaf
@@ -34,6 +44,8 @@ class Call:
     remat: Remat = dataclasses.field(metadata={"static": True})
     record: Record = dataclasses.field(metadata={"static": True})
     groups: int = dataclasses.field(metadata={"static": True})
+    operands: Any = None
+    observe: Observe | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +59,7 @@ class Output:
       routing: what every router did, as far as it was recorded; None with record "none".
       sums: the routers' sums over tokens; None with groups 0.
       cache: the updated cache, if one was given.
+      observed: what `observe` returned for each layer, stacked on a leading axis; None without one.
     """
 
     hidden_BTD: Leaf
@@ -54,6 +67,7 @@ class Output:
     routing: Recorded
     sums: RouterSums | None
     cache: KVCache | None
+    observed: Any = None
 
     @property
     def aux_loss(self) -> jax.Array:

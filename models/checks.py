@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bimedix_jax.models.attention import KVCache
-from bimedix_jax.models.call import Call
+from bimedix_jax.models.call import Call, Observe
 from bimedix_jax.models.config import MixtralConfig, Remat
 from bimedix_jax.models.plans import RoutingPlan, checked_plan
 from bimedix_jax.models.routers import Record
@@ -23,6 +23,8 @@ def checked_call(
     record: Record,
     groups: int,
     group_BT: Any,
+    observe: Observe | None = None,
+    operands: Any = None,
 ) -> Call:
     """The operands of `Mixtral.__call__`, checked, with defaults filled in.
 
@@ -43,9 +45,9 @@ def checked_call(
     segment_ids_BT = jnp.ones((batch, length), jnp.int32) if segment_ids_BT is None else segment_ids_BT
     tokens_BT, segment_ids_BT = jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(segment_ids_BT, jnp.int32)
     group_of = None
-    if groups:
+    if groups or observe is not None:
         group_of = jnp.zeros_like(tokens_BT) if group_BT is None else jnp.asarray(group_BT, jnp.int32)
-    return Call(tokens_BT, segment_ids_BT, plan, cache, group_of, remat, record, groups)
+    return Call(tokens_BT, segment_ids_BT, plan, cache, group_of, remat, record, groups, operands, observe)
 
 
 def checked_tokens(tokens_BT: Any, vocab_size: int) -> Any:

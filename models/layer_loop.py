@@ -17,8 +17,8 @@ from bimedix_jax.models.routers import Recorded
 
 def run_layers(
     blocks: Any, x_BTD: jax.Array, rotations_BTH: jax.Array, key_ids_BS: jax.Array, call: Call
-) -> tuple[jax.Array, Recorded, RouterSums | None, Any]:
-    """(states after the last layer, the routers' records, their sums, (keys, values) of all layers or None).
+) -> tuple[jax.Array, Recorded, RouterSums | None, Any, Any]:
+    """(states after the last layer, the routers' records, their sums, (keys, values) of all layers or None, observed).
 
     Args:
       blocks: a `Block` whose parameters are stacked over layers. On a shard, those of a layer are gathered
@@ -31,21 +31,22 @@ def run_layers(
 
     def body(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
         rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, offset = constants
-        state, plan = layer
+        state, plan, operand = layer
         block = nnx.merge(graph, shards.gather_state("layers", state))
-        x, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, kv, offset)
+        x, read_BTD, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, kv, offset)
         sums = sums_of(decision, group_BT, call.groups) if call.groups else None
-        return x, (recorded(decision.routing, call.record), sums), kv
+        seen = None if call.observe is None else call.observe(block.moe, read_BTD, decision, group_BT, operand)
+        return x, (recorded(decision.routing, call.record), sums, seen), kv
 
     cache = call.cache
     kv, offset = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
     constants = (rotations_BTH, call.segment_ids_BT, key_ids_BS, group_BT, offset)
-    x_BTD, (routing, sums), kv = layer_scan(
+    x_BTD, (routing, sums, observed), kv = layer_scan(
         checkpointed(body, call.remat),
         constants,
         x_BTD,
-        (state, call.plan),
+        (state, call.plan, call.operands),
         kv,
         backend="scan" if shards.active() else None,  # the other backends do not support collectives
     )
-    return x_BTD, routing, sums, kv
+    return x_BTD, routing, sums, kv, observed

@@ -12,7 +12,7 @@ from bimedix_jax.kernels.attention import Cached
 from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, locate, rotations
 from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
 from bimedix_jax.models.base import Model
-from bimedix_jax.models.call import Call, Output
+from bimedix_jax.models.call import Call, Observe, Output
 from bimedix_jax.models.checks import checked_call
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
 from bimedix_jax.models.embedding import Embedding, Head
@@ -41,13 +41,15 @@ class Block(nnx.Module):
         plan: RoutingPlan,
         cache: tuple[Cached, Cached] | None,
         offset: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], Decision, tuple[Cached, Cached] | None]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Decision, tuple[Cached, Cached] | None]:
+        """(states after the block, the states that its router reads, what that decided, the cache)."""
         mixed_BTD, cache = self.attention(
             self.attention_norm(x_BTD), rotations_BTH, segment_ids_BT, key_ids_BS, cache, offset
         )
         x_BTD = x_BTD + mixed_BTD
-        experts_BTD, decision = self.moe(self.moe_norm(x_BTD), segment_ids_BT != 0, plan)
-        return x_BTD + experts_BTD, decision, cache
+        read_BTD = self.moe_norm(x_BTD)
+        experts_BTD, decision = self.moe(read_BTD, segment_ids_BT != 0, plan)
+        return x_BTD + experts_BTD, read_BTD, decision, cache
 
 
 class Mixtral(Model):
@@ -70,13 +72,13 @@ class Mixtral(Model):
         positions_BT, key_ids_BS = locate(call.segment_ids_BT, call.cache)
         rotations_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         x_BTD = self.embed(call.tokens_BT).astype(self.dtype)
-        x_BTD, routing, sums, kv = run_layers(self.layers, x_BTD, rotations_BTH, key_ids_BS, call)
+        x_BTD, routing, sums, kv, observed = run_layers(self.layers, x_BTD, rotations_BTH, key_ids_BS, call)
         cache = call.cache
         if cache is not None:
             k_LBSGH, v_LBSGH = kv
             cache = KVCache(k_LBSGH, v_LBSGH, key_ids_BS, cache.length + call.tokens_BT.shape[1])
         none: Any = None  # the logits, see Output
-        return Output(self.norm(x_BTD), none, routing, sums, cache)
+        return Output(self.norm(x_BTD), none, routing, sums, cache, observed)
 
     @property
     def head(self) -> Head:
@@ -93,11 +95,16 @@ class Mixtral(Model):
         record: Record = "none",
         groups: int = 0,
         group_BT: Int[Array | np.ndarray, "B T"] | None = None,
+        observe: Observe | None = None,
+        operands: Any = None,
     ) -> Output:
-        """`__call__` without the output head, and by default without a record."""
-        return self.compiled(
-            checked_call(self.config, tokens_BT, segment_ids_BT, plan, cache, remat, record, groups, group_BT)
-        )
+        """`__call__` without the output head, and by default without a record.
+
+        Args:
+          observe, operands: what else to keep of every layer, see `call.Observe`.
+        """
+        how = (plan, cache, remat, record, groups, group_BT, observe, operands)
+        return self.compiled(checked_call(self.config, tokens_BT, segment_ids_BT, *how))
 
     def __call__(
         self,

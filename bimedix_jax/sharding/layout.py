@@ -103,8 +103,9 @@ class Layout:
         cached = call.cache and KVCache(keys, keys, rows, scalar)
         plans = plan_specs(call.plan, batch_axes)
         groups = None if call.group_BT is None else rows
+        shared = None if call.operands is None else scalar
         calls = dataclasses.replace(
-            call, tokens_BT=rows, segment_ids_BT=rows, plan=plans, cache=cached, group_BT=groups
+            call, tokens_BT=rows, segment_ids_BT=rows, plan=plans, cache=cached, group_BT=groups, operands=shared
         )
 
         def function(values: dict[str, Any], call: Call) -> Output:
@@ -115,7 +116,7 @@ class Layout:
         none: Any = None
         record = recorded(Routing(by_layer, by_layer, by_layer), call.record)
         sums = RouterSums(*[scalar] * len(dataclasses.fields(RouterSums))) if call.groups else None
-        out = Output(rows, none, record, sums, cached)
+        out = Output(rows, none, record, sums, cached, by_layer if call.observe else None)
         return self.over_shards(function, (self.specs(values), calls), out, batch_axes)(values, call)
 
 
