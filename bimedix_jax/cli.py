@@ -75,6 +75,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "make the runs of a folder again in Weights & Biases",
         "bimedix_jax.commands.track_upload",
     ),
+    "routes record": ("record which experts every token of a data set uses", "bimedix_jax.commands.routes_record"),
     "routes import": (
         "check routes that another program recorded, and import them",
         "bimedix_jax.commands.routes_import",

@@ -53,7 +53,7 @@ def new_folder(path: str | os.PathLike[str], overwrite: bool = False, ours: bool
             folders.list_written(partial, written)
             if ours:
                 (partial / folders.WRITTEN).unlink()
-            _replace(partial, target)
+            replace_folder(partial, target)
         except Exception as error:
             if not is_full(error):
                 raise
@@ -266,7 +266,7 @@ def _cannot_create(target: Path, error: OSError, kind: str = "folder") -> Bimedi
     return BimedixError(f"cannot create {target} ({error.strerror}); name a {kind} that can be written")
 
 
-def _replace(partial: Path, target: Path) -> None:
+def replace_folder(partial: Path, target: Path) -> None:
     """Rename `partial` to `target`. An old folder is renamed first, and renamed back if that fails."""
     if not target.exists():
         partial.rename(target)

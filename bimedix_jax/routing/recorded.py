@@ -22,6 +22,8 @@ APART = ("first", "template")
 UNITS = ("cluster", "document")
 """Fields that cluster records by default, the first that there is."""
 RECORD = "record"
+LEAST_FLOOR = 1e-4
+"""Nats per token below which shuffled routes never count as a cost, however small the numerical noise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +100,7 @@ def tables_of(
         baseline_RLE=_kept(found.baseline_RLE, kept_R),
         nll_R=_kept(found.nll_R, kept_R),
         shuffled_nll_R=_kept(found.shuffled_nll_R, kept_R),
+        nll_floor=max(LEAST_FLOOR, recording.manifest.nll_floor or 0.0),
         interactions=interactions,
     )
 

@@ -67,6 +67,8 @@ class Manifest(BaseModel):
       hashes: of model, adapter, data, template, tokenizer and interventions, as far as they are known.
       options: how it was made.
       too_long: ids of records that were longer than the model's context, and were not recorded.
+      interventions: the rules, in the order of the bits of `done`.
+      nll_floor: numerical noise of the NLL of a record, for the gate.
       notes: what else a reader must know, in sentences.
     """
 
@@ -91,6 +93,7 @@ class Manifest(BaseModel):
     options: dict[str, Any]
     too_long: tuple[str, ...] = ()
     interventions: tuple[str, ...] = ()
+    nll_floor: float | None = None
     notes: tuple[str, ...] = ()
     parts: tuple[File, ...]
 
