@@ -5,6 +5,7 @@ before JAX is imported, which is why it stands above the imports.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -31,10 +32,12 @@ if PLATFORM != "cpu":  # accelerators round float32 operands by default, which w
 # without MLIR and in one module a program in a third of the rest. XLA ends the process at an unknown flag, and JAX 0.12
 # no longer knows the last one. Flags of the caller come last and win.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
+FLAGS += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
 if metadata.version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
+# Every worker has its core. More threads only wait for each other: with two, PyTorch takes twice the time of its tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Workers, and programs that tests start, share what they compile through files that are deleted at the end.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="bimedix-tests-")
@@ -48,6 +51,8 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning about threads when a test starts a subprocess
+
+gc.set_threshold(50_000, 20, 20)  # tracing makes so many objects that collecting garbage takes a sixth of its time
 
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -66,7 +71,6 @@ def free_compiled_programs() -> Iterator[None]:
     pages = Path("/proc/self/statm")
     if not pages.exists() or int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > LARGE:
         import ctypes
-        import gc
 
         import jax
 
