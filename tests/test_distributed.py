@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | more
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last one counts
+    return os.environ | {"XLA_FLAGS": flags} | more
 
 
 def command(folder: Path, steps: int, *more: str) -> list[str]:

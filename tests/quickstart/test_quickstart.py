@@ -18,9 +18,14 @@ LOSSES = {"en", "ar", *(f"{language}/{kind}" for language in ("en", "ar") for ki
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "bimedix_jax", "quickstart", "--out", str(folder), "--json", *options]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last one counts
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder.parent, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder.parent,
+        env=os.environ | {"XLA_FLAGS": flags},
     )
 
 
