@@ -1,0 +1,295 @@
+"""Measures the recorder of routes: time, bytes, memory, the same rows on meshes and processes, and kills.
+
+    python scripts/measure_recorder.py --json                                        # 10 M rows; an hour on 2 cores
+    python scripts/measure_recorder.py --rows 20000 --large-rows 60000 --kills 2 --kill-rows 40000 --json    # minutes
+
+A row is a token in a layer. The model is a random Mixtral of `--layers` layers and `--width`; the records are random
+tokens. Every measurement runs in processes of its own:
+
+- `overhead`: time of recording divided by that of the same forward passes with losses, less 1; median over repeats.
+- `bytes_per_row`; `peak_rss_bytes` at both numbers of rows.
+- `mesh_mismatches`: rows whose experts differ between one device, a mesh of 8 and 2 processes, although the margin is
+  at least 1e-4; `mesh_ties` counts the others.
+- `kills_identical`: whether a recording that was killed at `--kills` random times and started again is byte by byte
+  the one that was never killed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from bimedix_jax.errors import run_script
+from bimedix_jax.routing.recording import Recording
+
+VOCAB = 512
+CONTEXT = 512
+LEAST_MARGIN = 1e-4
+LIMIT = 7200.0
+"""Seconds after which a process counts as stuck."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomTokens:
+    """Records of random tokens, as recorded_data.Data."""
+
+    tokens: int
+    limit: int | None = None
+
+    @property
+    def digest(self) -> str:
+        return f"random tokens {self.tokens}"
+
+    @property
+    def tokenizer(self) -> Any:
+        return SimpleNamespace(fingerprint="none", template=None, stop_ids=())
+
+    def items(self, with_prompts: bool = False) -> Iterator[Any]:
+        from bimedix_jax.inference.planning import Source
+        from bimedix_jax.routing.recorded_data import Item
+
+        assert not with_prompts
+        left, number = self.tokens, 0
+        while left > 0:
+            rng = np.random.default_rng(number)
+            ids = rng.integers(0, VOCAB, min(int(rng.integers(64, 448)), left)).astype(np.int32)
+            yield Item(Source(f"record {number}", ("en", "ar")[number % 2]), ids)
+            left, number = left - len(ids), number + 1
+
+
+def model_of(options: argparse.Namespace) -> Any:
+    """A random model; on a mesh if there are several devices."""
+    import jax
+
+    from bimedix_jax.models.config import MixtralConfig, RouterConfig
+    from bimedix_jax.models.init import init_random
+    from bimedix_jax.sharding.placement import place
+    from bimedix_jax.sharding.rules import make_mesh
+
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=options.width,
+        intermediate_size=2 * options.width,
+        num_layers=options.layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=options.width // 4,
+        router=RouterConfig(num_experts=options.experts, top_k=options.top_k),
+        rope_theta=1e4,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        tie_embeddings=True,
+        max_position_embeddings=CONTEXT,
+    )
+    model = init_random(config, seed=0, std=0.1)
+    if jax.device_count() == 1:
+        return model
+    return place(model, make_mesh(data=2, fsdp=2, expert=jax.device_count() // 4))
+
+
+def record(options: argparse.Namespace) -> dict[str, Any]:
+    """Records into --out; what a child process does."""
+    from bimedix_jax.distributed import joined
+    from bimedix_jax.routing.recorder import Settings, record_routes
+
+    with joined(options.processes > 1):
+        settings = Settings(exact=options.exact, batch_tokens=options.batch_tokens)
+        manifest = record_routes(model_of(options), data_of(options), options.out, settings)
+    size = sum(part.bytes for part in manifest.parts)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"rows": manifest.rows, "bytes": size, "peak_rss_bytes": peak}
+
+
+def data_of(options: argparse.Namespace) -> Any:
+    return RandomTokens(max(options.rows // options.layers, 1))
+
+
+def compare_times(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of recording, and of the same forward passes with losses, alternating."""
+    import jax
+    from flax import nnx
+
+    from bimedix_jax.inference.padding import packed
+    from bimedix_jax.models.plans import RoutingPlan
+    from bimedix_jax.routing.recorder import Settings, record_routes
+    from bimedix_jax.routing.recording_writer import in_parts
+    from bimedix_jax.routing.watch import nll_step
+
+    model, data = model_of(options), data_of(options)
+    graph, state = nnx.split(model)
+
+    def forward() -> None:
+        for part in in_parts(data.items(), lambda item: len(item.ids), options.layers):
+            waiting = None
+            for _, tokens_BT, ids_BT in packed([item.ids for item in part], options.batch_tokens, CONTEXT):
+                found = nll_step(graph, state, tokens_BT, ids_BT, RoutingPlan())
+                jax.block_until_ready(waiting)
+                waiting = found
+            jax.block_until_ready(waiting)
+
+    def recorded() -> None:
+        record_routes(model, data, options.out, Settings(batch_tokens=options.batch_tokens), overwrite=True)
+
+    seconds: dict[str, list[float]] = {"forward": [], "recorded": []}
+    for repeat in range(options.repeats + 1):
+        for name, action in (("forward", forward), ("recorded", recorded)):
+            started = time.monotonic()
+            action()
+            if repeat:  # the first one compiles
+                seconds[name].append(time.monotonic() - started)
+    return seconds
+
+
+def child(options: argparse.Namespace, task: str, out: Path, wait: bool = True, **changes: Any) -> Any:
+    """Runs a task in a process of its own, and returns its result or, without `wait`, the process."""
+    given = vars(options) | changes
+    words = [sys.executable, __file__, "--task", task, "--out", str(out)]
+    for name in ("rows", "layers", "experts", "top_k", "width", "batch_tokens", "repeats", "processes"):
+        words += [f"--{name.replace('_', '-')}", str(given[name])]
+    words += ["--exact"] if given["exact"] else []
+    devices = given.get("devices", 1)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    environment |= given.get("environment", {})
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if not wait:
+        return process
+    return result_of(process)
+
+
+def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, errors = process.communicate(timeout=LIMIT)
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode}:\n{errors[-3000:]}")
+    return json.loads(output.splitlines()[-1])
+
+
+def two_processes(options: argparse.Namespace, out: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    running = []
+    for number in range(2):
+        variables = {"BIMEDIX_COORDINATOR": address, "BIMEDIX_PROCESSES": "2", "BIMEDIX_PROCESS": str(number)}
+        how = {"rows": options.mesh_rows, "exact": True, "devices": 4, "processes": 2, "environment": variables}
+        running.append(child(options, "record", out, wait=False, **how))
+    for process in running:
+        result_of(process)
+
+
+def mesh_rows(options: argparse.Namespace, place: Path) -> dict[str, int]:
+    """Rows whose experts are not those of one device."""
+    child(options, "record", place / "one", rows=options.mesh_rows, exact=True)
+    child(options, "record", place / "mesh", rows=options.mesh_rows, exact=True, devices=8)
+    two_processes(options, place / "two")
+    one = Recording.open(place / "one").tokens("experts", "margin", "id")
+    found = {"mesh_rows": one["margin"].size, "mesh_mismatches": 0, "mesh_ties": 0}
+    for name in ("mesh", "two"):
+        other = Recording.open(place / name).tokens("experts", "margin", "id")
+        if not np.array_equal(one["id"], other["id"]):
+            raise SystemExit(f"{name} has other tokens")
+        differs = (np.sort(one["experts"], -1) != np.sort(other["experts"], -1)).any(-1)
+        clear = np.minimum(one["margin"], other["margin"]) >= LEAST_MARGIN
+        found["mesh_mismatches"] += int((differs & clear).sum())
+        found["mesh_ties"] += int((differs & ~clear).sum())
+    return found
+
+
+def kills(options: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Kills a recording at random times until it has been killed `--kills` times, then lets it end."""
+    started = time.monotonic()
+    child(options, "record", place / "whole", rows=options.kill_rows)
+    whole = time.monotonic() - started
+    rng, kept, killed = random.Random(0), [], 0
+    partial = place / ".killed.recording"
+    while killed < options.kills:
+        process = child(options, "record", place / "killed", wait=False, rows=options.kill_rows)
+        time.sleep(rng.uniform(0, whole))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += 1
+        kept.append(len(list(partial.glob("records-*.parquet"))) if partial.exists() else -1)
+        if (place / "killed").exists():
+            kept[-1] = -1
+            check_same(place)
+            (place / "killed").rename(place / f"ended {killed}")
+    child(options, "record", place / "killed", rows=options.kill_rows)
+    return {"kills": killed, "kills_identical": check_same(place), "parts_kept_at_kills": kept}
+
+
+def check_same(place: Path) -> bool:
+    """Whether both folders have the same bytes. Raises SystemExit otherwise."""
+    one, other = ({path.name: path.read_bytes() for path in (place / x).iterdir()} for x in ("whole", "killed"))
+    if one != other:
+        differing = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+        raise SystemExit(f"after a kill the recording differs in {', '.join(differing)}")
+    return True
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        small = child(options, "record", place / "small")
+        large = child(options, "record", place / "large", rows=options.large_rows)
+        seconds = child(options, "times", place / "times")
+        ratios = [a / b - 1 for a, b in zip(seconds["recorded"], seconds["forward"], strict=True)]
+        result = {
+            "rows": large["rows"],
+            "layers": options.layers,
+            "top_k": options.top_k,
+            "overhead": statistics.median(ratios),
+            "overheads": ratios,
+            "seconds_recorded": statistics.median(seconds["recorded"]),
+            "bytes_per_row": large["bytes"] / large["rows"],
+            "bytes_per_row_limit": 6 + 3 * options.top_k,
+            "peak_rss_bytes": {str(found["rows"]): found["peak_rss_bytes"] for found in (small, large)},
+            "peak_rss_growth": large["peak_rss_bytes"] / small["peak_rss_bytes"] - 1,
+        }
+        return result | mesh_rows(options, place) | kills(options, place)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--large-rows", type=int, default=10_000_000)
+    parser.add_argument("--mesh-rows", type=int, default=64_000)
+    parser.add_argument("--kill-rows", type=int, default=4_000_000)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, which is the only form")
+    parser.add_argument("--task", choices=("measure", "record", "times"), default="measure", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("R"), help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--exact", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task == "measure":
+        print(json.dumps(measured(options), indent=2))
+    else:
+        print(json.dumps({"record": record, "times": compare_times}[options.task](options)))
+
+
+if __name__ == "__main__":
+    run_script(main)
