@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Config:
     """Record the routes of a model on data: experts, weights, margins, entropies and losses of every token.
 
-    A recording that was killed goes on where it was if the same command is started again. Texts are not recorded.
+    A recording that was killed resumes if the same command is started again. Texts are not recorded.
     `bimedix routes report` analyses the result.
     """
 

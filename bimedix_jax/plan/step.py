@@ -25,6 +25,8 @@ from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
+from bimedix_jax.routing.parts import PartLayout, needs_wide
+from bimedix_jax.routing.watch import Kept, Watch, record_step
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import BATCH_AXES, COMPILER_OPTIONS, make_mesh
 from bimedix_jax.training.feed import batch_kinds
@@ -172,6 +174,26 @@ def inference_steps(
         "none",
     )
     return prefill, decode
+
+
+def recording_step(
+    config: MixtralConfig, experiment: Experiment, devices: list[Any], rows: int, length: int
+) -> CompiledStep:
+    """The step of `bimedix routes record` on `rows` rows of `length` tokens, with margins, entropies and losses."""
+    placed = on_devices(abstract_model(config, experiment), experiment, devices)
+    graph, weights = nnx.split(placed.model)
+    layout = PartLayout(
+        layers=config.num_layers,
+        top_k=config.router.top_k,
+        columns=("nll", "experts", "weights", "margin", "entropy"),
+        wide=needs_wide(config.router.num_experts, gaps=False),
+    )
+    kept, ids = (
+        Kept(layout, Watch(scores=True)),
+        jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=placed.replicated),
+    )
+    arguments = (graph, weights, ids, ids, ids, RoutingPlan(), None, kept)
+    return compile_for(devices[0], {"base": weights}, record_step, *arguments)
 
 
 def compile_for(device: Any, kinds: dict[str, Any], function: Any, *arguments: Any) -> CompiledStep:

@@ -1,4 +1,4 @@
-"""Records the routes of a model on data: batch by batch, part by part, so that a killed recording goes on where it was.
+"""Records the routes of a model on data: batch by batch, part by part, so that a killed recording can resume.
 
 record_routes(model, Data.open("sample", tokenizer, None), Path("R"), Settings(gate=True))
 """
