@@ -7,7 +7,7 @@
     functional    a knock-out of the expert costs one group more than the other
 
 The divergence gate stands between geometry and learned: as long as the experts have not been shown to differ, it does
-not matter to whom a token goes, and the routes are not called learned, functional or specialised.
+not matter to whom a token goes, and neither routes are called learned or functional, nor experts specialised.
 """
 
 import dataclasses
@@ -132,7 +132,7 @@ def refusals(evidence: Evidence, tables: Tables, gate: Gate | None, found: list[
         refuse("functional", "not tested: there is no knock-out of experts for this field")
     reason = gate_reason(gate)
     if reason is not None:
-        refuse("learned, functional, or experts that are specialised", reason)
+        refuse("learned, functional, or that experts differ in what they do", reason)
     if "none" in found:
         refuse(
             "no dependence where none was found",

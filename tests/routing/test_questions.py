@@ -181,13 +181,13 @@ def test_equal_experts_end_at_geometry():
     assert analysis.gate is not None
     assert (analysis.gate.delta_nll, analysis.gate.diverged) == (0, False)
     assert level(analysis) == "geometry"
-    assert "divergence gate fails" in why(analysis, "specialised")
+    assert "divergence gate fails" in why(analysis, "experts differ")
 
 
 def test_a_gate_that_was_not_measured_ends_at_geometry():
     analysis = full_evidence(nll_R=None, shuffled_nll_R=None)
     assert level(analysis) == "geometry"
-    assert "not tested" in why(analysis, "specialised")
+    assert "not tested" in why(analysis, "experts differ")
 
 
 def test_without_baseline_or_change_nothing_is_learned():
