@@ -81,6 +81,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bimedix_jax.commands.routes_import",
     ),
     "routes export": ("write recorded routes in the format of another program", "bimedix_jax.commands.routes_export"),
+    "routes report": (
+        "test what routes depend on, and claim only what the recording carries",
+        "bimedix_jax.commands.routes_report",
+    ),
     "plan": ("estimate memory, FLOPs and time of a run on hardware that you do not have", "bimedix_jax.commands.plan"),
     "bench moe": (
         "measure the speed of the experts' matrix products on this machine",

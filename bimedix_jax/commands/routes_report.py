@@ -1,0 +1,106 @@
+"""`bimedix routes report`: what a recording of routes says about language, and what it does not."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from bimedix_jax.process.terminal import FittedTable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Test whether routes depend on the language of records, or on another field, and claim only what the data carry.
+
+    Writes claims.json, report.html (one page without requests) and a CSV file for every figure. What was not recorded
+    is "not tested". docs/routing.md says what each level of a claim means, and what you may not conclude.
+    """
+
+    recording: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="R")]
+    """Folder that `bimedix routes record` or `bimedix routes import` wrote."""
+    out: Path
+    """Folder to write."""
+    baseline: Path | None = None
+    """Recording of the base model on the same records, for what was learned in fine-tuning."""
+    knockout: Path | None = None
+    """JSON file with the interactions of knock-outs, for what is functional."""
+    unit: Annotated[str | None, tyro.conf.arg(metavar="FIELD")] = None
+    """Field of the records that share a cluster, which counts once; by default cluster or document, where the records
+    have one, else each record."""
+    group: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD...")] = ("language",)
+    """Fields of the records that routes may depend on."""
+    figures: bool = True
+    """Draw the figures of the page; their CSV files are written in any case."""
+    seed: int = 0
+    """Seed of permutations and resamples."""
+    overwrite: bool = False
+    """Replace --out if it is not empty."""
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Writes the report, prints its claims, and returns what is in claims.json.
+
+    Raises:
+      BimedixError: the recording, or what belongs to it, cannot be analysed.
+    """
+    from bimedix_jax.routing.recording import Recording
+    from bimedix_jax.routing.report.writing import HTML, ReportOptions, write_report
+
+    options = ReportOptions(
+        baseline=config.baseline,
+        knockout=config.knockout,
+        unit=config.unit,
+        groups=config.group,
+        pictures=config.figures,
+        seed=config.seed,
+        command=command_of(config),
+    )
+    claims = write_report(Recording.open(config.recording), config.out, options, config.overwrite)
+    console.print(levels_table(claims))
+    for warning in claims["warnings"]:
+        console.print(f"[yellow]{warning}[/yellow]", highlight=False)
+    for refusal in claims["refused"]:
+        console.print(f"not claimed: {refusal['claim']} ({refusal['why']})", highlight=False)
+    console.print(f"written: {config.out / HTML}", highlight=False)
+    return claims
+
+
+def command_of(config: Config) -> str:
+    """The command line with the options that are not the default."""
+    words = ["bimedix", "routes", "report", str(config.recording), "--out", str(config.out)]
+    for field in dataclasses.fields(config)[2:]:
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        words.append(f"--{'no-' if value is False else ''}{field.name}")
+        if not isinstance(value, bool):
+            words += [str(part) for part in (value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def levels_table(claims: dict[str, Any]) -> "FittedTable":
+    """A line for each question."""
+    from bimedix_jax.process.terminal import FittedTable
+
+    found = FittedTable(title="Do routes depend on ...?")
+    for name in ("question", "level"):
+        found.add_column(name)
+    for name in ("clusters", "cells above none", "largest difference, points"):
+        found.add_column(name, justify="right")
+    for question in claims["questions"]:
+        own = [claim for claim in claims["claims"] if claim["question"] == question["name"]]
+        above = sum(claim["level"] != "none" for claim in own)
+        differences = [cell["estimate"] for cell in question["cells"] if cell["estimate"] is not None]
+        clusters = ", ".join(f"{count} {group}" for group, count in question["clusters"].items())
+        found.add_row(
+            question["name"],
+            question["level"] or "not tested",
+            clusters,
+            f"{above} of {len(own)}" if own else "",
+            f"{100 * max(differences, key=abs):+.1f}" if differences else "",
+        )
+    return found

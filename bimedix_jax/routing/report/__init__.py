@@ -1,0 +1,1 @@
+"""The report of an analysis of routes: claims.json, CSV files and one page."""
