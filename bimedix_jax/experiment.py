@@ -270,6 +270,10 @@ class Experiment:
     """Steps between checkpoints. One is always written at the end and on Ctrl-C."""
     keep: int = 2
     """Number of checkpoints to keep, the newest ones."""
+    skip_limit: int = 3
+    """Steps in a row that may be skipped because loss or gradient is not finite; then the run goes back, or stops."""
+    reorders: int = 1
+    """How often the run goes back to its last checkpoint with another order of the data; afterwards it stops."""
     tracking: Tracking = Tracking()
     """Weights & Biases."""
     kernels: KernelChoice = KernelChoice()
@@ -279,11 +283,11 @@ class Experiment:
         require_choices(self)
         require(bool(self.name), "name is empty; set it.")
         require(self.steps is not None or self.epochs is not None, "steps and epochs are both missing; set one.")
-        for name in ("steps", "epochs", "checkpoint_every", "keep"):
+        for name in ("steps", "epochs", "checkpoint_every", "keep", "skip_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
-        require(self.eval_every >= 0, f"eval_every cannot be negative, got {self.eval_every}.")
-        require(self.seed >= 0, f"seed cannot be negative, got {self.seed}.")
+        for name in ("eval_every", "seed", "reorders"):
+            require(getattr(self, name) >= 0, f"{name} cannot be negative, got {getattr(self, name)}.")
         require(
             self.eval_every == 0 or self.data.heldout is not None,
             "eval_every needs held-out rows; set data.heldout, or set eval_every to 0.",
@@ -365,17 +369,9 @@ def parse_fields(kind: Any, value: Any, where: str) -> Any:
         raise BimedixError(f"{name}: {error}") from error
 
 
-def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} as {'a.b': 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in plain.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def differences(ours: Experiment, theirs: Experiment) -> list[str]:
     """The fields that differ, as 'batch.rows: 4 here, 2 there', in the order of the fields."""
-    here, there = flatten(ours.to_dict()), flatten(theirs.to_dict())
+    here, there = files.flatten(ours.to_dict()), files.flatten(theirs.to_dict())
     changed = [name for name in dict.fromkeys((*here, *there)) if here.get(name) != there.get(name)]
     return [f"{name}: {here.get(name)!r} here, {there.get(name)!r} there" for name in changed]
 

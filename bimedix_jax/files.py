@@ -335,6 +335,14 @@ def validate(value: Any, schema: type[T], source: str, remedy: str, unknown_reme
     raise BimedixError(f"{source}{problem}; {remedy.replace('{key}', key).replace('{keys}', ' '.join(unknown))}.")
 
 
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads(..., object_pairs_hook=)`: raises ValueError where two keys of an object are equal."""
     found = dict(pairs)

@@ -122,4 +122,5 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         "steps": result.steps,
         "loss": result.metrics.get("loss"),
         "metrics": result.metrics,
+        "skipped_steps": result.skipped,
     }

@@ -37,7 +37,8 @@ from bimedix_jax.training.pipeline import LateLines, ReadAhead
 from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
-from bimedix_jax.training.run_folder import CHECKPOINTS, begin, one_writer, resume_state
+from bimedix_jax.training.run_folder import CHECKPOINTS, begin, newest_step, one_writer, resume_state
+from bimedix_jax.training.skips import Diverged, Skips, count_skips, read_orders, reordered, stopped, write_orders
 from bimedix_jax.training.state import Structure, TrainState, init_state, split_params, update_params
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
@@ -53,7 +54,8 @@ class TrainResult:
     Attributes:
       model: the model with the trained values.
       trained: folder of the adapters, or of the model if every parameter trained.
-      metrics: the line of the last step in metrics.jsonl.
+      metrics: the last line in metrics.jsonl.
+      skipped: number of lines in skipped.jsonl, which has a line for each step whose loss or gradient was not finite.
     """
 
     model: Mixtral
@@ -61,6 +63,7 @@ class TrainResult:
     trained: Path
     steps: int
     metrics: dict[str, Any]
+    skipped: int = 0
 
 
 def train(
@@ -83,7 +86,7 @@ def train(
       console, resume_command: where progress is printed (stderr), and the command that an interruption message names.
 
     Raises:
-      BimedixError: the experiment is impossible, or a loss is not finite; that step is not saved.
+      BimedixError: the experiment is impossible, or losses are not finite in more steps than the experiment allows.
       Interrupted: Ctrl-C or SIGTERM; the step in progress was finished and saved.
     """
     console = (console or Screen(stderr=True)) if distributed.is_process_zero() else Console(quiet=True)
@@ -118,7 +121,8 @@ def train_in(
     feed = Feed.of(experiment, rows, structure.layout)
     plans = StepPlans.of_run(plan, rules, model.config, rows, structure.layout)
     optimiser = make_optimiser(experiment.optimiser, rows.steps)
-    state = init_state(params, optimiser, structure.router_state(frozen))
+    fresh = partial(init_state, params, optimiser, structure.router_state(frozen))
+    state = fresh()
     distributed.on_process_zero(lambda: begin(folder, experiment, plan))
     if resume:
         state = resume_state(folder, state, console)
@@ -126,7 +130,7 @@ def train_in(
         check_identity(folder, same)
     if done == rows.steps:
         console.print(f"all {rows.steps} steps are already done", highlight=False)
-        last = read_metrics(folder)[-1]
+        last = next(reversed(read_metrics(folder)), {})
     else:
         step = make_train_step(structure, experiment, rows.steps, optimiser)
         with backends.use(**experiment.kernels.named()):
@@ -134,12 +138,13 @@ def train_in(
             distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
             print_start(experiment, rows, done, cost["kernels"], console)
             state, last = run_steps(
-                experiment, folder, feed, compiled, structure, state, frozen, plans, console, command
+                experiment, folder, feed, compiled, structure, state, fresh, frozen, plans, console, command
             )
         report(plans.rules, console)
     update_params(model, {**state.params, **state.router})
     with signals.hint(f"resume with `{command}`"):
-        return TrainResult(model, folder, save_trained(model, folder), rows.steps, last)
+        skipped = count_skips(folder, console)
+        return TrainResult(model, folder, save_trained(model, folder), rows.steps, last, skipped)
 
 
 def save_trained(model: Mixtral, folder: Path) -> Path:
@@ -204,6 +209,7 @@ def run_steps(
     step: Step,
     structure: Structure,
     state: TrainState,
+    fresh: Callable[[], TrainState],
     frozen: dict[str, Any],
     plans: StepPlans,
     console: Console,
@@ -211,8 +217,58 @@ def run_steps(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the remaining steps. Returns the last state and the last line of metrics.
 
+    After too many skipped steps in a row the run continues from its last checkpoint, or from a `fresh` state without
+    one, with another order of the remaining batches.
+
+    Raises:
+      BimedixError: it may not go back again.
+    """
+    orders = read_orders(folder)
+    with StopRequest(console) as stop:
+        while True:
+            rows = reordered(feed.rows, orders, experiment.seed)
+            skips = Skips(
+                experiment, folder, rows, int(state.step), len(orders), console, distributed.is_process_zero()
+            )
+            ordered = dataclasses.replace(feed, rows=rows), dataclasses.replace(plans, rows=rows)
+            try:
+                return steps_in_order(
+                    experiment, folder, step, structure, state, frozen, *ordered, skips, console, command, stop
+                )
+            except Diverged as error:
+                diverged = error.with_traceback(None)  # whose frames would keep the arrays of the state
+            if len(orders) >= experiment.reorders:
+                raise stopped(diverged, experiment, folder, newest_step(folder))
+            state = resume_state(folder, fresh(), console)
+            orders.append(int(state.step))
+            distributed.on_process_zero(lambda: write_orders(folder, orders))
+            console.print(
+                f"[bold yellow]{diverged}[/] The run goes on from step {orders[-1]} with another order of the data",
+                highlight=False,
+            )
+
+
+def steps_in_order(
+    experiment: Experiment,
+    folder: Path,
+    step: Step,
+    structure: Structure,
+    state: TrainState,
+    frozen: dict[str, Any],
+    feed: Feed,
+    plans: StepPlans,
+    skips: Skips,
+    console: Console,
+    command: str,
+    stop: StopRequest,
+) -> tuple[TrainState, dict[str, Any]]:
+    """`run_steps` with one order of the data.
+
     While a step runs, the next batch is read and the line of the previous step is written. The next step donates the
     state. Before a checkpoint or a held-out measurement the loop therefore waits for the step and checks its loss.
+
+    Raises:
+      Diverged: too many steps in a row were skipped.
     """
     evaluate, rows, logs = make_eval_step(structure), feed.rows, distributed.is_process_zero()
     done, vocab_size = int(state.step), structure.vocab_size
@@ -221,13 +277,12 @@ def run_steps(
         return feed.to_devices(checked(feed.read(step), vocab_size, step)), plans.of_step(step)
 
     with (
-        StopRequest(console) as stop,
         MetricsLog(folder if logs else None) as log,
         Mirror(experiment if logs else None, folder, done) as mirror,
         TrainingProgress(console, done, rows.steps) as progress,
         ReadAhead(read, done, rows.steps) as batches,
     ):
-        lines = LateLines(experiment, (log.write, mirror.write, progress.update))
+        lines = LateLines(skips, (log.write, mirror.write, progress.update))
         requested = distributed.any_process_later(lambda: stop.requested)
         while done < rows.steps:
             try:

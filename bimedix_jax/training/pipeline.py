@@ -6,9 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from bimedix_jax.errors import BimedixError
-from bimedix_jax.experiment import Experiment
 from bimedix_jax.training.metrics import is_finite, plain
+from bimedix_jax.training.skips import Skips
 
 Batch = TypeVar("Batch")
 
@@ -56,11 +55,11 @@ class LateLines:
     Fetching the metrics of a step blocks until it ends. If the host did that before it launches the next step, the
     devices would be idle.
 
-    A step's `seconds` run from the end of the previous step, or from `restart_clock`.
+    A step's `seconds` run from the end of the previous step, or from `restart_clock`. A skipped step has no line.
     """
 
-    def __init__(self, experiment: Experiment, writers: Sequence[Callable[[dict[str, Any]], None]]):
-        self.experiment, self.writers = experiment, writers
+    def __init__(self, skips: Skips, writers: Sequence[Callable[[dict[str, Any]], None]]):
+        self.skips, self.writers = skips, writers
         self.last: dict[str, Any] = {}
         self._waiting: tuple[int, dict[str, Any]] | None = None
         self.restart_clock()
@@ -78,27 +77,20 @@ class LateLines:
         """Waits for the last added step, and writes its line, extended by the result of `measure`.
 
         Raises:
-          BimedixError: its loss or gradient norm is not finite. The states of this and later steps must not be saved.
+          Diverged: the step was skipped, as the last one in a row that may be.
         """
         if self._waiting is None:
             return
         (step, metrics), self._waiting = self._waiting, None
         line = {"step": step, **plain(metrics)}
-        if not is_finite(line):
-            raise BimedixError(diverged(line, self.experiment))
         began, self._began = self._began, time.perf_counter()
+        if not is_finite(line):
+            self.skips.add(step, line["loss"], line["grad_norm"])
+            return
+        self.skips.finite()
         seconds = self._began - began
         line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
         line |= {} if measure is None else measure()
         for write in self.writers:
             write(line)
         self.last = line
-
-
-def diverged(line: dict[str, Any], experiment: Experiment) -> str:
-    kept = (line["step"] - 1) // experiment.checkpoint_every * experiment.checkpoint_every
-    since = f"the last checkpoint is that of step {kept}" if kept else "there is no checkpoint before it"
-    return (
-        f"Step {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}. The run stops without saving "
-        f"this step; {since}. Lower optimiser.learning_rate or clip_norm, or check the rows of this step."
-    )

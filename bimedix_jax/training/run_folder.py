@@ -5,10 +5,12 @@ plan.safetensors                the routing plan, if the run has one
 run.json                        versions, devices, coverage table, fingerprints, all starts
 metrics.jsonl                   one line for each step
 metrics.superseded-N.jsonl      lines of steps that a resumed run repeated
+skipped.jsonl, orders.json      steps that were skipped, with their records, and other orders of the data
+                                (training/skips.py)
 checkpoints/STEP/               training states (checkpoint/steps.py)
 adapter/ or model/              the trained adapters or model, at the end
-wandb/                          the copy for Weights & Biases, if tracking is on run.lock                        held by
-the process that writes the folder, removed at its end
+wandb/                          the copy for Weights & Biases, if tracking is on
+run.lock                        held by the process that writes the folder, removed at its end
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from bimedix_jax.process import folders, signals
 from bimedix_jax.routing.plans import read_plan, write_plan
 from bimedix_jax.training.metadata import RUN
 from bimedix_jax.training.metrics import METRICS, rewind
+from bimedix_jax.training.skips import SKIPPED
 from bimedix_jax.training.state import TrainState
 
 CONFIG, PLAN, CHECKPOINTS = "config.json", "plan.safetensors", "checkpoints"
@@ -72,9 +75,11 @@ def _held(folder: Path, experiment: Experiment, resume: bool) -> Iterator[None]:
 
 
 def remove_failed_start(folder: Path) -> None:
-    """Removes what a new run has written, if no step of it is logged or saved."""
+    """Removes what a new run has written, if no step of it is logged, skipped or saved."""
     metrics = folder / METRICS
     if steps_in(folder / CHECKPOINTS) or (metrics.is_file() and metrics.stat().st_size > 0):
+        return
+    if (folder / SKIPPED).is_file():  # the report of a run that diverged
         return
     for name in (CONFIG, PLAN, RUN, METRICS, folders.LOCK):
         (folder / name).unlink(missing_ok=True)
@@ -125,6 +130,11 @@ def begin(folder: Path, experiment: Experiment, plan: RoutingPlan | None = None)
             write_plan(plan, folder / PLAN)
     except OSError as error:
         raise BimedixError(f"cannot write to {folder} ({error.strerror}); name a writable folder.") from error
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, which may be damaged; 0 without one."""
+    return max(steps_in(folder / CHECKPOINTS), default=0)
 
 
 def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainState:

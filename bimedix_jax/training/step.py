@@ -226,8 +226,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Returns the jitted step(state, frozen, batch_A, plan=None) -> (state, metrics).
 
-    The state is donated. The step also returns if the loss or gradient is not finite; the caller must check the metrics
-    and discard such a state.
+    The state is donated. If the loss or the norm of the gradient is not finite, only the step and the learning rate's
+    position change: parameters, moments and the router's state keep their values (`keep_if`).
     """
     gradient = make_gradient(structure, experiment.router, experiment.remat)
     rate = schedule(experiment.optimiser, steps)
@@ -246,15 +246,33 @@ def make_train_step(
             gradients, norm = clip(gradients, experiment.optimiser.clip_norm)
             updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
             params: Any = optax.apply_updates(state.params, updates)
+        finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
         metrics = {name: sums[name] for name in ("loss", "nll", "aux_loss", "z_loss")}
         metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
         metrics |= {"tokens": sums["tokens"], "supervised_tokens": sums["targets"]}
         metrics |= router_metrics(sums["router"], experiment.router.languages)
         chosen_LE = jnp.sum(sums["router"].chosen_LXE, axis=1)
         router = {name: structure.update_router_state(x, chosen_LE) for name, x in state.router.items()}
+        new, old = (params, optimiser_state, router), (state.params, state.optimiser, state.router)
+        params, optimiser_state, router = keep_if(finite, new, old)
         return TrainState(params, optimiser_state, state.step + 1, router), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def keep_if(condition: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the condition holds, else `old`, except for the position in the schedule of the learning rate.
+
+    That one counts steps of the run, so that a skipped step does not shift the schedule.
+    """
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    def select(new: Any, old: Any) -> Any:
+        return new if is_schedule(new) else jnp.where(condition, new, old)
+
+    return jax.tree.map(select, new, old, is_leaf=is_schedule)
 
 
 def make_eval_step(structure: Structure) -> Callable[..., tuple[jax.Array, jax.Array]]:

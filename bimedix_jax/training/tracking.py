@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.experiment import Experiment, flatten
+from bimedix_jax.experiment import Experiment
 from bimedix_jax.training.metrics import METRICS, read_metrics
 
 LABELS = "arm.json"
@@ -95,7 +95,7 @@ def labels(experiment: Experiment, folder: Path) -> dict[str, Any]:
     group, _, _ = experiment.name.rpartition("/")
     sweep = files.peek_json(folder.parent / LABELS)
     own = {key: sweep[key] for key in ("study", "size", "arm", "identity") if isinstance(sweep.get(key), str)}
-    config = {key.replace(".", "/"): plain(value) for key, value in flatten(experiment.to_dict()).items()}
+    config = {key.replace(".", "/"): plain(value) for key, value in files.flatten(experiment.to_dict()).items()}
     return {
         "name": f"{experiment.name} seed {experiment.seed}",
         "group": group or experiment.name,

@@ -8,7 +8,7 @@ import pytest
 from bimedix_jax import cli
 from bimedix_jax.commands.train import Config, resolve
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.experiment import flatten
+from bimedix_jax.files import flatten
 from bimedix_jax.options import ChangesField
 from bimedix_jax.presets import PRESETS, smoke
 

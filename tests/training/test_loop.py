@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.checkpoint.steps import steps_in
 from bimedix_jax.checkpoint.store import load_adapter
 from bimedix_jax.data import pack
 from bimedix_jax.data.tokenizer import byte_tokenizer
@@ -25,6 +26,7 @@ from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.rows import check_tokenizer
+from bimedix_jax.training.skips import read_skips
 from bimedix_jax.training.state import split_params
 from bimedix_jax.training.stopping import Interrupted
 
@@ -163,12 +165,15 @@ def test_resuming_without_a_run_raises(experiment, tmp_path):
 
 
 def test_a_nan_loss_stops_the_run(experiment, config, tmp_path):
-    """Nothing of that step is saved."""
+    """Nothing of these steps is saved. What was skipped is reported, after one other order of the data."""
     broken = init_random(config)
     broken.norm.scale.set_value(broken.norm.scale.get_value().at[0].set(np.nan))
-    with pytest.raises(BimedixError, match=r"Step 1: loss nan.*there is no checkpoint before it"):
-        train(experiment(lora=LORA), tmp_path / "run", model=broken)
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(BimedixError, match=r"Step 2: loss nan.*reordered 1 times.*there is no checkpoint before it"):
+        train(experiment(lora=LORA, skip_limit=2), tmp_path / "run", model=broken)
+    assert read_metrics(tmp_path / "run") == []
+    assert steps_in(tmp_path / "run/checkpoints") == []
+    skipped = [(line["step"], line["order"]) for line in read_skips(tmp_path / "run")]
+    assert skipped == [(1, 0), (2, 0), (1, 1), (2, 1)]
 
 
 def packed(folder, rows, length, seed, highest=61, **facts):
