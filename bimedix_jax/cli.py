@@ -63,6 +63,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval run": ("measure held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
     "chat": ("chat with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
+    "checkpoints list": ("list the checkpoints of a run", "bimedix_jax.commands.checkpoints_list"),
+    "checkpoints verify": (
+        "compare every file of a run's checkpoints with its hash",
+        "bimedix_jax.commands.checkpoints_verify",
+    ),
+    "checkpoints prune": (
+        "remove damaged and older checkpoints of a run",
+        "bimedix_jax.commands.checkpoints_prune",
+    ),
     "sweep run": (
         "run the arms and seeds of a study; what is finished never runs again",
         "bimedix_jax.commands.sweep_run",

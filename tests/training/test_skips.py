@@ -119,7 +119,7 @@ def test_a_step_that_overflows_changes_neither_weights_nor_moments(run, config, 
     # the schedule of the learning rate counts the steps of the run
     rate = schedule(experiment.optimiser, 6)
     rates = [line["learning_rate"] for line in read_metrics(folder)]
-    np.testing.assert_allclose(rates, [rate(step) for step in (0, 1, 2, 4, 5)], rtol=1e-5)
+    np.testing.assert_allclose(rates, np.asarray([rate(step) for step in (0, 1, 2, 4, 5)]), rtol=1e-5)
     (position,) = {int(x) for _, x in optax.tree.get_all_with_path(last.optimiser, "count")} - {5}
     assert position == 6, "Adam counts five updates, the schedule six steps"
 
