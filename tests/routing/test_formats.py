@@ -153,6 +153,7 @@ def test_traces_bind_layers_by_their_numbers(tmp_path):
         ({"block": None}, "by position instead of path"),
         ({"layer": 1}, "duplicate: layer 1 of step 0"),
         ({"num_tokens": 11}, "top_indices"),
+        ({"step": [0]}, r"has the step \[0\]; give its number"),
     ]:
         with pytest.raises(BimedixError, match=message):
             imported(tmp_path, trace(**change), "megatron")
@@ -199,7 +200,41 @@ def expert(value: int) -> list[dict]:
     return found
 
 
+def logits(place: int = 0, **more) -> list[dict]:
+    """Records with logits, of which one token's in layer 2 prefer other experts than it has."""
+    found = records(**more)
+    for record in found:
+        chosen_LTK = np.array(record["experts"])
+        logits_LTE = np.zeros((*chosen_LTK.shape[:2], EXPERTS))
+        np.put_along_axis(logits_LTE, chosen_LTK, 1.0, axis=-1)
+        record["logits"] = logits_LTE.tolist()
+    found[place]["logits"][2][4] = (-np.array(found[place]["logits"][2][4])).tolist()
+    return found
+
+
+def weight(*values: float | bool | None) -> list[dict]:
+    found = records()
+    found[1]["weights"][0][3] = list(values)
+    return found
+
+
 REFUSED = {
+    "logits": (logits(4), r"in.jsonl:5 has logits that contradict the experts: token 4 of layer 2"),
+    "infinite logits": (changed(0, logits=np.full((LAYERS, 5, EXPERTS), None).tolist()), "logits that are not finite"),
+    "negative weight": (weight(-0.5, 1.5), "a negative weight: -0.5"),
+    "large weight": (weight(1e6, 0.5), r"weights up to 1e\+06, but .* float16"),
+    "NaN weight": (weight(float("nan"), 0.5), "NaN is not a number of JSON"),
+    "no weight": (weight(None, 0.5), "weights that are not finite"),
+    "boolean weight": (weight(True, 0.5), "weights with true or false"),
+    "boolean experts": (changed(0, experts=[[[False, True]] * 5] * LAYERS), "experts with true or false"),
+    "a boolean expert": (expert(True), "experts with true or false"),
+    "boolean token": (changed(0, input_ids=[1, 2, True, 4, 5]), "token ids with true or false"),
+    "negative nll": (changed(0, nll=[None, 1.0, -1.0, 1.0, 1.0]), "negative nll: -1"),
+    "negative mean": (changed(0, nll=-1.0), "negative nll: -1"),
+    "NaN nll": (changed(0, nll=[None, 1.0, float("nan"), 1.0, 1.0]), "NaN is not a number of JSON.*write null"),
+    "boolean nll": (changed(0, nll=[None, 1.0, False, 1.0, 1.0]), "nll with true or false"),
+    "shuffled": ([r | {"shuffled_nll": -2} for r in records()], "negative shuffled_nll: -2"),
+    "no experts a token": (changed(0, experts=[[[]] * 5] * LAYERS, weights=None), "3 layers of 0 experts"),
     "zeros": (zeros(1), "layer 1 is constant"),
     "constant": (same(2), r"layer 2 is constant, all 45 tokens have the experts \[0, 3\]"),
     "duplicate id": (changed(3, id="r1"), "duplicate"),
@@ -226,6 +261,24 @@ def test_wrong_recordings_are_refused_by_name(tmp_path, name):
     with pytest.raises(BimedixError, match=message):
         imported(tmp_path, values)
     assert not (tmp_path / "R").exists()
+
+
+def test_what_rounding_or_another_router_explains_is_accepted(tmp_path):
+    given = weight(3.0, 9.0)
+    given[0]["nll"][2] = -1e-6
+    imported(tmp_path, given)
+    given = [record for place, record in enumerate(logits(0)) if place]
+    given[0]["logits"][0][0] = [30.0 + 0.1 * (e not in given[0]["experts"][0][0]) for e in range(EXPERTS)]
+    assert imported(tmp_path, given).tokens("margin")["margin"][0, 0] == 0  # equal in bfloat16
+    given[0]["logits"][0][0] = [30.0 + 0.5 * (e not in given[0]["experts"][0][0]) for e in range(EXPERTS)]
+    with pytest.raises(BimedixError, match="contradict"):
+        imported(tmp_path, given)
+
+
+@pytest.mark.parametrize("option", ["experts", "top_k", "first"])
+def test_numbers_of_options_are_checked(tmp_path, option):
+    with pytest.raises(BimedixError, match=f"--{option.replace('_', '-')} is -1; give at least"):
+        imported(tmp_path, records(), **{option: -1})
 
 
 def test_what_a_file_cannot_say_is_told(tmp_path):

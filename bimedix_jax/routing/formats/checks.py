@@ -1,8 +1,9 @@
 """What is refused in others' recordings of routes, by name: each message says what was found and what to do."""
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +19,12 @@ If E were larger than the highest number, at most one in 2^64 recordings would h
 """
 FEWEST_TOKENS = 8
 """Tokens from which on a layer that sends all of them to the same experts counts as constant."""
+ROUNDING = 2.0**-7
+"""Relative spacing of bfloat16: scores that are closer to each other may be in either order after rounding."""
+LEAST_NLL = -1e-3
+"""A loss below 0 by more than the rounding of a float32 softmax is not that of a probability."""
+MOST_REAL = 65504.0
+"""Largest number of float16, in which weights, margins and entropies are stored."""
 _LAYER_OF_PATH = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)(?:\.|$)")
 
 
@@ -58,6 +65,10 @@ class Checks:
         columns = tuple(sorted(routes.columns))
         if self.shape is None:
             self.shape, self.columns = shape, columns
+        if 0 in shape:
+            raise BimedixError(
+                f"{where} has {shape[0]} layers of {shape[1]} experts a token; give at least one of each"
+            )
         if shape != self.shape:
             raise BimedixError(
                 f"{where} has {shape[0]} layers of {shape[1]} experts a token, but the records before it have "
@@ -75,9 +86,9 @@ class Checks:
             )
         self.experts = self.experts if routes.experts is None else routes.experts
         self._check_experts(experts_NLK, where)
-        for name in ("weights", "margin", "entropy"):
-            if name in routes.columns and not np.isfinite(routes.columns[name]).all():
-                raise BimedixError(f"{where} has {name} that are not finite numbers; correct them")
+        for name in sorted({"weights", "margin", "entropy"} & routes.columns.keys()):
+            require_finite(routes.columns[name], name, where)
+        _check_weights_and_losses(routes.columns, where)
         self._watch(experts_NLK)
 
     def _check_experts(self, experts_NLK: np.ndarray, where: str) -> None:
@@ -137,6 +148,35 @@ class Checks:
         return highest + 1
 
 
+def _check_weights_and_losses(columns: Mapping[str, np.ndarray], where: str) -> None:
+    """Raises BimedixError for values that no router and no model give. Weights need not sum to 1."""
+    if "weights" in columns and columns["weights"].min() < 0:
+        raise BimedixError(
+            f"{where} has a negative weight: {columns['weights'].min():g}; a router's weights are at least 0, so "
+            "give the weights of the experts, not their logits"
+        )
+    for name in sorted({"nll", "shuffled_nll"} & columns.keys()):
+        known = columns[name][~np.isnan(columns[name])]
+        if np.isinf(known).any():
+            raise BimedixError(f"{where} has an infinite {name}; write null where there is none, or correct it")
+        if known.min(initial=0) < LEAST_NLL:
+            raise BimedixError(
+                f"{where} has a negative {name}: {known.min():g}; a negative log-likelihood in nats is at least 0, so "
+                "check its sign"
+            )
+
+
+def require_finite(found: np.ndarray, what: str, where: str) -> None:
+    """Raises BimedixError unless all are finite numbers that float16 can store."""
+    if not np.isfinite(found).all():
+        raise BimedixError(f"{where} has {what} that are not finite numbers; correct them")
+    if found.size and np.abs(found).max() > MOST_REAL:
+        raise BimedixError(
+            f"{where} has {what} up to {np.abs(found).max():g}, but a recording stores them in float16, up to "
+            f"{MOST_REAL:.0f}; correct them"
+        )
+
+
 def constant(where: str, layer: int, chosen: list[int], tokens: int) -> BimedixError:
     """The error for a layer that sends every token to the same experts."""
     return BimedixError(
@@ -194,12 +234,24 @@ def reals(values: object, what: str, where: str) -> np.ndarray:
 
 
 def _rectangular(values: object, what: str, where: str) -> np.ndarray:
+    if _has_booleans(values):  # NumPy reads them as 0 and 1 where numbers are among them
+        raise BimedixError(f"{where} has {what} with true or false among them; give numbers")
     try:
         return np.array(values)
     except (TypeError, ValueError, OverflowError):
         raise BimedixError(
             f"{where} has {what} in lists of unequal lengths; give every token the same number"
         ) from None
+
+
+def _has_booleans(values: object) -> bool:
+    level = [values]
+    while level:
+        kinds = set(map(type, level))
+        if bool in kinds:
+            return True
+        level = list(itertools.chain.from_iterable(x for x in level if isinstance(x, list))) if list in kinds else []
+    return False
 
 
 def require_shape(found: np.ndarray, shape: Sequence[int | None], what: str, where: str) -> None:

@@ -14,7 +14,7 @@ from bimedix_jax import files
 from bimedix_jax.data.roles import FIRST, ROLES
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.routing.formats import checks
-from bimedix_jax.routing.formats.jsonl import lines_of
+from bimedix_jax.routing.formats.jsonl import id_of, lines_of
 from bimedix_jax.routing.parts import UNKNOWN_ID, Routes
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def read_vllm(path: Path) -> Read:
             prompt = choice.get("prompt_token_ids", line.get("prompt_token_ids"))
             if prompt is None:
                 raise BimedixError(f"{where} lacks prompt_token_ids; ask vLLM for them with return_token_ids")
-            name = str(line.get("id", f"{path.name}:{number}")) + (f"#{index}" if len(choices) > 1 else "")
+            name = id_of(line.get("id", f"{path.name}:{number}"), where) + (f"#{index}" if len(choices) > 1 else "")
             experts_NLK = _decoded(_key(choice, "routed_experts", where), where)
             yield where, _of_response(name, path, prompt, choice.get("token_ids") or [], experts_NLK, where), None
 
@@ -72,7 +72,7 @@ def read_nemo(path: Path) -> Read:
         return
     for where, line in lines_of(path):
         name, experts_NLK = (
-            str(line.get("id", f"{path.name}:{number}")),
+            id_of(line.get("id", f"{path.name}:{number}"), where),
             _decoded(_key(line, "routed_experts", where), where),
         )
         if "input_ids" in line:
@@ -177,6 +177,8 @@ def read_megatron(path: Path) -> Read:
             yield _of_step(path, step, rows)
             rows = {}
         step = _key(line, "step", where)
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise BimedixError(f"{where} has the step {step!r}; give its number")
         if not rows:
             if step in seen:
                 raise BimedixError(f"{where} is a duplicate: step {step} is there twice; import each rank's file alone")

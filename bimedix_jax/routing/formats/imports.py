@@ -58,6 +58,10 @@ def import_routes(
     Raises:
       BimedixError: what docs/formats.md refuses.
     """
+    for name, least in (("experts", 1), ("top_k", 1), ("first", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise BimedixError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
     given = {name: value for name, value in dataclasses.asdict(options).items() if value not in (None, (), 0, False)}
     kept = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
     made = {"format": form, "files": [path.name for path in paths], **kept}

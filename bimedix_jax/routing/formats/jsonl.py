@@ -29,12 +29,16 @@ def lines_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if line.strip():
             where = f"{path}:{number}"
             try:
-                value = json.loads(line, object_pairs_hook=files.unique_pairs)
+                value = json.loads(line, object_pairs_hook=files.unique_pairs, parse_constant=_no_number)
             except (ValueError, RecursionError) as error:
                 raise BimedixError(f"{where} is not valid JSON ({error}); correct the line or remove it") from None
             if not isinstance(value, dict):
                 raise BimedixError(f"{where} is not a JSON object; write a record a line")
             yield where, value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON: write null where there is none")
 
 
 def read(path: Path) -> Iterator[tuple[str, Routes, Sequence[object] | None]]:
@@ -65,6 +69,8 @@ def _routes(line: dict[str, Any], where: str) -> Routes:
     if line.get("logits") is not None:
         logits_LNE = checks.reals(line["logits"], "logits", where)
         checks.require_shape(logits_LNE, (layers, len(ids_N), None), "logits [L][T][E]", where)
+        if not np.isfinite(logits_LNE).all():
+            raise BimedixError(f"{where} has logits that are not finite numbers; correct them")
         experts = logits_LNE.shape[2]
         if experts_LNK.max(initial=-1) >= experts:
             raise BimedixError(
@@ -73,12 +79,13 @@ def _routes(line: dict[str, Any], where: str) -> Routes:
             )
         if top_k and experts_LNK.min(initial=0) >= 0:
             margin_LN, entropy_LN = of_logits(logits_LNE, experts_LNK)
+            margin_LN = _agreeing(margin_LN, logits_LNE, experts_LNK, where)
             columns |= {"margin": margin_LN.T, "entropy": entropy_LN.T}
     for name in ("nll", "shuffled_nll"):
         if line.get(name) is not None:
             columns[name] = _by_token(line[name], len(ids_N), name, where)
     return Routes(
-        id=_id(line["id"], where),
+        id=id_of(line["id"], where),
         ids_N=ids_N,
         columns=columns,
         about={name: _text(line.get(name), name, where) for name in TEXTS},
@@ -108,6 +115,26 @@ def of_logits(logits_LNE: np.ndarray, experts_LNK: np.ndarray) -> tuple[np.ndarr
     return margin_LN, -(np.exp(log_mass_LNE) * log_mass_LNE).sum(-1)
 
 
+def _agreeing(margin_LN: np.ndarray, logits_LNE: np.ndarray, experts_LNK: np.ndarray, where: str) -> np.ndarray:
+    """The margins, at least 0: a difference within the rounding of bfloat16 is a tie.
+
+    Raises:
+      BimedixError: an expert that was not chosen has a higher logit than one that was.
+    """
+    lowest_LN = np.take_along_axis(logits_LNE, experts_LNK, axis=-1).min(-1)
+    tie_LN = checks.ROUNDING * np.maximum(1, np.abs(lowest_LN))
+    wrong_LN = margin_LN < -tie_LN
+    if wrong_LN.any():
+        layer, token = np.argwhere(wrong_LN)[0]
+        best = np.argsort(-logits_LNE[layer, token], kind="stable")[: experts_LNK.shape[2]].tolist()
+        raise BimedixError(
+            f"{where} has logits that contradict the experts: token {token} of layer {layer} has the experts "
+            f"{experts_LNK[layer, token].tolist()}, but the highest logits are those of {best}; give the scores by "
+            "which the router chose, with its bias if it has one, or leave the logits out"
+        )
+    return np.maximum(margin_LN, 0)
+
+
 def _by_token(value: object, tokens: int, what: str, where: str) -> np.ndarray:
     found = checks.reals(value, what, where)
     if found.ndim == 0:
@@ -116,7 +143,7 @@ def _by_token(value: object, tokens: int, what: str, where: str) -> np.ndarray:
     return found
 
 
-def _id(value: object, where: str) -> str:
+def id_of(value: object, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise BimedixError(f"{where} has the id {value!r}; give a text or a number")
     return str(value)
