@@ -28,7 +28,7 @@ class Config:
     experts: int | None = None
     """Number of experts of a layer; by default that of the logits, or else the highest number plus one."""
     top_k: int | None = None
-    """With counts, the number of experts of a token; by default it follows from the sums."""
+    """With counts, the number of experts of a token; needed where the counts fit several numbers."""
     layers: tuple[str, ...] = ()
     """Module paths of the layers in the order of the file, such as model.layers.3.mlp, with - for a layer to leave out;
     by default those of the file, or else layers 0, 1, ..."""

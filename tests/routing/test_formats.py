@@ -332,7 +332,7 @@ def count_rows() -> list[tuple]:
 
 
 def test_counts_keep_layers_domains_and_tokens(tmp_path):
-    recording = counted(tmp_path, count_rows())
+    recording = counted(tmp_path, count_rows(), top_k=2)
     assert recording.layer_numbers == [0, 7, 15]
     assert (recording.manifest.top_k, recording.manifest.experts) == (2, 4)
     assert recording.records["tokens"] == [12, 12]
@@ -363,10 +363,40 @@ def test_wrong_counts_are_refused_by_name(tmp_path, rows, message):
         counted(tmp_path, rows)
 
 
+def random_rows(ids: int, top_k: int, models=("m",)) -> list[tuple]:
+    """Counts of 1 to 4 tokens of each id in 2 layers, each with `top_k` of 4 experts."""
+    rng, found = np.random.default_rng(0), []
+    for model in models:
+        for token in range(ids):
+            tokens = rng.integers(1, 5)
+            for layer in range(2):
+                chosen = np.argsort(rng.random((tokens, 4)), axis=-1)[:, :top_k]
+                numbers = np.bincount(chosen.ravel(), minlength=4)
+                found += [(model, "d", layer, e, token, n) for e, n in enumerate(numbers.tolist()) if n]
+    return found
+
+
+def test_the_number_of_experts_of_a_token_is_told_where_the_counts_do_not_determine_it(tmp_path):
+    equal = [("m", "d", layer, e, token, 2) for layer in (0, 1) for e in range(3) for token in range(99)]
+    with pytest.raises(BimedixError, match=r"does not say how many experts a token has: its counts fit 1, 2, 3.*top-k"):
+        counted(tmp_path, equal, experts=4)
+    for top_k, tokens in ((1, 3), (3, 1)):
+        recording = counted(tmp_path, equal, top_k=top_k, experts=4, keep_constant=True)
+        assert recording.records["tokens"] == [tokens * 2 * 99]
+    with pytest.raises(BimedixError, match=r"does not fit --top-k 4: .* common divisor 6, .* at most 3"):
+        counted(tmp_path, equal, top_k=4)
+    for top_k in (1, 2, 3):
+        assert counted(tmp_path, random_rows(99, top_k)).manifest.top_k == top_k
+    with pytest.raises(BimedixError, match="its counts fit 1, 2; give --top-k"):
+        counted(tmp_path, random_rows(20, 2))
+    with pytest.raises(BimedixError, match="has 2 models: a, b; import those of each model alone"):
+        counted(tmp_path, random_rows(99, 2, ("b", "a")), top_k=2)
+
+
 def test_counts_of_tokens_are_those_of_a_recording(tmp_path):
     recording = imported(tmp_path, records())
     export_routes(recording, "counts", tmp_path / "x.csv.gz")
-    import_routes([tmp_path / "x.csv.gz"], "counts", tmp_path / "C", ImportOptions())
+    import_routes([tmp_path / "x.csv.gz"], "counts", tmp_path / "C", ImportOptions(top_k=TOP_K))
     found = Recording.open(tmp_path / "C")
     assert sum(found.records["tokens"]) == recording.manifest.tokens
     assert found.counts()["count"].sum() == recording.manifest.rows * TOP_K

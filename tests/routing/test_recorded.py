@@ -136,7 +136,7 @@ def test_counts_become_tables(tmp_path):
             rows += f"m,{domain},{layer},{layer % 3},11,{n}\nm,{domain},{layer},3,11,{n}\nm,{domain},{layer},0,12,2\n"
             rows += f"m,{domain},{layer},1,12,1\nm,{domain},{layer},2,12,1\n"
     (tmp_path / "x.csv").write_text(rows)
-    import_routes([tmp_path / "x.csv"], "counts", tmp_path / "R", ImportOptions())
+    import_routes([tmp_path / "x.csv"], "counts", tmp_path / "R", ImportOptions(top_k=2))
     tables = tables_with(Recording.open(tmp_path / "R"))
     assert tables.counts_RLE.tolist() == [[[5, 1, 1, 3], [2, 4, 1, 3]], [[7, 1, 1, 5], [2, 6, 1, 5]]]
     assert tables.tokens_R.tolist() == [5, 7]

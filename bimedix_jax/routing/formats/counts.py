@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from bimedix_jax.errors import BimedixError
-from bimedix_jax.routing.formats.checks import constant
+from bimedix_jax.errors import BimedixError, listed
+from bimedix_jax.routing.formats.checks import FEWEST_CHOICES, constant
 from bimedix_jax.routing.parts import COUNT_SCHEMA, COUNTS, TEXTS, PartLayout, part_name, write_records, write_table
 from bimedix_jax.routing.recording import LayerName
 
@@ -52,6 +52,9 @@ def write_counts(
     """
     table, where = pa.concat_tables([read(path) for path in paths]), ", ".join(map(str, paths))
     names = [f"{model}/{domain}" for model, domain in zip(*(table[x].to_pylist() for x in COLUMNS[:2]), strict=True)]
+    models = sorted(set(table["model"].to_pylist()))
+    if len(models) > 1:
+        raise BimedixError(f"{where} has {len(models)} models: {listed(models)}; import those of each model alone")
     found, record_X = np.unique(names, return_inverse=True)
     layer_X, expert_X, id_X, count_X = (table[name].to_numpy() for name in COLUMNS[2:])
     layers, layer_X = np.unique(layer_X, return_inverse=True)
@@ -117,7 +120,8 @@ def _tokens(
     """Number of tokens of each record, and k.
 
     Every token has k choices in a layer, so k divides the sum of each token id, and no expert is chosen more often than
-    there are tokens. Without `top_k` it is the largest number of which both are true.
+    there are tokens. Without `top_k` it is the only number of which both are true, or the largest if a smaller one
+    would need an accident: that the numbers of tokens of many ids are all multiples of the same number.
     """
     rows = np.stack([record_X, layer_X, id_X])
     _, cell_X = np.unique(rows, axis=1, return_inverse=True)
@@ -127,11 +131,19 @@ def _tokens(
     np.maximum.at(largest, cell_X, count_X)
     divisor = math.gcd(*sums.tolist())
     most = int((sums // largest).min())
-    told = max(number for number in range(1, most + 1) if divisor % number == 0) if top_k is None else top_k
-    if divisor % told or told > most:
+    fitting = [number for number in range(1, most + 1) if divisor % number == 0]
+    ids = len(sums) // (int(layer_X.max()) + 1)  # of each record and token id; those of its layers are equal
+    if top_k is not None and top_k not in fitting:
         raise BimedixError(
-            f"{where} does not say how many experts a token has: the sums by token id have the common divisor "
-            f"{divisor}; give --top-k, and a table from which no rows were dropped"
+            f"{where} does not fit --top-k {top_k}: the sums by token id have the common divisor {divisor}, and leave "
+            f"room for at most {most}; correct it, and give a table from which no rows were dropped"
+        )
+    told = fitting[-1] if top_k is None else top_k
+    by_chance = told != divisor or sums.min() == sums.max() or ids < FEWEST_CHOICES
+    if top_k is None and len(fitting) > 1 and by_chance:
+        raise BimedixError(
+            f"{where} does not say how many experts a token has: its counts fit {', '.join(map(str, fitting))}; give "
+            "--top-k"
         )
     totals = np.zeros((record_X.max() + 1, layer_X.max() + 1), np.int64)
     np.add.at(totals, (record_X, layer_X), count_X)
