@@ -110,7 +110,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 SHORT = {"sweep": "sweep run"}
-"""Group -> the command that is meant where no command of the group is named."""
+"""Group -> the command that is meant where no command of the group is named. It takes a file."""
 
 REPEATING = frozenset({"train", "quickstart"})
 """Commands that allocate the same large buffers in every step, and so keep freed memory (startup.reuse_memory)."""
@@ -323,6 +323,9 @@ def _help(group: str) -> str:
         title = "BiMediX in JAX: bilingual (English, Arabic) medical mixtures of experts. For research only."
         lines += [textwrap.fill(title, columns), ""]
     lines += ["commands:", *table(rows), "", "with every command:", *table(GLOBAL_FLAGS), ""]
+    if group in SHORT:
+        short = f"`{_program(group)} FILE` is short for `{_program(SHORT[group])} FILE`."
+        lines += [textwrap.fill(short, columns), ""]
     lines += [textwrap.fill(f"`{_program(group)} COMMAND --help` lists a command's options.", columns), ""]
     return "\n".join(lines)
 

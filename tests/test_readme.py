@@ -69,6 +69,24 @@ def test_every_command_exists(page):
     assert commands_in(page.read_text("utf-8")) <= {*COMMANDS, *SHORT}
 
 
+def test_help_and_messages_name_commands_that_exist():
+    groups = {name.split()[0] for name in COMMANDS}
+    for path in sorted((ROOT / "bimedix_jax").rglob("*.py")):
+        text = re.sub(r'"\n\s+f?"', "", path.read_text("utf-8"))  # texts over several lines
+        for words in re.findall(r"`bimedix\s+((?:[a-z]+\b(?![=.])\s*){1,2})", text):
+            named = words.split()
+            known = named[0] in {*COMMANDS, *SHORT} or " ".join(named) in {*COMMANDS, *groups}
+            assert known, f"{path}: bimedix {words}"
+
+
+@pytest.mark.parametrize("group", sorted({name.split()[0] for name in COMMANDS if " " in name}))
+def test_the_help_of_a_group_has_its_commands_and_its_short_form(group, capsys):
+    assert main([group, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS if name.startswith(f"{group} "))
+    assert (f"`bimedix {group} FILE` is short for" in shown) == (group in SHORT)
+
+
 def test_the_table_has_every_command():
     table = (ROOT / "docs/commands.md").read_text("utf-8")
     listed = re.findall(r"^\| `bimedix ([a-z ]+)` \|", table, re.MULTILINE)

@@ -36,7 +36,7 @@ def check_url(url: str) -> None:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """One model behind one OpenAI-compatible endpoint (hosted, vLLM, `bimedix serve`), and the limits on requests."""
+    """One model behind one OpenAI-compatible endpoint (hosted or local, such as vLLM), and the limits on requests."""
 
     model: str
     """Name of the model, as the endpoint spells it."""
