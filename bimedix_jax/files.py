@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """How pydantic calls the error of an unknown key, in a model and in a dataclass."""
+LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
+"""How pydantic calls the error of a value that should be a list in JSON."""
 
 
 @contextmanager
@@ -372,7 +374,7 @@ def _problem(error: "ErrorDetails", key: str) -> str:
     if error["type"] == "value_error":  # raised by a schema's own check, whose sentence is complete
         return f": {error['ctx']['error']}" if "ctx" in error else f": {error['msg']}"
     if not key:
-        return " is not a JSON object"
+        return f" is not a JSON {'list' if error['type'] in LISTS else 'object'}"
     found = found if len(found) < 80 else f"{found[:77]}..."
     problem = error["msg"].removeprefix("Input ")
     return (

@@ -336,6 +336,11 @@ def test_json_errors_name_file_key_and_remedy(tmp_path, text, problem):
         read_json(path, Config, "correct it")
 
 
+def test_a_list_that_is_something_else_is_called_a_list(tmp_path):
+    with pytest.raises(BimedixError, match=r"config\.json is not a JSON list; correct it\.$"):
+        read_json(written(tmp_path, "{}"), list[Any], "correct it")
+
+
 def test_a_remedy_can_name_the_wrong_key(tmp_path):
     with pytest.raises(BimedixError, match=r"; remove siez\.$"):
         read_json(written(tmp_path, '{"size": 3, "siez": 3}'), Config, "remove {key}")

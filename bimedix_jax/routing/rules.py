@@ -11,9 +11,12 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from bimedix_jax import files
+from bimedix_jax.data.records import Kind, Language
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import MixtralConfig
 
+MOST_BIAS = 1_000_000.0
+"""Largest bias: logits that are larger would lose all digits to it, and sums of 32 of them are still finite."""
 MOST_RULES = 32
 """Rules of a file: a record of what was done has a bit for each in an unsigned integer of 32 bits."""
 REMEDY = "correct it; docs/routing.md lists the rules"
@@ -28,7 +31,16 @@ def check_slice(value: str | int) -> str | int:
     parts = value.split(":") if isinstance(value, str) else []
     if isinstance(value, str) and (len(parts) != 2 or not all(part == "" or part.isdecimal() for part in parts)):
         raise ValueError(f"{value!r} is not a range; write a number, or a range as in Python: '4:8', '4:' or ':8'")
+    low, high = bounds(value)
+    if high is not None and low >= high:
+        raise ValueError(f"{value!r} is an empty range; its first number must be below its second")
     return value
+
+
+def bounds(span: str | int) -> tuple[int, int | None]:
+    """The first number of a span, and the first one after it; None if it has no end."""
+    low, _, high = span.partition(":") if isinstance(span, str) else (str(span), "", str(span + 1))
+    return int(low or 0), int(high) if high else None
 
 
 Whole = Annotated[int, Field(strict=True, ge=0)]
@@ -47,8 +59,8 @@ def within(spans: Spans, numbers: np.ndarray) -> np.ndarray:
     """Whether each number is in one of the spans."""
     found = np.zeros(numbers.shape, bool)
     for span in spans:
-        low, _, high = span.partition(":") if isinstance(span, str) else (str(span), "", str(span + 1))
-        found |= (numbers >= int(low or 0)) & ((numbers < int(high)) if high else True)
+        low, high = bounds(span)
+        found |= (numbers >= low) & (True if high is None else numbers < high)
     return found
 
 
@@ -59,8 +71,8 @@ class Checked(BaseModel):
 class Where(Checked):
     """The tokens that a rule applies to: all conditions that are given must hold; without any, all tokens."""
 
-    language: Names | None = None
-    kind: Names | None = None
+    language: Annotated[tuple[Language, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
+    kind: Annotated[tuple[Kind, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
     role: Annotated[tuple[Role, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
     positions: Spans | None = None
     token_ids: Annotated[tuple[Whole, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = None
@@ -87,11 +99,13 @@ class Base(Checked):
 
     def problem(self, config: MixtralConfig) -> str | None:
         """What does not fit the model, with the remedy; None if all does."""
-        beyond = [x for x in self.layers or () if isinstance(x, int) and x >= config.num_layers]
-        if beyond:
-            return f"names layer {beyond[0]}, but this model has layers 0 .. {config.num_layers - 1}"
-        if not self.layer_mask(config).any():
-            return f"names no layer of this model; give some of 0 .. {config.num_layers - 1}"
+        for span in self.layers or ():
+            low, high = bounds(span)
+            if isinstance(span, str) and low >= config.num_layers:
+                return f"names no layer of this model with {span!r}; give some of 0 .. {config.num_layers - 1}"
+            if high is not None and high > config.num_layers:
+                what = f"layers {span!r}" if isinstance(span, str) else f"layer {span}"
+                return f"names {what}, but this model has layers 0 .. {config.num_layers - 1}"
         wrong = [expert for expert in self.named() if expert >= config.router.num_experts]
         if wrong:
             return f"names expert {wrong[0]}, but this model has experts 0 .. {config.router.num_experts - 1}"
@@ -167,7 +181,7 @@ class Gain(Distinct):
 
 class Bias(Distinct):
     op: Literal["bias"]
-    value: Annotated[float, Field(strict=True, ge=-1e6, le=1e6)]
+    value: Annotated[float, Field(strict=True, ge=-MOST_BIAS, le=MOST_BIAS)]
     unit: Literal["logits", "deviations"] = "logits"
 
 
@@ -219,7 +233,7 @@ class ByLanguage(Base):
     """A fixed set of experts for each language; a set of more than k leaves the choice within it to the router."""
 
     op: Literal["by_language"]
-    experts: Annotated[dict[str, Experts], Field(min_length=1)]
+    experts: Annotated[dict[Language, Experts], Field(min_length=1)]
 
     def named(self) -> tuple[int, ...]:
         return tuple(expert for chosen in self.experts.values() for expert in chosen)
@@ -241,6 +255,8 @@ def parse_rules(value: Any, where: str) -> tuple[Any, ...]:
     Raises:
       BimedixError: it is not a list of 1 to 32 rules; the message begins with `where`.
     """
+    if isinstance(value, dict):
+        raise BimedixError(f"{where} is a JSON object, but rules are a list: put [ ] around it; {REMEDY}.")
     if not isinstance(value, list) or not 1 <= len(value) <= MOST_RULES:
         raise BimedixError(f"{where} is not a list of 1 to {MOST_RULES} rules; {REMEDY}.")
     return files.validate(value, tuple[Rule, ...], where, REMEDY)
@@ -248,7 +264,7 @@ def parse_rules(value: Any, where: str) -> tuple[Any, ...]:
 
 def read_rules(path: str | Path) -> tuple[Any, ...]:
     """The rules in a JSON file. Raises BimedixError if it cannot be read or is not a list of rules."""
-    return parse_rules(files.read_json(path, list[Any], REMEDY, unique_keys=True), str(path))
+    return parse_rules(files.read_json(path, object, REMEDY, unique_keys=True), str(path))
 
 
 def label(rule: Base) -> str:

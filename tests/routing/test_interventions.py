@@ -26,6 +26,7 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.routing.chance import draws, number_of
 from bimedix_jax.routing.draft import FIELDS
 from bimedix_jax.routing.interventions import Interventions
+from bimedix_jax.routing.rules import MOST_BIAS, MOST_RULES
 
 L, E, K = 2, 6, 3
 CONFIG = tiny(num_layers=L, experts=E, top_k=K)
@@ -327,7 +328,10 @@ def test_a_shuffle_takes_every_token_of_a_record_once() -> None:
             [{"op": "gain", "experts": [0], "value": 0, "layers": [2]}],
             "names layer 2, but .* has layers 0 .. 1",
         ),
-        ([{"op": "uniform", "layers": ["5:"]}], "names no layer of this model; give some of 0 .. 1"),
+        ([{"op": "uniform", "layers": ["5:"]}], "names no layer of this model with '5:'; give some of 0 .. 1"),
+        ([{"op": "uniform", "layers": [0, "2:"]}], "names no layer of this model with '2:'"),
+        ([{"op": "uniform", "layers": ["0:999"]}], "names layers '0:999', but this model has layers 0 .. 1"),
+        ([{"op": "uniform", "layers": [0, ":3"]}], "names layers ':3', but this model has layers 0 .. 1"),
         ([{"op": "force", "experts": [0, 1]}], "forces 2 experts, but this model's k is 3; name 3, or use include"),
         ([{"op": "include", "experts": [0, 1, 2, 3]}], "includes 4 experts, more than this model's k of 3"),
         ([{"op": "permute", "to": [0, 1, 2, 3, 4, 4]}], "which is no permutation of the 6 experts"),
@@ -348,14 +352,26 @@ def test_rules_that_do_not_fit_raise(rules: list[dict[str, Any]], message: str) 
         ({"op": "banish"}, "banish"),
         ({"op": "ban", "experts": [0], "layer": [1]}, "unknown key"),
         ({"op": "ban", "experts": [0], "where": {"langauge": "ar"}}, "unknown key.*langauge"),
-        ({"op": "ban"}, "lacks the key 0.ban.experts"),
+        ({"op": "ban"}, "lacks the key 0.experts"),
         ({"op": "ban", "experts": [0, 0]}, "names an expert twice"),
-        ({"op": "ban", "experts": ["0"]}, "0.ban.experts.0 = '0'"),
+        ({"op": "ban", "experts": ["0"]}, "0.experts.0 = '0'"),
         ({"op": "gain", "experts": [0], "value": -1}, "greater than or equal to 0"),
         ({"op": "temperature", "value": 0}, "greater than 0"),
         ({"op": "top_k", "k": 0}, "greater than or equal to 1"),
         ({"op": "uniform", "layers": ["4"]}, "'4' is not a range"),
+        ({"op": "uniform", "layers": ["4:4"]}, "'4:4' is an empty range"),
+        ({"op": "uniform", "where": {"positions": [":0"]}}, "':0' is an empty range"),
         ({"op": "uniform", "where": {"role": "question"}}, "question"),
+        (
+            {"op": "uniform", "where": {"language": "arabic"}},
+            "where.language = 'arabic', but it should be 'en' or 'ar'",
+        ),
+        (
+            {"op": "uniform", "where": {"kind": ["qa", "mcq"]}},
+            "kind.1 = 'mcq', but it should be 'qa', 'mcqa' or 'chat'",
+        ),
+        ({"op": "by_language", "experts": {"arabic": [0]}}, "'arabic', but it should be 'en' or 'ar'"),
+        ({"op": "bias", "experts": [0], "value": 2e6}, "less than or equal to 1000000"),
         ({"op": "force", "experts": [0, 1], "weights": [1.0]}, "1 weights for 2 experts"),
         ({"op": "swap", "experts": [1]}, "at least 2 items"),
     ],
@@ -365,9 +381,15 @@ def test_wrong_rules_are_refused_when_the_file_is_read(tmp_path, rule: dict[str,
     with pytest.raises(BimedixError, match=message) as found:
         Interventions.read(tmp_path / "rules.json")
     assert str(found.value).endswith("correct it; docs/routing.md lists the rules.")
-    (tmp_path / "rules.json").write_text("[]")
-    with pytest.raises(BimedixError, match="is not a list of 1 to 32 rules"):
-        Interventions.read(tmp_path / "rules.json")
+    for text, problem in {
+        "[]": "is not a list of 1 to 32 rules",
+        '"ban"': "is not a list of 1 to 32 rules",
+        json.dumps(rule): "is a JSON object, but rules are a list: put [ ] around it",
+        json.dumps([{"op": "uniform"}] * 33): "is not a list of 1 to 32 rules",
+    }.items():
+        (tmp_path / "rules.json").write_text(text)
+        with pytest.raises(BimedixError, match=re.escape(problem)):
+            Interventions.read(tmp_path / "rules.json")
 
 
 def test_rules_that_cannot_apply_to_a_token_raise() -> None:
@@ -397,6 +419,9 @@ def test_the_examples_of_the_page_are_rules_for_a_model_of_eight_experts() -> No
     named = {row[0]["op"] for row in rows}
     assert named == FIELDS.keys()
     assert len(blocks) == 1
+    prose = " ".join(text.split())
+    assert f"at most {MOST_RULES} rules" in prose
+    assert f"from -{MOST_BIAS:,.0f} to {MOST_BIAS:,.0f}" in prose
 
 
 def test_rules_follow_generated_tokens(model: Mixtral, bytes_tokenizer) -> None:
