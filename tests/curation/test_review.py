@@ -330,6 +330,13 @@ def test_a_cell_is_never_a_formula():
         (lambda text: fill(text, decision="accept", digest="x"), "translated again"),
         (lambda text: fill(text, edited="نص", segment="t99"), "no segment 't99'"),
         (lambda text: fill(text, score="5"), "and no decision"),
+        (lambda text: fill(text, decision="accept", translation="نص"), "write the correction in `edited`"),
+        (lambda text: fill(text, translation="نص"), "write the correction in `edited`"),
+        (lambda text: fill(text, decision="accept", translation=""), "write the correction in `edited`"),
+        (lambda text: fill(text, decision="accept", source="A"), "`source` of segment .* was changed"),
+        (lambda text: fill(text, decision="accept").rstrip().rpartition("\n")[0], "item 'q1' lacks segment 't2'"),
+        (lambda text: fill(text, edited="نص").rstrip().rpartition("\n")[0], "item 'q1' lacks segment"),
+        (lambda text: fill(text, edited="نص") + text.splitlines()[1] + "\n", "there twice, with different edited"),
         (lambda text: fill(text, decision="accept", time="yesterday"), "time: Input"),
         (lambda text: text + "q1," + "x," * 20, "more cells than the header"),
         (lambda text: text + '"open', "not a CSV file"),
@@ -338,6 +345,34 @@ def test_a_cell_is_never_a_formula():
 def test_errors_in_a_csv_file_are_explained(text, message):
     with pytest.raises(BimedixError, match=message):
         from_csv(text(tables.to_csv([item()], "first", blind=True)))
+
+
+def test_what_a_spreadsheet_changes_in_a_text_is_no_edit():
+    """Spaces and line breaks; and nothing that was exported matters where an item is rejected or has no decision."""
+    text = tables.to_csv([item()], "first", blind=True)
+    shown = segments(item())[0].translation
+    (found,) = from_csv(fill(text, decision="accept", translation=f" {shown.replace(' ', chr(10))} "))
+    assert (found.decision, found.edited) == ("accept", None)
+    (found,) = from_csv(fill(text, translation="نص", edited="نص"))
+    assert found.decision == "edit"
+    (found,) = from_csv(fill(text, decision="reject", translation="نص"))
+    assert found.decision == "reject"
+    assert from_csv(text.rstrip().rpartition("\n")[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row["segments"].pop(), "lacks segment"),
+        (lambda row: row["segments"][0].update(translation="نص"), "write the correction in `edited`"),
+        (lambda row: row["segments"][0].update(id="t99"), "no segment 't99'"),
+    ],
+)
+def test_lines_that_lost_or_changed_a_text_are_errors(change, message):
+    row = json.loads(tables.to_jsonl([item()], "first", blind=True)) | {"decision": "accept"}
+    change(row)
+    with pytest.raises(BimedixError, match=message):
+        tables.from_jsonl(json.dumps(row), "b", {"q1": item()}, NOON, "file")
 
 
 def test_jsonl_survives_writing_and_reading():

@@ -2,6 +2,8 @@
 
 Reviewers fill in `decision` (accept, edit, reject), and optionally `edited`, `score` and `comment`. In CSV, any one of
 an item's rows can have its decision, score and comment.
+
+The other columns are not read back, so a change of a text there is an error: a correction would be lost.
 """
 
 import csv
@@ -111,9 +113,9 @@ def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: date
         if not any(cells.values()):
             continue
         item = _item(cells["item"].removeprefix("'"), cells["digest"], place, items)
-        known = found.setdefault(item.id, {"place": place, "texts": {}})
-        if cells.get("edited"):
-            known["texts"][cells["segment"]] = cells["edited"].removeprefix("'")
+        known = found.setdefault(item.id, {"place": place, "texts": {}, "seen": {}, "changed": []})
+        texts = {name: cells[name].removeprefix("'") for name in ("source", "translation", "edited") if name in cells}
+        _segment(known, item, cells["segment"], texts, place)
         for name in ONCE_PER_ITEM:
             value = cells.get(name, "").removeprefix("'")
             if value and known.get(name, value) != value:
@@ -124,6 +126,49 @@ def from_csv(text: str, where: str, items: Mapping[str, ReviewItem], saved: date
         for name, given in found.items()
         if (verdict := _verdict(items[name], given, saved, reviewer)) is not None
     ]
+
+
+def _segment(known: dict[str, Any], item: ReviewItem, name: str, texts: Mapping[str, str], place: str) -> None:
+    """Add a segment of an item to what is known of the item: its edited text, and whether another text was changed.
+
+    Raises:
+        BimedixError: the item has no such segment, or has it twice with different edited texts.
+    """
+    parts = {part.id: part for part in segments(item)}
+    if name not in parts:
+        raise BimedixError(f"{place}: item {item.id!r} has no segment {name!r}; keep the column as it was")
+    edited = texts.get("edited", "").strip()
+    if known["seen"].setdefault(name, edited) != edited:
+        raise BimedixError(f"{place}: segment {name!r} of item {item.id!r} is there twice, with different edited texts")
+    if edited:
+        known["texts"][name] = edited
+    exported = {"source": parts[name].source, "translation": parts[name].translation}
+    for column, before in exported.items():
+        is_read = column == "translation" and edited  # then the edited text replaces it
+        if column in texts and not is_read and _words(texts[column]) != _words(before):
+            known["changed"].append((place, name, column))
+
+
+def _words(text: str) -> list[str]:
+    """The words of a cell without the mark of `_no_formula`. Spreadsheets change line breaks and spaces."""
+    return text.strip().removeprefix("'").split()
+
+
+def _require_whole(item: ReviewItem, given: Mapping[str, Any]) -> None:
+    """Raise BimedixError if a text was changed where it is not read back, or if segments are missing."""
+    for place, name, column in given["changed"]:
+        remedy = (
+            "write the correction in `edited` and leave `translation` as exported"
+            if column == "translation"
+            else "restore it; if the English is wrong, reject the item"
+        )
+        raise BimedixError(f"{place}: `{column}` of segment {name!r} of item {item.id!r} was changed; {remedy}")
+    missing = [part.id for part in segments(item) if part.id not in given["seen"]]
+    if missing:
+        raise BimedixError(
+            f"{given['place']}: item {item.id!r} lacks segment {', '.join(map(repr, missing))}; restore what was "
+            "exported, or clear the decision"
+        )
 
 
 def _delimiter(text: str) -> str:
@@ -175,13 +220,20 @@ def _line(line: str, place: str, items: Mapping[str, ReviewItem], saved: datetim
     item = _item(row.item, row.digest, place, items)
     given: dict[str, Any] = {
         "place": place,
-        "texts": {part.id: part.edited for part in row.segments if part.edited and part.edited.strip()},
+        "texts": {},
+        "seen": {},
+        "changed": [],
         "decision": row.decision,
         "score": row.score,
         "comment": row.comment,
         "reviewer": row.reviewer,
         "time": row.time.isoformat() if row.time else None,
     }
+    for part in row.segments:
+        texts = {
+            name: getattr(part, name) or "" for name in part.model_fields_set & {"source", "translation", "edited"}
+        }
+        _segment(given, item, part.id, texts, place)
     return _verdict(item, given, saved, reviewer)
 
 
@@ -202,11 +254,10 @@ def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer:
     """A verdict, or None if there is no decision."""
     place, texts = given["place"], given["texts"]
     before = {part.id: part.translation for part in segments(item)}
-    unknown = sorted(set(texts) - set(before))
-    if unknown:
-        raise BimedixError(f"{place}: item {item.id!r} has no segment {unknown[0]!r}; keep the column as it was")
     edited = changed(texts, before)
     decision = (given.get("decision") or "").strip().lower()
+    if decision != "reject" and (decision or given["texts"] or given["changed"]):
+        _require_whole(item, given)
     if not decision and not edited:
         if given.get("score") not in (None, "") or given.get("comment"):
             raise BimedixError(f"{place}: item {item.id!r} has a score or a comment and no decision; add a decision")
