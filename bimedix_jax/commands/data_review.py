@@ -148,7 +148,10 @@ def _import(
         lines = "".join(dump(verdict) + "\n" for verdict in latest(verdicts))
         (folder / VERDICTS).write_text(lines, encoding="utf-8", newline="\n")
         statistics = _statistics(config, items, verdicts, console)
-        result = {"records": records, **counts(settled), "statistics": statistics}
+        became = sum(verdict.stated is not None for verdict in latest(verdicts))
+        flagged = sum(_flags_left(row) != () for row in settled)
+        result = {"records": records, **counts(settled), "accept_became_edit": became, "flagged": flagged}
+        result["statistics"] = statistics
         (folder / REPORT).write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     _print_settled(config, settled, result, console)
     return {"output": str(config.out), **result}
@@ -164,11 +167,26 @@ def _print_settled(config: Config, settled: "list[Settled]", result: dict[str, A
         console.print(
             f"[bold yellow]{result['differing_edits']:,} items have different edits[/]: the latest edit is used"
         )
-    flagged = [row for row in settled if row.record is not None and "flags_after_review" in row.record.provenance]
-    for row in flagged[:12]:
-        assert row.record is not None
-        flags = "; ".join(row.record.provenance["flags_after_review"])
-        console.print(f"  {row.item.id} still raises {flags}", highlight=False, markup=False)
+    if result["accept_became_edit"]:
+        console.print(
+            f"[bold yellow]{result['accept_became_edit']:,} verdicts say accept and have a changed text[/]: they count "
+            "as edit"
+        )
+    flagged = [(row.item.id, _flags_left(row)) for row in settled if _flags_left(row)]
+    if flagged:
+        console.print(
+            f"[bold yellow]{len(flagged):,} records that reviewers kept raise flags of the checks[/]: they are in "
+            f"{TRANSLATED}; ask a reviewer again, or reject them:"
+        )
+    for name, flags in flagged[:12]:
+        console.print(f"  {name}: {'; '.join(flags)}", highlight=False, markup=False)
+    if len(flagged) > 12:
+        console.print(f"  and {len(flagged) - 12:,} more (flags_after_review in their provenance)", highlight=False)
+
+
+def _flags_left(row: "Settled") -> tuple[str, ...]:
+    """The flags that the final text of an item raises."""
+    return () if row.record is None else tuple(row.record.provenance.get("flags_after_review", ()))
 
 
 def _print(result: dict[str, Any], console: Console) -> None:

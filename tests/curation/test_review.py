@@ -131,8 +131,10 @@ def test_bad_item_files_are_explained(tmp_path, text, message):
 def test_inconsistent_items_are_errors():
     with pytest.raises(ValueError, match="sampled item was accepted"):
         ReviewItem(id="q", reason="sample", source=mcqa("q"))
-    with pytest.raises(ValueError, match="the decision 'edit' needs"):
+    with pytest.raises(ValueError, match="only 'edit' changes texts"):
         verdict("q", "first", "accept", edited={"t1": "x"})
+    with pytest.raises(ValueError, match="the decision is 'edit' and no text is changed"):
+        verdict("q", "first", "edit")
 
 
 # --- Label Studio
@@ -482,6 +484,36 @@ def test_flags_that_an_edit_raises_are_kept():
     (row,) = verdicts.settle([item()], [verdict("q1", "first", "edit", edited={part.id: "He wheezes at night."})])
     assert row.record is not None
     assert any("untranslated" in flag for flag in row.record.provenance["flags_after_review"])
+
+
+def test_an_edit_without_arabic_is_an_error_unless_it_is_a_name_of_the_source(tmp_path):
+    text = tables.to_csv([item()], "first", blind=True)
+    path = tmp_path / "first.csv"
+    path.write_text(fill(text, edited="English text only"), "utf-8")
+    with pytest.raises(BimedixError, match="has no Arabic"):
+        verdicts.read(path, {"q1": item()})
+    (found,) = from_csv(fill(text, edited="English text only"))
+    lines = tmp_path / "verdicts.jsonl"
+    lines.write_text(dump(found) + "\n", "utf-8")
+    with pytest.raises(BimedixError, match="has no Arabic"):
+        verdicts.read(lines, {"q1": item()})
+    kept = ReviewItem.model_validate_json(item().to_json().replace("Acute gout", "HLA-B27"))
+    (part,) = [part for part in segments(kept) if part.source == "HLA-B27"]
+    lines.write_text(dump(verdict("q1", "first", "edit", edited={part.id: "HLA-B27"})) + "\n", "utf-8")
+    assert len(verdicts.read(lines, {"q1": kept})) == 1
+
+
+def test_accept_with_a_changed_text_is_counted_as_edit(tmp_path, capsys):
+    (tmp_path / "review.jsonl").write_text(item().to_json() + "\n", "utf-8")
+    text = tables.to_csv([item()], "first", blind=True)
+    (tmp_path / "first.csv").write_text(fill(text, decision="accept", edited="جرعة 500 ملغ"), "utf-8")
+    words = ["--items", str(tmp_path / "review.jsonl"), "--verdicts", str(tmp_path / "first.csv")]
+    assert main(["data", "review", "import", *words, "--out", str(tmp_path / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 verdicts say accept and have a changed text: they count as edit" in shown
+    assert "1 records that reviewers kept raise flags of the checks" in shown
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert (report["accept_became_edit"], report["flagged"]) == (1, 1)
 
 
 # --- statistics

@@ -73,7 +73,10 @@ class ReviewItem(BaseModel):
 
 
 class Verdict(BaseModel):
-    """One reviewer's decision on one item. `edited` maps the changed segments to their new texts."""
+    """One reviewer's decision on one item. `edited` maps the changed segments to their new texts.
+
+    `stated` is the decision that the reviewer chose, where a changed text made it an edit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,11 +87,16 @@ class Verdict(BaseModel):
     score: float | None = Field(default=None, ge=SCORE_MIN, le=SCORE_MAX)  # the reviewer's own, on the judge's scale
     edited: dict[str, str] | None = None
     comment: str = ""
+    stated: Literal["accept"] | None = None
 
     @model_validator(mode="after")
     def _edits_belong_to_edit(self) -> Self:
-        if bool(self.edited) != (self.decision == "edit"):
-            raise ValueError(f"decision {self.decision!r}: exactly the decision 'edit' needs changed texts")
+        if self.decision == "edit" and not self.edited:
+            raise ValueError(
+                "the decision is 'edit' and no text is changed; write the corrected text or decide 'accept'"
+            )
+        if self.edited and self.decision != "edit":
+            raise ValueError(f"the decision is {self.decision!r} and a text is changed; only 'edit' changes texts")
         if any(not text.strip() for text in (self.edited or {}).values()):
             raise ValueError("an edited text is empty")
         return self

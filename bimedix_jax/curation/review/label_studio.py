@@ -141,6 +141,7 @@ def _verdict(annotation: _Annotation, item: ReviewItem, place: str) -> Verdict:
                 "score": given.get("score"),
                 "edited": edited or None,
                 "comment": given.get("comment", ""),
+                "stated": "accept" if edited and given["decision"] == "accept" else None,
             }
         )
     except ValidationError as error:

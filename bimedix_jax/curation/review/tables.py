@@ -262,6 +262,7 @@ def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer:
         if given.get("score") not in (None, "") or given.get("comment"):
             raise BimedixError(f"{place}: item {item.id!r} has a score or a comment and no decision; add a decision")
         return None
+    stated = "accept" if edited and decision == "accept" else None
     if edited and decision in ("", "accept"):
         decision = "edit"  # a changed text is an edit, even if the decision is empty or `accept`
     time = plain(given.get("time") or saved.isoformat())
@@ -277,6 +278,7 @@ def _verdict(item: ReviewItem, given: dict[str, Any], saved: datetime, reviewer:
                 "score": score,
                 "edited": (edited or None) if decision == "edit" else None,
                 "comment": given.get("comment") or "",
+                "stated": stated,
             }
         )
     except ValidationError as error:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bimedix_jax import files
+from bimedix_jax.curation.arabic import ARABIC_LETTER, plain
 from bimedix_jax.curation.checks.api import check
+from bimedix_jax.curation.checks.surface import check_script
 from bimedix_jax.curation.review import label_studio, tables
 from bimedix_jax.curation.review.items import ReviewItem, Verdict
-from bimedix_jax.curation.review.segments import with_edits
+from bimedix_jax.curation.review.segments import segments, with_edits
 from bimedix_jax.data.records import Record, read_jsonl
 from bimedix_jax.errors import BimedixError
 
@@ -24,7 +26,8 @@ def read(path: Path, items: Mapping[str, ReviewItem], reviewer: str | None = Non
     `reviewer` is the name for verdicts without one; by default the name of the file without its ending.
 
     Raises:
-        BimedixError: the file is missing, is not UTF-8, has another format, or does not fit the items.
+        BimedixError: the file is missing, is not UTF-8, has another format, or does not fit the items; or an edited
+            text is not in Arabic at all.
     """
     form = FORMS.get(path.suffix.lower())
     if form is None:
@@ -34,10 +37,27 @@ def read(path: Path, items: Mapping[str, ReviewItem], reviewer: str | None = Non
     except OSError as error:
         raise BimedixError(f"cannot read {path} ({error.strerror}); name a file that was exported") from error
     if form == "label-studio":
-        return label_studio.verdicts(text, path.name, items)
+        found = label_studio.verdicts(text, path.name, items)
+        _require_arabic(found, path.name, items)
+        return found
     saved = datetime.fromtimestamp(path.stat().st_mtime).astimezone().replace(microsecond=0)
     read_table = tables.from_csv if form == "csv" else tables.from_jsonl
-    return read_table(text, path.name, items, saved, reviewer or path.stem)
+    found = read_table(text, path.name, items, saved, reviewer or path.stem)
+    _require_arabic(found, path.name, items)
+    return found
+
+
+def _require_arabic(verdicts: Iterable[Verdict], where: str, items: Mapping[str, ReviewItem]) -> None:
+    """Raise BimedixError if an edited text has no Arabic letter, unless it is a name or notation of the source."""
+    for verdict in verdicts:
+        sources = {part.id: part.source for part in segments(items[verdict.item])} if verdict.edited else {}
+        for name, text in (verdict.edited or {}).items():
+            if ARABIC_LETTER.search(plain(text)) or check_script(plain(sources.get(name, "")), plain(text)) is None:
+                continue
+            raise BimedixError(
+                f"{where}: item {verdict.item!r}: the edited text of segment {name!r} has no Arabic ({text[:60]!r}); "
+                "write the translation there, or reject the item"
+            )
 
 
 def latest(verdicts: Iterable[Verdict]) -> list[Verdict]:
