@@ -228,6 +228,39 @@ def test_choices_at_the_end_of_the_question(tmp_path: Path) -> None:
     assert quarantine.count == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        ("Does it? A. Vitamin A. B. Vitamin B. C. Vitamin C.", ("Vitamin A.", "Vitamin B.", "Vitamin C.")),
+        ("Which? A. Vitamin D. B. Zinc C. Iron D. None", ("Vitamin D.", "Zinc", "Iron", "None")),
+        ("Hepatitis A. is viral.\nA. Aspirin\nB. Statin", ("Aspirin", "Statin")),
+        ("Hepatitis A. is viral. (A) Aspirin (B) Statin", ("Aspirin", "Statin")),
+    ],
+)
+def test_a_label_inside_a_text_does_not_move_the_choices(text: str, texts: tuple[str, ...]) -> None:
+    found = split_labelled(text)
+    assert found is not None
+    assert found.texts == texts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hepatitis A. is viral. A. Aspirin B. Statin C. Insulin D. Heparin",
+        "A. It is old B. It is new. Which? A. Both B. Neither",
+        "Which? A. Hepatitis B. virus B. Statin C. Insulin",
+        "ما العلاج؟ فيتامين أ. مفيد أ. الأسبرين ب. الستاتين",
+    ],
+)
+def test_choices_that_can_be_split_in_several_ways_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="occurs more than once"):
+        split_labelled(text)
+    rows = [{"q": text, "a": "A"}, {"q": "Which organ? A. Liver B. Spleen", "a": "A"}]
+    path = jsonl(tmp_path / "x.jsonl", rows)
+    records, quarantine = run(f"table={path}?question=q&choices=q&answer=a&licence=x&answers=letter")
+    assert (len(records), quarantine.count) == (1, 1)
+
+
 def test_labels_of_the_data_decide_what_a_number_means(tmp_path: Path) -> None:
     """HEAD-QA counts from 1, ARC has letters in most rows and numbers in some."""
     headqa = [

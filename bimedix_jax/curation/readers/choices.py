@@ -207,18 +207,28 @@ def split_labelled(text: str) -> Choices | None:
 
     The form of label and the sequence (A B C, أ ب ج, 1 2 3) with the most choices is used; a line break before a label
     counts before any other place.
+
+    Raises:
+        ValueError: a label occurs more than once, as in `Hepatitis A. is viral. A. Aspirin B. Statin`, and the text can
+            be split in several ways.
     """
     best: Choices | None = None
+    places: tuple[str, ...] = ()
     for place in (r"(?m:^)\s*", _BEFORE):
         for mark in _MARKS:
             for labels in _spellings():
                 found = _cut(text, mark, labels, place)
-                if found is not None and (best is None or len(found.texts) > len(best.texts)):
-                    best = found
+                if found is not None and (best is None or len(found[0].texts) > len(best.texts)):
+                    best, places = found
+    if best is not None and places:
+        raise ValueError(
+            f"the label {places[0]} of a choice occurs more than once, so the choices can be split in several ways"
+        )
     return best
 
 
-def _cut(text: str, mark: str, labels: list[str], place: str) -> Choices | None:
+def _cut(text: str, mark: str, labels: list[str], place: str) -> tuple[Choices, tuple[str, ...]] | None:
+    """The choices, and the labels that may be at another place as well."""
     cuts: list[tuple[int, int]] = []
     for label in labels:
         match = _pattern(mark, label, place).search(text, cuts[-1][1] if cuts else 0)
@@ -227,13 +237,29 @@ def _cut(text: str, mark: str, labels: list[str], place: str) -> Choices | None:
         cuts.append(match.span())
     if len(cuts) < 2:
         return None
+    patterns = [_pattern(mark, label, place) for label in labels[: len(cuts)]]
+    runs = _runs(text, [[match.span() for match in pattern.finditer(text)] for pattern in patterns])
+    cuts = runs[0] if runs else cuts
+    unsure = tuple(label for label, *spans in zip(labels, *runs, strict=False) if len(set(spans)) > 1)
     ends = [start for start, _ in cuts[1:]] + [len(text)]
     texts = [text[start:end].strip() for (_, start), end in zip(cuts, ends, strict=True)]
     if all(item.endswith((",", ";", "،", "؛", "|", "/")) for item in texts[:-1]):
         texts = [item.rstrip(",;،؛|/ ") if item is not texts[-1] else item for item in texts]
     found = _trimmed(texts, [label_of(label) for label in labels[: len(texts)]])
     stem = text[: cuts[0][0]].strip()
-    return Choices(found.texts, found.labels, stem) if len(found.texts) > 1 else None
+    return (Choices(found.texts, found.labels, stem), unsure) if len(found.texts) > 1 else None
+
+
+def _runs(text: str, places: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """Up to two ways to take one place of each label, in order, with a text after each."""
+    runs = [[span] for span in places[0]]
+    for spans in places[1:]:
+        longer = []
+        for start, end in spans:
+            fitting = [run for run in runs if run[-1][1] <= start and text[run[-1][1] : start].strip(_AROUND)]
+            longer += [[*run, (start, end)] for run in fitting[:2]]
+        runs = longer
+    return ([run for run in runs if text[run[-1][1] :].strip(_AROUND)] or runs)[:2]
 
 
 def _without_own_labels(found: Choices) -> Choices:
