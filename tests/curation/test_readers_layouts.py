@@ -17,6 +17,7 @@ from bimedix_jax.curation.readers import READERS, options_of, read
 from bimedix_jax.curation.readers.delimited import MAX_SPAN
 from bimedix_jax.curation.readers.reading import split_of
 from bimedix_jax.curation.readers.texts import is_missing, is_placeholder, without_html
+from bimedix_jax.curation.readers.turns import parse_style
 from bimedix_jax.data.records import Record
 from bimedix_jax.errors import BimedixError
 
@@ -389,6 +390,28 @@ def test_rows_that_are_not_to_be_learned_are_left_out(mark: str, value: object, 
 def test_options_that_a_reader_does_not_take_are_refused_by_name(source: str, name: str) -> None:
     with pytest.raises(BimedixError, match=f"has no option '{name}'"):
         run(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("question=0&question=1&answer=1&header=no&licence=x", "question= is given 2 times"),
+        ("question=q&answer=a&licence=x&licence=x", "licence= is given 2 times"),
+        ("question=q&answer=q&licence=x", "question= and answer= both name the column 'q'"),
+        ("question=q&answer=a&context=q&licence=x", "question= and context= both name"),
+        ("question=q&answer=a&choices=a,b&licence=x", "answer= and choices= both name"),
+        ("question=q&answer=a&choices=b,c,b&licence=x", "choices= and choices= both name"),
+    ],
+)
+def test_options_and_columns_that_are_given_twice_are_refused(options: str, message: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "x.jsonl", {"q": "What?", "a": "A", "b": "x", "c": "y"})
+    with pytest.raises(BimedixError, match=message):
+        run(f"table={path}?{options}")
+
+
+def test_a_speaker_has_one_side() -> None:
+    with pytest.raises(WrongSource, match="names 'nurse' twice"):
+        parse_style({}, "nurse:gpt,nurse:human", None, None)
 
 
 def test_every_option_is_in_the_documentation() -> None:

@@ -88,9 +88,14 @@ def parse(source: str) -> tuple[str, Place, dict[str, str]]:
     if name not in READERS:
         raise BimedixError(f"there is no reader {name!r}; the readers are {', '.join(READERS)}")
     where, _, query = where.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
+    pairs = parse_qsl(query, keep_blank_values=True)
+    options = dict(pairs)
     if query and not options:
         raise BimedixError(f"{query!r} in {source!r} is not an option; write ?name=value&name=value")
+    for key in options:
+        values = [value for option, value in pairs if option == key]
+        if len(values) > 1:
+            raise BimedixError(f"{key}= is given {len(values)} times in {source!r} ({', '.join(values)}); give it once")
     return name, place_of(where), options
 
 

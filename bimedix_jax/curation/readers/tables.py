@@ -61,6 +61,7 @@ def table(
     how = reading or Reading()
     with_header = is_yes("header", header)
     columns = _Columns(question, answer, choices, context, system, explanation, specialty, id)
+    columns.check()
     stated = _forced(answers, first_option)
     if choices is None and stated is not None:
         raise WrongSource("answers= and first_option= say how choices are named; name their column with choices=")
@@ -89,6 +90,17 @@ class _Columns:
     explanation: str | None
     specialty: str | None
     id: str | None
+
+    def check(self) -> None:
+        """Raise WrongSource if one column is to be two parts of a record, other than question and choices."""
+        parts = [(part, getattr(self, part)) for part in ("question", "answer", "context", "system", "explanation")]
+        parts = [(part, name) for part, name in parts if name is not None]
+        if self.choices not in (None, self.question):
+            parts += [("choices", name) for name in self.choices.split(",")]
+        for number, (part, name) in enumerate(parts):
+            other = next((before for before, taken in parts[:number] if taken == name), None)
+            if other is not None:
+                raise WrongSource(f"{other}= and {part}= both name the column {name!r}; name a column for each")
 
     def record(
         self,

@@ -73,13 +73,16 @@ def parse_style(
     Raises:
         WrongSource: an option is not of its form.
     """
-    names = dict(known)
+    names, stated = dict(known), set[str]()
     for pair in [] if speakers is None else speakers.split(","):
         name, _, side = pair.rpartition(":")
         if not name.strip() or side.strip().lower() not in SIDES:
             raise WrongSource(
                 f"speakers={speakers} is not of the form name:side,name:side, with the sides human, gpt and system"
             )
+        if speaker_name(name) in stated:
+            raise WrongSource(f"speakers={speakers} names {name.strip()!r} twice; give each name one side")
+        stated.add(speaker_name(name))
         names[speaker_name(name)] = SIDES[side.strip().lower()]
     join = join or ("line" if lenient else "refuse")
     if join not in (*JOINS, "refuse"):
