@@ -319,6 +319,34 @@ def test_empty_choices_at_the_end_are_no_choices_and_in_the_middle_an_error(tmp_
     assert [row.line for row in quarantine.rejected] == [4, 5, 6]
 
 
+@pytest.mark.parametrize("form", ["columns", "list", "cell", "object"])
+def test_a_choice_that_looks_missing_is_named_and_can_be_kept(form: str, tmp_path: Path) -> None:
+    words = ["NA", "viral", " None", "fungal"]
+    value: Any = {
+        "columns": None,
+        "list": words,
+        "cell": json.dumps(words),
+        "object": dict(zip("ABCD", words, strict=True)),
+    }
+    own = dict(zip("wxyz", words, strict=True)) if form == "columns" else {"o": value[form]}
+    place = f"table={jsonl(tmp_path / 'x.jsonl', [{'q': 'Which?', 'a': 'A', **own}])}"
+    source = f"{place}?question=q&answer=a&licence=x&choices={'w,x,y,z' if form == 'columns' else 'o'}"
+    with pytest.raises(WrongSource, match="the choice 'NA' is read as a missing value; missing=keep") as error:
+        run(source)
+    assert "header=no" not in str(error.value)
+    (record,) = run(f"{source}&missing=keep")[0]
+    assert (record.choices, record.answer) == (("NA", "viral", "None", "fungal"), 0)
+
+
+def test_header_no_is_suggested_only_if_the_header_looks_like_data(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    for header, suggested in (("question,answer", False), ("What is a knee?,A joint", True)):
+        path.write_text(f"{header}\nWho?,He\n")
+        with pytest.raises(WrongSource, match="name those that hold") as error:
+            run(f"table={path}?question=q&answer=a&licence=x")
+        assert ("header=no" in str(error.value)) == suggested
+
+
 def test_a_table_without_header_has_columns_by_number(tmp_path: Path) -> None:
     path = tmp_path / "anatomy_test.csv"
     path.write_text('"Where, then?",Liver,Pancreas,Spleen,Kidney,C\nWhat?,Liver,Pancreas,Spleen,Kidney,A\n')

@@ -7,6 +7,7 @@ set, write such a function in one of these files and add a line to `READERS`.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -47,7 +48,7 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
 FOLDERS_ONLY = {"mts_dialog", "liveqa", "medqa_usmle_en", "medmcqa_en", "mmlu_medical_en", "mmlu_medical_en_dev"}
 """Readers of files that only the authors publish, in formats that `datasets` cannot read."""
 
-_TEXTS = ("language", "html", "placeholders")
+_TEXTS = ("language", "html", "placeholders", "missing")
 _SHARED = {
     **dict.fromkeys(FOLDERS_ONLY | {"medquad"}, _TEXTS),
     **dict.fromkeys(("liveqa", "pubmedqa", "pubmedqa_artificial", "pubmedqa_unlabelled"), (*_TEXTS, "split")),
@@ -55,6 +56,9 @@ _SHARED = {
     "records": ("language",),
 }
 """The shared options (readers/reading.py) of readers that do not take all of them."""
+
+_LIKE_DATA = re.compile(r"[.?!؟]\s*$|^[\W\d_]*$")
+"""A sentence, a number or nothing, which no column is named."""
 
 
 def read(source: str, quarantine: Quarantine) -> Iterator[Record]:
@@ -142,8 +146,10 @@ def nothing_read(name: str, place: Place, account: SourceAccount, limited: bool)
     rows = f"none of the first {account.rows:,} rows" if limited else f"none of its {account.rows:,} rows"
     columns = f"; its columns or keys are {account.listed_columns()}" if account.columns else ""
     hint = ""
-    if name == "table":
-        hint = "; name those that hold the question and the answer, and pass header=no if the file has no header"
+    if name == "table" and any(problem.startswith("field ") for problem in account.problems):
+        hint = "; name those that hold the question and the answer"
+        if any(_LIKE_DATA.search(column) or column.count(" ") > 3 for column in account.columns):
+            hint += ". The header looks like a row of data; pass header=no if the file has no header"
     columns += "".join(f" ({note})" for note in account.notes)
     return WrongSource(f"{label}: {rows} is a record ({account.listed_problems()}){columns}{hint}")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from bimedix_jax.curation.quarantine import WrongSource
 from bimedix_jax.curation.readers import choices as forms
 from bimedix_jax.curation.readers.choices import Choices, label_of
-from bimedix_jax.curation.readers.texts import is_missing
+from bimedix_jax.curation.readers.texts import is_missing, says_none
 
 NEARLY_ALL = 0.95
 """Share of the answers that a reading must fit if no reading fits all of them; the others are left out."""
@@ -97,7 +97,7 @@ def index_of(reading: str, answer: object, choices: Choices) -> int:
     Raises:
         ValueError: it names none in this reading.
     """
-    if is_missing(answer) and answer != "None":
+    if is_missing(answer) and not says_none(answer):
         raise ValueError("the answer is missing")
     found = READINGS[reading][1](answer, choices)
     if found is None:
@@ -128,7 +128,7 @@ class Column:
 
     def add(self, line: int, answer: object, choices: Choices) -> None:
         """Note one row."""
-        if is_missing(answer) and answer != "None":
+        if is_missing(answer) and not says_none(answer):
             return
         found = {name: read(answer, choices) for name, (_, read) in READINGS.items()}
         fitting = {name: index for name, index in found.items() if index is not None}

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bimedix_jax.curation.readers.texts import is_missing
+from bimedix_jax.curation.readers.texts import KeptText, is_missing, kept, says_none
 
 TEXT_NAMES = ("text", "value", "content", "option", "choice", "answer", "atext", "option_text", "choice_text", "name")
 LABEL_NAMES = ("label", "key", "letter", "id", "aid", "idx", "index", "number", "option_id", "choice_id")
@@ -75,7 +75,7 @@ def choices_of(value: Any) -> Choices:
     if isinstance(value, list | tuple) and value:
         if all(isinstance(item, dict) for item in value):
             return _from_objects(list(value))
-        return _without_own_labels(_trimmed([_text(item) for item in value]))
+        return _without_own_labels(_present(value))
     raise ValueError("the choices are neither a list, an object nor a text with labels")
 
 
@@ -88,17 +88,28 @@ def choices_in_columns(names: Sequence[str], values: Sequence[Any]) -> Choices:
     labels = [label_of(name) for name in names]
     if any(label.isdecimal() for label in labels) or len(set(labels)) < len(labels):
         labels = ["" if name.strip().isdecimal() else name.strip().casefold() for name in names]
-    return _without_own_labels(_trimmed([_text(value) for value in values], labels))
+    return _without_own_labels(_present(values, labels))
 
 
 def _text(value: Any) -> str:
-    if is_missing(value) and value != "None":  # None of the others may be a choice
+    if is_missing(value) and not says_none(value):  # None of the others may be a choice
         return ""
     if isinstance(value, bool | int | float):
         return str(value)
     if not isinstance(value, str):
         raise ValueError("a choice is not a text")
     return value
+
+
+def _present(values: Sequence[Any], labels: Iterable[str] | None = None) -> Choices:
+    """The choices that a data set gives one by one, without the missing ones at the end."""
+    found = _trimmed([_text(value) for value in values], labels)
+    for value, text in zip(values, found.texts, strict=False):
+        if not text and isinstance(value, str) and value.strip():
+            raise ValueError(
+                f"the choice {value.strip()!r} is read as a missing value; missing=keep reads it as a text"
+            )
+    return found
 
 
 def _trimmed(texts: list[str], labels: Iterable[str] | None = None) -> Choices:
@@ -114,15 +125,15 @@ def _from_object(value: dict[str, Any]) -> Choices:
         if isinstance(value.get(texts), list) and isinstance(value.get(labels), list):
             if len(value[texts]) != len(value[labels]):
                 raise ValueError("the choices have more or fewer labels than texts")
-            return _trimmed([_text(item) for item in value[texts]], [label_of(label) for label in value[labels]])
+            return _present(value[texts], [label_of(label) for label in value[labels]])
     for name in TEXT_NAMES:
         if isinstance(value.get(name), list):
-            return _trimmed([_text(item) for item in value[name]])
-    found = {label_of(name): _text(text) for name, text in value.items()}
+            return _present(value[name])
+    found = {label_of(name): text for name, text in value.items()}
     ordered = _order(list(found))
     if ordered is None or len(found) != len(value):
         raise ValueError("the choices are an object whose keys are not consecutive labels such as A, B, C")
-    return _trimmed([found[label] for label in ordered], ordered)
+    return _present([found[label] for label in ordered], ordered)
 
 
 def _order(labels: Sequence[str]) -> list[str] | None:
@@ -148,7 +159,7 @@ def _from_objects(items: list[dict[str, Any]]) -> Choices:
     labels = None if label is None else [label_of(item[label]) for item in items]
     if labels is not None and len(set(labels)) < len(labels):
         raise ValueError("two choices have the same label")
-    return _trimmed([_text(item[text]) for item in items], labels)
+    return _present([item[text] for item in items], labels)
 
 
 def _from_text(text: str) -> Choices:
@@ -156,7 +167,7 @@ def _from_text(text: str) -> Choices:
     if plain[:1] in "[{(" and plain[-1:] in "]})":
         found = _literal(plain)
         if isinstance(found, list | dict):
-            return choices_of(found)
+            return choices_of(kept(found) if isinstance(text, KeptText) else found)
     labelled = split_labelled(plain)
     if labelled is None:
         raise ValueError("the choices are one text without labels such as (A), A. or أ)")

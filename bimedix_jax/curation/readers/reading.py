@@ -47,6 +47,7 @@ class Reading:
       encoding: of text files; None is UTF-8.
       html: whether markup is dropped from texts.
       placeholders: whether rows whose answer says only that there is none are dropped.
+      missing: whether words such as NA and NULL, which programs write for an empty cell, are missing values or texts.
     """
 
     language: Language | None = None
@@ -56,6 +57,7 @@ class Reading:
     encoding: str | None = None
     html: Literal["drop", "keep"] = "drop"
     placeholders: Literal["drop", "keep"] = "drop"
+    missing: Literal["drop", "keep"] = "drop"
 
     def spoken(self, *values: str) -> Language:
         """The language of a record: the stated one, or that of the first text with letters."""
@@ -78,7 +80,9 @@ class Reading:
         for name in ("weight", "train"):
             if name in values and _is_off(values[name]):
                 raise ValueError(f"the row asks not to be learned ({name})")
-        return texts.cleaned(values, account) if self.html == "drop" else values
+        if self.html == "drop":
+            values = texts.cleaned(values, account)
+        return texts.kept(values) if self.missing == "keep" else values
 
 
 COMMON = tuple(option.name for option in fields(Reading))
@@ -106,7 +110,7 @@ def parse_reading(options: Mapping[str, str]) -> Reading:
             codecs.lookup(encoding)
         except LookupError:
             raise WrongSource(f"encoding={encoding} is unknown; write one such as windows-1256 or utf-16") from None
-    for name in ("html", "placeholders"):
+    for name in ("html", "placeholders", "missing"):
         if options.get(name, "drop") not in ("drop", "keep"):
             raise WrongSource(f"{name}={options[name]} is neither drop nor keep")
     if options.get("key") == "":
@@ -119,6 +123,7 @@ def parse_reading(options: Mapping[str, str]) -> Reading:
         encoding=encoding,
         html=options.get("html", "drop"),  # pyright: ignore[reportArgumentType]
         placeholders=options.get("placeholders", "drop"),  # pyright: ignore[reportArgumentType]
+        missing=options.get("missing", "drop"),  # pyright: ignore[reportArgumentType]
     )
 
 

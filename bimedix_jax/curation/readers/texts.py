@@ -42,12 +42,32 @@ _SPAN = re.compile(rf"</?(?:{_INLINE}){_ATTRIBUTES}>", re.IGNORECASE)
 _SCRIPTS = re.compile(rf"<(su[bp]){_ATTRIBUTES}>(.*?)</\1\s*>", re.IGNORECASE | re.DOTALL)
 
 
+class KeptText(str):
+    """A text that is never missing, whatever its words are."""
+
+    __slots__ = ()
+
+
+def kept(value: Any) -> Any:
+    """The same value with each text in it, at any depth, as a `KeptText`."""
+    if isinstance(value, dict):
+        return {name: kept(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [kept(item) for item in value]
+    return KeptText(value) if isinstance(value, str) else value
+
+
 def is_missing(value: object) -> bool:
     """Whether a field has no value: none at all, NaN, or a text that a program wrote for it. Blank is not missing."""
     if value is None or value != value:  # NaN differs from itself
         return True
-    text = value.strip() if isinstance(value, str) else ""
+    text = value.strip() if isinstance(value, str) and not isinstance(value, KeptText) else ""
     return text in MISSING or _MARK_OF_NOTHING.fullmatch(text) is not None
+
+
+def says_none(value: object) -> bool:
+    """Whether a text is the word None, which may be an answer or a choice."""
+    return isinstance(value, str) and value.strip() == "None"
 
 
 def is_placeholder(text: str) -> bool:
