@@ -27,6 +27,7 @@ class SourceAccount:
       continued: further lines of rows that span several lines.
       rows: rows that were built, each of which became a record or was left out.
       records: records that were made.
+      removed: records that were left out afterwards, as a duplicate or a record of an evaluation set.
       languages: records by language, where the script decided it.
       splits: the split that the name of a file implies, by file; None if the name is ambiguous.
       changes: texts by what was changed in them, such as removed HTML.
@@ -42,6 +43,7 @@ class SourceAccount:
     continued: int = 0
     rows: int = 0
     records: int = 0
+    removed: int = 0
     languages: Counter[str] = field(default_factory=Counter)
     splits: dict[str, Split | None] = field(default_factory=dict)
     changes: Counter[str] = field(default_factory=Counter)
@@ -79,9 +81,14 @@ class SourceAccount:
                 "reader, so report it with the file"
             )
 
+    @property
+    def left_out(self) -> int:
+        """Rows that became no record, and records that were left out afterwards."""
+        return self.rows - self.records + self.removed
+
     def sentences(self) -> list[str]:
         """What a person should know about the source: counts of lines, decisions and changes."""
-        parts = [f"{self.records:,} records", f"{self.rows - self.records:,} left out"]
+        parts = [f"{self.records - self.removed:,} records", f"{self.left_out:,} left out"]
         for name in ("header", "blank", "skipped", "continued"):
             if getattr(self, name):
                 parts.append(f"{getattr(self, name):,} {name}")
@@ -99,9 +106,10 @@ class SourceAccount:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts and sentences for a report."""
-        names = ("lines", "header", "blank", "skipped", "continued", "rows", "records")
+        names = ("lines", "header", "blank", "skipped", "continued", "rows")
         counts = {name: getattr(self, name) for name in names}
-        return {"account": {**counts, "left_out": self.rows - self.records}, "notes": self.sentences()}
+        counts |= {"records": self.records - self.removed, "left_out": self.left_out}
+        return {"account": counts, "notes": self.sentences()}
 
     def listed_problems(self) -> str:
         """The most frequent reasons for an error message."""

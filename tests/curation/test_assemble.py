@@ -76,6 +76,9 @@ def test_evaluation_records_are_removed_from_training_and_quarantined(tmp_path: 
         ("c", "d, by question"),
     ]
     assert (report["train"], report["heldout"], report["quarantined"], report["read"]) == (2, 1, 4, {"records": 7})
+    (counted,) = report["sources"]
+    assert (counted["account"]["records"], counted["account"]["left_out"]) == (3, 4)
+    assert "7 lines = 3 records + 4 left out" in counted["notes"]
     assert sorted(path.name for path in out.iterdir()) == [
         "heldout.jsonl",
         "quarantine.jsonl",
@@ -328,7 +331,7 @@ def test_bundled_recipes_resolve(tmp_path: Path) -> None:
 
 def test_a_candidate_survives_its_line() -> None:
     line = make("a\tb", "Tab\tand line\n?").to_json().encode()
-    candidate = Candidate(source="s", id="a\tb", keys=(("id", b"k" * 16),), line=line)
+    candidate = Candidate(number=3, source="s", id="a\tb", keys=(("id", b"k" * 16),), line=line)
     assert Candidate.from_bytes(candidate.to_bytes()) == candidate
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bimedix_jax import files
+from bimedix_jax.curation.accounting import SourceAccount
 from bimedix_jax.curation.assembly import disjoint
 from bimedix_jax.curation.assembly.disjoint import Identities, assert_disjoint
 from bimedix_jax.curation.assembly.recipe import ResolvedRecipe, ResolvedSource, describe
@@ -42,10 +43,12 @@ class Candidate:
     """A training record that may still overlap a held-out or an evaluation record.
 
     Attributes:
+      number: of its source in the recipe.
       keys: as disjoint.keys gives them.
       line: the record as a line of JSON.
     """
 
+    number: int
     source: str
     id: str
     keys: tuple[tuple[str, bytes], ...]
@@ -54,14 +57,15 @@ class Candidate:
     def to_bytes(self) -> bytes:
         """One line."""
         keys = [[by, key.hex()] for by, key in self.keys]
-        return json.dumps([self.source, self.id, keys]).encode() + b"\t" + self.line + b"\n"
+        return json.dumps([self.number, self.source, self.id, keys]).encode() + b"\t" + self.line + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Candidate":
         """The inverse of `to_bytes`."""
         head, _, line = data.rstrip(b"\n").partition(b"\t")
-        source, name, keys = json.loads(head)
-        return cls(source=source, id=name, keys=tuple((by, bytes.fromhex(key)) for by, key in keys), line=line)
+        number, source, name, pairs = json.loads(head)
+        keys = tuple((by, bytes.fromhex(key)) for by, key in pairs)
+        return cls(number=number, source=source, id=name, keys=keys, line=line)
 
 
 def assemble(recipe: ResolvedRecipe, folder: Path, allow_counts: bool = False) -> dict[str, Any]:
@@ -85,9 +89,10 @@ def assemble(recipe: ResolvedRecipe, folder: Path, allow_counts: bool = False) -
             file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
 
         quarantine = Quarantine(sink=write)
-        counts = _separate(recipe, folder, known, quarantine, kept)
+        counts, accounts = _separate(recipe, folder, known, quarantine, kept)
         wrong = _check_counts(recipe, recipe.sources, counts, allow_counts) + wrong_evaluation
-        _filter(folder, known, quarantine, kept)
+        _filter(folder, known, quarantine, kept, accounts)
+    counts = [{**count, **account.to_dict()} for count, account in zip(counts, accounts, strict=True)]
     heldout_and_evaluation = itertools.chain(record_files.read_jsonl(folder / HELDOUT), _evaluation(recipe, []))
     assert_disjoint(record_files.read_jsonl(folder / TRAIN), heldout_and_evaluation)
     report = _report(recipe, counts, evaluation_counts, wrong, kept, quarantine)
@@ -126,17 +131,17 @@ def _evaluation(recipe: ResolvedRecipe, counts: list[dict[str, Any]]) -> Iterato
 
 def _separate(
     recipe: ResolvedRecipe, folder: Path, known: Identities, quarantine: Quarantine, kept: Counter[tuple[str, str]]
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[SourceAccount]]:
     """Write held-out records to their file and the others to a file of candidates, without duplicates.
 
-    Held-out records are added to `known`. Returns the revision and the counts of each source.
+    Held-out records are added to `known`. Returns the revision and the counts of each source, and its account.
     """
     ids: set[str] = set()
     texts: dict[bytes, str] = {}  # digest -> id of the first record with that text
     duplicates: list[Rejected] = []
-    counts = []
+    counts, accounts = [], []
     with (folder / "candidates").open("wb") as train, (folder / HELDOUT).open("wb") as heldout:
-        for source in recipe.sources:
+        for number, source in enumerate(recipe.sources):
             place = pinned(source)
             rows = Quarantine(limit=recipe.limit, sink=quarantine.note)
             made: Counter[str] = Counter()
@@ -146,6 +151,7 @@ def _separate(
                 duplicate = _duplicate(record, ids, texts, benchmark=unsplit.split == "heldout")
                 if duplicate is not None:
                     duplicates.append(duplicate)
+                    rows.account.removed += 1
                     continue
                 keys, line = tuple(disjoint.keys(record)), record.to_json().encode()
                 if record.split == "heldout":
@@ -153,15 +159,15 @@ def _separate(
                     kept[record.source, "heldout"] += 1
                     heldout.write(line + b"\n")
                 else:
-                    candidate = Candidate(source=record.source, id=record.id, keys=keys, line=line)
+                    candidate = Candidate(number=number, source=record.source, id=record.id, keys=keys, line=line)
                     train.write(candidate.to_bytes())
             revision = place.revision if isinstance(place, HubSet) else None
             read, records = (dict(sorted(counter.items())) for counter in (rows.read, made))
-            found = {"revision": revision, "read": read, "records": records, "rejected": rows.count}
-            counts.append({**found, **rows.account.to_dict()})
+            counts.append({"revision": revision, "read": read, "records": records, "rejected": rows.count})
+            accounts.append(rows.account)
     for duplicate in duplicates:  # after the rows that could not be read, in quarantine.jsonl
         quarantine.note(duplicate)
-    return counts
+    return counts, accounts
 
 
 def _with_split(record: Record, seed: int, heldout_fraction: float) -> Record:
@@ -188,7 +194,13 @@ def _duplicate(record: Record, ids: set[str], texts: dict[bytes, str], benchmark
     return None
 
 
-def _filter(folder: Path, known: Identities, quarantine: Quarantine, kept: Counter[tuple[str, str]]) -> None:
+def _filter(
+    folder: Path,
+    known: Identities,
+    quarantine: Quarantine,
+    kept: Counter[tuple[str, str]],
+    accounts: Sequence[SourceAccount],
+) -> None:
     """Write the candidates that share nothing with a held-out or evaluation record to the training file."""
     candidates = folder / "candidates"
     with candidates.open("rb") as lines, (folder / TRAIN).open("wb") as train:
@@ -199,6 +211,7 @@ def _filter(folder: Path, known: Identities, quarantine: Quarantine, kept: Count
                 kept[candidate.source, "train"] += 1
                 train.write(candidate.line + b"\n")
             else:
+                accounts[candidate.number].removed += 1
                 detail = f"{overlap.evaluation}, by {overlap.by}"
                 quarantine.note(left_out(candidate.source, candidate.id, IN_EVALUATION, detail))
     candidates.unlink()
