@@ -22,7 +22,7 @@ class Config:
     pairs: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PAIRS")]
     """JSONL file with the fields en and ar."""
 
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File to write: a line of JSON for each pair, with its line, id and flags."""
 
     limit: int | None = None

@@ -12,6 +12,7 @@ from bimedix_jax.curation.checks import alignment, pairs
 from bimedix_jax.curation.checks.related import Corpus
 from bimedix_jax.curation.checks.segments import Segments, of_objects
 from bimedix_jax.data import records
+from bimedix_jax.errors import BimedixError
 
 QUESTION = {"en": "Which of the following drugs lowers blood pressure?", "ar": "أي من الأدوية التالية يخفض ضغط الدم؟"}
 CHOICES = {
@@ -97,6 +98,23 @@ def test_records_of_the_project_are_pairs(tmp_path):
 def test_other_lines_are_errors_that_name_the_line(tmp_path, row, message):
     with pytest.raises(pairs.BimedixError, match=message):
         pairs.check_file(write(tmp_path / "p.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "en,ar\na,b\n", "p.csv is CSV; write JSONL"),
+        ("p.txt", "en,ar\na,b\n", "p.txt:1 is not JSON .*; write JSONL"),
+        ("p.json", '[{"en": "a", "ar": "b"}]', "the line is a JSON array; write JSONL"),
+        ("p.json", '[\n{"en": "a", "ar": "b"}\n]', "p.json is one JSON document over several lines; write JSONL"),
+        ("p.json", '[{"en": "a",\n"ar": "b"}]', "one JSON document over several lines"),
+        ("p.jsonl", '{"english": "a", "ar": "b"}', "the line is an object with 'english', 'ar'"),
+    ],
+)
+def test_files_of_another_format_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, "utf-8")
+    with pytest.raises(BimedixError, match=message):
+        pairs.check_file(tmp_path / name)
 
 
 def test_the_command_counts_and_writes_a_line_for_each_pair(tmp_path, capfd):

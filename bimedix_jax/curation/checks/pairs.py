@@ -19,6 +19,9 @@ from bimedix_jax.curation.checks.segments import Segments, counts, of_objects, o
 from bimedix_jax.data.records import LETTERS, Record, explain
 from bimedix_jax.errors import BimedixError
 
+_OTHER_FORMATS = {"csv": "CSV", "tsv": "TSV", "xlsx": "a spreadsheet", "parquet": "Parquet"}
+_NEEDED = 'write JSONL: a line {"en": ..., "ar": ...} for each pair (`jq -c ".[]"` makes it of a JSON array)'
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -86,6 +89,9 @@ def summary(checked: list[Checked]) -> dict[str, Any]:
 def _read(path: Path, limit: int | None) -> Iterator[_Read]:
     if not path.is_file():
         raise BimedixError(f"there is no file {path}; name a JSONL file with the fields en and ar")
+    ending = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if ending in _OTHER_FORMATS:
+        raise BimedixError(f"{path} is {_OTHER_FORMATS[ending]}; {_NEEDED}")
     count = 0
     for number, line in enumerate(files.text_lines(path), start=1):
         if not line.strip():
@@ -97,14 +103,26 @@ def _read(path: Path, limit: int | None) -> Iterator[_Read]:
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or "en" not in row or "ar" not in row:
-                raise ValueError("a pair has the fields en and ar")
+                raise ValueError(f"a pair has the fields en and ar, but the line is {_kind(row)}")
             name = row.get("id")
             segments, flags = _segments(row["en"], row["ar"])
         except ValidationError as error:
             raise BimedixError(f"{where}: {explain(error)}; correct the line or remove it") from error
+        except json.JSONDecodeError as error:
+            if line.strip() in (b"[", b"{") or line.lstrip().startswith(b"[{"):
+                raise BimedixError(f"{path} is one JSON document over several lines; {_NEEDED}") from error
+            remedy = _NEEDED if number == 1 else "correct the line or remove it"
+            raise BimedixError(f"{where} is not JSON ({error.msg}); {remedy}") from error
         except (ValueError, RecursionError) as error:
             raise BimedixError(f"{where}: {error}; correct the line or remove it") from error
         yield _Read(number, None if name is None else str(name), segments, tuple(flags))
+
+
+def _kind(row: Any) -> str:
+    """What a line holds instead of a pair."""
+    if isinstance(row, list):
+        return f"a JSON array; {_NEEDED}"
+    return f"an object with {', '.join(map(repr, row)) or 'no fields'}" if isinstance(row, dict) else "no object"
 
 
 def _segments(source: Any, translation: Any) -> tuple[Segments, list[Flag]]:
