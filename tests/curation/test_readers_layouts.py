@@ -392,6 +392,24 @@ def test_options_that_a_reader_does_not_take_are_refused_by_name(source: str, na
         run(source)
 
 
+def test_records_whose_script_does_not_tell_their_language_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"q": "ما علاج التهاب المفاصل؟", "a": "Paracetamol and rest help most people."},
+        {"q": "بخار کی وجہ کیا ہے اور یہ کیسے ٹھیک ہوتا ہے؟", "a": "یہ کئی بیماریوں میں ہوتا ہے۔"},
+        {"q": "Quelle est la cause de la fièvre élevée ?", "a": "Une infection, très fréquente après l'été."},
+        {"q": "What is Ménière's disease?", "a": "A disorder of the inner ear."},
+        {"q": "ما سبب الحمى؟", "a": "العدوى هي أكثر الأسباب."},
+    ]
+    records, quarantine = run(f"table={lines(tmp_path / 'x.jsonl', *rows)}?{TABLE}")
+    assert len(records) == 5
+    counted = {name: number for name, number in quarantine.account.changes.items() if not name.startswith("turns")}
+    assert counted == {
+        "records whose question and answer are in different scripts": 1,
+        "doubtful: records in Arabic script with letters of Urdu, labelled ar": 1,
+        "doubtful: records in Latin script with many accented letters, labelled en": 1,
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

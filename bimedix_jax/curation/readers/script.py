@@ -13,10 +13,18 @@ MIXED = 0.1
 FEW_LETTERS = 8
 """A text with fewer letters than this may be a formula, a name or an abbreviation in either language."""
 
+FEW_FOREIGN = 3
+"""Letters of another language from which a text is doubtful. A name has fewer."""
+
+ACCENTED = 0.015
+"""Share of accented letters from which a text in Latin script is doubtful. English has almost none."""
+
 NAMES = {"en": "English", "ar": "Arabic"}
 
 _ASCII = re.compile(r"[A-Za-z]+")
 _ARABIC = re.compile(r"[\u0620-\u064a\u066e-\u06d3\u06fa-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc]+")
+_URDU = re.compile("[ٹڈڑںے]")
+_ACCENTED = re.compile(r"[\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _LATIN_OR_GREEK = re.compile(r"[A-Za-z\u00aa\u00ba\u00c0-\u024f\u0370-\u03ff\u1e00-\u1eff]+")
 
@@ -91,9 +99,28 @@ def settled(
         )
     if from_script:
         account.languages[record.language] += 1
+        _note_doubts(record.language, turns, found, account)
     if own or record.kind == "mcqa":
         return record
     return _with_other_turns(record, account)
+
+
+def _note_doubts(language: Language, turns: Sequence[Turn], found: Sequence[Letters], account: SourceAccount) -> None:
+    """Count a record whose language the script may not tell. It keeps its language."""
+    asked, told = (
+        sum((n for turn, n in zip(turns, found, strict=True) if turn.speaker == side), Letters(0, 0, 0))
+        for side in ("human", "gpt")
+    )
+    if min(asked.all, told.all) >= FEW_LETTERS and (asked.share >= 0.5) != (told.share >= 0.5):
+        account.changes["records whose question and answer are in different scripts"] += 1
+    text = " ".join(turn.value for turn in turns)
+    if text.isascii():
+        return
+    if language == "ar" and len(_URDU.findall(text)) >= FEW_FOREIGN:
+        account.changes["doubtful: records in Arabic script with letters of Urdu, labelled ar"] += 1
+    accented = len(_ACCENTED.findall(text))
+    if language == "en" and accented >= max(FEW_FOREIGN, ACCENTED * sum(n.latin for n in found)):
+        account.changes["doubtful: records in Latin script with many accented letters, labelled en"] += 1
 
 
 def _contradicts(language: Language, turns: Sequence[Turn], found: Sequence[Letters], total: Letters) -> bool:
