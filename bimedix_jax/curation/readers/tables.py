@@ -95,7 +95,7 @@ class _Columns:
         """Raise WrongSource if one column is to be two parts of a record, other than question and choices."""
         parts = [(part, getattr(self, part)) for part in ("question", "answer", "context", "system", "explanation")]
         parts = [(part, name) for part, name in parts if name is not None]
-        if self.choices not in (None, self.question):
+        if self.choices is not None and self.choices != self.question:
             parts += [("choices", name) for name in self.choices.split(",")]
         for number, (part, name) in enumerate(parts):
             other = next((before for before, taken in parts[:number] if taken == name), None)
