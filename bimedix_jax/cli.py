@@ -94,6 +94,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "test what routes depend on, and claim only what the recording carries",
         "bimedix_jax.commands.routes_report",
     ),
+    "routes replay": (
+        "split an adapter's gain into what attention, experts and routes brought",
+        "bimedix_jax.commands.routes_replay",
+    ),
     "plan": ("estimate memory, FLOPs and time of a run on hardware that you do not have", "bimedix_jax.commands.plan"),
     "bench moe": (
         "measure the speed of the experts' matrix products on this machine",

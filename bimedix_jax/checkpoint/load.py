@@ -82,25 +82,67 @@ def read_model(
     check_router_name(router)
     trained = None if adapter is None else trained_over(adapter)  # fails before the base is read
     folder = hub.resolve(path, revision)
-    if is_run(folder):
-        model = read_run(folder, base, mesh, dtype)
-    elif store.is_native(folder):
-        if revision is not None or ignore_config_keys:
-            raise BimedixError(
-                f"{folder} is a native checkpoint; leave out --revision and --ignore-config-key, which it does not use."
-            )
-        model = restored(folder, base, dtype, mapped=mesh is not None)
-    else:
-        model = load_hf(folder, *storage_for(trained, base, dtype), ignore_config_keys, mesh)
+    model = read_folder(folder, trained, base, mesh, dtype, revision, ignore_config_keys)
     if adapter is not None:
-        if trained is None and base is None and (own := storage_of(model)).base != "nf4":
-            log.warning(
-                "%s does not record the storage that it was trained over, so it runs over %s; pass base nf4 if it was "
-                "trained over 4-bit weights.",
-                adapter,
-                own.base,
-            )
-        model = load_peft(model, adapter) if is_peft(adapter) else store.load_adapter(model, adapter)
+        model = with_adapter(model, adapter, trained, base)
+    return finished(model, folder, router, adapter)
+
+
+def load_pair(
+    path: str | Path,
+    adapter: str | Path,
+    base: Base | None = None,
+    revision: str | None = None,
+    router: str | None = None,
+) -> tuple[Mixtral, Mixtral]:
+    """(the model without the adapter, the model with it). They share the weights of the base; arguments as for `load`.
+
+    Raises:
+      BimedixError: the model cannot be read as requested; the message gives the remedy.
+    """
+    check_router_name(router)
+    trained = trained_over(adapter)
+    folder = hub.resolve(path, revision)
+    model = read_folder(folder, trained, base, None, None, revision, ())
+    tuned = with_adapter(model, adapter, trained, base)
+    return finished(model, folder, router, None), finished(tuned, folder, router, adapter)
+
+
+def read_folder(
+    folder: Path,
+    trained: Storage | None,
+    base: Base | None,
+    mesh: Mesh | None,
+    dtype: str | None,
+    revision: str | None,
+    ignore_config_keys: Collection[str],
+) -> Mixtral:
+    """The model of a folder of any kind, for an adapter that was trained over `trained` if it is known."""
+    if is_run(folder):
+        return read_run(folder, base, mesh, dtype)
+    if not store.is_native(folder):
+        return load_hf(folder, *storage_for(trained, base, dtype), ignore_config_keys, mesh)
+    if revision is not None or ignore_config_keys:
+        raise BimedixError(
+            f"{folder} is a native checkpoint; leave out --revision and --ignore-config-key, which it does not use."
+        )
+    return restored(folder, base, dtype, mapped=mesh is not None)
+
+
+def with_adapter(model: Mixtral, adapter: str | Path, trained: Storage | None, base: Base | None) -> Mixtral:
+    """The model with the adapter of a folder. Warns where the storage that it was trained over is not known."""
+    if trained is None and base is None and (own := storage_of(model)).base != "nf4":
+        log.warning(
+            "%s does not record the storage that it was trained over, so it runs over %s; pass base nf4 if it was "
+            "trained over 4-bit weights.",
+            adapter,
+            own.base,
+        )
+    return load_peft(model, adapter) if is_peft(adapter) else store.load_adapter(model, adapter)
+
+
+def finished(model: Mixtral, folder: Path, router: str | None, adapter: str | Path | None) -> Mixtral:
+    """The model with its origin, and with the router variant that was asked for."""
     if not is_run(folder):
         model.origin = str(folder)
     return model if router is None else rerouted(model, router, str(adapter or folder))
