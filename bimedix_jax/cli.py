@@ -94,6 +94,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "test what routes depend on, and claim only what the recording carries",
         "bimedix_jax.commands.routes_report",
     ),
+    "routes knockout": (
+        "measure what single experts do for each language, by switching them off",
+        "bimedix_jax.commands.routes_knockout",
+    ),
     "routes replay": (
         "split an adapter's gain into what attention, experts and routes brought",
         "bimedix_jax.commands.routes_replay",

@@ -4,14 +4,32 @@ Letters: R records, U clusters of a contrast, L layers, E experts.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
 from bimedix_jax.routing.clusters import Comparison
 from bimedix_jax.routing.sums import components, table
-from bimedix_jax.routing.tables import MISSING, Tables
+from bimedix_jax.routing.tables import MISSING
 
 OTHERS = "others"
+
+
+class Grouped(Protocol):
+    """Records with labels and units of analysis, as in tables.Tables."""
+
+    @property
+    def groups(self) -> Mapping[str, np.ndarray]: ...
+
+    @property
+    def cluster_R(self) -> np.ndarray | None: ...
+
+    @property
+    def pair_R(self) -> np.ndarray | None: ...
+
+    @property
+    def stratum_R(self) -> np.ndarray | None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,13 +97,26 @@ class Contrast:
         shares_ULE = _shares(lead + trail)  # one of them is zero
         return Comparison(values_CX=shares_ULE.reshape(self.units, -1), first_C=self.side_U, stratum_C=self.stratum_U)
 
+    def means(self, totals_RX: np.ndarray, tokens_R: np.ndarray) -> Comparison:
+        """The groups' means per token, [U, X]: of the cluster's records, so that a cluster counts once.
+
+        Args:
+          totals_RX: sums over the tokens of each record. tokens_R: their number; every group of a cluster has some.
+        """
+        lead_UX, trail_UX = (part_U1X[:, 0] for part_U1X in self.sums(totals_RX[:, None]))
+        lead_U1, trail_U1 = (part_U11[:, 0] for part_U11 in self.sums(tokens_R[:, None, None]))
+        if self.side_U is None:
+            return Comparison(values_CX=lead_UX / lead_U1 - trail_UX / trail_U1)
+        mean_UX = (lead_UX + trail_UX) / (lead_U1 + trail_U1)  # one of them is zero
+        return Comparison(values_CX=mean_UX, first_C=self.side_U, stratum_C=self.stratum_U)
+
 
 def _shares(values_ULE: np.ndarray) -> np.ndarray:
     total_UL1 = values_ULE.sum(-1, keepdims=True)
     return values_ULE / np.where(total_UL1 > 0, total_UL1, 1)
 
 
-def contrasts(tables: Tables, field: str) -> list[Contrast]:
+def contrasts(tables: Grouped, field: str) -> list[Contrast]:
     """One contrast for two groups, and each group against all others for more; none for fewer."""
     labels_R = np.asarray(tables.groups[field]).astype(str)
     names = sorted(set(labels_R.tolist()) - {MISSING})
@@ -101,7 +132,7 @@ def contrasts(tables: Tables, field: str) -> list[Contrast]:
 
 
 def _contrast(
-    tables: Tables, name: str, field: str, groups: tuple[str, str], first_R: np.ndarray, kept_R: np.ndarray
+    tables: Grouped, name: str, field: str, groups: tuple[str, str], first_R: np.ndarray, kept_R: np.ndarray
 ) -> Contrast:
     unit_R = joined_units(tables.cluster_R, tables.pair_R, kept_R)
     present = np.zeros((2, len(unit_R)), bool)

@@ -1,0 +1,245 @@
+"""Knock-outs against models and plans that are made for one cell, and their statistics."""
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+from tiny import TINY
+
+from bimedix_jax import cli
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.commands import routes_knockout
+from bimedix_jax.data.encoding import ROLES
+from bimedix_jax.data.records import Record, conversation, write_jsonl
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.inference import scoring
+from bimedix_jax.inference.planning import Source
+from bimedix_jax.inference.scoring import score
+from bimedix_jax.kernels import backends
+from bimedix_jax.models.config import RouterConfig
+from bimedix_jax.models.init import init_random
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.routing.knockout import (
+    ANSWER,
+    MEANINGS,
+    PROMPT,
+    Cell,
+    LeftOut,
+    Measured,
+    cells_of,
+    gain_gradients,
+    knock_out,
+    possible,
+    screen,
+    swapped,
+)
+from bimedix_jax.routing.knockout_effects import report
+from bimedix_jax.routing.sequences import Sequences
+
+LAYER, EXPERT = 1, 2
+
+
+@pytest.fixture(autouse=True)
+def quick_kernels():
+    """Kernels that compile fast; what they compute is tested elsewhere."""
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Mixtral:
+    return init_random(TINY, seed=3, std=0.3)
+
+
+def sequences(count: int = 24) -> Sequences:
+    """Half English, half Arabic; the first tokens are the prompt."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, 300, length).astype(np.int32) for length in rng.integers(6, 14, count)]
+    answer = [np.arange(len(row)) >= 4 for row in ids]
+    roles = np.full(4, ROLES.index("prompt"), np.uint8)
+    sources = [Source(f"r{row}", ("en", "ar")[row % 2], ("qa", "chat")[row % 4 // 2], roles) for row in range(count)]
+    return Sequences(ids=ids, answer=answer, sources=sources)
+
+
+@pytest.fixture(scope="module")
+def measured(model: Mixtral) -> Measured:
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+        every, _ = screen(model, sequences(), None)
+        return knock_out(model, sequences(), list(cells_of(every, MEANINGS)))
+
+
+def nats(model: Mixtral, plan: RoutingPlan | None = None) -> np.ndarray:
+    """[R, 2]: nats of answers and prompts."""
+    text, found = sequences(), np.zeros((24, 2))
+    for row, logprobs_T, _ in score(model, text.ids, plan=plan):
+        found[row] = [-logprobs_T[4:].sum(), -logprobs_T[:4].sum()]
+    return found
+
+
+def swap_plan(model: Mixtral) -> RoutingPlan:
+    """The model's own routes in LAYER, with EXPERT replaced by the next one that the token does not use."""
+    text = sequences()
+    shape = (2, len(text.ids), max(text.lengths), 2)
+    experts, weights = np.full(shape, -1, np.int32), np.full(shape, -1, np.float32)
+    for row, _, routing in score(model, text.ids, record="choices"):
+        assert routing is not None
+        for position in range(len(text.ids[row])):
+            own = list(map(int, routing.experts_LBTK[LAYER, 0, position]))
+            free = next(e % 4 for e in range(EXPERT + 1, EXPERT + 4) if e % 4 not in own)
+            experts[LAYER, row, position] = [free if e == EXPERT else e for e in own]
+            weights[LAYER, row, position] = routing.weights_LBTK[LAYER, 0, position]
+    return RoutingPlan(experts_LBTK=jnp.asarray(experts), weights_LBTK=jnp.asarray(weights))
+
+
+def test_each_meaning_is_what_it_says(model: Mixtral, measured: Measured) -> None:
+    silent = nnx.merge(*nnx.split(model), copy=True)
+    w2 = silent.layers.moe.w2.w
+    w2.set_value(w2.get_value().at[LAYER, EXPERT].set(0))
+    own_R2 = nats(model)
+    expected = {
+        "silence": nats(silent),
+        "ban": nats(model, RoutingPlan.ban(model.config, EXPERT, LAYER)),
+        "swap": nats(model, swap_plan(model)),
+    }
+    np.testing.assert_allclose(measured.nll_R2, own_R2, atol=1e-4)
+    for meaning, nats_R2 in expected.items():
+        change_R2 = measured.change_CR2[measured.cells.index(Cell(LAYER, EXPERT, meaning))]  # pyright: ignore
+        np.testing.assert_allclose(change_R2, nats_R2 - own_R2, atol=1e-4)
+        assert np.abs(change_R2).max() > 0.01
+    assert measured.tokens_R2[:, PROMPT].tolist() == [3.0] * 24, "the first token is never scored"
+
+
+def test_one_program_runs_all_cells(model: Mixtral, measured: Measured) -> None:
+    assert len(measured.cells) == 2 * 4 * 3
+    compiled: Any = scoring._logprobs_at
+    before = compiled._cache_size()
+    knock_out(model, sequences(), measured.cells)
+    assert compiled._cache_size() == before
+
+
+def test_a_swap_is_a_permutation_for_tokens_that_chose_the_expert() -> None:
+    chosen_BTK = np.array([[[2, 3], [1, 2], [0, 1], [3, 0]]])
+    np.testing.assert_array_equal(swapped(chosen_BTK, 2, 4), [[[2, 1, 0, 3], [0, 1, 3, 2], [0, 1, 2, 3], [0, 1, 2, 3]]])
+
+
+def test_the_screen_keeps_the_largest_gradients(model: Mixtral, measured: Measured) -> None:
+    gradient_RLE = gain_gradients(model, sequences())
+    step, text = 1e-2, sequences()
+    gain = np.ones((2, 2, 1, 1, 4), np.float32)
+    gain[:, LAYER, 0, 0, EXPERT] += [step, -step]
+    up, down = (nats(model, RoutingPlan(gain_LBTE=jnp.asarray(x)))[:, ANSWER] for x in gain)
+    np.testing.assert_allclose(gradient_RLE[:, LAYER, EXPERT], (up - down) / (2 * step), atol=2e-2)
+    kept, left_out = screen(model, text, 3)
+    tokens_R = measured.tokens_R2[:, ANSWER]
+    size_LE = np.max([np.abs(gradient_RLE[row::2].sum(0) / tokens_R[row::2].sum()) for row in range(2)], axis=0)
+    least = min(size_LE[place] for place in kept)
+    assert (len(kept), len(left_out.cells)) == (3, 5)
+    assert all(size_LE[place] <= least for place in left_out.cells)
+    assert screen(model, text, 8)[1].cells == ()
+    rows = report(measured, left_out, text)["left_out"]
+    assert [(row["layer"], row["expert"]) for row in rows] == list(left_out.cells)
+    assert set(rows[0]["gradient"]) == {"ar", "en"}
+
+
+def test_the_report_has_changes_by_group_and_interactions(measured: Measured) -> None:
+    text = sequences()
+    found = report(measured, LeftOut(), text)
+    groups = ["ar", "ar/chat", "ar/qa", "ar/prompt", "en", "en/chat", "en/qa", "en/prompt"]
+    cell = next(x for x in found["cells"] if (x["layer"], x["expert"], x["meaning"]) == (LAYER, EXPERT, "ban"))
+    assert list(cell["delta"]) == groups
+    place = measured.cells.index(Cell(LAYER, EXPERT, "ban"))
+    mean_R = measured.change_CR2[place, :, ANSWER] / measured.tokens_R2[:, ANSWER]
+    assert cell["delta"]["ar"] == pytest.approx(mean_R[1::2].mean())
+    total = measured.change_CR2[place, 1::2, ANSWER].sum() / measured.tokens_R2[1::2, ANSWER].sum()
+    assert cell["delta_by_token"]["ar"] == pytest.approx(total)
+    assert cell["low"]["ar"] < cell["delta"]["ar"] < cell["high"]["ar"]
+    assert 0 < cell["p_adjusted"]["ar"] <= 1
+    assert cell["low"]["ar/qa"] is None, "six records have no interval"
+    row = next(x for x in found["interaction"] if (x["layer"], x["expert"], x["meaning"]) == (LAYER, EXPERT, "ban"))
+    assert row["groups"] == ["ar", "en"]
+    assert row["estimate"] == pytest.approx(mean_R[1::2].mean() - mean_R[::2].mean())
+    assert row["low"] < row["estimate"] < row["high"]
+    assert row["mde80"] > 0
+    few = [row for row in range(24) if row % 2 or row < 6]
+    small = dataclasses.replace(
+        measured,
+        change_CR2=measured.change_CR2[:, few],
+        nll_R2=measured.nll_R2[few],
+        tokens_R2=measured.tokens_R2[few],
+    )
+    part = Sequences(
+        ids=[text.ids[row] for row in few],
+        answer=[text.answer[row] for row in few],
+        sources=[text.sources[row] for row in few],
+    )
+    found = report(small, LeftOut(), part)
+    assert {row["p_adjusted"] for row in found["interaction"]} == {None}
+    assert found["cells"][0]["p_adjusted"]["ar"] is not None
+
+
+def test_translations_are_compared_with_each_other(measured: Measured) -> None:
+    text = sequences()
+    paired = dataclasses.replace(
+        text,
+        sources=[dataclasses.replace(x, fields={"pair": f"p{row // 2}"}) for row, x in enumerate(text.sources)],
+    )
+    row = report(measured, LeftOut(), paired)["interaction"][0]
+    assert row["paired"]
+    assert row["clusters"] == {"ar": 12, "en": 12}
+    mean_R = measured.change_CR2[0, :, ANSWER] / measured.tokens_R2[:, ANSWER]
+    assert row["estimate"] == pytest.approx((mean_R[1::2] - mean_R[::2]).mean())
+
+
+def test_only_silence_is_possible_where_tokens_use_all_experts() -> None:
+    every = dataclasses.replace(TINY, router=RouterConfig(num_experts=2, top_k=2))
+    meanings, lacking = possible(MEANINGS, every)
+    assert meanings == ["silence"]
+    assert [meaning for meaning, _ in lacking] == ["ban", "swap"]
+    assert possible(MEANINGS, TINY) == (list(MEANINGS), [])
+
+
+def test_the_command_has_a_manifest_and_refuses_to_overwrite(model: Mixtral, tmp_path, bytes_tokenizer) -> None:
+    export_hf(model, tmp_path / "model", tokenizer_from=bytes_tokenizer.folder)
+    texts = {"en": ("What helps?", "Rest, {}."), "ar": ("ما العلاج؟", "الراحة {}")}
+    records = [
+        Record(
+            id=f"{language}{number}",
+            language=language,  # pyright: ignore
+            kind="qa",
+            source="test",
+            licence="Apache-2.0",
+            conversations=conversation(question, answer.format(number)),
+        )
+        for number in range(10)
+        for language, (question, answer) in texts.items()
+    ]
+    write_jsonl(tmp_path / "records.jsonl", records)
+    config = routes_knockout.Config(
+        model=str(tmp_path / "model"),
+        base="float32",
+        data=str(tmp_path / "records.jsonl"),
+        meanings=("silence",),
+        screen=2,
+        out=tmp_path / "knockout.json",
+    )
+    screen = io.StringIO()
+    found = cli._plain(routes_knockout.run(config, Console(file=screen, width=120)))
+    assert len(found["cells"]) == len(found["interaction"]) == 2
+    assert len(found["left_out"]) == 6
+    assert set(found["cells"][0]["delta"]) == {"en", "en/prompt", "ar", "ar/prompt"}
+    assert all(row["p_adjusted"] is not None for row in found["interaction"])
+    assert len(found["manifest"]["hash"]) == 64
+    assert found["manifest"]["hashes"]["adapter"] is None
+    assert json.loads((tmp_path / "knockout.json").read_text())["cells"] == found["cells"]
+    assert "Change of the loss" in screen.getvalue()
+    with pytest.raises(BimedixError, match=r"knockout\.json exists"):
+        routes_knockout.run(config, Console(file=screen))
+    with pytest.raises(BimedixError, match="--screen is 0"):
+        routes_knockout.run(dataclasses.replace(config, screen=0, out=None), Console(file=screen))
