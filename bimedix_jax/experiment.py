@@ -266,6 +266,8 @@ class Experiment:
     """Seed of the adapters' initial values and of the order of the rows."""
     eval_every: int = 0
     """Steps between measurements of the held-out loss; 0 turns them off."""
+    probe: str | None = None
+    """Folder of packed rows whose routes are recorded at steps 0, 1, 2, 4, ... and after the last; null for none."""
     checkpoint_every: int = 100
     """Steps between checkpoints. One is always written at the end and on Ctrl-C."""
     keep: int = 2

@@ -33,7 +33,7 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.routing.contrasts import contrasts
 from bimedix_jax.routing.recorded import tables_of
 from bimedix_jax.routing.recorded_data import Data
-from bimedix_jax.routing.recorder import Settings, record_routes
+from bimedix_jax.routing.recorder import RecordSettings, record_routes
 from bimedix_jax.routing.recording import Recording
 from bimedix_jax.routing.report.writing import ReportOptions, write_report
 
@@ -171,7 +171,9 @@ def text(language: Language, digit_share: np.ndarray, length: int, rng: np.rando
     return "".join(np.where(is_letter, letters, digits).tolist())
 
 
-def recorded(model: Mixtral, found: list[Record], tokenizer: Tokenizer, out: Path, settings: Settings) -> Recording:
+def recorded(
+    model: Mixtral, found: list[Record], tokenizer: Tokenizer, out: Path, settings: RecordSettings
+) -> Recording:
     path = out.with_suffix(".jsonl")
     path.write_text("".join(record.to_json() + "\n" for record in found), "utf-8")
     record_routes(model, Data.open(str(path), tokenizer, None), out, settings)
@@ -190,7 +192,7 @@ def measured(count: int, routers: int, seed: int, truth: int = TRUTH) -> list[di
     """A row for each planted model; the truth is that of `truth` times as many records."""
     rows, rng = [], np.random.default_rng(seed)
     some, many = records(count, rng), records(truth * count, rng)
-    full, plain = Settings(exact=True, gate=True, random_routers=routers, seed=seed), Settings(exact=True)
+    full, plain = RecordSettings(exact=True, gate=True, random_routers=routers, seed=seed), RecordSettings(exact=True)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         tokenizer = byte_tokenizer(place / "tokenizer")

@@ -28,7 +28,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,12 +50,8 @@ class RandomTokens:
     limit: int | None = None
 
     @property
-    def digest(self) -> str:
-        return f"random tokens {self.tokens}"
-
-    @property
-    def tokenizer(self) -> Any:
-        return SimpleNamespace(fingerprint="none", template=None, stop_ids=())
+    def hashes(self) -> dict[str, str | None]:
+        return {"data": f"random tokens {self.tokens}"}
 
     def items(self, with_prompts: bool = False) -> Iterator[Any]:
         from bimedix_jax.inference.planning import Source
@@ -104,10 +99,10 @@ def model_of(options: argparse.Namespace) -> Any:
 def record(options: argparse.Namespace) -> dict[str, Any]:
     """Records into --out; what a child process does."""
     from bimedix_jax.distributed import joined
-    from bimedix_jax.routing.recorder import Settings, record_routes
+    from bimedix_jax.routing.recorder import RecordSettings, record_routes
 
     with joined(options.processes > 1):
-        settings = Settings(exact=options.exact, batch_tokens=options.batch_tokens)
+        settings = RecordSettings(exact=options.exact, batch_tokens=options.batch_tokens)
         manifest = record_routes(model_of(options), data_of(options), options.out, settings)
     size = sum(part.bytes for part in manifest.parts)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -125,7 +120,7 @@ def compare_times(options: argparse.Namespace) -> dict[str, Any]:
 
     from bimedix_jax.inference.padding import packed
     from bimedix_jax.models.plans import RoutingPlan
-    from bimedix_jax.routing.recorder import Settings, record_routes
+    from bimedix_jax.routing.recorder import RecordSettings, record_routes
     from bimedix_jax.routing.recording_writer import in_parts
     from bimedix_jax.routing.watch import nll_step
 
@@ -142,7 +137,7 @@ def compare_times(options: argparse.Namespace) -> dict[str, Any]:
             jax.block_until_ready(waiting)
 
     def recorded() -> None:
-        record_routes(model, data, options.out, Settings(batch_tokens=options.batch_tokens), overwrite=True)
+        record_routes(model, data, options.out, RecordSettings(batch_tokens=options.batch_tokens), overwrite=True)
 
     seconds: dict[str, list[float]] = {"forward": [], "recorded": []}
     for repeat in range(options.repeats + 1):

@@ -129,9 +129,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 def settings_of(config: Config, rules: "Interventions | None") -> Any:
     """The recorder's settings."""
-    from bimedix_jax.routing.recorder import Settings
+    from bimedix_jax.routing.recorder import RecordSettings
 
-    return Settings(
+    return RecordSettings(
         record=config.record,
         norms=config.norms,
         gate=config.gate,

@@ -38,9 +38,9 @@ class Data:
 
     records: Sequence[Record] | None
     rows: Path | None
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     digest: str
-    limit: int | None
+    limit: int | None = None
 
     @classmethod
     def open(cls, name: str, tokenizer: Tokenizer, limit: int | None) -> "Data":
@@ -64,6 +64,20 @@ class Data:
             content.update(record.to_json().encode() + b"\n")
         return cls(records, None, tokenizer, content.hexdigest(), limit)
 
+    @classmethod
+    def packed(cls, folder: str) -> "Data":
+        """All sequences of a folder of packed rows, whose tokenizer is not needed; errors as `open`."""
+        return cls(None, Path(folder), None, loader.fingerprint(folder))
+
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """SHA-256 of the content, and of the tokenizer and the chat template as far as they are known."""
+        if self.rows is not None:
+            return {"data": self.digest, "tokenizer": loader.read_index(self.rows).tokenizer, "template": None}
+        assert self.tokenizer is not None  # records have one
+        template = hashlib.sha256(repr(self.tokenizer.template).encode()).hexdigest()
+        return {"data": self.digest, "tokenizer": self.tokenizer.fingerprint, "template": template}
+
     def items(self, with_prompts: bool = False) -> Iterator[Item]:
         """The sequences in order; each has an id of its own.
 
@@ -84,6 +98,7 @@ class Data:
         return dataclasses.replace(self, records=self.records[::step]).items()
 
     def _of_records(self, with_prompts: bool) -> Iterator[Item]:
+        assert self.tokenizer is not None  # records have one
         for record in self.records or ():
             turns = record.conversations
             source = source_of(record, self.tokenizer)

@@ -1,11 +1,10 @@
 """Records the routes of a model on data: batch by batch, part by part, so that a killed recording can resume.
 
-record_routes(model, Data.open("sample", tokenizer, None), Path("R"), Settings(gate=True))
+record_routes(model, Data.open("sample", tokenizer, None), Path("R"), RecordSettings(gate=True))
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -41,7 +40,7 @@ CALIBRATION_RECORDS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class RecordSettings:
     """What is recorded.
 
     Attributes:
@@ -100,7 +99,7 @@ def record_routes(
     model: Mixtral,
     data: Data,
     out: Path,
-    settings: Settings,
+    settings: RecordSettings,
     hashes: dict[str, str | None] | None = None,
     options: dict[str, Any] | None = None,
     overwrite: bool = False,
@@ -114,9 +113,8 @@ def record_routes(
       BimedixError: no record fits the model's context, a rule does not fit, or the folder cannot be written.
     """
     recorder = Recorder(model, data, settings)
-    tokenizer = {"tokenizer": data.tokenizer.fingerprint, "template": recorder.template}
     rules = None if settings.rules is None else settings.rules.digest()
-    hashes = {"data": data.digest, **tokenizer, "interventions": rules, **(hashes or {})}
+    hashes = {**data.hashes, "interventions": rules, **(hashes or {})}
     options = settings.to_dict() | {"limit": data.limit} | (options or {})
     identity = json.dumps([__version__, hashes, options, jax.device_count()], sort_keys=True, default=str) + "\n"
     with ExitStack() as stack:
@@ -148,13 +146,12 @@ def record_routes(
 class Recorder:
     """Runs a model on data, a part of the recording at a time."""
 
-    def __init__(self, model: Mixtral, data: Data, settings: Settings):
+    def __init__(self, model: Mixtral, data: Data, settings: RecordSettings):
         self.model, self.data, self.settings = model, data, settings
         self.layout = settings.layout(model)
         self.graph, self.state = nnx.split(model)
         context = model.config.max_position_embeddings
         self.longest = min(settings.max_length or context, context)
-        self.template = hashlib.sha256(repr(data.tokenizer.template).encode()).hexdigest()
         self.too_long: list[str] = []
         self.floor: float | None = None
         self.operands: Any = None
@@ -208,6 +205,7 @@ class Recorder:
         """The part with the model's own answers, if they are asked for."""
         if self.settings.new_tokens is None:
             return part
+        assert self.data.tokenizer is not None  # the data have prompts
         prompts = [item.prompt for item in part if item.prompt is not None]
         answers: list[list[int]] = []
         for start in range(0, len(prompts), 16):

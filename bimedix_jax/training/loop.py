@@ -35,6 +35,7 @@ from bimedix_jax.training.metrics import MetricsLog, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
 from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model
+from bimedix_jax.training.probe import Probe, data_of
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, newest_step, one_writer, resume_state
@@ -107,6 +108,7 @@ def train_in(
     """`train` in a folder that this process has locked."""
     warn_unchecked(check_tokenizer(experiment), console)
     rules = rules_of_run(experiment, plan)
+    data_of(experiment)  # a wrong probe is an error before the model is read
     mesh = mesh_of(experiment)
     with host_memory() if mesh else contextlib.nullcontext():
         model = prepare_model(experiment, model, mesh)
@@ -270,11 +272,11 @@ def steps_in_order(
     Raises:
       Diverged: too many steps in a row were skipped.
     """
-    evaluate, rows, logs = make_eval_step(structure), feed.rows, distributed.is_process_zero()
-    done, vocab_size = int(state.step), structure.vocab_size
+    evaluate, logs, done = make_eval_step(structure), distributed.is_process_zero(), int(state.step)
+    rows, probe = feed.rows, Probe.of_run(experiment, folder, structure, state, frozen, feed.rows.steps)
 
     def read(step: int) -> tuple[dict[str, jax.Array], RoutingPlan | None]:
-        return feed.to_devices(checked(feed.read(step), vocab_size, step)), plans.of_step(step)
+        return feed.to_devices(checked(feed.read(step), structure.vocab_size, step)), plans.of_step(step)
 
     with (
         MetricsLog(folder if logs else None) as log,
@@ -296,10 +298,11 @@ def steps_in_order(
             stopping, requested = requested(), distributed.any_process_later(lambda: stop.requested)
             evaluates = experiment.eval_every > 0 and done % experiment.eval_every == 0
             saves = stopping or done % experiment.checkpoint_every == 0 or done == rows.steps
-            if not (evaluates or saves):
+            if not (evaluates or saves or probe.is_due(done)):
                 continue
-            measure = partial(measure_heldout, experiment, evaluate, state, frozen, feed, vocab_size, plans)
+            measure = partial(measure_heldout, experiment, evaluate, state, frozen, feed, structure.vocab_size, plans)
             lines.settle(measure if evaluates else None)
+            probe.record(state, done)
             if saves:
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
                 save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)

@@ -97,7 +97,7 @@ def check_tokenizer(experiment: Experiment) -> int:
     from bimedix_jax.data import loader
     from bimedix_jax.data.tokenizer import has_tokenizer, load_tokenizer
 
-    folders = [experiment.data.path, experiment.data.heldout if experiment.eval_every else None]
+    folders = [experiment.data.path, experiment.data.heldout if experiment.eval_every else None, experiment.probe]
     packed = [folder for folder in folders if folder is not None]
     source = experiment.model
     if not packed or source.path is None:

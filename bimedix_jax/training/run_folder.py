@@ -8,6 +8,7 @@ metrics.superseded-N.jsonl      lines of steps that a resumed run repeated
 skipped.jsonl, orders.json      steps that were skipped, with their records, and other orders of the data
                                 (training/skips.py)
 checkpoints/STEP/               training states (checkpoint/steps.py)
+probe/                          routes of a fixed set of rows over training (training/probe.py)
 adapter/ or model/              the trained adapters or model, at the end
 wandb/                          the copy for Weights & Biases, if tracking is on
 run.lock                        held by the process that writes the folder, removed at its end
@@ -34,7 +35,7 @@ from bimedix_jax.training.metrics import METRICS, rewind
 from bimedix_jax.training.skips import SKIPPED
 from bimedix_jax.training.state import TrainState
 
-CONFIG, PLAN, CHECKPOINTS = "config.json", "plan.safetensors", "checkpoints"
+CONFIG, PLAN, CHECKPOINTS, PROBE = "config.json", "plan.safetensors", "checkpoints", "probe"
 
 
 @contextlib.contextmanager
@@ -83,7 +84,7 @@ def remove_failed_start(folder: Path) -> None:
         return
     for name in (CONFIG, PLAN, RUN, METRICS, folders.LOCK):
         (folder / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, "wandb"):
+    for name in (CHECKPOINTS, "wandb", PROBE):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ from bimedix_jax.routing.interventions import Interventions
 from bimedix_jax.routing.random_routers import fitted_biases, oriented, router_weights
 from bimedix_jax.routing.recorded import tables_of
 from bimedix_jax.routing.recorded_data import Data
-from bimedix_jax.routing.recorder import Settings, record_routes
+from bimedix_jax.routing.recorder import RecordSettings, record_routes
 from bimedix_jax.routing.recording import Recording
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import make_mesh
@@ -43,7 +43,7 @@ TEXTS = [
     ("en", "Is it a virus?", "Perhaps."),
 ]
 
-EVERYTHING = Settings(exact=True, norms=True, gate=True, random_routers=120, batch_tokens=256)
+EVERYTHING = RecordSettings(exact=True, norms=True, gate=True, random_routers=120, batch_tokens=256)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -202,7 +202,7 @@ def test_rules_act_and_their_bits_are_recorded(model, data, tmp_path):
     rules = Interventions.of(
         {"op": "ban", "experts": [1], "where": {"language": "ar"}}, {"op": "top_k", "k": 1, "where": {"role": "answer"}}
     )
-    settings = Settings(rules=rules, batch_tokens=256)
+    settings = RecordSettings(rules=rules, batch_tokens=256)
     record_routes(model, data, tmp_path / "R", settings)
     recording = Recording.open(tmp_path / "R")
     columns = recording.tokens("record", "role", "experts", "weights", "done")
@@ -217,7 +217,7 @@ def test_rules_act_and_their_bits_are_recorded(model, data, tmp_path):
     assert recording.manifest.hashes["interventions"] == rules.digest()
     assert tables_of(recording).counts_RLE.shape == (5, LAYERS, EXPERTS)
     with pytest.raises(BimedixError, match="without interventions"):
-        Settings(rules=rules, gate=True)
+        RecordSettings(rules=rules, gate=True)
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def alike(tokenizer):
 
 def test_a_killed_recording_goes_on_and_gives_the_same_bytes(model, alike, tmp_path, monkeypatch):
     monkeypatch.setattr("bimedix_jax.routing.recording_writer.PART_ROWS", 300)
-    settings = Settings(batch_tokens=256)
+    settings = RecordSettings(batch_tokens=256)
     record_routes(model, alike, tmp_path / "whole", settings)
     write, written = recorders.write_part, []
 
@@ -263,15 +263,15 @@ def test_a_killed_recording_goes_on_and_gives_the_same_bytes(model, alike, tmp_p
 def test_a_recording_with_other_settings_begins_anew(model, alike, tmp_path, monkeypatch):
     monkeypatch.setattr(recorders, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        record_routes(model, alike, tmp_path / "R", Settings(batch_tokens=256))
+        record_routes(model, alike, tmp_path / "R", RecordSettings(batch_tokens=256))
     monkeypatch.undo()
-    record_routes(model, alike, tmp_path / "R", Settings(batch_tokens=256, record="choices"))
+    record_routes(model, alike, tmp_path / "R", RecordSettings(batch_tokens=256, record="choices"))
     assert Recording.open(tmp_path / "R", verify=True).manifest.columns == ("nll", "experts", "weights")
 
 
 def test_a_mesh_gives_the_same_rows(model, data, whole, tmp_path):
     mesh = make_mesh(data=2, fsdp=2, expert=2, devices=jax.devices()[:8])
-    settings = Settings(exact=True, norms=True, random_routers=120, batch_tokens=256)
+    settings = RecordSettings(exact=True, norms=True, random_routers=120, batch_tokens=256)
     record_routes(place(model, mesh), data, tmp_path / "R", settings)
     found = Recording.open(tmp_path / "R")
     ours, theirs = (x.tokens("experts", "margin", "nll", "norms", "weights") for x in (whole, found))
@@ -285,7 +285,7 @@ def test_a_mesh_gives_the_same_rows(model, data, whole, tmp_path):
 
 def test_generated_answers_are_recorded(model, data, tokenizer, tmp_path):
     few = dataclasses.replace(data, records=data.records[:2])
-    record_routes(model, few, tmp_path / "R", Settings(new_tokens=4, batch_tokens=256))
+    record_routes(model, few, tmp_path / "R", RecordSettings(new_tokens=4, batch_tokens=256))
     columns = Recording.open(tmp_path / "R").tokens("record", "id", "role")
     for number, record in enumerate(few.records):
         prompt, _ = encode_chat(tokenizer, record.conversations[:-1], add_generation_prompt=True)
@@ -307,7 +307,7 @@ def test_packed_rows_are_recorded_by_their_segments(model, data, tokenizer, reco
     facts = {"tokenizer": tokenizer.fingerprint, "template": "chatml", "vocab_size": tokenizer.vocab_size}
     pack.write(tmp_path / "rows", with_rows, report, 128, facts | {"pad_id": tokenizer.pad_id, "packing": "best_fit"})
     packed = Data.open(str(tmp_path / "rows"), tokenizer, None)
-    record_routes(model, packed, tmp_path / "R", Settings(exact=True, batch_tokens=256))
+    record_routes(model, packed, tmp_path / "R", RecordSettings(exact=True, batch_tokens=256))
     recording = Recording.open(tmp_path / "R")
     place_of = {name: number for number, name in enumerate(recording.records["id"])}
     ours, theirs = (x.tokens("record", "id", "experts") for x in (recording, whole))
