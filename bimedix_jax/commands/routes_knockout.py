@@ -27,7 +27,7 @@ class Config:
 
     model: str
     """Model folder or hub id."""
-    data: str
+    data: Annotated[str, tyro.conf.arg(metavar="RECORDS")]
     """Held-out records: `sample`, or a JSONL file, of which records in the training split are ignored."""
     adapter: Path | None = None
     """Folder of adapters to apply; by default none."""

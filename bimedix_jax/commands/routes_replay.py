@@ -25,7 +25,7 @@ class Config:
     """Model folder or hub id of the base model."""
     adapter: Path
     """Folder of the adapter whose gain is split."""
-    data: str
+    data: Annotated[str, tyro.conf.arg(metavar="RECORDS")]
     """Held-out records: `sample`, or a JSONL file, of which records in the training split are ignored."""
     base: Literal["bfloat16", "float32", "nf4"] | None = None
     """Storage of the weights; by default the one that the adapter was trained over, that of a native checkpoint, or
@@ -118,6 +118,8 @@ def check_options(config: Config) -> None:
     for name in ("limit", "layers", "orders"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise BimedixError(f"--{name} is {value}; give at least 1")
+    if config.live and config.split_gates:
+        raise BimedixError("--live replays no routes, so there are no gates to split; leave out one of the two")
     if config.out is not None:
         check_file(config.out, config.overwrite, lambda path: {"shapley", "manifest"} <= set(peek_json(path)))
     if config.tokens is not None:

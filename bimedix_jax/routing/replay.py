@@ -46,7 +46,7 @@ class Players:
     def check(self, pair: Pair) -> None:
         """Raises BimedixError if these players do not fit the models."""
         if self.live and self.split_gates:
-            raise BimedixError("--live replays no routes, so there are no gates to split; leave out one of the two")
+            raise BimedixError("live replays no routes, so there are no gates to split; leave out one of the two")
         if not 1 <= self.layers <= pair.layers:
             raise BimedixError(
                 f"{self.layers} groups of layers do not fit {pair.layers} layers; give 1 to {pair.layers}"

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,16 +14,17 @@ from rich.console import Console
 from tiny import TINY
 
 from bimedix_jax import cli
+from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.checkpoint.store import save_adapter
 from bimedix_jax.commands import routes_knockout
 from bimedix_jax.data.encoding import ROLES
 from bimedix_jax.data.records import Record, conversation, write_jsonl
-from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference import scoring
 from bimedix_jax.inference.planning import Source
 from bimedix_jax.inference.scoring import score
 from bimedix_jax.kernels import backends
-from bimedix_jax.models.config import RouterConfig
+from bimedix_jax.models.config import LoraConfig, RouterConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
@@ -205,41 +207,44 @@ def test_only_silence_is_possible_where_tokens_use_all_experts() -> None:
     assert possible(MEANINGS, TINY) == (list(MEANINGS), [])
 
 
-def test_the_command_has_a_manifest_and_refuses_to_overwrite(model: Mixtral, tmp_path, bytes_tokenizer) -> None:
-    export_hf(model, tmp_path / "model", tokenizer_from=bytes_tokenizer.folder)
-    texts = {"en": ("What helps?", "Rest, {}."), "ar": ("ما العلاج؟", "الراحة {}")}
-    records = [
-        Record(
-            id=f"{language}{number}",
-            language=language,  # pyright: ignore
-            kind="qa",
-            source="test",
-            licence="Apache-2.0",
-            conversations=conversation(question, answer.format(number)),
-        )
-        for number in range(10)
-        for language, (question, answer) in texts.items()
-    ]
-    write_jsonl(tmp_path / "records.jsonl", records)
-    config = routes_knockout.Config(
-        model=str(tmp_path / "model"),
-        base="float32",
-        data=str(tmp_path / "records.jsonl"),
-        meanings=("silence",),
-        screen=2,
-        out=tmp_path / "knockout.json",
+def record(number: int, language: str) -> Record:
+    question, answer = {"en": ("What helps?", "Rest, {}."), "ar": ("ما العلاج؟", "الراحة {}")}[language]
+    return Record(
+        id=f"{language}{number}",
+        language=language,  # pyright: ignore
+        kind="qa",
+        source="test",
+        licence="Apache-2.0",
+        conversations=conversation(question, answer.format(number)),
     )
-    screen = io.StringIO()
-    found = cli._plain(routes_knockout.run(config, Console(file=screen, width=120)))
-    assert len(found["cells"]) == len(found["interaction"]) == 2
-    assert len(found["left_out"]) == 6
-    assert set(found["cells"][0]["delta"]) == {"en", "en/prompt", "ar", "ar/prompt"}
-    assert all(row["p_adjusted"] is not None for row in found["interaction"])
-    assert len(found["manifest"]["hash"]) == 64
-    assert found["manifest"]["hashes"]["adapter"] is None
-    assert json.loads((tmp_path / "knockout.json").read_text())["cells"] == found["cells"]
-    assert "Change of the loss" in screen.getvalue()
-    with pytest.raises(BimedixError, match=r"knockout\.json exists"):
-        routes_knockout.run(config, Console(file=screen))
-    with pytest.raises(BimedixError, match="--screen is 0"):
-        routes_knockout.run(dataclasses.replace(config, screen=0, out=None), Console(file=screen))
+
+
+def test_the_commands_of_the_page(model: Mixtral, tmp_path, monkeypatch, capsys, bytes_tokenizer) -> None:
+    """They run as docs/routing.md has them, on few records and a screen that leaves experts out."""
+    export_hf(model, tmp_path / "runs/noisy", tokenizer_from=bytes_tokenizer.folder)
+    save_adapter(add_lora(model, LoraConfig(rank=2, alpha=2.0, targets=("router",))), tmp_path / "runs/tuned/adapter")
+    write_jsonl(tmp_path / "few", [record(number, language) for number in range(10) for language in ("en", "ar")])
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs/routing.md").read_text("utf-8")
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("bimedix routes knockout")]
+    results = []
+    for words in commands:
+        words = [{"sample": "few", "16": "2"}.get(word, word) for word in words if word != "--json"]
+        assert cli.main([*words, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    screened, silenced = results
+    assert len(screened["cells"]) == len(screened["interaction"]) == 2 * len(MEANINGS)
+    assert len(screened["left_out"]) == 6
+    assert json.loads(Path("knockout.json").read_text())["cells"] == screened["cells"]
+    assert screened["manifest"]["hashes"]["adapter"] is None
+    assert silenced["manifest"]["hashes"]["adapter"] is not None
+    assert {cell["meaning"] for cell in silenced["cells"]} == {"silence"}
+    assert len(silenced["cells"]) == 8
+    assert set(silenced["cells"][0]["delta"]) == {"en", "en/prompt", "ar", "ar/prompt"}
+    assert all(row["p_adjusted"] is not None for row in silenced["interaction"])
+    console = io.StringIO()
+    Console(file=console, width=140).print(routes_knockout.knockout_table(screened))
+    assert "6 were left out" in console.getvalue()
+    assert cli.main([*commands[0], "--json"]) == 1
+    assert "knockout.json exists" in json.loads(capsys.readouterr().out)["error"]
+    assert cli.main(["routes", "knockout", "--model", "m", "--data", "few", "--screen", "0"]) == 1

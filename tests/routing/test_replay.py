@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -252,35 +253,43 @@ def record(number: int, language: str) -> Record:
     )
 
 
-def test_the_command_equals_eval_run(pair: Pair, tmp_path, bytes_tokenizer) -> None:
-    export_hf(pair.base, tmp_path / "base", tokenizer_from=bytes_tokenizer.folder)
-    save_adapter(pair.tuned, tmp_path / "adapter")
-    records = [record(number, language) for number in range(11) for language in ("en", "ar")]
-    write_jsonl(tmp_path / "records.jsonl", records)
-    given: dict = {"model": str(tmp_path / "base"), "base": "float32", "adapter": tmp_path / "adapter"}
-    data, out, tokens = str(tmp_path / "records.jsonl"), tmp_path / "r/split.json", tmp_path / "r/nll.npz"
-    screen = io.StringIO()
-    config = routes_replay.Config(data=data, out=out, tokens=tokens, **given)
-    found = cli._plain(routes_replay.run(config, Console(file=screen, width=120)))
-    assert json.loads(out.read_text()) == {name: found[name] for name in json.loads(out.read_text())}
-    assert "all records: " in screen.getvalue()
-    for row, adapter in ((0, None), (-1, tmp_path / "adapter")):
-        options = eval_run.Config(heldout=data, model=given["model"], base="float32", adapter=adapter)
-        scored = eval_run.run(options, Console(file=screen))["heldout"]["nats_per_token"]
+def test_the_commands_of_the_page_equal_eval_run(pair: Pair, tmp_path, monkeypatch, capsys, bytes_tokenizer) -> None:
+    """They run as docs/routing.md has them, on few records."""
+    export_hf(pair.base, tmp_path / "runs/noisy", tokenizer_from=bytes_tokenizer.folder)
+    save_adapter(pair.tuned, tmp_path / "runs/tuned/adapter")
+    write_jsonl(tmp_path / "few", [record(number, language) for number in range(11) for language in ("en", "ar")])
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[2] / "docs/routing.md").read_text("utf-8")
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("bimedix routes replay")]
+    results = []
+    for words in commands:
+        words = ["few" if word == "sample" else word for word in words if word != "--json"]
+        assert cli.main([*words, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert [len(x["players"]) for x in results] == [3, 4, 3, 6]
+    found = results[0]
+    assert {"shapley", "manifest"} <= json.loads(Path("split.json").read_text()).keys()
+    for row, adapter in ((0, None), (-1, Path("runs/tuned/adapter"))):
+        config = eval_run.Config(model="runs/noisy", base="float32", heldout="few", adapter=adapter)
+        scored = eval_run.run(config, Console(file=io.StringIO()))["heldout"]["nats_per_token"]
         for name, split in found["groups"].items():
             assert split["values"][row]["nats"] == pytest.approx(scored[name], abs=1e-6)
     assert set(found["groups"]) == {"en", "en/qa", "ar", "ar/qa"}
     assert (found["records"], found["clusters"]) == (22, 20), "translations of each other are one cluster"
-    assert found["endpoint_error"] < 1e-6
+    assert all(x["endpoint_error"] < 1e-6 and x["sum_error"] < 1e-9 for x in results)
     assert all(value is not None for value in found["intervals"]["gain"])
     assert set(found["shapley"]) == {"attention", "experts", "routes"}
-    assert len(found["manifest"]["hash"]) == 64
-    with np.load(tokens) as saved:
+    assert len({x["manifest"]["hash"] for x in results}) == len(results)
+    with np.load("nll.npz") as saved:
         assert saved["nll"].shape == (8, found["tokens"])
         assert saved["nll"].mean(1).tolist() == pytest.approx([row["nats"] for row in found["values"]])
         assert list(saved["tuned"][:2]) == ["", "attention"]
-    with pytest.raises(BimedixError, match=r"split\.json exists"):
-        routes_replay.run(config, Console(file=screen))
+    table = routes_replay.split_table("all records", found)
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(table)
+    assert "all records: " in screen.getvalue()
+    assert cli.main([*commands[0], "--json"]) == 1
+    assert "split.json exists" in json.loads(capsys.readouterr().out)["error"]
 
 
 def test_other_architectures_are_refused(pair: Pair) -> None:
