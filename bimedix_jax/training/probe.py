@@ -126,8 +126,8 @@ def curves(run: Path) -> list[dict[str, float]]:
 def write_curves(run: Path) -> None:
     """Writes curves.csv of a run; empty cells where a value does not exist."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
     for row in curves(run):
-        writer.writerow({name: "" if np.isnan(value) else value for name, value in row.items()})
+        writer.writerow(["" if np.isnan(row[name]) else row[name] for name in COLUMNS])
     files.write_text(run / PROBE / CURVES, text.getvalue())
