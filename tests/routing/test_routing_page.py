@@ -1,0 +1,62 @@
+"""The commands of docs/routing.md, from a question to a figure, run as they are written, on fewer records."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tiny import tiny
+
+from bimedix_jax import cli
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.data.tokenizer import byte_tokenizer
+from bimedix_jax.kernels import backends
+from bimedix_jax.models.init import init_random
+from bimedix_jax.routing.claims import LEVELS
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/routing.md"
+CONFIG = tiny(max_position_embeddings=4096)
+
+
+def section(title: str) -> str:
+    text = PAGE.read_text("utf-8")
+    return re.split(r"^## ", text, flags=re.MULTILINE)[re.findall(r"^## (.*)$", text, re.MULTILINE).index(title) + 1]
+
+
+def commands(text: str) -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def test_from_a_question_to_a_figure(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    for seed, name in enumerate(("noisy", "tuned")):
+        model = init_random(CONFIG, seed=seed, dtype="bfloat16", std=0.2)
+        export_hf(model, tmp_path / "runs" / name, tokenizer_from=tokenizer.folder)
+    monkeypatch.chdir(tmp_path)
+    text = section("From a question to a figure")
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+        for program, *words in commands(text):
+            fewer = ["--limit", "40"] if words[:2] == ["routes", "record"] else []
+            assert (program, cli.main([*words, *fewer])) == ("bimedix", 0), words
+    claims = json.loads(Path("runs/report/claims.json").read_text())
+    assert claims["gate"]["diverged"] is not None
+    assert claims["hashes"]["baseline"] is not None
+    assert [question["name"] for question in claims["questions"]] == ["language"]
+    assert claims["questions"][0]["layers"][0]["geometry_percentile"] is not None
+    theirs = json.loads(Path("runs/theirs-report/claims.json").read_text())
+    assert theirs["unit"] == "record"
+    first, second = (found["questions"][0]["cells"][0]["estimate"] for found in (claims, theirs))
+    assert first == pytest.approx(second)
+
+
+def test_the_levels_of_the_page_are_those_of_the_claims():
+    assert tuple(re.findall(r"^\| `(\w+)` \|", section("From a question to a figure"), re.MULTILINE)) == LEVELS[1:]
+
+
+def test_the_file_of_knock_outs_is_read_as_it_is_described():
+    from bimedix_jax.routing.report.knockouts import KnockoutFile
+
+    [example] = re.findall(r"^```json\n(.*?)^```$", section("From a question to a figure"), re.MULTILINE | re.DOTALL)
+    assert KnockoutFile.model_validate_json(example).interactions[0].expert == 3
