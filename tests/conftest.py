@@ -28,11 +28,11 @@ PLATFORM = os.environ.get("BIMEDIX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(PLATFORM, PLATFORM)
 if PLATFORM != "cpu":  # accelerators round float32 operands by default, which would hide what a test looks for
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
-# XLA's own passes run as always, but code is generated faster: without LLVM's optimisations in a third of the time, and
-# without MLIR and in one module a program in a third of the rest. XLA ends the process at an unknown flag, and JAX 0.12
-# no longer knows the last one. Flags of the caller come last and win.
+# Code is generated faster: without LLVM's optimisations in a third of the time, and without MLIR and in one module a
+# program in a third of the rest. XLA ends the process at an unknown flag, and JAX 0.12 no longer knows the last one.
+# Flags of the caller come last and win.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-FLAGS += ["--xla_cpu_parallel_codegen_split_count=1", "--xla_cpu_multi_thread_eigen=false"]
+FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
 if metadata.version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
