@@ -3,8 +3,8 @@
     python scripts/measure_tests.py --json                      # the whole suite, as scripts/test.sh runs it
     python scripts/measure_tests.py tests/kernels --json        # arguments without dashes go to pytest
 
-Memory is the sum of the proportional set sizes of pytest, its workers and the programs that tests start, sampled every
-second: a page that several processes share counts once. Linux only.
+Memory is the sum of the proportional set sizes of pytest, its workers and the programs that tests start, sampled every three
+seconds: a page that several processes share counts once. Linux only.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def memory_of(processes: list[int]) -> int:
 
 
 def watch(process: int, ended: threading.Event, peaks: list[int]) -> None:
-    while not ended.wait(1.0):
+    while not ended.wait(3.0):
         peaks[0] = max(peaks[0], memory_of(descendants(process)))
 
 

@@ -56,7 +56,7 @@ gc.set_threshold(50_000, 20, 20)  # tracing makes so many objects that collectin
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-LARGE = 3 << 30
+LARGE = 9 << 28
 """Bytes of a worker from which on compiled programs are freed between files."""
 
 # Every annotated function and dataclass of the two layers about arrays is checked by beartype at each call. The third
