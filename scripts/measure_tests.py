@@ -3,8 +3,8 @@
     python scripts/measure_tests.py --json                      # the whole suite, as scripts/test.sh runs it
     python scripts/measure_tests.py tests/kernels --json        # arguments without dashes go to pytest
 
-Memory is the sum of the proportional set sizes of pytest, its workers and the programs that tests start, sampled every three
-seconds: a page that several processes share counts once. Linux only.
+Memory is the sum of the proportional set sizes of pytest, its workers and the programs that tests start, sampled every
+three seconds: a page that several processes share counts once. Linux only.
 """
 
 import argparse
