@@ -12,6 +12,7 @@ how to resume. In three cases it must not, and `abandon` ends the process withou
 This file imports the standard library only, since the command line loads it first.
 """
 
+import atexit
 import json
 import os
 import select
@@ -44,6 +45,7 @@ _last = signal.SIGINT
 def catch_signals() -> None:
     """Makes Ctrl-C and SIGTERM end this process as described above. Signals that are ignored stay ignored."""
     global _wakeup
+    atexit.register(_ignore_signals)  # early, so that it is called after all other functions
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, received)
@@ -170,6 +172,12 @@ def leave(code: int) -> None:
             for child in sys.modules["multiprocessing"].active_children():
                 child.kill()
     os._exit(code)
+
+
+def _ignore_signals() -> None:
+    """Python's shutdown restores the default handlers, with which a signal would end a command that has succeeded."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_unsafe(frame: FrameType | None) -> bool:
