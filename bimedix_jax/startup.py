@@ -55,6 +55,14 @@ def log_as_sentences() -> None:
     logging.basicConfig(handlers=[handler])
 
 
+def compile_fast() -> None:
+    """Without LLVM's optimisations, for tiny programs that take longer to compile than to run; before JAX starts.
+
+    The user's own XLA_FLAGS come last and win.
+    """
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
 def reuse_memory() -> None:
     """Makes glibc keep freed memory for later allocations instead of returning it to the system.
 

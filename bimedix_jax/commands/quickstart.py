@@ -38,10 +38,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         raise BimedixError("a resumed run keeps its own settings; leave --steps and --smoke out")
     folder = config.out or (newest_unfinished() if config.resume else RUNS / time.strftime("quickstart-%Y%m%d-%H%M%S"))
 
+    from bimedix_jax import startup
     from bimedix_jax.quickstart import job
 
     make = job.QuickstartOptions
     options = make.read(folder) if config.resume else make.of(config.smoke, config.steps, config.model)
+    if options.smoke:
+        startup.compile_fast()
     return job.run_quickstart(folder, options, config.resume, console)
 
 
