@@ -96,6 +96,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         "manifest": manifest(
             model,
             tokenizer,
+            config.data,
             records,
             max_length=config.max_length,
             meanings=asked,

@@ -82,6 +82,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.files import check_replaceable
     from bimedix_jax.routing.interventions import report, rules_of
+    from bimedix_jax.routing.provenance import adapter_hash, model_hash
     from bimedix_jax.routing.recorded_data import Data
     from bimedix_jax.routing.recorder import record_routes
 
@@ -157,33 +158,3 @@ def loaded(config: Config, folder: Path, adapter: bool = True) -> "Mixtral":
     if config.exact and base is None and config.adapter is None:
         base = "float32"
     return load(folder, base=base, adapter=config.adapter if adapter else None, router=config.router, dtype=dtype)
-
-
-def model_hash(model: "Mixtral") -> str:
-    """SHA-256 of the identity of a model's base: its configuration, and samples of its weights."""
-    import hashlib
-    import json
-
-    from bimedix_jax.checkpoint.identity import base_identity
-    from bimedix_jax.quantise import storage_of
-
-    known = {**base_identity(model), "storage": dataclasses.asdict(storage_of(model))}
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def adapter_hash(model: "Mixtral") -> str | None:
-    """SHA-256 of a model's adapters; None without any."""
-    import hashlib
-
-    import numpy as np
-    from flax import nnx
-
-    from bimedix_jax.distributed import on_host
-
-    if model.lora is None:
-        return None
-    found = hashlib.sha256()
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
-        found.update(".".join(map(str, path)).encode())
-        found.update(np.ascontiguousarray(on_host(variable.get_value())).view(np.uint8).data)
-    return found.hexdigest()

@@ -98,7 +98,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         "adapter": config.adapter,
         "live": config.live,
         "too_long": dict(sequences.too_long),
-        "manifest": manifest(pair.tuned, tokenizer, records, max_length=config.max_length, **options),
+        "manifest": manifest(pair.tuned, tokenizer, config.data, records, max_length=config.max_length, **options),
     }
     for table in (split_table(name, split) for name, split in tabled(result)):
         console.print(table)

@@ -1,5 +1,6 @@
 """What a measurement of routes was made on: hashes of model, adapter, data, template and tokenizer, and one of all."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -7,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -15,28 +15,33 @@ from bimedix_jax import __version__
 from bimedix_jax.checkpoint.identity import base_identity
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import Tokenizer
+from bimedix_jax.distributed import on_host
 from bimedix_jax.evals.comparison import digest
 from bimedix_jax.files import write_text
+from bimedix_jax.models.linear import TrainedParam
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import storage_of
+from bimedix_jax.routing.recorded_data import Data, template_hash
 
 
-def manifest(model: Mixtral, tokenizer: Tokenizer, records: Sequence[Record], **options: Any) -> dict[str, Any]:
+def manifest(
+    model: Mixtral, tokenizer: Tokenizer, data: str, records: Sequence[Record], **options: Any
+) -> dict[str, Any]:
     """The hashes and options of a measurement; `hash` is the SHA-256 of all of them.
 
     Args:
+      data: `sample` or a file, whose hash is that of a recording of all its records. records: those that were used.
       options: what else determines the result, as JSON values.
     """
-    identity = base_identity(model)
     content = {
         "hashes": {
-            "model": hash_of([identity["architecture"], identity["weights"], identity["router"]]),
+            "model": model_hash(model),
             "adapter": adapter_hash(model),
-            "data": digest(records),
-            "template": hash_of(tokenizer.template.name),
+            "data": Data.open(data, tokenizer, None).digest,
+            "template": template_hash(tokenizer),
             "tokenizer": tokenizer.fingerprint,
         },
-        "base": storage_of(model).base,
+        "records": digest(records),
         "dtype": model.dtype,
         "router": model.config.router.variant,
         "options": options,
@@ -47,21 +52,23 @@ def manifest(model: Mixtral, tokenizer: Tokenizer, records: Sequence[Record], **
 
 def hash_of(value: Any) -> str:
     """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def model_hash(model: Mixtral) -> str:
+    """SHA-256 of the identity of a model's base: its configuration, and samples of its weights."""
+    return hash_of({**base_identity(model), "storage": dataclasses.asdict(storage_of(model))})
 
 
 def adapter_hash(model: Mixtral) -> str | None:
-    """SHA-256 of all parameters that belong to adapters, and of what trains with them; None without any."""
-    found, parts = False, hashlib.sha256()
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(map(str, path))
-        in_full = model.lora is not None and name.startswith("layers.moe.router")
-        if isinstance(variable, nnx.LoRAParam) or in_full:
-            found = True
-            parts.update(name.encode())
-            for leaf in jax.tree.leaves(variable.get_value()):
-                parts.update(np.ascontiguousarray(leaf).tobytes())
-    return parts.hexdigest() if found else None
+    """SHA-256 of a model's adapters; None without any."""
+    if model.lora is None:
+        return None
+    found = hashlib.sha256()
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.LoRAParam, TrainedParam))):
+        found.update(".".join(map(str, path)).encode())
+        found.update(np.ascontiguousarray(on_host(variable.get_value())).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

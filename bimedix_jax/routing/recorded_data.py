@@ -75,8 +75,7 @@ class Data:
         if self.rows is not None:
             return {"data": self.digest, "tokenizer": loader.read_index(self.rows).tokenizer, "template": None}
         assert self.tokenizer is not None  # records have one
-        template = hashlib.sha256(repr(self.tokenizer.template).encode()).hexdigest()
-        return {"data": self.digest, "tokenizer": self.tokenizer.fingerprint, "template": template}
+        return {"data": self.digest, "tokenizer": self.tokenizer.fingerprint, "template": template_hash(self.tokenizer)}
 
     def items(self, with_prompts: bool = False) -> Iterator[Item]:
         """The sequences in order; each has an id of its own.
@@ -119,6 +118,11 @@ class Data:
             if self.limit is not None and number >= self.limit:
                 return
             yield item
+
+
+def template_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of a chat template."""
+    return hashlib.sha256(repr(tokenizer.template).encode()).hexdigest()
 
 
 def _of_row(row: pack.Row) -> Iterator[Item]:

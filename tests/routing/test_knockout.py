@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from bimedix_jax.checkpoint.store import save_adapter
 from bimedix_jax.commands import routes_knockout
 from bimedix_jax.data.encoding import ROLES
 from bimedix_jax.data.records import Record, conversation, write_jsonl
+from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference import scoring
 from bimedix_jax.inference.planning import Source
 from bimedix_jax.inference.scoring import score
@@ -43,6 +45,8 @@ from bimedix_jax.routing.knockout import (
     swapped,
 )
 from bimedix_jax.routing.knockout_effects import report
+from bimedix_jax.routing.recording import Manifest
+from bimedix_jax.routing.report.knockouts import read_interactions
 from bimedix_jax.routing.sequences import Sequences
 
 LAYER, EXPERT = 1, 2
@@ -242,6 +246,14 @@ def test_the_commands_of_the_page(model: Mixtral, tmp_path, monkeypatch, capsys,
     assert len(silenced["cells"]) == 8
     assert set(silenced["cells"][0]["delta"]) == {"en", "en/prompt", "ar", "ar/prompt"}
     assert all(row["p_adjusted"] is not None for row in silenced["interaction"])
+    known = Manifest.model_construct(hashes=silenced["manifest"]["hashes"] | {"adapter": None}, experts=4)
+    recording: Any = SimpleNamespace(manifest=known, layer_numbers=[0, 1], folder="R")
+    found = read_interactions(Path("knockout.json"), recording)
+    assert {(one.layer, one.expert) for one in found} == {(x["layer"], x["expert"]) for x in screened["cells"]}
+    assert found[0].p_adjusted == min(row["p_adjusted"] for row in screened["interaction"])
+    known.hashes["data"] = "0" * 64
+    with pytest.raises(BimedixError, match="was made with another data"):
+        read_interactions(Path("knockout.json"), recording)
     console = io.StringIO()
     Console(file=console, width=140).print(routes_knockout.knockout_table(screened))
     assert "6 were left out" in console.getvalue()

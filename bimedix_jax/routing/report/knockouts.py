@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -32,7 +33,14 @@ def read_interactions(path: Path, recording: Recording) -> tuple[Interaction, ..
     Raises:
       BimedixError: it cannot be read, or it is of another model or other data than the recording.
     """
-    found = files.read_json(path, KnockoutFile, "name a file of knock-outs as docs/routing.md describes it")
+    remedy = "name a file that `bimedix routes knockout` wrote"
+    content = files.peek_json(path)
+    written = {"interaction", "manifest"} <= set(content)
+    found = (
+        files.validate(of_command(content), KnockoutFile, str(path), remedy)
+        if written
+        else files.read_json(path, KnockoutFile, remedy)
+    )
     known = recording.manifest.hashes
     for name, value in found.hashes.items():
         if None not in (value, known.get(name)) and value != known[name]:
@@ -42,3 +50,22 @@ def read_interactions(path: Path, recording: Recording) -> tuple[Interaction, ..
         if one.layer not in layers or not 0 <= one.expert < recording.manifest.experts:
             raise BimedixError(f"{path} has layer {one.layer}, expert {one.expert}, but {recording.folder} has not")
     return found.interactions
+
+
+def of_command(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of `bimedix routes knockout` as a `KnockoutFile`.
+
+    Of the meanings of an expert it has the one with the smallest p-value, which is adjusted for all of them. An
+    interaction without a p-value was not tested, and is left out.
+    """
+    tested = [row for row in content["interaction"] if row.get("p_adjusted") is not None]
+    least: dict[tuple[Any, ...], Any] = {}
+    for row in sorted(tested, key=lambda row: row["p_adjusted"]):
+        least.setdefault((row["field"], row["layer"], row["expert"]), row)
+    names = ("field", "layer", "expert", "estimate", "p_adjusted")
+    manifest = content["manifest"]
+    return {
+        "interactions": [{name: row[name] for name in names} for row in least.values()],
+        "hashes": manifest["hashes"],
+        "version": manifest["version"],
+    }
