@@ -80,8 +80,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.bidi import is_needed, reorders_nothing
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
-    from bimedix_jax.data.tokenizer import load_tokenizer
-    from bimedix_jax.data.vocabulary import context_of, require_fit, vocab_size_of
+    from bimedix_jax.data.vocabulary import context_of, tokenizer_of_model
     from bimedix_jax.inference.chat import Chat, ChatOptions, require_text
     from bimedix_jax.inference.keyboard import Keyboard
     from bimedix_jax.routing.interventions import rules_of
@@ -105,9 +104,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         create(config.save)
     try:
         folder = resolve(config.model, config.revision)
-        tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
-        _ = tokenizer.template  # an unknown template is an error before the weights are loaded
-        require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
+        tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
         options.check(context_of(folder))
         model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
         chat = Chat(model, tokenizer, config.system, options, rules)

@@ -70,8 +70,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Loads the model, evaluates, prints tables."""
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
-    from bimedix_jax.data.tokenizer import load_tokenizer
-    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
+    from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import comparison, tasks
     from bimedix_jax.evals.heldout import heldout_records
     from bimedix_jax.files import check_file
@@ -86,9 +85,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     questions = tasks.read_tasks(config.tasks, config.data) if config.data is not None else {}
     records = [] if config.heldout is None else heldout_records(config.heldout, config.limit)
     folder = resolve(config.model, config.revision)
-    tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
-    _ = tokenizer.template  # an unknown template is an error before the weights are loaded
-    require_fit(tokenizer, vocab_size_of(folder), config.model)  # and so is a tokenizer of another model
+    tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     result = setting(config, tokenizer, records, questions)
     if before is not None and config.compare is not None:
         parts = set(questions) | ({"heldout"} if records else set())

@@ -68,8 +68,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
-    from bimedix_jax.data.tokenizer import load_tokenizer
-    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
+    from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals.heldout import heldout_records
     from bimedix_jax.routing.knockout import MEANINGS, Meaning, cells_of, knock_out, possible, screen
     from bimedix_jax.routing.knockout_effects import report
@@ -79,9 +78,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     check_options(config)
     records = heldout_records(config.data, config.limit)
     folder = resolve(config.model, config.revision)
-    tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
-    _ = tokenizer.template  # an unknown template is an error before the weights are loaded
-    require_fit(tokenizer, vocab_size_of(folder), config.model)
+    tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     context = model.config.max_position_embeddings
     sequences = sequences_of(records, tokenizer, min(config.max_length or context, context))

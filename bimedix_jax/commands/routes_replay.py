@@ -70,8 +70,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load_pair
-    from bimedix_jax.data.tokenizer import load_tokenizer
-    from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
+    from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals.heldout import heldout_records
     from bimedix_jax.routing.attribution import report
     from bimedix_jax.routing.coalitions import Pair
@@ -82,9 +81,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     check_options(config)
     records = heldout_records(config.data, config.limit)
     folder = resolve(config.model, config.revision)
-    tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
-    _ = tokenizer.template  # an unknown template is an error before the weights are loaded
-    require_fit(tokenizer, vocab_size_of(folder), config.model)
+    tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     players = Players(split_gates=config.split_gates, live=config.live, layers=config.layers)
     pair = Pair.of(*load_pair(folder, config.adapter, config.base, router=config.router))
     players.check(pair)

@@ -49,6 +49,26 @@ def _config_number(folder: str | Path, field: str) -> int | None:
     return None
 
 
+def tokenizer_of_model(
+    folder: Path, model: str | Path, tokenizer: str | Path | None = None, template: str | None = None
+) -> "Tokenizer":
+    """The tokenizer in a model's folder or another one, checked before the weights are loaded.
+
+    Args:
+      model: name of the model in messages. tokenizer: its folder, by default the model's.
+      template: as `load_tokenizer`.
+
+    Raises:
+      BimedixError: there is none, its chat template is not a known one, or it has ids that the model lacks.
+    """
+    from bimedix_jax.data.tokenizer import load_tokenizer
+
+    found = load_tokenizer(tokenizer or folder, template)
+    _ = found.template
+    require_fit(found, vocab_size_of(folder), model)
+    return found
+
+
 def require_fit(tokenizer: "Tokenizer", vocab_size: int | None, model: str | Path) -> None:
     """Checks that every id of the tokenizer has a row in the model's embedding.
 

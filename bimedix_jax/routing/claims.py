@@ -127,6 +127,8 @@ class Question:
         layers. The signs come from other clusters than the differences, so that noise adds nothing on average.
       equivalent: all cells are; it never says that routes do not depend on the field.
       level: the highest level of its claims.
+
+    What was not tested is None.
     """
 
     name: str
@@ -135,18 +137,18 @@ class Question:
     paired: bool
     clusters: dict[str, int]
     tokens: dict[str, int]
-    icc: float | None
-    design_effect: float | None
+    icc: float | None = None
+    design_effect: float | None = None
     family: int
     cells: tuple[Cell, ...]
-    layers: tuple[Layer, ...]
-    overlap: float | None
-    token_mix: float | None
-    within_token: float | None
-    unshared: float | None
-    distance: float | None
-    equivalent: bool | None
-    level: str | None
+    layers: tuple[Layer, ...] = ()
+    overlap: float | None = None
+    token_mix: float | None = None
+    within_token: float | None = None
+    unshared: float | None = None
+    distance: float | None = None
+    equivalent: bool | None = None
+    level: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Random routers that read the same hidden states as the real ones: the null model for "beyond geometry".
 
 A random router has the Gram matrix of the real router's weights in a random orientation of the hidden space, and a bias
-that gives it the real router's loads. Where the hidden states of two languages lie in different places, such routers
-send them to different experts too (arXiv 2604.09780).
+that gives it the real router's loads. Where the hidden states of two languages differ, such routers send the languages
+to different experts too (arXiv 2604.09780).
 """
 
 import functools

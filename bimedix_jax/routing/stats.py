@@ -3,8 +3,8 @@
 Differences are divided by their standard error over clusters before labels are permuted (Chung and Romano, Annals of
 Statistics 41, 2013), and adjusted by Westfall and Young's step-down max-T (1993), p = (1 + b) / (1 + B). That is exact
 for exchangeable clusters, and for large groups also if the groups differ in size and variance. It is not enough for 20
-clusters with skewed shares: their means' tails are longer than those of a mixture of both groups, and the largest of 32
-cells lies in those tails: 24 % of data sets of 60 against 20 clusters have a false positive then
+clusters with skewed shares: the tails of their means are longer than those of a mixture of both groups, and the largest
+of 32 cells is in those tails. In 24 % of data sets of 60 against 20 clusters it then finds a false positive
 (docs/results/routing_statistics.md). So the same adjustment is also made with bootstrap-t deviations, in which each
 group keeps its own variance and skewness, and the larger of the two p-values counts.
 

@@ -165,7 +165,7 @@ def test_resuming_without_a_run_raises(experiment, tmp_path):
 
 
 def test_a_nan_loss_stops_the_run(experiment, config, tmp_path):
-    """Nothing of these steps is saved. What was skipped is reported, after one other order of the data."""
+    """No checkpoint of these steps is saved. After one reordering of the data, the skipped steps are reported."""
     broken = init_random(config)
     broken.norm.scale.set_value(broken.norm.scale.get_value().at[0].set(np.nan))
     with pytest.raises(BimedixError, match=r"Step 2: loss nan.*reordered 1 times.*there is no checkpoint before it"):

@@ -68,7 +68,7 @@ class Model:
       keys: given * len(said) + said of each combination, sorted, int64 [K].
       counts: expected number of times that it explains a word, float [K].
       totals: sum of `counts` for each given word, float [G].
-      frequency: number of texts with each word that is said, int64 [S].
+      frequency: number of texts with each word of the other side, int64 [S].
     """
 
     given: dict[str, int]

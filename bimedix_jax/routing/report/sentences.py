@@ -1,7 +1,7 @@
 """What a report says in words. A sentence claims the level that was reached, names the first that was not, and no more.
 
-Numbers and names in the sentences are cells of the CSV files. "Specialised" is said of experts only where a knock-out
-costs one group more than the other and shuffled routes cost something; see ladder.py.
+Numbers and names in the sentences are cells of the CSV files. The page calls experts "specialised" only where a
+knock-out costs one group more than the other and shuffled routes cost something; see ladder.py.
 """
 
 import html
