@@ -81,6 +81,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.tokenizer import load_tokenizer
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.files import check_replaceable
+    from bimedix_jax.process import signals
     from bimedix_jax.routing.interventions import report, rules_of
     from bimedix_jax.routing.provenance import adapter_hash, model_hash
     from bimedix_jax.routing.recorded_data import Data
@@ -99,7 +100,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     hashes = {"model": model_hash(model), "adapter": adapter_hash(model)}
     options = {"model": config.model, "data": config.data, "dtype": model.dtype, "template": tokenizer.template.name}
     started = time.monotonic()
-    manifest = record_routes(model, data, config.out, settings, hashes, options, config.overwrite)
+    with signals.hint("resume with the same command"):
+        manifest = record_routes(model, data, config.out, settings, hashes, options, config.overwrite)
     seconds = time.monotonic() - started
     size = sum(part.bytes for part in manifest.parts)
     console.print(
