@@ -36,10 +36,12 @@ class Coactivation:
 
 
 def sets(experts_NK: np.ndarray, experts: int) -> np.ndarray:
-    """[N, E] bool: whether the token has the expert."""
-    chosen_NE = np.zeros((len(experts_NK), experts), bool)
-    np.put_along_axis(chosen_NE, np.asarray(experts_NK, np.int64), True, axis=1)
-    return chosen_NE
+    """[N, E] bool: whether the token has the expert. Other numbers than 0 to E-1 mark slots without an expert."""
+    numbers_NK = np.asarray(experts_NK, np.int64)
+    numbers_NK = np.where((numbers_NK < 0) | (numbers_NK >= experts), experts, numbers_NK)
+    chosen_NX = np.zeros((len(numbers_NK), experts + 1), bool)
+    np.put_along_axis(chosen_NX, numbers_NK, True, axis=1)
+    return np.ascontiguousarray(chosen_NX[:, :experts])
 
 
 def trade(chosen_NE: np.ndarray, record_N: np.ndarray, rng: np.random.Generator) -> None:

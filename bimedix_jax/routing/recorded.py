@@ -106,7 +106,8 @@ def tables_of(
 
 
 def _kept(values: np.ndarray | None, kept_R: np.ndarray) -> np.ndarray | None:
-    return None if values is None else values[kept_R]
+    """The values of the records that are kept; without a copy if all are."""
+    return values if values is None or kept_R.all() else values[kept_R]
 
 
 def clusters(labels_R: np.ndarray) -> np.ndarray:

@@ -216,16 +216,19 @@ class Recording:
         return found
 
     def random_counts(self) -> np.ndarray | None:
-        """[records, routers, L, E] int64: how often each random router chose each expert; None without any."""
+        """[records, routers, L, E], unsigned: how often each random router chose each expert; None without any."""
         routers, layers = self.manifest.random_routers, len(self.manifest.layers)
         if not routers:
             return None
-        shape = (layers, routers, self.manifest.experts)
-        found = [
-            to_numpy(read_table(self.folder / name, ["counts"])["counts"], ()).reshape(-1, *shape)
-            for name in self.names(RANDOM)
-        ]
-        return np.concatenate(found).swapaxes(1, 2).astype(np.int64)
+        narrow = max(self.records["tokens"], default=0) <= np.iinfo(np.uint16).max
+        shape = (self.manifest.records, layers, routers, self.manifest.experts)
+        found_RLME = np.empty(shape, np.uint16 if narrow else np.uint32)
+        start = 0
+        for name in self.names(RANDOM):
+            part = to_numpy(read_table(self.folder / name, ["counts"])["counts"], ()).reshape(-1, *shape[1:])
+            found_RLME[start : start + len(part)] = part
+            start += len(part)
+        return found_RLME.swapaxes(1, 2)
 
     def counts(self) -> dict[str, np.ndarray]:
         """The columns record, layer (an index), expert, id and count of a recording of kind "counts"."""

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 
 from bimedix_jax.routing import coactivation, measures
+from bimedix_jax.routing.exploration import explore_pairs
+from bimedix_jax.routing.recorded import GappedRoutes
+from bimedix_jax.routing.tables import Tables, count_routes
 
 RNG = np.random.default_rng(3)
 RECORD_N = np.repeat([0, 1, 2], [20, 1, 30])
@@ -84,6 +87,28 @@ def test_trades_keep_the_size_of_sets_and_the_loads_of_records():
         own = record == RECORD_N
         np.testing.assert_array_equal(chosen_NE[own].sum(0), before[own].sum(0))
     assert (chosen_NE != before).any()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_slots_without_an_expert_belong_to_no_pair(dtype):
+    """Experts 0 and 1 go together; every fifth token has a single expert and every seventh none."""
+    chosen_NK = np.where(RNG.random((600, 1)) < 0.5, [[0, 1]], [[2, 3]])
+    loose_N = RNG.random(600) < 0.3
+    chosen_NK[loose_N] = np.argsort(RNG.random((loose_N.sum(), 4)))[:, :2]
+    chosen_NK[::5, 1], chosen_NK[::7] = 255, 255
+    assert (coactivation.sets(chosen_NK.astype(dtype), 4).sum(1) == (chosen_NK < 255).sum(1)).all()
+    record_N = np.arange(600) // 20
+    routes = GappedRoutes(
+        record_N=record_N, id_N=RNG.integers(0, 9, 600), experts_LNK=chosen_NK[None].astype(dtype), experts=4
+    )
+    counts_RLE, tokens_R = count_routes(routes, 30, 1, 4)
+    assert counts_RLE.sum() == (chosen_NK < 255).sum()
+    kept_R = counts_RLE.sum(2).min(1) > 0
+    assert kept_R.all()
+    tables = Tables(counts_RLE=counts_RLE, tokens_R=tokens_R, groups={}, routes=routes)
+    found = explore_pairs(tables, seed=0)
+    assert {pair.experts for pair in found[:2]} == {(0, 1), (2, 3)}
+    assert all(pair.estimate > 1.2 for pair in found[:2])
 
 
 def test_trades_reach_all_sets_equally_often():
