@@ -60,7 +60,7 @@ class SquaredDifferences:
         by_cell = summing(self.cell_P, self.units * ids, self.contrast_P)
         score_UTE = dense(by_cell @ own_PE).reshape(self.units, ids, -1)
         score_UTE -= self._summed(self.contrast_P)[:, :, None] * mean_TE
-        scaled_EUT = np.moveaxis(score_UTE * self.scale_UT[:, :, None], 2, 0)
+        scaled_EUT = np.ascontiguousarray(np.moveaxis(score_UTE * self.scale_UT[:, :, None], 2, 0))  # for BLAS
         weighted_EUT = scaled_EUT * self.inverse_T
         gram_EUU = weighted_EUT @ np.swapaxes(scaled_EUT, 1, 2)
         noise_E = np.trace(gram_EUU, axis1=1, axis2=2)
