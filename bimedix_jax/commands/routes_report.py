@@ -28,6 +28,9 @@ class Config:
     """Recording of the base model on the same records, for what was learned in fine-tuning."""
     knockout: Path | None = None
     """JSON file with the interactions of knock-outs, for what is functional."""
+    answers: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Answers that `bimedix eval run --out` wrote, NAME.json or NAME.predictions.jsonl: are the routes of a question in
+    two languages further apart where only one answer is right? By default the label `correct` of the records."""
     unit: Annotated[str | None, tyro.conf.arg(metavar="FIELD")] = None
     """Field of the records that share a cluster, which counts once; by default cluster or document, where the records
     have one, else each record."""
@@ -53,6 +56,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     options = ReportOptions(
         baseline=config.baseline,
         knockout=config.knockout,
+        answers=config.answers,
         unit=config.unit,
         groups=config.group,
         pictures=config.figures,
@@ -95,6 +99,8 @@ def levels_table(claims: dict[str, Any]) -> "FittedTable":
         own = [claim for claim in claims["claims"] if claim["question"] == question["name"]]
         above = sum(claim["level"] != "none" for claim in own)
         differences = [cell["estimate"] for cell in question["cells"] if cell["estimate"] is not None]
+        if question["cells"] and question["cells"][0]["expert"] is None:  # distances of layers, not shares
+            differences = []
         clusters = ", ".join(f"{count} {group}" for group, count in question["clusters"].items())
         found.add_row(
             question["name"],

@@ -46,6 +46,8 @@ class Gate:
 class Cell:
     """The difference of an expert's load between two groups.
 
+    In the question of answers.py it is a difference of squared distances, and there is no expert.
+
     Attributes:
       estimate: share of the layer's choices, first minus second group; every cluster counts once.
       low, high: 95 % interval (bootstrap-t over clusters), not adjusted for the number of cells.
@@ -61,14 +63,14 @@ class Cell:
     """
 
     layer: int
-    expert: int
+    expert: int | None
     estimate: float
     low: float | None
     high: float | None
     p_adjusted: float | None
     mde80: float | None
     verdict: Verdict | None
-    token_weighted: float
+    token_weighted: float | None
     p_load: float | None
     p_within: float | None = None
     token_mix: float | None = None
@@ -153,11 +155,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The level that the routes to an expert reach for a question."""
+    """The level that the routes to an expert, or those of a layer, reach for a question."""
 
     question: str
     layer: int
-    expert: int
+    expert: int | None
     level: str
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.routing import answers
 from bimedix_jax.routing.claims import Analysis, Cell, Claim, Layer, Question, Refusal, Verdict, highest
 from bimedix_jax.routing.clusters import FEW_CLUSTERS, MIN_CLUSTERS, generator
 from bimedix_jax.routing.contrasts import Contrast, contrasts
@@ -27,7 +28,7 @@ from bimedix_jax.routing.ladder import (
     refusals,
     token_weighted,
 )
-from bimedix_jax.routing.stats import PERMUTATIONS, compare, detectable, equivalent, holm
+from bimedix_jax.routing.stats import PERMUTATIONS, Test, compare, detectable, equivalent, holm
 from bimedix_jax.routing.tables import MISSING, Tables
 
 MARGIN = 0.02
@@ -60,35 +61,39 @@ def analyse(
         raise BimedixError(
             f"{permutations} permutations are too few for adjusted p-values; use {PERMUTATIONS} or more."
         )
-    refused, warnings, asked = [], [], []
+    refused, asked = [], []
     for field in fields:
         found = contrasts(tables, field) if field in tables.groups else []
         asked += found
         if not found:
             refused.append(Refusal(claim=f"routes depend on {field}", why=_no_groups(tables, field)))
-        warnings += [text for contrast in found for text in _warnings(contrast, unit)]
     untested = {contrast.name: why for contrast in asked if (why := _too_few(contrast)) is not None}
     refused += [Refusal(claim=f"routes depend on {name}: claims, intervals", why=why) for name, why in untested.items()]
     tested = [_evidence(tables, c, permutations, seed) for c in asked if c.name not in untested]
     gate, questions, claims, exploration = divergence_gate(tables, seed), [], [], []
-    for evidence, rungs in zip(tested, _adjusted(tested), strict=True):
+    joined = answers.answers_of(tables, permutations, seed)
+    count = len(tested) + (joined.test is not None)
+    rungs_Q, p_L = _adjusted(tested, joined.test)
+    for evidence, rungs in zip(tested, rungs_Q, strict=True):
         cells = [(layer, expert) for layer in tables.layers for expert in range(tables.counts_RLE.shape[2])]
         found = levels(evidence, rungs, gate, cells, alpha)
         name = evidence.contrast.name
         claims += [Claim(question=name, layer=c[0], expert=c[1], level=x) for c, x in zip(cells, found, strict=True)]
         refused += refusals(evidence, tables, gate, found)
-        questions.append(_question(tables, evidence, rungs, unit, len(tested), alpha, margin, seed, highest(found)))
+        questions.append(_question(tables, evidence, rungs, unit, count, alpha, margin, seed, highest(found)))
         exploration += explore_tokens(tables, evidence.contrast) if explore else []
     questions += [_untested(tables, contrast, unit) for contrast in asked if contrast.name in untested]
     questions.sort(key=lambda question: [contrast.name for contrast in asked].index(question.name))
+    last, last_claims = answers.question_of(joined, p_L, tables.layers, unit, alpha, alpha / max(count, 1))
+    refused += answers.refusals_of(joined)
     exploration += explore_pairs(tables, seed) if explore else []
     return Analysis(
         gate=gate,
-        questions=tuple(questions),
-        claims=tuple(claims),
+        questions=(*questions, *last),
+        claims=(*claims, *last_claims),
         refused=tuple(refused),
         exploration=tuple(exploration),
-        warnings=tuple(text for contrast in asked for text in _warnings(contrast, unit)),
+        warnings=(*(x for contrast in asked for x in _warnings(contrast, unit)), *answers.warnings_of(joined, unit)),
         alpha=alpha,
         margin=margin,
         permutations=permutations,
@@ -147,18 +152,25 @@ def _evidence(tables: Tables, contrast: Contrast, permutations: int, seed: int) 
     )
 
 
-def _adjusted(tested: list[Evidence]) -> list[Rungs]:
-    """The p-values of each rung, adjusted over the questions that were tested on it."""
+def _adjusted(tested: list[Evidence], joined: Test | None) -> tuple[list[Rungs], np.ndarray | None]:
+    """The p-values of each rung, adjusted over the questions that were tested on it, and those of the answers.
+
+    Args:
+      joined: the test of the answers, one of the questions of "association".
+    """
     count = tested[0].load.p_X.size if tested else 0
-    by_rung = []
+    by_rung, answered_p_L = [], None
     for rung in ("association", "token", "geometry", "learned"):
         given = [_rung(evidence, rung, count) for evidence in tested]
-        adjusted = iter(holm([p_X for p_X in given if p_X is not None]))
+        more = [joined.p_X] if rung == "association" and joined is not None else []
+        adjusted = iter(holm([p_X for p_X in (*given, *more) if p_X is not None]))
         by_rung.append([None if p_X is None else next(adjusted) for p_X in given])
-    return [
+        answered_p_L = next(adjusted) if more else answered_p_L
+    found = [
         Rungs(association=association, token=token, geometry=beyond, learned=change)
         for association, token, beyond, change in zip(*by_rung, strict=True)
     ]
+    return found, answered_p_L
 
 
 def _rung(evidence: Evidence, rung: str, count: int) -> np.ndarray | None:

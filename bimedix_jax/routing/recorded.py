@@ -7,7 +7,7 @@ Template tokens and first positions are left out.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,6 +64,7 @@ def tables_of(
     stratum: str | None = None,
     roles: Sequence[str] | None = None,
     interactions: Sequence[Interaction] | None = None,
+    correct: Mapping[str, bool] | None = None,
 ) -> Tables:
     """The tables of a recording: sums by record, and the routes of single tokens.
 
@@ -71,6 +72,7 @@ def tables_of(
       baseline: the base model's recording of the same records, for what was learned in fine-tuning.
       unit: field whose values are clusters; "record"; None as `unit_of`. Records without a value are clusters alone.
       stratum: field within whose values labels are exchanged.
+      correct: by the id of a record, whether the model answered it right; by default the label `correct`, 0 or 1.
       roles: roles of the tokens that count, by default all but APART, and all tokens whose role is not known.
 
     Raises:
@@ -100,9 +102,20 @@ def tables_of(
         baseline_RLE=_kept(found.baseline_RLE, kept_R),
         nll_R=_kept(found.nll_R, kept_R),
         shuffled_nll_R=_kept(found.shuffled_nll_R, kept_R),
+        correct_R=_kept(_correct(recording, correct), kept_R),
         nll_floor=max(LEAST_FLOOR, recording.manifest.nll_floor or 0.0),
         interactions=interactions,
     )
+
+
+def _correct(recording: Recording, correct: Mapping[str, bool] | None) -> np.ndarray | None:
+    """[R] 1.0, 0.0 or NaN: whether each record was answered right; None if no answer is known."""
+    if correct is None:
+        known = {"0": 0.0, "1": 1.0}
+        correct_R = np.array([known.get(own.get("correct"), np.nan) for own in recording.records["labels"]])
+    else:
+        correct_R = np.array([float(correct.get(name, np.nan)) for name in recording.records["id"]])
+    return correct_R if np.isfinite(correct_R).any() else None
 
 
 def _kept(values: np.ndarray | None, kept_R: np.ndarray) -> np.ndarray | None:

@@ -116,6 +116,7 @@ class Tables:
       baseline_RLE: counts of the base model on the same records.
       nll_R, shuffled_nll_R: mean NLL per token, with the model's own routes, and if each token gets the set and weights
         of another token of its record. nll_floor: the numerical noise of their difference.
+      correct_R: 1 where the model answered the question of the record right, 0 where wrong, NaN where not known.
       interactions: results of knock-outs.
     """
 
@@ -133,6 +134,7 @@ class Tables:
     nll_R: np.ndarray | None = None
     shuffled_nll_R: np.ndarray | None = None
     nll_floor: float = 1e-4
+    correct_R: np.ndarray | None = None
     interactions: Sequence[Interaction] | None = None
 
     def __post_init__(self) -> None:
@@ -152,7 +154,7 @@ class Tables:
         """Raises BimedixError for an array that does not belong to the same records, layers and experts."""
         expected: dict[str, tuple[int, ...]] = {"layer_L": (layers,)}
         expected |= dict.fromkeys(("tokens_R", "cluster_R", "pair_R", "stratum_R"), (records,))
-        expected |= dict.fromkeys(("nll_R", "shuffled_nll_R"), (records,))
+        expected |= dict.fromkeys(("nll_R", "shuffled_nll_R", "correct_R"), (records,))
         expected |= dict.fromkeys(("weights_RLE", "baseline_RLE"), (records, layers, experts))
         given = {name: getattr(self, name) for name in expected}
         given |= {f"labels of {name}": labels for name, labels in self.groups.items()}

@@ -36,6 +36,7 @@ class Contents:
     measures: Sheet
     dead: Sheet
     roles: Sheet
+    answers: Sheet
     figures: Sheet
     axes: Axes
 
@@ -49,13 +50,18 @@ class Contents:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Described:
-    """What a report has besides the analysis. `layers` are their numbers."""
+    """What a report has besides the analysis.
+
+    Attributes:
+      layers: their numbers. answers: rows of `answers.mean_distances`; empty without pairs of both groups.
+    """
 
     layers: Sequence[int]
     loads: Sequence[Load]
     measures: Sequence[Measure]
     dead: Sequence[DeadExpert]
     roles: Sequence[tuple[str, int, bool]]
+    answers: Sequence[tuple[int, float, float]] = ()
 
 
 def contents_of(analysis: Analysis, described: Described, settings: dict[str, Any]) -> Contents:
@@ -94,6 +100,7 @@ def contents_of(analysis: Analysis, described: Described, settings: dict[str, An
         measures=measures,
         dead=_rows("dead.csv", ("layer", "expert", "bound"), [dataclasses.astuple(x) for x in described.dead]),
         roles=_rows("roles.csv", ("role", "tokens", "counts"), described.roles),
+        answers=_rows("answers.csv", ("layer", "differ", "agree"), described.answers),
         figures=Sheet("figures.csv", FIGURE_COLUMNS),
         axes=Axes(),
     )

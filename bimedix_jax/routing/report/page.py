@@ -4,8 +4,10 @@ import html
 from collections.abc import Callable, Sequence
 
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
+from bimedix_jax.routing.answers import DIFFERENT, SAME
+from bimedix_jax.routing.answers import NAME as ANSWERS
 from bimedix_jax.routing.claims import LEVELS
-from bimedix_jax.routing.report import figures, sentences
+from bimedix_jax.routing.report import answers, figures, sentences
 from bimedix_jax.routing.report.contents import Contents
 from bimedix_jax.routing.report.figures import MapCell, Mark
 from bimedix_jax.routing.report.sheets import Sheet, Shown, interval, number, points, table, words
@@ -91,12 +93,16 @@ def question(page: Page, row: int) -> None:
     """The section of a question."""
     contents, sheet = page.contents, page.contents.questions
     name = sheet.value(row, "question")
-    page.heading(f"Do routes depend on {words(sheet, row, 'question')}?")
+    asked = "Are routes associated with {}?" if name == ANSWERS else "Do routes depend on {}?"
+    page.heading(asked.format(words(sheet, row, "question")))
     page.add(facts(contents, row))
     cells = contents.cells.where(question=name)
     about = {key: sheet.value(row, key) for key in ("tokens", "clusters", "unit")}
     about["layers"] = spanned([contents.cells.value(at, "layer") for at in cells])
     about["seed"] = contents.settings.shown("seed").text
+    if name == ANSWERS:
+        answered(page, cells, about)
+        return
     difference_figures(page, row, cells, about)
     load_figures(page, name, about)
     layers = contents.layers.where(question=name)
@@ -116,6 +122,18 @@ def question(page: Page, row: int) -> None:
             "points of the distance of the loads, mean over layers."
         )
         page.figure(sheet, "Parts of the difference", note, lambda _: split_bars(contents, row), about, name)
+
+
+def answered(page: Page, cells: list[int], about: dict[str, str]) -> None:
+    """The distances of the routes of pairs."""
+    note = (
+        "Squared Euclidean distance of the loads of a question and its translation, without what few tokens add by "
+        f"chance: pairs with {DIFFERENT}, less pairs with {SAME}."
+    )
+    contents = page.contents
+    title = "Distance of the routes and answers"
+    page.figure(contents.cells, title, note, lambda of: answers.answers_plot(contents, cells, of), about, ANSWERS)
+    page.add(answers.answers_table(contents, cells))
 
 
 def difference_figures(page: Page, row: int, cells: Sequence[int], about: dict[str, str]) -> None:

@@ -6,7 +6,9 @@ knock-out costs one group more than the other and shuffled routes cost something
 
 import html
 
+from bimedix_jax.routing.answers import NAME as ANSWERS
 from bimedix_jax.routing.claims import LEVELS
+from bimedix_jax.routing.report.answers import answers_sentence
 from bimedix_jax.routing.report.contents import Contents
 from bimedix_jax.routing.report.sheets import Shown, number, points, words
 
@@ -55,6 +57,8 @@ def question_sentence(contents: Contents, row: int) -> str:
     sheet = contents.questions
     name = words(sheet, row, "question")
     level = sheet.value(row, "level")
+    if sheet.value(row, "question") == ANSWERS:
+        return answers_sentence(contents, row)
     if level is None:
         return f"Whether routes depend on {name} is <b>not tested</b>: {_reason(contents, row, 'claims, intervals')}."
     if level == "none":

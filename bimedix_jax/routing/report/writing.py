@@ -8,10 +8,12 @@ from typing import Any
 
 from bimedix_jax import __version__, files
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.routing.answers import mean_distances
 from bimedix_jax.routing.questions import analyse
 from bimedix_jax.routing.recorded import tables_of, unit_of
 from bimedix_jax.routing.recording import MANIFEST, Recording
 from bimedix_jax.routing.report import describe
+from bimedix_jax.routing.report.answers import read_answers
 from bimedix_jax.routing.report.contents import Described, contents_of
 from bimedix_jax.routing.report.knockouts import read_interactions
 from bimedix_jax.routing.report.page import render
@@ -27,12 +29,14 @@ class ReportOptions:
     """How a recording is analysed.
 
     Attributes:
+      answers: file of answers, as `answers.read_answers`; by default the label `correct` of the records.
       unit: field that clusters records; None as `recorded.unit_of`. groups: fields that are asked about.
       command: what was typed, for claims.json. pictures: whether the page has its figures.
     """
 
     baseline: Path | None = None
     knockout: Path | None = None
+    answers: Path | None = None
     unit: str | None = None
     groups: Sequence[str] = ("language",)
     pictures: bool = True
@@ -50,15 +54,19 @@ def write_report(recording: Recording, out: Path, options: ReportOptions, overwr
     baseline = None if options.baseline is None else Recording.open(options.baseline)
     unit = unit_of(recording, options.unit)
     interactions = None if options.knockout is None else read_interactions(options.knockout, recording)
-    tables = tables_of(recording, baseline=baseline, unit=unit, interactions=interactions)
+    given = None if options.answers is None else read_answers(options.answers, recording)
+    correct = None if given is None else given.correct
+    tables = tables_of(recording, baseline=baseline, unit=unit, interactions=interactions, correct=correct)
     wrong = [field for field in options.groups if field not in tables.groups and field != "language"]
     if wrong:
         known = ", ".join(sorted(tables.groups)) or "none"
         raise BimedixError(f"{recording.folder} has no field {wrong[0]} of records; its fields: {known}")
     analysis = analyse(tables, fields=options.groups, unit=unit, seed=options.seed)
+    more = () if given is None else given.warnings
     if recording.manifest.interventions:
-        analysis = dataclasses.replace(analysis, warnings=(*analysis.warnings, INTERVENED))
-    hashes = hashes_of(recording, baseline, options.knockout)
+        more = (*more, INTERVENED)
+    analysis = dataclasses.replace(analysis, warnings=(*analysis.warnings, *more))
+    hashes = hashes_of(recording, baseline, options.knockout, None if given is None else given.path)
     about = {"hashes": hashes, "command": options.command, "version": __version__}
     claims = analysis.to_dict() | {"unit": unit} | about
     described = Described(
@@ -67,6 +75,7 @@ def write_report(recording: Recording, out: Path, options: ReportOptions, overwr
         measures=describe.described(recording, baseline, unit, options.seed),
         dead=describe.dead(tables),
         roles=describe.roles(recording),
+        answers=mean_distances(tables),
     )
     settings = {
         "recording": recording.folder.resolve().name,
@@ -88,11 +97,15 @@ def write_report(recording: Recording, out: Path, options: ReportOptions, overwr
     return claims
 
 
-def hashes_of(recording: Recording, baseline: Recording | None, knockout: Path | None) -> dict[str, str | None]:
-    """SHA-256 of the manifests, which have those of their files, of the knock-outs, and what the recording knows."""
+def hashes_of(
+    recording: Recording, baseline: Recording | None, knockout: Path | None, given: Path | None
+) -> dict[str, str | None]:
+    """SHA-256 of the manifests, which have those of their files, of the knock-outs, of the answers, and what the
+    recording knows."""
     return {
         "recording": files.sha256(recording.folder / MANIFEST),
         "baseline": None if baseline is None else files.sha256(baseline.folder / MANIFEST),
         "knockout": None if knockout is None else files.sha256(knockout),
+        "answers": None if given is None else files.sha256(given),
         **recording.manifest.hashes,
     }
