@@ -169,6 +169,25 @@ class Routes:
     tuned: Routing
     pair: Pair
 
+    def settled(self, like: Routing) -> "Routes":
+        """The routes without the difference in rounding between the programs of the two models.
+
+        Where the base model chooses the same experts in the program of the tuned model, with adapters of zeros, its
+        weights are those of this program. Then parts that an adapter leaves alone bring exactly nothing.
+
+        Args:
+          like: the routes of the base model in that program.
+        """
+        same_LBT1 = (self.base.experts_LBTK == like.experts_LBTK).all(-1, keepdims=True)
+        base = dataclasses.replace(
+            self.base,
+            weights_LBTK=jnp.where(same_LBT1, like.weights_LBTK, self.base.weights_LBTK),
+            logits_LBTE=None
+            if self.base.logits_LBTE is None
+            else jnp.where(same_LBT1, like.logits_LBTE, self.base.logits_LBTE),
+        )
+        return dataclasses.replace(self, base=base)
+
     def plan(self, sets_L: np.ndarray, weights_L: np.ndarray) -> RoutingPlan:
         """A replay, given the layers in which sets and weights are the tuned model's.
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.scoring import target_logprobs
-from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.models.routers import Record as RecordKind
+from bimedix_jax.models.routers import Routing, RoutingPlan
 from bimedix_jax.routing.clusters import generator
 from bimedix_jax.routing.coalitions import ATTENTION, EXPERTS, ROUTER, ROUTES, SETS, WEIGHTS, Pair, Routes
 from bimedix_jax.routing.measures import overlap
@@ -122,7 +123,7 @@ def replay(
     changed_RL, overlap_RL = np.zeros((2, len(sequences.ids), pair.layers))
     runs = [CoalitionRun(pair, players, coalition) for coalition in game.coalitions]
     models = [nnx.split(model) for model in (pair.base, pair.tuned)]
-    record = "full" if players.split_gates else "choices"
+    record: RecordKind = "full" if players.split_gates else "choices"
     config = pair.tuned.config
     total = len(list(batches(sequences, sequences.answer, config, batch_tokens)))
     with tqdm(total=total * len(runs), desc="coalitions", unit="run", delay=2, disable=None) as bar:
@@ -136,6 +137,8 @@ def replay(
                 tokens.put(ends_2N[row], batch, -logprobs_BT)
                 routings.append(routing)
             routes = Routes(routings[0], routings[1], pair)
+            if pair.same_router and not players.live:
+                routes = routes.settled(CoalitionRun(pair, Players(live=True), 0).free(batch, record))
             flips_of(routes, batch, config.router.num_experts, changed_RL, overlap_RL)
             for row, run in enumerate(runs):
                 tokens.put(nll_CN[row], batch, run.nll(batch, routes))
@@ -163,6 +166,13 @@ class CoalitionRun:
         self.parameters = {ROUTER: kept_L} | {name: self.tuned[name] for name in (ATTENTION, EXPERTS)}
         if players.live:
             self.parameters[ROUTER] = self.tuned[ROUTER]
+
+    def free(self, batch: Batch, record: RecordKind) -> Routing:
+        """What the routers do without a plan."""
+        arrays = (batch.tokens_BT, batch.ids_BT, batch.scored_BT)
+        routing = target_logprobs(self.pair.graph, self.pair.state(self.parameters), *arrays, None, record)[1]
+        assert routing is not None
+        return routing
 
     def nll(self, batch: Batch, routes: Routes) -> np.ndarray:
         """[B, T]: nats of the scored tokens."""
