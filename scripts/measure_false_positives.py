@@ -10,6 +10,11 @@ must fail if these data sets are to show anything. On the unequal groups, `fpr_p
 studentised; `fpr_unequal_permuted` and `fpr_unequal_resampled` use one of the two p-values of which the larger counts.
 `fpr_within_token` tests routes that depend on token ids only, in groups with other frequencies of ids.
 
+`fpr_answers` is of the question whether routes of a question in two languages are further apart where one answer is
+right: short questions have one right answer more often, and distances do not depend on it. `fpr_answers_plain` has the
+distances of the loads as they were counted, which few tokens increase. `coverage_answers` and `detection_answers` are
+of a planted difference in one layer.
+
 `coverage` is the share of 95 % intervals that contain the true difference. `power` has the detections of a planted
 difference in one cell, and `detection_at_mde80` those of the effect that the analysis states as detectable.
 
@@ -28,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.routing.answers import answers_of
 from bimedix_jax.routing.clusters import Comparison, generator
 from bimedix_jax.routing.contrasts import contrasts
 from bimedix_jax.routing.evidence import token_evidence
@@ -222,6 +228,54 @@ def within_token(shape: Shape) -> float:
     return float(np.mean(positives)) if positives else float("nan")
 
 
+def asked_twice(shape: Shape, rng: np.random.Generator, planted: float) -> tuple[Tables, float]:
+    """Questions in two languages, and the true difference in squared distance of the first layer.
+
+    The loads of a translation are those of the question, moved towards other loads by a share whose square is uniform.
+    With one right answer, `planted` of the way to 1 is added to the square in the first layer.
+    """
+    pairs, alpha_E = shape.records, CONCENTRATION * base_load(shape)
+    own_PLE, other_PLE = rng.dirichlet(alpha_E, (2, pairs, shape.layers))
+    tokens_P2 = np.maximum(rng.lognormal(np.log(shape.tokens / 2), 0.8, (pairs, 2)).astype(int), 4)
+    differ_P = rng.random(pairs) < np.where(tokens_P2.sum(1) < np.median(tokens_P2.sum(1)), 0.7, 0.3)
+    square_PL = 0.2 * rng.random((pairs, shape.layers))
+    square_PL[differ_P, 0] += planted * (1 - square_PL[differ_P, 0])
+    moved_PLE = own_PLE + np.sqrt(square_PL)[..., None] * (other_PLE - own_PLE)
+    load_RLE = np.stack([own_PLE, moved_PLE], 1).reshape(2 * pairs, shape.layers, -1)
+    tokens_R, right_P = tokens_P2.ravel(), rng.random(pairs) < 0.5
+    tables = Tables(
+        counts_RLE=rng.multinomial(np.broadcast_to(tokens_R[:, None], load_RLE.shape[:2]), load_RLE),
+        tokens_R=tokens_R,
+        groups={"language": np.array(["ar", "en"] * pairs)},
+        pair_R=np.repeat(np.arange(pairs), 2).astype(str),
+        correct_R=np.stack([right_P, right_P ^ differ_P], 1).ravel().astype(float),
+    )
+    apart = 2 * (1 - float((base_load(shape) ** 2).sum())) / (CONCENTRATION + 1)  # mean squared distance of two draws
+    return tables, planted * 0.9 * apart
+
+
+def answers(shape: Shape) -> dict[str, float]:
+    """False positives, coverage and detections of the question of answers."""
+    found: dict[str, list[float]] = {"fpr": [], "plain": [], "coverage": [], "detection": []}
+    for number in range(shape.datasets):
+        rng = generator(shape.seed, "answers", str(number))
+        tables, _ = asked_twice(shape, rng, 0.0)
+        null = answers_of(tables, shape.permutations, number)
+        if null.test is None or null.contrast is None:
+            continue
+        found["fpr"].append(null.test.p_X.min() <= ALPHA)
+        load_RLE = tables.counts_RLE / tables.tokens_R[:, None, None]
+        plain_PL = ((load_RLE[0::2] - load_RLE[1::2]) ** 2).sum(-1)
+        plain = compare(null.contrast.means(plain_PL, np.ones(len(plain_PL))), rng, shape.permutations)
+        found["plain"].append(plain.p_X.min() <= ALPHA)
+        tables, truth = asked_twice(shape, rng, 0.8)
+        test = answers_of(tables, shape.permutations, number).test
+        if test is not None:
+            found["coverage"].append(test.low_X[0] <= truth <= test.high_X[0])
+            found["detection"].append(test.p_X[0] <= ALPHA)
+    return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
+
+
 def measure(shape: Shape) -> dict[str, Any]:
     """Everything, as in the docstring of this file."""
     start = time.process_time()
@@ -233,6 +287,7 @@ def measure(shape: Shape) -> dict[str, Any]:
     effects = [size * stated for size in SIZES]
     powers = [planted_sets(shape, effect, f"planted {place}", some) for place, effect in enumerate(effects)]
     at_mde = planted_sets(shape, stated, "mde80", many)
+    joined = answers(shape)
     return {
         "fpr": equal["fpr"],
         "fpr_relabelled": relabelled(shape),
@@ -242,6 +297,10 @@ def measure(shape: Shape) -> dict[str, Any]:
         "fpr_unequal_permuted": wild["fpr_permuted"],
         "fpr_unequal_resampled": wild["fpr_resampled"],
         "fpr_within_token": within_token(shape),
+        "fpr_answers": joined["fpr"],
+        "fpr_answers_plain": joined["plain"],
+        "coverage_answers": joined["coverage"],
+        "detection_answers": joined["detection"],
         "coverage": (equal["coverage"] + wild["coverage"]) / 2,
         "coverage_equal": equal["coverage"],
         "coverage_unequal": wild["coverage"],

@@ -12,7 +12,7 @@ import numpy as np
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.routing import answers
-from bimedix_jax.routing.claims import Analysis, Cell, Claim, Layer, Question, Refusal, Verdict, highest
+from bimedix_jax.routing.claims import Analysis, Cell, Claim, Exploration, Layer, Question, Refusal, Verdict, highest
 from bimedix_jax.routing.clusters import FEW_CLUSTERS, MIN_CLUSTERS, generator
 from bimedix_jax.routing.contrasts import Contrast, contrasts
 from bimedix_jax.routing.evidence import geometry, learned, token_evidence
@@ -58,9 +58,7 @@ def analyse(
       BimedixError: fewer than 1,999 permutations.
     """
     if permutations < PERMUTATIONS:
-        raise BimedixError(
-            f"{permutations} permutations are too few for adjusted p-values; use {PERMUTATIONS} or more."
-        )
+        raise BimedixError(f"{permutations} permutations are too few for adjusted p-values; use {PERMUTATIONS} or more")
     refused, asked = [], []
     for field in fields:
         found = contrasts(tables, field) if field in tables.groups else []
@@ -70,7 +68,7 @@ def analyse(
     untested = {contrast.name: why for contrast in asked if (why := _too_few(contrast)) is not None}
     refused += [Refusal(claim=f"routes depend on {name}: claims, intervals", why=why) for name, why in untested.items()]
     tested = [_evidence(tables, c, permutations, seed) for c in asked if c.name not in untested]
-    gate, questions, claims, exploration = divergence_gate(tables, seed), [], [], []
+    gate, questions, claims = divergence_gate(tables, seed), [], []
     joined = answers.answers_of(tables, permutations, seed)
     count = len(tested) + (joined.test is not None)
     rungs_Q, p_L = _adjusted(tested, joined.test)
@@ -81,24 +79,27 @@ def analyse(
         claims += [Claim(question=name, layer=c[0], expert=c[1], level=x) for c, x in zip(cells, found, strict=True)]
         refused += refusals(evidence, tables, gate, found)
         questions.append(_question(tables, evidence, rungs, unit, count, alpha, margin, seed, highest(found)))
-        exploration += explore_tokens(tables, evidence.contrast) if explore else []
     questions += [_untested(tables, contrast, unit) for contrast in asked if contrast.name in untested]
     questions.sort(key=lambda question: [contrast.name for contrast in asked].index(question.name))
     last, last_claims = answers.question_of(joined, p_L, tables.layers, unit, alpha, alpha / max(count, 1))
     refused += answers.refusals_of(joined)
-    exploration += explore_pairs(tables, seed) if explore else []
     return Analysis(
         gate=gate,
         questions=(*questions, *last),
         claims=(*claims, *last_claims),
         refused=tuple(refused),
-        exploration=tuple(exploration),
+        exploration=_explored(tables, tested, seed) if explore else (),
         warnings=(*(x for contrast in asked for x in _warnings(contrast, unit)), *answers.warnings_of(joined, unit)),
         alpha=alpha,
         margin=margin,
         permutations=permutations,
         seed=seed,
     )
+
+
+def _explored(tables: Tables, tested: list[Evidence], seed: int) -> tuple[Exploration, ...]:
+    tokens = (one for evidence in tested for one in explore_tokens(tables, evidence.contrast))
+    return (*tokens, *explore_pairs(tables, seed))
 
 
 def _no_groups(tables: Tables, field: str) -> str:

@@ -33,6 +33,9 @@ def test_all_figures_have_their_order_of_magnitude(script: Any):
     found = script.measure(shape(script))
     assert max(found[name] for name in ("fpr", "fpr_unequal", "fpr_relabelled")) <= 0.2
     assert found["fpr_per_token"] > 0.5
+    assert found["fpr_answers"] <= 0.15
+    assert found["coverage_answers"] > 0.7
+    assert found["detection_answers"] > found["fpr_answers"]
     assert found["fpr_plain"] > found["fpr_unequal"]
     assert 0.9 < found["coverage"] < 0.98  # of 160 cells and more
     assert min(found[name] for name in ("coverage_planted", "coverage_jsd")) > 0.6  # of 10 data sets
