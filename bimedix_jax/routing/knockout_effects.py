@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bimedix_jax.routing.clusters import MIN_CLUSTERS, Comparison, generator
-from bimedix_jax.routing.contrasts import contrasts
+from bimedix_jax.routing.contrasts import Contrast, contrasts
 from bimedix_jax.routing.knockout import ANSWER, PROMPT, LeftOut, Measured
 from bimedix_jax.routing.sequences import Sequences
 from bimedix_jax.routing.stats import Test, compare, detectable, holm
@@ -90,33 +90,72 @@ def changes(measured: Measured, sequences: Sequences, seed: int) -> dict[str, Ch
     return kept | {name: dataclasses.replace(kept[name], p_C=p) for name, p in zip(tested, adjusted, strict=True)}
 
 
-def interactions(measured: Measured, sequences: Sequences, seed: int) -> list[dict[str, Any]]:
-    """A row for each cell: the change in the first language minus that in the second; without p if not tested."""
-    rows: list[dict[str, Any]] = []
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Interactions:
+    """The change in the first group minus that in the second, for each cell.
+
+    Attributes:
+      test: None where there are too few clusters. p_C: adjusted for all cells and contrasts.
+    """
+
+    contrast: Contrast
+    estimate_C: np.ndarray
+    test: Test | None
+    p_C: np.ndarray | None = None
+
+
+def interactions(measured: Measured, sequences: Sequences, seed: int) -> list[Interactions]:
+    """Those of two languages, or of each with all others; p is adjusted for cells (max-T) and contrasts (Holm)."""
+    found = []
     for contrast in contrasts(sequences, "language"):
         comparison = contrast.means(measured.change_CR2[:, :, ANSWER].T, measured.tokens_R2[:, ANSWER])
         if not comparison.sizes or min(comparison.sizes) == 0:
             continue
-        parts = comparison.parts()
+        parts, test = comparison.parts(), None
         estimate_C = parts[0].mean(0) - (parts[1].mean(0) if len(parts) > 1 else 0.0)
-        test = None
         if comparison.enough:
             test = compare(comparison, generator(seed, "interaction", contrast.name), limit=float("inf"))
+            estimate_C = test.estimate_X
+        found.append(Interactions(contrast=contrast, estimate_C=estimate_C, test=test))
+    adjusted = iter(holm([one.test.p_X for one in found if one.test is not None]))
+    return [one if one.test is None else dataclasses.replace(one, p_C=next(adjusted)) for one in found]
+
+
+def interaction_rows(found: list[Interactions], measured: Measured) -> list[dict[str, Any]]:
+    """A row for each contrast and cell; without p where there are too few clusters."""
+    rows: list[dict[str, Any]] = []
+    tested = sum(one.test is not None for one in found)
+    for one in found:
+        contrast, test, p_C = one.contrast, one.test, one.p_C
+        mde_C = None if test is None else detectable(test, ALPHA / tested)
         for place, cell in enumerate(measured.cells):
             row = {"field": contrast.field, "groups": list(contrast.groups), **dataclasses.asdict(cell)}
-            row |= {"estimate": float(estimate_C[place]), "clusters": contrast.clusters, "paired": contrast.paired}
+            row |= {"estimate": float(one.estimate_C[place])}
+            row |= {"clusters": contrast.clusters, "paired": contrast.paired}
             row |= dict.fromkeys(("low", "high", "p_adjusted", "mde80"))
-            if test is not None:
-                row |= {"estimate": float(test.estimate_X[place]), "low": float(test.low_X[place])}
-                row |= {"high": float(test.high_X[place]), "p_adjusted": float(test.p_X[place])}
-                row |= {"mde80": float(detectable(test, ALPHA)[place])}
+            if test is not None and p_C is not None and mde_C is not None:
+                row |= {"low": float(test.low_X[place]), "high": float(test.high_X[place])}
+                row |= {"p_adjusted": float(p_C[place]), "mde80": float(mde_C[place])}
             rows.append(row)
     return rows
 
 
+def families(found: dict[str, Change], joined: list[Interactions], measured: Measured) -> dict[str, Any]:
+    """What the p-values are adjusted for: all these cells by max-T, and then these questions by Holm.
+
+    Changes and interactions are two families. Experts that a screen left out belong to neither.
+    """
+    cells = {"cells": len(measured.cells), "meanings": sorted({cell.meaning for cell in measured.cells})}
+    groups = [name for name, change in found.items() if change.p_C is not None]
+    return {
+        "cells": {**cells, "questions": groups},
+        "interaction": {**cells, "questions": [one.contrast.name for one in joined if one.p_C is not None]},
+    }
+
+
 def report(measured: Measured, left_out: LeftOut, sequences: Sequences, seed: int = 0) -> dict[str, Any]:
     """The result of knock-outs for JSON."""
-    found = changes(measured, sequences, seed)
+    found, joined = changes(measured, sequences, seed), interactions(measured, sequences, seed)
     cells = []
     for place, cell in enumerate(measured.cells):
         parts: dict[str, dict[str, Any]] = {
@@ -133,7 +172,8 @@ def report(measured: Measured, left_out: LeftOut, sequences: Sequences, seed: in
     tokens_2, nll_2 = measured.tokens_R2.sum(0), measured.nll_R2.sum(0)
     return {
         "cells": cells,
-        "interaction": interactions(measured, sequences, seed),
+        "interaction": interaction_rows(joined, measured),
+        "families": families(found, joined, measured),
         "left_out": left_out_rows(left_out),
         "groups": {name: {"clusters": change.clusters} for name, change in found.items()},
         "nll": {

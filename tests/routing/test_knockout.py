@@ -44,10 +44,11 @@ from bimedix_jax.routing.knockout import (
     screen,
     swapped,
 )
-from bimedix_jax.routing.knockout_effects import report
+from bimedix_jax.routing.knockout_effects import interactions, report
 from bimedix_jax.routing.recording import Manifest
 from bimedix_jax.routing.report.knockouts import read_interactions
 from bimedix_jax.routing.sequences import Sequences
+from bimedix_jax.routing.stats import holm
 
 LAYER, EXPERT = 1, 2
 
@@ -201,6 +202,29 @@ def test_translations_are_compared_with_each_other(measured: Measured) -> None:
     assert row["clusters"] == {"ar": 12, "en": 12}
     mean_R = measured.change_CR2[0, :, ANSWER] / measured.tokens_R2[:, ANSWER]
     assert row["estimate"] == pytest.approx((mean_R[1::2] - mean_R[::2]).mean())
+
+
+def test_p_values_are_adjusted_for_all_cells_and_all_questions() -> None:
+    """Three languages are three interactions, of which Holm adjusts the smallest p-value for three."""
+    rng, cells = np.random.default_rng(0), (Cell(0, 0, "silence"), Cell(0, 1, "ban"))
+    sources = [Source(f"r{row}", ("ar", "en", "fr")[row % 3], "qa") for row in range(45)]
+    ids = [np.arange(5, dtype=np.int32)] * 45
+    text = Sequences(ids=ids, answer=[np.arange(5) > 0] * 45, sources=sources)
+    change_CR2 = rng.normal(size=(2, 45, 2))
+    change_CR2[0, ::3] += 1.0
+    own = Measured(cells=cells, change_CR2=change_CR2, nll_R2=np.ones((45, 2)), tokens_R2=np.full((45, 2), 4.0))
+    found = interactions(own, text, 0)
+    assert [one.contrast.name for one in found] == ["language=ar", "language=en", "language=fr"]
+    alone = [one.test.p_X for one in found if one.test is not None]
+    for one, expected_C in zip(found, holm(alone), strict=True):
+        np.testing.assert_array_equal(one.p_C, expected_C)  # pyright: ignore[reportArgumentType]
+    least = min(p_C.min() for p_C in alone)
+    result = report(own, LeftOut(), text)
+    assert min(row["p_adjusted"] for row in result["interaction"]) == pytest.approx(3 * least)
+    both = {"cells": 2, "meanings": ["ban", "silence"]}
+    groups = ["ar", "ar/prompt", "en", "en/prompt", "fr", "fr/prompt"]
+    assert result["families"]["cells"] == both | {"questions": groups}
+    assert result["families"]["interaction"]["questions"] == [one.contrast.name for one in found]
 
 
 def test_only_silence_is_possible_where_tokens_use_all_experts() -> None:
