@@ -10,9 +10,18 @@ from tiny import tiny
 
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.data.records import (
+    Language,
+    Record,
+    conversation,
+    multiple_choice_answer,
+    multiple_choice_question,
+    write_jsonl,
+)
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.init import init_random
+from bimedix_jax.routing.answers import NAME as ANSWERS
 from bimedix_jax.routing.claims import LEVELS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/routing.md"
@@ -29,16 +38,38 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
+def translated(number: int, language: Language) -> Record:
+    """A question with four options, which the other language has too."""
+    asked = {"en": "Which one? Case", "ar": "أي واحد؟ الحالة"}[language]
+    choices = tuple("abcd"[(number + place) % 4] * 3 for place in range(4))
+    answer = number * 7 % 4
+    turns = multiple_choice_question(f"{asked} {number}", choices), multiple_choice_answer(choices, answer, language)
+    return Record(
+        id=f"{language}{number}",
+        language=language,
+        kind="mcqa",
+        source="test",
+        licence="none",
+        split="heldout",
+        conversations=conversation(*turns),
+        choices=choices,
+        answer=answer,
+        provenance={"pair": f"q{number}"},
+    )
+
+
 def test_from_a_question_to_a_figure(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     for seed, name in enumerate(("noisy", "tuned")):
         model = init_random(CONFIG, seed=seed, dtype="bfloat16", std=0.2)
         export_hf(model, tmp_path / "runs" / name, tokenizer_from=tokenizer.folder)
+    pairs = [translated(number, language) for number in range(40) for language in ("en", "ar")]
+    write_jsonl(tmp_path / "translated.jsonl", pairs)
     monkeypatch.chdir(tmp_path)
     text = section("From a question to a figure")
     with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
         for program, *words in commands(text):
-            fewer = ["--limit", "40"] if words[:2] == ["routes", "record"] else []
+            fewer = ["--limit", "40"] if words[:2] == ["routes", "record"] and "sample" in words else []
             assert (program, cli.main([*words, *fewer])) == ("bimedix", 0), words
     claims = json.loads(Path("runs/report/claims.json").read_text())
     assert claims["gate"]["diverged"] is not None
@@ -47,6 +78,12 @@ def test_from_a_question_to_a_figure(tmp_path, monkeypatch):
     assert claims["questions"][0]["layers"][0]["geometry_percentile"] is not None
     theirs = json.loads(Path("runs/theirs-report/claims.json").read_text())
     assert theirs["unit"] == "record"
+    answered = json.loads(Path("runs/answers/claims.json").read_text())
+    assert answered["hashes"]["answers"] is not None
+    assert answered["warnings"] == [], "the answers are of the recorded model, and none lacks its counterpart"
+    question = answered["questions"][-1]
+    assert (question["name"], question["unit"], sum(question["clusters"].values())) == (ANSWERS, "pair", 40)
+    assert question["level"] in ("none", "association")
     first, second = (found["questions"][0]["cells"][0]["estimate"] for found in (claims, theirs))
     assert first == pytest.approx(second)
 
