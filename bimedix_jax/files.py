@@ -28,7 +28,7 @@ LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
 def new_folder(path: str | os.PathLike[str], overwrite: bool = False, ours: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on any error or Ctrl-C.
 
-    Readers therefore see either no folder or a complete one. Only a kill that Python cannot catch leaves the sibling
+    Readers therefore see either no folder or a complete one, after a loss of power too. Only a kill that Python cannot catch leaves the sibling
     behind; its name is `.<name>.<random>.partial`, and the next call for the same path removes it.
 
     Args:
@@ -74,6 +74,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(target)
+            folders.sync_entries(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -92,7 +93,9 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             with signals.on_abandon(lambda: partial.unlink(missing_ok=True)):
                 yield partial
+                folders.sync_file(partial)
                 partial.replace(target)
+                folders.sync_entries(target.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -269,9 +272,12 @@ def _cannot_create(target: Path, error: OSError, kind: str = "folder") -> Bimedi
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`. An old folder is renamed first, and renamed back if that fails."""
+    """Rename `partial` to `target`, which survives a loss of power. An old folder is renamed first, and renamed back if
+    that fails."""
+    folders.sync_tree(partial)
     if not target.exists():
         partial.rename(target)
+        folders.sync_entries(target.parent)
         return
     old = _sibling(target, "old")
     target.rename(old)
@@ -280,6 +286,7 @@ def replace_folder(partial: Path, target: Path) -> None:
     except BaseException:
         old.rename(target)
         raise
+    folders.sync_entries(target.parent)
     shutil.rmtree(old)
 
 

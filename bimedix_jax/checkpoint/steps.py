@@ -9,6 +9,7 @@ import json
 import logging
 import secrets
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from bimedix_jax import distributed
 from bimedix_jax.checkpoint.integrity import find_damage, write_manifest
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import new_folder
+from bimedix_jax.process import folders
 
 log = logging.getLogger(__name__)
 
 STATE, POSITION = "state", "position.json"
+TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
+"""Orbax 0.12.8 measures its limit of a save with a clock that can be set: after a jump by an hour, every save failed."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -36,32 +40,63 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
 
 
-def save_step(folder: Path, step: int, state: Any, position: dict[str, Any], keep: int) -> Path:
+def save_step(
+    folder: Path,
+    step: int,
+    state: Any,
+    position: dict[str, Any],
+    keep: int,
+    copied: Callable[[], None] = lambda: None,
+    before: Sequence[Path] = (),
+) -> Path:
     """Writes a checkpoint, then removes all but the newest `keep`. A reader sees a complete checkpoint or none.
+
+    Several processes on one file system write their parts of the arrays together. This process then has no news of
+    what happens in the others (checkpoint/saver.py exchanges it).
 
     Args:
       state: pytree of jax arrays.
       position: JSON values that are needed to resume the run.
+      copied: is called when the state is in host memory, so that the next step may donate its arrays.
+      before: files that have to be on the disk before the checkpoint is, where they exist.
 
     Raises:
       BimedixError: the folder cannot be written.
     """
     target = step_folder(folder, step)
+
+    def complete(partial: Path) -> None:
+        for path in before:
+            if path.is_file():
+                folders.sync_file(path)
+        finish(partial, step, state, position)
+
     if distributed.is_multiprocess():
-        save_together(target, step, state, position)
+        partial = target.with_name(f".{target.name}.{distributed.broadcast_token(secrets.token_hex(4))}.partial")
+        distributed.on_process_zero(lambda: partial.mkdir(parents=True))
+        save_arrays(partial, state, copied)
+        if distributed.is_process_zero():
+            complete(partial)
+            folders.sync_tree(partial)
+            if target.exists():
+                remove(target)
+            partial.rename(target)
+            folders.sync_entries(folder)
     else:
         with new_folder(target, overwrite=True, ours=True) as partial:
-            save_arrays(partial, state)
-            finish(partial, step, state, position)
+            save_arrays(partial, state, copied)
+            complete(partial)
     if distributed.is_process_zero():
         for old in [other for other in steps_in(folder) if other != step][: -(keep - 1) or None]:
             remove(step_folder(folder, old))
     return target
 
 
-def save_arrays(partial: Path, state: Any) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial.resolve() / STATE, state)
+def save_arrays(partial: Path, state: Any, copied: Callable[[], None] = lambda: None) -> None:
+    options = ocp.options.AsyncOptions(timeout_secs=TIMEOUT_SECONDS)
+    with ocp.StandardCheckpointer(async_options=options) as checkpointer:
+        checkpointer.save(partial.resolve() / STATE, state)  # blocks until the arrays are in host memory
+        copied()
 
 
 def finish(partial: Path, step: int, state: Any, position: dict[str, Any]) -> None:
@@ -69,21 +104,6 @@ def finish(partial: Path, step: int, state: Any, position: dict[str, Any]) -> No
     record = {"step": step, **position, "leaves": shapes_of(state)}
     (partial / POSITION).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
     write_manifest(partial)
-
-
-def save_together(target: Path, step: int, state: Any, position: dict[str, Any]) -> None:
-    """`save_step` for several processes on one file system: each writes its arrays, and process 0 writes the rest."""
-    partial = target.with_name(f".{target.name}.{distributed.broadcast_token(secrets.token_hex(4))}.partial")
-    distributed.on_process_zero(lambda: partial.mkdir(parents=True))
-    save_arrays(partial, state)
-
-    def complete() -> None:
-        finish(partial, step, state, position)
-        if target.exists():
-            remove(target)
-        partial.rename(target)
-
-    distributed.on_process_zero(complete)
 
 
 def shapes_of(state: Any) -> dict[str, str]:

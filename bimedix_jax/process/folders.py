@@ -35,6 +35,8 @@ UNLOCKED_SECONDS = 60.0
 for this long."""
 _LEFTOVER = re.compile(r"\.(?P<name>.+?)\.([0-9a-f]{8}\.)?(?P<kind>partial|old|removed)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
+"""How a file system says that it cannot sync a folder."""
 
 
 @contextmanager
@@ -127,6 +129,36 @@ def foreign_files(folder: Path) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError):
         written, ours = {}, set()
     return sorted(name for name in files_in(folder) - ours if written.get(name) != _print_of(folder / name))
+
+
+def sync_file(path: Path) -> None:
+    """Returns when the content of a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_entries(folder: Path) -> None:
+    """Returns when the names in a folder, as after a rename, are on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: Path) -> None:
+    """Returns when all files in a folder are on the disk. Afterwards a rename of the folder is safe against power loss.
+
+    Without this, a file system may write the rename before the content, and leave empty files under the final name.
+    """
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if not Path(place, name).is_symlink():
+                sync_file(Path(place, name))
+        sync_entries(Path(place))
 
 
 def check_writable(parent: Path) -> None:

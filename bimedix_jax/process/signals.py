@@ -120,8 +120,14 @@ def on_abandon(action: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Delays a signal until the end of the block, for a short clean-up that must not be interrupted."""
+    """Delays a signal until the end of the block, for a short clean-up that must not be interrupted.
+
+    It has no effect in other threads than the main one, which no signal interrupts.
+    """
     global _shields, _pending
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _shields += 1
     try:
         yield

@@ -6,14 +6,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.files import new_file
 from bimedix_jax.models.plans import RoutingPlan
 
 
 def write_plan(plan: RoutingPlan, path: Path) -> None:
     """Writes the fields that are set. The file gets its name when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(plan.to_numpy(), partial)
-    partial.rename(path)
+    with new_file(path) as partial:
+        save_file(plan.to_numpy(), partial)
 
 
 def read_plan(path: str | Path) -> RoutingPlan:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bimedix_jax import distributed
 from bimedix_jax.adapters import coverage
-from bimedix_jax.checkpoint.steps import save_step
+from bimedix_jax.checkpoint.saver import Saver
 from bimedix_jax.checkpoint.store import save, save_adapter
 from bimedix_jax.data import pack
 from bimedix_jax.data.vocabulary import outside, require_ids
@@ -31,7 +31,7 @@ from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.interventions import StepPlans, rules_of_run
 from bimedix_jax.training.metadata import check_identity, identity, write_run
-from bimedix_jax.training.metrics import MetricsLog, read_metrics
+from bimedix_jax.training.metrics import METRICS, MetricsLog, read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
 from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model
@@ -39,7 +39,17 @@ from bimedix_jax.training.probe import Probe, data_of
 from bimedix_jax.training.progress import TrainingProgress, duration
 from bimedix_jax.training.rows import NumpyBatch, Rows, check_tokenizer, heldout_batches, open_rows
 from bimedix_jax.training.run_folder import CHECKPOINTS, begin, newest_step, one_writer, resume_state
-from bimedix_jax.training.skips import Diverged, Skips, count_skips, read_orders, reordered, stopped, write_orders
+from bimedix_jax.training.skips import (
+    ORDERS,
+    SKIPPED,
+    Diverged,
+    Skips,
+    count_skips,
+    read_orders,
+    reordered,
+    stopped,
+    write_orders,
+)
 from bimedix_jax.training.state import Structure, TrainState, init_state, split_params, update_params
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
@@ -126,8 +136,10 @@ def train_in(
     fresh = partial(init_state, params, optimiser, structure.router_state(frozen))
     state = fresh()
     distributed.on_process_zero(lambda: begin(folder, experiment, plan))
+    began = time.perf_counter()
     if resume:
         state = resume_state(folder, state, console)
+    restore_seconds = time.perf_counter() - began
     if (done := int(state.step)) > 0:
         check_identity(folder, same)
     if done == rows.steps:
@@ -137,6 +149,7 @@ def train_in(
         step = make_train_step(structure, experiment, rows.steps, optimiser)
         with backends.use(**experiment.kernels.named()):
             compiled, cost = compile_step(step, state, frozen, feed, plans.of_step(done), console)
+            cost |= {"restore_seconds": restore_seconds}
             distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
             print_start(experiment, rows, done, cost["kernels"], console)
             state, last = run_steps(
@@ -226,7 +239,8 @@ def run_steps(
       BimedixError: it may not go back again.
     """
     orders = read_orders(folder)
-    with StopRequest(console) as stop:
+    logs = tuple(folder / name for name in (METRICS, SKIPPED, ORDERS))
+    with StopRequest(console) as stop, Saver(folder / CHECKPOINTS, experiment.keep, before=logs) as saver:
         while True:
             rows = reordered(feed.rows, orders, experiment.seed)
             skips = Skips(
@@ -235,10 +249,11 @@ def run_steps(
             ordered = dataclasses.replace(feed, rows=rows), dataclasses.replace(plans, rows=rows)
             try:
                 return steps_in_order(
-                    experiment, folder, step, structure, state, frozen, *ordered, skips, console, command, stop
+                    experiment, folder, step, structure, state, frozen, *ordered, skips, console, command, stop, saver
                 )
             except Diverged as error:
                 diverged = error.with_traceback(None)  # whose frames would keep the arrays of the state
+            saver.wait()
             if len(orders) >= experiment.reorders:
                 raise stopped(diverged, experiment, folder, newest_step(folder))
             state = resume_state(folder, fresh(), console)
@@ -263,6 +278,7 @@ def steps_in_order(
     console: Console,
     command: str,
     stop: StopRequest,
+    saver: Saver,
 ) -> tuple[TrainState, dict[str, Any]]:
     """`run_steps` with one order of the data.
 
@@ -295,6 +311,7 @@ def steps_in_order(
             state, metrics = step(state, frozen, batch, plan)
             done += 1
             lines.add(done, metrics)
+            saver.check()
             stopping, requested = requested(), distributed.any_process_later(lambda: stop.requested)
             evaluates = experiment.eval_every > 0 and done % experiment.eval_every == 0
             saves = stopping or done % experiment.checkpoint_every == 0 or done == rows.steps
@@ -305,10 +322,14 @@ def steps_in_order(
             probe.record(state, done)
             if saves:
                 position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
-                save_step(folder / CHECKPOINTS, done, state, position, experiment.keep)
+                lines.timings["save_stall_seconds"] = saver.save(done, state, position)
             if stopping and done < rows.steps:
+                saver.wait()
                 raise Interrupted(f"step {done} of {rows.steps} is saved; resume with `{command}`")
             lines.restart_clock()
+    saver.wait()
+    if summary := saver.summary():
+        console.print(summary, highlight=False)
     return state, lines.last
 
 

@@ -29,6 +29,12 @@ ORDER = (
     "router_margin",  # by layer: rank of the last chosen expert minus that of the best refused one
 )
 """The metrics of a step, in the order of a line."""
+TIMINGS = (
+    "seconds",  # of this step, without saves and held-out measurements
+    "tokens_per_second",
+    "save_stall_seconds",  # in the first line after a checkpoint: how long the save blocked the run
+)
+"""Further names in a line. A resumed run repeats all numbers but these."""
 OPTIONAL = ("by_language",)  # load, entropy, margin and z by language, where the experiment names languages
 
 

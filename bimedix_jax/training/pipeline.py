@@ -61,6 +61,8 @@ class LateLines:
     def __init__(self, skips: Skips, writers: Sequence[Callable[[dict[str, Any]], None]]):
         self.skips, self.writers = skips, writers
         self.last: dict[str, Any] = {}
+        self.timings: dict[str, float] = {}
+        """What the next line has besides, such as how long the save before it blocked."""
         self._waiting: tuple[int, dict[str, Any]] | None = None
         self.restart_clock()
 
@@ -90,6 +92,8 @@ class LateLines:
         self.skips.finite()
         seconds = self._began - began
         line |= {"seconds": seconds, "tokens_per_second": line["tokens"] / seconds}
+        line |= self.timings
+        self.timings = {}
         line |= {} if measure is None else measure()
         for write in self.writers:
             write(line)

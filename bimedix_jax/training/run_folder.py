@@ -17,6 +17,7 @@ run.lock                        held by the process that writes the folder, remo
 import contextlib
 import dataclasses
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,10 +141,12 @@ def newest_step(folder: Path) -> int:
 
 def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainState:
     """The state of the newest valid checkpoint, or `fresh` without one. Truncates metrics.jsonl to that step."""
-    checkpoints = folder / CHECKPOINTS
+    checkpoints, began = folder / CHECKPOINTS, time.perf_counter()
     state = fresh
     if steps_in(checkpoints):
         state, _ = restore_step(checkpoints, newest_valid(checkpoints), fresh)
+        seconds = time.perf_counter() - began
+        console.print(f"restored the state of step {int(state.step)} in {seconds:.2f} s", highlight=False)
     else:
         console.print(f"{folder} has no checkpoint yet: starting from the beginning", highlight=False)
     step = int(state.step)

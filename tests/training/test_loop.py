@@ -24,19 +24,18 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics import TIMINGS, read_metrics
 from bimedix_jax.training.rows import check_tokenizer
 from bimedix_jax.training.skips import read_skips
 from bimedix_jax.training.state import split_params
 from bimedix_jax.training.stopping import Interrupted
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "w2", "router"))
-TIMING = ("seconds", "tokens_per_second")
 
 
 def numbers(folder):
     """The lines of metrics.jsonl without timings."""
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(folder)]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in read_metrics(folder)]
 
 
 @pytest.fixture(scope="module")

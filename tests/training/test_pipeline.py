@@ -48,7 +48,7 @@ def around_steps(monkeypatch):
 
 def test_reading_and_writing_overlap_with_a_step(experiment, tmp_path, monkeypatch, around_steps):
     events, reading = [], [threading.Event() for _ in range(6)]
-    checked, write, save_step = loop.checked, MetricsLog.write, loop.save_step
+    checked, write, save_step = loop.checked, MetricsLog.write, loop.Saver.save
 
     def read(batch, vocab_size, step):
         assert threading.current_thread() is not threading.main_thread()
@@ -64,15 +64,15 @@ def test_reading_and_writing_overlap_with_a_step(experiment, tmp_path, monkeypat
         write(self, line)
         events.append(f"line {line['step']}")
 
-    def save(folder, step, *rest):
-        assert [line["step"] for line in read_metrics(folder.parent)] == list(range(1, step + 1))
+    def save(self, step, *rest):
+        assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, step + 1))
         events.append(f"save {step}")
-        return save_step(folder, step, *rest)
+        return save_step(self, step, *rest)
 
     around_steps(before)
     monkeypatch.setattr(loop, "checked", read)
     monkeypatch.setattr(MetricsLog, "write", log)
-    monkeypatch.setattr(loop, "save_step", save)
+    monkeypatch.setattr(loop.Saver, "save", save)
     train(experiment(lora=LORA, checkpoint_every=4), tmp_path / "run")
     assert ", ".join(events) == (
         "step 1, step 2, line 1, step 3, line 2, step 4, line 3, line 4, save 4, step 5, step 6, line 5, line 6, save 6"

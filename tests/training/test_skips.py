@@ -144,15 +144,15 @@ def test_several_steps_in_a_row_go_back_to_another_order(run, config, capsys):
 def test_a_killed_run_skips_and_reorders_as_an_undisturbed_one(run, config, monkeypatch):
     experiment, folder, _ = run([3, 4], checkpoint_every=2, skip_limit=2, reorders=3)
     train(experiment, folder, model=overflowing(config))
-    other, save = folder.with_name("killed"), loop.save_step
+    other, save = folder.with_name("killed"), loop.Saver.save
 
-    def killed(place, step, *rest):
-        save(place, step, *rest)
+    def killed(self, step, *rest):
+        save(self, step, *rest)
         raise RuntimeError("killed")
 
     resume = False
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_step", killed)
+        patch.setattr(loop.Saver, "save", killed)
         for _ in range(3):
             with pytest.raises(RuntimeError, match="killed"):
                 train(experiment, other, model=overflowing(config), resume=resume)
