@@ -28,8 +28,9 @@ LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
 def new_folder(path: str | os.PathLike[str], overwrite: bool = False, ours: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on any error or Ctrl-C.
 
-    Readers therefore see either no folder or a complete one, after a loss of power too. Only a kill that Python cannot catch leaves the sibling
-    behind; its name is `.<name>.<random>.partial`, and the next call for the same path removes it.
+    Readers therefore see either no folder or a complete one, after a loss of power too. Only a kill that Python cannot
+    catch leaves the sibling behind; its name is `.<name>.<random>.partial`, and the next call for the same path removes
+    it.
 
     Args:
         overwrite: replace an old folder, if this program wrote every file in it.
@@ -161,6 +162,8 @@ def stand_in(head: bytes, text: bool = False, markup: bool = False) -> str | Non
             f"contains only a server's answer, {start.decode('utf-8', 'replace')!r}, not the file itself; check the "
             "address and your login, and download the file again"
         )
+    if text and head and not head.strip(b"\0"):
+        return "contains zero bytes only, as after a loss of power; restore it from a copy, or write it again"
     if text and (wide or b"\0" in head[:4]):
         return "is UTF-16 or UTF-32 text; save it as UTF-8"
     return None

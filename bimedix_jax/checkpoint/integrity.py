@@ -66,10 +66,13 @@ def find_damage(folder: Path, hashes: bool = True) -> str | None:
         path = inside(folder, name)
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry.bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}"
-        if hashes and sha256(path) != entry.sha256:
-            return f"the content of {name} has changed"
+        try:
+            if path.stat().st_size != entry.bytes:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry.bytes}"
+            if hashes and sha256(path) != entry.sha256:
+                return f"the content of {name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 

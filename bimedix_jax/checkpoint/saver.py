@@ -1,7 +1,7 @@
-"""Saves training states in the background: a step waits until its state is in host memory, not until it is on the disk.
+"""Saves training states in the background: a step waits until its state is in host memory, not on the disk.
 
-On CPUs nothing is copied: Orbax reads views of the arrays, and JAX gives the next step new buffers while there is a view
-(`pytest tests/checkpoint/test_saver.py`).
+On CPUs nothing is copied: Orbax reads views of the arrays, and while there is a view, JAX gives the next step new
+buffers (`pytest tests/checkpoint/test_saver.py`).
 """
 
 import logging

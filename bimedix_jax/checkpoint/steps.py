@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 STATE, POSITION = "state", "position.json"
 TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
-"""Orbax 0.12.8 measures its limit of a save with a clock that can be set: after a jump by an hour, every save failed."""
+"""Orbax 0.12.8 measures the time of a save with a clock that can be set: after a jump by an hour, each save failed."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -119,8 +119,11 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def newest_valid(folder: Path) -> int:
+def newest_valid(folder: Path, at_most: int | None = None) -> int:
     """The newest step with undamaged files; warns of every damaged newer one.
+
+    Args:
+      at_most: prefer steps up to this one. Later ones count only if there is no other.
 
     Raises:
       BimedixError: there is no checkpoint, or none that is valid.
@@ -129,11 +132,12 @@ def newest_valid(folder: Path) -> int:
     if not steps:
         raise BimedixError(f"{folder} contains no checkpoint to resume from; start the run without --resume.")
     damages = []
-    for step in reversed(steps):
+    early = [step for step in steps if at_most is None or step <= at_most]
+    for step in [*reversed(early), *(step for step in reversed(steps) if step not in early)]:
         damage = find_damage(step_folder(folder, step))
         if damage is None:
             for line in damages:
-                log.warning("%s; resuming from the earlier step %d.", line, step)
+                log.warning("%s; resuming from the %s step %d.", line, "earlier" if step in early else "later", step)
             return step
         damages.append(f"Checkpoint {step_folder(folder, step)} is damaged: {damage}")
     raise BimedixError(

@@ -1,11 +1,10 @@
 """Which process writes a folder, which files this program wrote, and what a killed process left.
 
-Locks are flocks: the operating system releases them when a process dies, however it dies.
+process/lock.py has the lock of a folder that one process writes. Partial folders have an flock, which the operating
+system releases when a process dies, however it dies.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -13,15 +12,13 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from bimedix_jax.errors import BimedixError
-from bimedix_jax.process import signals
+from bimedix_jax.process import lock, signals
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +31,6 @@ UNLOCKED_SECONDS = 60.0
 """A partial file, or a partial folder of an older version, has no lock. It counts as abandoned when it has not changed
 for this long."""
 _LEFTOVER = re.compile(r"\.(?P<name>.+?)\.([0-9a-f]{8}\.)?(?P<kind>partial|old|removed)")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP)
 """How a file system says that it cannot sync a folder."""
 
@@ -204,41 +200,15 @@ def one_writer(folder: Path, doing: str) -> Iterator[None]:
         BimedixError: another process holds it.
         OSError: the folder cannot be written.
     """
-    path = folder / LOCK
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(path.open("a+", encoding="utf-8"))
-            if not _lock(file):
-                file.seek(0)
-                who = file.read().strip() or "another process"
-                raise BimedixError(
-                    f"{who} {doing} in {folder}; wait until it has ended or stop it, or name another folder with --out"
-                )
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break  # otherwise the previous holder of the lock has removed it in the meantime
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-
-        def remove() -> None:
-            path.unlink(missing_ok=True)
-
-        stack.enter_context(signals.on_abandon(remove))
+    busy = f"{doing} in {folder}; wait until it has ended or stop it, or name another folder with --out"
+    with lock.held(folder / LOCK, busy):
         sweep(folder)
-        try:
-            yield
-        finally:
-            remove()
+        yield
 
 
 def _lock(file: IO[str]) -> bool:
     """Locks a file until it is closed. False if another process has locked it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    taken = lock.flock(file)
+    if taken is None:
         log.warning("the file system of %s has no locks, so a second writer would not be noticed", file.name)
-    return True
+    return taken is not False

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 GRACE_SECONDS = 2.0
 """How long the main thread has to react before another thread ends the process."""
 
@@ -166,6 +166,18 @@ def abandon(*hints: str) -> None:
         with suppress(OSError):
             os.write(_document, (json.dumps({"error": text}, indent=2) + "\n").encode())
     leave(INTERRUPTED)
+
+
+def fail(text: str) -> None:
+    """Prints an error and ends the process from any thread, without unwinding and without the actions of `abandon`."""
+    if not _ending.acquire(blocking=False):
+        return
+    with suppress(OSError):
+        os.write(2, f"error: {text}\n".encode(errors="backslashreplace"))
+    if _document is not None:
+        with suppress(OSError):
+            os.write(_document, (json.dumps({"error": text}, indent=2) + "\n").encode())
+    leave(FAILED)
 
 
 def leave(code: int) -> None:

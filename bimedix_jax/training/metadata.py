@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.files import write_text
+from bimedix_jax.files import read_json, write_text
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.interventions import Interventions
@@ -88,9 +88,13 @@ def identity(
     }
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    return read_json(folder / RUN, dict[str, Any], "restore it from a copy, or start a new run")
+
+
 def check_identity(folder: Path, same: dict[str, Any]) -> None:
     """Raises BimedixError if base weights, data or number of steps differ from those at the start of the run."""
-    earlier = json.loads((folder / RUN).read_text("utf-8"))
+    earlier = read_run(folder)
     changed = [name for name, value in same.items() if earlier.get(name) != value]
     if changed:
         raise BimedixError(
@@ -108,7 +112,7 @@ def write_run(folder: Path, covered: dict[str, Any], same: dict[str, Any], step:
       step: number of steps done at this start.
       cost: compile time, memory and kernel backends of the step.
     """
-    earlier = json.loads((folder / RUN).read_text("utf-8"))["starts"] if (folder / RUN).exists() else []
+    earlier = read_run(folder)["starts"] if (folder / RUN).exists() else []
     starts = [*earlier, {"step": step, **environment(), **cost}]
     run = {**same, "coverage": covered, "starts": starts}
     write_text(folder / RUN, json.dumps(run, indent=2) + "\n")

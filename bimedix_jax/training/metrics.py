@@ -80,8 +80,22 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def readable(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of a file and their values, up to the first that is no complete JSON, after a kill or a power loss."""
+    found = []
+    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else ():
+        try:
+            value = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            break
+        found.append((line, value))
+    return found
+
+
 def rewind(folder: Path, step: int) -> Path | None:
-    """Moves the lines of later steps, and an incomplete last line, from metrics.jsonl to another file.
+    """Moves the lines of later steps, and what follows the last readable line, from metrics.jsonl to another file.
 
     The run repeats these steps, with the same losses.
 
@@ -90,10 +104,8 @@ def rewind(folder: Path, step: int) -> Path | None:
     path = folder / METRICS
     if not path.exists():
         return None
-    kept, moved = [], []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        later = not line.endswith("\n") or json.loads(line)["step"] > step
-        (moved if later else kept).append(line)
+    kept = [line for line, value in readable(path) if value["step"] <= step]
+    moved = path.read_text("utf-8", "replace").splitlines(keepends=True)[len(kept) :]
     if not moved:
         return None
     number = 1

@@ -16,6 +16,7 @@ run.lock                        held by the process that writes the folder, remo
 
 import contextlib
 import dataclasses
+import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -32,9 +33,11 @@ from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.process import folders, signals
 from bimedix_jax.routing.plans import read_plan, write_plan
 from bimedix_jax.training.metadata import RUN
-from bimedix_jax.training.metrics import METRICS, rewind
+from bimedix_jax.training.metrics import METRICS, readable, rewind
 from bimedix_jax.training.skips import SKIPPED
 from bimedix_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 CONFIG, PLAN, CHECKPOINTS, PROBE = "config.json", "plan.safetensors", "checkpoints", "probe"
 
@@ -139,12 +142,31 @@ def newest_step(folder: Path) -> int:
     return max(steps_in(folder / CHECKPOINTS), default=0)
 
 
+def last_logged(folder: Path) -> int:
+    """The last step that has a line in metrics.jsonl or in skipped.jsonl; 0 without one.
+
+    Both files are synced to the disk before each checkpoint, so a checkpoint of a later step means that lines were lost
+    afterwards. A run that resumes from an earlier checkpoint writes them again. Warns in this case.
+    """
+    lines = [value for name in (METRICS, SKIPPED) for _, value in readable(folder / name)]
+    last = max((line["step"] for line in lines), default=0)
+    if last < newest_step(folder):
+        log.warning(
+            "%s ends at step %d, before the checkpoint of step %d: lines were lost; the run resumes from an earlier "
+            "checkpoint, if there is one",
+            folder / METRICS,
+            last,
+            newest_step(folder),
+        )
+    return last
+
+
 def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainState:
     """The state of the newest valid checkpoint, or `fresh` without one. Truncates metrics.jsonl to that step."""
     checkpoints, began = folder / CHECKPOINTS, time.perf_counter()
     state = fresh
     if steps_in(checkpoints):
-        state, _ = restore_step(checkpoints, newest_valid(checkpoints), fresh)
+        state, _ = restore_step(checkpoints, newest_valid(checkpoints, last_logged(folder)), fresh)
         seconds = time.perf_counter() - began
         console.print(f"restored the state of step {int(state.step)} in {seconds:.2f} s", highlight=False)
     else:

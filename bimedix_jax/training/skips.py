@@ -20,6 +20,7 @@ from rich.console import Console
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.files import read_json, write_text
+from bimedix_jax.training.metrics import readable
 from bimedix_jax.training.rows import Rows
 
 SKIPPED, ORDERS = "skipped.jsonl", "orders.json"
@@ -32,10 +33,7 @@ class Diverged(BimedixError):
 
 def read_skips(folder: Path) -> list[dict[str, Any]]:
     """The lines of skipped.jsonl. An incomplete last line, after a kill, is left out."""
-    if not (folder / SKIPPED).is_file():
-        return []
-    lines = (folder / SKIPPED).read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [value for _, value in readable(folder / SKIPPED)]
 
 
 def read_orders(folder: Path) -> list[int]:

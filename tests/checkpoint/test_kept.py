@@ -92,5 +92,5 @@ def test_every_fault_is_detected_and_recovered_from():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout)["rows"]
-    assert len(rows) == 6
+    assert len(rows) == 9
     assert all(row["tried"] == row["detected"] == row["recovered"] == 1 for row in rows), rows

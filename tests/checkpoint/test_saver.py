@@ -61,14 +61,12 @@ def test_a_failed_save_is_one_sentence_that_names_the_newest_checkpoint(tmp_path
         raise error
 
     state = state_at(jnp.int32(1))
-    with pytest.raises(
-        BimedixError, match=r"00000009 cannot be written: .*; the newest checkpoint is that of step 5\. "
-    ):
-        with Saver(tmp_path, keep=2) as writer:
-            writer.save(5, state, {})
-            writer.wait()
-            monkeypatch.setattr(steps, "finish", fail)
-            writer.save(9, state, {})
+    said = r"00000009 cannot be written: .*; the newest checkpoint is that of step 5\. "
+    with pytest.raises(BimedixError, match=said), Saver(tmp_path, keep=2) as writer:
+        writer.save(5, state, {})
+        writer.wait()
+        monkeypatch.setattr(steps, "finish", fail)
+        writer.save(9, state, {})
     assert steps_in(tmp_path) == [5]
     assert [path.name for path in tmp_path.iterdir()] == ["00000005"], "nothing half-written is left"
     with pytest.raises(BimedixError, match="there is no earlier checkpoint"), Saver(tmp_path / "new", 2) as writer:
