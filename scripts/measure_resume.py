@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from bimedix_jax.checkpoint.integrity import MANIFEST
+from bimedix_jax.checkpoint.steps import read_arrays
 from bimedix_jax.data import loader, pack
 from bimedix_jax.errors import run_script
 from bimedix_jax.training.metrics import TIMINGS, readable
@@ -211,18 +212,12 @@ def numbers(path: Path) -> list[dict[str, Any]]:
 
 def content(out: Path) -> dict[str, Any]:
     """Everything of a finished run that has to be the same: arrays as bytes, positions, metrics, adapter."""
-    import jax
-    import orbax.checkpoint as ocp
-
     found: dict[str, Any] = {"metrics": numbers(out / "metrics.jsonl"), "steps": complete_steps(out)}
     for step in found["steps"]:
         folder = out / f"checkpoints/{step:08d}"
         found[f"{step} position"] = (folder / "position.json").read_bytes()
-        with ocp.StandardCheckpointer() as checkpointer:
-            leaves, _ = jax.tree.flatten_with_path(checkpointer.restore(folder.resolve() / "state"))
-        for path, leaf in leaves:
-            array = np.asarray(leaf)
-            found[f"{step} {jax.tree_util.keystr(path)}"] = (str(array.dtype), array.shape, array.tobytes())
+        for name, array in read_arrays(out / "checkpoints", step).items():
+            found[f"{step} {name}"] = (str(array.dtype), array.shape, array.tobytes())
     return found | {path.name: path.read_bytes() for path in (out / "adapter").glob("*.safetensors")}
 
 

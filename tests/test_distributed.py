@@ -9,7 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from bimedix_jax.checkpoint.steps import read_arrays
 
 pytestmark = pytest.mark.whole_process
 
@@ -52,6 +55,10 @@ def test_two_processes_train_as_one_and_resume(tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert (tmp_path / "two" / "adapter" / "manifest.json").is_file()
     assert not list((tmp_path / "two").rglob("*.partial")), "no partial file is left"
+    ours, theirs = (read_arrays(tmp_path / name / "checkpoints", 4) for name in ("two", "one"))
+    assert sum("['mu']" in name or "['nu']" in name for name in ours) == 2 * sum("['params']" in name for name in ours)
+    for name, value in theirs.items():  # both moments too
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-3 * max(np.max(np.abs(value)), 1e-6))
     # one process resumes what two processes saved
     subprocess.run(
         [sys.executable, "-m", "bimedix_jax", "train", "--out", str(tmp_path / "two"), "--resume"],

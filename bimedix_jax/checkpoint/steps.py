@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from bimedix_jax import distributed
@@ -170,3 +171,18 @@ def restore_step(folder: Path, step: int, template: Any) -> tuple[Any, dict[str,
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(place.resolve() / STATE, abstract)
     return state, position
+
+
+def read_arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """The whole arrays of a checkpoint by their path, such as "['params']['layers.moe.w1.lora.a']", on any devices."""
+    place = step_folder(folder, step).resolve() / STATE
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree: Any = checkpointer.metadata(place).item_metadata
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree.tree, is_leaf=has_shape)
+        restored = checkpointer.restore(place, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    leaves, _ = jax.tree.flatten_with_path(restored)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def has_shape(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")

@@ -1,4 +1,4 @@
-"""The folder of a run. Only the same experiment can resume it.
+"""The folder of a run. Only the same experiment can resume it, on any mesh.
 
 config.json                     the resolved experiment
 plan.safetensors                the routing plan, if the run has one
@@ -93,7 +93,10 @@ def remove_failed_start(folder: Path) -> None:
 
 
 def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
-    """Raises BimedixError unless `folder` is empty, or, with `resume`, contains a run of the same experiment."""
+    """Raises BimedixError unless `folder` is empty, or, with `resume`, contains a run of the same experiment.
+
+    The mesh may be another one: a checkpoint has whole arrays.
+    """
     if not resume:
         if (folder / CONFIG).is_file():
             raise BimedixError(
@@ -106,7 +109,8 @@ def check_folder(folder: Path, experiment: Experiment, resume: bool) -> None:
     if not (folder / CONFIG).is_file():
         raise BimedixError(f"{folder} contains no run to resume (no {CONFIG}); start one without --resume.")
     began = read(folder / CONFIG)
-    changed = differences(dataclasses.replace(experiment, steps=experiment.steps or began.steps), began)
+    same = dataclasses.replace(experiment, steps=experiment.steps or began.steps, mesh=began.mesh)
+    changed = differences(same, began)
     if changed:
         raise BimedixError(
             f"{folder} is a run of another experiment ({'; '.join(changed)}); resume it with that one "
@@ -130,11 +134,26 @@ def begin(folder: Path, experiment: Experiment, plan: RoutingPlan | None = None)
     """Creates the folder and writes the experiment and the plan."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        warn_other_mesh(folder, experiment)
         write_text(folder / CONFIG, experiment.to_json())
         if plan is not None:
             write_plan(plan, folder / PLAN)
     except OSError as error:
         raise BimedixError(f"cannot write to {folder} ({error.strerror}); name a writable folder.") from error
+
+
+def warn_other_mesh(folder: Path, experiment: Experiment) -> None:
+    """Warns if the run in `folder` was on another mesh until now."""
+    if not (folder / CONFIG).is_file() or (before := read(folder / CONFIG).mesh) == experiment.mesh:
+        return
+    dropout = experiment.lora is not None and experiment.lora.dropout > 0
+    log.warning(
+        "%s was trained on %s and resumes on %s: the data keep their order, and its numbers are equal up to rounding%s",
+        folder,
+        "one device" if before is None else before,
+        "one device" if experiment.mesh is None else experiment.mesh,
+        ", except that dropout draws other masks" if dropout else "",
+    )
 
 
 def newest_step(folder: Path) -> int:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.hf import export_hf
-from bimedix_jax.checkpoint.steps import steps_in
+from bimedix_jax.checkpoint.steps import read_arrays, steps_in
 from bimedix_jax.checkpoint.store import load_adapter
 from bimedix_jax.data import pack
 from bimedix_jax.data.tokenizer import byte_tokenizer
@@ -142,7 +142,15 @@ def test_a_resumed_run_is_bitwise_equal(whole, experiment, tmp_path, monkeypatch
     result = train(run, folder, resume=True)
     assert numbers(folder) == numbers(whole[1])
     jax.tree.map(np.testing.assert_array_equal, split_params(result.model)[1], split_params(whole[0].model)[1])
-    assert [start["step"] for start in json.loads((folder / "run.json").read_text())["starts"]] == [0, 4, 5]
+    starts = json.loads((folder / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 4, 5]
+    assert all(start["restore_seconds"] > 0 for start in starts[1:])
+    saved = [read_arrays(place / "checkpoints", 6) for place in (folder, whole[1])]
+    assert any("['nu']" in name for name in saved[0]), "both moments"
+    jax.tree.map(np.testing.assert_array_equal, *saved)
+    positions = [(place / "checkpoints/00000006/position.json").read_bytes() for place in (folder, whole[1])]
+    assert positions[0] == positions[1]
+    assert ["save_stall_seconds" in line for line in read_metrics(folder)] == [False, False, True, False, False, False]
 
 
 def test_resuming_another_experiment_or_base_raises(whole, experiment, config):

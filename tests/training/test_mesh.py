@@ -1,15 +1,19 @@
 """A training run on a mesh."""
 
 import dataclasses
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from bimedix_jax.checkpoint import store
+from bimedix_jax.checkpoint.steps import read_arrays
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import BatchConfig, MeshConfig, RouterTraining
 from bimedix_jax.models.init import init_random
 from bimedix_jax.sharding.placement import gather_for_export
+from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.state import split_params
@@ -45,3 +49,40 @@ def test_a_run_on_a_mesh_equals_the_run_on_one_device(tmp_path, experiment):
     saved = [split_params(store.load_adapter(base, result.trained))[1] for result in (ours, theirs)]
     assert_alike(*saved, tolerance=1e-3)
     assert_alike(split_params(gather_for_export(ours.model))[1], saved[0], tolerance=0)
+
+
+def test_a_run_resumes_on_another_mesh(tmp_path, experiment, monkeypatch, caplog):
+    """Two steps on one device, two on eight: both moments equal those of four steps on one device, up to rounding."""
+    plain = experiment(
+        batch=BatchConfig(rows=8), router=RouterTraining(aux_loss_coef=0.01, aux_scope="global"), steps=4
+    )
+    train(plain, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved/checkpoints/00000004")
+    save, specs = loop.Saver.save, {}
+
+    def saved(self, step, state, position):
+        leaves, _ = jax.tree.flatten_with_path(state)
+        specs.update({jax.tree_util.keystr(path): str(getattr(x.sharding, "spec", "")) for path, x in leaves})
+        return save(self, step, state, position)
+
+    monkeypatch.setattr(loop.Saver, "save", saved)
+    train(dataclasses.replace(plain, mesh=MeshConfig(fsdp=2, expert=4)), tmp_path / "moved", resume=True)
+    assert "one device and resumes on MeshConfig(data=1, fsdp=2, expert=4, tensor=1)" in caplog.text
+    for name in ("params", "optimiser[0].mu", "optimiser[0].nu"):
+        assert "expert" in specs[f".{name}['layers.moe.w1.lora.a']"], "each device has the values of its experts"
+    ours, theirs = (read_arrays(tmp_path / name / "checkpoints", 4) for name in ("moved", "one"))
+    moments = {name: ours[name] for name in ours if "['mu']" in name or "['nu']" in name}
+    assert len(moments) == 2 * sum("['params']" in name for name in ours) > 0
+    assert all(np.any(value) for name, value in moments.items() if ".lora.b" in name)
+    assert ours.keys() == theirs.keys()
+    assert_alike(ours, theirs, tolerance=1e-3)
+    assert int(ours["['step']"]) == 4
+    lines = [read_metrics(tmp_path / name) for name in ("moved", "one")]
+    for line, other in zip(*lines, strict=True):
+        assert (line["step"], line["tokens"], line["learning_rate"]) == (
+            other["step"],
+            other["tokens"],
+            other["learning_rate"],
+        )
+        np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-5)
