@@ -72,7 +72,7 @@ class Place:
     compile: float = 4.0
     starts: int = 0
 
-    def run(self, out: Path, cached: bool = True) -> subprocess.Popen[bytes]:
+    def launch(self, out: Path, cached: bool = True) -> subprocess.Popen[bytes]:
         """Starts the run in `out`, or resumes it."""
         self.starts += 1
         command = [sys.executable, "-m", "bimedix_jax", "train", "--out", str(out)]
@@ -121,7 +121,7 @@ def undisturbed(place: Place) -> Path:
     """Runs to the end twice, without and with a compilation cache, and measures the first."""
     out = place.folder / "undisturbed"
     began = time.monotonic()
-    process = place.run(out)
+    process = place.launch(out)
     while process.poll() is None and not said(out, *RESTORED) and not (out / "config.json").is_file():
         time.sleep(0.02)
     place.start = time.monotonic() - began
@@ -186,7 +186,7 @@ class Kills:
 
 def disturb(out: Path, place: Place, draws: random.Random, kills: Kills) -> None:
     """Runs to the end, killing on the way until there were enough kills."""
-    process = place.run(out)
+    process = place.launch(out)
     while kills.done < kills.wanted:
         if not wait(process, out, draws.choice(MOMENTS), place, draws):
             kills.ended_before += 1
@@ -201,7 +201,7 @@ def disturb(out: Path, place: Place, draws: random.Random, kills: Kills) -> None
         kills.lost.append(lines(out) - max(complete_steps(out), default=0))
         if sys.stderr.isatty():
             print(f"\r{kills.done} kills, {out.name} has {lines(out)} of {STEPS} steps", end="", file=sys.stderr)
-        process = place.run(out, cached=draws.random() > 0.2)
+        process = place.launch(out, cached=draws.random() > 0.2)
     finish(process, out)
 
 

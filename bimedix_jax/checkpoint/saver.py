@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rich.console import Console
+
 from bimedix_jax import distributed
 from bimedix_jax.checkpoint.steps import save_step, step_folder, steps_in
 from bimedix_jax.errors import BimedixError, problem_of
@@ -118,12 +120,13 @@ class Saver:
             "Correct this and resume the run with --resume."
         )
 
-    def summary(self) -> str | None:
-        """What saving has cost, for people; None if nothing was saved."""
-        if not self.stalls:
-            return None
+    def finish(self, console: Console) -> None:
+        """`wait`, and prints what saving has cost."""
+        self.wait()
         count = len(self.stalls)
-        return (
-            f"{count} checkpoint{'s' if count > 1 else ''}: the steps waited {sum(self.stalls):.2f} s in all, "
-            f"{max(self.stalls):.2f} s at most; writing took {max(self.writes, default=0.0):.2f} s at most"
-        )
+        if count:
+            console.print(
+                f"{count} checkpoint{'s' if count > 1 else ''}: the steps waited {sum(self.stalls):.2f} s in all, "
+                f"{max(self.stalls):.2f} s at most; writing took {max(self.writes, default=0.0):.2f} s at most",
+                highlight=False,
+            )

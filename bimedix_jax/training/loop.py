@@ -240,7 +240,7 @@ def run_steps(
     """
     orders = read_orders(folder)
     logs = tuple(folder / name for name in (METRICS, SKIPPED, ORDERS))
-    with StopRequest(console) as stop, Saver(folder / CHECKPOINTS, experiment.keep, before=logs) as saver:
+    with StopRequest(console, command) as stop, Saver(folder / CHECKPOINTS, experiment.keep, before=logs) as saver:
         while True:
             rows = reordered(feed.rows, orders, experiment.seed)
             skips = Skips(
@@ -248,9 +248,11 @@ def run_steps(
             )
             ordered = dataclasses.replace(feed, rows=rows), dataclasses.replace(plans, rows=rows)
             try:
-                return steps_in_order(
-                    experiment, folder, step, structure, state, frozen, *ordered, skips, console, command, stop, saver
+                result = steps_in_order(
+                    experiment, folder, step, structure, state, frozen, *ordered, skips, stop, saver
                 )
+                saver.finish(console)
+                return result
             except Diverged as error:
                 diverged = error.with_traceback(None)  # whose frames would keep the arrays of the state
             saver.wait()
@@ -275,8 +277,6 @@ def steps_in_order(
     feed: Feed,
     plans: StepPlans,
     skips: Skips,
-    console: Console,
-    command: str,
     stop: StopRequest,
     saver: Saver,
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -297,7 +297,7 @@ def steps_in_order(
     with (
         MetricsLog(folder if logs else None) as log,
         Mirror(experiment if logs else None, folder, done) as mirror,
-        TrainingProgress(console, done, rows.steps) as progress,
+        TrainingProgress(stop.console, done, rows.steps) as progress,
         ReadAhead(read, done, rows.steps) as batches,
     ):
         lines = LateLines(skips, (log.write, mirror.write, progress.update))
@@ -321,16 +321,17 @@ def steps_in_order(
             lines.settle(measure if evaluates else None)
             probe.record(state, done)
             if saves:
-                position = {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
-                lines.timings["save_stall_seconds"] = saver.save(done, state, position)
+                lines.timings["save_stall_seconds"] = saver.save(done, state, position_of(experiment, rows, done))
             if stopping and done < rows.steps:
-                saver.wait()
-                raise Interrupted(f"step {done} of {rows.steps} is saved; resume with `{command}`")
+                saver.finish(stop.console)
+                raise Interrupted(f"step {done} of {rows.steps} is saved; resume with `{stop.command}`")
             lines.restart_clock()
-    saver.wait()
-    if summary := saver.summary():
-        console.print(summary, highlight=False)
     return state, lines.last
+
+
+def position_of(experiment: Experiment, rows: Rows, done: int) -> dict[str, Any]:
+    """What a checkpoint records beside the state."""
+    return {"data_position": done, "seed": experiment.seed, "data_fingerprint": rows.fingerprint}
 
 
 def checked(batch: NumpyBatch, vocab_size: int, step: int) -> NumpyBatch:

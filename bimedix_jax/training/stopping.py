@@ -22,10 +22,13 @@ class StopRequest:
     """Within the block, the first SIGINT or SIGTERM sets `requested`. A second one interrupts immediately.
 
     Only the main thread can handle signals. In other threads nothing is installed.
+
+    Args:
+      command: resumes what is stopped.
     """
 
-    def __init__(self, console: Console):
-        self.console, self.requested = console, False
+    def __init__(self, console: Console, command: str = ""):
+        self.console, self.command, self.requested = console, command, False
         self._previous: dict[signal.Signals, Any] = {}
         self._patience = contextlib.ExitStack()
 
