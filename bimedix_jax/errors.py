@@ -1,6 +1,8 @@
 """The exception for problems that the user can fix."""
 
 import errno
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -58,6 +60,8 @@ REMEDIES = {
     errno.ECONNREFUSED: "start the server, or correct its address",
 }
 """What helps against an error of the operating system."""
+_NUMBER = re.compile(r"\[os_error_code='(\d+)'\]")
+"""How TensorStore reports an error of the operating system, in a ValueError."""
 _FULL = ("No space left on device", "os error 28", "disk is full", "Disk quota exceeded")
 
 
@@ -71,6 +75,9 @@ def is_full(error: BaseException) -> bool:
 def problem_of(error: BaseException) -> str | None:
     """A sentence for an error of the operating system, of memory or of an encoding; None for any other."""
     for cause in _causes(error):
+        if found := _NUMBER.search(str(cause)):
+            number = int(found[1])
+            cause = OSError(number, os.strerror(number))
         if is_full(cause):
             place = getattr(cause, "filename", None)
             return f"no space is left{f' for {place}' if place else ' on the device'}; {REMEDIES[errno.ENOSPC]}"

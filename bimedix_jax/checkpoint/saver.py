@@ -112,7 +112,7 @@ class Saver:
         if not isinstance(failure, BimedixError | OSError | ValueError | RuntimeError):
             return failure
         cause = failure.__cause__ if isinstance(failure, BimedixError) and failure.__cause__ else failure
-        problem = problem_of(cause) or str(cause).splitlines()[0]
+        problem = problem_of(cause) or str(cause).splitlines()[0][:200]
         older = [other for other in steps_in(self.folder) if other != step]
         kept = f"the newest checkpoint is that of step {older[-1]}" if older else "there is no earlier checkpoint"
         return BimedixError(

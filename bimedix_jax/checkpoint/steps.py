@@ -5,11 +5,14 @@ checkpoints/00000120/position.json    step, position in the data, seed, and furt
 checkpoints/00000120/manifest.json    SHA-256 of every file, written last
 """
 
+import contextlib
 import json
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from bimedix_jax.process import folders
 log = logging.getLogger(__name__)
 
 STATE, POSITION = "state", "position.json"
+SETTLE_SECONDS = 0.5
+"""Time for TensorStore's other writes to end after one of them has failed."""
 TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
 """Orbax 0.12.8 measures the time of a save with a clock that can be set: after a jump by an hour, each save failed."""
 
@@ -95,9 +100,38 @@ def save_step(
 
 def save_arrays(partial: Path, state: Any, copied: Callable[[], None] = lambda: None) -> None:
     options = ocp.options.AsyncOptions(timeout_secs=TIMEOUT_SECONDS)
-    with ocp.StandardCheckpointer(async_options=options) as checkpointer:
+    with quiet_failures(), ocp.StandardCheckpointer(async_options=options) as checkpointer:
         checkpointer.save(partial.resolve() / STATE, state)  # blocks until the arrays are in host memory
         copied()
+
+
+@contextlib.contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Drops what Orbax and TensorStore print when a write fails in their threads: 200 lines of tracebacks.
+
+    The exception of the save has the reason. TensorStore's other writes still end after that, in an event loop that
+    Orbax has closed.
+    """
+    previous = sys.unraisablehook
+
+    def of_orbax(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    absl = logging.getLogger("absl")
+    absl.addFilter(of_orbax)
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        time.sleep(SETTLE_SECONDS)
+        raise
+    finally:
+        sys.unraisablehook = previous
+        absl.removeFilter(of_orbax)
 
 
 def finish(partial: Path, step: int, state: Any, position: dict[str, Any]) -> None:

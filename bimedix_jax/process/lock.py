@@ -74,12 +74,13 @@ def held(path: Path, busy: str) -> Iterator[None]:
             **machine(),
             "token": secrets.token_hex(8),
         }
-        found = "" if new else _content(path)
-        if not new and (limit := _doubt(found, name, shared)):
+        found = _content(path)
+        limit = 0.0 if new else _doubt(found, name, shared)
+        if limit:
             _watch(path, found, limit, busy)
         heart = Heartbeat(path, file, name)
         heart.beat()
-        if not new and limit:
+        if limit:
             time.sleep(SETTLE_SECONDS)
             if (other := _parsed(_content(path))).get("token") != name["token"]:
                 raise BimedixError(f"{other.get('holder', 'another process')} {busy}")

@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import subprocess
+import sys
 import threading
 
 import jax
@@ -75,6 +77,31 @@ def test_a_failed_save_is_one_sentence_that_names_the_newest_checkpoint(tmp_path
         writer.save(1, state, {})
         while True:  # a run learns of it at its next step
             writer.check()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """In a process of its own, whose files cannot become large. Orbax alone prints 200 lines of tracebacks."""
+    code = f"""
+import logging, resource
+import jax.numpy as jnp, numpy as np
+from bimedix_jax.checkpoint.saver import Saver
+from bimedix_jax.errors import BimedixError
+logging.basicConfig()
+state = {{name: jnp.asarray(np.random.default_rng(0).random((256, 512))) for name in "abcdefgh"}}
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    with Saver(__import__("pathlib").Path({str(tmp_path)!r}), 2) as writer:
+        writer.save(1, state, {{}})
+except BimedixError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"The checkpoint {tmp_path}/00000001 cannot be written: File too large; there is no earlier checkpoint. "
+        "Correct this and resume the run with --resume.\n"
+    )
+    assert "Traceback" not in done.stderr
+    assert "loop" not in done.stderr
 
 
 def test_an_error_of_the_run_is_not_hidden_by_that_of_a_save(tmp_path, monkeypatch, caplog):
