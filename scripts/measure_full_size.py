@@ -31,14 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bimedix_jax.adapters import add_lora
+from bimedix_jax.costs.devices import known
+from bimedix_jax.costs.flops import training_flops
 from bimedix_jax.errors import BimedixError, run_script
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.plan import hlo
-from bimedix_jax.plan.devices import DEVICES, Device
-from bimedix_jax.plan.flops import training_flops
 from bimedix_jax.plan.report import BIMED_TOKENS, EPOCHS
 from bimedix_jax.plan.roofline import costs_of
 from bimedix_jax.plan.step import STEPS, abstract_model, peak, training_arguments
@@ -50,13 +50,6 @@ from bimedix_jax.training.state import init_state, split_params
 
 LAST_NUMBER = re.compile(r"[._]\d+$")
 """XLA appends a number to repeated kernel names, as in `grouped_matmul_128x128x64.3`."""
-KINDS = {"NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA H100": "h100-80gb"}
-"""The devices of `bimedix plan`, by the beginning of the driver's device name."""
-
-
-def known(kind: str) -> Device | None:
-    """The data of `bimedix plan` for this kind of device; None if it is unknown."""
-    return next((DEVICES[name] for start, name in KINDS.items() if kind.startswith(start)), None)
 
 
 def recipe(options: argparse.Namespace) -> Experiment:

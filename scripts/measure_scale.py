@@ -29,7 +29,7 @@ LENGTH, DEPTH, GIB = 4096, 32, 2**30
 
 def measure(target: str, remat: str, length: int, layers: int) -> dict[str, Any]:
     """One row: the step's memory on each device, and the time to lower and compile it."""
-    from bimedix_jax.plan.devices import target as parse
+    from bimedix_jax.costs.devices import target as parse
     from bimedix_jax.plan.report import estimate_training, to_document
 
     where = parse(target)

@@ -3,7 +3,7 @@
     python scripts/plot_roofline.py --plot docs/results/kernels_roofline.png     # a Markdown table, and the plot
     python scripts/plot_roofline.py --json
 
-Peaks and bandwidths of accelerators are from their data sheets (bimedix_jax/plan/devices.py). Those of this CPU are
+Peaks and bandwidths of accelerators are from their data sheets (bimedix_jax/costs/devices.py). Those of this CPU are
 measured: a bfloat16 product of 4,096^3 with float32 accumulation, and reading 1 GiB of float32.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from bimedix_jax import startup
 from bimedix_jax.bench.intensity import PHASES, works
-from bimedix_jax.plan.devices import DEVICES
+from bimedix_jax.costs.devices import DEVICES
 
 ACCELERATORS = ("a100-80gb", "v5e")
 MARKS = {phase.name: mark for phase, mark in zip(PHASES, "osv^", strict=True)}

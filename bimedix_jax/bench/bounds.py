@@ -1,7 +1,7 @@
 """Upper bounds of speed on this machine: the time of the matrix products alone, and of reading the weights once.
 
 The products are dense bfloat16 with float32 accumulation, timed with nothing around them. All experts get the same
-number of rows, nothing is recomputed, and causality halves attention's keys. `plan/flops.py` has the shapes, and where
+number of rows, nothing is recomputed, and causality halves attention's keys. `costs/flops.py` has the shapes, and where
 this count differs from the planner's.
 """
 
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bimedix_jax.costs.flops import EXPERTS, HEAD, ROUTER, linear_shapes, matmul_flops
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.products import dot
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.plan.flops import EXPERTS, HEAD, ROUTER, linear_shapes, matmul_flops
 
 Product = tuple[int, int, int]
 """(M, K, N) of [M, K] times [K, N]."""

@@ -2,14 +2,14 @@
 
 Traffic counts every operand and every result once. Weights of experts that no row chose are not read. Activations are
 bfloat16 and weights NF4 with double quantisation. Adapters have rank RANK; they are multiplied in bfloat16, and their
-gradients are float32. `plan/flops.py` counts the FLOPs.
+gradients are float32. `costs/flops.py` counts the FLOPs.
 """
 
 import dataclasses
 
+from bimedix_jax.costs import flops
 from bimedix_jax.kernels.nf4.tables import NESTED_BLOCK_SIZE
 from bimedix_jax.models.config import MIXTRAL_8X7B
-from bimedix_jax.plan import flops
 from bimedix_jax.plan.codegen.cases import BLOCK, RANK
 
 ITEM = 2

@@ -10,6 +10,7 @@ import numpy as np
 
 from bimedix_jax.bench.bounds import product
 from bimedix_jax.bench.timing import medians
+from bimedix_jax.costs.flops import matmul_flops
 from bimedix_jax.kernels.expert_mlp import expert_mlp
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.grouped_matmul.xla import index
@@ -17,7 +18,6 @@ from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import planes
 from bimedix_jax.kernels.permute import sort_by_expert
-from bimedix_jax.plan.flops import matmul_flops
 
 FEED_FORWARD = ("xla", "composed")
 """The backends that are compared: fused and composed. The third one, few_rows, is for decoding."""

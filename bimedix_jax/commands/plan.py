@@ -49,7 +49,7 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Prints and returns memory, communication, work and time."""
-    from bimedix_jax.plan.devices import assumptions, target
+    from bimedix_jax.costs.devices import assumptions, target
     from bimedix_jax.plan.fit import fit
     from bimedix_jax.plan.page import show
     from bimedix_jax.plan.report import estimate_inference, estimate_training, to_document

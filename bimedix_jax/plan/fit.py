@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from bimedix_jax.costs.devices import Target
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, differences, override
 from bimedix_jax.models.config import MixtralConfig
-from bimedix_jax.plan.devices import Target
 from bimedix_jax.plan.report import Estimate, estimate_training
 
 SHORTEST = 512

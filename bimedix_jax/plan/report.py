@@ -4,11 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+from bimedix_jax.costs import devices, flops
+from bimedix_jax.costs.devices import Target
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.models.config import MixtralConfig
-from bimedix_jax.plan import devices, flops, hardware, hlo
-from bimedix_jax.plan.devices import Target
+from bimedix_jax.plan import hardware, hlo
 from bimedix_jax.plan.roofline import Costs, costs_of
 from bimedix_jax.plan.saved import saved_bytes
 from bimedix_jax.plan.step import CompiledStep, abstract_model, inference_steps, training_step

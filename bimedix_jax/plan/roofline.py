@@ -5,9 +5,9 @@ import functools
 from collections import Counter
 from typing import Any
 
-from bimedix_jax.plan import devices
+from bimedix_jax.costs import devices
+from bimedix_jax.costs.devices import Device
 from bimedix_jax.plan.collectives import BEGINNING, WAITING, Collective, collective_of, key_of
-from bimedix_jax.plan.devices import Device
 from bimedix_jax.plan.hlo import SILENT, Computation, Instruction, Program, trip_count_of
 from bimedix_jax.plan.work import Flops, bytes_of, flops_of
 

@@ -2,7 +2,7 @@
 
 FLOPs are those of matrix products: `dot`, `convolution` (the TPU compiler turns products into convolutions), products
 of cuBLAS, and the grids of our own kernels. All other instructions, such as norms, softmax and dequantisation outside
-of kernels, only count the bytes that they move. `plan/flops.py` counts the useful FLOPs.
+of kernels, only count the bytes that they move. `costs/flops.py` counts the useful FLOPs.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import itertools
 import math
 import re
 
+from bimedix_jax.costs.flops import matmul_flops
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.plan.flops import matmul_flops
 from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
 
 KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"

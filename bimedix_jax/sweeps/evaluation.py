@@ -7,6 +7,7 @@ it: two machines that compute the same write the same bytes.
 from typing import Any
 
 from bimedix_jax.adapters import coverage
+from bimedix_jax.costs.flops import training_flops
 from bimedix_jax.data.records import Record
 from bimedix_jax.data.tokenizer import load_tokenizer
 from bimedix_jax.errors import BimedixError
@@ -14,7 +15,6 @@ from bimedix_jax.evals.heldout import example_of, losses
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan, checked_plan
-from bimedix_jax.plan.flops import training_flops
 
 BATCH_TOKENS = 4096
 
@@ -48,7 +48,7 @@ def evaluate(model: Mixtral, folder: str, records: list[Record], plan: RoutingPl
 
 
 def cost(model: Mixtral, experiment: Experiment, tokens: int) -> dict[str, Any]:
-    """What the run trained and computed: useful FLOPs, as plan/flops.py counts them."""
+    """What the run trained and computed: useful FLOPs, as costs/flops.py counts them."""
     flops = training_flops(model, tokens, experiment.data.sequence_length)
     return {
         "trainable_parameters": coverage(model).trainable_parameters,

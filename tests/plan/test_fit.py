@@ -6,11 +6,11 @@ import json
 import pytest
 
 from bimedix_jax import cli
+from bimedix_jax.costs.devices import target
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import override
 from bimedix_jax.models.config import MIXTRAL_8X7B
 from bimedix_jax.plan import fit, report
-from bimedix_jax.plan.devices import target
 from bimedix_jax.plan.step import CompiledStep
 from bimedix_jax.presets import bimedix_mixtral_8x7b
 

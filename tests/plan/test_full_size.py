@@ -6,10 +6,10 @@ are no longer sharded, if gathers are hoisted out of the loop over layers, or if
 
 import pytest
 
+from bimedix_jax.costs.devices import target
 from bimedix_jax.experiment import override
 from bimedix_jax.models.config import MIXTRAL_8X7B
 from bimedix_jax.plan import hardware
-from bimedix_jax.plan.devices import target
 from bimedix_jax.plan.report import Estimate, estimate_training, to_document
 from bimedix_jax.plan.step import recording_step
 from bimedix_jax.presets import bimedix_mixtral_8x7b

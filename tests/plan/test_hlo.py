@@ -8,8 +8,9 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bimedix_jax.costs import devices
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.plan import collectives, devices, hlo, roofline, work
+from bimedix_jax.plan import collectives, hlo, roofline, work
 
 A100 = devices.DEVICES["a100-80gb"]
 SCHEDULED = """HloModule jit_f, is_scheduled=true

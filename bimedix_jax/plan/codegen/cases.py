@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from bimedix_jax.costs.flops import matmul_flops
 from bimedix_jax.models.config import MIXTRAL_8X7B
-from bimedix_jax.plan.flops import matmul_flops
 
 RANK = 128
 """Rank of the adapters: BiMediX (arXiv 2402.13253, section 4.1)."""

@@ -5,8 +5,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from bimedix_jax.costs import devices, flops
 from bimedix_jax.models.config import MIXTRAL_8X7B
-from bimedix_jax.plan import devices, flops, hlo, roofline
+from bimedix_jax.plan import hlo, roofline
 from bimedix_jax.plan.codegen import gpu, tpu
 from bimedix_jax.plan.codegen.cases import RANK
 

@@ -6,9 +6,9 @@ import pytest
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.bench import bounds, intensity, model
+from bimedix_jax.costs import flops
 from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.plan import flops
 from bimedix_jax.plan.codegen import cases, layer
 
 ACTIVE = 12_748_587_008

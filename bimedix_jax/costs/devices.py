@@ -86,6 +86,17 @@ DEVICES = {
 }
 """The names of `--devices NAME:COUNT`. `hardware.py` describes the same devices to the compilers."""
 
+KINDS = {
+    "NVIDIA A100-SXM4-80GB": "a100-80gb",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA H100 80GB HBM3": "h100-80gb",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+}
+"""The devices above, by the beginning of the name that their driver reports."""
+SAME_PEAKS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
+"""Devices with the FLOP/s of another, but other memory (NVIDIA H200 data sheet, 2023)."""
+
 MATMUL_SHARE = 0.7
 """Share of the peak FLOP/s that dense products reach. Large 16-bit GEMMs of cuBLAS and XLA:TPU reach 0.7 to 0.85."""
 KERNEL_SHARE, PACKED_SHARE = {"gpu": 0.58, "tpu": 0.5}, {"gpu": 0.28, "tpu": 0.5}
@@ -111,6 +122,17 @@ def assumptions(device: Device) -> dict[str, float | str]:
         "collective overlaps with them only if the compiled schedule has kernels between its start and its wait",
         "peaks and bandwidths": device.source,
     }
+
+
+def known(kind: str) -> Device | None:
+    """The device whose driver reports this name; None if it is not known."""
+    return next((DEVICES[name] for start, name in KINDS.items() if kind.startswith(start)), None)
+
+
+def peak_flops(kind: str, dtype: str) -> float | None:
+    """Peak FLOP/s of dense products in bfloat16 or float32; None for a device that is not known, as any CPU."""
+    found = known(SAME_PEAKS.get(kind, kind))
+    return None if found is None else found.bfloat16_flops if dtype == "bfloat16" else found.float32_flops
 
 
 @dataclasses.dataclass(frozen=True)
