@@ -56,6 +56,8 @@ LINUX = '; sys_platform == "linux"'
 EXTRAS = {
     # fetching, translating and scoring data; `openai` talks to any server that offers its API
     "data": ["openai>=3.54", "datasets>=5.2.0", "sacrebleu>=2.6.0"],
+    # lm-evaluation-harness without its own back ends: `bimedix eval harness`
+    "eval": ["lm_eval>=0.4.13", "datasets>=5.2.0"],
     "serve": ["fastapi>=0.165", "uvicorn>=0.54"],
     "cuda12": ["jax[cuda12]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],

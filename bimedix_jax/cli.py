@@ -61,6 +61,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data pack": ("pack records into rows of tokens for training", "bimedix_jax.commands.data_pack"),
     "data stats": ("count records and tokens by language, kind and source", "bimedix_jax.commands.data_stats"),
     "eval run": ("measure held-out loss, multiple choice and the paper's nine tasks", "bimedix_jax.commands.eval_run"),
+    "eval harness": (
+        "run tasks of lm-evaluation-harness, among them the paper's in English and Arabic",
+        "bimedix_jax.commands.eval_harness",
+    ),
     "chat": ("chat with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
     "checkpoints list": ("list the checkpoints of a run", "bimedix_jax.commands.checkpoints_list"),

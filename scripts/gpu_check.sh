@@ -12,5 +12,5 @@ if ! command -v nvidia-smi >/dev/null || ! nvidia-smi --query-gpu=name --format=
     exit 0
 fi
 source scripts/setup_env.sh
-ensure_env gpu "[dev,data,serve,aot,cuda12]" "about 6 GB to download and 12 GB on disk, CUDA builds of jax and torch included"
+ensure_env gpu "[dev,data,eval,serve,aot,cuda12]" "about 6 GB to download and 12 GB on disk, CUDA builds of jax and torch included"
 exec "$VENV/bin/python" scripts/gpu_check.py "$@"

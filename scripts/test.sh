@@ -12,7 +12,7 @@ if [[ "${1:-}" == --python ]]; then
     shift 2
 fi
 # the size of the CUDA build is that of torch's wheel on PyPI for Linux
-ensure_env test "[dev,data,serve,aot]" "about 1.2 GB to download and 4 GB on disk, or 4 and 8 GB where torch is a CUDA build"
+ensure_env test "[dev,data,eval,serve,aot]" "about 1.2 GB to download and 4 GB on disk, or 4 and 8 GB where torch is a CUDA build"
 
 cd "$ROOT"
 export JAX_PLATFORMS=cpu

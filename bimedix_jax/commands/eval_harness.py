@@ -1,0 +1,183 @@
+"""`bimedix eval harness`: tasks of lm-evaluation-harness, its own, ours, and other people's."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from bimedix_jax.errors import BimedixError
+
+if TYPE_CHECKING:
+    from bimedix_jax.evals.harness import HarnessModel
+    from bimedix_jax.models.mixtral import Mixtral
+
+FILES = ("result.json", "samples.jsonl", "requests.jsonl")
+"""What --out contains: the result, one line for each question, and the answers to single requests."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Evaluate a model on tasks of lm-evaluation-harness, among them the paper's nine benchmarks in English and Arabic.
+
+    Needs the extra `eval`. docs/evaluation.md lists the tasks of bimedix_jax; any task of the harness works too.
+    """
+
+    tasks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """Tasks and groups by name, such as bimedix_en, bimedix_medqa_ar or hellaswag."""
+    model: str
+    """Model folder or hub id."""
+    adapter: Path | None = None
+    """Folder of adapters to apply; by default none."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; by default the model's."""
+    template: str | None = None
+    """Chat template by name (mixtral, mixtral-2023, chatml, plain); by default the model's own. Used with --chat."""
+    base: Literal["bfloat16", "float32", "nf4"] | None = None
+    """Storage of the weights; by default the one that the adapter was trained over, that of a native checkpoint, or
+    else bfloat16."""
+    router: str | None = None
+    """Router variant (topk, softmax_topk, sigmoid_bias); by default the one that the model was trained with."""
+    revision: str | None = None
+    """Revision of a hub id; by default the main branch."""
+    mesh: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS=N")] = ()
+    """Shard the model over devices: data=N, fsdp=N, expert=N, tensor=N, whose product is the number of devices; by
+    default one device."""
+    data: Path | None = None
+    """Folder with the files of our tasks (docs/evaluation.md); by default they are taken from the hub."""
+    task_files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
+    """Folders of further task files (YAML); by default none."""
+    limit: int | None = None
+    """Use the first N questions of each task; by default all."""
+    num_fewshot: int | None = None
+    """Solved examples before each question; by default as each task has it."""
+    chat: bool = False
+    """Put each prompt into the chat template, with solved examples as earlier turns."""
+    exclude_flagged: bool = False
+    """Leave out questions of our tasks whose translation was flagged; their number is reported."""
+    batch_tokens: int = 4096
+    """Tokens run at a time; it affects speed and memory only."""
+    max_length: int | None = None
+    """Longest prompt with its answer in tokens, by default the model's context; longer ones lose their beginning."""
+    intervene: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file of rules that tell the routers what to do (docs/routing.md); by default none."""
+    out: Path | None = None
+    """Folder for the result and one line for each question; by default the result is only printed. Where a killed run
+    left its answers, this run continues it."""
+    overwrite: bool = False
+    """Delete the result of an earlier run in --out first."""
+
+
+def run(config: Config, console: Console) -> dict[str, Any]:
+    """Loads the model, runs the harness, prints a table."""
+    check_options(config)
+    require_harness()
+    from bimedix_jax.checkpoint.hub import resolve
+    from bimedix_jax.checkpoint.load import load
+    from bimedix_jax.data.vocabulary import tokenizer_of_model
+    from bimedix_jax.evals import harness_run
+    from bimedix_jax.evals.harness import HarnessModel
+    from bimedix_jax.evals.request_store import RequestStore
+    from bimedix_jax.quantise import storage_of
+    from bimedix_jax.routing.interventions import report, rules_of
+
+    rules = rules_of(config.intervene, config.adapter)
+    tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, config.exclude_flagged)
+    if config.overwrite and config.out is not None:
+        for name in FILES:
+            (config.out / name).unlink(missing_ok=True)
+    folder = resolve(config.model, config.revision)
+    tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
+    model = load(folder, base=config.base, adapter=config.adapter, router=config.router, mesh=mesh_of(config.mesh))
+    if rules is not None and rules.needs_base:
+        base: Any = storage_of(model).base
+        rules = dataclasses.replace(rules, base=load(folder, base=base, router=config.router))
+    lm = HarnessModel(model, tokenizer, rules, config.batch_tokens, config.max_length)
+    identity = identity_of(lm, config)
+    if config.out is not None:
+        lm.store = RequestStore(config.out / FILES[2], identity)
+    found = harness_run.evaluate(lm, tasks, config.num_fewshot, config.limit, config.chat)
+    samples = found.pop("samples")
+    result = {"model": config.model, "adapter": config.adapter, "revision": config.revision, **identity, **found}
+    result |= {"limit": config.limit, "truncated": lm.truncated, "reused": lm.store.reused} | report(rules, console)
+    console.print(harness_run.table(result))
+    if lm.truncated:
+        console.print(
+            f"[bold yellow]{lm.truncated:,} requests[/] lost their beginning: they exceed {lm.max_length} tokens"
+        )
+    if config.out is not None:
+        harness_run.write(config.out, result, samples)
+        console.print(f"The result is in {config.out}.", highlight=False)
+    return result
+
+
+def check_options(config: Config) -> None:
+    """Raises BimedixError for options that contradict each other or are out of range."""
+    if not config.tasks:
+        raise BimedixError("there is nothing to evaluate on; name tasks, such as bimedix_en")
+    for name, value in (("limit", config.limit), ("max-length", config.max_length)):
+        if value is not None and value < 1:
+            raise BimedixError(f"--{name} is {value}; give at least 1")
+    if config.out is not None and config.out.is_file():
+        raise BimedixError(f"{config.out} is a file; name a folder with --out")
+
+
+def require_harness() -> None:
+    """Raises BimedixError where lm-evaluation-harness is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is None:
+        raise BimedixError("lm-evaluation-harness is not installed; run: pip install 'bimedix_jax[eval]'")
+
+
+def mesh_of(sizes: tuple[str, ...]) -> Any:
+    """The mesh of --mesh, None without it.
+
+    Raises:
+      BimedixError: an unknown axis, or sizes that do not fit the devices.
+    """
+    from bimedix_jax.sharding.rules import AXES, make_mesh
+
+    if not sizes:
+        return None
+    found: dict[str, int] = {}
+    for size in sizes:
+        name, _, value = size.partition("=")
+        if name not in AXES or not value.isdigit() or int(value) < 1 or name in found:
+            raise BimedixError(f"--mesh {size} is not AXIS=N, with {', '.join(AXES)} once each at most")
+        found[name] = int(value)
+    return make_mesh(**{"fsdp": 1, **found})
+
+
+def identity_of(lm: "HarnessModel", config: Config) -> dict[str, Any]:
+    """Hashes and versions of what determines the answers to requests."""
+    from importlib.metadata import version
+
+    from bimedix_jax import __version__
+    from bimedix_jax.routing.provenance import adapter_hash, model_hash
+
+    model: Mixtral = lm.model
+    return {
+        "hashes": {
+            "model": model_hash(model),
+            "adapter": adapter_hash(model),
+            "tokenizer": lm.words.fingerprint,
+            "rules": None if config.intervene is None else rules_digest(lm),
+        },
+        "versions": {"bimedix_jax": __version__, **{name: version(name) for name in ("lm_eval", "jax")}},
+        "settings": {
+            "dtype": model.dtype,
+            "router": model.config.router.variant,
+            "max_length": lm.max_length,
+            "batch_tokens": lm.batch_tokens,
+            "add_bos": lm.add_bos,
+            "mesh": list(config.mesh),
+        },
+    }
+
+
+def rules_digest(lm: "HarnessModel") -> str:
+    """Hash of the rules of --intervene."""
+    rules: Any = lm.plan
+    return rules.digest()

@@ -1,0 +1,196 @@
+"""One run of lm-evaluation-harness: loading tasks, evaluating, and its result in our formats."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.tasks import TaskManager
+from rich.table import Table
+
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals import samples as sample_files
+from bimedix_jax.evals.harness import HarnessModel
+from bimedix_jax.evals.multiple_choice import Accuracy
+from bimedix_jax.evals.samples import Sample
+from bimedix_jax.files import write_text
+from bimedix_jax.inference.planning import language_of
+
+PREFIX = "bimedix_"
+"""What the names of our tasks begin with."""
+METRICS = ("acc", "acc_bytes", "acc_norm", "exact_match")
+"""Metrics by which an option or an answer is right, the default one first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Names of tasks, and the harness's manager, which knows their files."""
+
+    names: tuple[str, ...]
+    manager: TaskManager
+
+
+def task_folder() -> Path:
+    """The folder of our task files; `lm_eval --include_path` takes it."""
+    return Path(str(resources.files("bimedix_jax"))) / "assets" / "tasks"
+
+
+def load_tasks(
+    names: Sequence[str], data: Path | None = None, folders: Sequence[Path] = (), exclude_flagged: bool = False
+) -> Tasks:
+    """Tasks by name, before their data are read.
+
+    Args:
+      data: folder of the data of our tasks; None takes the hub's.
+      folders: of further task files.
+
+    Raises:
+      BimedixError: there is no such task.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    metadata: dict[str, Any] = {"exclude_flagged": exclude_flagged}
+    if data is not None:
+        if not data.is_dir():
+            raise BimedixError(f"there is no folder {data}; name the folder of the tasks' data")
+        metadata["data"] = str(data.resolve())
+    own = all(name.startswith(PREFIX) for name in names) and not folders
+    include: list[str | Path] = [task_folder(), *folders]
+    manager = TaskManager(include_path=include, include_defaults=not own, metadata=metadata)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        near = sorted(name for name in manager.all_groups if name.startswith(PREFIX))
+        raise BimedixError(f"there is no task {', '.join(unknown)}; our groups are {', '.join(near)}")
+    return Tasks(tuple(names), manager)
+
+
+def evaluate(lm: HarnessModel, tasks: Tasks, shots: int | None, limit: int | None, chat: bool) -> dict[str, Any]:
+    """Runs the harness.
+
+    Returns: `tasks`, `groups` and `samples`; see `task_result`.
+    """
+    found: Any = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=list(tasks.names),
+        num_fewshot=shots,
+        limit=limit,
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        task_manager=tasks.manager,
+    )
+    samples: list[Sample] = []
+    results = {}
+    for name, rows in found["samples"].items():
+        config = found["configs"][name]
+        of_task = [sample_of(name, row, config) for row in rows]
+        samples += of_task
+        results[name] = task_result(found, name, rows, of_task)
+    groups = {
+        name: {key: value for key, value in values.items() if isinstance(value, float | int)}
+        for name, values in found.get("groups", {}).items()
+    }
+    return {"tasks": results, "groups": groups, "chat": chat, "samples": samples}
+
+
+def primary_of(config: Mapping[str, Any]) -> str:
+    """The primary metric of a task: what its file says under `metadata.primary`, else the first known one."""
+    metadata = config.get("metadata")
+    asked = metadata.get("primary") if isinstance(metadata, Mapping) else None
+    names = [str(metric["metric"]) for metric in config.get("metric_list") or () if isinstance(metric["metric"], str)]
+    return asked or next((name for name in METRICS if name in names), names[0] if names else "acc")
+
+
+def sample_of(task: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> Sample:
+    """A sample of the harness in our format."""
+    doc, prompt = row["doc"], str(row["arguments"][0][0])
+    primary = primary_of(config)
+    scores = {name: float(row[name]) for name in row["metrics"] if isinstance(row[name], float | int)}
+    common: dict[str, Any] = {
+        "task": task,
+        "id": str(doc.get("id", row["doc_id"])),
+        "language": str(doc.get("language") or language_of(prompt)),
+        "filter": row["filter"],
+        "target": row["target"] if isinstance(row["target"], int | str) else json.dumps(row["target"]),
+        "correct": scores.get(primary, 0.0) >= 1,
+        "scores": scores,
+        "subject": doc.get("subject") or None,
+        "flags": tuple(doc.get("flags") or ()),
+        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+    }
+    answers = row["filtered_resps"]
+    if config.get("output_type") != "multiple_choice":
+        chosen = answers[0] if isinstance(answers[0], str) else None
+        raw = row["resps"][0][0]
+        return Sample(**common, chosen=chosen, answer=raw if isinstance(raw, str) else None)
+    delimiter = str(config.get("target_delimiter", " "))
+    texts = [str(arguments[1]).removeprefix(delimiter) for arguments in row["arguments"]]
+    logprobs = tuple(float(answer[0]) for answer in answers)
+    per_byte = sample_files.per_byte(logprobs, texts)
+    lengths = {"acc_bytes": per_byte, "acc_norm": [x / len(text) for x, text in zip(logprobs, texts, strict=True)]}
+    ranked = lengths.get(primary, logprobs)
+    chosen = max(range(len(ranked)), key=lambda index: ranked[index])
+    return Sample(**common, logprobs=logprobs, logprobs_per_byte=per_byte, chosen=chosen)
+
+
+def task_result(
+    found: Mapping[str, Any], name: str, rows: Sequence[Mapping[str, Any]], samples: Sequence[Sample]
+) -> dict[str, Any]:
+    """The result of a task.
+
+    `accuracy` is that of the primary metric, with Wilson's interval; `metrics` are the harness's own. `prompts` and
+    `documents` are hashes of all prompts and of all documents in order.
+    """
+    config = found["configs"][name]
+    filters = list(dict.fromkeys(sample.filter for sample in samples))
+    last = [sample for sample in samples if sample.filter == filters[-1]]
+    score = Accuracy(sum(sample.correct for sample in last), len(last))
+    flagged = Counter(flag for sample in last for flag in sample.flags)
+    metadata = config.get("metadata") or {}
+    values = found["results"][name]
+    return {
+        "primary": primary_of(config),
+        "filter": filters[-1],
+        **score.to_dict(),
+        "metrics": {key: value for key, value in values.items() if isinstance(value, float | int)},
+        "num_fewshot": found["n-shot"].get(name, 0),
+        "version": found["versions"].get(name),
+        "source": metadata.get("source"),
+        "flagged": dict(sorted(flagged.items())),
+        "excluded": metadata.get("excluded", {}),
+        "prompts": digest(row["prompt_hash"] for row in rows),
+        "documents": digest(row["doc_hash"] for row in rows),
+    }
+
+
+def digest(parts: Any) -> str:
+    """SHA-256 of texts in order."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """Accuracies of tasks with intervals, and the averages of groups."""
+    found = Table("task", "metric", "accuracy", "95 % interval", "questions", "flagged")
+    for name, task in result["tasks"].items():
+        interval = f"{100 * task['low']:.1f} to {100 * task['high']:.1f}"
+        flagged = str(sum(task["flagged"].values())) if task["flagged"] else ""
+        found.add_row(name, task["primary"], f"{100 * task['accuracy']:.1f}", interval, str(task["n"]), flagged)
+    for name, values in result["groups"].items():
+        for key, value in values.items():
+            metric, _, rest = key.partition(",")
+            if metric in METRICS:
+                found.add_row(name, metric, f"{100 * value:.1f}", "", "", rest if rest != "none" else "")
+    return found
+
+
+def write(folder: Path, result: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Writes result.json and samples.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with sample_files.writer(folder / sample_files.NAME) as file:
+        file.write(samples)
+    write_text(folder / "result.json", json.dumps(result, ensure_ascii=False, indent=2, default=str) + "\n")
