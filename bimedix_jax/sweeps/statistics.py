@@ -52,15 +52,6 @@ def sign_flip(differences: Sequence[float]) -> float:
     return float(found.pvalue)
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p values (Holm 1979): the family-wise error is bounded however the tests depend on each other."""
-    order, adjusted, most = np.argsort(p, kind="stable"), [1.0] * len(p), 0.0
-    for rank, place in enumerate(order):
-        most = max(most, min(1.0, (len(p) - rank) * p[place]))
-        adjusted[place] = most
-    return adjusted
-
-
 @dataclasses.dataclass(frozen=True)
 class Errors:
     """Standard errors of a mean difference, by what is drawn again: seeds, records, or both."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from bimedix_jax.evals.statistics import holm
 from bimedix_jax.sweeps.results import Result, by_group
-from bimedix_jax.sweeps.statistics import Difference, Errors, holm, paired, sign_flip, standard_errors
+from bimedix_jax.sweeps.statistics import Difference, Errors, paired, sign_flip, standard_errors
 from bimedix_jax.sweeps.study import EVALUATED, FEWEST_SEEDS
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from bimedix_jax.sweeps.statistics import holm, paired, sign_flip, standard_errors
+from bimedix_jax.sweeps.statistics import paired, sign_flip, standard_errors
 
 
 def by_enumeration(values):
@@ -39,12 +39,6 @@ def test_interval_covers_at_its_level():
         inside += found.low <= 0.7 <= found.high
     assert inside / 2000 == pytest.approx(0.95, abs=0.015)
     assert paired([1.0]).low is None
-
-
-def test_holm_is_monotone_and_bounds_bonferroni():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_standard_errors_recover_the_sources_of_variance():

@@ -1,0 +1,254 @@
+"""Statistics of answers: intervals, paired tests, the smallest difference that a task can show, calibration, agreement.
+
+A question is the unit that is drawn again. Questions that belong together, such as one in two languages, form a cluster
+and are drawn together. All random numbers come from fixed seeds, so the same answers give the same numbers.
+
+Letters: N questions, X columns, B resamples.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+ALPHA, POWER = 0.05, 0.8
+RESAMPLES = 9_999
+CURVE_RESAMPLES = 999
+"""For the calibration error, whose resamples are sums over thousands of questions."""
+BINS = 10
+FEW = 20
+"""With fewer questions that one model alone answers, resamples vary too little: 95 % intervals contained the difference
+in 90 % of the cases, and without any such question they have no width (scripts/measure_answer_intervals.py)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """An estimate with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self, name: str) -> dict[str, float]:
+        """The fields for JSON; `name` is that of the estimate."""
+        return {name: self.value, "low": self.low, "high": self.high}
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Two models on the same questions: B's accuracy minus A's.
+
+    Attributes:
+      difference: with the interval of the paired bootstrap, or of Agresti and Min for few differing answers (FEW).
+      only_a, only_b: questions that one of them answers correctly and the other does not.
+      p: McNemar's exact test, two-sided.
+      p_bootstrap: twice the share of resamples on the other side of zero.
+    """
+
+    difference: Interval
+    only_a: int
+    only_b: int
+    n: int
+    p: float
+    p_bootstrap: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How well confidence predicts correctness.
+
+    Attributes:
+      error: expected calibration error (Guo et al. 2017) over BINS bins of equal width, with a bootstrap interval.
+      by_chance: mean error of a perfectly calibrated model with the same confidences. The error of few questions is
+        large even then, so only what exceeds this tells anything.
+      bins: for each bin that has questions: low, high, n, confidence, accuracy.
+    """
+
+    error: Interval
+    by_chance: float
+    bins: list[dict[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
+        return {**self.error.to_dict("ece"), "ece_by_chance": self.by_chance, "bins": self.bins}
+
+
+def resampled_means(
+    values_NX: np.ndarray, clusters_N: np.ndarray | None = None, seed: int = 0, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """[B, X]: means over questions whose clusters are drawn with replacement (Efron 1979).
+
+    Equal clusters are counted and their numbers are drawn at once, which is the same distribution and much faster.
+    """
+    values_NX = np.asarray(values_NX, np.float64)
+    labels_N = np.arange(len(values_NX)) if clusters_N is None else np.asarray(clusters_N)
+    _, index_N = np.unique(labels_N, return_inverse=True)
+    sums_CX = np.zeros((index_N.max() + 1, values_NX.shape[1] + 1))
+    np.add.at(sums_CX, index_N, np.column_stack([values_NX, np.ones(len(values_NX))]))
+    kinds_KX, counts_K = np.unique(sums_CX, axis=0, return_counts=True)
+    total = int(counts_K.sum())
+    drawn_BK = np.random.default_rng(seed).multinomial(total, counts_K / total, size=resamples)
+    drawn_BX = drawn_BK @ kinds_KX
+    return drawn_BX[:, :-1] / drawn_BX[:, -1:]
+
+
+def percentiles(drawn_B: np.ndarray, value: float) -> Interval:
+    """The percentile interval of an estimate from its resamples."""
+    low, high = np.quantile(drawn_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(value), float(low), float(high))
+
+
+def mean_interval(values_N: np.ndarray, clusters_N: np.ndarray | None = None, seed: int = 0) -> Interval:
+    """The mean over questions with its bootstrap interval."""
+    values_N1 = np.asarray(values_N, np.float64)[:, None]
+    return percentiles(resampled_means(values_N1, clusters_N, seed)[:, 0], float(values_N1.mean()))
+
+
+def average_interval(tasks: Sequence[np.ndarray], seed: int = 0) -> Interval:
+    """The unweighted mean of the means of several tasks. Questions are drawn within each task."""
+    drawn = [
+        resampled_means(np.asarray(values_N, np.float64)[:, None], None, seed + place)[:, 0]
+        for place, values_N in enumerate(tasks)
+    ]
+    return percentiles(np.mean(drawn, axis=0), float(np.mean([np.mean(values_N) for values_N in tasks])))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided p of McNemar's exact test: of the questions that one model alone answers, each is as likely A's as B's.
+
+    Source: McNemar, Psychometrika 12, 1947; the binomial test of the discordant pairs.
+    """
+    return float(stats.binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+
+
+def paired(a_N: np.ndarray, b_N: np.ndarray, clusters_N: np.ndarray | None = None, seed: int = 0) -> Paired:
+    """Compares the answers of two models to the same questions in the same order, 1 where correct and 0 otherwise."""
+    a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
+    drawn_B = resampled_means((b_N - a_N)[:, None], clusters_N, seed)[:, 0]
+    only_a, only_b = int(np.sum(a_N > b_N)), int(np.sum(b_N > a_N))
+    difference = percentiles(drawn_B, float((b_N - a_N).mean()))
+    if only_a + only_b < FEW:
+        difference = agresti_min(only_a, only_b, len(a_N))
+    return Paired(difference, only_a, only_b, len(a_N), mcnemar(only_a, only_b), beyond_zero(drawn_B))
+
+
+def agresti_min(only_a: int, only_b: int, n: int) -> Interval:
+    """Interval of a paired difference after half a question is added to each cell of the table of both models' answers.
+
+    Source: Agresti and Min, Statistics in Medicine 24, 2005.
+    """
+    total, a, b = n + 2, only_a + 0.5, only_b + 0.5
+    centre = (b - a) / total
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt((a + b) - (b - a) ** 2 / total) / total
+    return Interval((only_b - only_a) / n, max(centre - half, -1.0), min(centre + half, 1.0))
+
+
+def beyond_zero(drawn_B: np.ndarray) -> float:
+    """Two-sided p from resamples of a difference: the level at which the percentile interval begins at zero."""
+    least = min(int((drawn_B <= 0).sum()), int((drawn_B >= 0).sum()))
+    return min(1.0, 2 * (1 + least) / (1 + len(drawn_B)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p values (Holm 1979): the family-wise error is bounded however the tests depend on each other."""
+    order, adjusted, most = np.argsort(p, kind="stable"), [1.0] * len(p), 0.0
+    for rank, place in enumerate(order):
+        most = max(most, min(1.0, (len(p) - rank) * p[place]))
+        adjusted[place] = most
+    return adjusted
+
+
+def power_of_mcnemar(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
+    """Probability that McNemar's exact test of `n` questions rejects.
+
+    Args:
+      discordant: probability that exactly one of the two models is correct. difference: of the accuracies.
+    """
+    if discordant <= 0:
+        return 0.0
+    spread = 8 * math.sqrt(n * discordant * (1 - discordant)) + 1  # further out the probabilities are below 1e-14
+    counts_M = np.arange(max(0, int(n * discordant - spread)), min(n, int(n * discordant + spread)) + 1)
+    # rejects if the rarer side has at most this many: the largest k with 2 P(X <= k) <= alpha
+    limit_M = stats.binom.ppf(alpha / 2, counts_M, 0.5).astype(int)
+    limit_M = np.where(2 * stats.binom.cdf(limit_M, counts_M, 0.5) <= alpha, limit_M, limit_M - 1)
+    share = min(0.5 + difference / (2 * discordant), 1.0)
+    below_M = stats.binom.cdf(limit_M, counts_M, share) + stats.binom.cdf(limit_M, counts_M, 1 - share)
+    return float(np.sum(stats.binom.pmf(counts_M, n, discordant) * np.where(counts_M > 0, below_M, 0.0)))
+
+
+def detectable(n: int, discordant: float, alpha: float = ALPHA, power: float = POWER) -> float | None:
+    """The smallest difference of two accuracies that McNemar's exact test finds with probability `power`.
+
+    The difference cannot exceed `discordant`. None: even the largest one is found less often.
+    """
+    if power_of_mcnemar(n, discordant, discordant, alpha) < power:
+        return None
+    low, high = 0.0, discordant
+    while high - low > 1e-4 * discordant:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power_of_mcnemar(n, discordant, middle, alpha) >= power else (middle, high)
+    return high
+
+
+def unrelated(accuracy: float) -> float:
+    """How often exactly one of two models of about this accuracy is correct if their errors are independent.
+
+    Related models disagree less often, so smaller differences can be found between them.
+    """
+    return 2 * accuracy * (1 - accuracy)
+
+
+def confidences(logprobs: Sequence[float]) -> list[float]:
+    """The share of each option in the probability of all options."""
+    values = np.asarray(logprobs, np.float64)
+    weights = np.exp(values - values.max())
+    return (weights / weights.sum()).tolist()
+
+
+def calibration(confidence_N: np.ndarray, correct_N: np.ndarray, seed: int = 0) -> Calibration:
+    """The calibration of answers, each with the confidence in it and 1 if it is correct."""
+    confidence_N, correct_N = np.asarray(confidence_N, np.float64), np.asarray(correct_N, np.float64)
+    bin_N = np.minimum((confidence_N * BINS).astype(int), BINS - 1)
+    rng = np.random.default_rng(seed)
+    count = len(confidence_N)
+
+    def error(gap_N: np.ndarray, bins_N: np.ndarray) -> float:
+        return float(np.abs(np.bincount(bins_N, gap_N, BINS)).sum() / count)
+
+    drawn, chance = [], []
+    for _ in range(CURVE_RESAMPLES):
+        rows_N = rng.integers(0, count, count)
+        drawn.append(error((correct_N - confidence_N)[rows_N], bin_N[rows_N]))
+        chance.append(error((rng.random(count) < confidence_N) - confidence_N, bin_N))
+    bins: list[dict[str, float]] = []
+    for number in np.unique(bin_N).tolist():
+        own = bin_N == number
+        row = {"low": number / BINS, "high": (number + 1) / BINS, "n": int(own.sum())}
+        bins.append(row | {"confidence": float(confidence_N[own].mean()), "accuracy": float(correct_N[own].mean())})
+    found = percentiles(np.array(drawn), error(correct_N - confidence_N, bin_N))
+    return Calibration(found, float(np.mean(chance)), bins)
+
+
+def kappa(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Interval:
+    """Cohen's kappa of two choices for each question (Cohen 1960), with its bootstrap interval.
+
+    1 is perfect agreement and 0 is what independent choices with these frequencies give. A resample in which agreement
+    is certain, since both always choose the same option, counts as 1.
+    """
+    options, index = np.unique(np.concatenate([first_N, second_N]), return_inverse=True)
+    size, count = len(options), len(first_N)
+    counts_K = np.bincount(index[:count] * size + index[count:], minlength=size * size)
+    drawn_BK = np.random.default_rng(seed).multinomial(count, counts_K / count, size=RESAMPLES)
+    found_B = _kappas(np.vstack([counts_K, drawn_BK]).reshape(-1, size, size) / count)
+    return percentiles(found_B[1:], float(found_B[0]))
+
+
+def _kappas(share_BRC: np.ndarray) -> np.ndarray:
+    observed_B = np.trace(share_BRC, axis1=1, axis2=2)
+    expected_B = (share_BRC.sum(2) * share_BRC.sum(1)).sum(1)
+    certain_B = expected_B >= 1 - 1e-12
+    return np.where(certain_B, 1.0, (observed_B - expected_B) / np.where(certain_B, 1.0, 1 - expected_B))

@@ -1,0 +1,154 @@
+"""Intervals, tests, power, calibration and kappa, each against an independent computation."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bimedix_jax.evals import statistics
+
+
+def answers(both, only_a, only_b, neither):
+    """The answers of two models, 1 where correct, from the counts of their table."""
+    pairs = [(1, 1)] * both + [(1, 0)] * only_a + [(0, 1)] * only_b + [(0, 0)] * neither
+    return np.array(pairs, float).T
+
+
+@pytest.mark.parametrize(("correct", "total"), [(30, 100), (500, 1273), (2, 12)])
+def test_the_bootstrap_of_a_share_is_binomial(correct, total):
+    """Resamples of n answers have Binomial(n, share) correct ones, whose quantiles scipy knows."""
+    found = statistics.mean_interval(np.repeat([1, 0], [correct, total - correct]))
+    assert found.value == correct / total
+    ends = stats.binom.ppf([0.025, 0.975], total, correct / total) / total
+    assert [found.low, found.high] == pytest.approx(ends, abs=1.01 / total)
+
+
+def test_clusters_are_drawn_together():
+    """All 27 resamples of three clusters, enumerated."""
+    values, clusters = np.array([1.0, 0, 1, 1, 0, 0]), np.array(["a", "a", "b", "b", "b", "c"])
+    own = {"a": (1, 2), "b": (2, 3), "c": (0, 1)}
+    draws = itertools.product("abc", repeat=3)
+    expected = [sum(own[c][0] for c in drawn) / sum(own[c][1] for c in drawn) for drawn in draws]
+    found = statistics.resampled_means(values[:, None], clusters)[:, 0]
+    assert set(np.round(found, 9)) == set(np.round(expected, 9))
+    assert found.mean() == pytest.approx(np.mean(expected), abs=0.01)
+    assert found.std() == pytest.approx(np.std(expected), abs=0.01)
+    copied = np.repeat(np.arange(50), 4)  # each question four times: no narrower than the questions alone
+    once = statistics.mean_interval(np.arange(50) % 2)
+    assert statistics.mean_interval(copied % 2, copied) == once
+
+
+def test_the_same_answers_give_the_same_numbers():
+    a_N, b_N = answers(40, 12, 20, 28)
+    assert statistics.paired(a_N, b_N) == statistics.paired(a_N, b_N)
+    order = np.random.default_rng(0).permutation(len(a_N))
+    assert statistics.paired(a_N[order], b_N[order]) == statistics.paired(a_N, b_N)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(8, 1), (1, 8), (5, 5), (3, 14), (0, 0), (0, 6)])
+def test_mcnemar_counts_all_outcomes(only_a, only_b):
+    total = only_a + only_b
+    rarer = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1)) / 2**total
+    assert statistics.mcnemar(only_a, only_b) == pytest.approx(min(1.0, 2 * rarer))
+
+
+def test_the_paired_bootstrap_agrees_with_its_normal_limit():
+    """The standard error of a paired difference is sqrt(b + c - (b - c)^2 / n) / n."""
+    found = statistics.paired(*answers(600, 100, 160, 413))
+    difference, n = 60 / 1273, 1273
+    error = math.sqrt(260 - 60**2 / n) / n
+    assert found.difference.value == pytest.approx(difference)
+    expected = [difference - 1.96 * error, difference + 1.96 * error]
+    assert [found.difference.low, found.difference.high] == pytest.approx(expected, abs=0.1 * error)
+    assert found.p_bootstrap == pytest.approx(2 * stats.norm.sf(difference / error), abs=2e-3)
+    assert (found.only_a, found.only_b, found.n) == (100, 160, n)
+
+
+def test_few_differing_answers_do_not_give_a_narrow_interval():
+    """Agresti and Min: Wald's interval after 0.5 is added to each cell."""
+    found = statistics.paired(*answers(50, 0, 0, 50))
+    half = 1.959964 * math.sqrt(1.0) / 102
+    assert [found.difference.low, found.difference.high] == pytest.approx([-half, half], rel=1e-5)
+    assert (found.p, found.p_bootstrap) == (1.0, 1.0)
+    few = statistics.paired(*answers(50, 1, 9, 40)).difference
+    table = np.array([1.5, 9.5]) / 102
+    half = 1.959964 * math.sqrt((table.sum() - (table[1] - table[0]) ** 2) / 102)
+    assert [few.value, few.low, few.high] == pytest.approx([0.08, 8 / 102 - half, 8 / 102 + half], rel=1e-5)
+
+
+def test_holm_is_monotone_and_bounds_bonferroni():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert statistics.holm([]) == []
+
+
+@pytest.mark.parametrize(("n", "discordant", "difference"), [(20, 0.5, 0.4), (30, 0.3, 0.3), (25, 0.6, 0.0)])
+def test_power_is_that_of_all_outcomes(n, discordant, difference):
+    """The sum over all numbers of questions that A alone and B alone answer."""
+    b, a = (discordant + difference) / 2, (discordant - difference) / 2
+    expected = sum(
+        stats.multinomial.pmf([only_a, only_b, n - only_a - only_b], n, [a, b, 1 - a - b])
+        for only_a in range(n + 1)
+        for only_b in range(n + 1 - only_a)
+        if statistics.mcnemar(only_a, only_b) <= 0.05
+    )
+    assert statistics.power_of_mcnemar(n, discordant, difference) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_smallest_detectable_difference_has_the_power_that_it_claims():
+    for n, discordant in ((100, 0.5), (1273, 0.2), (4183, 0.3)):
+        found = statistics.detectable(n, discordant)
+        assert found is not None
+        assert statistics.power_of_mcnemar(n, discordant, found) == pytest.approx(0.8, abs=0.005)
+        # Miettinen's formula for large samples is a little optimistic, since the exact test is conservative
+        wide, narrow = math.sqrt(discordant), math.sqrt(discordant - found**2)
+        formula = (1.959964 * wide + 0.841621 * narrow) / math.sqrt(n)
+        assert formula == pytest.approx(found, rel=0.1)
+        assert formula < found
+    assert statistics.detectable(100, 0.02) is None
+    assert statistics.unrelated(0.25) == pytest.approx(0.25 * 0.75 + 0.75 * 0.25)
+
+
+def test_calibration_by_hand():
+    """Bins [0.2, 0.3), [0.6, 0.7) and [0.9, 1]: gaps of 0.25, 0.15 and 0.475 with 1, 1 and 2 of 4 answers."""
+    found = statistics.calibration(np.array([0.25, 0.65, 0.95, 1.0]), np.array([0, 0.5, 0, 1]))
+    assert found.error.value == pytest.approx((0.25 + 0.15 + 2 * 0.475) / 4)
+    assert [row["n"] for row in found.bins] == [1, 1, 2]
+    assert found.bins[2] == {"low": 0.9, "high": 1.0, "n": 2, "confidence": pytest.approx(0.975), "accuracy": 0.5}
+
+
+def test_a_calibrated_model_has_the_error_of_chance():
+    rng = np.random.default_rng(0)
+    confidence_N = rng.uniform(0.25, 1, 400)
+    honest = statistics.calibration(confidence_N, rng.random(400) < confidence_N)
+    assert honest.error.value == pytest.approx(honest.by_chance, abs=0.03)
+    boastful = statistics.calibration(confidence_N, rng.random(400) < 0.25)
+    assert boastful.error.low > 5 * boastful.by_chance
+    assert boastful.error.value == pytest.approx(np.abs(confidence_N.mean() - 0.25), abs=0.05)
+
+
+def test_confidences_are_shares_of_the_options():
+    assert statistics.confidences([math.log(0.2), math.log(0.1), math.log(0.1)]) == pytest.approx([0.5, 0.25, 0.25])
+    assert statistics.confidences([-2000.0, -2000.0]) == [0.5, 0.5]
+
+
+def test_kappa_by_hand_and_its_interval_by_the_delta_method():
+    """Table [[20, 5], [10, 15]]: agreement 0.7, 0.5 by chance. Variance: Fleiss, Cohen and Everitt 1969."""
+    table = np.array([[20, 5], [10, 15]])
+    cells = [(row, column) for row in (0, 1) for column in (0, 1) for _ in range(20 * table[row, column])]
+    first, second = np.array(cells).T
+    found = statistics.kappa(first, second)
+    assert found.value == pytest.approx(0.4)
+    share, count = table / 50, 1000
+    rows, columns, kappa, chance = share.sum(1), share.sum(0), 0.4, 0.5
+    variance = sum(share[i, i] * ((1 - chance) - (rows[i] + columns[i]) * (1 - 0.7)) ** 2 for i in (0, 1))
+    variance += (1 - 0.7) ** 2 * sum(
+        share[i, j] * (columns[i] + rows[j]) ** 2 for i in (0, 1) for j in (0, 1) if i != j
+    )
+    variance -= (0.7 * chance - 2 * chance + 0.7) ** 2
+    half = 1.96 * math.sqrt(variance / count) / (1 - chance) ** 2
+    assert [found.low, found.high] == pytest.approx([kappa - half, kappa + half], abs=0.1 * half)
+    assert statistics.kappa(np.array([2, 2, 2]), np.array([2, 2, 2])).value == 1.0
+    assert statistics.kappa(np.array([0, 1, 0, 1]), np.array([1, 0, 1, 0])).value == pytest.approx(-1.0)
