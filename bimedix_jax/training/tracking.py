@@ -112,12 +112,29 @@ def plain(value: Any) -> Any:
 def start(experiment: Experiment, folder: Path, identity: str, place: Path, resume: bool = False) -> Any:
     """Starts the run in wandb, with local files in `place`. Without `resume`, one of the same id is replaced."""
     tracking = experiment.tracking
-    remedy = 'set tracking.mode to "offline" or "disabled"'
+    what = {"id": identity, "resume": "allow" if resume else None, **labels(experiment, folder)}
+    return open_run(tracking.mode, tracking.project, place, "tracking.mode", **what)
+
+
+def open_run(
+    mode: Literal["disabled", "offline", "online"], project: str, place: Path, option: str, **what: Any
+) -> Any:
+    """Starts a run in wandb that sends numbers only: no code, output, or data of the machine.
+
+    Args:
+      place: folder for its local files.
+      option: the option that sets `mode`, for messages.
+      what: further arguments of `wandb.init`.
+
+    Raises:
+      BimedixError: wandb is not installed or cannot start.
+    """
+    remedy = f'set {option} to "offline" or "disabled"'
     try:
         import wandb
     except ImportError as error:
         raise BimedixError(
-            f"tracking.mode is {tracking.mode}, and wandb cannot be imported ({error}); install it or {remedy}."
+            f"{option} is {mode}, and wandb cannot be imported ({error}); install it or {remedy}."
         ) from error
     settings = wandb.Settings(
         console="off",  # otherwise wandb captures the output of the program
@@ -131,18 +148,10 @@ def start(experiment: Experiment, folder: Path, identity: str, place: Path, resu
         silent=True,
     )
     try:
-        return wandb.init(
-            project=tracking.project,
-            id=identity,
-            resume="allow" if resume else None,
-            dir=str(place),
-            mode=tracking.mode,
-            settings=settings,
-            **labels(experiment, folder),
-        )
+        return wandb.init(project=project, dir=str(place), mode=mode, settings=settings, **what)
     except (wandb.Error, OSError) as error:
         raise BimedixError(
-            f"wandb cannot start in mode {tracking.mode} ({error}); log in with `wandb login`, or {remedy}."
+            f"wandb cannot start in mode {mode} ({error}); log in with `wandb login`, or {remedy}."
         ) from error
 
 

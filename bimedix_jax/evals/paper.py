@@ -1,0 +1,246 @@
+"""Tables 3, 4 and 5 of the BiMediX paper: its published rows, and ours beside them.
+
+The published figures are in assets/paper/tables.toml, as printed. Their averages are computed again, and a footnote
+says where the printed one is wrong.
+"""
+
+import dataclasses
+import functools
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from bimedix_jax import files
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.tables import task_note
+from bimedix_jax.evals.tasks import TASKS
+from bimedix_jax.evals.typeset import Cell, Sheet
+
+BENCHMARKS = {"bilingual": 3, "Arabic": 4, "English": 5}
+"""Benchmark -> number of the paper's table."""
+CODES = {"en": "English", "ar": "Arabic"}
+"""Language of a result -> benchmark."""
+DERIVED = "BiMediX (Bilingual), derived"
+ROUNDING = 0.05 + 1e-9
+"""Largest difference between a mean and its first decimal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A row of the paper: accuracies in percent in the order of TASKS, and the average as printed."""
+
+    model: str
+    accuracies: tuple[float, ...]
+    average: float
+    cited: str = ""
+
+    @property
+    def mean(self) -> float:
+        """The unweighted mean of the nine columns."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One of the paper's tables of accuracies."""
+
+    number: int
+    benchmark: str
+    rows: tuple[Published, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """A row of Table 6: active parameters as printed, seconds for `Efficiency.tokens` tokens, and tokens/s."""
+
+    model: str
+    active: str
+    latency: float
+    tokens_per_s: float
+    architecture: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Sizes of one of the models of Table 6; a dense model has one expert."""
+
+    layers: int
+    width: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    experts: int
+    top_k: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """Table 6."""
+
+    number: int
+    tokens: int
+    rows: tuple[Speed, ...]
+    architectures: dict[str, Architecture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """The published figures."""
+
+    source: str
+    tables: tuple[Benchmark, ...]
+    efficiency: Efficiency
+
+    def table(self, benchmark: str) -> Benchmark:
+        return next(table for table in self.tables if table.benchmark == benchmark)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """Accuracies of one of our models on one benchmark: rows of a result by task, and their unweighted mean."""
+
+    name: str
+    rows: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def average(self) -> float | None:
+        """The mean in percent; None if a task is missing."""
+        if set(self.rows) != set(TASKS):
+            return None
+        return 100 * sum(row["accuracy"] for row in self.rows.values()) / len(TASKS)
+
+
+@functools.cache
+def published() -> Paper:
+    """The paper's figures, from the package."""
+    path = resources.files("bimedix_jax") / "assets/paper/tables.toml"
+    paper = files.validate(tomllib.loads(path.read_text("utf-8")), Paper, path.name, "install the package again")
+    assert all(len(row.accuracies) == len(TASKS) for table in paper.tables for row in table.rows)
+    return paper
+
+
+def derived_english(paper: Paper) -> Published:
+    """The English accuracies of the bilingual model: 2 x Table 3 - Table 4, since Table 3 is the mean of the two."""
+    both, arabic = (
+        next(row for row in paper.table(name).rows if row.model == "BiMediX (Bilingual)")
+        for name in ("bilingual", "Arabic")
+    )
+    values = tuple(2 * b - a for b, a in zip(both.accuracies, arabic.accuracies, strict=True))
+    return Published(DERIVED, values, sum(values) / len(values))
+
+
+def by_benchmark(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, Ours]:
+    """Benchmark -> our row, from the results of one model in one or both languages.
+
+    A model with all of a task's results in both languages also has a bilingual accuracy, the mean of the two as in the
+    paper. Results that name a bilingual task themselves are used as they are.
+
+    Raises:
+      BimedixError: two results have the same task in the same language.
+    """
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for result in results:
+        for (benchmark, task), row in accuracies_of(result).items():
+            if task in found.setdefault(benchmark, {}):
+                raise BimedixError(f"two results of {name} have task {task} in {benchmark}; leave one of them out")
+            found[benchmark][task] = row
+    english, arabic = found.get("English", {}), found.get("Arabic", {})
+    for task in [task for task in TASKS if task in english and task in arabic]:
+        found.setdefault("bilingual", {}).setdefault(task, mean_of(english[task], arabic[task]))
+    return {
+        benchmark: Ours(name, {task: rows[task] for task in TASKS if task in rows})
+        for benchmark in BENCHMARKS
+        if (rows := found.get(benchmark, {}))
+    }
+
+
+def accuracies_of(result: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(benchmark, task) -> accuracy with its interval, from a result of `bimedix eval run`.
+
+    The tasks of a result are in English unless a row says otherwise (`language`).
+    """
+    found = {}
+    for key, row in result.get("tasks", {}).items():
+        language = row.get("language", "en")
+        benchmark = CODES.get(language, language)
+        task = row.get("task", key)
+        if benchmark in BENCHMARKS and task in TASKS:
+            found[benchmark, task] = row
+    return found
+
+
+def mean_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean of two accuracies on the same questions in two languages. It has no interval of its own."""
+    notes = [note for note in (note_of(first), note_of(second)) if note]
+    return {
+        "accuracy": (first["accuracy"] + second["accuracy"]) / 2,
+        "n": first["n"] + second["n"],
+        "note": "; ".join(dict.fromkeys(notes)),
+    }
+
+
+def note_of(row: Mapping[str, Any]) -> str:
+    """Why a figure is not comparable with the paper's; empty if it is."""
+    if "note" in row:
+        return row["note"]
+    needed = {"limited", "available", "paper_questions", "too_long", "rejected"}
+    return task_note(dict(row)) if needed <= set(row) else ""
+
+
+def sheet(paper: Paper, benchmark: str, ours: Iterable[Ours]) -> Sheet:
+    """One of Tables 3 to 5 with our rows, footnotes and all."""
+    table, notes = paper.table(benchmark), list(paper.table(benchmark).notes)
+    rows = [published_row(row, notes) for row in table.rows]
+    if benchmark == "English":
+        rows.append(published_row(derived_english(paper), notes))
+    rows += [our_row(one, notes) for one in ours]
+    return Sheet(
+        name=f"table{table.number}",
+        title=f"Table {table.number}: accuracy on the {benchmark} benchmark, %",
+        columns=("model", *(task.label for task in TASKS.values()), "AVG"),
+        rows=tuple(rows),
+        notes=(*notes, f"Published rows: {paper.source}. AVG is the unweighted mean of the nine tasks."),
+    )
+
+
+def published_row(row: Published, notes: list[str]) -> tuple[Cell, ...]:
+    average = Cell(f"{row.average:.1f}", row.average)
+    if abs(row.mean - row.average) > ROUNDING:
+        notes.append(f"{row.model}: the paper prints {row.average:.1f}; the mean of its row is {row.mean:.1f}.")
+        average = dataclasses.replace(average, note=len(notes))
+    name = f"{row.model} ({row.cited})" if row.cited else row.model
+    return Cell(name), *(Cell(f"{value:.1f}", value) for value in row.accuracies), average
+
+
+def our_row(ours: Ours, notes: list[str]) -> tuple[Cell, ...]:
+    """Our accuracies with half the width of their 95 % intervals; a footnote says what is not comparable."""
+    cells = [Cell(ours.name, ours=True)]
+    for task in TASKS:
+        row = ours.rows.get(task)
+        cells.append(
+            Cell("", ours=True) if row is None else our_cell(row, noted(f"{ours.name}: ", note_of(row), notes))
+        )
+    average = ours.average
+    if average is None:
+        missing = f"{len(ours.rows)} of {len(TASKS)} tasks, so there is no average"
+        return *cells, Cell("", note=noted(f"{ours.name}: ", missing, notes), ours=True)
+    return *cells, Cell(f"{average:.1f}", average, ours=True)
+
+
+def our_cell(row: Mapping[str, Any], note: int | None) -> Cell:
+    value = 100 * row["accuracy"]
+    half = f" ± {50 * (row['high'] - row['low']):.1f}" if "low" in row and "high" in row else ""
+    return Cell(f"{value:.1f}{half}", value, note, ours=True)
+
+
+def noted(prefix: str, note: str, notes: list[str]) -> int | None:
+    """Number of a footnote, which is added unless it is there; None without one."""
+    if not note:
+        return None
+    text = f"{prefix}{note}."
+    if text not in notes:
+        notes.append(text)
+    return notes.index(text) + 1
