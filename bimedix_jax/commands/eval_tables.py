@@ -22,8 +22,8 @@ class Config:
     """
 
     results: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]RESULT")] = ()
-    """JSON files that `bimedix eval run --out` wrote. Files of the same NAME are one row; by default the name is that
-    of the model, with its adapter."""
+    """What `bimedix eval run --out` or a harness run wrote, a JSON file or a folder with result.json. Results of the
+    same NAME are one row; by default the name is that of the model, with its adapter."""
     tables: tuple[int, ...] = (3, 4, 5, 6)
     """Tables to print."""
     format: Literal["terminal", "markdown", "latex", "csv"] = "terminal"
@@ -94,7 +94,8 @@ def read_results(words: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
     grouped: dict[str, list[dict[str, Any]]] = {}
     for word in words:
         name, _, path = word.rpartition("=")
-        result = read_result(Path(path))
+        place = Path(path)
+        result = read_result(place / "result.json" if place.is_dir() else place)
         grouped.setdefault(name or name_of(result), []).append(result)
     return grouped
 

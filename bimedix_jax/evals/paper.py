@@ -6,6 +6,7 @@ says where the printed one is wrong.
 
 import dataclasses
 import functools
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -21,6 +22,9 @@ BENCHMARKS = {"bilingual": 3, "Arabic": 4, "English": 5}
 """Benchmark -> number of the paper's table."""
 CODES = {"en": "English", "ar": "Arabic"}
 """Language of a result -> benchmark."""
+OURS = re.compile(r"bimedix_(\w+)_(en|ar)")
+HARNESS = {"medqa_4options": "medqa"}
+"""lm-evaluation-harness's name of a task -> ours, where they differ."""
 DERIVED = "BiMediX (Bilingual), derived"
 ROUNDING = 0.05 + 1e-9
 """Largest difference between a mean and its first decimal."""
@@ -136,7 +140,7 @@ def by_benchmark(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, O
     """Benchmark -> our row, from the results of one model in one or both languages.
 
     A model with all of a task's results in both languages also has a bilingual accuracy, the mean of the two as in the
-    paper. Results that name a bilingual task themselves are used as they are.
+    paper.
 
     Raises:
       BimedixError: two results have the same task in the same language.
@@ -149,7 +153,7 @@ def by_benchmark(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, O
             found[benchmark][task] = row
     english, arabic = found.get("English", {}), found.get("Arabic", {})
     for task in [task for task in TASKS if task in english and task in arabic]:
-        found.setdefault("bilingual", {}).setdefault(task, mean_of(english[task], arabic[task]))
+        found.setdefault("bilingual", {})[task] = mean_of(english[task], arabic[task])
     return {
         benchmark: Ours(name, {task: rows[task] for task in TASKS if task in rows})
         for benchmark in BENCHMARKS
@@ -158,18 +162,24 @@ def by_benchmark(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, O
 
 
 def accuracies_of(result: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """(benchmark, task) -> accuracy with its interval, from a result of `bimedix eval run`.
+    """(benchmark, task) -> accuracy with its interval, from a result of `bimedix eval run` or of the harness.
 
-    The tasks of a result are in English unless a row says otherwise (`language`).
+    Tasks of the harness are `bimedix_TASK_LANGUAGE`; their other protocols, whose names go on (`_text`, `_gen`), are
+    not in the tables. The harness's own tasks, and those of `bimedix eval run`, are in English.
     """
     found = {}
     for key, row in result.get("tasks", {}).items():
-        language = row.get("language", "en")
-        benchmark = CODES.get(language, language)
-        task = row.get("task", key)
-        if benchmark in BENCHMARKS and task in TASKS:
-            found[benchmark, task] = row
+        match = OURS.fullmatch(key)
+        task, language = (match[1], match[2]) if match else (HARNESS.get(key, key), "en")
+        if task in TASKS:
+            found[CODES[language], task] = row if "paper_questions" in row else {**row, "note": counted(task, row)}
     return found
+
+
+def counted(task: str, row: Mapping[str, Any]) -> str:
+    """A note if a task has another number of questions than in the paper."""
+    wanted = TASKS[task].questions
+    return "" if row["n"] == wanted else f"{row['n']:,} of the paper's {wanted:,} questions in {TASKS[task].label}"
 
 
 def mean_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,8 +66,7 @@ def test_the_footnotes_name_the_errors():
 
 
 def test_the_bilingual_accuracy_is_the_mean_of_both_languages():
-    arabic = result(0.3)
-    arabic["tasks"] = {f"{task}_ar": row | {"task": task, "language": "ar"} for task, row in arabic["tasks"].items()}
+    arabic = {"tasks": {f"bimedix_{task}_ar": score(0.3) for task in TASKS}}
     found = by_benchmark("ours", [result(0.5), arabic])
     assert {name: one.average for name, one in found.items()} == pytest.approx(
         {"English": 50.0, "Arabic": 30.0, "bilingual": 40.0}
@@ -75,6 +74,21 @@ def test_the_bilingual_accuracy_is_the_mean_of_both_languages():
     assert by_benchmark("ours", [result(0.5, tasks=("medqa",))])["English"].average is None
     with pytest.raises(BimedixError, match="two results of ours have task mmlu_clinical_knowledge in English"):
         by_benchmark("ours", [result(), result()])
+
+
+def test_results_of_the_harness_are_read():
+    """Our tasks by language, the harness's own in English; other protocols and other tasks are left out."""
+    names = {"bimedix_medqa_en": 0.5, "bimedix_medqa_ar": 0.25, "bimedix_medqa_ar_text": 0.9, "hellaswag": 0.8}
+    found = by_benchmark("ours", [{"tasks": {name: score(value) for name, value in names.items()}}])
+    assert {name: one.rows["medqa"]["accuracy"] for name, one in found.items()} == {
+        "English": 0.5,
+        "Arabic": 0.25,
+        "bilingual": 0.375,
+    }
+    assert found["Arabic"].rows["medqa"]["note"] == "100 of the paper's 1,273 questions in MedQA"
+    assert found["bilingual"].rows["medqa"]["note"] == "100 of the paper's 1,273 questions in MedQA"
+    own = by_benchmark("ours", [{"tasks": {"medqa_4options": score(0.5, n=1273)}}])
+    assert own["English"].rows["medqa"]["note"] == ""
 
 
 def test_what_is_not_comparable_has_a_footnote():
@@ -94,7 +108,7 @@ def test_every_format_has_every_cell():
     assert [row[: len(made.columns)] for row in rows[1:]] == [[cell.text for cell in row] for row in made.rows]
     lines = [line for line in render(made, "markdown").splitlines() if line.startswith("|")]
     assert len(lines) == len(made.rows) + 2
-    assert "| **ours_100%** | **50.0 ± 10.0** |" in lines[-1]
+    assert lines[-1].startswith("| **ours_100%** | **50.0 ± 10.0** [")
     tex = render(made, "latex")
     assert r"ours\_100\%" in tex
     assert r"50.0 $\pm$ 10.0" in tex
@@ -129,6 +143,9 @@ def test_the_command_prints_and_writes(files, capsys):
     assert speeds == {"bench decode: small model, bfloat16, cpu": 64.0, "mixtral-8x7b, compiled for a100-80gb:1": 16.0}
     names = {f"table{number}{suffix}" for number in (3, 4, 5, 6) for suffix in (".md", ".tex", ".csv")}
     assert {Path(name).name for name in document["files"]} == names
+    (files / "run").mkdir()
+    (files / "en.json").rename(files / "run/result.json")
+    words[2] = str(files / "run")
     assert main([*words, "--out", str(files / "out")]) == 1
     assert "exists; name another folder or pass --overwrite" in capsys.readouterr().err
 
