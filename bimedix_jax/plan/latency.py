@@ -9,10 +9,9 @@ few as in LAYER_KERNELS, and no padding, scores or intermediate results are stor
 
 import dataclasses
 
-from bimedix_jax.models.config import MixtralConfig, RouterConfig
-from bimedix_jax.plan import devices
-from bimedix_jax.plan.devices import Device
-from bimedix_jax.plan.flops import (
+from bimedix_jax.costs import devices
+from bimedix_jax.costs.devices import Device
+from bimedix_jax.costs.flops import (
     EXPERTS,
     HEAD,
     attention_flops,
@@ -20,6 +19,7 @@ from bimedix_jax.plan.flops import (
     linear_shapes,
     matrices_per_token,
 )
+from bimedix_jax.models.config import MixtralConfig, RouterConfig
 
 LAYER_KERNELS = 12
 """Kernels of a layer in an ideal step: 2 norms, the products q-k-v, o, w1-w3 and w2, rotation and cache update, the two

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax import files
+from bimedix_jax.costs.devices import DEVICES
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.paper import Paper
 from bimedix_jax.evals.typeset import Cell, Sheet
-from bimedix_jax.plan.devices import DEVICES
 from bimedix_jax.plan.latency import Generation, architecture, generation
 
 DEVICE = "a100-80gb"

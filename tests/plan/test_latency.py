@@ -8,9 +8,9 @@ import dataclasses
 
 import pytest
 
+from bimedix_jax.costs.devices import DEVICES
 from bimedix_jax.evals.paper import published
 from bimedix_jax.models.config import MIXTRAL_8X7B
-from bimedix_jax.plan.devices import DEVICES
 from bimedix_jax.plan.latency import active_packed, architecture, cache_bytes, generation, packed_weights, parameters
 
 A100 = DEVICES["a100-80gb"]
