@@ -28,6 +28,7 @@ class RouterSums:
       mass_LXE: probability of each expert in the softmax of the router's logits.
       entropy_LX: entropy of these probabilities in nats.
       margin_LX: rank of the last chosen expert minus the rank of the best expert that was allowed but not chosen.
+      top_margin_LX: highest rank minus the second highest, of the experts that were allowed.
       top_weight_LX: largest weight of a token.
       z_LX: logsumexp of the logits, squared.
       tokens_LX: tokens.
@@ -37,6 +38,7 @@ class RouterSums:
     mass_LXE: Leaf
     entropy_LX: Leaf
     margin_LX: Leaf
+    top_margin_LX: Leaf
     top_weight_LX: Leaf
     z_LX: Leaf
     tokens_LX: Leaf
@@ -55,6 +57,7 @@ def sums_of(decision: Decision, group_BT: Int[Array, "B T"], groups: int) -> Rou
     per_token = {
         "entropy_LX": lax.stop_gradient(-jnp.sum(mass_BTE * log_mass_BTE, axis=-1)),
         "margin_LX": lax.stop_gradient(margins(decision.ranks_BTE, chosen_BTE)),
+        "top_margin_LX": lax.stop_gradient(top_margins(decision.ranks_BTE)),
         "top_weight_LX": lax.stop_gradient(jnp.max(routing.weights_LBTK, axis=-1)),
         "z_LX": z_BT,
         "tokens_LX": jnp.ones(z_BT.shape, jnp.float32),
@@ -77,6 +80,14 @@ def margins(ranks_BTE: jax.Array, chosen_BTE: jax.Array) -> jax.Array:
     last_BT = jnp.min(jnp.where(chosen_BTE, ranks_BTE, jnp.inf), axis=-1)
     refused_BT = jnp.max(jnp.where(chosen_BTE, -jnp.inf, ranks_BTE), axis=-1)
     return jnp.where(jnp.isfinite(last_BT) & jnp.isfinite(refused_BT), last_BT - refused_BT, 0.0)
+
+
+def top_margins(ranks_BTE: jax.Array) -> jax.Array:
+    """Highest rank of each token minus its second highest, [B, T]; 0 if fewer than two experts were allowed."""
+    best_BTE = jnp.argmax(ranks_BTE, axis=-1)[..., None] == jnp.arange(ranks_BTE.shape[-1])[None, None]
+    first_BT = jnp.max(ranks_BTE, axis=-1)
+    second_BT = jnp.max(jnp.where(best_BTE, -jnp.inf, ranks_BTE), axis=-1)
+    return jnp.where(jnp.isfinite(first_BT) & jnp.isfinite(second_BT), first_BT - second_BT, 0.0)
 
 
 @jax.tree_util.register_dataclass

@@ -59,6 +59,7 @@ def test_sums_equal_those_of_the_record() -> None:
         close(sums.mass_LXE[:, g], probability[:, inside].sum(1))
         close(sums.entropy_LX[:, g], -(probability * np.log(probability))[:, inside].sum((1, 2)))
         close(sums.margin_LX[:, g], (ordered[..., 1] - ordered[..., 2])[:, inside].sum(1))
+        close(sums.top_margin_LX[:, g], (ordered[..., 0] - ordered[..., 1])[:, inside].sum(1))
         close(sums.top_weight_LX[:, g], weight[:, inside].sum(1))
         close(sums.z_LX[:, g], (np.log(np.exp(x).sum(-1)) ** 2)[:, inside].sum(1))
         close(sums.tokens_LX[:, g], inside.sum())
