@@ -13,7 +13,7 @@ during a held-out measurement. A run that ends is compared, and the next one is 
 position in the data are bitwise those of the undisturbed run, in the last checkpoints and in the adapter, and
 metrics.jsonl is the same apart from timings. `steps_lost`: steps that were done again, over all restarts.
 `superseded_equal`: these gave the same numbers again. `schedule_shift`: steps by which the learning rate is off.
-`seek`: milliseconds to open 1.3 million packed rows and read the batch of a random step.
+`seek`: milliseconds to open 1.3 million packed rows, and then to read the batch of a random step, with its CPU time.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -264,7 +265,7 @@ class Prepared:
 
 
 def seek(folder: Path, draws: random.Random) -> dict[str, Any]:
-    """Milliseconds to open a large packed folder and read the batch of a random step, and to read another batch."""
+    """Milliseconds to open a large packed folder with its first row, and then to read the batch of a random step."""
     small = loader.batches(packed(folder / "few", 64, 3), 64, 0).rows(0)
     content = [Prepared(row.to_bytes()) for row in small]
     many, report = folder / "many", pack.PackReport(rows=SEEK_ROWS)
@@ -272,20 +273,21 @@ def seek(folder: Path, draws: random.Random) -> dict[str, Any]:
     rows: Any = (content[number % len(content)] for number in range(SEEK_ROWS))
     pack.write(many, rows, report, LENGTH, {"pad_id": 0})
     last = 2 * SEEK_ROWS // SEEK_BATCH - 1
-    opened, reads = [], []
-    for step in [0, last, *(draws.randrange(last) for _ in range(SEEKS))]:
+    steps = [0, last, *(draws.randrange(last) for _ in range(SEEKS))]
+    times: dict[str, list[float]] = {name: [] for name in ("open", "seek", "seek_cpu")}
+    for step in steps:
         began = time.perf_counter()
         batches = loader.batches(many, SEEK_BATCH, 0, epochs=2)
+        batches.at(0, [0])
+        opened, cpu = time.perf_counter(), time.process_time()
         batches.at(step, range(SEEK_BATCH))
-        opened.append(1e3 * (time.perf_counter() - began))
-        began = time.perf_counter()
-        batches.at(draws.randrange(last), range(SEEK_BATCH))
-        reads.append(1e3 * (time.perf_counter() - began))
-    found = {"opening_and_step": opened, "step": reads}
-    return {"rows": SEEK_ROWS, "tries": len(opened)} | {
-        f"{name}_{kind}_ms": round(value, 2)
-        for name, times in found.items()
-        for kind, value in (("median", sorted(times)[len(times) // 2]), ("max", max(times)))
+        times["open"].append(opened - began)
+        times["seek"].append(time.perf_counter() - opened)
+        times["seek_cpu"].append(time.process_time() - cpu)
+    return {"rows": SEEK_ROWS, "tries": len(steps)} | {
+        f"{name}_{kind}_ms": round(1e3 * value, 2)
+        for name, values in times.items()
+        for kind, value in (("median", statistics.median(values)), ("max", max(values)))
     }
 
 

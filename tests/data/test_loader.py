@@ -1,14 +1,16 @@
 import itertools
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
 from bimedix_jax import files
 from bimedix_jax.data import pack
-from bimedix_jax.data.loader import Batches, batches, fingerprint, require_tokenizer
+from bimedix_jax.data.loader import Batches, Records, batches, fingerprint, require_tokenizer
 from bimedix_jax.data.pack import Example, PackReport
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
@@ -41,6 +43,16 @@ def test_a_batch_has_the_promised_arrays(packed: Path) -> None:
     }
     row = batches(packed, 4, seed=0).rows(3)[0]
     assert row.segments[0].id == f"r{row.tokens[0]}"
+
+
+def test_records_are_those_of_grains_source(packed: Path) -> None:
+    """Ours reads a record in a hundredth of the time. Two threads read at once."""
+    theirs = grain.sources.ArrayRecordDataSource([str(packed / pack.ROWS)])
+    ours = Records(packed / pack.ROWS)
+    numbers = [*range(ROWS), *reversed(range(ROWS))] * 5
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(ours.__getitem__, numbers)) == [theirs[number] for number in numbers]
+    assert len(ours) == len(theirs) == ROWS
 
 
 def test_every_epoch_is_another_permutation_of_all_rows(packed: Path) -> None:
