@@ -79,7 +79,12 @@ def held(path: Path, busy: str) -> Iterator[None]:
         if limit:
             _watch(path, found, limit, busy)
         heart = Heartbeat(path, file, name)
-        heart.beat()
+        try:
+            heart.beat()
+        except OSError:  # the disk is full, for example; an empty file would make the next process wait
+            if new:
+                path.unlink(missing_ok=True)
+            raise
         if limit:
             time.sleep(SETTLE_SECONDS)
             if (other := _parsed(_content(path))).get("token") != name["token"]:
