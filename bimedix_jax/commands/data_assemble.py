@@ -19,10 +19,10 @@ class Config:
     Give a recipe by name, the path of your own recipe (a TOML file), or single sources. The recipes are bimed-en, the
     English set of the paper as far as it is known, and published-data, the small set of scripts/published_data.sh. A
     source is NAME=PLACE with the name of a reader (table, records, medqa, medmcqa, mmlu, pubmedqa, pubmedqa_artificial,
-    pubmedqa_unlabelled, medquad, liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, sharegpt, messages, dialogue,
-    medqa_usmle_en, medmcqa_en, mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample of the package, or the
-    path of a JSONL file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split. It may end with
-    options of the reader: `table=qa.csv?question=Q&answer=A&licence=MIT`. docs/data.md lists them.
+    pubmedqa_unlabelled, medquad, liveqa, medicationqa, mts_dialog, chatdoctor, pmc_llama, tico19, sharegpt, messages,
+    dialogue, medqa_usmle_en, medmcqa_en, mmlu_medical_en, mmlu_medical_en_dev), `sample` for the sample of the package,
+    or the path of a JSONL file of records. PLACE is a file, a folder or hf:owner/name@revision#config/split. It may end
+    with options of the reader: `table=qa.csv?question=Q&answer=A&licence=MIT`. docs/data.md lists them.
     """
 
     out: Path

@@ -159,6 +159,30 @@ def test_mmlu_csv_rows_have_six_columns_and_a_letter(tmp_path: Path) -> None:
     assert len(quarantine.rejected) == 4
 
 
+def test_tico19_gives_both_languages_of_a_pair(tmp_path: Path) -> None:
+    """From rows and from the authors' TSV; with the pair and the document, which a split keeps together."""
+    texts = {"en": "Wash your hands.", "ar": "اغسل يديك."}
+    rows = [{"id": "wiki_9:12", "source": "https://example.org/a", **texts}, {"id": "12", **texts}, {"id": "a:1"}]
+    write_lines(tmp_path / "rows.jsonl", *rows, "{broken")
+    records, quarantine = run(f"tico19={tmp_path / 'rows.jsonl'}")
+    assert [(record.id, record.language) for record in records] == [
+        ("tico19/wiki_9:12/en", "en"),
+        ("tico19/wiki_9:12/ar", "ar"),
+    ]
+    assert [record.conversations[-1].value for record in records] == list(texts.values())
+    about = {"pair": "wiki_9:12", "document": "wiki_9", "group": "wiki_9", "url": "https://example.org/a"}
+    assert records[0].provenance == records[1].provenance == about
+    assert [row.line for row in quarantine.rejected] == [2, 2, 3, 3, 4, 4]
+    assert "does not name a document" in quarantine.rejected[0].reason
+    head = "sourceLang\ttargetLang\tsourceString\ttargetString\tstringID\turl\tlicense\ttranslatorId\n"
+    line = "en\tar\tWash your hands.\tاغسل يديك.\twiki_9:12\thttps://example.org/a\tpublic\t7\n"
+    (tmp_path / "test.en-ar.tsv").write_text(head + line, "utf-8")
+    again, _ = run(f"tico19={tmp_path / 'test.en-ar.tsv'}")
+    assert [record.model_copy(update={"split": None}) for record in again] == records
+    assert {record.split for record in again} == {"heldout"}  # from the name of the file
+    assert [record.language for record in run(f"tico19={tmp_path / 'rows.jsonl'}?language=ar")[0]] == ["ar"]
+
+
 def test_record_files_and_the_sample_are_sources(tmp_path: Path) -> None:
     record = Record(id="a", language="en", kind="qa", source="s", licence="l", conversations=conversation("q", "a"))
     write_lines(tmp_path / "r.jsonl", record.to_json(), "{}")
@@ -190,6 +214,7 @@ PUBLISHED = {
     "medmcqa_en": ("medmcqa_en", 2816, 0),
     "mmlu_medical_en": ("mmlu_medical_en", 1089, 0),
     "mmlu_medical_en_dev": ("mmlu_medical_en", 153, 0),
+    "tico19": ("tico19_en_ar/tico19_en_ar.jsonl", 6142, 0),
 }
 
 

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 
 from bimedix_jax.curation.accounting import SourceAccount
 from bimedix_jax.curation.quarantine import LimitReached, Quarantine, WrongSource
-from bimedix_jax.curation.readers import dialogues, exams, hub, instructions, questions, tables
+from bimedix_jax.curation.readers import dialogues, exams, hub, instructions, questions, tables, translations
 from bimedix_jax.curation.readers.reading import COMMON, parse_reading
 from bimedix_jax.curation.readers.rows import Place
 from bimedix_jax.data.records import Record
@@ -36,6 +36,7 @@ READERS: dict[str, Callable[..., Iterator[Record]]] = {
     "mts_dialog": dialogues.mts_dialog,
     "chatdoctor": instructions.chatdoctor,
     "pmc_llama": instructions.pmc_llama,
+    "tico19": translations.tico19,
     "sharegpt": dialogues.sharegpt,
     "dialogue": dialogues.dialogue,
     "messages": dialogues.messages,
