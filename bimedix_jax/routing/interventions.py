@@ -27,18 +27,12 @@ from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Routing, RoutingPlan
 from bimedix_jax.routing.chance import draws, number_of
 from bimedix_jax.routing.draft import FIELDS, Draft, NoSlotLeft
+from bimedix_jax.routing.parts import SUPPLIED_BY
+from bimedix_jax.routing.recorded_routes import RecordedRoutes
 from bimedix_jax.routing.rules import Base, label, parse_rules, read_rules, within
 
 BY_TOKEN = ("noise", "shuffle", "freeze", "hash", "random", "by_language")
 """Ops that differ between tokens even without a condition."""
-SUPPLIED_BY = {
-    "language": "a file of records has it",
-    "kind": "a file of records has it",
-    "role": "records have it, packed rows only tell answers from the rest",
-    "pair": "the reader `records` takes it from `provenance.pair` of each line",
-    "document": "the reader `records` takes it from `provenance.document` of each line",
-}
-"""What supplies a field that the data lack."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +75,27 @@ class Interventions:
 
     @property
     def needs_base(self) -> bool:
-        """Whether a rule uses the routes of the base model."""
-        return any(rule.op == "freeze" for rule in self.rules)
+        """Whether a rule needs a forward pass of the base model."""
+        return any(rule.op == "freeze" and rule.recording is None for rule in self.rules)
+
+    @functools.cached_property
+    def recordings(self) -> dict[str, RecordedRoutes]:
+        """The recordings that rules name, by path. Raises BimedixError if one cannot be used."""
+        paths = {rule.recording for rule in self.rules if rule.op == "freeze"} - {None}
+        return {path: RecordedRoutes(path) for path in sorted(paths)}
 
     def digest(self) -> str:
-        """SHA-256 of the rules."""
-        return hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
+        """SHA-256 of the rules, and of the recordings that they name."""
+        named = [*self.names, *(routes.digest for routes in self.recordings.values())]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def check(self, config: MixtralConfig) -> None:
         """Raises BimedixError if a rule does not fit the model."""
         for number, rule in enumerate(self.rules):
             problem = rule.problem(config)
+            if problem is None and rule.op == "freeze" and rule.recording is not None:
+                sizes = config.num_layers, config.router.num_experts, config.router.top_k
+                problem = self.recordings[rule.recording].problem(*sizes)
             if problem is not None:
                 raise BimedixError(f"rule {number} ({rule.op}) {problem}")
         always = [rule for rule in self.rules if rule.op in ("ban", "top_k") and not rule.where.given()]
@@ -186,6 +190,10 @@ class RulePlanner:
             draft.force_drawn(mask_LBT, rule.op, rule.seed, seen.records_BT, seen.positions_BT)
         elif rule.op == "hash":
             draft.force_drawn(mask_LBT, rule.op, rule.seed, seen.tokens.tokens_BT)
+        elif rule.op == "freeze" and rule.recording is not None:
+            names = [source.id for source in self.sources]
+            where = seen.items_BT, seen.positions_BT, np.asarray(seen.tokens.tokens_BT)
+            draft.force(mask_LBT, *self.interventions.recordings[rule.recording].at(names, *where, mask_BT))
         elif rule.op == "freeze":
             draft.force(mask_LBT, *_arrays(routes["base"]))
         elif rule.op == "shuffle":
@@ -334,15 +342,17 @@ def rules_of(path: Path | None, adapter: Path | None = None) -> Interventions | 
     """The rules of a command's option --intervene, before the model is loaded.
 
     Raises:
-      BimedixError: the file is not a list of rules, or a rule needs a base model and there is no adapter.
+      BimedixError: the file is not a list of rules, a rule needs a base model and there is no adapter, or a recording
+        that a rule names cannot be used.
     """
     if path is None:
         return None
     rules = Interventions.read(path)
+    assert rules.recordings is not None  # reads them
     if rules.needs_base and adapter is None:
         raise BimedixError(
             f"{path} has the op freeze, which uses the routes of the base of an adapter; name an --adapter in "
-            "`bimedix eval run`, or leave the rule out"
+            "`bimedix eval run`, or a recording of the base (`recording`), or leave the rule out"
         )
     return rules
 

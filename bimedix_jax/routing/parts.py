@@ -29,6 +29,14 @@ UNKNOWN_ID = -1
 UNKNOWN_ROLE = 255
 TEXTS = ("language", "kind", "specialty", "source", "split", "pair", "document", "cluster")
 """What may be known of a record besides its id."""
+SUPPLIED_BY = {
+    "language": "a file of records has it",
+    "kind": "a file of records has it",
+    "role": "records have it, packed rows only tell answers from the rest",
+    "pair": "the reader `tico19` supplies it, and `records` takes it from `provenance.pair` of each line",
+    "document": "the reader `tico19` supplies it, and `records` takes it from `provenance.document` of each line",
+}
+"""What supplies a field that the data lack."""
 COLUMNS = ("nll", "shuffled_nll", "experts", "weights", "norms", "margin", "entropy", "done")
 """Columns of tokens that a recording may have, besides record, position, id and role."""
 PAIRS, LAYERS = ("experts", "weights", "norms"), ("margin", "entropy")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bimedix_jax.errors import BimedixError, listed
-from bimedix_jax.routing.parts import TOKENS, read_table, to_numpy
+from bimedix_jax.routing.parts import SUPPLIED_BY, TOKENS, read_table, to_numpy
 from bimedix_jax.routing.recording import MISSING, Recording
 from bimedix_jax.routing.sums import SparseMatrix, table
 from bimedix_jax.routing.tables import Interaction, Tables, TokenCounts, TokenRoutes, TokenTable
@@ -50,10 +50,16 @@ def unit_of(recording: Recording, unit: str | None) -> str:
     if unit is None:
         return next((name for name in UNITS if name in known), RECORD)
     if unit != RECORD and unit not in known:
-        raise BimedixError(
-            f"{recording.folder} has no field {unit} of records to cluster by; it has {', '.join([RECORD, *known])}"
-        )
+        raise not_available(recording, unit, [RECORD, *known])
     return unit
+
+
+def not_available(recording: Recording, name: str, known: Sequence[str]) -> BimedixError:
+    """The error for a field that no record has, with what supplies it."""
+    supplier = f"; {SUPPLIED_BY[name]}" if name in SUPPLIED_BY else ""
+    return BimedixError(
+        f"the field {name} of records is not available: {recording.folder} has {', '.join(known) or 'none'}{supplier}"
+    )
 
 
 def tables_of(
@@ -85,7 +91,7 @@ def tables_of(
         found = _of_tokens(recording, baseline, roles)
     groups = recording.groups()
     if stratum is not None and stratum not in groups:
-        raise BimedixError(f"{recording.folder} has no field {stratum} of records; it has {', '.join(groups)}")
+        raise not_available(recording, stratum, list(groups))
     kept_R = found.kept_R
     groups = {name: labels[kept_R] for name, labels in groups.items()}
     return Tables(

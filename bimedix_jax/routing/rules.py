@@ -212,7 +212,10 @@ class Shuffle(Base):
 
 
 class Freeze(Base):
+    """The routes of the base model: of its own forward pass, or those that a recording of it has."""
+
     op: Literal["freeze"]
+    recording: Annotated[str, Field(strict=True, min_length=1)] | None = None
 
 
 class Uniform(Base):

@@ -112,7 +112,7 @@ def test_the_unit_is_the_cluster_or_the_record(tmp_path):
     cluster_R = tables_with(recording).cluster_R
     assert len(set(cluster_R)) == 4 + (RECORDS - 4) // 2
     assert tables_with(recording, unit="record").cluster_R is None
-    with pytest.raises(BimedixError, match="no field document"):
+    with pytest.raises(BimedixError, match=r"document of records is not available: .* the reader `tico19` supplies it"):
         tables_with(recording, unit="document")
     assert len(set(clusters(np.array(["", "", "0", "1"])))) == 4
 

@@ -20,6 +20,7 @@ from bimedix_jax.data.roles import ROLES
 from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.generate import generate
+from bimedix_jax.inference.planning import Source, Tokens
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.init import init_random
 from bimedix_jax.routing import recorder as recorders
@@ -218,6 +219,34 @@ def test_rules_act_and_their_bits_are_recorded(model, data, tmp_path):
     assert tables_of(recording).counts_RLE.shape == (5, LAYERS, EXPERTS)
     with pytest.raises(BimedixError, match="without interventions"):
         RecordSettings(rules=rules, gate=True)
+
+
+def test_freeze_takes_the_routes_of_a_recording(data, tokenizer, whole, tmp_path):
+    """By record and position; what the recording does not have raises."""
+    rules = Interventions.of({"op": "freeze", "recording": str(whole.folder)})
+    assert not rules.needs_base
+    other = init_random(CONFIG, seed=5, std=0.3)
+    record_routes(other, data, tmp_path / "R", RecordSettings(rules=rules, batch_tokens=256))
+    ours, theirs = (x.tokens("id", "experts", "weights", "nll") for x in (Recording.open(tmp_path / "R"), whole))
+    assert np.array_equal(ours["id"], theirs["id"])
+    assert np.array_equal(ours["experts"], theirs["experts"])
+    np.testing.assert_allclose(ours["weights"], theirs["weights"], atol=1e-3)
+    assert np.nanmax(np.abs(ours["nll"] - theirs["nll"])) > 0.1
+    assert rules.applied.tolist() == [whole.manifest.tokens]
+    again = Interventions.of({"op": "freeze", "recording": str(tmp_path / "R")})
+    assert again.digest() != dataclasses.replace(rules).digest()
+    source, ids = next((item.source, item.ids) for item in data.items())
+    where = np.zeros((1, 1), np.int32), np.arange(len(ids))[None]
+    with pytest.raises(BimedixError, match="another token at position 5 than in"):
+        wrong = ids.copy()
+        wrong[5] += 1
+        rules.planner(CONFIG, [source]).plan(Tokens(wrong[None], *where), {})
+    with pytest.raises(BimedixError, match="has no record 'prompt 0'; record the same data"):
+        rules.planner(CONFIG, [Source("prompt 0")]).plan(Tokens(ids[None], *where), {})
+    with pytest.raises(BimedixError, match=f"{LAYERS} layers, {EXPERTS} experts and k = {TOP_K}, but this model has"):
+        rules.check(tiny(num_layers=LAYERS + 1))
+    with pytest.raises(BimedixError, match="bimedix routes record"):
+        Interventions.of({"op": "freeze", "recording": str(tmp_path)}).check(CONFIG)
 
 
 @pytest.fixture

@@ -284,8 +284,9 @@ def test_the_command_writes_what_it_prints(recording, tmp_path, capsys):
 
 def test_what_does_not_belong_together_is_refused(recording, tmp_path):
     for options, message in [
-        (ReportOptions(groups=("ward",)), "has no field ward"),
-        (ReportOptions(unit="ward"), "no field ward"),
+        (ReportOptions(groups=("ward",)), "the field ward of records is not available"),
+        (ReportOptions(unit="document"), "document of records is not available: .* the reader `tico19` supplies it"),
+        (ReportOptions(unit="ward"), "the field ward of records is not available"),
         (ReportOptions(baseline=tmp_path), "manifest.json"),
     ]:
         with pytest.raises(BimedixError, match=message):

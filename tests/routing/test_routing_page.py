@@ -66,6 +66,11 @@ def test_from_a_question_to_a_figure(tmp_path, monkeypatch):
     pairs = [translated(number, language) for number in range(40) for language in ("en", "ar")]
     write_jsonl(tmp_path / "translated.jsonl", pairs)
     monkeypatch.chdir(tmp_path)
+    Path("DATA").mkdir()
+    with Path("DATA/tico19_en_ar.jsonl").open("w") as file:
+        for number in range(24):
+            texts = {"en": f"Wash your hands {number} times.", "ar": f"اغسل يديك {number} مرات."}
+            file.write(json.dumps({"id": f"wiki_{number // 2}:{number}", "source": "u", **texts}) + "\n")
     text = section("From a question to a figure")
     with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
         for program, *words in commands(text):
@@ -84,6 +89,9 @@ def test_from_a_question_to_a_figure(tmp_path, monkeypatch):
     question = answered["questions"][-1]
     assert (question["name"], question["unit"], sum(question["clusters"].values())) == (ANSWERS, "pair", 40)
     assert question["level"] in ("none", "association")
+    tico = json.loads(Path("runs/pairs-report/claims.json").read_text())
+    assert (tico["unit"], tico["questions"][0]["paired"]) == ("document", True)
+    assert tico["questions"][0]["clusters"]["ar"] == 12
     first, second = (found["questions"][0]["cells"][0]["estimate"] for found in (claims, theirs))
     assert first == pytest.approx(second)
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax import __version__, files
-from bimedix_jax.errors import BimedixError
 from bimedix_jax.routing.answers import mean_distances
 from bimedix_jax.routing.questions import analyse
-from bimedix_jax.routing.recorded import tables_of, unit_of
+from bimedix_jax.routing.recorded import not_available, tables_of, unit_of
 from bimedix_jax.routing.recording import MANIFEST, Recording
 from bimedix_jax.routing.report import describe
 from bimedix_jax.routing.report.answers import read_answers
@@ -59,8 +58,7 @@ def write_report(recording: Recording, out: Path, options: ReportOptions, overwr
     tables = tables_of(recording, baseline=baseline, unit=unit, interactions=interactions, correct=correct)
     wrong = [field for field in options.groups if field not in tables.groups and field != "language"]
     if wrong:
-        known = ", ".join(sorted(tables.groups)) or "none"
-        raise BimedixError(f"{recording.folder} has no field {wrong[0]} of records; its fields: {known}")
+        raise not_available(recording, wrong[0], sorted(tables.groups))
     analysis = analyse(tables, fields=options.groups, unit=unit, seed=options.seed)
     more = () if given is None else given.warnings
     if recording.manifest.interventions:
