@@ -40,8 +40,10 @@ from bimedix_jax.quickstart import report
 from bimedix_jax.quickstart.base_model import cache_folder, dense_source, require_writable_cache
 from bimedix_jax.quickstart.run_folder import SETTINGS, run_folder, write_json
 from bimedix_jax.quickstart.tiny import tiny_dense
+from bimedix_jax.routing.claims import Gate
 from bimedix_jax.routing.divergence import expert_distance, verdict
-from bimedix_jax.routing.load import ExpertLoad, expert_load
+from bimedix_jax.routing.load import ExpertLoad
+from bimedix_jax.routing.load_and_gate import load_and_gate
 from bimedix_jax.routing.picture import draw
 from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
@@ -53,7 +55,7 @@ QUESTIONS = {
 }
 """Questions for the trained model, one in each language."""
 LOAD_EVERY = 4
-"""Expert load is measured on every fourth held-out record: shares need fewer records than losses."""
+"""Expert load and the divergence gate are measured on every fourth held-out record."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,11 +109,12 @@ class Measured:
     heldout: dict[str, Any]
     choice: dict[str, Any]
     load: ExpertLoad
+    gate: Gate
     expert_distance: float
 
     def to_dict(self) -> dict[str, Any]:
         plain = {"heldout": self.heldout, "choice": self.choice, "load": self.load.to_dict()}
-        return {**plain, "expert_distance": self.expert_distance}
+        return {**plain, "gate": dataclasses.asdict(self.gate), "expert_distance": self.expert_distance}
 
     @classmethod
     def read(cls, path: Path) -> "Measured":
@@ -119,7 +122,7 @@ class Measured:
         load = plain["load"]
         arrays = {name: {g: np.array(v) for g, v in load[name].items()} for name in ("counts", "entropy", "top_weight")}
         loaded = ExpertLoad(**arrays, tokens=load["tokens"], too_long=load["too_long"])
-        return cls(plain["heldout"], plain["choice"], loaded, plain["expert_distance"])
+        return cls(plain["heldout"], plain["choice"], loaded, Gate(**plain["gate"]), plain["expert_distance"])
 
     @property
     def scores(self) -> dict[str, Any]:
@@ -212,12 +215,21 @@ def prepare_rows(folder: Path, tokenizer: Tokenizer, options: QuickstartOptions,
 def heldout_records(options: QuickstartOptions) -> list[Record]:
     """The held-out records of the sample; in a smoke run only the shortest of each language and kind."""
     records = list(sample("heldout"))
-    if not options.smoke:
-        return records
-    shortest: dict[tuple[str, str], Record] = {}
+    return shortest_of_each(records, 1) if options.smoke else records
+
+
+def load_records(options: QuickstartOptions) -> list[Record]:
+    """The records for expert load and divergence gate, at least the 10 that the gate needs."""
+    records = list(sample("heldout"))
+    return shortest_of_each(records, 2) if options.smoke else records[::LOAD_EVERY]
+
+
+def shortest_of_each(records: list[Record], count: int) -> list[Record]:
+    """The shortest `count` records of each language and kind."""
+    found: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(records, key=lambda record: len(record.model_dump_json())):
-        shortest.setdefault((record.language, record.kind), record)
-    return list(shortest.values())
+        found.setdefault((record.language, record.kind), []).append(record)
+    return [record for same in found.values() for record in same[:count]]
 
 
 def measure(model: Mixtral, tokenizer: Tokenizer, options: QuickstartOptions, path: Path) -> Measured:
@@ -227,8 +239,9 @@ def measure(model: Mixtral, tokenizer: Tokenizer, options: QuickstartOptions, pa
     records = heldout_records(options)
     loss = heldout_loss(model, tokenizer, records).to_dict()
     choice = multiple_choice(model, tokenizer, [record for record in records if record.choices is not None]).to_dict()
-    load = expert_load(model, tokenizer, records if options.smoke else records[::LOAD_EVERY])
-    measured = Measured(loss, choice, load, expert_distance(model))
+    distance = expert_distance(model)
+    load, gate = load_and_gate(model, tokenizer, load_records(options), identical=distance == 0)
+    measured = Measured(loss, choice, load, gate, distance)
     write_json(path, measured.to_dict())
     return measured
 
@@ -299,9 +312,8 @@ def conclude(
 ) -> dict[str, Any]:
     """Writes pictures, report and result."""
     measured = {"before": before, "after": after}
-    distances = {when: found.expert_distance for when, found in measured.items()}
     loads = {when: found.load for when, found in measured.items()}
-    notes = {when: verdict(distance) for when, distance in distances.items()}
+    notes = {when: verdict(found.gate, found.expert_distance) for when, found in measured.items()}
     load_picture = draw(loads, folder / "expert_load.png", notes=notes)
     metrics = read_metrics(folder / "training")
     bits = [found.heldout["bits_per_byte"] for found in (before, after)]
@@ -316,7 +328,8 @@ def conclude(
         "accuracy_after": after.accuracy,
         "accuracy": {when: found.scores for when, found in measured.items()},
         "chance": after.choice["chance"],
-        "expert_distance": distances,
+        "gate": {when: dataclasses.asdict(found.gate) for when, found in measured.items()},
+        "expert_distance": {when: found.expert_distance for when, found in measured.items()},
         "answers": answers,
         "limits": report.limits_of(options.base, options.smoke),
         **report.facts(seed),

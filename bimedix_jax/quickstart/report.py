@@ -10,6 +10,7 @@ from rich.console import Console
 from bimedix_jax import __version__
 from bimedix_jax.quickstart import page
 from bimedix_jax.quickstart.base_model import NAME
+from bimedix_jax.routing.claims import Gate
 from bimedix_jax.routing.divergence import verdict
 
 LIMITS = {
@@ -64,9 +65,11 @@ def facts_line(result: dict[str, Any]) -> str:
     )
 
 
-def divergence(distances: dict[str, float]) -> dict[str, str]:
+def divergence(gates: dict[str, Any], distances: dict[str, float]) -> dict[str, str]:
     """One sentence about the model before training, and one about the model after it."""
-    return {when: f"{when.capitalize()} training the {verdict(value)}." for when, value in distances.items()}
+    return {
+        when: f"{when.capitalize()} training: {verdict(Gate(**gate), distances[when])}." for when, gate in gates.items()
+    }
 
 
 def accuracies(scores: dict[str, Any], chance: dict[str, float]) -> list[tuple[str, str, str, str, str]]:
@@ -104,7 +107,7 @@ def write_report(result: dict[str, Any], title: str, run_picture: Path, load_pic
         parts.append(page.paragraph("The intervals before and after overlap: so few questions show no change."))
     parts += [
         page.heading("Expert load"),
-        *(page.paragraph(sentence) for sentence in divergence(result["expert_distance"]).values()),
+        *(page.paragraph(sentence) for sentence in divergence(result["gate"], result["expert_distance"]).values()),
         page.picture(load_picture, "Share of router choices by layer, expert and language, before and after"),
         page.heading("One answer in each language"),
     ]
@@ -126,7 +129,7 @@ def next_commands(result: dict[str, Any]) -> list[str]:
 
 def print_summary(result: dict[str, Any], console: Console) -> None:
     console.rule("Done")
-    for sentence in divergence(result["expert_distance"]).values():
+    for sentence in divergence(result["gate"], result["expert_distance"]).values():
         console.print(sentence, highlight=False)
     minutes, gib = result["seconds"] / 60, result["peak_rss_bytes"] / 2**30
     console.print(f"{minutes:.1f} minutes, at most {gib:.1f} GiB of memory. The results are in {result['folder']}:")

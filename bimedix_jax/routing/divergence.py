@@ -1,5 +1,4 @@
-"""How much the experts of a layer differ, adapters included. Experts that are copies of each other cannot
-specialise."""
+"""How much the experts of a layer differ, adapters included, and what the divergence gate says of their load."""
 
 import itertools
 
@@ -10,9 +9,8 @@ from bimedix_jax.adapters import factor_indices
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
 from bimedix_jax.models.linear import ExpertLinear
 from bimedix_jax.models.mixtral import Mixtral
-
-HARDLY = 0.05
-"""Below this distance, expert load shows little about specialisation."""
+from bimedix_jax.routing.claims import Gate
+from bimedix_jax.routing.clusters import MIN_CLUSTERS
 
 
 def expert_distance(model: Mixtral) -> float:
@@ -50,10 +48,27 @@ def effective_weight(linear: ExpertLinear, index: tuple[int, int]) -> np.ndarray
     return weight + linear.lora.scale * (a @ b)
 
 
-def verdict(distance: float) -> str:
-    """What the distance between the experts says about their load."""
+def verdict(gate: Gate, distance: float) -> str:
+    """What may be said of expert load: the divergence gate decides. `distance` is that of `expert_distance`."""
     if distance == 0:
-        return "experts are identical (distance 0), so their load depends on the router alone"
-    if distance < HARDLY:
-        return f"experts have hardly diverged (mean relative distance {distance:.2g}), so load shows no specialisation"
-    return f"experts differ (mean relative distance {distance:.2g})"
+        return (
+            "divergence gate fails: experts are identical (distance 0), so shuffled routes cost exactly 0 nats, and "
+            "the load depends on the router alone"
+        )
+    apart = f"experts are {distance:.2g} apart (relative distance)"
+    cost = f"shuffled routes cost {gate.delta_nll:.2g} nats per token"
+    if gate.low is None or gate.high is None:
+        return (
+            f"divergence gate not tested: {apart}, {cost}, but there is no interval below {MIN_CLUSTERS} records, so "
+            "the load says nothing about what experts do"
+        )
+    cost += f" [{gate.low:.2g}, {gate.high:.2g}]"
+    if not gate.diverged:
+        return (
+            f"divergence gate fails: {apart}, but {cost}, not above the noise of {gate.floor:.2g}, so the load says "
+            "nothing about what experts do"
+        )
+    return (
+        f"divergence gate holds: {apart}, and {cost}, so it matters which experts a token gets; the load does not say "
+        "why languages differ"
+    )

@@ -58,15 +58,26 @@ def divergence_gate(tables: Tables, seed: int) -> Gate | None:
     """What shuffled routes cost; None if that was not measured."""
     if tables.nll_R is None or tables.shuffled_nll_R is None:
         return None
-    kept_R = np.ones(len(tables.tokens_R), bool)
-    unit_R = np.unique(joined_units(tables.cluster_R, tables.pair_R, kept_R), return_inverse=True)[1]
-    tokens_R = np.asarray(tables.tokens_R, np.float64)
-    cost_R = (np.asarray(tables.shuffled_nll_R, np.float64) - tables.nll_R) * tokens_R
-    cost_U = np.bincount(unit_R, cost_R) / np.bincount(unit_R, tokens_R)
+    cost_R = np.asarray(tables.shuffled_nll_R, np.float64) - tables.nll_R
+    return gate_of(cost_R, tables.tokens_R, tables.cluster_R, tables.pair_R, tables.nll_floor, seed)
+
+
+def gate_of(
+    cost_R: np.ndarray,
+    tokens_R: np.ndarray,
+    cluster_R: np.ndarray | None,
+    pair_R: np.ndarray | None,
+    floor: float,
+    seed: int,
+) -> Gate:
+    """The gate from each record's cost of shuffled routes, in nats per token; arrays as in `Tables`."""
+    unit_R = np.unique(joined_units(cluster_R, pair_R, np.ones(len(cost_R), bool)), return_inverse=True)[1]
+    weight_R = np.asarray(tokens_R, np.float64)
+    cost_U = np.bincount(unit_R, cost_R * weight_R) / np.bincount(unit_R, weight_R)
     mean, low, high = (float(x) for x in mean_intervals(cost_U[:, None], generator(seed, "gate"))[0])
     if np.isnan(low):
-        return Gate(delta_nll=mean, low=None, high=None, floor=tables.nll_floor, diverged=None)
-    return Gate(delta_nll=mean, low=low, high=high, floor=tables.nll_floor, diverged=low > tables.nll_floor)
+        return Gate(delta_nll=mean, low=None, high=None, floor=floor, diverged=None)
+    return Gate(delta_nll=mean, low=low, high=high, floor=floor, diverged=low > floor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -117,18 +117,26 @@ def expert_load(
             sums = found if sums is None else jax.tree.map(np.add, sums, found)
             bar.update(len(places))
     assert sums is not None  # there is at least one row
-    return _by_group(names, sums, too_long)
+    arrays = (sums.chosen_LXE, sums.entropy_LX, sums.top_weight_LX, sums.tokens_LX)
+    return by_group(names, *(np.asarray(array) for array in arrays), too_long=too_long)
 
 
-def _by_group(names: list[str], sums: RouterSums, too_long: int) -> ExpertLoad:
+def by_group(
+    names: list[str],
+    chosen_LXE: np.ndarray,
+    entropy_LX: np.ndarray,
+    top_weight_LX: np.ndarray,
+    tokens_LX: np.ndarray,
+    too_long: int,
+) -> ExpertLoad:
     """Means for each language, and for each of its kinds, from the sums for each kind."""
     counts, entropy, top_weight, tokens = {}, {}, {}, {}
     for group in sorted({name.split("/")[0] for name in names} | set(names)):
         own = [index for index, name in enumerate(names) if name == group or name.startswith(f"{group}/")]
-        total_L = sums.tokens_LX[:, own].sum(axis=1)
-        counts[group] = sums.chosen_LXE[:, own].sum(axis=1).round().astype(np.int64)
-        entropy[group] = sums.entropy_LX[:, own].sum(axis=1) / total_L
-        top_weight[group] = sums.top_weight_LX[:, own].sum(axis=1) / total_L
+        total_L = tokens_LX[:, own].sum(axis=1)
+        counts[group] = chosen_LXE[:, own].sum(axis=1).round().astype(np.int64)
+        entropy[group] = entropy_LX[:, own].sum(axis=1) / total_L
+        top_weight[group] = top_weight_LX[:, own].sum(axis=1) / total_L
         tokens[group] = int(total_L[0])
     return ExpertLoad(counts, entropy, top_weight, tokens, too_long)
 

@@ -1,5 +1,6 @@
 """Heatmaps of expert load, layers by experts: one for each language, and one for the difference of two languages."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ def draw(
 
     Args:
       subject: name of the data, for the title.
-      notes: a sentence for each entry of `loads`, such as `divergence.verdict`: experts that are copies of one dense
-        model show no specialisation.
+      notes: a sentence for each entry of `loads`, such as `divergence.verdict`, without which a difference in load
+        says nothing about what experts do.
 
     Raises:
       BimedixError: there is nothing to draw, or the rows have different languages.
@@ -53,7 +54,7 @@ def draw(
             label = f"{_spelled(languages[1])} minus {_spelled(languages[0])}, {name}"
             _panel(figure, row[-1], difference, label, "percentage points", cmap="RdBu_r", vmin=-reach, vmax=reach)
     if notes:
-        lines = [f"{name.capitalize()}: {note}" for name, note in notes.items()]
+        lines = [textwrap.fill(f"{name.capitalize()}: {note}", int(45 * columns)) for name, note in notes.items()]
         figure.supxlabel("\n".join(lines), fontsize=9, color="firebrick")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -59,6 +59,11 @@ class Data:
             raise BimedixError(f"{name} has no record; name a file with some")
         if limit is not None and limit < len(records):  # spread, because files are sorted by source and kind
             records = [records[i * len(records) // limit] for i in range(limit)]
+        return cls.of(records, tokenizer, limit)
+
+    @classmethod
+    def of(cls, records: Sequence[Record], tokenizer: Tokenizer | None, limit: int | None = None) -> "Data":
+        """These records, of which `limit` says how they were chosen."""
         content = hashlib.sha256()
         for record in records:
             content.update(record.to_json().encode() + b"\n")

@@ -194,6 +194,18 @@ class Recorder:
             "nll_floor": self.floor,
         }
 
+    def in_memory(self, shuffled: bool = True) -> list[Routes]:
+        """The routes of all records that fit, and the floor of the gate as `self.floor`; nothing is written.
+
+        `shuffled`: with the NLL under shuffled routes.
+        """
+        items = list(self._fitting())
+        if not items:
+            raise BimedixError(f"there is no record of at most {self.longest} tokens; give others")
+        if shuffled:
+            self.floor = self._measured_floor(items)
+        return self._recorded(items, shuffled)
+
     def _fitting(self) -> Iterator[Item]:
         for item in self.data.items(with_prompts=self.settings.new_tokens is not None):
             if len(item.ids if item.prompt is None else item.prompt) + (self.settings.new_tokens or 0) > self.longest:
@@ -225,8 +237,8 @@ class Recorder:
             found.append(dataclasses.replace(item, ids=ids, source=dataclasses.replace(item.source, roles=roles)))
         return found
 
-    def _recorded(self, part: Sequence[Item]) -> list[Routes]:
-        """The routes of a part's records, in their order."""
+    def _recorded(self, part: Sequence[Item], shuffled: bool = True) -> list[Routes]:
+        """The routes of a part's records, in their order; `shuffled`: with the gate, if the settings ask for it."""
         rows, lengths = [item.ids for item in part], [len(item.ids) for item in part]
         require_ids(rows, self.model.config.vocab_size)
         sources = [item.source for item in part]
@@ -241,7 +253,7 @@ class Recorder:
             tokens = Tokens(tokens_BT, items_BT, np.where(ids_BT != 0, positions_BT, -1))
             group_BT = self._groups(part, places, tokens_BT.shape)
             planned = self._planned(planner, tokens, ids_BT)
-            values = self._step(tokens, ids_BT, group_BT, planned.plan, slots, sources)
+            values = self._step(tokens, ids_BT, group_BT, planned.plan, slots, sources if shuffled else None)
             waiting.append((places, values, planned.done_BT))
             if len(waiting) > 1:  # one batch runs while the one before is cut up
                 found |= self._cut(part, *waiting.pop(0))
@@ -275,16 +287,19 @@ class Recorder:
     def _step(
         self, tokens: Tokens, ids_BT: np.ndarray, group_BT: np.ndarray, plan: RoutingPlan, slots: int, sources: Any
     ) -> dict[str, Any]:
-        settings = self.settings
-        watch = Watch(scores=settings.record == "full", norms=settings.norms, slots=slots)
-        kept = Kept(self.layout, watch, settings.gate)
-        operands = self.operands if slots else None
+        """The values of a batch. `sources` are those of the records, or None to leave the shuffled routes out."""
+        kept, operands = self._kept(slots), self.operands if slots else None
         values = record_step(self.graph, self.state, tokens.tokens_BT, ids_BT, group_BT, plan, operands, kept)
-        if settings.gate:
-            others_BT = shuffled_places(tokens, ids_BT, sources, settings.seed)
-            shuffled = taken_from(values.pop("routes"), others_BT)
+        routes = values.pop("routes", None)
+        if routes is not None and sources is not None:
+            others_BT = shuffled_places(tokens, ids_BT, sources, self.settings.seed)
+            shuffled = taken_from(routes, others_BT)
             values["shuffled_nll"] = nll_step(self.graph, self.state, tokens.tokens_BT, ids_BT, shuffled)
         return values
+
+    def _kept(self, slots: int) -> Kept:
+        watch = Watch(scores=self.settings.record == "full", norms=self.settings.norms, slots=slots)
+        return Kept(self.layout, watch, self.settings.gate)
 
     def _cut(
         self, part: Sequence[Item], places: Sequence[tuple[int, int, int]], values: dict[str, Any], done_BT: np.ndarray
@@ -336,17 +351,17 @@ class Recorder:
 
     def _measured_floor(self, part: Sequence[Item]) -> float:
         """Largest difference of a record's mean NLL between its own routes and the same routes forced by a plan."""
-        few = part[: max(1, self.settings.batch_tokens // max(len(part[0].ids), 1) // 4)]
-        kept, largest = Kept(self.layout, Watch(), True), 0.0
-        for places, tokens_BT, ids_BT in packed([item.ids for item in few], self.settings.batch_tokens, self.longest):
-            group_BT = np.zeros(tokens_BT.shape, np.int32)
-            values = record_step(self.graph, self.state, tokens_BT, ids_BT, group_BT, RoutingPlan(), None, kept)
-            same_BT = np.arange(tokens_BT.size, dtype=np.int32).reshape(tokens_BT.shape)
-            forced = nll_step(self.graph, self.state, tokens_BT, ids_BT, taken_from(values["routes"], same_BT))
-            difference_BT = distributed.on_host(forced) - distributed.on_host(values["nll"])
-            for index, line, start in places:
-                own = difference_BT[line, start + 1 : start + len(few[index].ids)]
-                largest = max(largest, abs(float(own.mean())) if own.size else 0.0)
+        rows, kept, largest = [item.ids for item in part], self._kept(slots=0), 0.0
+        # the first batch only, in the shape that the recording uses
+        places, tokens_BT, ids_BT = next(packed(rows, self.settings.batch_tokens, self.longest))
+        group_BT = self._groups(part, places, tokens_BT.shape)
+        values = record_step(self.graph, self.state, tokens_BT, ids_BT, group_BT, RoutingPlan(), None, kept)
+        same_BT = np.arange(tokens_BT.size, dtype=np.int32).reshape(tokens_BT.shape)
+        forced = nll_step(self.graph, self.state, tokens_BT, ids_BT, taken_from(values["routes"], same_BT))
+        difference_BT = distributed.on_host(forced) - distributed.on_host(values["nll"])
+        for index, line, start in places:
+            own = difference_BT[line, start + 1 : start + len(rows[index])]
+            largest = max(largest, abs(float(own.mean())) if own.size else 0.0)
         return largest
 
 

@@ -54,9 +54,13 @@ def test_an_interrupted_smoke_run_resumes(tmp_path: Path) -> None:
     page = Path(tmp_path / result["report"]).read_text("utf-8")
     assert 'dir="rtl"' in page
     assert page.count("data:image/png;base64") == 2
-    assert "Before training the experts are identical (distance 0)" in page
-    assert "After training the experts are identical" not in page
+    assert "Before training: divergence gate fails: experts are identical (distance 0)" in page
+    assert "specialis" not in page
     assert result["expert_distance"]["before"] == 0 < result["expert_distance"]["after"]
+    before, after = (result["gate"][when] for when in ("before", "after"))
+    assert (before["delta_nll"], before["diverged"]) == (0, False)
+    assert after["low"] < after["delta_nll"] < after["high"]
+    assert f"After training: divergence gate {'holds' if after['low'] > after['floor'] else 'fails'}: experts" in page
     for when in ("before", "after"):
         for score in result["accuracy"][when].values():
             assert score["low"] <= score["accuracy"] <= score["high"]

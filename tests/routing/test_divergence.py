@@ -12,6 +12,7 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.quickstart.report import accuracies, divergence, overlap
+from bimedix_jax.routing.claims import Gate
 from bimedix_jax.routing.divergence import expert_distance, verdict
 
 
@@ -44,12 +45,23 @@ def test_noise_gives_the_distance_of_independent_draws():
 
 
 def test_before_and_after_have_separate_sentences():
-    sentences = divergence({"before": 0.0, "after": 0.02})
-    assert sentences["before"].startswith("Before training the experts are identical (distance 0)")
-    assert sentences["after"].startswith(
-        "After training the experts have hardly diverged (mean relative distance 0.02)"
-    )
-    assert "differ" in verdict(0.3)
+    zero = {"delta_nll": 0.0, "low": 0.0, "high": 0.0, "floor": 1e-4, "diverged": False}
+    after = {"delta_nll": 0.2, "low": 0.1, "high": 0.3, "floor": 1e-4, "diverged": True}
+    sentences = divergence({"before": zero, "after": after}, {"before": 0.0, "after": 0.02})
+    assert sentences["before"].startswith("Before training: divergence gate fails: experts are identical (distance 0)")
+    assert "exactly 0 nats" in sentences["before"]
+    assert sentences["after"].startswith("After training: divergence gate holds: experts are 0.02 apart")
+    assert "0.2 nats per token [0.1, 0.3]" in sentences["after"]
+
+
+@pytest.mark.parametrize(("low", "word"), [(5e-5, "fails"), (None, "not tested"), (2e-4, "holds")])
+def test_the_gate_decides_what_is_said_of_the_load(low, word):
+    """However far the experts are apart."""
+    high, diverged = (None, None) if low is None else (0.3, low > 1e-4)
+    sentence = verdict(Gate(delta_nll=0.1, low=low, high=high, floor=1e-4, diverged=diverged), 0.3)
+    assert sentence.startswith(f"divergence gate {word}: experts are 0.3 apart")
+    assert ("says nothing about what experts do" in sentence) == (word != "holds")
+    assert "speciali" not in sentence
 
 
 def test_accuracies_have_number_and_interval():

@@ -13,6 +13,7 @@ from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.init import init_random
 from bimedix_jax.routing.load import expert_load
+from bimedix_jax.routing.load_and_gate import load_and_gate
 from bimedix_jax.routing.picture import draw
 
 CONFIG = tiny(num_layers=3)
@@ -54,6 +55,23 @@ def test_counts_equal_those_of_the_models_record(model, tokenizer, records):
     np.testing.assert_array_equal(found.counts["ar"], [np.bincount(row, minlength=4) for row in experts])
     np.testing.assert_allclose(found.top_weight["ar"], np.asarray(routing.weights_LBTK).max(-1).mean((1, 2)), rtol=1e-5)
     assert found.tokens["ar"] == len(ids)
+
+
+def test_the_load_with_the_gate_is_the_same(model, tokenizer, records):
+    """The gate's cost is that of the recorder; identical experts need no run."""
+    expected = expert_load(model, tokenizer, records)
+    found, gate = load_and_gate(model, tokenizer, records)
+    for group, counts in expected.counts.items():
+        np.testing.assert_array_equal(found.counts[group], counts)
+        np.testing.assert_allclose(found.entropy[group], expected.entropy[group], rtol=1e-4)
+        np.testing.assert_allclose(found.top_weight[group], expected.top_weight[group], rtol=1e-4)
+    assert (found.tokens, found.too_long) == (expected.tokens, 0)
+    assert gate.delta_nll != 0
+    assert gate.floor < 1e-3
+    assert (gate.low, gate.diverged) == (None, None)  # four records
+    found, gate = load_and_gate(model, tokenizer, records, identical=True)
+    assert (gate.delta_nll, gate.low, gate.high, gate.diverged) == (0, 0, 0, False)
+    np.testing.assert_array_equal(found.counts["en"], expected.counts["en"])
 
 
 def test_groups_add_up(model, tokenizer, records):
