@@ -1,15 +1,19 @@
 """Measures the recorder of routes: time, bytes, memory, the same rows on meshes and processes, and kills.
 
-    python scripts/measure_recorder.py --json                                        # 10 M rows; an hour on 2 cores
+    python scripts/measure_recorder.py --json                                        # 10 M rows; 20 minutes on 2 cores
+    python scripts/measure_recorder.py --only kills --json                           # a part of it
     python scripts/measure_recorder.py --rows 20000 --large-rows 60000 --kills 2 --kill-rows 40000 --json    # minutes
 
 A row is a token in a layer. The model is a random Mixtral of `--layers` layers and `--width`; the records are random
 tokens. Every measurement runs in processes of its own:
 
-- `overhead`: time of recording divided by that of the same forward passes with losses, less 1; median over repeats.
+- `overhead`: time of recording divided by that of the same forward passes with losses, less 1; median over `--repeats`
+  pairs of one after the other, so that other load on the machine cancels. `overhead_cpu` is that of processor time.
 - `bytes_per_row`; `peak_rss_bytes` at both numbers of rows.
 - `mesh_mismatches`: rows whose experts differ between one device, a mesh of 8 and 2 processes, although the margin is
   at least 1e-4; `mesh_ties` counts the others.
+- `report_large`: time and memory of `bimedix routes report` for `--large-rows` rows with 100 random routers;
+  `import_and_report_80_records`: for 80 records of 8 layers from JSONL.
 - `kills_identical`: whether a recording that was killed at `--kills` random times and started again is byte by byte
   the one that was never killed.
 """
@@ -114,7 +118,7 @@ def data_of(options: argparse.Namespace) -> Any:
 
 
 def compare_times(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of recording, and of the same forward passes with losses, alternating."""
+    """Seconds of recording, and of the same forward passes with losses, in pairs; by the clock and of the processor."""
     import jax
     from flax import nnx
 
@@ -139,14 +143,16 @@ def compare_times(options: argparse.Namespace) -> dict[str, Any]:
     def recorded() -> None:
         record_routes(model, data, options.out, RecordSettings(batch_tokens=options.batch_tokens), overwrite=True)
 
-    seconds: dict[str, list[float]] = {"forward": [], "recorded": []}
+    actions = {"forward": forward, "recorded": recorded}
+    found: dict[str, list[float]] = {f"{name}_{clock}": [] for name in actions for clock in ("seconds", "cpu")}
     for repeat in range(options.repeats + 1):
-        for name, action in (("forward", forward), ("recorded", recorded)):
-            started = time.monotonic()
-            action()
+        for name in sorted(actions, reverse=repeat % 2 == 0):  # each goes first in every second pair
+            wall, cpu = time.monotonic(), time.process_time()
+            actions[name]()
             if repeat:  # the first one compiles
-                seconds[name].append(time.monotonic() - started)
-    return seconds
+                found[f"{name}_seconds"].append(time.monotonic() - wall)
+                found[f"{name}_cpu"].append(time.process_time() - cpu)
+    return found
 
 
 def child(options: argparse.Namespace, task: str, out: Path, wait: bool = True, **changes: Any) -> Any:
@@ -239,41 +245,133 @@ def check_same(place: Path) -> bool:
     return True
 
 
+def memory(options: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Bytes a row, and the peak of the resident memory at both numbers of rows."""
+    small = child(options, "record", place / "small")
+    large = child(options, "record", place / "large", rows=options.large_rows)
+    return {
+        "rows": large["rows"],
+        "bytes_per_row": large["bytes"] / large["rows"],
+        "bytes_per_row_limit": 6 + 3 * options.top_k,
+        "peak_rss_bytes": {str(found["rows"]): found["peak_rss_bytes"] for found in (small, large)},
+        "peak_rss_growth": large["peak_rss_bytes"] / small["peak_rss_bytes"] - 1,
+    }
+
+
+def overhead(options: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Time of recording, relative to the same forward passes."""
+    times = child(options, "times", place / "times", rows=options.time_rows)
+    by_clock, by_processor = (
+        [a / b - 1 for a, b in zip(times[f"recorded_{clock}"], times[f"forward_{clock}"], strict=True)]
+        for clock in ("seconds", "cpu")
+    )
+    return {
+        "overhead": statistics.median(by_clock),
+        "overheads": by_clock,
+        "overhead_cpu": statistics.median(by_processor),
+        "overheads_cpu": by_processor,
+        "seconds_recorded": statistics.median(times["recorded_seconds"]),
+    }
+
+
+def reports(options: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """What `bimedix routes report` takes for a large recording with 100 random routers, and import and report for a
+    small file of another program."""
+    write_synthetic(place / "large", options.large_rows, options.layers, options.experts, options.top_k)
+    write_lines(place / "small.jsonl")
+    imported = timed("import", str(place / "small.jsonl"), "--format", "jsonl", "--out", str(place / "small"))
+    small = timed("report", str(place / "small"), "--out", str(place / "small-report"))
+    large = timed("report", str(place / "large"), "--out", str(place / "large-report"))
+    both = {name: imported[name] + small[name] for name in ("seconds", "cpu_seconds")}
+    return {"report_large": large, "import_and_report_80_records": both}
+
+
+def timed(*words: str) -> dict[str, float]:
+    """Time and memory of `bimedix routes WORDS`."""
+    started = time.monotonic()
+    command, silent = [sys.executable, "-m", "bimedix_jax", "routes", *words], subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=silent, stderr=silent)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"bimedix routes {' '.join(words)} failed")
+    cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    return {"seconds": time.monotonic() - started, "cpu_seconds": cpu, "peak_rss_bytes": peak}
+
+
+def write_synthetic(folder: Path, rows: int, layers: int, experts: int, top_k: int) -> None:
+    """A recording of about so many rows whose routes depend on the language, without a model."""
+    from bimedix_jax.routing.parts import PartLayout, Routes
+    from bimedix_jax.routing.recording import LayerName
+    from bimedix_jax.routing.recording_writer import finish, write_parts
+
+    rng, routers, length = np.random.default_rng(0), 100, 104
+    loads = {language: rng.dirichlet(np.full(experts, 20), layers) for language in ("en", "ar")}
+
+    def found() -> Iterator[Routes]:
+        for number in range(max(rows // layers // length, 1)):
+            language = ("en", "ar")[number % 2]
+            keys = np.log(loads[language])[None] + rng.gumbel(size=(length, layers, experts))
+            nll = rng.random(length)
+            columns = {"nll": nll, "shuffled_nll": nll + 0.1 * rng.random(length)}
+            columns |= {"experts": np.argsort(-keys, -1)[..., :top_k]}
+            columns |= {"weights": np.full((length, layers, top_k), 1 / top_k)}
+            yield Routes(
+                id=f"r{number}",
+                ids_N=rng.zipf(1.3, length).clip(0, 30_000),
+                columns=columns,
+                about={"language": language},
+                random_RLE=rng.multinomial(top_k * length, np.full(experts, 1 / experts), (routers, layers)),
+            )
+
+    columns = ("nll", "shuffled_nll", "experts", "weights")
+    layout = PartLayout(layers=layers, top_k=top_k, columns=columns, wide=False, routers=routers)
+    folder.mkdir()
+    write_parts(folder, layout, found())
+    names = [LayerName(number=number) for number in range(layers)]
+    finish(folder, layers=names, experts=experts, layout=layout, hashes={}, options={})
+
+
+def write_lines(path: Path) -> None:
+    """80 records of 8 layers as JSONL."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        for number in range(80):
+            length = int(rng.integers(80, 200))
+            experts = np.argsort(rng.random((8, length, 8)), -1)[..., :2]
+            record = {"id": f"r{number}", "language": ("en", "ar")[number % 2], "experts": experts.tolist()}
+            record |= {
+                "input_ids": rng.integers(0, 500, length).tolist(),
+                "weights": np.full(experts.shape, 0.5).tolist(),
+            }
+            file.write(json.dumps(record) + "\n")
+
+
+MEASURES = {"overhead": overhead, "memory": memory, "mesh": mesh_rows, "kills": kills, "reports": reports}
+
+
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        small = child(options, "record", place / "small")
-        large = child(options, "record", place / "large", rows=options.large_rows)
-        seconds = child(options, "times", place / "times")
-        ratios = [a / b - 1 for a, b in zip(seconds["recorded"], seconds["forward"], strict=True)]
-        result = {
-            "rows": large["rows"],
-            "layers": options.layers,
-            "top_k": options.top_k,
-            "overhead": statistics.median(ratios),
-            "overheads": ratios,
-            "seconds_recorded": statistics.median(seconds["recorded"]),
-            "bytes_per_row": large["bytes"] / large["rows"],
-            "bytes_per_row_limit": 6 + 3 * options.top_k,
-            "peak_rss_bytes": {str(found["rows"]): found["peak_rss_bytes"] for found in (small, large)},
-            "peak_rss_growth": large["peak_rss_bytes"] / small["peak_rss_bytes"] - 1,
-        }
-        return result | mesh_rows(options, place) | kills(options, place)
+    result: dict[str, Any] = {"layers": options.layers, "top_k": options.top_k}
+    for name in options.only:
+        with tempfile.TemporaryDirectory() as place:
+            result |= MEASURES[name](options, Path(place))
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="what to measure")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--large-rows", type=int, default=10_000_000)
+    parser.add_argument("--time-rows", type=int, default=330_000)
     parser.add_argument("--mesh-rows", type=int, default=64_000)
-    parser.add_argument("--kill-rows", type=int, default=4_000_000)
+    parser.add_argument("--kill-rows", type=int, default=2_500_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, which is the only form")
     parser.add_argument("--task", choices=("measure", "record", "times"), default="measure", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("R"), help=argparse.SUPPRESS)
