@@ -37,9 +37,16 @@ def dead_experts(counts_CLE: np.ndarray) -> list[DeadExpert]:
 
 
 def overlap(first_LNK: np.ndarray, second_LNK: np.ndarray, experts: int) -> np.ndarray:
-    """[L, N]: the share of a token's experts that two recordings have in common, 1 if the sets are equal."""
-    shared = [(sets(a, experts) & sets(b, experts)).sum(1) for a, b in zip(first_LNK, second_LNK, strict=True)]
-    return np.array(shared) / first_LNK.shape[2]
+    """[L, N]: the share of a token's experts that two recordings have in common, 1 if the sets are equal.
+
+    Of sets of unequal size, which slots without an expert make, it is the share of the larger one.
+    """
+    found = []
+    for own_NK, their_NK in zip(first_LNK, second_LNK, strict=True):
+        own_NE, their_NE = sets(own_NK, experts), sets(their_NK, experts)
+        size_N = np.maximum(own_NE.sum(1), their_NE.sum(1))
+        found.append(np.where(size_N > 0, (own_NE & their_NE).sum(1) / np.maximum(size_N, 1), 1.0))
+    return np.array(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -97,6 +97,10 @@ def test_slots_without_an_expert_belong_to_no_pair(dtype):
     chosen_NK[loose_N] = np.argsort(RNG.random((loose_N.sum(), 4)))[:, :2]
     chosen_NK[::5, 1], chosen_NK[::7] = 255, 255
     assert (coactivation.sets(chosen_NK.astype(dtype), 4).sum(1) == (chosen_NK < 255).sum(1)).all()
+    other_NK = np.where(RNG.random((600, 1)) < 0.5, chosen_NK, chosen_NK[:, ::-1])
+    assert (measures.overlap(chosen_NK[None].astype(dtype), other_NK[None].astype(dtype), 4) == 1).all()
+    one, two = (np.array([[row]]) for row in ([0, 255], [0, 1]))
+    assert measures.overlap(one, two, 4) == 0.5
     record_N = np.arange(600) // 20
     routes = GappedRoutes(
         record_N=record_N, id_N=RNG.integers(0, 9, 600), experts_LNK=chosen_NK[None].astype(dtype), experts=4

@@ -152,7 +152,7 @@ class Counted:
         records, experts = self.recording.manifest.records, self.recording.manifest.experts
         theirs_NLK = chosen(baseline)[index_N[self.mask_N]]
         found = [
-            measures.flips(own_NK[None], their_NK[None], self.record_N, records, experts + 1)
+            measures.flips(own_NK[None], their_NK[None], self.record_N, records, experts)
             for own_NK, their_NK in zip(self.experts_NLK.swapaxes(0, 1), theirs_NLK.swapaxes(0, 1), strict=True)
         ]
         return np.concatenate([x.changed_RL for x in found], 1), np.concatenate([x.overlap_RL for x in found], 1)
