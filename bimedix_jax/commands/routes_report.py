@@ -66,7 +66,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     claims = write_report(Recording.open(config.recording), config.out, options, config.overwrite)
     console.print(levels_table(claims))
     for warning in claims["warnings"]:
-        console.print(f"[yellow]{warning}[/yellow]", highlight=False)
+        console.print(warning, style="bold yellow", markup=False, highlight=False)
     for refusal in claims["refused"]:
         console.print(f"not claimed: {refusal['claim']} ({refusal['why']})", highlight=False)
     console.print(f"written: {config.out / HTML}", highlight=False)

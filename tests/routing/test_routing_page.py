@@ -39,10 +39,10 @@ def commands(text: str) -> list[list[str]]:
 
 
 def translated(number: int, language: Language) -> Record:
-    """A question with four options, which the other language has too."""
+    """A question with four options, which the other language has in another order."""
     asked = {"en": "Which one? Case", "ar": "أي واحد؟ الحالة"}[language]
     choices = tuple("abcd"[(number + place) % 4] * 3 for place in range(4))
-    answer = number * 7 % 4
+    answer = (number if language == "en" else number // 4) % 4
     turns = multiple_choice_question(f"{asked} {number}", choices), multiple_choice_answer(choices, answer, language)
     return Record(
         id=f"{language}{number}",
