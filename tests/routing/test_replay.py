@@ -29,11 +29,11 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import LoraConfig, RouterConfig
 from bimedix_jax.models.init import init_random, with_router
 from bimedix_jax.models.mixtral import Mixtral
-from bimedix_jax.models.routers import RoutingPlan
+from bimedix_jax.models.routers import Routing, RoutingPlan
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.routing import shapley
 from bimedix_jax.routing.attribution import attribution, report
-from bimedix_jax.routing.coalitions import ATTENTION, EXPERTS, ROUTER, ROUTES, Pair, factor_of, strings
+from bimedix_jax.routing.coalitions import ATTENTION, EXPERTS, ROUTER, ROUTES, Pair, Routes, factor_of, strings
 from bimedix_jax.routing.replay import Players, Replayed, replay
 from bimedix_jax.routing.sequences import Sequences
 
@@ -290,6 +290,18 @@ def test_the_commands_of_the_page_equal_eval_run(pair: Pair, tmp_path, monkeypat
     assert "all records: " in screen.getvalue()
     assert cli.main([*commands[0], "--json"]) == 1
     assert "split.json exists" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_rounding_of_another_program_is_no_route(pair: Pair) -> None:
+    """Where the base model chooses alike in the program of the tuned model, it has the weights of that program."""
+    experts_LBTK = jnp.array([[[[0, 1], [2, 3]]]])
+    own = Routing(experts_LBTK, jnp.array([[[[0.5, 0.5], [0.75, 0.25]]]]), jnp.zeros((1, 1, 2, 4)))
+    like = Routing(experts_LBTK.at[..., 1, 1].set(0), own.weights_LBTK + 1e-7, own.logits_LBTE + 1)
+    found = Routes(own, own, pair).settled(like).base
+    np.testing.assert_array_equal(found.experts_LBTK, own.experts_LBTK)
+    np.testing.assert_array_equal(found.weights_LBTK[0, 0, 0], like.weights_LBTK[0, 0, 0])
+    np.testing.assert_array_equal(found.weights_LBTK[0, 0, 1], own.weights_LBTK[0, 0, 1])
+    np.testing.assert_array_equal(found.logits_LBTE[0, 0, :, 0], [1, 0])
 
 
 def test_other_architectures_are_refused(pair: Pair) -> None:
