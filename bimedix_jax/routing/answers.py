@@ -86,7 +86,7 @@ def pairs_of(tables: Tables) -> Pairs | str:
     usable_R = (pair_R != MISSING) & np.isfinite(tables.correct_R) & (language_R != MISSING) & (tables.tokens_R > 1)
     members: dict[str, list[int]] = {}
     for row in np.flatnonzero(usable_R).tolist():
-        members.setdefault(pair_R[row], []).append(row)
+        members.setdefault(str(pair_R[row]), []).append(row)
     both = [sorted(rows, key=lambda row: language_R[row]) for rows in members.values() if len(rows) == 2]
     both = [rows for rows in both if language_R[rows[0]] != language_R[rows[1]]]
     if not both:
