@@ -18,7 +18,6 @@ import numpy as np
 
 from bimedix_jax import distributed, files
 from bimedix_jax.experiment import Experiment
-from bimedix_jax.routing.measures import flips, saturation
 from bimedix_jax.routing.recorded import counting_roles
 from bimedix_jax.routing.recorded_data import Data
 from bimedix_jax.routing.recorder import RecordSettings, record_routes
@@ -98,6 +97,8 @@ def curves(run: Path) -> list[dict[str, float]]:
     `changed` is the share of tokens with another set of experts than at the recorded step before, `overlap` the share
     of experts that were kept; both are NaN at the first step. Template tokens and first positions are left out.
     """
+    from bimedix_jax.routing.measures import flips, saturation  # which need SciPy: a second at the start of every run
+
     steps, found, record_N = [], [], np.zeros(0, int)
     recording: Recording | None = None
     for step, path in recorded_steps(run):
