@@ -4,6 +4,9 @@ The paper's recipe on Mixtral-8x7B: rank 128, 4,096 tokens a row, 8 devices with
 are no longer sharded, if gathers are hoisted out of the loop over layers, or if dequantised weights are kept.
 """
 
+from collections.abc import Iterator
+
+import jax
 import pytest
 
 from bimedix_jax.costs.devices import target
@@ -38,6 +41,19 @@ def test_the_recipe_fits_eight_a100s() -> None:
     assert abs(document["excess_flops"]["other"]) <= 0.02 * document["useful_flops"]
 
 
+@pytest.fixture
+def least_effort() -> Iterator[None]:
+    """XLA's lowest level of optimisation. The TPU's compiler takes 50 seconds with it, and 157 without.
+
+    The program has the same products, and gathers 14 % more; its peak is 12.0 GiB, and 12.5 GiB at the usual level.
+    """
+    usual = jax.config.values["jax_optimization_level"]
+    jax.config.update("jax_optimization_level", "O0")
+    yield
+    jax.config.update("jax_optimization_level", usual)
+
+
+@pytest.mark.usefixtures("least_effort")
 def test_the_recipe_fits_eight_v5es() -> None:
     found = estimated("v5e:8", remat="layer")
     document = to_document(found)
