@@ -64,6 +64,11 @@ LARGE = 9 << 28
 install_import_hook(["bimedix_jax.kernels", "bimedix_jax.models"], "beartype.beartype")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: no worker waits for one at the end, and their programs run while the workers are small."""
+    items.sort(key=lambda item: item.get_closest_marker("whole_process") is None)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def free_compiled_programs() -> Iterator[None]:
     """Frees what was compiled once a worker has grown: kept, programs fill 10 GiB and run out of memory mappings."""
@@ -78,6 +83,16 @@ def free_compiled_programs() -> Iterator[None]:
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def give_back_memory() -> Iterator[None]:
+    """A command that a test calls must not make the worker keep its peak memory."""
+    from bimedix_jax import startup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "reuse_memory", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
