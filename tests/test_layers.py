@@ -30,6 +30,8 @@ MAY_IMPORT_CURATION = (
     "bimedix_jax.commands",
     "bimedix_jax.quickstart",
     "bimedix_jax.evals.tasks",
+    "bimedix_jax.evals.documents",
+    "bimedix_jax.evals.layouts",
 )
 
 MAX_TOP_LEVEL_MODULES = 14

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from bimedix_jax import startup
 from bimedix_jax.errors import BimedixError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ FILES = ("result.json", "samples.jsonl", "requests.jsonl")
 class Config:
     """Evaluate a model on tasks of lm-evaluation-harness, among them the paper's nine benchmarks in English and Arabic.
 
-    Needs the extra `eval`. docs/evaluation.md lists the tasks of bimedix_jax; any task of the harness works too.
+    Needs the extra `eval`. docs/harness.md lists the tasks of bimedix_jax; any task of the harness works too.
     """
 
     tasks: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
@@ -44,8 +45,8 @@ class Config:
     mesh: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AXIS=N")] = ()
     """Shard the model over devices: data=N, fsdp=N, expert=N, tensor=N, whose product is the number of devices; by
     default one device."""
-    data: Path | None = None
-    """Folder with the files of our tasks (docs/evaluation.md); by default they are taken from the hub."""
+    data: tuple[Path, ...] = ()
+    """Folders with the files of our tasks (docs/harness.md); by default they are taken from the hub."""
     task_files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
     """Folders of further task files (YAML); by default none."""
     limit: int | None = None
@@ -71,6 +72,7 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Loads the model, runs the harness, prints a table."""
+    startup.keep_programs()
     check_options(config)
     require_harness()
     from bimedix_jax.checkpoint.hub import resolve

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from rich.table import Table
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals import documents
 from bimedix_jax.evals import samples as sample_files
 from bimedix_jax.evals.harness import HarnessModel
 from bimedix_jax.evals.multiple_choice import Accuracy
@@ -42,12 +44,12 @@ def task_folder() -> Path:
 
 
 def load_tasks(
-    names: Sequence[str], data: Path | None = None, folders: Sequence[Path] = (), exclude_flagged: bool = False
+    names: Sequence[str], data: Sequence[Path] = (), folders: Sequence[Path] = (), exclude_flagged: bool = False
 ) -> Tasks:
     """Tasks by name, before their data are read.
 
     Args:
-      data: folder of the data of our tasks; None takes the hub's.
+      data: folders of the data of our tasks; without any they come from the hub.
       folders: of further task files.
 
     Raises:
@@ -55,10 +57,11 @@ def load_tasks(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metadata: dict[str, Any] = {"exclude_flagged": exclude_flagged}
-    if data is not None:
-        if not data.is_dir():
-            raise BimedixError(f"there is no folder {data}; name the folder of the tasks' data")
-        metadata["data"] = str(data.resolve())
+    for folder in data:
+        if not folder.is_dir():
+            raise BimedixError(f"there is no folder {folder}; name the folders of the tasks' data")
+    if data:
+        metadata["data"] = os.pathsep.join(str(folder.resolve()) for folder in data)
     own = all(name.startswith(PREFIX) for name in names) and not folders
     include: list[str | Path] = [task_folder(), *folders]
     manager = TaskManager(include_path=include, include_defaults=not own, metadata=metadata)
@@ -151,7 +154,6 @@ def task_result(
     last = [sample for sample in samples if sample.filter == filters[-1]]
     score = Accuracy(sum(sample.correct for sample in last), len(last))
     flagged = Counter(flag for sample in last for flag in sample.flags)
-    metadata = config.get("metadata") or {}
     values = found["results"][name]
     return {
         "primary": primary_of(config),
@@ -160,12 +162,20 @@ def task_result(
         "metrics": {key: value for key, value in values.items() if isinstance(value, float | int)},
         "num_fewshot": found["n-shot"].get(name, 0),
         "version": found["versions"].get(name),
-        "source": metadata.get("source"),
+        **source_of(config),
         "flagged": dict(sorted(flagged.items())),
-        "excluded": metadata.get("excluded", {}),
         "prompts": digest(row["prompt_hash"] for row in rows),
         "documents": digest(row["doc_hash"] for row in rows),
     }
+
+
+def source_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the questions of a task come from, and how many were left out, by reason."""
+    own, metadata = config.get("dataset_kwargs") or {}, config.get("metadata") or {}
+    if "benchmark" not in own:
+        return {"source": "#".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))}
+    found = documents.read(own["benchmark"], own["language"], metadata.get("data"), metadata["exclude_flagged"])
+    return {"source": found.source, "excluded": dict(found.excluded)}
 
 
 def digest(parts: Any) -> str:
