@@ -1,6 +1,7 @@
 """`bimedix data translate`: English records into Arabic through any OpenAI-compatible endpoint, judged and refined."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,18 @@ class Config:
     To resume after Ctrl-C, SIGTERM or SIGKILL, run the same command again. No reply is paid for twice.
     """
 
-    sources: tuple[str, ...]
-    """What to translate: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
-
     out: Path
     """Folder to write: translated.jsonl, review.jsonl (for `bimedix data review`), report.json."""
 
     llm: LlmConfig
     """The model that translates."""
+
+    sources: tuple[str, ...] = ()
+    """What to translate: NAME=PATH with a reader's name, `sample`, or the path of a JSONL file of records."""
+
+    benchmarks: Path | None = None
+    """Folder with the English files of the paper's nine tasks, as for `bimedix eval run`: translates the test questions
+    and also writes TASK_ar.jsonl into --out, doubtful questions with their flags; by default none."""
 
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """The model that scores; options that are not given are those of the translator."""
@@ -99,12 +104,15 @@ class Config:
             raise ValueError("review_share must be from 0 to 1")
         if self.rounds < 0:
             raise ValueError("rounds must be 0 or more")
+        if bool(self.sources) == (self.benchmarks is not None):
+            raise ValueError("give --sources or --benchmarks, one of them")
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Estimate, translate, write."""
-    from bimedix_jax.curation.annotate import translation_output
+    from bimedix_jax.curation.annotate import benchmark_output, translation_output
     from bimedix_jax.curation.annotate.command import JobOptions, annotate
+    from bimedix_jax.curation.mix.decontaminate import benchmark_sources
 
     def announce(forecast: "Forecast") -> dict[str, Any]:
         console.print(f"{forecast.records:,} records, {forecast.finished:,} of them already finished", highlight=False)
@@ -113,9 +121,21 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     def write(folder: Path, outcomes: "Outcomes", forecast: "Forecast", provenance: dict[str, Any]) -> dict[str, Any]:
         del forecast
         sampling = translation_output.Sampling(config.review_share, config.seed)
-        return translation_output.write(folder, outcomes, sampling, config.threshold, provenance)
+        arguments = (folder, outcomes, sampling, config.threshold, provenance)
+        if config.benchmarks is None:
+            return translation_output.write(*arguments)
+        tasks = benchmark_output.Benchmarks(folder)
+        report = translation_output.write(*arguments, tasks.add) | {"benchmarks": tasks.report()}
+        (folder / translation_output.REPORT).write_text(
+            json.dumps(report, ensure_ascii=False, indent=2) + "\n", "utf-8"
+        )
+        return report
 
-    result = annotate(JobOptions.of(config), task_of(config), not_english, announce, write, console)
+    options, refusal = JobOptions.of(config), not_english
+    if config.benchmarks is not None:
+        options = replace(options, sources=benchmark_sources(config.benchmarks))
+        refusal = benchmark_output.not_a_question
+    result = annotate(options, task_of(config), refusal, announce, write, console)
     if not config.dry_run:
         _print(result, config, console)
     return result
@@ -150,5 +170,10 @@ def _print(report: dict[str, Any], config: Config, console: Console) -> None:
     if report["review"]:
         listed = ", ".join(f"{number:,} {reason}" for reason, number in report["review"].items())
         console.print(f"for people to review, with `bimedix data review`: {listed}", highlight=False)
+    for name, task in report.get("benchmarks", {}).items():
+        missing = f", {len(task['missing']):,} without a translation" if task["missing"] else ""
+        console.print(
+            f"  {name}: {task['questions']:,} questions, {task['flagged']:,} flagged{missing}", highlight=False
+        )
     for name, number in report["flags"].items():
         console.print(f"  flag {name}: {number:,} records", highlight=False)

@@ -19,6 +19,7 @@ from bimedix_jax.curation.llm.client import open_client
 from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
 from bimedix_jax.curation.llm.prompts import fence, load_prompts
 from bimedix_jax.curation.llm.store import open_store
+from bimedix_jax.curation.mix.decontaminate import BENCHMARKS
 from bimedix_jax.curation.review.items import read_items
 from bimedix_jax.curation.structure import lost_markup, split_record
 from bimedix_jax.data.records import (
@@ -31,6 +32,7 @@ from bimedix_jax.data.records import (
     write_jsonl,
 )
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals import documents
 
 ARABIC = {
     "What are the symptoms of asthma?": "ما هي أعراض الربو؟",
@@ -548,3 +550,65 @@ def test_batches_give_the_same_output(serve, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == direct
     assert all(row["batched"] for row in report["ledger"])
     assert len(server.batches) >= 2
+
+
+# evaluation sets
+
+
+def test_benchmarks_keep_order_and_keys_and_doubtful_questions_carry_flags(serve, tmp_path):
+    """MedQA questions 1 and 3 are fine, the dose of 2 is changed, and 4 has a low score."""
+    questions = {
+        "Which vitamin prevents scurvy?": "أي فيتامين يمنع الإسقربوط؟",
+        "Is 4 g a day safe?": "هل 5 غ في اليوم آمنة؟",
+        "What comes from a diet without fruit?": "ما الذي ينشأ عن نظام غذائي بدون فاكهة؟",
+        "Which vitamin is in the sun?": "أي فيتامين في الشمس؟",
+    }
+    options = {"A": "Vitamin D", "B": "Vitamin C"}
+    for name in BENCHMARKS:
+        (tmp_path / name).mkdir()
+    rows = [
+        {"realidx": number, "question": text, "options": options, "answer_idx": "B", "answer": "Vitamin C"}
+        for number, text in enumerate(questions, start=1)
+    ]
+    lines = {"medqa_usmle_en/medqa_4options_test.jsonl": rows, "medmcqa_en/medmcqa_val2816_single.jsonl": rows[:1],
+             "mmlu_medical_en/medagents_mmlu_test.jsonl": [{**rows[0], "subject": "anatomy"}]}  # fmt: skip
+    for name, found in lines.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    abstract = {"QUESTION": "Which vitamin prevents scurvy?", "CONTEXTS": ["Vitamin C"], "LONG_ANSWER": "Vitamin C"}
+    entries = {number: {**abstract, "final_decision": decision} for number, decision in (("1", "yes"), ("2", "no"))}
+    (tmp_path / "pubmedqa/ori_pqal.json").write_text(json.dumps(entries))
+    (tmp_path / "pubmedqa/test_ground_truth.json").write_text('{"1": "yes"}')
+    known = {**ARABIC, **questions, "Abstract: Vitamin C\nQuestion:": "الخلاصة: فيتامين C\nسؤال البحث:"}
+    model = Model(lambda text, _: known[text], lambda shown, _: 20 if "الشمس" in shown else 95)
+    config = data_translate.Config(
+        benchmarks=tmp_path,
+        out=tmp_path / "out",
+        llm=LlmConfig(model="m", base_url=serve(respond=model).url, api_key_env="", reasks=1, max_attempts=1),
+        judge=JudgeConfig(model="j"),
+        rounds=0,
+    )
+    report = data_translate.run(config, Console(file=io.StringIO()))["benchmarks"]
+    assert set(report) == {"medqa", "medmcqa", "mmlu_anatomy", "pubmedqa"}
+    found = list(read_jsonl(tmp_path / "out/medqa_ar.jsonl"))
+    assert [one.id for one in found] == [f"medqa_usmle_en/{number}/ar" for number in (1, 2, 3, 4)]
+    assert {one.answer for one in found} == {1}
+    flags = [one.provenance["flags"] for one in found]
+    assert flags[0] == flags[2] == []
+    assert flags[1]
+    assert flags[3] == ["low_score"]
+    assert (report["medqa"]["questions"], report["medqa"]["flagged"]) == (4, 2)
+    arabic = documents.read("medqa", "ar", str(tmp_path / "out"))
+    english = documents.read("medqa", "en", str(tmp_path))
+    assert [one.id for one in arabic.questions] == [one.id for one in english.questions]
+    assert arabic.questions[0].question == "أي فيتامين يمنع الإسقربوط؟"
+    decided = documents.read("pubmedqa", "ar", str(tmp_path / "out"))
+    (one,) = decided.questions
+    assert (one.id, one.choices, one.context) == ("pubmedqa/1", ("نعم", "لا", "ربما"), "فيتامين C")
+    assert one.question == "أي فيتامين يمنع الإسقربوط؟"
+    assert documents.read("medqa", "ar", str(tmp_path / "out"), exclude_flagged=True).excluded["low_score"] == 1
+
+
+def test_sources_or_benchmarks_but_not_both(tmp_path):
+    for options in ({}, {"sources": ("sample",), "benchmarks": tmp_path}):
+        with pytest.raises(ValueError, match="one of them"):
+            data_translate.Config(out=tmp_path / "out", llm=LlmConfig(model="m"), **options)

@@ -7,7 +7,7 @@ writes the same bytes as one that was not.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,21 @@ class Sampling:
     seed: int
 
 
+Each = Callable[[Record, Version | None, Record | None, Reason | None], None]
+"""Takes a record, the chosen version, its translation, and why people review it."""
+
+
 def write(
-    folder: Path, outcomes: Outcomes, sampling: Sampling, threshold: float, provenance: dict[str, Any]
+    folder: Path,
+    outcomes: Outcomes,
+    sampling: Sampling,
+    threshold: float,
+    provenance: dict[str, Any],
+    each: Each | None = None,
 ) -> dict[str, Any]:
     """Write TRANSLATED, REVIEW and REPORT into an existing folder and return the report.
 
-    `provenance` is added to that of each translation.
+    `provenance` is added to that of each translation. `each` is called with every record, in order.
     """
     accepted, shared = _accepted(outcomes)
     drawn, strata = _draw(accepted, sampling)
@@ -58,6 +67,8 @@ def write(
                 reason = _reason(outcome, version)
                 counts.flags.update({flag.name for flag in (version.flags if version else ())})
             counts.review[reason] += 1
+            if each is not None:
+                each(record, version, translation, reason)
             if reason is not None:
                 stratum = _stratum(record, version) if reason == "sample" else None
                 item = ReviewItem(
