@@ -56,7 +56,7 @@ def load_tasks(
       BimedixError: there is no such task.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    metadata: dict[str, Any] = {"exclude_flagged": exclude_flagged}
+    metadata: dict[str, Any] = {"exclude_flagged": True} if exclude_flagged else {}
     for folder in data:
         if not folder.is_dir():
             raise BimedixError(f"there is no folder {folder}; name the folders of the tasks' data")
@@ -75,18 +75,26 @@ def load_tasks(
 def evaluate(lm: HarnessModel, tasks: Tasks, shots: int | None, limit: int | None, chat: bool) -> dict[str, Any]:
     """Runs the harness.
 
-    Returns: `tasks`, `groups` and `samples`; see `task_result`.
+    Returns: `tasks`, `groups` and `samples`; see `task_result` and `average_of`.
+
+    Raises:
+      BimedixError: two groups have a task in common.
     """
-    found: Any = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=list(tasks.names),
-        num_fewshot=shots,
-        limit=limit,
-        bootstrap_iters=0,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-        task_manager=tasks.manager,
-    )
+    try:
+        found: Any = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(tasks.names),
+            num_fewshot=shots,
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            task_manager=tasks.manager,
+        )
+    except ValueError as error:
+        if "Duplicate task" not in str(error):
+            raise
+        raise BimedixError(f"{error}; name each task once, or run the groups one after another") from None
     samples: list[Sample] = []
     results = {}
     for name, rows in found["samples"].items():
@@ -95,10 +103,31 @@ def evaluate(lm: HarnessModel, tasks: Tasks, shots: int | None, limit: int | Non
         samples += of_task
         results[name] = task_result(found, name, rows, of_task)
     groups = {
-        name: {key: value for key, value in values.items() if isinstance(value, float | int)}
+        name: {**average_of(name, found["group_subtasks"], results), "metrics": numbers(values)}
         for name, values in found.get("groups", {}).items()
     }
     return {"tasks": results, "groups": groups, "chat": chat, "samples": samples}
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The values that are numbers."""
+    return {key: value for key, value in values.items() if isinstance(value, float | int)}
+
+
+def average_of(
+    group: str, subtasks: Mapping[str, Sequence[str]], results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Averages of a group's tasks by their primary metrics: `mean`, not weighted, as the paper takes it, and `by_size`,
+    weighted by questions, as the harness's multimedqa does."""
+    waiting, leaves = [group], []
+    while waiting:
+        name = waiting.pop()
+        waiting += subtasks.get(name, ())
+        leaves += [name] if name in results else []
+    scores = [results[name]["accuracy"] for name in leaves]
+    sizes = [results[name]["n"] for name in leaves]
+    weighted = sum(score * size for score, size in zip(scores, sizes, strict=True))
+    return {"mean": sum(scores) / len(scores), "by_size": weighted / sum(sizes), "tasks": len(leaves), "n": sum(sizes)}
 
 
 def primary_of(config: Mapping[str, Any]) -> str:
@@ -159,7 +188,7 @@ def task_result(
         "primary": primary_of(config),
         "filter": filters[-1],
         **score.to_dict(),
-        "metrics": {key: value for key, value in values.items() if isinstance(value, float | int)},
+        "metrics": numbers(values),
         "num_fewshot": found["n-shot"].get(name, 0),
         "version": found["versions"].get(name),
         **source_of(config),
@@ -174,7 +203,9 @@ def source_of(config: Mapping[str, Any]) -> dict[str, Any]:
     own, metadata = config.get("dataset_kwargs") or {}, config.get("metadata") or {}
     if "benchmark" not in own:
         return {"source": "#".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))}
-    found = documents.read(own["benchmark"], own["language"], metadata.get("data"), metadata["exclude_flagged"])
+    found = documents.read(
+        own["benchmark"], own["language"], metadata.get("data"), metadata.get("exclude_flagged", False)
+    )
     return {"source": found.source, "excluded": dict(found.excluded)}
 
 
@@ -190,16 +221,15 @@ def table(result: Mapping[str, Any]) -> Table:
         interval = f"{100 * task['low']:.1f} to {100 * task['high']:.1f}"
         flagged = str(sum(task["flagged"].values())) if task["flagged"] else ""
         found.add_row(name, task["primary"], f"{100 * task['accuracy']:.1f}", interval, str(task["n"]), flagged)
-    for name, values in result["groups"].items():
-        for key, value in values.items():
-            metric, _, rest = key.partition(",")
-            if metric in METRICS:
-                found.add_row(name, metric, f"{100 * value:.1f}", "", "", rest if rest != "none" else "")
+    for name, group in result["groups"].items():
+        averages = f"{100 * group['mean']:.1f} (by size {100 * group['by_size']:.1f})"
+        found.add_row(name, "average", averages, "", str(group["n"]), "")
     return found
 
 
 def write(folder: Path, result: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Writes result.json and samples.jsonl."""
+    """Writes result.json and samples.jsonl; how much of it an earlier run had answered is not a part of the result."""
+    result = {name: value for name, value in result.items() if name != "reused"}
     folder.mkdir(parents=True, exist_ok=True)
     with sample_files.writer(folder / sample_files.NAME) as file:
         file.write(samples)
