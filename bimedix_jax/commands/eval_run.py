@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from bimedix_jax import startup
 from bimedix_jax.errors import BimedixError
 
 if TYPE_CHECKING:
@@ -39,11 +40,13 @@ class Config:
     revision: str | None = None
     """Revision of a hub id; by default the main branch."""
     heldout: str | None = None
-    """Held-out records: `sample`, or a JSONL file, of which records in the training split are ignored; by default
-    none."""
+    """Held-out records: `sample`, a JSONL file of records, or NAME=PLACE?options with a reader's name (docs/data.md);
+    those in the training split are ignored. By default none."""
     tasks: tuple[str, ...] = ()
     """Benchmark tasks by name, or `all`; by default none. They are mmlu_clinical_knowledge, mmlu_college_biology,
     mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
+    sets: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSON file of your own sets of questions, which are scored as tasks (docs/data.md); by default none."""
     data: Path | None = None
     """Folder with the folders mmlu_medical_en, medmcqa_en, medqa_usmle_en and pubmedqa; --tasks needs it."""
     limit: int | None = None
@@ -68,11 +71,11 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Loads the model, evaluates, prints tables."""
+    startup.keep_programs()
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import comparison, tasks
-    from bimedix_jax.evals.heldout import heldout_records
     from bimedix_jax.files import check_file
     from bimedix_jax.routing.interventions import report, rules_of
 
@@ -83,7 +86,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         check_file(config.out, config.overwrite, is_result)
         check_file(predictions_path(config.out), config.overwrite, is_predictions)
     questions = tasks.read_tasks(config.tasks, config.data) if config.data is not None else {}
-    records = [] if config.heldout is None else heldout_records(config.heldout, config.limit)
+    questions |= {} if config.sets is None else tasks.read_sets(config.sets)
+    records = [] if config.heldout is None else tasks.heldout_of(config.heldout, config.limit)
     folder = resolve(config.model, config.revision)
     tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     result = setting(config, tokenizer, records, questions)
@@ -103,11 +107,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         )
         result |= found
     if questions:
-        assert config.data is not None  # no questions without it
         options = (config.limit, config.max_length, config.batch_tokens)
         scored = tasks.run_tasks(model, tokenizer, questions, config.data, *options, rules, questions=questions)
         result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
-        result["average"] = tasks.average([outcome.score.value for outcome in scored.values()])
+        result["average"] = tasks.average([scored[name].score.value for name in scored if name in tasks.TASKS])
         predictions |= {name: outcome.choice.predictions for name, outcome in scored.items()}
     result |= report(rules, console)
     for table in result_tables(result, before):
@@ -123,8 +126,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 def check_options(config: Config) -> None:
     """Raises BimedixError for options that contradict each other."""
-    if not config.tasks and config.heldout is None:
-        raise BimedixError("there is nothing to evaluate on; pass --heldout sample, or --tasks all --data DIR")
+    if not config.tasks and config.heldout is None and config.sets is None:
+        raise BimedixError(
+            "there is nothing to evaluate on; pass --heldout sample, --tasks all --data DIR, or --sets FILE"
+        )
     if config.tasks and config.data is None:
         raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
     if config.limit is not None and config.limit < 1:

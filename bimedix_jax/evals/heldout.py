@@ -68,7 +68,15 @@ def heldout_records(source: str, limit: int | None) -> list[Record]:
     Raises:
       BimedixError: there is none.
     """
-    found = sample() if source == "sample" else read_jsonl(source)
+    return held_out(sample() if source == "sample" else read_jsonl(source), source, limit)
+
+
+def held_out(found: Iterable[Record], source: str, limit: int | None) -> list[Record]:
+    """The records that are not for training, at most `limit` of them, spread over all.
+
+    Raises:
+      BimedixError: there is none.
+    """
     kept = [record for record in found if record.split != "train"]
     if not kept:
         raise BimedixError(f"{source} has no held-out record; name a file that does")

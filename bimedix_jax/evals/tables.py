@@ -62,11 +62,12 @@ def task_table(
     results: dict[str, dict[str, Any]], mean: float | None, before: dict[str, dict[str, Any]] | None = None
 ) -> FittedTable:
     """The nine tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG if there are all nine."""
+    paper = sum(row["paper_questions"] is not None for row in results.values())
     table = FittedTable(
         title="Benchmarks" + ("" if before is None else ": before -> after"),
         caption="AVG is the unweighted mean of the nine tasks, as in the paper."
         if mean is not None
-        else f"{len(results)} of 9 tasks, so there is no average.",
+        else f"{paper} of 9 tasks, so there is no average.",
     )
     table.add_column("task")
     for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n", "of the paper's"):
@@ -81,7 +82,7 @@ def task_table(
             _percent(row["by_text"], None if old is None else old["by_text"]),
             f"{100 * row['chance']:.1f}",
             f"{row['n']:,}",
-            f"{row['paper_questions']:,}",
+            "" if row["paper_questions"] is None else f"{row['paper_questions']:,}",
             task_note(row),
         )
     if mean is not None:
@@ -95,7 +96,7 @@ def task_note(row: dict[str, Any]) -> str:
     notes = []
     if row["limited"]:
         notes.append(f"first {row['n'] + row['too_long']} of {row['available']}")
-    elif row["available"] != row["paper_questions"]:
+    elif row["paper_questions"] not in (None, row["available"]):
         notes.append("questions differ from the paper's")
     if row["too_long"]:
         notes.append(f"{row['too_long']} too long, not scored")

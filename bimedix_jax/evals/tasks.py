@@ -5,18 +5,26 @@ To add a task, add a row to TASKS and, if its files need one, a reader in bimedi
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
-from bimedix_jax.curation.readers import READERS, Quarantine
-from bimedix_jax.data.records import Record
+from pydantic import BaseModel, ConfigDict
+
+from bimedix_jax.curation.readers import READERS, Quarantine, read
+from bimedix_jax.data.records import Language, Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.heldout import held_out, heldout_records
 from bimedix_jax.evals.multiple_choice import Accuracy, MultipleChoice, multiple_choice
+from bimedix_jax.files import read_json
 from bimedix_jax.inference.planning import AnyPlan
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +35,13 @@ class Task:
       label: the column's heading.
       reader: name in readers.READERS, and name of the folder in `--data`.
       subject: subject of the reader's records that belong to the task; None: all do.
-      questions: number of questions in the paper.
+      questions: number of questions in the paper; None for a set of one's own.
     """
 
     label: str
     reader: str
     subject: str | None
-    questions: int
+    questions: int | None
 
 
 TASKS: dict[str, Task] = {
@@ -67,22 +75,30 @@ class TaskResult:
 
     @property
     def score(self) -> Accuracy:
-        """The headline accuracy of the task."""
-        return self.choice.scores["en"]
+        """The headline accuracy of the task, over all its languages."""
+        return total(self.choice.scores)
 
     def to_dict(self) -> dict[str, Any]:
         """The result for JSON."""
+        sizes = {group: score.total for group, score in self.choice.scores.items() if "/" not in group}
         return {
             "label": self.task.label,
             **self.score.to_dict(),
-            "by_text": self.choice.scores_by_text["en"].to_dict(),
-            "chance": self.choice.chance["en"],
+            "by_text": total(self.choice.scores_by_text).to_dict(),
+            "by_group": {group: score.to_dict() for group, score in self.choice.scores.items()},
+            "chance": sum(self.choice.chance[group] * size for group, size in sizes.items()) / sum(sizes.values()),
             "available": self.available,
             "paper_questions": self.task.questions,
             "limited": self.limited,
-            "too_long": self.choice.too_long.get("en", 0),
+            "too_long": sum(count for group, count in self.choice.too_long.items() if "/" not in group),
             "rejected": self.rejected,
         }
+
+
+def total(scores: Mapping[str, Accuracy]) -> Accuracy:
+    """The accuracy over all languages."""
+    parts = [score for group, score in scores.items() if "/" not in group]
+    return Accuracy(sum(part.correct for part in parts), sum(part.total for part in parts))
 
 
 def named(names: Iterable[str]) -> list[str]:
@@ -119,6 +135,83 @@ def questions_of(name: str, data: str | Path) -> tuple[list[Record], int]:
     return records, len(quarantine.rejected)
 
 
+def heldout_of(source: str, limit: int | None) -> list[Record]:
+    """The held-out records of `sample`, of a JSONL file, or of NAME=PLACE?options with a reader's name.
+
+    Raises:
+      BimedixError: there is none, or the source cannot be read.
+    """
+    if "=" not in source or Path(source).is_file():
+        return heldout_records(source, limit)
+    quarantine = Quarantine()
+    found = list(read(source, quarantine))
+    warn_rejected(source, quarantine)
+    return held_out(found, source, limit)
+
+
+class OwnSet(BaseModel):
+    """A set of questions of one's own, by the names of its columns; see the reader `table` in docs/data.md.
+
+    Attributes:
+      data: file (JSONL, JSON, CSV, Parquet, XLSX) or hf:owner/name; relative to the file of the sets.
+      choices: one column, or one for each choice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    question: str = "question"
+    choices: str | tuple[str, ...] = "choices"
+    answer: str = "answer"
+    language: Language | None = None
+    context: str | None = None
+    specialty: str | None = None
+    id: str | None = None
+    licence: str = "not stated"
+
+    def source(self, folder: Path) -> str:
+        """The source for the reader `table`."""
+        choices = self.choices if isinstance(self.choices, str) else ",".join(self.choices)
+        options = {**self.model_dump(exclude={"data"}, exclude_none=True), "choices": choices}
+        return f"table={beside(folder, self.data)}?{urlencode(options)}"
+
+
+def beside(folder: Path, place: str) -> str:
+    """A place that a file in `folder` names."""
+    return place if place.startswith("hf:") else str(folder / Path(place).expanduser())
+
+
+def read_sets(path: Path) -> "Questions":
+    """The questions of the sets in a JSON file: {name: {data, question, choices, answer, ...} or NAME=PLACE?options}.
+
+    Raises:
+      BimedixError: a name is that of a task, a set cannot be read or has no questions with choices.
+    """
+    remedy = "write {name: {data, question, choices, answer, language}} or {name: NAME=PLACE?options}"
+    found: Questions = {}
+    for name, own in read_json(path, dict[str, OwnSet | str], remedy, unique_keys=True).items():
+        if name in TASKS:
+            raise BimedixError(f"{path} calls a set {name}, as a task of the paper; choose another name")
+        quarantine = Quarantine()
+        if isinstance(own, str):
+            reader, _, place = own.partition("=")
+            source = f"{reader}={beside(path.parent, place)}"
+        else:
+            source = own.source(path.parent)
+        records = [record for record in read(source, quarantine) if record.choices is not None]
+        if not records:
+            raise BimedixError(f"{source} ({name} in {path}) has no question with choices; check its columns")
+        warn_rejected(name, quarantine)
+        found[name] = (records, len(quarantine.rejected))
+    return found
+
+
+def warn_rejected(name: str, quarantine: Quarantine) -> None:
+    """Warns of rows that are not valid records."""
+    if quarantine.rejected:
+        log.warning("%s: %d rows are not valid and were left out.", name, len(quarantine.rejected))
+
+
 Questions = dict[str, tuple[list[Record], int]]
 """The questions of tasks by name, and the number of rows that were rejected."""
 
@@ -132,7 +225,7 @@ def run_tasks(
     model: Mixtral,
     tokenizer: Tokenizer,
     names: Iterable[str],
-    data: str | Path,
+    data: str | Path | None = None,
     limit: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 4096,
@@ -148,14 +241,18 @@ def run_tasks(
       limit: number of questions of each task, the first ones; the result marks such a task as limited.
       plan: what the routers are told to do; its B and T are 1. Or rules.
       record: "choices" or "full" keeps what the routers did, in `TaskResult.choice.routing`.
-      questions: what `read_tasks` returned; None reads the files.
+      questions: what `read_tasks` and `read_sets` returned; None reads the files of `names` in `data`.
     """
-    read = read_tasks(names, data) if questions is None else questions
+    if questions is None:
+        if data is None:
+            raise BimedixError("the tasks need the folder of their data; pass it")
+        questions = read_tasks(names, data)
     results = {}
-    for name, (records, rejected) in read.items():
+    for name, (records, rejected) in questions.items():
         chosen = list(itertools.islice(records, limit))
         choice = multiple_choice(model, tokenizer, chosen, max_length, batch_tokens, plan, record)
-        results[name] = TaskResult(TASKS[name], choice, len(records), len(chosen) < len(records), rejected)
+        task = TASKS.get(name) or Task(name, "", None, None)
+        results[name] = TaskResult(task, choice, len(records), len(chosen) < len(records), rejected)
     return results
 
 

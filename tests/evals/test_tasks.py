@@ -178,3 +178,48 @@ def test_a_limit_spreads_over_the_records():
     assert {record.language for record in few} == {"en", "ar"}
     assert {record.kind for record in few} == {"qa", "mcqa", "chat"}
     assert heldout_records("sample", 1000) == heldout_records("sample", None)
+
+
+def test_own_sets_are_scored_whole_in_any_language(model, tokenizer, tmp_path):
+    rows = [{"سؤال": f"سؤال {n}؟", "a": "نعم", "b": "لا", "key": "AB"[n % 2]} for n in range(3)]
+    (tmp_path / "exam.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    own = {"data": "exam.jsonl", "question": "سؤال", "choices": ["a", "b"], "answer": "key", "language": "ar"}
+    source = "table=exam.jsonl?question=%D8%B3%D8%A4%D8%A7%D9%84&choices=a,b&answer=key&licence=own"
+    (tmp_path / "sets.json").write_text(json.dumps({"exam": own, "again": source}), "utf-8")
+    questions = tasks.read_sets(tmp_path / "sets.json")
+    assert [[one.answer for one in records] for records, _ in questions.values()] == [[0, 1, 0]] * 2
+    found = tasks.run_tasks(model, tokenizer, questions, questions=questions)
+    result = found["exam"].to_dict()
+    assert (result["n"], result["available"], result["paper_questions"]) == (3, 3, None)
+    assert result["chance"] == pytest.approx(0.5)
+    assert [one.id for one in found["exam"].choice.predictions] == [one.id for one in questions["exam"][0]]
+    printed = io.StringIO()
+    Console(file=printed, width=160).print(tables.task_table({"exam": result}, None))
+    assert "0 of 9 tasks" in printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"medqa": {"data": "x.jsonl"}}, "as a task of the paper"),
+        ({"exam": {"data": "x.jsonl"}}, "x.jsonl"),
+        ({"exam": {"path": "x.jsonl"}}, "path"),
+    ],
+)
+def test_wrong_sets_raise(tmp_path, content, problem):
+    (tmp_path / "sets.json").write_text(json.dumps(content))
+    with pytest.raises(BimedixError, match=problem):
+        tasks.read_sets(tmp_path / "sets.json")
+
+
+def test_heldout_takes_any_reader(tmp_path):
+    rows = [{"id": str(n), "question": f"Which {n}?", **dict.fromkeys(("opa", "opb", "opc"), "x"), "opd": "y", "cop": 4,
+             "choice_type": "multi"} for n in range(4)]  # fmt: skip
+    (tmp_path / "medmcqa_en").mkdir()
+    (tmp_path / "medmcqa_en/dev.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = tasks.heldout_of(f"medmcqa={tmp_path}/medmcqa_en/dev.json?split=heldout", 2)
+    assert [one.id for one in found] == ["medmcqa/0", "medmcqa/2"]
+    whole, rejected = tasks.questions_of("medmcqa", tmp_path)  # the authors' file, multiple-choice questions included
+    assert (len(whole), rejected, {one.answer for one in whole}) == (4, 0, {3})
+    with pytest.raises(BimedixError, match="no reader 'nothing'"):
+        tasks.heldout_of("nothing=x", None)

@@ -1,5 +1,6 @@
 """Questions with choices: MedQA, MedMCQA, MMLU and PubMedQA, in the formats of their authors and of the hub."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,17 @@ def medqa_usmle_en(folder: Path, quarantine: Quarantine, *, reading: Reading | N
 
 
 def medmcqa_en(folder: Path, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
-    """MedMCQA (Pal et al. 2022): the single-choice validation questions, which the field uses as its test set."""
-    yield from _test_set("medmcqa_en", folder, "medmcqa_val2816_single.jsonl", "MIT", quarantine, reading)
+    """MedMCQA (Pal et al. 2022): the validation questions, which the field uses as its test set.
+
+    The authors' file `dev.json` has all 4,183 of them. Without it, the 2,816 single-choice ones in the layout of
+    MedAgents are read.
+    """
+    how = dataclasses.replace(reading or Reading(), split="heldout")
+    authors = next((folder / name for name in ("dev.json", "dev.jsonl") if (folder / name).is_file()), None)
+    if authors is None:
+        yield from _test_set("medmcqa_en", folder, "medmcqa_val2816_single.jsonl", "MIT", quarantine, reading)
+    else:
+        yield from medmcqa(authors, quarantine, reading=how)
 
 
 def mmlu_medical_en(folder: Path, quarantine: Quarantine, *, reading: Reading | None = None) -> Iterator[Record]:
