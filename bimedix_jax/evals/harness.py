@@ -131,12 +131,12 @@ class HarnessModel(TemplateLM):
             asked.append(key)
         groups = [Group(context, tuple(found)) for context, found in contexts.items()]
         keys = [list(found.values()) for found in contexts.values()]
-        for found in self._run(groups, keys, disable_tqdm):
-            self.store.add({keys[index][number]: list(value) for (index, number), value in found.items()})
+        for scores in self._run(groups, keys, disable_tqdm):
+            self.store.add({keys[index][number]: list(value) for (index, number), value in scores.items()})
         answers = [self.store.known[key] for key in asked]
-        for (text, *_), answer in zip(requests, answers, strict=True):
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, tuple(answer))
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], tuple(answer))
         return [(float(logprob), bool(greedy)) for logprob, greedy in answers]
 
     def _run(self, groups: list[Group], keys: list[list[str]], quiet: bool) -> Iterator[dict[tuple[int, int], Scored]]:
@@ -174,7 +174,8 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to a stop sequence, the end token or the task's limit."""
-        asked = [(request.args[0], json.dumps(request.args[1], sort_keys=True)) for request in requests]
+        arguments: list[tuple[str, Any]] = [request.args for request in requests]  # pyright: ignore[reportAssignmentType]
+        asked = [(context, json.dumps(options, sort_keys=True)) for context, options in arguments]
         by_options: dict[str, dict[str, list[int]]] = {}
         for context, options in asked:
             by_options.setdefault(options, {})[context] = self.tok_encode(context)

@@ -81,7 +81,8 @@ def evaluate(lm: HarnessModel, tasks: Tasks, shots: int | None, limit: int | Non
       BimedixError: two groups have a task in common.
     """
     try:
-        found: Any = lm_eval.simple_evaluate(
+        run: Any = lm_eval.simple_evaluate  # whose decorator hides its parameters
+        found: Any = run(
             model=lm,
             tasks=list(tasks.names),
             num_fewshot=shots,

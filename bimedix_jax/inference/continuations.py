@@ -183,9 +183,9 @@ class Continuations:
     def _wanted(self, row: Row, start: int) -> Wanted:
         group = self.groups[row.group]
         last = start + len(group.context) - 1
-        if len(row.chosen) > 1:
-            return [(last, [((row.group, number), group.continuations[number][0]) for number in row.chosen])]
-        (number,) = row.chosen
+        number, *more = row.chosen
+        if more:
+            return [(last, [((row.group, one), group.continuations[one][0]) for one in row.chosen])]
         return [(last + i, [((row.group, number), token)]) for i, token in enumerate(group.continuations[number])]
 
     def _rounds(self, batch: Batch) -> list[list[tuple[int, int, int, int, int]]]:

@@ -1,0 +1,233 @@
+"""Compares our model in lm-evaluation-harness with the harness's own Hugging Face back end, request by request.
+
+    python scripts/measure_eval_parity.py --data ../shared/data --json      # about 12 minutes on two idle cores
+
+Parity: a random Mixtral of about 1 M parameters in float32, over whole English sets by letter and by text, and the
+Arabic task files over the same questions (--limit-arabic of each; no Arabic set ships here). Speed: a mixture made from
+SmolLM2-135M, in the data type of its checkpoint, --questions of each task. Both sides get the same requests and use the
+same threads. `rows[]` has one entry for each task and part: `max_loglik_diff`, accuracies and seconds. Our seconds
+include compilation.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import tokenizers
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from bimedix_jax import cli, startup
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.checkpoint.load import load
+from bimedix_jax.data.tokenizer import load_tokenizer
+from bimedix_jax.evals.documents import NINE, read
+from bimedix_jax.evals.harness import HarnessModel
+from bimedix_jax.evals.harness_run import load_tasks, primary_of
+from bimedix_jax.models.config import MixtralConfig, RouterConfig
+from bimedix_jax.models.init import init_random
+
+VOCABULARY = 4096
+SMALL = MixtralConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    router=RouterConfig(num_experts=4, top_k=2),
+    rope_theta=10_000.0,
+    rms_norm_eps=1e-5,
+    sliding_window=None,
+    tie_embeddings=False,
+    max_position_embeddings=2048,
+)
+"""0.86 M parameters."""
+PEER_BATCH = 16
+"""Rows of a batch of the peer; --peer-batch sets it."""
+
+
+def small_model(folder: Path, data: Path) -> Path:
+    """A random model with a byte-level BPE tokenizer that is trained on the questions themselves."""
+    export_hf(init_random(SMALL, seed=0, std=0.2), folder)
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE())
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [
+        " ".join((one.context, one.question, *one.choices))
+        for name in NINE
+        for one in read(name, "en", str(data)).questions
+    ]
+    engine.train_from_iterator(texts, trainer)
+    engine.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    return folder
+
+
+def arabic_folder(folder: Path, data: Path, limit: int) -> Path:
+    """English questions under the names of the Arabic tasks, whose prompts are Arabic."""
+    folder.mkdir()
+    for name in NINE:
+        rows = [one.to_dict() for one in read(name, "en", str(data)).questions[:limit]]
+        lines = [json.dumps({**row, "language": "ar"}, ensure_ascii=False) + "\n" for row in rows]
+        (folder / f"{name}_ar.jsonl").write_text("".join(lines), "utf-8")
+    return folder
+
+
+def mixture(folder: Path) -> Path:
+    """SmolLM2-135M as four experts, two of them for each token."""
+    code = cli.main(
+        ["upcycle", "smollm2-135m", "--out", str(folder), "--experts", "4", "--top-k", "2", "--noise", "0.1"]
+    )
+    if code:
+        sys.exit(code)
+    return folder
+
+
+def accuracy(task: Any, answers: list[Any]) -> float:
+    """Mean of the task's primary metric."""
+    primary = primary_of(task.dump_config())
+    by_document: dict[int, list[Any]] = {}
+    for instance, answer in zip(task.instances, answers, strict=True):
+        by_document.setdefault(instance.doc_id, []).append(answer)
+    documents = task.eval_docs
+    scores = []
+    for number, found in by_document.items():
+        document = documents[number]
+        if task.OUTPUT_TYPE == "generate_until":
+            (text,) = task._filters[0].filters[0]().apply([[found[0]]], [document])
+            found = [text[0]]
+        scores.append(float(task.process_results(document, found)[primary]))
+    return sum(scores) / len(scores)
+
+
+def timed(function: Callable[[list[Any]], Any], requests: list[Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    found = function(requests)
+    return found, time.perf_counter() - start
+
+
+def compare(part: str, names: list[str], data: Path, limit: int | None, ours: HarnessModel, theirs: HFLM) -> list[dict]:
+    """One row for each task."""
+    rows = []
+    for name in tqdm(names, desc=part, disable=None):
+        loaded: Any = load_tasks([name], [data])
+        (task,) = loaded.manager.load([name])["tasks"].values()
+        task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(1234)
+        task.build_all_requests(limit=limit)
+        requests = task.instances
+        kind = "generate_until" if task.OUTPUT_TYPE == "generate_until" else "loglikelihood"
+        mine, seconds = timed(lambda asked, kind=kind: getattr(ours, kind)(asked, disable_tqdm=True), requests)
+        other, peer = timed(lambda asked, kind=kind: getattr(theirs, kind)(asked, disable_tqdm=True), requests)
+        row: dict[str, Any] = {"part": part, "task": name, "questions": len({one.doc_id for one in requests})}
+        if kind == "loglikelihood":
+            row["max_loglik_diff"] = max(abs(a[0] - b[0]) for a, b in zip(mine, other, strict=True))
+            row["greedy_differs"] = sum(a[1] != b[1] for a, b in zip(mine, other, strict=True))
+        else:
+            row["answers_differ"] = sum(a != b for a, b in zip(mine, other, strict=True))
+        row |= {"ours_accuracy": accuracy(task, mine), "peer_accuracy": accuracy(task, other)}
+        rows.append({**row, "ours_seconds": round(seconds, 2), "peer_seconds": round(peer, 2)})
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+def pair(folder: Path, dtype: str, batch: int) -> tuple[HarnessModel, HFLM]:
+    """The same folder in both programs."""
+    model = load(folder, base="float32" if dtype == "float32" else "bfloat16")
+    ours = HarnessModel(model, load_tokenizer(folder), max_length=2048)
+    peer: Any = HFLM  # whose decorator hides its parameters
+    theirs = peer(pretrained=str(folder), dtype=dtype, device="cpu", batch_size=batch, max_length=2048)
+    return ours, theirs
+
+
+def names_of(language: str, *modes: str) -> list[str]:
+    """Our tasks of one language; PubMedQA has no letters."""
+    return [
+        f"bimedix_{name}_{language}{mode}"
+        for mode in modes
+        for name in NINE
+        if not (name == "pubmedqa" and mode == "_abjad")
+    ]
+
+
+def parity(scratch: Path, data: Path, limit: int | None, arabic: int, batch: int) -> list[dict]:
+    """Rows of the small model."""
+    ours, theirs = pair(small_model(scratch / "small", data), "float32", batch)
+    rows = compare("parity", names_of("en", "", "_text"), data, limit, ours, theirs)
+    translated = arabic_folder(scratch / "arabic", data, arabic)
+    rows += compare("parity", names_of("ar", "", "_abjad", "_text"), translated, None, ours, theirs)
+    generated = ["bimedix_mmlu_anatomy_en_gen", "bimedix_medqa_ar_gen", "bimedix_pubmedqa_ar_gen"]
+    for name in generated:
+        rows += compare("parity", [name], translated if "_ar_" in name else data, min(arabic, 20), ours, theirs)
+    return rows
+
+
+def speed(folder: Path, data: Path, questions: int, texts: list[str], batch: int) -> list[dict]:
+    """Rows of the mixture."""
+    ours, theirs = pair(folder, "bfloat16", batch)
+    return compare("speed", [*names_of("en", ""), *texts], data, questions, ours, theirs)
+
+
+def summary(rows: list[dict]) -> dict[str, Any]:
+    """The figures of the issue."""
+    found: dict[str, Any] = {}
+    checked = [row for row in rows if row["part"] == "parity"]
+    found["max_loglik_diff"] = max(
+        (row["max_loglik_diff"] for row in checked if "max_loglik_diff" in row), default=None
+    )
+    found["accuracies_identical"] = all(row["ours_accuracy"] == row["peer_accuracy"] for row in checked)
+    for part in ("parity", "speed"):
+        own = [row for row in rows if row["part"] == part]
+        seconds = [sum(row[f"{side}_seconds"] for row in own) for side in ("ours", "peer")]
+        if own:
+            found[part] = {"ours_seconds": seconds[0], "peer_seconds": seconds[1], "ratio": seconds[1] / seconds[0]}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the English sets")
+    parser.add_argument("--limit", type=int, help="questions of each English task for parity; by default all")
+    parser.add_argument("--limit-arabic", type=int, default=100, help="questions of each Arabic task (default 100)")
+    parser.add_argument("--mixture", type=Path, help="folder of a model for the speed; by default made from SmolLM2")
+    parser.add_argument("--questions", type=int, default=200, help="questions of each task for the speed; 0: none")
+    parser.add_argument("--texts", nargs="*", default=["bimedix_medmcqa_en_text"], help="tasks by text for the speed")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    parser.add_argument("--peer-batch", type=int, default=PEER_BATCH, help=f"rows of a peer's batch ({PEER_BATCH})")
+    args = parser.parse_args()
+    startup.reuse_memory()
+    with tempfile.TemporaryDirectory() as name:
+        scratch, start = Path(name), time.perf_counter()
+        rows = parity(scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
+        if args.questions:
+            folder = args.mixture or mixture(scratch / "mixture")
+            rows += speed(folder, args.data, args.questions, args.texts, args.peer_batch)
+        result = {**summary(rows), "seconds": round(time.perf_counter() - start, 1), "rows": rows}
+    print(json.dumps(result, indent=2) if args.json else json.dumps({**result, "rows": len(rows)}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
