@@ -213,7 +213,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="questions of each English task for parity; by default all")
     parser.add_argument("--limit-arabic", type=int, default=100, help="questions of each Arabic task (default 100)")
     parser.add_argument("--mixture", type=Path, help="folder of a model for the speed; by default made from SmolLM2")
-    parser.add_argument("--questions", type=int, default=200, help="questions of each task for the speed; 0: none")
+    parser.add_argument("--questions", type=int, default=200, help="questions of each task for the speed (default 200)")
+    parser.add_argument("--parts", nargs="+", default=["parity", "speed"], choices=["parity", "speed"])
     parser.add_argument("--texts", nargs="*", default=["bimedix_medmcqa_en_text"], help="tasks by text for the speed")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--peer-batch", type=int, default=PEER_BATCH, help=f"rows of a peer's batch ({PEER_BATCH})")
@@ -221,8 +222,10 @@ def main() -> None:
     startup.reuse_memory()
     with tempfile.TemporaryDirectory() as name:
         scratch, start = Path(name), time.perf_counter()
-        rows = parity(scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
-        if args.questions:
+        rows = []
+        if "parity" in args.parts:
+            rows += parity(scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
+        if "speed" in args.parts:
             folder = args.mixture or mixture(scratch / "mixture")
             rows += speed(folder, args.data, args.questions, args.texts, args.peer_batch)
         result = {**summary(rows), "seconds": round(time.perf_counter() - start, 1), "rows": rows}
