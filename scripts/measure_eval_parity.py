@@ -133,10 +133,7 @@ def compare(part: str, names: list[str], data: Path, limit: int | None, ours: Ha
     """One row for each task."""
     rows = []
     for name in tqdm(names, desc=part, disable=None):
-        loaded: Any = load_tasks([name], [data])
-        (task,) = loaded.manager.load([name])["tasks"].values()
-        task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(1234)
+        (task,) = load_tasks([name], [data])["tasks"].values()
         task.build_all_requests(limit=limit)
         requests = task.instances
         kind = "generate_until" if task.OUTPUT_TYPE == "generate_until" else "loglikelihood"

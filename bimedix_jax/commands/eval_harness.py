@@ -84,14 +84,15 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.quantise import storage_of
     from bimedix_jax.routing.interventions import report, rules_of
 
-    rules = rules_of(config.intervene, config.adapter)
-    tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, config.exclude_flagged)
+    rules, mesh = rules_of(config.intervene, config.adapter), mesh_of(config.mesh)
+    shots, flagged = config.num_fewshot, config.exclude_flagged
+    tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, flagged, shots)
     if config.overwrite and config.out is not None:
         for name in FILES:
             (config.out / name).unlink(missing_ok=True)
     folder = resolve(config.model, config.revision)
     tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
-    model = load(folder, base=config.base, adapter=config.adapter, router=config.router, mesh=mesh_of(config.mesh))
+    model = load(folder, base=config.base, adapter=config.adapter, router=config.router, mesh=mesh)
     if rules is not None and rules.needs_base:
         base: Any = storage_of(model).base
         rules = dataclasses.replace(rules, base=load(folder, base=base, router=config.router))
@@ -99,7 +100,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     identity = identity_of(lm, config)
     if config.out is not None:
         lm.store = RequestStore(config.out / FILES[2], identity)
-    found = harness_run.evaluate(lm, tasks, config.num_fewshot, config.limit, config.chat)
+    found = harness_run.evaluate(lm, tasks, config.limit, config.chat)
     samples = found.pop("samples")
     result = {"model": config.model, "adapter": config.adapter, "revision": config.revision, **identity, **found}
     result |= {"limit": config.limit, "truncated": lm.truncated, "reused": lm.store.reused} | report(rules, console)

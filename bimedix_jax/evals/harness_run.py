@@ -1,10 +1,10 @@
 """One run of lm-evaluation-harness: loading tasks, evaluating, and its result in our formats."""
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 from lm_eval.tasks import TaskManager
 from rich.table import Table
 
@@ -30,12 +31,8 @@ METRICS = ("acc", "acc_bytes", "acc_norm", "exact_match")
 """Metrics by which an option or an answer is right, the default one first."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Tasks:
-    """Names of tasks, and the harness's manager, which knows their files."""
-
-    names: tuple[str, ...]
-    manager: TaskManager
+FEWSHOT_SEED = 1234
+"""The harness's seed for choosing solved examples."""
 
 
 def task_folder() -> Path:
@@ -44,16 +41,21 @@ def task_folder() -> Path:
 
 
 def load_tasks(
-    names: Sequence[str], data: Sequence[Path] = (), folders: Sequence[Path] = (), exclude_flagged: bool = False
-) -> Tasks:
-    """Tasks by name, before their data are read.
+    names: Sequence[str],
+    data: Sequence[Path] = (),
+    folders: Sequence[Path] = (),
+    exclude_flagged: bool = False,
+    shots: int | None = None,
+) -> Any:
+    """Tasks and groups by name with their data, as the harness's TaskManager loads them.
 
     Args:
       data: folders of the data of our tasks; without any they come from the hub.
       folders: of further task files.
+      shots: solved examples before each question; None: as each task has it. A task that is set to 0 keeps that.
 
     Raises:
-      BimedixError: there is no such task.
+      BimedixError: there is no such task, two groups have a task in common, or its data are missing.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metadata: dict[str, Any] = {"exclude_flagged": True} if exclude_flagged else {}
@@ -69,33 +71,49 @@ def load_tasks(
     if unknown:
         near = sorted(name for name in manager.all_groups if name.startswith(PREFIX))
         raise BimedixError(f"there is no task {', '.join(unknown)}; our groups are {', '.join(near)}")
-    return Tasks(tuple(names), manager)
-
-
-def evaluate(lm: HarnessModel, tasks: Tasks, shots: int | None, limit: int | None, chat: bool) -> dict[str, Any]:
-    """Runs the harness.
-
-    Returns: `tasks`, `groups` and `samples`; see `task_result` and `average_of`.
-
-    Raises:
-      BimedixError: two groups have a task in common.
-    """
     try:
-        run: Any = lm_eval.simple_evaluate  # whose decorator hides its parameters
-        found: Any = run(
-            model=lm,
-            tasks=list(tasks.names),
-            num_fewshot=shots,
-            limit=limit,
-            bootstrap_iters=0,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
-            task_manager=tasks.manager,
-        )
+        loaded: Any = manager.load(list(names))
     except ValueError as error:
         if "Duplicate task" not in str(error):
             raise
         raise BimedixError(f"{error}; name each task once, or run the groups one after another") from None
+    for task in loaded["tasks"].values():  # as `simple_evaluate` does
+        own = task.get_config("num_fewshot")
+        if own is None or (shots is not None and own != 0):
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        require_solved(task)
+    return loaded
+
+
+def require_solved(task: Any) -> None:
+    """Raises BimedixError if one of our tasks has fewer solved examples than it is asked to show."""
+    own, asked = task.get_config("dataset_kwargs") or {}, task.get_config("num_fewshot")
+    if "benchmark" in own and len(task.dataset["fewshot"]) < asked:
+        name = f"{own['benchmark']}_{own['language']}.fewshot.jsonl"
+        raise BimedixError(
+            f"{task.config.task} has {len(task.dataset['fewshot'])} solved examples, not {asked}; put {name} into the "
+            "folder of the data, or pass a smaller --num-fewshot"
+        )
+
+
+def evaluate(lm: HarnessModel, tasks: Any, limit: int | None, chat: bool) -> dict[str, Any]:
+    """Runs the harness on what `load_tasks` returned. Unlike `simple_evaluate` it does not ask torch, pip and git for
+    their versions, which takes longer than small tasks.
+
+    Returns: `tasks`, `groups` and `samples`; see `task_result` and `average_of`.
+    """
+    random.seed(0)
+    np.random.seed(FEWSHOT_SEED)  # noqa: NPY002 (what tasks of the harness draw from)
+    run: Any = lm_eval.evaluate  # whose decorator hides its parameters
+    found: Any = run(
+        lm=lm,
+        task_dict=tasks,
+        limit=limit,
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
     samples: list[Sample] = []
     results = {}
     for name, rows in found["samples"].items():

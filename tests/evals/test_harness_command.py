@@ -1,0 +1,129 @@
+"""`bimedix eval harness` on tiny data: averages, one line for each question, and a second run that computes nothing."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+from rich.console import Console
+from tiny import TINY
+
+from bimedix_jax.checkpoint.hf import export_hf
+from bimedix_jax.commands import eval_harness
+from bimedix_jax.data.tokenizer import byte_tokenizer
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals import harness_run, samples
+from bimedix_jax.evals.documents import NINE
+from bimedix_jax.evals.harness import HarnessModel
+from bimedix_jax.kernels import backends
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """One to nine questions of each benchmark, of which the first has a flag in Arabic."""
+    folder = tmp_path_factory.mktemp("data")
+    for language, question in (("en", "Which one"), ("ar", "أي واحد")):
+        for size, name in enumerate(NINE, start=1):
+            flags = ["doses"] if language == "ar" else []
+            common = {"choices": ["liver", "heart", "eye"]}
+            rows = [
+                {**common, "id": f"{name}/{n}", "question": f"{question} {n}?", "answer": n % 3, "flags": flags[n:]}
+                for n in range(size)
+            ]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}_{language}.jsonl").write_text(lines, "utf-8")
+    return folder
+
+
+class ByRule(HarnessModel):
+    """Answers without a model: an option's log p depends on its bytes, and every answer is the second option."""
+
+    def __init__(self, tokenizer):
+        super().__init__(types.SimpleNamespace(config=TINY), tokenizer)  # pyright: ignore[reportArgumentType]
+
+    def _run(self, groups, *_):
+        for index, group in enumerate(groups):
+            yield {(index, n): (-float(sum(ids) * 7 % 13), False) for n, ids in enumerate(group.continuations)}
+
+    def _answers(self, prompts, _):
+        return [" B. heart" for _ in prompts]
+
+
+def test_averages_and_samples(tokenizer, data, tmp_path):
+    names = ("bimedix_bi", "bimedix_medqa_ar_text", "bimedix_mmlu_anatomy_en_gen")
+    result = harness_run.evaluate(ByRule(tokenizer), harness_run.load_tasks(names, [data]), None, chat=False)
+    found, group = result["tasks"], result["groups"]["bimedix_bi"]
+    assert len(found) == 20
+    both = [found[f"bimedix_{name}_{language}"] for name in NINE for language in ("en", "ar")]
+    assert group["mean"] == pytest.approx(sum(task["accuracy"] for task in both) / 18)
+    assert group["mean"] == pytest.approx(group["metrics"]["acc,none"])
+    assert group["by_size"] == pytest.approx(sum(task["correct"] for task in both) / (2 * 45))
+    assert found["bimedix_medqa_ar"]["flagged"] == {"doses": 1}
+    assert found["bimedix_medqa_ar"]["source"] == str(data / "medqa_ar.jsonl")
+    assert found["bimedix_medqa_ar_text"]["primary"] == "acc_bytes"
+    assert found["bimedix_mmlu_anatomy_en_gen"]["filter"] == "option"
+    assert found["bimedix_mmlu_anatomy_en_gen"]["correct"] == 2  # of six questions, two have B as their answer
+    harness_run.write(tmp_path, {"tasks": found, "reused": 3}, result["samples"])
+    assert json.loads((tmp_path / "result.json").read_text("utf-8")) == {"tasks": found}
+    rows = samples.read(tmp_path)
+    assert len(rows) == 2 * 45 + 8 + 6
+    one = next(row for row in rows if row.task == "bimedix_medqa_ar_text" and row.id == "medqa/0")
+    assert (one.language, one.target, one.flags) == ("ar", 0, ("doses",))
+    assert one.logprobs is not None
+    assert one.logprobs_per_byte == pytest.approx(
+        [value / size for value, size in zip(one.logprobs, (5, 5, 3), strict=True)]
+    )
+    Console(quiet=True).print(harness_run.table(result))
+
+
+def test_flagged_questions_are_left_out_on_request(tokenizer, data):
+    tasks = harness_run.load_tasks(["bimedix_medmcqa_ar"], [data], exclude_flagged=True)
+    found = harness_run.evaluate(ByRule(tokenizer), tasks, 3, chat=False)["tasks"]["bimedix_medmcqa_ar"]
+    assert (found["n"], found["excluded"], found["flagged"]) == (3, {"doses": 1}, {})
+
+
+@pytest.fixture(scope="module")
+def config(model, data, tmp_path_factory):
+    place = tmp_path_factory.mktemp("harness")
+    export_hf(model, place / "model")
+    byte_tokenizer(place / "model")
+    tasks = ("bimedix_mmlu_anatomy_ar", "bimedix_mmlu_anatomy_ar_text", "bimedix_mmlu_anatomy_en_gen")
+    return eval_harness.Config(
+        tasks=tasks, model=str(place / "model"), base="float32", data=(data,), out=place / "out", batch_tokens=512
+    )
+
+
+def evaluate(config, **changes):
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+        return eval_harness.run(dataclasses.replace(config, **changes), Console(stderr=True, quiet=True))
+
+
+def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
+    first = evaluate(config)
+    assert first["reused"] == 0
+    files = {name: (config.out / name).read_bytes() for name in eval_harness.FILES}
+    again = evaluate(config)
+    assert again["reused"] == 6 * 3 + 6 * 3 + 6
+    assert again["tasks"] == first["tasks"]
+    assert {name: (config.out / name).read_bytes() for name in eval_harness.FILES} == files
+    with pytest.raises(BimedixError, match="another model or version"):
+        evaluate(config, batch_tokens=256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"tasks": ("bimedix_nothing",)}, "there is no task bimedix_nothing; our groups are bimedix_ar"),
+        ({"tasks": ("bimedix_bi", "bimedix_en")}, "Duplicate task"),
+        ({"tasks": ("bimedix_medarabench_ar",)}, r"no questions of medarabench \(ar\)"),
+        ({"num_fewshot": 2}, "has 0 solved examples, not 2; put mmlu_anatomy_en.fewshot.jsonl into"),
+        ({"limit": 0}, "--limit is 0"),
+        ({"data": ("no/such",)}, "there is no folder no/such"),
+        ({"mesh": ("pipe=2",)}, "--mesh pipe=2 is not AXIS=N"),
+    ],
+)
+def test_wrong_options_raise_before_the_model_loads(data, changes, problem):
+    changes = {**changes, "data": tuple(map(eval_harness.Path, changes.get("data", (data,))))}
+    config = eval_harness.Config(tasks=("bimedix_mmlu_anatomy_en",), model="no/model/here")
+    with pytest.raises(BimedixError, match=problem):
+        evaluate(config, **changes)
