@@ -48,7 +48,7 @@ class Config:
     data: tuple[Path, ...] = ()
     """Folders with the files of our tasks (docs/harness.md); by default they are taken from the hub."""
     task_files: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="DIR")] = ()
-    """Folders of further task files (YAML); by default none."""
+    """Folders of further task files (YAML), which may run Python code; by default none."""
     limit: int | None = None
     """Use the first N questions of each task; by default all."""
     num_fewshot: int | None = None
