@@ -150,10 +150,22 @@ def check_words(config: type, words: Sequence[str], prog: str) -> None:
     for name, given in values.items():
         if len(given) > 1 and options[name] < 2:
             raise UsageError(f"--{name} is given {_times(len(given))} ({', '.join(given)}); give it once")
-    if len(loose) > len(positionals):
+    most = most_positionals(config)
+    if len(loose) > most:
         takes = f"takes {' '.join(positionals)} and no" if positionals else "takes no"
         remedy = "; the folder to write is named with --out DIR" if "out" in options and "out" not in values else ""
-        raise UsageError(f"`{prog}` {takes} further word, and got {loose[len(positionals)]!r}{remedy}")
+        raise UsageError(f"`{prog}` {takes} further word, and got {loose[int(most)]!r}{remedy}")
+
+
+def most_positionals(config: type) -> float:
+    """Number of words that the positionals take, inf for a list."""
+    most = 0.0
+    for hint in typing.get_type_hints(config, include_extras=True).values():
+        kind, marks = _parts(hint)
+        if tyro.conf.Positional in marks:
+            values = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
+            most += float("inf") if Ellipsis in values else len(values)
+    return most
 
 
 def options_by_name(config: type, prefix: str = "") -> tuple[list[str], dict[str, float]]:

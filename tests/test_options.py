@@ -213,6 +213,21 @@ def test_commands_have_no_earlier_names_and_no_second_positional(command):
     assert not {"output", "destination", "output-dir"} & options.keys()
 
 
+def test_a_positional_takes_as_many_words_as_its_type():
+    config = importlib.import_module(COMMANDS["eval compare"][1]).Config
+    found = read_options(config, ["a", "b", "--force"], "bimedix eval compare")
+    assert list(map(str, found.results)) == ["a", "b"]
+    with pytest.raises(UsageError, match="takes A B and no further word, and got 'c'"):
+        read_options(config, ["a", "b", "c"], "bimedix eval compare")
+    config = importlib.import_module(COMMANDS["routes import"][1]).Config
+    assert (
+        len(read_options(config, ["a", "b", "c", "--out", "d", "--format", "vllm"], "bimedix routes import").files) == 3
+    )
+    config = importlib.import_module(COMMANDS["train"][1]).Config
+    with pytest.raises(UsageError, match="no further word, and got 'b'"):
+        read_options(config, ["a", "b"], "bimedix train")
+
+
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_the_folder_to_write_is_an_option(command):
     config = importlib.import_module(COMMANDS[command][1]).Config
