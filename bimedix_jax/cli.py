@@ -66,6 +66,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "bimedix_jax.commands.eval_harness",
     ),
     "eval tables": ("print the paper's Tables 3 to 6 with ours beside them", "bimedix_jax.commands.eval_tables"),
+    "eval compare": ("compare two evaluations, with intervals and tests", "bimedix_jax.commands.eval_compare"),
     "chat": ("chat with a model in the terminal, in English or Arabic", "bimedix_jax.commands.chat"),
     "train": ("fine-tune a model: adapters on a frozen base, or every parameter", "bimedix_jax.commands.train"),
     "checkpoints list": ("list the checkpoints of a run", "bimedix_jax.commands.checkpoints_list"),

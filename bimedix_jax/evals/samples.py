@@ -37,6 +37,8 @@ class Sample:
       flags: problems of the question's text, such as those of its translation; empty for a sound question.
       prompt_sha256: hash of the prompt's text.
       answer: the generated text.
+      asked_bytes: UTF-8 bytes of the question as it is asked.
+      pair: id that a question has in common with its translation; None: its id.
     """
 
     task: str
@@ -53,6 +55,8 @@ class Sample:
     flags: tuple[str, ...] = ()
     prompt_sha256: str | None = None
     answer: str | None = None
+    asked_bytes: int | None = None
+    pair: str | None = None
 
     def to_json(self) -> str:
         """One line of JSON without its newline; fields that are None are left out."""
@@ -90,6 +94,8 @@ def of_prediction(row: Mapping[str, Any]) -> Sample:
         correct=bool(row["correct"]),
         scores={"acc": float(row["correct"]), "acc_bytes": float(row["chosen_by_text"] == row["answer"])},
         subject=subject,
+        asked_bytes=row.get("asked_bytes"),
+        pair=row.get("pair"),
     )
 
 

@@ -45,7 +45,8 @@ class Paired:
     Attributes:
       difference: with the interval of the paired bootstrap, or of Agresti and Min for few differing answers (FEW).
       only_a, only_b: questions that one of them answers correctly and the other does not.
-      p: McNemar's exact test, two-sided.
+      clusters: number of clusters, n if each question is its own.
+      p: McNemar's exact test, two-sided; of the bootstrap if questions form clusters, which McNemar's test ignores.
       p_bootstrap: twice the share of resamples on the other side of zero.
     """
 
@@ -53,6 +54,7 @@ class Paired:
     only_a: int
     only_b: int
     n: int
+    clusters: int
     p: float
     p_bootstrap: float
 
@@ -80,19 +82,13 @@ class Calibration:
 def resampled_means(
     values_NX: np.ndarray, clusters_N: np.ndarray | None = None, seed: int = 0, resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """[B, X]: means over questions whose clusters are drawn with replacement (Efron 1979).
-
-    Equal clusters are counted and their numbers are drawn at once, which is the same distribution and much faster.
-    """
+    """[B, X]: means over questions whose clusters are drawn with replacement (Efron 1979)."""
     values_NX = np.asarray(values_NX, np.float64)
     labels_N = np.arange(len(values_NX)) if clusters_N is None else np.asarray(clusters_N)
     _, index_N = np.unique(labels_N, return_inverse=True)
     sums_CX = np.zeros((index_N.max() + 1, values_NX.shape[1] + 1))
     np.add.at(sums_CX, index_N, np.column_stack([values_NX, np.ones(len(values_NX))]))
-    kinds_KX, counts_K = np.unique(sums_CX, axis=0, return_counts=True)
-    total = int(counts_K.sum())
-    drawn_BK = np.random.default_rng(seed).multinomial(total, counts_K / total, size=resamples)
-    drawn_BX = drawn_BK @ kinds_KX
+    drawn_BX = _drawn(sums_CX, seed, resamples)
     return drawn_BX[:, :-1] / drawn_BX[:, -1:]
 
 
@@ -108,13 +104,41 @@ def mean_interval(values_N: np.ndarray, clusters_N: np.ndarray | None = None, se
     return percentiles(resampled_means(values_N1, clusters_N, seed)[:, 0], float(values_N1.mean()))
 
 
-def average_interval(tasks: Sequence[np.ndarray], seed: int = 0) -> Interval:
-    """The unweighted mean of the means of several tasks. Questions are drawn within each task."""
-    drawn = [
-        resampled_means(np.asarray(values_N, np.float64)[:, None], None, seed + place)[:, 0]
-        for place, values_N in enumerate(tasks)
-    ]
-    return percentiles(np.mean(drawn, axis=0), float(np.mean([np.mean(values_N) for values_N in tasks])))
+Task = tuple[np.ndarray, Sequence[Any]]
+"""The value of each question of a task, and its cluster."""
+
+
+def average_interval(strata: Sequence[Sequence[Task]], seed: int = 0) -> Interval:
+    """The unweighted mean of the means of tasks. Clusters are drawn within each stratum.
+
+    Args:
+      strata: the tasks that have clusters in common, such as a task in two languages, and the others alone.
+    """
+    total_B, count = np.zeros(RESAMPLES), 0
+    means: list[float] = []
+    for place, tasks in enumerate(strata):
+        labels = sorted({label for _, clusters in tasks for label in clusters})
+        number = {label: row for row, label in enumerate(labels)}
+        sums_CX = np.zeros((len(labels), 2 * len(tasks)))
+        for column, (values_N, clusters) in enumerate(tasks):
+            rows = [number[label] for label in clusters]
+            np.add.at(sums_CX, (rows, 2 * column), np.asarray(values_N, np.float64))
+            np.add.at(sums_CX, (rows, 2 * column + 1), 1.0)
+            means.append(float(np.mean(values_N)))
+        drawn_BX = _drawn(sums_CX, seed + place, RESAMPLES)
+        total_B += (drawn_BX[:, ::2] / np.maximum(drawn_BX[:, 1::2], 1.0)).sum(axis=1)
+        count += len(tasks)
+    return percentiles(total_B / count, float(np.mean(means)))
+
+
+def _drawn(sums_CX: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """[B, X]: sums over clusters that are drawn with replacement.
+
+    Equal clusters are counted and their numbers are drawn at once, which is the same distribution and much faster.
+    """
+    kinds_KX, counts_K = np.unique(sums_CX, axis=0, return_counts=True)
+    total = int(counts_K.sum())
+    return np.random.default_rng(seed).multinomial(total, counts_K / total, size=resamples) @ kinds_KX
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -131,9 +155,12 @@ def paired(a_N: np.ndarray, b_N: np.ndarray, clusters_N: np.ndarray | None = Non
     drawn_B = resampled_means((b_N - a_N)[:, None], clusters_N, seed)[:, 0]
     only_a, only_b = int(np.sum(a_N > b_N)), int(np.sum(b_N > a_N))
     difference = percentiles(drawn_B, float((b_N - a_N).mean()))
+    clusters = len(a_N) if clusters_N is None else len(np.unique(clusters_N))
     if only_a + only_b < FEW:
         difference = agresti_min(only_a, only_b, len(a_N))
-    return Paired(difference, only_a, only_b, len(a_N), mcnemar(only_a, only_b), beyond_zero(drawn_B))
+    p_bootstrap = beyond_zero(drawn_B)
+    p = mcnemar(only_a, only_b) if clusters == len(a_N) else p_bootstrap
+    return Paired(difference, only_a, only_b, len(a_N), clusters, p, p_bootstrap)
 
 
 def agresti_min(only_a: int, only_b: int, n: int) -> Interval:

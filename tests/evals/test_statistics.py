@@ -40,6 +40,20 @@ def test_clusters_are_drawn_together():
     assert statistics.mean_interval(copied % 2, copied) == once
 
 
+def test_the_average_draws_a_question_and_its_translation_together():
+    """Against the variance of a sum of two equal tasks, which is four times that of one, and of two others."""
+    values = np.arange(60) % 3 == 0
+    clusters = [str(n) for n in range(60)]
+    error = math.sqrt(values.var() / 60)
+    together = statistics.average_interval([[(values, clusters), (values, clusters)]])
+    apart = statistics.average_interval([[(values, clusters)], [(values, clusters)]])
+    assert together.value == apart.value == pytest.approx(1 / 3)
+    assert together.high - together.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert apart.high - apart.low == pytest.approx(2 * 1.96 * error / math.sqrt(2), rel=0.1)
+    pair = statistics.paired(np.repeat(values, 2), np.ones(120), np.repeat(np.arange(60), 2))
+    assert (pair.n, pair.clusters, pair.p) == (120, 60, pair.p_bootstrap)
+
+
 def test_the_same_answers_give_the_same_numbers():
     a_N, b_N = answers(40, 12, 20, 28)
     assert statistics.paired(a_N, b_N) == statistics.paired(a_N, b_N)

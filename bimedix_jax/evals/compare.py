@@ -1,0 +1,197 @@
+"""Compares the answers of two models to the same questions: by task, by group, calibration, and between languages."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bimedix_jax.evals import statistics
+from bimedix_jax.evals.answers import Answers, Key, Matched, confidence, correct, differing, matched, pair_of
+from bimedix_jax.evals.samples import Sample
+
+FEWEST = 20
+"""Groups with fewer questions have no row."""
+QUARTERS = ("shortest quarter", "second quarter", "third quarter", "longest quarter")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Two accuracies over the same questions, and the paired difference B - A.
+
+    Attributes:
+      a, b: with their bootstrap intervals.
+      p_holm: McNemar's p, adjusted for all rows of its table.
+      detectable: the smallest difference that a test with alpha = 0.05 finds in four of five cases, given how often the
+        two models disagree here; None if there is none.
+      detectable_unrelated: the same if the errors of the two models had nothing in common. It depends on the number of
+        questions and the mean accuracy only, and is what one can plan with.
+    """
+
+    name: str
+    a: statistics.Interval
+    b: statistics.Interval
+    paired: statistics.Paired
+    p_holm: float
+    detectable: float | None
+    detectable_unrelated: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON and CSV."""
+        found, paired = self.paired.difference, self.paired
+        return {
+            "name": self.name,
+            "n": paired.n,
+            "a": self.a.value,
+            "a_low": self.a.low,
+            "a_high": self.a.high,
+            "b": self.b.value,
+            "b_low": self.b.low,
+            "b_high": self.b.high,
+            **found.to_dict("difference"),
+            "only_a": paired.only_a,
+            "only_b": paired.only_b,
+            "p": paired.p,
+            "p_bootstrap": paired.p_bootstrap,
+            "p_holm": self.p_holm,
+            "detectable": self.detectable,
+            "detectable_unrelated": self.detectable_unrelated,
+        }
+
+
+def compare(a: Answers, b: Answers) -> dict[str, Any]:
+    """All comparisons as JSON values: `tasks`, `average`, `groups`, `calibration`, `languages`, and what differs."""
+    common = matched(a, b)
+    tasks: dict[str, list[Key]] = {}
+    for key in common.keys:
+        tasks.setdefault(a.task_of(key), []).append(key)
+    return {
+        "a": _about(a, common.only_a),
+        "b": _about(b, common.only_b),
+        "differs": differing(a, b),
+        "n": len(common.keys),
+        "tasks": [row.to_dict() for row in rows_of(a, b, tasks)],
+        "average": _average(a, b, list(tasks.values())),
+        "groups": {kind: [row.to_dict() for row in rows_of(a, b, own)] for kind, own in _groups(a, common).items()},
+        "calibration": {name: _calibration(one, common.keys) for name, one in (("a", a), ("b", b))},
+        "languages": {name: between_languages(one, common.keys) for name, one in (("a", a), ("b", b))},
+        "sensitivity": {name: one.about.get("sensitivity") for name, one in (("a", a), ("b", b))},
+    }
+
+
+def _about(one: Answers, left_out: int) -> dict[str, Any]:
+    names = ("model", "adapter", "revision", "base", "dtype", "router", "harness", "versions", "hashes", "records")
+    known = {name: one.about[name] for name in names if name in one.about}
+    return {"result": str(one.path), "name": one.name, **known, "questions_of_this_only": left_out}
+
+
+def rows_of(a: Answers, b: Answers, groups: dict[str, list[Key]]) -> list[Row]:
+    """A row for each group of questions; p values are adjusted for all of them."""
+    answers = {name: (correct(a, keys), correct(b, keys)) for name, keys in groups.items()}
+    clusters = {name: np.array(["/".join(pair_of(a.samples[key])) for key in keys]) for name, keys in groups.items()}
+    paired = {name: statistics.paired(*values, clusters[name]) for name, values in answers.items()}
+    adjusted = statistics.holm([found.p for found in paired.values()])
+    rows = []
+    for (name, (a_N, b_N)), p_holm in zip(answers.items(), adjusted, strict=True):
+        found = paired[name]
+        smallest = statistics.detectable(found.clusters, (found.only_a + found.only_b) / found.n)
+        own = (statistics.mean_interval(a_N, clusters[name]), statistics.mean_interval(b_N, clusters[name]))
+        unrelated = statistics.detectable(found.clusters, statistics.unrelated((own[0].value + own[1].value) / 2))
+        rows.append(Row(name, *own, found, p_holm, smallest, unrelated))
+    return rows
+
+
+def _average(a: Answers, b: Answers, tasks: Sequence[list[Key]]) -> dict[str, Any]:
+    """Unweighted means over the tasks. A question and its translation are drawn together, within their task."""
+    strata: dict[str, list[list[Key]]] = {}
+    for keys in tasks:
+        strata.setdefault(pair_of(a.samples[keys[0]])[0], []).append(keys)
+
+    def interval(values: Callable[[list[Key]], np.ndarray]) -> statistics.Interval:
+        return statistics.average_interval(
+            [[(values(keys), [pair_of(a.samples[key])[1] for key in keys]) for keys in own] for own in strata.values()]
+        )
+
+    found = interval(lambda keys: correct(b, keys) - correct(a, keys))
+    return {
+        "tasks": len(tasks),
+        **{f"a{end}": value for end, value in _ends(interval(lambda keys: correct(a, keys)))},
+        **{f"b{end}": value for end, value in _ends(interval(lambda keys: correct(b, keys)))},
+        **found.to_dict("difference"),
+    }
+
+
+def _ends(found: statistics.Interval) -> list[tuple[str, float]]:
+    return [("", found.value), ("_low", found.low), ("_high", found.high)]
+
+
+def _groups(a: Answers, common: Matched) -> dict[str, dict[str, list[Key]]]:
+    """Questions of all tasks by language, by specialty, and by quarter of length within their language."""
+    found: dict[str, dict[str, list[Key]]] = {"language": {}, "specialty": {}, "length": {}}
+    for key in common.keys:
+        sample = a.samples[key]
+        found["language"].setdefault(sample.language, []).append(key)
+        if sample.subject:
+            found["specialty"].setdefault(sample.subject, []).append(key)
+    for name, keys in _quarters({key: a.samples[key] for key in common.keys}).items():
+        found["length"][name] = keys
+    kept = {kind: {name: keys for name, keys in own.items() if len(keys) >= FEWEST} for kind, own in found.items()}
+    return {kind: dict(sorted(own.items())) if kind != "length" else own for kind, own in kept.items()}
+
+
+def _quarters(known: dict[Key, Sample]) -> dict[str, list[Key]]:
+    found: dict[str, list[Key]] = {name: [] for name in QUARTERS}
+    for language in sorted({sample.language for sample in known.values()}):
+        sizes = {
+            key: sample.asked_bytes
+            for key, sample in known.items()
+            if sample.language == language and sample.asked_bytes is not None
+        }
+        if not sizes:
+            continue
+        limits = np.quantile(list(sizes.values()), [0.25, 0.5, 0.75])
+        for key, size in sizes.items():
+            found[QUARTERS[int(np.searchsorted(limits, size, side="left"))]].append(key)
+    return found
+
+
+def _calibration(one: Answers, keys: Sequence[Key]) -> dict[str, Any] | None:
+    """Of all questions whose options have likelihoods; None without any."""
+    pairs = [(confidence(one.samples[key]), one.samples[key].correct) for key in keys]
+    known = [(value, right) for value, right in pairs if value is not None]
+    if not known:
+        return None
+    confidence_N, correct_N = np.array(known, np.float64).T
+    return {"n": len(known), **statistics.calibration(confidence_N, correct_N).to_dict()}
+
+
+def between_languages(one: Answers, keys: Sequence[Key]) -> dict[str, Any] | None:
+    """How far the answers to a question in English and in Arabic agree; None without such questions.
+
+    `kappa` is Cohen's, of the chosen options. `both`, `only_en`, `only_ar`, `neither`: numbers of correct answers.
+    """
+    sides: dict[tuple[str, str], dict[str, Sample]] = {}
+    for key in keys:
+        sample = one.samples[key]
+        if isinstance(sample.chosen, int):
+            sides.setdefault(pair_of(sample), {})[sample.language] = sample
+    pairs = [(found["en"], found["ar"]) for found in sides.values() if {"en", "ar"} <= set(found)]
+    if not pairs:
+        return None
+    chosen_2N = np.array([[english.chosen, arabic.chosen] for english, arabic in pairs]).T
+    right_2N = np.array([[english.correct, arabic.correct] for english, arabic in pairs], np.float64).T
+    gap = statistics.paired(*right_2N)
+    both = int(right_2N.min(axis=0).sum())
+    return {
+        "n": len(pairs),
+        "same_option": float((chosen_2N[0] == chosen_2N[1]).mean()),
+        **statistics.kappa(*chosen_2N).to_dict("kappa"),
+        "both": both,
+        "only_en": gap.only_a,
+        "only_ar": gap.only_b,
+        "neither": len(pairs) - both - gap.only_a - gap.only_b,
+        "arabic_minus_english": gap.difference.value,
+        "arabic_minus_english_low": gap.difference.low,
+        "arabic_minus_english_high": gap.difference.high,
+        "p": gap.p,
+    }

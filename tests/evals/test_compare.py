@@ -1,0 +1,233 @@
+"""`bimedix eval compare` on results written by hand: numbers against counts, refusals, files. No model runs."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bimedix_jax import cli
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals import answers, compare, samples
+from bimedix_jax.evals.samples import Sample
+
+HASHES = {"model": "1" * 64, "adapter": None, "prompt": "2" * 64}
+
+
+def prediction(task, number, language, chosen, answer=0, sure=2.0, **rest):
+    """A line of NAME.predictions.jsonl; the chosen option is e^sure times as likely as each other one."""
+    logprobs = [-5.0 + sure * (option == chosen) for option in range(4)]
+    return {
+        "set": task,
+        "id": f"{task}-{number}",
+        "language": language,
+        "groups": [language, f"{language}/{('surgery', 'anatomy')[number % 2]}"],
+        "answer": answer,
+        "chosen": chosen,
+        "chosen_by_text": chosen,
+        "correct": chosen == answer,
+        "letter_logprobs": logprobs,
+        "text_logprobs": logprobs,
+        "asked_bytes": 100 + number,
+        **rest,
+    }
+
+
+def eval_run(path, rows, **about):
+    """A result of `bimedix eval run` with these predictions."""
+    digests = dict.fromkeys(sorted({row["set"] for row in rows}), "3" * 64)
+    result = {"model": "m", "harness": "bimedix eval run, protocol 1", "hashes": HASHES, "records": digests}
+    result |= {"template": "chatml", "tasks": {}, "predictions": {"file": f"{path.stem}.predictions.jsonl"}} | about
+    path.write_text(json.dumps(result), "utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.with_name(f"{path.stem}.predictions.jsonl").write_text(lines, "utf-8")
+    return path
+
+
+def harness(folder, rows, **task):
+    """A result of `bimedix eval harness`."""
+    with samples.writer(folder / samples.NAME) as file:
+        file.write(rows)
+    about = {"version": 1, "documents": "4" * 64, "prompts": "5" * 64, "num_fewshot": 0, "primary": "acc"} | task
+    result = {"model": "m", "versions": {"lm_eval": "0.4.13"}, "tasks": {rows[0].task: about}, "chat": False}
+    (folder / answers.RESULT).write_text(json.dumps(result), "utf-8")
+    return folder
+
+
+@pytest.fixture
+def two(tmp_path):
+    """On 200 questions of medqa, B alone is right in 30 and A alone in 10. On 40 of pubmedqa they agree."""
+    medqa = [[prediction("medqa", n, "en", n % 2 if n >= 10 else 1) for n in range(200)] for _ in "ab"]
+    b_right = {n for n in range(200) if medqa[0][n]["correct"]}
+    b_right = (b_right - set(sorted(b_right)[:10])) | set(sorted(set(range(200)) - b_right)[:30])
+    medqa[1] = [prediction("medqa", n, "en", 0 if n in b_right else 3) for n in range(200)]
+    pubmedqa = [prediction("pubmedqa", n, "en", n % 2) for n in range(40)]
+    return [
+        eval_run(tmp_path / f"{name}.json", [*own, *pubmedqa], model=f"models/{name}")
+        for name, own in zip("ab", medqa, strict=True)
+    ]
+
+
+def compared(two):
+    return compare.compare(*map(answers.read, two))
+
+
+def test_rows_are_those_of_the_counts(two):
+    medqa, pubmedqa = compared(two)["tasks"]
+    assert (medqa["name"], medqa["n"], medqa["only_a"], medqa["only_b"]) == ("medqa", 200, 10, 30)
+    assert medqa["difference"] == pytest.approx(0.1)
+    assert medqa["b"] - medqa["a"] == pytest.approx(0.1)
+    exact = 2 * sum(math.comb(40, k) for k in range(11)) / 2**40
+    assert medqa["p"] == pytest.approx(exact)
+    assert medqa["p_holm"] == pytest.approx(2 * exact)
+    assert medqa["low"] > 0
+    assert 0.05 < medqa["detectable"] < 0.12
+    assert (pubmedqa["difference"], pubmedqa["p"], pubmedqa["p_holm"]) == (0, 1, 1)
+    assert pubmedqa["high"] > 0  # no disagreement among 40 questions does not show that there is none
+
+
+def test_the_average_is_unweighted(two):
+    found = compared(two)["average"]
+    assert found["difference"] == pytest.approx(0.05)
+    assert found["b"] - found["a"] == pytest.approx(0.05)
+    assert 0 < found["low"] < 0.05 < found["high"]
+
+
+def test_groups_have_all_questions_once(two):
+    groups = compared(two)["groups"]
+    assert {row["name"]: row["n"] for row in groups["specialty"]} == {"anatomy": 120, "surgery": 120}
+    assert {row["name"]: row["n"] for row in groups["language"]} == {"en": 240}
+    assert [row["name"] for row in groups["length"]] == list(compare.QUARTERS)
+    assert sum(row["n"] for row in groups["length"]) == 240
+
+
+def test_calibration_uses_the_share_of_the_chosen_option(two):
+    found = compared(two)["calibration"]["a"]
+    share = math.exp(2) / (math.exp(2) + 3)
+    (row,) = found["bins"]
+    assert (row["n"], row["confidence"]) == (240, pytest.approx(share))
+    assert found["ece"] == pytest.approx(abs(share - row["accuracy"]))
+
+
+def test_a_question_and_its_translation_are_compared(tmp_path):
+    """Of 40 questions, 30 get the same option in both languages, 20 the right one; 10 are right in English only."""
+    rows = []
+    for n in range(40):
+        english = 0 if n < 20 or n >= 30 else 1
+        arabic = english if n < 30 else 2
+        rows += [
+            prediction("mine", n, "en", english),
+            prediction("mine", n, "ar", arabic, id=f"ar-{n}", pair=f"mine-{n}"),
+        ]
+    path = eval_run(tmp_path / "r.json", rows)
+    found = compare.compare(answers.read(path), answers.read(path))
+    own = found["languages"]["a"]
+    assert (own["n"], own["same_option"], own["both"], own["only_en"], own["only_ar"], own["neither"]) == (
+        40, 0.75, 20, 10, 0, 10,
+    )  # fmt: skip
+    assert own["arabic_minus_english"] == -0.25
+    chance = (30 * 20 + 10 * 10) / 40**2  # of options 0 and 1; English never chooses 2
+    assert own["kappa"] == pytest.approx((0.75 - chance) / (1 - chance))
+    assert [row["name"] for row in found["tasks"]] == ["mine en", "mine ar"]
+    (quarter, *_) = found["groups"]["length"]
+    assert quarter["n"] == 20
+    assert quarter["p"] == quarter["p_bootstrap"]  # two languages of a question are no two questions
+
+
+def test_results_of_the_harness_are_compared_by_task_and_prompt(tmp_path):
+    rows = [
+        Sample(task="bimedix_medqa_ar", id=str(n), language="ar", target=0, chosen=n % 2, correct=n % 2 == 0,
+               logprobs=(-1.0, -2.0), asked_bytes=n)
+        for n in range(30)
+    ]  # fmt: skip
+    one = harness(tmp_path / "one", rows)
+    found = compare.compare(answers.read(one), answers.read(one / answers.RESULT))
+    assert found["differs"] == []
+    assert found["tasks"][0]["n"] == 30
+    other = harness(tmp_path / "other", rows, prompts="6" * 64, num_fewshot=5)
+    (problem,) = answers.differing(answers.read(one), answers.read(other))
+    assert problem == "task bimedix_medqa_ar has another set of prompts and another number of solved examples"
+
+
+def test_pairs_of_tasks_in_two_languages():
+    sample = {"language": "ar", "target": 0, "correct": True}
+    assert answers.pair_of(Sample(task="bimedix_medqa_ar", id="7", **sample)) == ("bimedix_medqa", "7")
+    assert answers.pair_of(Sample(task="mmlu_ar_generative", id="7", pair="5", **sample)) == ("mmlu_generative", "5")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"harness": "bimedix eval run, protocol 2"}, "the program is bimedix eval run, protocol 1 in A and"),
+        ({"hashes": HASHES | {"prompt": "7" * 64}}, "the hash of the prompts is 222222222222 in A and 777777777777"),
+        ({"records": {"medqa": "8" * 64}}, "the records of medqa differ"),
+        ({"max_length": 300}, "the maximum length is none in A and 300 in B"),
+    ],
+)
+def test_other_versions_are_refused_unless_forced(two, capsys, about, message):
+    a, b = two
+    b.write_text(json.dumps(json.loads(b.read_text("utf-8")) | about), "utf-8")
+    assert cli.main(["eval", "compare", str(a), str(b)]) == 1
+    shown = " ".join(capsys.readouterr().err.split())
+    assert message in shown
+    assert "--force" in shown
+    assert cli.main(["--json", "eval", "compare", str(a), str(b), "--force"]) == 0
+    assert message in json.loads(capsys.readouterr().out)["differs"][0]
+
+
+def test_other_models_are_compared(two):
+    b = two[1]
+    changes = {"base": "nf4", "adapter": "x", "router": "y", "hashes": HASHES | {"model": "9" * 64}}
+    b.write_text(json.dumps(json.loads(b.read_text("utf-8")) | changes), "utf-8")
+    assert compared(two)["differs"] == []
+
+
+def test_the_command_writes_a_page_rows_and_a_figure(two, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["eval", "compare", *map(str, two), "--out", str(out)]
+    assert cli.main(["--json", *words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert json.loads((out / "comparison.json").read_text("utf-8")) == result
+    page = (out / "comparison.md").read_text("utf-8")
+    assert page.startswith("# b (B) against a (A)\n")
+    assert "| medqa | 200 | 47.5 | 57.5 | +10.0 |" in page
+    assert "| mean of 2 tasks |  |" in page
+    assert all(line.count("|") == 12 for line in page.splitlines() if line.startswith("| medqa"))
+    rows = list(csv.DictReader((out / "comparison.csv").read_text("utf-8").splitlines()))
+    assert [row["name"] for row in rows if row["table"] == "tasks"] == ["medqa", "pubmedqa"]
+    assert float(rows[0]["difference"]) == pytest.approx(0.1)
+    picture = (out / "comparison.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert cli.main(words) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert (out / "comparison.png").read_bytes() == picture
+    assert "Significant after adjustment for 2 tasks (Holm, 0.05): medqa (+10.0)." in capsys.readouterr().out
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    (tmp_path / "r.json").write_text('{"tasks": {}}')
+    with pytest.raises(BimedixError, match="no file with the answers"):
+        answers.read(tmp_path / "r.json")
+    one = eval_run(tmp_path / "one.json", [prediction("t", 1, "en", 0)])
+    other = eval_run(tmp_path / "other.json", [prediction("t", 2, "en", 0)])
+    with pytest.raises(BimedixError, match="no question in common"):
+        compare.compare(answers.read(one), answers.read(other))
+    empty = eval_run(tmp_path / "empty.json", [prediction("t@orders-1", 2, "en", 0)])
+    with pytest.raises(BimedixError, match="no question with an answer"):
+        answers.read(empty)
+
+
+def test_questions_of_one_result_only_are_counted(tmp_path):
+    rows = [prediction("t", n, "en", 0) for n in range(30)]
+    a, b = eval_run(tmp_path / "a.json", rows[:28]), eval_run(tmp_path / "b.json", rows[3:])
+    found = compare.compare(answers.read(a), answers.read(b))
+    assert (found["n"], found["a"]["questions_of_this_only"], found["b"]["questions_of_this_only"]) == (25, 3, 2)
+
+
+def test_repeated_ids_are_different_questions(tmp_path):
+    rows = [prediction("t", 1, "en", chosen) for chosen in (0, 1, 0)]
+    found = answers.read(eval_run(tmp_path / "a.json", rows))
+    assert [key[-1] for key in found.samples] == [0, 1, 2]
+    assert np.array_equal(answers.correct(found, list(found.samples)), [1, 0, 1])
