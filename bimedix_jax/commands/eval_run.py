@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 from bimedix_jax import startup
+from bimedix_jax.curation.llm.config import JudgeConfig
 from bimedix_jax.errors import BimedixError
 
 if TYPE_CHECKING:
@@ -49,6 +50,17 @@ class Config:
     """JSON file of your own sets of questions, which are scored as tasks (docs/data.md); by default none."""
     data: Path | None = None
     """Folder with the folders mmlu_medical_en, medmcqa_en, medqa_usmle_en and pubmedqa; --tasks needs it."""
+    open: tuple[Literal["answers", "behaviour"], ...] = ()
+    """Also generate: `answers` to the held-out questions and chats, scored by chrF, ROUGE-L and language; `behaviour`
+    in emergencies and the like (a smoke test of 24 questions and 8 switches of language). NAME.answers.jsonl in the
+    folder of --out gets every answer."""
+    max_new_tokens: int = 256
+    """Longest generated answer in tokens."""
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
+    """A model that compares the answers with the references, or with the answers of --compare. Without --judge.model
+    there is none, and nothing leaves this machine; with it, conversations and answers are sent to its endpoint."""
+    judge_tokens: int | None = None
+    """Limit of the judge's tokens, which includes earlier runs with the same --out."""
     limit: int | None = None
     """Use N held-out records, spread over the file, and the first N questions of each task; by default all."""
     max_length: int | None = None
@@ -74,6 +86,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     startup.keep_programs()
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
+    from bimedix_jax.commands.eval_run_open import OpenOptions, answers_path, is_answers, open_results
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import comparison, tasks
     from bimedix_jax.files import check_file
@@ -85,6 +98,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.out is not None:
         check_file(config.out, config.overwrite, is_result)
         check_file(predictions_path(config.out), config.overwrite, is_predictions)
+        check_file(answers_path(config.out), config.overwrite, is_answers)
     questions = tasks.read_tasks(config.tasks, config.data) if config.data is not None else {}
     questions |= {} if config.sets is None else tasks.read_sets(config.sets)
     records = [] if config.heldout is None else tasks.heldout_of(config.heldout, config.limit)
@@ -112,6 +126,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
         result["average"] = tasks.average([scored[name].score.value for name in scored if name in tasks.TASKS])
         predictions |= {name: outcome.choice.predictions for name, outcome in scored.items()}
+    if config.open:
+        result["open"] = open_results(OpenOptions.of(config), model, tokenizer, records, rules, before)
     result |= report(rules, console)
     for table in result_tables(result, before):
         console.print(table)
@@ -126,9 +142,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 def check_options(config: Config) -> None:
     """Raises BimedixError for options that contradict each other."""
-    if not config.tasks and config.heldout is None and config.sets is None:
+    from bimedix_jax.commands.eval_run_open import OpenOptions, check_open
+
+    check_open(OpenOptions.of(config))
+    if not config.tasks and config.heldout is None and config.sets is None and not config.open:
         raise BimedixError(
-            "there is nothing to evaluate on; pass --heldout sample, --tasks all --data DIR, or --sets FILE"
+            "there is nothing to evaluate on; pass --heldout sample, --tasks all --data DIR, --sets FILE, or --open"
         )
     if config.tasks and config.data is None:
         raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
@@ -201,7 +220,7 @@ def evaluate_records(
 
 def result_tables(result: dict[str, Any], before: dict[str, Any] | None) -> list[Any]:
     """Tables of the parts of the result, each compared with the same part of `before` if it has one."""
-    from bimedix_jax.evals import tables
+    from bimedix_jax.evals import open_tables, tables
 
     old = before or {}
     found = []
@@ -211,6 +230,7 @@ def result_tables(result: dict[str, Any], before: dict[str, Any] | None) -> list
         found.append(tables.accuracy_table(result["choice"], old.get("choice")))
     if "tasks" in result:
         found.append(tables.task_table(result["tasks"], result["average"], old.get("tasks")))
+    found += open_tables.tables_of(result.get("open", {}), old.get("open", {}))
     return found
 
 
@@ -219,7 +239,7 @@ def read_result(path: Path) -> dict[str, Any]:
     from bimedix_jax.files import read_json
 
     value = read_json(path, dict[str, Any], "name a file that --out wrote")
-    if not {"heldout", "choice", "tasks"} & set(value):
+    if not {"heldout", "choice", "tasks", "open"} & set(value):
         raise BimedixError(f"{path} is not a result of `bimedix eval run`; name a file that --out wrote")
     return value
 
@@ -229,7 +249,7 @@ def is_result(path: Path) -> bool:
     from bimedix_jax.files import peek_json
 
     found = set(peek_json(path))
-    return {"model", "template"} <= found and bool({"heldout", "choice", "tasks"} & found)
+    return {"model", "template"} <= found and bool({"heldout", "choice", "tasks", "open"} & found)
 
 
 def is_predictions(path: Path) -> bool:

@@ -65,7 +65,9 @@ def records_of(result: Mapping[str, Any]) -> dict[str, Any]:
 def parts_of(result: Mapping[str, Any]) -> set[str]:
     """The parts of a result that a table can compare: heldout, and each task."""
     tasks = result.get("tasks")
-    return {name for name in ("heldout", "choice") if name in result} | set(tasks if isinstance(tasks, dict) else ())
+    return {name for name in ("heldout", "choice", "open") if name in result} | set(
+        tasks if isinstance(tasks, dict) else ()
+    )
 
 
 def check(before: Mapping[str, Any], now: Mapping[str, Any], parts: set[str], source: Path, force: bool) -> None:
