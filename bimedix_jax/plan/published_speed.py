@@ -24,9 +24,10 @@ NOTES = (
     "states neither the precision nor the number of GPUs nor the efficiencies.",
     "Planner: a floor from the data sheet of the A100 with the efficiencies of `bimedix plan`, for 512 tokens after a "
     "prompt of 512 (bimedix_jax/plan/latency.py). The compiled step of `bimedix plan` moves more memory.",
-    "With llm-analysis 0.2.2, 16-bit weights and two GPUs, the printed figures need 0.91 of the memory bandwidth for "
-    "PMC-LLaMA and BiMediX but 0.59 for the others; we found no one efficiency, precision and number of GPUs that is "
-    "closer than a factor of 1.2 to all. At one efficiency BiMediX is 5.7 times as fast as the 70B models, not 8.7.",
+    "With llm-analysis 0.2.2, 16-bit weights and two GPUs, 0.59 of the memory bandwidth gives the figures of the 70B "
+    "models and Jais. It gives BiMediX's only for one feed-forward layer of 4 x the width, as if one expert were used; "
+    "with its two experts BiMediX needs 0.91, as PMC-LLaMA does. With two experts and one share for all it is 5.7 "
+    "times as fast as the 70B models, not 8.7 times (docs/results/paper_tables.md).",
 )
 MEASURED = "Rows of ours are from the files of --speed: other sizes, machines or devices, so compare with care."
 
