@@ -5,9 +5,13 @@ import re
 
 import pytest
 
+from bimedix_jax.commands.eval_run import Config
+from bimedix_jax.commands.eval_run_open import OpenOptions, judged
 from bimedix_jax.curation.answers_judge import Judged, Pair, judge, tally
-from bimedix_jax.curation.llm.config import LlmConfig
+from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
+from bimedix_jax.data.records import conversation
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.open_answers import Answer, Item
 
 TURNS = (("human", "I have a fever."), ("gpt", "Since when?"), ("human", "منذ يومين"))
 PAIRS = [
@@ -92,3 +96,41 @@ def test_replies_without_a_verdict_are_counted_and_faults_are_retried(serve, tmp
 def test_a_budget_stops_the_judge(serve, tmp_path):
     with pytest.raises(BimedixError, match="budget"):
         judge(PAIRS, settings(serve(respond=fair)), tmp_path / "judge.sqlite", budget_tokens=10)
+
+
+@pytest.fixture
+def answers():
+    """One good answer with a bad reference, one empty answer with a good reference."""
+    item = Item("a", "a", "en", "qa", conversation("I cough."), "bad advice")
+    other = Item("b", "b", "en", "qa", conversation("I sneeze."), "good advice")
+    return [Answer(item, "good advice", 2, True), Answer(other, "", 0, True)]
+
+
+def options(server, place, **rest):
+    judge = JudgeConfig(model="any", base_url=server.url, api_key_env="")
+    return OpenOptions.of(Config(model="m", judge=judge, heldout="sample", open=("answers",), out=place, **rest))
+
+
+def test_answers_are_judged_against_the_references_or_another_model(serve, tmp_path, answers):
+    server = serve(respond=fair)
+    found = judged(options(server, tmp_path / "r.json"), answers, None)
+    assert (found["against"], found["judge"]) == ("references", "any")
+    assert {name: found["by_group"]["en"][name] for name in ("wins", "losses", "ties")} == {
+        "wins": 1,
+        "losses": 1,
+        "ties": 0,
+    }
+    assert (tmp_path / "r.judge.sqlite").is_file()
+    rows = [{"set": "answers", "id": "b", "answer": "bad advice"}, {"set": "behaviour", "id": "a", "answer": "x"}]
+    (tmp_path / "old.answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old = tmp_path / "old.json"
+    found = judged(options(server, tmp_path / "s.json", compare=old), answers, {"open": {"answers": {}}})
+    assert found["against"] == str(old)
+    assert found["by_group"]["all"]["n"] == 1  # the answer that both models gave
+    assert "(none)" in server.bodies[-1]["messages"][-1]["content"]
+
+
+def test_a_compared_result_without_its_answers_is_refused(serve, tmp_path, answers):
+    with pytest.raises(BimedixError, match=r"the answers of .*old.json are not in .*old.answers.jsonl"):
+        wanted = options(serve(respond=fair), tmp_path / "r.json", compare=tmp_path / "old.json")
+        judged(wanted, answers, {"open": {"answers": {}}})

@@ -163,7 +163,11 @@ def folder(tmp_path_factory, tokenizer, mixed):
     return place
 
 
-def test_the_command_writes_answers_and_compares(folder, capsys):
+def test_the_command_writes_answers_and_sends_nothing(folder, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a judge was asked")
+
+    monkeypatch.setattr("bimedix_jax.curation.answers_judge.judge", refuse)
     words = ["eval", "run", "--model", str(folder / "model"), "--heldout", str(folder / "records.jsonl"), "--json"]
     words += ["--base", "float32", "--open", "answers", "behaviour", "--max-new-tokens", str(NEW)]
     assert cli.main([*words, "--out", str(folder / "a.json")]) == 0
