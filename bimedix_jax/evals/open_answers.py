@@ -6,7 +6,7 @@ turn that it answers, so a patient who switches languages is answered in the new
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -104,50 +104,62 @@ def answer_all(
     max_new_tokens: int,
     batch_tokens: int = 4096,
     plan: AnyPlan = None,
-    on_answers: Callable[[list[Answer]], None] | None = None,
+    known: Mapping[int, Sequence[Any]] | None = None,
+    keep: Callable[[Mapping[int, Sequence[Any]]], None] | None = None,
 ) -> list[Answer]:
     """Greedy answers, in the order of `items`. Items of similar length run together.
 
     Args:
       batch_tokens: tokens of a batch with its answers; it affects speed and memory only.
       plan: what the routers are told to do: rules, or a plan with B and T of 1.
-      on_answers: called with the answers of each batch as they come.
+      known: (text, tokens) of an earlier start by the item's number; a batch that is all known does not run.
+      keep: called with the same of each new batch.
 
     Raises:
       BimedixError: there is no item, or a conversation and its answer exceed the model's context.
     """
     if not items:
         raise BimedixError("there is no open question or chat among the held-out records; name a file that has some")
-    prompts = {item.id: encode_chat(tokenizer, item.turns, add_generation_prompt=True)[0] for item in items}
     context = model.config.max_position_embeddings
-    room, longest = context - max_new_tokens, max(items, key=lambda item: len(prompts[item.id]))
-    if len(prompts[longest.id]) > room:
-        raise BimedixError(
-            f"{longest.id} has {len(prompts[longest.id])} tokens, and the model's context of {context} has room for "
-            f"{max(room, 0)} besides an answer of {max_new_tokens}; lower --max-new-tokens or leave the record out"
-        )
-    found: dict[str, Answer] = {}
+    prompts = [encode_chat(tokenizer, item.turns, add_generation_prompt=True)[0] for item in items]
+    check_lengths(items, prompts, max_new_tokens, context)
+    found: dict[int, Sequence[Any]] = {}
     with tqdm(total=len(items), desc="answers", unit="answer", delay=2, disable=None) as bar:
         for batch, rows, _ in by_length(
-            items, lambda item: len(prompts[item.id]) + max_new_tokens, batch_tokens, context
+            range(len(items)), lambda index: len(prompts[index]) + max_new_tokens, batch_tokens, context
         ):
-            filled = [*batch, *batch[:1] * (rows - len(batch))]  # a batch of few rows would be another program
-            found_BT = generate(
-                model,
-                [prompts[item.id] for item in filled],
-                max_new_tokens,
-                stop_tokens=tokenizer.stop_ids,
-                plan=plan_of(plan, model, tokenizer, filled),
-            )
-            answers = [
-                Answer(item, tokenizer.decode(ids, skip_special=True).strip(), len(ids), len(ids) < max_new_tokens)
-                for item, ids in zip(batch, found_BT, strict=False)
-            ]
-            found |= {answer.item.id: answer for answer in answers}
-            if on_answers is not None:
-                on_answers(answers)
+            if known and all(index in known for index in batch):
+                found |= {index: known[index] for index in batch}
+            else:
+                filled = [*batch, *batch[:1] * (rows - len(batch))]  # a batch of few rows would be another program
+                ids = generate(
+                    model,
+                    [prompts[index] for index in filled],
+                    max_new_tokens,
+                    stop_tokens=tokenizer.stop_ids,
+                    plan=plan_of(plan, model, tokenizer, [items[index] for index in filled]),
+                )
+                texts = [tokenizer.decode(row, skip_special=True).strip() for row in ids]
+                new = {index: (texts[row], len(ids[row])) for row, index in enumerate(batch)}
+                found |= new
+                if keep is not None:
+                    keep(new)
             bar.update(len(batch))
-    return [found[item.id] for item in items]
+    return [
+        Answer(item, found[index][0], found[index][1], found[index][1] < max_new_tokens)
+        for index, item in enumerate(items)
+    ]
+
+
+def check_lengths(items: Sequence[Item], prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
+    """Raises BimedixError if a conversation leaves no room for its answer."""
+    longest = max(range(len(items)), key=lambda index: len(prompts[index]))
+    if len(prompts[longest]) > context - max_new_tokens:
+        raise BimedixError(
+            f"{items[longest].id} has {len(prompts[longest])} tokens, and the model's context of {context} has room "
+            f"for {max(context - max_new_tokens, 0)} besides an answer of {max_new_tokens}; lower --max-new-tokens or "
+            "leave the record out"
+        )
 
 
 def plan_of(plan: AnyPlan, model: Mixtral, tokenizer: Tokenizer, batch: Sequence[Item]) -> Any:

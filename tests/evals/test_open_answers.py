@@ -1,5 +1,6 @@
 """Generated answers and behaviour: items, scores, the table of patterns, and `bimedix eval run --open` end to end."""
 
+import dataclasses
 import json
 
 import pytest
@@ -49,10 +50,13 @@ def test_the_language_is_that_of_the_turn_that_is_answered(make_record):
 
 def test_batches_answer_as_single_prompts_do(model, tokenizer, mixed):
     items = open_answers.items_of(mixed)
-    seen = []
-    found = open_answers.answer_all(model, tokenizer, items, NEW, 512, on_answers=lambda batch: seen.extend(batch))
+    kept = {}
+    found = open_answers.answer_all(model, tokenizer, items, NEW, 512, keep=kept.update)
     assert [one.item for one in found] == items
-    assert sorted(one.item.id for one in seen) == sorted(item.id for item in items)
+    assert kept == {number: (one.text, one.tokens) for number, one in enumerate(found)}
+    known = {**kept, 0: ("known", 1)}
+    again = open_answers.answer_all(model, tokenizer, items, NEW, 512, known=known, keep=lambda _: pytest.fail("ran"))
+    assert again == [dataclasses.replace(found[0], text="known", tokens=1, finished=True), *found[1:]]
     for one in found[1:3]:
         prompt, _ = encode_chat(tokenizer, one.item.turns, add_generation_prompt=True)
         ids = generate(model, prompt, NEW, stop_tokens=tokenizer.stop_ids)
