@@ -24,9 +24,10 @@ def bimedix_mixtral_8x7b(base: str = MIXTRAL) -> Experiment:
     The paper states the base v0.1, rank and alpha, learning rate, warm-up, 16 rows a step in two micro-batches, and the
     epochs. It does not state the tokens of a row, packing and the auxiliary weight. We chose 4,096, packing and 0.001,
     as in axolotl's Mixtral example of that time, whose other values match. In the paper each of 8 devices had one row
-    of a micro-batch and balanced load over it alone, which is the scope "sequence". The paper recomputed whole layers.
-    Here the products of the experts are kept, which needs 40 GB a device and saves a quarter of the work
-    (docs/results/scale.md).
+    of a micro-batch and balanced load over it alone, which is the scope "sequence". Here the 16 rows are one batch, two
+    on each device: the same step with half of the gathers. The paper recomputed whole layers. Here the products of the
+    experts and the results of attention are kept. Both need 50 GiB a device (docs/results/scale.md); with less memory,
+    set batch.rows=8 batch.accumulation=2, or let `bimedix plan --fit` choose.
     """
     return Experiment(
         name="bimedix-mixtral-8x7b",
@@ -35,7 +36,7 @@ def bimedix_mixtral_8x7b(base: str = MIXTRAL) -> Experiment:
         data=DataSource(sequence_length=4096),
         router=RouterTraining(aux_loss_coef=0.001, aux_scope="sequence"),
         optimiser=OptimiserConfig(learning_rate=2e-4, warmup_steps=10),
-        batch=BatchConfig(rows=8, accumulation=2),
+        batch=BatchConfig(rows=16),
         mesh=MeshConfig(),
         epochs=2,
         remat="experts",

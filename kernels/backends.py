@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractDevice, get_abstract_mesh, use_abstract_mesh
 
-OPERATIONS = ("layer_scan", "expert_mlp", "grouped_matmul", "nf4_matmul", "grouped_low_rank")
+OPERATIONS = ("layer_scan", "attention", "expert_mlp", "grouped_matmul", "nf4_matmul", "grouped_low_rank")
 """Operations with more than one backend; the table of backends is in the api.py of each."""
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from bimedix_jax.kernels.attention.api import SAVED
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
 from bimedix_jax.models import shards
 from bimedix_jax.models.config import Remat
@@ -21,7 +22,7 @@ def checkpointed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     if remat == "layer":
         policy = policies.save_only_these_names(ROUTES)
     elif remat == "experts":
-        policy = policies.save_only_these_names(ROUTES, PRODUCTS)
+        policy = policies.save_only_these_names(ROUTES, PRODUCTS, SAVED)
     elif shards.active():
         policy = shards.keep_all_but_parameters
     else:

@@ -50,7 +50,7 @@ CHECKS = {
     "kernels": Check(
         command=(
             *(PYTHON, "-m", "pytest", "-q", "-n", str(max(1, min(10, os.cpu_count() or 1))), "tests/kernels"),
-            *("-k", "grouped or nf4_matmul or transformations", "-p", "no:cacheprovider"),
+            *("-k", "attention or grouped or nf4_matmul or transformations", "-p", "no:cacheprovider"),
         ),
         seconds=120,
         # every worker has its own client: none may take all memory

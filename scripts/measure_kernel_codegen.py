@@ -1,14 +1,14 @@
-"""Compiles the MoE kernels at Mixtral-8x7B's shapes, for accelerators that need not be present, and inspects them.
+"""Compiles the kernels at Mixtral-8x7B's shapes, for accelerators that need not be present, and inspects them.
 
     python scripts/measure_kernel_codegen.py                                 # tables; some minutes on 2 cores
     python scripts/measure_kernel_codegen.py --json                          # one JSON document: rows, moe_layers
     python scripts/measure_kernel_codegen.py --targets a100-80gb --cases "w1 nf4 forward" "w1 nf4 rows"
 
 A row is one kernel for one target: a product of the experts (NF4 base, dense base, adapters of rank 128) or of the
-attention's projections (NF4 base), or a gradient of it, at 4,096 tokens unless it says otherwise. `registers`,
-`spill_bytes` and `shared_bytes` are reported by ptxas and XLA, `vmem_bytes` by the TPU compiler. `flops_ratio` is the
-FLOPs of the kernel's grid, including the padding of tiles, over the useful ones. `moe_layers` has this ratio for the
-compiled forward and backward pass of one MoE layer. Needs bimedix_jax[aot].
+attention's projections (NF4 base), attention itself, or a gradient of it, at 4,096 tokens unless it says otherwise.
+`registers`, `spill_bytes` and `shared_bytes` are reported by ptxas and XLA, `vmem_bytes` by the TPU compiler.
+`flops_ratio` is the FLOPs of the kernel's grid, including the padding of tiles, over the useful ones. `moe_layers` has
+this ratio for the compiled forward and backward pass of one MoE layer. Needs bimedix_jax[aot].
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bimedix_jax import startup
 from bimedix_jax.errors import run_script
-from bimedix_jax.plan.codegen import gpu, layer, tpu
+from bimedix_jax.plan.codegen import attention, gpu, layer, tpu
 
 MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     target: module.measure for module in (gpu, tpu) for target in module.TARGETS
@@ -43,6 +43,9 @@ def main() -> None:
     rows = [
         row for target in options.targets for row in tqdm(MEASURE[target](target, names=options.cases), desc=target)
     ]
+    for target in options.targets:
+        measure = attention.measure_gpu if target in gpu.TARGETS else attention.measure_tpu
+        rows += [row for row in measure(target) if not options.cases or row["case"] in options.cases]
     if not rows:
         parser.error("none of these cases exists; run without --cases to list all of them")
     layers = [layer.measure(target) for target in options.targets]

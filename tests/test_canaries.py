@@ -188,7 +188,7 @@ def test_arguments_of_a_policy():
 
 
 def test_optimization_barrier():
-    """lax.optimization_barrier can be differentiated and batched (kernels/products.py, kernels/attention/api.py)."""
+    """lax.optimization_barrier can be differentiated and batched (kernels/products.py, kernels/attention/xla.py)."""
     gradient = jax.grad(lambda x: jnp.sum(lax.optimization_barrier((x, x))[0] ** 2))
     assert jax.vmap(gradient)(jnp.ones((2, 2))).tolist() == [[2.0, 2.0], [2.0, 2.0]]
 

@@ -12,6 +12,7 @@ import re
 
 from bimedix_jax.costs.flops import matmul_flops
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.plan.attention import attention_flops, is_attention
 from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
 
 KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
@@ -151,6 +152,13 @@ def kernel_call(instruction: Instruction) -> Flops:
     """FLOPs of a custom call: those of its grid for a kernel of ours, 0 for a call that multiplies nothing."""
     target = instruction.attribute("custom_call_target") or ""
     target = target.strip('"')
+    name = f"{instruction.op_name} {instruction.name}"  # a kernel's name is in the first on GPUs, in the second on TPUs
+    if target in KERNELS and is_attention(name):
+        operands = kernel_operands(instruction)
+        total, filled = attention_flops(name, operands)
+        q = next(shape for shape in operands if shape.dtype in ROW_TYPES)
+        single = total if q.dtype == "f32" else 0.0
+        return Flops(total, filled, single, kernel=True)
     if target == MOSAIC:
         estimate = MOSAIC_FLOPS.search(instruction.attributes)
         if estimate is None:

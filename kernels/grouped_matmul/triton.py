@@ -78,14 +78,21 @@ def stored_shape(t: NF4Tensor) -> tuple[int, ...]:
     return t.batch_shape + t.unit_shape
 
 
-def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
-    """The reason why the kernels cannot take these operands, or None."""
+def missing_capability() -> str | None:
+    """The reason why the platform cannot run kernels that Triton compiles, or None."""
     if backends.platform() == "tpu":
         return "Triton compiles for GPUs, not for TPUs."
     if jax.default_backend() == "gpu":
         capability = str(getattr(jax.devices()[0], "compute_capability", ""))
         if not capability.replace(".", "").isdigit() or float(capability) < 8:
             return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not {capability or 'an unknown one'}."
+    return None
+
+
+def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
+    """The reason why the kernels cannot take these operands, or None."""
+    if (reason := missing_capability()) is not None:
+        return reason
     if x_MD.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"rows of dtype {x_MD.dtype} are not among bfloat16, float16 and float32."
     if not isinstance(w_EDF, NF4Tensor):

@@ -6,14 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bimedix_jax.kernels.attention import HeadMajor, api, attention, reference, write
-from bimedix_jax.kernels.attention.api import visible
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.attention import HeadMajor, api, attention, blocks, reference, write, xla
+from bimedix_jax.kernels.attention.xla import visible
+
+LENGTH = {"xla": 19, "triton": 37, "splash": 256}
+WIDTH = {"xla": 8, "triton": 16, "splash": 128}
+"""Tokens and width of heads that each backend takes; no block of `triton` divides its length."""
 
 
-def draw(length: int, slots: int, heads: int, groups: int) -> tuple[np.ndarray, ...]:
+def draw(length: int, slots: int, heads: int, groups: int, width: int = 8) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(length)
-    shapes = [(2, length, heads, 8), (2, slots, groups, 8), (2, slots, groups, 8)]
+    shapes = [(2, length, heads, width), (2, slots, groups, width), (2, slots, groups, width)]
     return tuple(rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
 
@@ -26,39 +33,142 @@ def segments(length: int) -> np.ndarray:
     return ids
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (3, 1)])
-def test_equals_the_reference(heads: int, groups: int, window: int | None) -> None:
-    q, k, v = draw(19, 19, heads, groups)
-    ids = segments(19)
-    got = attention(*map(jnp.asarray, (q, k, v, ids, ids)), window=window)
-    assert np.allclose(got, reference.attention(q, k, v, ids, ids, 0, window), atol=2e-6)
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, window: int | None) -> jax.Array:
+    """The formula, for JAX to differentiate."""
+    shared = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible(ids, ids, 0, 0, window)[:, None], scores, -1e30), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
 
 
-def test_with_a_cache_offset() -> None:
-    q, k, v = draw(2, 10, 4, 2)
-    ids = segments(10)
-    got = attention(*map(jnp.asarray, (q, k, v, ids[:, 5:7], ids)), offset=jnp.asarray(5, jnp.int32))
-    assert np.allclose(got, reference.attention(q, k, v, ids[:, 5:7], ids, 5), atol=2e-6)
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize("backend", api.BACKENDS)
+def test_equals_the_reference_forward_and_backward(backend: str, heads: int, groups: int, window: int | None) -> None:
+    length = LENGTH[backend]
+    q, k, v = draw(length, length, heads, groups, WIDTH[backend])
+    ids = jnp.asarray(segments(length))
+
+    @jax.jit
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
+        out, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, ids, ids, window=window, backend=backend), q, k, v)
+        return out, pullback(jnp.cos(out))
+
+    out, gradients = ours(*map(jnp.asarray, (q, k, v)))
+    assert np.allclose(out, reference.attention(q, k, v, segments(length), segments(length), 0, window), atol=2e-6)
+    expected = jax.grad(lambda q, k, v: jnp.sum(jnp.sin(plain(q, k, v, ids, window))), (0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradients, expected)
 
 
-@pytest.mark.parametrize("window", [None, 100])
-def test_chunks_and_gradients(window: int | None) -> None:
-    q, k, v = map(jnp.asarray, draw(600, 600, 2, 1))  # three chunks, the last one shorter
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("backend", api.BACKENDS)
+def test_16_bits(backend: str, dtype: str) -> None:
+    """Scores and sums are float32: the error is that of rounding operands, weights and the result."""
+    length = LENGTH[backend]
+    q, k, v = (jnp.asarray(x, dtype) for x in draw(length, length, 4, 2, WIDTH[backend]))
+    ids = segments(length)
+    got = attention(q, k, v, jnp.asarray(ids), jnp.asarray(ids), backend=backend)
+    assert got.dtype == dtype
+    exact = [np.asarray(x, np.float32) for x in (q, k, v)]
+    expected = reference.attention(exact[0], exact[1], exact[2], ids, ids)
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=1.6e-2)
+
+
+@pytest.mark.parametrize("layout", [lambda x: x, HeadMajor.of])
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_with_a_cache_offset(backend: str, layout: Any) -> None:
+    width = WIDTH[backend]
+    q, k, v = draw(2, 40, 4, 2, width)
+    ids = segments(40)
+    cached = (layout(jnp.asarray(x)) for x in (k, v))
+
+    @jax.jit
+    def ours(q: jax.Array, k: Any, v: Any, query_ids: jax.Array, key_ids: jax.Array, offset: jax.Array) -> jax.Array:
+        return attention(q, k, v, query_ids, key_ids, offset=offset, backend=backend)
+
+    got = ours(jnp.asarray(q), *cached, jnp.asarray(ids[:, 25:27]), jnp.asarray(ids), jnp.int32(25))
+    assert np.allclose(got, reference.attention(q, k, v, ids[:, 25:27], ids, 25), atol=2e-6)
+
+
+def test_the_kernel_for_gpus_takes_any_ids() -> None:
+    """Ids that return, that fall, that are negative; one compiled program for all."""
+    length, width = 40, 16
+    q, k, v = draw(length, length, 2, 1, width)
+
+    @jax.jit
+    def ours(ids: jax.Array) -> jax.Array:
+        return attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), ids, ids, window=11, backend="triton")
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.integers(-2, 2), min_size=2 * length, max_size=2 * length))
+    def check(values: list[int]) -> None:
+        ids = np.asarray(values, np.int32).reshape(2, length)
+        assert np.allclose(ours(jnp.asarray(ids)), reference.attention(q, k, v, ids, ids, 0, 11), atol=2e-6)
+
+    check()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_every_visible_key_is_in_a_visited_block(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.sampled_from([(2, 4), (4, 2), (4, 4)]))
+    offset, window = data.draw(st.integers(0, 8)), data.draw(st.sampled_from([None, 1, 3, 5]))
+    key_ids = np.asarray(data.draw(st.lists(st.integers(0, 3), min_size=16, max_size=16)), np.int32)[None]
+    query_ids = key_ids[:, offset : offset + 8]
+    queries, keys = jnp.asarray(query_ids), jnp.asarray(key_ids)
+    seen = np.asarray(blocks.overlap(queries, keys, jnp.int32(offset), window, (rows, columns)))
+    exact = np.asarray(visible(queries, keys, offset, 0, window))[0]
+    in_blocks = exact.reshape(8 // rows, rows, 16 // columns, columns).any(axis=(1, 3))
+    assert not (in_blocks & ~seen[0]).any()
+    first, stop = (np.asarray(x)[0] for x in blocks.ranges(jnp.asarray(seen)))
+    for i, row in enumerate(seen[0]):
+        assert (row.nonzero()[0].size == 0) == (first[i] == stop[i])
+        assert not row[: first[i]].any()
+        assert not row[stop[i] :].any()
+
+
+def test_chunks_and_gradients() -> None:
+    """Of the backend for CPUs: three chunks, the last one shorter."""
+    q, k, v = map(jnp.asarray, draw(600, 600, 2, 1))
     ids = jnp.asarray(segments(600))
-
-    def plain(q, k, v):
-        scores = jnp.einsum("bthd,bsd->bhts", q, k[:, :, 0]) * 8**-0.5
-        seen = visible(ids, ids, 0, 0, window)
-        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
-        return jnp.einsum("bhts,bsd->bthd", weights, v[:, :, 0])
-
-    def ours(q, k, v):
-        return attention(q, k, v, ids, ids, window=window)
-
-    assert np.allclose(ours(q, k, v), plain(q, k, v), atol=2e-6)
-    got, expected = (jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v) for f in (ours, plain))
+    got, expected = (
+        jax.grad(lambda *qkv, f=f: jnp.sum(jnp.sin(f(*qkv, ids, 100))), (0, 1, 2))(q, k, v)
+        for f in (lambda q, k, v, ids, window: attention(q, k, v, ids, ids, window=window), plain)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "length", "width", "cached", "reason"),
+    [
+        ("triton", "tpu", 32, 16, False, "not for TPUs"),
+        ("triton", "cpu", 32, 24, False, "heads of width 24"),
+        ("splash", "gpu", 128, 128, False, "a kernel for TPUs"),
+        ("splash", "cpu", 100, 128, False, "100 tokens and heads of width 128"),
+        ("splash", "cpu", 128, 64, False, "heads of width 64"),
+        ("splash", "cpu", 128, 128, True, "no key-value cache"),
+    ],
+)
+def test_refusals(backend: str, platform: str, length: int, width: int, cached: bool, reason: str) -> None:
+    """A named backend says why; an automatic choice falls back."""
+    q, k, v = map(jnp.asarray, draw(length, length, 2, 1, width))
+    ids = jnp.ones((2, length), jnp.int32)
+    offset = jnp.int32(0) if cached else None
+    with backends.use(platform), pytest.raises(NotImplementedError, match=reason):
+        attention(q, k, v, ids, ids, offset=offset, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "expected"),
+    [("cpu", 128, "xla"), ("gpu", 128, "triton"), ("gpu", 1, "xla"), ("tpu", 128, "splash")],
+)
+def test_the_backend_of_each_platform(platform: str, length: int, expected: str) -> None:
+    q, k, v = (jax.ShapeDtypeStruct((2, length, heads, 128), jnp.bfloat16) for heads in (4, 2, 2))
+    ids = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    with backends.use(platform), backends.recording() as choices:
+        jax.eval_shape(lambda *x: attention(*x, offset=None), q, k, v, ids, ids)
+    assert choices.to_dict()["attention"] == [expected]
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -89,7 +199,7 @@ def test_both_cache_layouts_equal_the_reference(heads: int, groups: int, length:
 @pytest.mark.parametrize("length", [1, 8])
 def test_cache_layouts_agree_in_every_dtype(length: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit on scores, so that groups of heads run one after another."""
-    monkeypatch.setattr(api, "CPU_SCORES", 2 * length * 10)
+    monkeypatch.setattr(xla, "CPU_SCORES", 2 * length * 10)
     q, k, v = (jnp.asarray(x, dtype) for x in draw(length, 10, 4, 2))
     ids = jnp.asarray(segments(10))
     operands = (ids[:, 2 : 2 + length], ids)

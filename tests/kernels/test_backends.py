@@ -8,6 +8,7 @@ import pytest
 
 from bimedix_jax import experiment
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.attention import api as attention
 from bimedix_jax.kernels.expert_mlp import api as expert_mlp
 from bimedix_jax.kernels.grouped_low_rank import api as grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import api as grouped_matmul
@@ -66,6 +67,7 @@ def test_all_backends_of_an_operation_are_recorded() -> None:
 def test_every_operation_can_be_chosen_by_configuration(operation: str) -> None:
     tables = {
         "layer_scan": layer_scan,
+        "attention": attention,
         "expert_mlp": expert_mlp,
         "grouped_matmul": grouped_matmul,
         "nf4_matmul": nf4_matmul,

@@ -44,10 +44,10 @@ def permuted(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> ja
     return combine(jnp.tanh(dispatch(x, permutation)), trained[0, :ROWS, :2], permutation)
 
 
-def mixed(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+def mixed(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
     ids = owners(groups_E)[None]
-    k, v = ((x @ trained[i, :, :16]).reshape(1, ROWS, 2, 8) for i in range(2))
-    return attention(x.reshape(1, ROWS, 4, 8), k, v, ids, ids, window=9).reshape(ROWS, WIDTH)
+    k, v = ((x @ trained[i, :, :16]).reshape(1, ROWS, 1, 16) for i in range(2))
+    return attention(x.reshape(1, ROWS, 2, 16), k, v, ids, ids, window=9, backend=backend).reshape(ROWS, WIDTH)
 
 
 def layered(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
@@ -61,7 +61,9 @@ def layered(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax
 
 
 def operations() -> dict[str, Operation]:
-    found: dict[str, Operation] = {"permute": permuted, "attention": mixed}
+    found: dict[str, Operation] = {"permute": permuted}
+    for name in ("xla", "triton"):  # splash attention takes rows of 128 tokens or more: test_attention.py
+        found[f"attention {name}"] = functools.partial(mixed, name)
     found["dense matmul"] = lambda x, trained, frozen, groups: nf4_matmul.matmul(x, trained[0])
     for name in grouped_matmul.BACKENDS:
         grouped = functools.partial(grouped_matmul.grouped_matmul, backend=name)

@@ -53,12 +53,12 @@ def test_an_experiment_that_fits_is_not_changed(compiled):
 
 
 def test_rows_are_reduced_first_and_the_step_keeps_its_size(compiled):
-    """One device and 8 rows of 20 GiB each. Numbers of rows that cannot fit are not compiled."""
+    """One device and 16 rows of 20 GiB each. Numbers of rows that cannot fit are not compiled."""
     tried = compiled(lambda experiment, count: (40, 20 * experiment.batch.rows))
     estimate, changed = search("a100-80gb:1")
     assert estimate.fits
-    assert changed == ["batch.rows: 1, 8 asked for", "batch.accumulation: 16, 2 asked for"]
-    assert [experiment.batch.rows for experiment in tried] == [8, 1]
+    assert changed == ["batch.rows: 1, 16 asked for", "batch.accumulation: 16, 1 asked for"]
+    assert [experiment.batch.rows for experiment in tried] == [16, 1]
     assert {experiment.batch.size for experiment in tried} == {16}
 
 
@@ -68,7 +68,7 @@ def test_order_is_recomputation_mesh_optimiser_shorter_rows(compiled):
         return 5, 3 * (4 - sum(small)) + experiment.data.sequence_length / 1024
 
     tried = compiled(rule)
-    estimate, changed = search("v5e:8", remat="none")
+    estimate, changed = search("v5e:8", remat="none", batch={"rows": 8, "accumulation": 2})
     assert estimate.fits
     order = [(e.remat, tensor(e), e.optimiser.state_dtype, e.data.sequence_length) for e in tried]
     assert order[:2] == [("none", 1, "float32", 4096), ("layer", 1, "float32", 4096)]
@@ -79,7 +79,7 @@ def test_order_is_recomputation_mesh_optimiser_shorter_rows(compiled):
 
 def test_rows_become_divisible_by_the_devices(compiled):
     compiled(lambda experiment, count: (1, 1))
-    estimate, changed = search("v5p:16")
+    estimate, changed = search("v5p:16", **{"batch.rows": 8, "batch.accumulation": 2})
     assert (estimate.experiment.batch.rows, estimate.experiment.batch.accumulation) == (16, 1)
     assert changed == ["batch.rows: 16, 8 asked for", "batch.accumulation: 1, 2 asked for"]
 

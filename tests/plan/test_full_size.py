@@ -1,6 +1,6 @@
 """The full-size training step compiles for eight A100s and for eight TPU v5e, within bounds on memory; recording too.
 
-The paper's recipe on Mixtral-8x7B: rank 128, 4,096 tokens a row, 8 devices with a row each. The bounds fail if weights
+The paper's recipe on Mixtral-8x7B: rank 128, 16 rows of 4,096 tokens on 8 devices. The bounds fail if weights
 are no longer sharded, if gathers are hoisted out of the loop over layers, or if dequantised weights are kept.
 """
 
@@ -18,8 +18,8 @@ from bimedix_jax.plan.step import recording_step
 from bimedix_jax.presets import bimedix_mixtral_8x7b
 
 GIB = 2**30
-BOUND, TPU_BOUND = 19.0 * GIB, 14.0 * GIB
-"""Bytes of each A100 and of each v5e with whole layers recomputed."""
+BOUND, TPU_BOUND = 51.0 * GIB, 14.0 * GIB
+"""Bytes of each A100; of each v5e with one row at a time and whole layers recomputed."""
 
 
 def estimated(devices: str, **changes) -> Estimate:
@@ -27,17 +27,18 @@ def estimated(devices: str, **changes) -> Estimate:
 
 
 def test_the_recipe_fits_eight_a100s() -> None:
-    found = estimated("a100-80gb:8", remat="layer")
+    found = estimated("a100-80gb:8")
     document = to_document(found)
     assert document["fits"]
     assert document["peak_bytes_per_device"] <= BOUND
+    assert document["hours"] <= 20
     # NF4 with double quantisation takes 4.13 bits a weight; embeddings, head, norms and routers 16
     assert document["parts"]["base"] <= 22.9 * GIB / 8
     assert document["parts"]["optimiser"] == pytest.approx(2 * document["parts"]["adapters"], rel=1e-3)
     # the forward pass and its recomputation gather each layer's packed bytes, never 16-bit weights
     gathered = document["collective_bytes"]["all-gather"] / found.experiment.batch.accumulation
     assert gathered <= 2 * (22.9 + 7.1) * GIB
-    assert document["flops"] <= 1.75 * document["useful_flops"]
+    assert document["flops"] <= 1.15 * document["useful_flops"]
     assert abs(document["excess_flops"]["other"]) <= 0.02 * document["useful_flops"]
 
 
@@ -55,7 +56,7 @@ def least_effort() -> Iterator[None]:
 
 @pytest.mark.usefixtures("least_effort")
 def test_the_recipe_fits_eight_v5es() -> None:
-    found = estimated("v5e:8", remat="layer")
+    found = estimated("v5e:8", remat="layer", batch={"rows": 8, "accumulation": 2})
     document = to_document(found)
     assert document["fits"], "the TPU's compiler ran out of the 15.75 GiB that a chip has"
     assert document["peak_bytes_per_device"] <= TPU_BOUND
