@@ -8,6 +8,7 @@ interpreted.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -51,7 +52,7 @@ def kernel(length: int, shared: int, window: int | None, interpret: bool) -> spl
     """The kernel for the query heads of one key head."""
     shape = (length, length)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    sizes = splash.BlockSizes(**dict.fromkeys(SIZES, splash_block(length)))
+    sizes = splash.BlockSizes(**dict.fromkeys(SIZES, splash_block(length) or length))
     with jax.ensure_compile_time_eval():  # the tables of its blocks are constants, also inside of jit
         return splash.make_splash_mqa_single_device(
             masks.MultiHeadMask([mask] * shared),
@@ -78,7 +79,8 @@ def attention(
     k_BGSH, v_BGSH = (x.astype(q_BTQH.dtype).swapaxes(1, 2) for x in (k_BSGH, v_BSGH))
 
     def of_example(q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
-        return jax.vmap(functools.partial(attend, segment_ids=splash.SegmentIds(query_ids, key_ids)))(q, k, v)
+        segments = splash.SegmentIds(query_ids, key_ids)
+        return jax.vmap(lambda q, k, v: jnp.asarray(attend(q, k, v, segment_ids=segments)))(q, k, v)
 
     out = jax.vmap(of_example)(q_BGRTH, k_BGSH, v_BGSH, query_ids_BT, key_ids_BS)
     return out.reshape(batch, heads, length, width).swapaxes(1, 2)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
@@ -28,6 +27,7 @@ from bimedix_jax.kernels.attention.blocks import overlap, padded, ranges
 from bimedix_jax.kernels.attention.cache import Cached, HeadMajor
 from bimedix_jax.kernels.grouped_matmul.triton import dot, missing_capability
 from bimedix_jax.kernels.manual_axes import vary_alike, varying
+from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 
 MASKED = -1e30
 """Score of a key that a query may not attend to; finite, so that a row without any visible key gives no NaN."""
@@ -363,8 +363,8 @@ def attend_backward(window: int | None, residuals: tuple, dout: jax.Array):
     dk, dv = launch(
         key_kernel, "attention_keys", by_keys, more(block), block, window, results, [query, row, row], by_keys=True
     )
-    zeros = (np.zeros(x.shape, jax.dtypes.float0) for x in operands[:3])
-    return (Operands(*zeros, dq[:, :length], dk[:, :slots], dv[:, :slots]),)
+    slot, query_ids, key_ids = (zero_cotangent(x) for x in operands[:3])
+    return (Operands(slot, query_ids, key_ids, dq[:, :length], dk[:, :slots], dv[:, :slots]),)
 
 
 attend.defvjp(attend_forward, attend_backward)

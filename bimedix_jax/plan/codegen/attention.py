@@ -26,7 +26,7 @@ def gradients(backend: str, length: int, target: str, dtype: str = "bfloat16", w
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, dout: jax.Array) -> tuple:
-        out, pullback = jax.vjp(lambda *qkv: attention(*qkv, ids, ids, backend=backend), q, k, v)
+        out, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, ids, ids, backend=backend), q, k, v)
         return out, pullback(dout)
 
     q = array(1, length, config.num_heads, width or config.head_dim)
