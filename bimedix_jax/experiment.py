@@ -82,7 +82,7 @@ class DataSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterTraining:
-    """The routers: their losses, their variant and their metrics by language."""
+    """The routers: their losses, their variant and the languages of the metrics."""
 
     aux_loss_coef: float = 0.001
     """Weight of the load-balancing loss; with 0 it is only reported."""
@@ -98,7 +98,7 @@ class RouterTraining:
     bias_rate: float | None = None
     """Change of sigmoid_bias's balancing bias in an optimiser step; null keeps the model's own."""
     languages: tuple[str, ...] = ()
-    """Languages, such as en and ar, whose load, entropy, margin and z are reported separately; needs packed data."""
+    """Languages, such as en and ar, whose loss and load are logged separately; empty logs all of the packed data."""
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -270,6 +270,8 @@ class Experiment:
     """Steps between measurements of the held-out loss; 0 turns them off."""
     probe: str | None = None
     """Folder of packed rows whose routes are recorded at steps 0, 1, 2, 4, ... and after the last; null for none."""
+    log_experts_every: int = 0
+    """Steps between logs of gradient norm and weight change by expert; the last step has them too. 0 for none."""
     checkpoint_every: int = 100
     """Steps between checkpoints. One is always written at the end and on Ctrl-C."""
     keep: int = 2
@@ -290,7 +292,7 @@ class Experiment:
         for name in ("steps", "epochs", "checkpoint_every", "keep", "skip_limit"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
-        for name in ("eval_every", "seed", "reorders"):
+        for name in ("eval_every", "seed", "reorders", "log_experts_every"):
             require(getattr(self, name) >= 0, f"{name} cannot be negative, got {getattr(self, name)}.")
         require(
             self.eval_every == 0 or self.data.heldout is not None,

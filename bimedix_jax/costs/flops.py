@@ -103,11 +103,14 @@ def attention_flops(config: MixtralConfig, keys: float) -> float:
     return 2 * attention_product_flops(config, seen) * config.num_layers
 
 
-def training_flops(model: Mixtral, tokens: int, length: int) -> dict[str, float]:
-    """Useful FLOPs of an optimiser step over `tokens` tokens in rows of `length`, each one document.
+def training_flops(model: Mixtral, tokens: float, length: int, keys: float | None = None) -> dict[str, float]:
+    """Useful FLOPs of an optimiser step over `tokens` tokens in rows of `length`.
 
     Frozen matrices have a forward product and a gradient to their input. Adapters, and all matrices of a model without
     adapters, also have a gradient to their weights. Attention has two products forward and four backward.
+
+    Args:
+      keys: keys that a token sees on average; None if each row is one document.
     """
     forward = linear_flops(model.config)
     in_full = [name for name, layer in ((path[-1], layer) for path, layer in linears(model).items())
@@ -115,10 +118,11 @@ def training_flops(model: Mixtral, tokens: int, length: int) -> dict[str, float]
     per_token = sum(flops * (TRAINED if name in in_full else FROZEN) for name, flops in forward.items())
     if model.lora is None and model.lm_head is None:
         per_token += forward[HEAD]
+    seen = (length + 1) / 2 if keys is None else keys
     return {
         "matrices": tokens * per_token,
         "adapters": tokens * TRAINED * adapter_flops(model),
-        "attention": tokens * 3 * attention_flops(model.config, (length + 1) / 2),
+        "attention": tokens * 3 * attention_flops(model.config, seen),
     }
 
 

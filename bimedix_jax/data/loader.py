@@ -89,12 +89,12 @@ class Batches:
         share = self.batch_size // self.process_count
         return self._rows_at(step, range(self.process_index * share, (self.process_index + 1) * share))
 
-    def at(self, step: int, positions: Iterable[int], languages: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    def at(self, step: int, positions: Iterable[int], groups: Sequence[tuple[str, str]] = ()) -> dict[str, np.ndarray]:
         """Rows of the global batch of `step` at these positions, for processes whose shares are uneven.
 
-        With `languages`, the batch has each token's language as well; see `pack.batch`.
+        With `groups` of (language, kind), the batch has each token's group as well; see `pack.groups_of`.
         """
-        return pack.batch(self._rows_at(step, positions), languages)
+        return pack.batch(self._rows_at(step, positions), groups)
 
     def _rows_at(self, step: int, positions: Iterable[int]) -> list[Row]:
         if step < 0 or (self.epochs is not None and step >= len(self)):

@@ -160,25 +160,29 @@ def pack(
         yield _row(contents.pop(row), sequence_length, pad_id, report)
 
 
-def batch(rows: Sequence[Row], languages: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def batch(rows: Sequence[Row], groups: Sequence[tuple[str, str]] = ()) -> dict[str, np.ndarray]:
     """Rows as the training batch: tokens_BT and segment_ids_BT int32, loss_mask_BT bool (True at supervised targets).
 
-    With `languages`, also language_BT int32: the index of each token's language, their number for any other.
+    With `groups`, also group_BT int32, as `groups_of`.
     """
     found = {
         "tokens_BT": np.stack([row.tokens for row in rows]),
         "segment_ids_BT": np.stack([row.segment_ids for row in rows]),
         "loss_mask_BT": np.stack([row.loss_mask for row in rows]),
     }
-    return found | ({"language_BT": np.stack([languages_of(row, languages) for row in rows])} if languages else {})
+    return found | ({"group_BT": np.stack([groups_of(row, groups) for row in rows])} if groups else {})
 
 
-def languages_of(row: Row, languages: Sequence[str]) -> np.ndarray:
-    """int32 [T]: the index in `languages` of each token's language, their number for padding and others."""
-    of_segment = np.full(len(row.segments) + 1, len(languages), np.int32)
+def groups_of(row: Row, groups: Sequence[tuple[str, str]]) -> np.ndarray:
+    """int32 [T]: the index in `groups` of each token's (language, kind), their number for padding and others.
+
+    A group (language, "") has all kinds of the language that have no group of their own.
+    """
+    places = {pair: place for place, pair in enumerate(groups)}
+    of_segment = np.full(len(row.segments) + 1, len(groups), np.int32)
     for segment in row.segments:
-        if segment.language in languages:
-            of_segment[segment.segment] = languages.index(segment.language)
+        rest = places.get((segment.language, ""), len(groups))
+        of_segment[segment.segment] = places.get((segment.language, segment.kind), rest)
     return of_segment[row.segment_ids]
 
 

@@ -131,9 +131,10 @@ def training_arguments(
     router = structure.router_state(frozen)
     state = TrainState(params, optimiser_state(optimiser, params, placed.replicated), count, router)
     shape = (experiment.batch.accumulation, experiment.batch.rows, experiment.data.sequence_length)
-    kinds = batch_kinds(bool(experiment.router.languages))
+    named = len(experiment.router.languages)  # the kinds of the data are not known
+    kinds = batch_kinds(named > 0)
     batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=placed.batch) for name, kind in kinds.items()}
-    return (state, frozen, batch), make_train_step(structure, experiment, STEPS, optimiser)
+    return (state, frozen, batch), make_train_step(structure, experiment, STEPS, optimiser, named)
 
 
 def training_step(config: MixtralConfig, experiment: Experiment, devices: list[Any]) -> CompiledStep:

@@ -1,16 +1,15 @@
-"""Pictures of a sweep: the training loss of each arm with a band over its seeds, and the load of experts of a run.
+"""A picture of a sweep: the training loss of each arm with a band over its seeds.
 
 The bytes of a PNG depend on the numbers alone, so that a report made again is the same file.
 """
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from bimedix_jax.training.picture import png
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
@@ -57,52 +56,3 @@ def smoothed(losses_SN: np.ndarray, span: int) -> np.ndarray:
     places_N = np.arange(losses_SN.shape[1])
     before_SN = np.where(places_N >= span, sums_SN[:, places_N - span], 0.0)
     return (sums_SN - before_SN) / np.minimum(places_N + 1, span)
-
-
-def draw_load(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Writes a PNG: the share of each expert by layer and language, or else the busiest expert's share over time."""
-    loads = load_by_language(lines)
-    figure = Figure(figsize=(3.2 * max(1, len(loads)) + 1.2, 4.0), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(1, len(loads)), squeeze=False)[0]
-    shown = None
-    if loads:
-        most = max(load_LE.max() for load_LE in loads.values())
-        for axis, (name, load_LE) in zip(axes, loads.items(), strict=True):
-            shown = axis.imshow(load_LE, aspect="auto", vmin=0.0, vmax=most, cmap="viridis")
-            axis.set_title(f"{name}: share of tokens", fontsize=9)
-            axis.set_xlabel("expert")
-    else:
-        (axis,) = axes
-        share_LS = np.asarray([line["load_max_share"] for line in lines]).T
-        ends = (lines[0]["step"] - 0.5, lines[-1]["step"] + 0.5, len(share_LS) - 0.5, -0.5)
-        shown = axis.imshow(share_LS, aspect="auto", extent=ends, cmap="viridis")
-        axis.set_title("share of the busiest expert", fontsize=9)
-        axis.set_xlabel("optimiser step")
-    axes[0].set_ylabel("layer")
-    for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-    if shown is not None:
-        figure.colorbar(shown, ax=axes[-1])
-    path.write_bytes(png(figure))
-    return path
-
-
-def load_by_language(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Share of each expert [L, E] by language, over the tokens of the last quarter of the steps."""
-    found: dict[str, np.ndarray] = {}
-    for name, group in lines[-1].get("by_language", {}).items():
-        if "load" not in group:
-            continue
-        last = [line["by_language"][name] for line in lines[-max(1, len(lines) // 4) :]]
-        tokens = sum(one["tokens"] for one in last)
-        if tokens:
-            found[name] = np.sum([one["tokens"] * np.asarray(one["load"]) for one in last], axis=0) / tokens
-    return found
-
-
-def png(figure: Figure) -> bytes:
-    held = BytesIO()
-    figure.savefig(held, format="png", metadata={"Software": None})
-    return held.getvalue()

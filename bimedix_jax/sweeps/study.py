@@ -40,8 +40,11 @@ LOGGED = {
     "grad_norm": "gradient norm",
     "load_entropy": "entropy of the load, 1 is even",
     "load_max_share": "share of the busiest expert",
+    "dead_experts": "experts that no token of a step chose",
     "router_entropy": "entropy of the router, nats",
-    "router_margin": "margin of the router",
+    "router_margin": "margin of the router, last chosen expert over the best refused one",
+    "router_top_margin": "margin of the router, best expert over the second best",
+    "router_z": "squared logsumexp of the router's logits",
     "heldout_nll": "loss of the packed held-out rows, nats per token",
 }
 """Metrics of metrics.jsonl: means over the last tenth of the steps, and over layers."""

@@ -15,7 +15,7 @@ from bimedix_jax.experiment import read
 from bimedix_jax.sweeps.folder import EVALUATION
 from bimedix_jax.sweeps.results import by_group
 from bimedix_jax.training.metrics import METRICS, read_metrics
-from bimedix_jax.training.tracking import CONFIG, rebuilt, run_id
+from bimedix_jax.training.tracking import CONFIG, load_picture, rebuilt, run_id
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -63,10 +63,8 @@ def add_results(run: Any, lines: Sequence[dict[str, Any]], evaluation: dict[str,
     """Adds the summary, the table of the evaluation and the picture of the load to a run of wandb."""
     import wandb
 
-    from bimedix_jax.sweeps.picture import draw_load
-
     last = lines[-1]["step"]
-    found: dict[str, Any] = {"load": wandb.Image(str(draw_load(lines, scratch / "load.png")))}
+    found = load_picture(lines, scratch)
     groups = by_group(evaluation.get("records", ()))
     if groups:
         columns: list[str | int] = ["group", *next(iter(groups.values()))]

@@ -17,9 +17,9 @@ from bimedix_jax.training.rows import NumpyBatch, Rows, micro_batches
 KINDS = {"tokens_BT": jnp.int32, "segment_ids_BT": jnp.int32, "loss_mask_BT": jnp.bool_}
 
 
-def batch_kinds(languages: bool) -> dict[str, Any]:
-    """Name and dtype of each array of a batch; with `languages` it has the language of each token."""
-    return KINDS | ({"language_BT": jnp.int32} if languages else {})
+def batch_kinds(groups: bool) -> dict[str, Any]:
+    """Name and dtype of each array of a batch; with `groups` it has the group of each token."""
+    return KINDS | ({"group_BT": jnp.int32} if groups else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +28,16 @@ class Feed:
 
     Attributes:
       layout: of the model on a mesh; None on one device.
-      languages: whether the batches have the language of each token.
     """
 
     rows: Rows
     batch: BatchConfig
     length: int
     layout: Layout | None
-    languages: bool = False
 
     @classmethod
     def of(cls, experiment: Experiment, rows: Rows, layout: Layout | None) -> "Feed":
-        return cls(rows, experiment.batch, experiment.data.sequence_length, layout, bool(experiment.router.languages))
+        return cls(rows, experiment.batch, experiment.data.sequence_length, layout)
 
     def sharding(self, *lead: None) -> NamedSharding | None:
         """The sharding of rows, with these axes before the axis of rows."""
@@ -48,7 +46,7 @@ class Feed:
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of a step's batch, [A, B, T], for the compiler."""
         shape = (self.batch.accumulation, self.batch.rows, self.length)
-        kinds = batch_kinds(self.languages).items()
+        kinds = batch_kinds(bool(self.rows.groups.pairs)).items()
         return {name: jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(None)) for name, kind in kinds}
 
     def own_rows(self) -> np.ndarray:

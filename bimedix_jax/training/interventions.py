@@ -66,6 +66,11 @@ class StepPlans:
             plan, rules = rules.planner(config, []).same_for_all, None
         return cls(replicated_plan(plan, layout), rules, config, rows, layout)
 
+    @property
+    def free(self) -> bool:
+        """Whether the routers follow no plan."""
+        return self.fixed is None and self.rules is None
+
     def of_step(self, step: int) -> RoutingPlan | None:
         """The plan of a step, counted from 0. Every process makes it for all rows of the step."""
         return self.fixed if self.rules is None else self.of_rows(self.rows.whole(step))

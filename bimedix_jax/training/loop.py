@@ -29,9 +29,11 @@ from bimedix_jax.sharding.layout import host_memory
 from bimedix_jax.sharding.placement import gather_for_export, place
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.feed import Feed
+from bimedix_jax.training.goodput import Goodput
 from bimedix_jax.training.interventions import StepPlans, rules_of_run
 from bimedix_jax.training.metadata import check_identity, identity, write_run
 from bimedix_jax.training.metrics import METRICS, MetricsLog, read_metrics
+from bimedix_jax.training.observe import Observer
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
 from bimedix_jax.training.prepare import check_router_rate, mesh_of, plan_of_run, prepare_model
@@ -116,6 +118,7 @@ def train_in(
     plan: RoutingPlan | None,
 ) -> TrainResult:
     """`train` in a folder that this process has locked."""
+    goodput = Goodput()
     warn_unchecked(check_tokenizer(experiment), console)
     rules = rules_of_run(experiment, plan)
     data_of(experiment)  # a wrong probe is an error before the model is read
@@ -146,15 +149,19 @@ def train_in(
         console.print(f"all {rows.steps} steps are already done", highlight=False)
         last = next(reversed(read_metrics(folder)), {})
     else:
-        step = make_train_step(structure, experiment, rows.steps, optimiser)
+        step = make_train_step(structure, experiment, rows.steps, optimiser, len(rows.groups.pairs))
+        observer = Observer.of_run(
+            experiment, folder, model, structure, params, rows.groups, plans.free, goodput, console
+        )
         with backends.use(**experiment.kernels.named()):
             compiled, cost = compile_step(step, state, frozen, feed, plans.of_step(done), console)
             cost |= {"restore_seconds": restore_seconds}
             distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
             print_start(experiment, rows, done, cost["kernels"], console)
-            state, last = run_steps(
-                experiment, folder, feed, compiled, structure, state, fresh, frozen, plans, console, command
-            )
+            goodput.compiled(cost["compile_seconds"])
+            with observer.reported(folder, console):
+                parts = (structure, state, fresh, frozen, plans, console, command, observer)
+                state, last = run_steps(experiment, folder, feed, compiled, *parts)
         report(plans.rules, console)
     update_params(model, {**state.params, **state.router})
     with signals.hint(f"resume with `{command}`"):
@@ -229,6 +236,7 @@ def run_steps(
     plans: StepPlans,
     console: Console,
     command: str,
+    observer: Observer,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the remaining steps. Returns the last state and the last line of metrics.
 
@@ -249,9 +257,9 @@ def run_steps(
             ordered = dataclasses.replace(feed, rows=rows), dataclasses.replace(plans, rows=rows)
             try:
                 result = steps_in_order(
-                    experiment, folder, step, structure, state, frozen, *ordered, skips, stop, saver
+                    experiment, folder, step, structure, state, frozen, *ordered, skips, observer, stop, saver
                 )
-                saver.finish(console)
+                observer.timed("save", partial(saver.finish, console))
                 return result
             except Diverged as error:
                 diverged = error.with_traceback(None)  # whose frames would keep the arrays of the state
@@ -277,6 +285,7 @@ def steps_in_order(
     feed: Feed,
     plans: StepPlans,
     skips: Skips,
+    observer: Observer,
     stop: StopRequest,
     saver: Saver,
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -290,27 +299,24 @@ def steps_in_order(
     """
     evaluate, logs, done = make_eval_step(structure), distributed.is_process_zero(), int(state.step)
     rows, probe = feed.rows, Probe.of_run(experiment, folder, structure, state, frozen, feed.rows.steps)
-
-    def read(step: int) -> tuple[dict[str, jax.Array], RoutingPlan | None]:
-        return feed.to_devices(checked(feed.read(step), structure.vocab_size, step)), plans.of_step(step)
-
+    read = partial(read_step, feed, plans, structure.vocab_size)
     with (
         MetricsLog(folder if logs else None) as log,
         Mirror(experiment if logs else None, folder, done) as mirror,
         TrainingProgress(stop.console, done, rows.steps) as progress,
-        ReadAhead(read, done, rows.steps) as batches,
+        ReadAhead(read, done, rows.steps, observer.waited) as batches,
     ):
-        lines = LateLines(skips, (log.write, mirror.write, progress.update))
+        lines = LateLines(skips, (log.write, mirror.write, progress.update, observer.alarms.update), observer)
         requested = distributed.any_process_later(lambda: stop.requested)
         while done < rows.steps:
             try:
-                batch, plan = batches.next()
+                batch, plan = batches.next(lines.busy)
             except Exception:
                 lines.settle()  # the previous step succeeded, so its line is written
                 raise
             state, metrics = step(state, frozen, batch, plan)
             done += 1
-            lines.add(done, metrics)
+            lines.add(done, observer.with_experts(done, metrics, state, frozen))
             saver.check()
             stopping, requested = requested(), distributed.any_process_later(lambda: stop.requested)
             evaluates = experiment.eval_every > 0 and done % experiment.eval_every == 0
@@ -318,15 +324,23 @@ def steps_in_order(
             if not (evaluates or saves or probe.is_due(done)):
                 continue
             measure = partial(measure_heldout, experiment, evaluate, state, frozen, feed, structure.vocab_size, plans)
-            lines.settle(measure if evaluates else None)
-            probe.record(state, done)
+            lines.settle(partial(observer.timed, "evaluation", measure) if evaluates else None)
+            observer.timed("probe", partial(probe.record, state, done))
             if saves:
-                lines.timings["save_stall_seconds"] = saver.save(done, state, position_of(experiment, rows, done))
+                stall = saver.save(done, state, position_of(experiment, rows, done))
+                lines.timings["save_stall_seconds"] = observer.lost("save", stall)
             if stopping and done < rows.steps:
                 saver.finish(stop.console)
                 raise Interrupted(f"step {done} of {rows.steps} is saved; resume with `{stop.command}`")
             lines.restart_clock()
     return state, lines.last
+
+
+def read_step(
+    feed: Feed, plans: StepPlans, vocab_size: int, step: int
+) -> tuple[dict[str, jax.Array], RoutingPlan | None]:
+    """The batch of a step on the devices, and its routing plan."""
+    return feed.to_devices(checked(feed.read(step), vocab_size, step)), plans.of_step(step)
 
 
 def position_of(experiment: Experiment, rows: Rows, done: int) -> dict[str, Any]:

@@ -72,15 +72,15 @@ def token_losses(
 
 
 @jax.named_scope("loss")
-def next_token_loss(
+def target_losses(
     head: Head,
     hidden_BTD: Float[Array, "B T D"],
     tokens_BT: Int[Array, "B T"],
     segment_ids_BT: Int[Array, "B T"],
     loss_mask_BT: Bool[Array, "B T"],
     chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(summed NLL in nats, number of targets), float32. On a shard, its own part of both.
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """(NLL in nats of each target, float32, 0 elsewhere; where the targets are). On a shard, its part of the length.
 
     Args:
       hidden_BTD: `model.hidden(...).hidden_BTD`.
@@ -91,4 +91,17 @@ def next_token_loss(
     # shards with the same rows each compute a part of them
     hidden_BTD, targets_BT, learned_BT = (shards.own_part(LENGTH, x, 1) for x in (hidden_BTD, targets_BT, learned_BT))
     nll_BT = token_losses(head, hidden_BTD, targets_BT, chunk_tokens)
-    return jnp.sum(jnp.where(learned_BT, nll_BT, 0.0)), jnp.sum(learned_BT, dtype=jnp.float32)
+    return jnp.where(learned_BT, nll_BT, 0.0), learned_BT
+
+
+def next_token_loss(
+    head: Head,
+    hidden_BTD: Float[Array, "B T D"],
+    tokens_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"],
+    loss_mask_BT: Bool[Array, "B T"],
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(summed NLL in nats, number of targets) of `target_losses`, float32. On a shard, its own part of both."""
+    nll_BT, learned_BT = target_losses(head, hidden_BTD, tokens_BT, segment_ids_BT, loss_mask_BT, chunk_tokens)
+    return jnp.sum(nll_BT), jnp.sum(learned_BT, dtype=jnp.float32)

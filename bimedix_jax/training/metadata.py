@@ -116,3 +116,10 @@ def write_run(folder: Path, covered: dict[str, Any], same: dict[str, Any], step:
     starts = [*earlier, {"step": step, **environment(), **cost}]
     run = {**same, "coverage": covered, "starts": starts}
     write_text(folder / RUN, json.dumps(run, indent=2) + "\n")
+
+
+def add_to_start(folder: Path, facts: dict[str, Any]) -> None:
+    """Adds facts to the newest start in run.json."""
+    run = read_run(folder)
+    run["starts"][-1] |= facts
+    write_text(folder / RUN, json.dumps(run, indent=2) + "\n")

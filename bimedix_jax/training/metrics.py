@@ -10,40 +10,69 @@ import jax
 import numpy as np
 
 from bimedix_jax.files import write_text
+from bimedix_jax.training.groups import NO_GROUPS, Groups, router_metrics
 
 METRICS = "metrics.jsonl"
-
-
 ORDER = (
     "loss",  # the objective: nll + aux_loss_coef * aux_loss + z_loss_coef * z_loss
     "nll",  # nats per supervised token
     "aux_loss",  # unscaled, top_k when balanced
     "z_loss",  # unscaled
     "grad_norm",  # before clipping
+    "grad_norms",  # of attention, experts, router and other parameters, as far as they train
     "learning_rate",
+    "router_learning_rate",  # where it differs
     "tokens",  # of this step, padding excluded
     "supervised_tokens",
+    "padding",  # share of the positions
+    "mean_context",  # keys that a token attends to, in rows of several segments
+    "load",  # by layer: share of each expert
     "load_entropy",  # by layer, over its maximum: 1 is even
     "load_max_share",  # by layer: of the busiest expert
+    "load_max_over_mean",  # by layer: the same over the mean, 1 is even
+    "dead_experts",  # by layer: experts that no token of the step chose
     "router_entropy",  # by layer: of the router's probabilities, nats a token
     "router_margin",  # by layer: rank of the last chosen expert minus that of the best refused one
+    "router_top_margin",  # by layer: rank of the best expert minus that of the second best
+    "router_z",  # by layer: squared logsumexp of the logits
+    "by_language",  # loss, load and the metrics by layer of each language
+    "by_group",  # loss and load of each language and kind
+    "expert_grad_norm",  # by layer and expert, every `log_experts_every` steps
+    "expert_weight_change",  # by layer and expert: norm of what training added, as often
 )
-"""The metrics of a step, in the order of a line."""
+"""The metrics of a step, in the order of a line. docs/metrics.md describes them."""
+OPTIONAL = {"router_learning_rate", "by_language", "by_group", "expert_grad_norm", "expert_weight_change"}
 TIMINGS = (
     "seconds",  # of this step, without saves and held-out measurements
     "tokens_per_second",
     "save_stall_seconds",  # in the first line after a checkpoint: how long the save blocked the run
+    "flops_per_second",
+    "peak_share",
+    "goodput",
+    "lost",
 )
 """Further names in a line. A resumed run repeats all numbers but these."""
-OPTIONAL = ("by_language",)  # load, entropy, margin and z by language, where the experiment names languages
 
 
-def plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Device scalars and vectors as Python numbers, without rounding."""
-    if (wrong := set(metrics) ^ set(ORDER)) - set(OPTIONAL):
+def plain(metrics: dict[str, Any], groups: Groups = NO_GROUPS) -> dict[str, Any]:
+    """What a step returned as the Python numbers of a line, in order.
+
+    Scalars are not rounded. The numbers of a list have the fewest digits that name their float32.
+    """
+    host = jax.device_get(metrics)
+    if "router" in host:
+        host |= router_metrics(host.pop("router"), host.pop("group_losses", None), groups)
+    if (wrong := set(host) ^ set(ORDER)) - OPTIONAL:
         raise ValueError(f"unexpected or missing metrics: {sorted(wrong)}")
-    names = [name for name in (*ORDER, *OPTIONAL) if name in metrics]
-    return jax.tree.map(lambda x: np.asarray(x).tolist(), {name: metrics[name] for name in names})
+    return jax.tree.map(numbers, {name: host[name] for name in ORDER if name in host})
+
+
+def numbers(x: Any) -> Any:
+    """A number, or a nested list of them."""
+    value = np.asarray(x)
+    if value.ndim and value.dtype.kind == "f":
+        return value.astype(np.float32).astype("U32").astype(np.float64).tolist()
+    return value.tolist()
 
 
 def is_finite(metrics: dict[str, Any]) -> bool:

@@ -91,9 +91,11 @@ def round_stochastically(x: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), up, x).astype(jnp.bfloat16)
 
 
-def clip(gradients: dict[str, jax.Array], largest: float | None) -> tuple[dict[str, jax.Array], jax.Array]:
-    """(gradients scaled to a norm of at most `largest`, their norm before that)."""
-    norm = optax.tree.norm(gradients)
+def clip(
+    gradients: dict[str, jax.Array], largest: float | None, norm: jax.Array | None = None
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """(gradients scaled to a norm of at most `largest`, their norm before that, which may be given)."""
+    norm = optax.tree.norm(gradients) if norm is None else norm
     if largest is None:
         return gradients, norm
     factor = jnp.minimum(1.0, largest / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))

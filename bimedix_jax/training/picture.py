@@ -1,9 +1,11 @@
-"""A plot of a run: the training loss by step, and the held-out loss before and after."""
+"""Pictures of a run: the loss by step with the held-out loss before and after, and the load of the experts."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -51,3 +53,57 @@ def draw_run(
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png")
     return target
+
+
+def draw_load(lines: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Writes a PNG: the share of each expert by layer and language, over the last quarter of the steps.
+
+    Lines without loads, of earlier versions, give the busiest expert's share over time.
+    """
+    loads = loads_of(lines)
+    figure = Figure(figsize=(3.2 * max(1, len(loads)) + 1.2, 4.0), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(loads)), squeeze=False)[0]
+    shown = None
+    if loads:
+        most = max(load_LE.max() for load_LE in loads.values())
+        for axis, (name, load_LE) in zip(axes, loads.items(), strict=True):
+            shown = axis.imshow(load_LE, aspect="auto", vmin=0.0, vmax=most, cmap="viridis")
+            axis.set_title(f"{name}: share of choices", fontsize=9)
+            axis.set_xlabel("expert")
+    else:
+        (axis,) = axes
+        share_LS = np.asarray([line["load_max_share"] for line in lines]).T
+        ends = (lines[0]["step"] - 0.5, lines[-1]["step"] + 0.5, len(share_LS) - 0.5, -0.5)
+        shown = axis.imshow(share_LS, aspect="auto", extent=ends, cmap="viridis")
+        axis.set_title("share of the busiest expert", fontsize=9)
+        axis.set_xlabel("optimiser step")
+    axes[0].set_ylabel("layer")
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    if shown is not None:
+        figure.colorbar(shown, ax=axes[-1])
+    path.write_bytes(png(figure))
+    return path
+
+
+def loads_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Share of each expert [L, E] by language, or of all tokens where no language is known."""
+    last = lines[-max(1, len(lines) // 4) :]
+    groups: dict[str, list[Mapping[str, Any]]] = {
+        name: [line["by_language"][name] for line in last] for name in lines[-1].get("by_language", {})
+    }
+    found = {}
+    for name, ones in (groups or {"all tokens": list(last)}).items():
+        known = [one for one in ones if "load" in one]
+        tokens = sum(one["tokens"] for one in known)
+        if tokens:
+            found[name] = np.sum([one["tokens"] * np.asarray(one["load"]) for one in known], axis=0) / tokens
+    return found
+
+
+def png(figure: Figure) -> bytes:
+    held = BytesIO()
+    figure.savefig(held, format="png", metadata={"Software": None})
+    return held.getvalue()

@@ -1,19 +1,20 @@
-"""Routers in a training step: groups of tokens for their sums, their metrics, and plans for micro-batches."""
+"""Routers in a training step: groups of tokens for sums of routers and losses, and plans for micro-batches."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bimedix_jax.experiment import RouterTraining
-from bimedix_jax.models.router_sums import RouterSums
+from bimedix_jax.models import shards
+from bimedix_jax.models.axes import LENGTH
+from bimedix_jax.models.router_sums import RouterSums, sum_by_group
 from bimedix_jax.models.routers import RoutingPlan
 
 Batch = dict[str, jax.Array]
-"""tokens_BT and segment_ids_BT int32, loss_mask_BT bool, and language_BT int32 if languages are reported. The batch of
-a step has a leading axis A of micro-batches."""
+"""tokens_BT and segment_ids_BT int32, loss_mask_BT bool, and group_BT int32 if groups are reported. The batch of a step
+has a leading axis A of micro-batches."""
 
 
 def share(part: jax.Array, whole: jax.Array) -> jax.Array:
@@ -23,24 +24,24 @@ def share(part: jax.Array, whole: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:
-    """The groups of tokens over which the routers' sums are taken: by row, by language, by both, or one group.
+    """The groups of tokens over which the routers' sums are taken: by row, by language and kind, by both, or one group.
 
     Attributes:
       by_row: whether each row is a group, as aux_scope "sequence" needs.
-      languages: number of languages, each with a group, besides one group for all others; 0 does not group by language.
+      named: number of groups of language and kind, besides one group for all other tokens; 0 for one group.
     """
 
     by_row: bool
-    languages: int
+    named: int
 
     @classmethod
-    def of(cls, router: RouterTraining) -> "Grouping":
-        return cls(router.aux_scope == "sequence", len(router.languages))
+    def of(cls, router: RouterTraining, named: int = 0) -> "Grouping":
+        return cls(router.aux_scope == "sequence", named)
 
     @property
     def parts(self) -> int:
         """Groups in a row."""
-        return self.languages + 1 if self.languages else 1
+        return self.named + 1 if self.named else 1
 
     def rows(self, micro: Batch) -> int:
         return micro["tokens_BT"].shape[0] if self.by_row else 1
@@ -49,45 +50,27 @@ class Grouping:
         """The arguments `groups` and `group_BT` of the model."""
         rows_B = jnp.arange(micro["tokens_BT"].shape[0]) * self.parts if self.by_row else jnp.zeros(1, jnp.int32)
         group_BT = jnp.broadcast_to(rows_B[:, None], micro["tokens_BT"].shape)
-        if self.languages:
-            group_BT = group_BT + micro["language_BT"]
+        if self.named:
+            group_BT = group_BT + micro["group_BT"]
         return {"groups": self.rows(micro) * self.parts, "group_BT": group_BT}
 
     def each_row(self, sums: RouterSums, micro: Batch) -> RouterSums:
-        """Sums of each row over its languages. Unless `by_row`, these are the sums of all rows."""
+        """Sums of each row over its groups. Unless `by_row`, these are the sums of all rows."""
         return self._pool(sums, micro, 2)
 
-    def each_language(self, sums: RouterSums, micro: Batch) -> RouterSums:
-        """Sums of each language over all rows."""
+    def each_group(self, sums: RouterSums, micro: Batch) -> RouterSums:
+        """Sums of each group of language and kind over all rows."""
         return self._pool(sums, micro, 1)
+
+    def losses(self, nll_BT: jax.Array, learned_BT: jax.Array, micro: Batch) -> jax.Array:
+        """(summed NLL, number of targets) of each group, [X, 2]; of this shard's part of the tokens."""
+        group_BT = shards.own_part(LENGTH, micro["group_BT"], 1)
+        columns_BTC = jnp.stack([nll_BT, learned_BT.astype(jnp.float32)], axis=-1)
+        return sum_by_group(columns_BTC, group_BT, self.parts)
 
     def _pool(self, sums: RouterSums, micro: Batch, axis: int) -> RouterSums:
         shape = (self.rows(micro), self.parts)
         return jax.tree.map(lambda x: jnp.sum(x.reshape(x.shape[0], *shape, *x.shape[2:]), axis=axis), sums)
-
-
-def load_spread(chosen_LE: jax.Array) -> dict[str, jax.Array]:
-    """Balance of each layer's load: its entropy over the maximum (1 is balanced), and the largest expert's share."""
-    shares_LE = chosen_LE / jnp.maximum(jnp.sum(chosen_LE, axis=-1, keepdims=True), 1.0)
-    entropy_L = -jnp.sum(jax.scipy.special.xlogy(shares_LE, shares_LE), axis=-1)
-    most = jnp.log(float(max(chosen_LE.shape[-1], 2)))
-    return {"load_entropy": entropy_L / most, "load_max_share": jnp.max(shares_LE, axis=-1)}
-
-
-def router_metrics(sums: RouterSums, languages: Sequence[str]) -> dict[str, Any]:
-    """Load, entropy and margin of each layer over all tokens, and for each language under `by_language`."""
-    total = jax.tree.map(lambda x: jnp.sum(x, axis=1), sums)
-    metrics: dict[str, Any] = load_spread(total.chosen_LXE)
-    metrics |= {"router_entropy": share(total.entropy_LX, total.tokens_LX)}
-    metrics |= {"router_margin": share(total.margin_LX, total.tokens_LX)}
-    if languages:
-        metrics["by_language"] = {}
-    for x, language in enumerate(languages):
-        own = jax.tree.map(lambda leaf, x=x: leaf[:, x], sums)
-        means = {name: share(getattr(own, f"{name}_LX"), own.tokens_LX) for name in ("entropy", "margin", "z")}
-        load = share(own.chosen_LXE, jnp.sum(own.chosen_LXE, axis=-1, keepdims=True))
-        metrics["by_language"][language] = {"tokens": own.tokens_LX[0], "load": load, **means}
-    return metrics
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ import numpy as np
 from bimedix_jax.data.pack import Row, Segment
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
+from bimedix_jax.training.groups import NO_GROUPS, Groups
 
 NumpyBatch = dict[str, np.ndarray]
 
@@ -19,16 +20,18 @@ class Rows:
 
     Attributes:
       batch: (step from 0, indices of rows in the batch of an optimiser step) -> tokens_BT, segment_ids_BT and
-        loss_mask_BT of these rows, and language_BT if the experiment names languages.
+        loss_mask_BT of these rows, and group_BT if there are groups.
       whole: (step) -> all rows of its batch, with the record of each segment.
       steps: steps of the run.
       fingerprint: of the data; it must be the same in a resumed run.
+      groups: languages and kinds whose loss and load are reported.
     """
 
     batch: Callable[[int, np.ndarray], NumpyBatch]
     whole: Callable[[int], list[Row]]
     steps: int
     fingerprint: str
+    groups: Groups = NO_GROUPS
 
 
 def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
@@ -56,7 +59,8 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
     from bimedix_jax.data import loader
 
     check_length(data.path, data.sequence_length)
-    present = {group.language for group in loader.read_index(data.path).groups}
+    counted = loader.read_index(data.path).groups
+    present, groups = {group.language for group in counted}, Groups.of_data(counted, languages)
     if missing := [language for language in languages if language not in present]:
         raise BimedixError(
             f"{data.path} has no record in {', '.join(missing)}, only in {', '.join(sorted(present))}; correct "
@@ -70,7 +74,11 @@ def open_rows(experiment: Experiment, vocab_size: int) -> Rows:
             "lower steps, or do not set epochs, so that the data repeat."
         )
     return Rows(
-        lambda step, rows: batches.at(step, rows, languages), batches.rows, steps, loader.fingerprint(data.path)
+        lambda step, rows: batches.at(step, rows, groups.pairs),
+        batches.rows,
+        steps,
+        loader.fingerprint(data.path),
+        groups,
     )
 
 

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.models import shards
+from bimedix_jax.models.attention import positions_in_segments
 from bimedix_jax.models.axes import BATCH, LENGTH
 from bimedix_jax.models.config import Remat
 from bimedix_jax.models.embedding import gather_head
@@ -29,10 +30,14 @@ from bimedix_jax.models.router_sums import Load, RouterSums, load_balancing_loss
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.sharding.layout import Layout, plan_specs
 from bimedix_jax.sharding.rules import AXES, BATCH_AXES
-from bimedix_jax.training.losses import next_token_loss, targets_of
+from bimedix_jax.training.losses import next_token_loss, target_losses, targets_of
+from bimedix_jax.training.norms import gradient_norms
 from bimedix_jax.training.optimiser import clip, schedule
-from bimedix_jax.training.routing import Batch, Grouping, SplitPlan, router_metrics, share, split_plan
+from bimedix_jax.training.routing import Batch, Grouping, SplitPlan, share, split_plan
 from bimedix_jax.training.state import Params, Structure, TrainState
+
+RETURNED = ("loss", "nll", "aux_loss", "z_loss", "tokens", "router", "group_losses")
+"""What a step's metrics take unchanged from the sums over its rows."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +49,7 @@ class Totals:
       targets: supervised targets.
       tokens: positions that are not padding.
       rows, parts: rows and micro-batches with at least one token.
+      keys: keys that all tokens attend to together, in rows of several segments.
       load: load of all routers over the step, for scope "global" with several micro-batches.
     """
 
@@ -51,6 +57,7 @@ class Totals:
     tokens: jax.Array
     rows: jax.Array
     parts: jax.Array
+    keys: jax.Array
     load: Load | None
 
 
@@ -64,7 +71,8 @@ def totals_of(batch_A: Batch, load: Load | None) -> Totals:
 
     # a micro-batch counts if any shard has a token of it
     parts = shards.sum_over(BATCH, valid.any((-1, -2)).astype(jnp.int32)) > 0
-    return Totals(count(learned), count(valid), count(valid.any(-1)), jnp.sum(parts, dtype=jnp.float32), load)
+    keys = count(jnp.where(valid, jax.vmap(positions_in_segments)(batch_A["segment_ids_BT"]) + 1, 0))
+    return Totals(count(learned), count(valid), count(valid.any(-1)), jnp.sum(parts, dtype=jnp.float32), keys, load)
 
 
 def balance_part(sums: RouterSums, scope: str, totals: Totals) -> jax.Array:
@@ -90,12 +98,15 @@ def model_of(structure: Structure, params: Params, frozen: dict[str, Any], key: 
     return model
 
 
-def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[jax.Array, dict]]:
+def make_objective(
+    structure: Structure, router: RouterTraining, remat: Remat, named: int = 0
+) -> Callable[..., tuple[jax.Array, dict]]:
     """Returns objective(params, frozen, micro_batch, totals, key, plan) -> (part of the step's objective, sums).
 
-    `key` turns on the adapters' dropout. The routers follow `plan`.
+    `key` turns on the adapters' dropout. The routers follow `plan`. With `named` groups of language and kind, the sums
+    have the routers' and the losses of each.
     """
-    grouping = Grouping.of(router)
+    grouping = Grouping.of(router, named)
 
     def objective(
         params: Params,
@@ -110,16 +121,18 @@ def make_objective(structure: Structure, router: RouterTraining, remat: Remat) -
         out = model.hidden(tokens_BT, segment_ids_BT, plan, remat=remat, **grouping.arguments(micro))
         assert out.sums is not None  # there is at least one group
         gather_head(model.head)
-        nll_sum, _ = next_token_loss(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
-        nll = share(nll_sum, totals.targets)
+        nll_BT, learned_BT = target_losses(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
+        nll = share(jnp.sum(nll_BT), totals.targets)
         with jax.named_scope("router_losses"):
             copies = shards.count(LENGTH)  # this many shards have the same rows, and each adds the same aux and z-loss
             rows = grouping.each_row(out.sums, micro)
             aux = balance_part(rows, router.aux_scope, totals) / copies
             z = router_z_loss(rows) * share(jnp.sum(segment_ids_BT != 0), totals.tokens) / copies
         loss = nll + router.aux_loss_coef * aux + router.z_loss_coef * z
-        sums = jax.lax.stop_gradient(shards.sum_over(BATCH, grouping.each_language(out.sums, micro)))
-        return loss, {"loss": loss, "nll": nll, "aux_loss": aux, "z_loss": z, "router": sums}
+        sums = shards.sum_over(BATCH, grouping.each_group(out.sums, micro))
+        found = {"loss": loss, "nll": nll, "aux_loss": aux, "z_loss": z, "router": sums}
+        found |= {"group_losses": grouping.losses(nll_BT, learned_BT, micro)} if named else {}
+        return loss, jax.lax.stop_gradient(found)
 
     return objective
 
@@ -131,14 +144,16 @@ def load_of_part(model: Mixtral, micro: Batch, plan: RoutingPlan) -> Load:
     return shards.sum_over(BATCH, load_of(out.sums))
 
 
-def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) -> Callable[..., tuple[Params, dict]]:
+def make_gradient(
+    structure: Structure, router: RouterTraining, remat: Remat, named: int = 0
+) -> Callable[..., tuple[Params, dict]]:
     """Returns gradient(params, frozen, batch_A, key, plan) -> (float32 gradients by name, sums) of a whole step.
 
     `key` turns on the adapters' dropout; each micro-batch has its own mask. A plan's B is 1 or the rows of the step. On
     a mesh, parameters and gradients are sharded by the model's layout, and the rows of a micro-batch over the devices.
     Gradients and sums are those of all devices.
     """
-    differentiate = jax.grad(make_objective(structure, router, remat), has_aux=True)
+    differentiate = jax.grad(make_objective(structure, router, remat, named), has_aux=True)
 
     def gradient(
         params: Params,
@@ -173,7 +188,7 @@ def make_gradient(structure: Structure, router: RouterTraining, remat: Remat) ->
             (gradients, sums), _ = jax.lax.scan(
                 lambda total, micro: (jax.tree.map(jnp.add, total, part(*micro)), None), zeros, parts_A
             )
-        return gradients, {**sums, "targets": totals.targets, "tokens": totals.tokens}
+        return gradients, {**sums, "targets": totals.targets, "tokens": totals.tokens, "keys": totals.keys}
 
     layout = structure.layout
     compute = gradient if layout is None else on_mesh(gradient, layout)
@@ -203,8 +218,8 @@ def on_mesh(gradient: Callable[..., tuple[Params, dict]], layout: Layout) -> Cal
             divided = {axis for part in spec for axis in (part if isinstance(part, tuple) else (part,))}
             alike = tuple(axis for axis in every if axis not in divided)  # devices with the same part of the parameter
             gradients[name] = jax.lax.psum(gradients[name], alike) if alike else gradients[name]
-        local = ("loss", "nll", "aux_loss", "z_loss")
-        summed = jax.lax.psum({name: sums[name] for name in local}, every)
+        local = ("loss", "nll", "aux_loss", "z_loss", "group_losses")
+        summed = jax.lax.psum({name: sums[name] for name in local if name in sums}, every)
         return gradients, sums | summed
 
     def sharded(
@@ -222,14 +237,19 @@ def on_mesh(gradient: Callable[..., tuple[Params, dict]], layout: Layout) -> Cal
 
 
 def make_train_step(
-    structure: Structure, experiment: Experiment, steps: int, optimiser: optax.GradientTransformation
+    structure: Structure,
+    experiment: Experiment,
+    steps: int,
+    optimiser: optax.GradientTransformation,
+    named: int = 0,
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Returns the jitted step(state, frozen, batch_A, plan=None) -> (state, metrics).
+    """Returns the jitted step(state, frozen, batch_A, plan=None) -> (state, metrics), which metrics.py describes.
 
-    The state is donated. If the loss or the norm of the gradient is not finite, only the step and the learning rate's
-    position change: parameters, moments and the router's state keep their values (`keep_if`).
+    With `named` groups of language and kind, the batch has group_BT. The state is donated. If the loss or the norm of
+    the gradient is not finite, only the step and the learning rate's position change: parameters, moments and the
+    router's state keep their values (`keep_if`).
     """
-    gradient = make_gradient(structure, experiment.router, experiment.remat)
+    gradient = make_gradient(structure, experiment.router, experiment.remat, named)
     rate = schedule(experiment.optimiser, steps)
 
     dropout = experiment.lora is not None and experiment.lora.dropout > 0
@@ -241,16 +261,21 @@ def make_train_step(
             raise ValueError("This router learns without a gradient; pass the router's state to init_state.")
         key = jax.random.fold_in(jax.random.key(experiment.seed), state.step) if dropout else None
         plan = None if plan is None else plan.fold_in(state.step)
-        gradients, sums = gradient(state.params, {**frozen, **state.router}, batch_A, key, plan)
+        frozen = {**frozen, **state.router}
+        gradients, sums = gradient(state.params, frozen, batch_A, key, plan)
         with jax.named_scope("optimiser"):
-            gradients, norm = clip(gradients, experiment.optimiser.clip_norm)
+            norms = gradient_norms(gradients, structure.merge(state.params, frozen), structure.layout)
+            gradients, norm = clip(gradients, experiment.optimiser.clip_norm, norms["grad_norm"])
             updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
             params: Any = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
-        metrics = {name: sums[name] for name in ("loss", "nll", "aux_loss", "z_loss")}
-        metrics |= {"grad_norm": norm, "learning_rate": rate(state.step)}
-        metrics |= {"tokens": sums["tokens"], "supervised_tokens": sums["targets"]}
-        metrics |= router_metrics(sums["router"], experiment.router.languages)
+        metrics = {name: sums[name] for name in RETURNED if name in sums} | norms
+        metrics |= {"learning_rate": rate(state.step), "supervised_tokens": sums["targets"]}
+        if experiment.optimiser.router_learning_rate is not None:
+            ratio = experiment.optimiser.router_learning_rate / experiment.optimiser.learning_rate
+            metrics["router_learning_rate"] = ratio * metrics["learning_rate"]
+        metrics["padding"] = 1 - sums["tokens"] / batch_A["tokens_BT"].size
+        metrics["mean_context"] = share(sums["keys"], sums["tokens"])
         chosen_LE = jnp.sum(sums["router"].chosen_LXE, axis=1)
         router = {name: structure.update_router_state(x, chosen_LE) for name, x in state.router.items()}
         new, old = (params, optimiser_state, router), (state.params, state.optimiser, state.router)

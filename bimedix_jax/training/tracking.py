@@ -1,4 +1,5 @@
-"""Mirrors metrics.jsonl to Weights & Biases: numbers and the configuration, but no text, code or machine data.
+"""Mirrors metrics.jsonl to Weights & Biases: numbers, a picture of the load and the configuration, but no text, code or
+machine data.
 
 A run has one id, made from its folder, so that the mirror can be lost and made again. A run that resumes continues its
 curve: offline the earlier lines are written again into a new local file, which replaces the old one; online the
@@ -11,8 +12,9 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -25,6 +27,8 @@ from bimedix_jax.training.metrics import METRICS, read_metrics
 LABELS = "arm.json"
 """Beside the folder of a run that belongs to a sweep: its study, size, arm and identity (sweeps/folder.py)."""
 RUN, CONFIG = "run.json", "config.json"
+LAYERS_SHOWN = 8
+"""At most so many layers have a curve of their own."""
 
 
 class Mirror:
@@ -38,7 +42,7 @@ class Mirror:
     """
 
     def __init__(self, experiment: Experiment | None, folder: Path, step: int):
-        self.run = None
+        self.run, self.folder = None, folder
         if experiment is None or experiment.tracking.mode == "disabled":
             return
         offline = experiment.tracking.mode == "offline"
@@ -64,6 +68,10 @@ class Mirror:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.run is not None:
+            lines = read_metrics(self.folder) if kind is None and (self.folder / METRICS).is_file() else []
+            if lines:
+                with tempfile.TemporaryDirectory() as scratch:
+                    self.run.log(load_picture(lines, Path(scratch)), step=lines[-1]["step"])
             self.run.finish(exit_code=0 if kind is None else 1)
 
 
@@ -191,12 +199,28 @@ def rebuilt(experiment: Experiment, folder: Path, mode: Literal["offline", "onli
                     link.unlink()
 
 
-def flat_numbers(line: dict[str, Any]) -> dict[str, float]:
-    """Flattens a line: scalars unchanged, mean, minimum and maximum of a list over layers, nested names joined by /."""
+def load_picture(lines: Sequence[dict[str, Any]], scratch: Path) -> dict[str, Any]:
+    """The load of the experts as an image of wandb, drawn into the folder `scratch`."""
+    import wandb
+
+    from bimedix_jax.training.picture import draw_load  # with matplotlib, which a run needs at its end only
+
+    return {"load": wandb.Image(str(draw_load(lines, scratch / "load.png")))}
+
+
+def flat_numbers(line: dict[str, Any], layers: int = LAYERS_SHOWN) -> dict[str, float]:
+    """Flattens a line: scalars unchanged, nested names joined by /, and mean, minimum and maximum of a list.
+
+    A list over layers also has some of its layers, evenly spaced from the first to the last: as curves of their own,
+    those of 32 layers would hide each other. Lists of a language or group have no single layers. The shares of single
+    experts are in the picture of the load only.
+    """
     flat: dict[str, float] = {}
     for name, value in line.items():
+        if name in ("step", "load"):
+            continue
         if isinstance(value, dict):
-            flat |= {f"{name}/{key}": number for key, number in flat_numbers(value).items()}
+            flat |= {f"{name}/{key}": number for key, number in flat_numbers(value, layers=0).items()}
         elif isinstance(value, list):
             numbers = [x for row in value for x in (row if isinstance(row, list) else [row])]
             flat |= {
@@ -204,6 +228,14 @@ def flat_numbers(line: dict[str, Any]) -> dict[str, float]:
                 f"{name}/min": min(numbers),
                 f"{name}/max": max(numbers),
             }
-        elif name != "step":
+            if layers and len(numbers) == len(value):
+                flat |= {f"{name}/layer_{place}": value[place] for place in spread(len(value), layers)}
+        else:
             flat[name] = value
     return flat
+
+
+def spread(length: int, number: int) -> list[int]:
+    """At most `number` indices of a list, evenly spaced, with the first and the last."""
+    count = min(length, number)
+    return sorted({round(place * (length - 1) / max(count - 1, 1)) for place in range(count)})

@@ -47,7 +47,7 @@ def test_metrics_by_language_need_a_language_for_each_token():
     """The planner's batch is that of a run: the step can be traced with it."""
     experiment = override(smoke(), {"router.languages": ["en", "ar"]})
     arguments, train_step = step.training_arguments(architecture(experiment), experiment, CPUS[:1])
-    assert "language_BT" in arguments[2]
+    assert "group_BT" in arguments[2]
     assert set(jax.eval_shape(train_step, *arguments)[1]["by_language"]) == {"en", "ar"}
 
 

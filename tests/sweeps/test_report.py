@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from bimedix_jax.sweeps.picture import aligned, draw_curves, draw_load, load_by_language, smoothed
+from bimedix_jax.sweeps.picture import aligned, draw_curves, smoothed
 from bimedix_jax.sweeps.report import Grid, Heading, Paragraph, Picture, Quote, markdown, page
 from bimedix_jax.sweeps.results import by_group, logged
+from bimedix_jax.training.picture import draw_load, loads_of
 
 
 def test_curves_use_the_steps_that_all_seeds_have():
@@ -20,7 +21,7 @@ def test_curves_use_the_steps_that_all_seeds_have():
 def test_load_is_a_mean_over_tokens(tmp_path):
     groups = [{"tokens": 3.0, "load": [[1.0, 0.0]]}, {"tokens": 1.0, "load": [[0.0, 1.0]]}]
     lines = [{"step": s, "load_max_share": [0.5, 0.6], "by_language": {"ar": groups[s % 2]}} for s in range(8)]
-    assert load_by_language(lines)["ar"].tolist() == [[0.75, 0.25]]
+    assert loads_of(lines)["ar"].tolist() == [[0.75, 0.25]]
     assert (
         draw_load(lines, tmp_path / "a.png").read_bytes()
         != draw_load(

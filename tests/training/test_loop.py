@@ -31,6 +31,7 @@ from bimedix_jax.training.state import split_params
 from bimedix_jax.training.stopping import Interrupted
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "w2", "router"))
+RUN = {"lora": LORA, "log_experts_every": 2}
 
 
 def numbers(folder):
@@ -42,7 +43,7 @@ def numbers(folder):
 def whole(tmp_path_factory, experiment):
     """An uninterrupted run: (result, folder)."""
     folder = tmp_path_factory.mktemp("run") / "whole"
-    return train(experiment(lora=LORA), folder), folder
+    return train(experiment(**RUN), folder), folder
 
 
 def at_step(monkeypatch, step, action):
@@ -84,7 +85,7 @@ def test_files_of_a_run(whole, experiment):
         "metrics.jsonl",
         "run.json",
     ]
-    assert read(folder / "config.json") == experiment(lora=LORA)
+    assert read(folder / "config.json") == experiment(**RUN)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["00000004", "00000006"], "keep is 2"
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -115,7 +116,7 @@ def test_the_adapter_folder_has_the_trained_values(whole, config):
 
 def test_a_resumed_run_is_bitwise_equal(whole, experiment, tmp_path, monkeypatch, capsys):
     """A crash between two checkpoints, then Ctrl-C, then the rest: the same metrics and adapters."""
-    run, folder = experiment(lora=LORA), tmp_path / "run"
+    run, folder = experiment(**RUN), tmp_path / "run"
 
     def crash():
         raise RuntimeError("power cut")
@@ -141,6 +142,7 @@ def test_a_resumed_run_is_bitwise_equal(whole, experiment, tmp_path, monkeypatch
 
     result = train(run, folder, resume=True)
     assert numbers(folder) == numbers(whole[1])
+    assert ["expert_weight_change" in line for line in numbers(folder)] == [False, True] * 3
     jax.tree.map(np.testing.assert_array_equal, split_params(result.model)[1], split_params(whole[0].model)[1])
     starts = json.loads((folder / "run.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 4, 5]
@@ -155,7 +157,7 @@ def test_a_resumed_run_is_bitwise_equal(whole, experiment, tmp_path, monkeypatch
 
 def test_resuming_another_experiment_or_base_raises(whole, experiment, config):
     folder = whole[1]
-    run = experiment(lora=LORA)
+    run = experiment(**RUN)
     with pytest.raises(BimedixError, match="seed: 1 here, 0 there"):
         train(dataclasses.replace(run, seed=1), folder, resume=True)
     other = add_lora(init_random(config, seed=9), LORA)

@@ -1,6 +1,8 @@
 """Files of a run: metrics, their copy in Weights & Biases, fingerprints."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -8,11 +10,14 @@ import pytest
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Tracking
 from bimedix_jax.kernels.nf4 import quantize
+from bimedix_jax.training.goodput import LOST
 from bimedix_jax.training.metadata import fingerprint
-from bimedix_jax.training.metrics import METRICS, MetricsLog, plain, read_metrics, rewind
+from bimedix_jax.training.metrics import METRICS, ORDER, TIMINGS, MetricsLog, plain, read_metrics, rewind
 from bimedix_jax.training.progress import duration
 from bimedix_jax.training.rows import micro_batches, synthetic
 from bimedix_jax.training.tracking import Mirror, flat_numbers, labels, run_id
+
+CODE = re.compile(r"`([a-z_]+)`")
 
 
 def test_rewinding_twice_keeps_both_copies(tmp_path):
@@ -55,7 +60,9 @@ def test_the_mirror_receives_numbers_only(monkeypatch, experiment, tmp_path):
     run = dataclasses.replace(experiment(), tracking=Tracking(mode="offline", project="test"))
     with Mirror(run, tmp_path, 7) as mirror:
         mirror.write({"step": 8, "loss": 2.0, "load_entropy": [0.5, 1.0]})
-    assert seen[8] == {"loss": 2.0, "load_entropy/mean": 0.75, "load_entropy/min": 0.5, "load_entropy/max": 1.0}
+    both = {"load_entropy/layer_0": 0.5, "load_entropy/layer_1": 1.0}
+    means = {"load_entropy/mean": 0.75, "load_entropy/min": 0.5, "load_entropy/max": 1.0}
+    assert seen[8] == {"loss": 2.0, **means, **both}
     assert seen["exit"] == 0
     assert seen["options"]["config"] == labels(run, tmp_path)["config"]
     assert seen["options"]["id"] == run_id(tmp_path)
@@ -81,8 +88,25 @@ def test_a_mirror_that_cannot_start_raises(monkeypatch, experiment, tmp_path):
         mirror.write({"step": 1})
 
 
-def test_flat_numbers_drop_the_step():
+def test_every_key_of_a_line_is_documented():
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text("utf-8")
+    documented = {
+        name for line in page.splitlines() if line.startswith("|") for name in CODE.findall(line.split("|")[1])
+    }
+    heldout = {"heldout_nll", "heldout_targets"}
+    assert documented == {"step", *ORDER, *TIMINGS, *heldout, *LOST}
+
+
+def test_flat_numbers_drop_the_step_and_cap_the_layers():
     assert flat_numbers({"step": 3, "loss": 1.0}) == {"loss": 1.0}
+    by_layer = [float(layer) for layer in range(32)]
+    line = {"router_z": by_layer, "load": [[0.5, 0.5]] * 32, "by_language": {"ar": {"nll": 2.0, "z": by_layer}}}
+    found = flat_numbers(line)
+    shown = [name for name in found if "/layer_" in name]
+    assert shown == [f"router_z/layer_{layer}" for layer in (0, 4, 9, 13, 18, 22, 27, 31)]
+    assert found["router_z/layer_31"] == 31.0
+    assert found["by_language/ar/nll"] == 2.0
+    assert len(found) == 8 + 3 + 1 + 3
 
 
 def test_fingerprint_depends_on_values_order_and_4_bit_parts():

@@ -31,7 +31,6 @@ from bimedix_jax.training.loop import train
 from bimedix_jax.training.metrics import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.prepare import prepare_model, replicated_plan
-from bimedix_jax.training.routing import Grouping
 from bimedix_jax.training.rows import micro_batches
 from bimedix_jax.training.state import init_state, split_params
 from bimedix_jax.training.step import make_gradient, make_train_step
@@ -257,24 +256,29 @@ def test_a_plan_that_does_not_fit_raises(tmp_path, config, experiment) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_sums_by_language(config, batch) -> None:
-    """Sums by language add up to those of all tokens, with and without groups by row."""
-    structure, params, frozen = split_params(init_random(config, std=0.4))
+def test_sums_by_group(config, batch) -> None:
+    """Sums and losses by group add up to those of all tokens, with and without groups by row, and on a mesh."""
+    model = init_random(dataclasses.replace(config, num_kv_heads=2), std=0.4)  # which two shards can divide
     data = batch(4, 12, seed=2)
-    plain = {**data, "language_BT": np.random.default_rng(0).integers(0, 3, (4, 12), dtype=np.int32)}
+    structure, params, frozen = split_params(model)
+    plain = {**data, "group_BT": np.random.default_rng(0).integers(0, 3, (4, 12), dtype=np.int32)}
     for scope in ("sequence", "global"):
-        router = RouterTraining(aux_scope=scope, languages=("en", "ar"))
-        _, found = jax.jit(make_gradient(structure, router, "none"))(params, frozen, stacked(plain, 2))
-        _, expected = jax.jit(make_gradient(structure, RouterTraining(aux_scope=scope), "none"))(
-            params, frozen, stacked(data, 2)
-        )
+        router = RouterTraining(aux_scope=scope)
+        _, found = jax.jit(make_gradient(structure, router, "none", named=2))(params, frozen, stacked(plain, 2))
+        _, expected = jax.jit(make_gradient(structure, router, "none"))(params, frozen, stacked(data, 2))
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
         assert found["router"].chosen_LXE.shape == (2, 3, 4)
         for x in range(3):
-            tokens = ((plain["language_BT"] == x) & (data["segment_ids_BT"] != 0)).sum()
+            tokens = ((plain["group_BT"] == x) & (data["segment_ids_BT"] != 0)).sum()
             assert found["router"].tokens_LX[0, x] == tokens
         np.testing.assert_allclose(found["router"].chosen_LXE.sum(1), expected["router"].chosen_LXE[:, 0])
-    assert Grouping.of(RouterTraining(languages=("en",))).parts == 2
+        np.testing.assert_allclose(found["group_losses"][:, 0].sum() / expected["targets"], expected["nll"], rtol=1e-5)
+        assert found["group_losses"][:, 1].sum() == expected["targets"]
+    structure, params, frozen = split_params(place(model, make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])))
+    gradient = make_gradient(structure, RouterTraining(aux_scope="global"), "none", named=2)
+    _, sharded = jax.jit(gradient)(params, frozen, stacked(plain, 2))
+    np.testing.assert_allclose(sharded["group_losses"], found["group_losses"], rtol=1e-4)
+    np.testing.assert_allclose(sharded["keys"], found["keys"])
 
 
 def test_noise_differs_between_steps_and_micro_batches(config, batch) -> None:

@@ -16,7 +16,6 @@ from bimedix_jax.models.config import LoraConfig, Remat
 from bimedix_jax.models.init import init_random
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.optimiser import make_optimiser
-from bimedix_jax.training.routing import load_spread
 from bimedix_jax.training.rows import micro_batches
 from bimedix_jax.training.state import init_state, split_params, update_params
 from bimedix_jax.training.step import make_gradient, make_train_step
@@ -166,12 +165,6 @@ def test_a_step_without_any_target_is_finite(config, batch):
     gradients, sums = gradients_of(adapted(config), data, 2, "micro_batch")
     assert float(sums["nll"]) == 0
     assert all(np.isfinite(x).all() for x in gradients.values())
-
-
-def test_load_spread():
-    spread = load_spread(jnp.asarray([[5.0, 5.0, 5.0, 5.0], [20.0, 0.0, 0.0, 0.0], [10.0, 10.0, 0.0, 0.0]]))
-    np.testing.assert_allclose(spread["load_entropy"], [1.0, 0.0, 0.5], atol=1e-6)
-    np.testing.assert_allclose(spread["load_max_share"], [0.25, 1.0, 0.5])
 
 
 def test_dropout_differs_between_steps(config, batch, experiment):

@@ -12,7 +12,8 @@ import pytest
 
 from bimedix_jax import cli
 from bimedix_jax.experiment import Tracking
-from bimedix_jax.training.metrics import METRICS, rewind
+from bimedix_jax.training.metrics import METRICS, read_metrics, rewind
+from bimedix_jax.training.picture import draw_load
 from bimedix_jax.training.tracking import CONFIG, RUN, Mirror, labels, run_id
 
 BLOCK, HEADER = 32768, 7
@@ -98,12 +99,13 @@ def arm(experiment, tmp_path) -> tuple[Any, Path]:
 def write(folder: Path, mirror: Mirror, steps: range) -> None:
     with (folder / METRICS).open("a") as file:
         for step in steps:
-            line = {"step": step, "loss": 1.0 / step, "load_max_share": [0.5, 0.75]}
+            load = [[0.5, 0.5], [0.25, 0.75]]
+            line = {"step": step, "loss": 1.0 / step, "load_max_share": [0.5, 0.75], "tokens": 9.0, "load": load}
             file.write(json.dumps(line) + "\n")
             mirror.write(line)
 
 
-def test_an_interrupted_run_is_one_run_with_one_curve(arm):
+def test_an_interrupted_run_is_one_run_with_one_curve(arm, tmp_path):
     """Live, and made again by `bimedix track upload` after the mirror was lost."""
     run, folder = arm
     with pytest.raises(KeyboardInterrupt), Mirror(run, folder, 0) as mirror:
@@ -114,6 +116,7 @@ def test_an_interrupted_run_is_one_run_with_one_curve(arm):
         write(folder, mirror, range(3, 6))
     live = mirrored(folder)
     assert live["curve"] == [(step, 1.0 / step) for step in range(1, 6)]
+    assert live["summary"]["load/_type"] == "image-file", "a run that ended has a picture of its load"
     assert (live["id"], live["group"], live["tags"]) == (run_id(folder), "study-smoke", ["smoke"])
     assert live["name"] == "study-smoke/low seed 3"
     assert live["config"]["lora/targets"] == ", ".join(run.lora.targets)
@@ -135,6 +138,14 @@ def test_an_interrupted_run_is_one_run_with_one_curve(arm):
     assert again["summary"]["final/nats_per_token/all"] == 1.5
     assert again["summary"]["evaluation/_type"] == "table-file"
     assert again["summary"]["load/_type"] == "image-file"
+    (image,) = folder.glob("wandb/offline-run-*/files/media/images/load*.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes() == draw_load(read_metrics(folder), tmp_path / "load.png").read_bytes()
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/evaluation*.json")
+    shown = json.loads(table.read_text())
+    assert shown["columns"] == ["group", "nats_per_token", "bits_per_byte", "tokens", "records"]
+    assert [row[0] for row in shown["data"]] == ["all", "ar", "ar/qa", "en", "en/qa"]
+    assert not any(isinstance(value, str) for row in shown["data"] for value in row[1:]), "numbers, and names of groups"
 
 
 def test_the_id_follows_the_run_and_not_its_place(arm, tmp_path):
