@@ -9,7 +9,7 @@ removes what computes the other metrics, and its batch has no groups. The full s
 includes that of the line: fetching, formatting, writing it to metrics.jsonl, looking for warnings and, with --wandb,
 the offline mirror. On an accelerator that work overlaps with the next step; here it comes after the step.
 
-The two take turns, and the ratio is the median over pairs of neighbours. Its interval is a bootstrap over pairs.
+The two take turns, and the ratio is the median over pairs of neighbours, with a bootstrap over pairs as its interval.
 `cpu_ratio` compares processor time instead, which other programs on the machine disturb less.
 """
 
@@ -127,6 +127,14 @@ def sides(size: str, folder: Path, mirrored: bool) -> tuple[dict[str, Callable[[
     return {"bare": bare, "full": full}, facts
 
 
+def paired(seconds: dict[str, list[float]]) -> tuple[float, list[float]]:
+    """(median ratio of the full side to the bare one over pairs, its 95 % interval)."""
+    ratios = np.asarray(seconds["full"]) / np.asarray(seconds["bare"])
+    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    return round(float(np.median(ratios)), 4), [round(float(low), 4), round(float(high), 4)]
+
+
 def measure(size: str, pairs: int, mirrored: bool) -> dict[str, Any]:
     """Times pairs of steps, in alternating order."""
     startup.prepare()
@@ -143,17 +151,17 @@ def measure(size: str, pairs: int, mirrored: bool) -> dict[str, Any]:
                 run[name]()
                 wall[name].append(time.perf_counter() - began)
                 cpu[name].append(time.process_time() - used)
-    ratios = np.asarray(wall["full"]) / np.asarray(wall["bare"])
-    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    ratio, interval = paired(wall)
+    cpu_ratio, cpu_interval = paired(cpu)
     return {
         "size": size,
         "pairs": pairs,
         "wandb": mirrored,
         "step_seconds": {name: round(float(np.median(values)), 4) for name, values in wall.items()},
-        "ratio": round(float(np.median(ratios)), 4),
-        "interval": [round(float(low), 4), round(float(high), 4)],
-        "cpu_ratio": round(float(np.median(np.asarray(cpu["full"]) / np.asarray(cpu["bare"]))), 4),
+        "ratio": ratio,
+        "interval": interval,
+        "cpu_ratio": cpu_ratio,
+        "cpu_interval": cpu_interval,
         "host_seconds": round(float(np.median(facts["host_seconds"])), 5),
         "line_bytes": facts["line_bytes"],
         "bar": BAR,
