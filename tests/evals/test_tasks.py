@@ -5,6 +5,7 @@ import json
 
 import pytest
 from rich.console import Console
+from tiny_benchmarks import write_benchmarks
 
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
@@ -20,31 +21,7 @@ SUBJECTS = [name.removeprefix("mmlu_") for name in tasks.TASKS if name.startswit
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """All four folders in the published layout, with made-up questions."""
-    folder = tmp_path_factory.mktemp("data")
-
-    def questions(name, file, rows):
-        (folder / name).mkdir()
-        (folder / name / file).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-
-    def row(number, answer, **rest):
-        options = {"A": "one", "B": "two", "C": "three", "D": "four"}
-        return {"realidx": number, "question": f"Question {number}?", "options": options, "answer_idx": answer} | {
-            "answer": options[answer],
-            **rest,
-        }
-
-    questions("medqa_usmle_en", "medqa_4options_test.jsonl", [row(1, "A"), row(2, "B"), row(3, "D"), {"realidx": 4}])
-    questions("medmcqa_en", "medmcqa_val2816_single.jsonl", [row(1, "C"), row(2, "B"), row(3, "A")])
-    questions(
-        "mmlu_medical_en",
-        "medagents_mmlu_test.jsonl",
-        [row(number, "C", subject=subject) for subject in SUBJECTS for number in (1, 2)],
-    )
-    entry = {"QUESTION": "Does it?", "CONTEXTS": ["We looked."], "LONG_ANSWER": "It seems so.", "final_decision": "yes"}
-    (folder / "pubmedqa").mkdir()
-    (folder / "pubmedqa/ori_pqal.json").write_text(json.dumps({"1": entry, "2": entry, "3": entry}), "utf-8")
-    (folder / "pubmedqa/test_ground_truth.json").write_text(json.dumps({"1": "yes", "2": "yes"}), "utf-8")
-    return folder
+    return write_benchmarks(tmp_path_factory.mktemp("data"), invalid_row=True)
 
 
 @pytest.fixture(scope="module")
