@@ -19,7 +19,7 @@ from bimedix_jax.models.init import init_random
 from bimedix_jax.options import read_options
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/reproduce.md").read_text("utf-8")
-TINY = tiny(hidden_size=32, intermediate_size=64, max_position_embeddings=1024)
+TINY = tiny(num_layers=1, hidden_size=32, intermediate_size=64, max_position_embeddings=1024)
 LINES = [
     line for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL) for line in block.splitlines()
 ]
