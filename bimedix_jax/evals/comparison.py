@@ -11,11 +11,15 @@ from bimedix_jax.errors import BimedixError
 
 log = logging.getLogger(__name__)
 
+HARNESS = "bimedix eval run, protocol 1"
+"""What computes the scores of questions. Its number changes when a change of the code may change a score."""
+
 LABELS = {
     "model": "model",
     "revision": "revision",
     "weights": "hash of the model's weights",
     "limit": "limit",
+    "harness": "program",
     "template": "chat template",
     "max_length": "maximum length",
     "tokenizer": "tokenizer",
@@ -44,6 +48,9 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for key, label in LABELS.items():
         if key in before and key in now and located(before[key]) != located(now[key]):
             found.append(f"the {label} is {shown(before[key])} there and {shown(now[key])} here")
+    prompts = [(result.get("hashes") or {}).get("prompt") for result in (before, now)]
+    if None not in prompts and prompts[0] != prompts[1]:
+        found.append(f"the hash of the prompts is {shown(prompts[0])} there and {shown(prompts[1])} here")
     for name, value in records_of(before).items():
         if records_of(now).get(name, value) != value:
             found.append(f"the records of {name} differ")

@@ -16,8 +16,9 @@ from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Record, read_jsonl, sample
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.journal import Part
 from bimedix_jax.inference.planning import AnyPlan, Planner, of_sequences, source_of
-from bimedix_jax.inference.scoring import score
+from bimedix_jax.inference.scoring import score_batches
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
@@ -98,6 +99,11 @@ def example_of(record: Record, tokenizer: Tokenizer) -> Example:
     return Example(groups_of(record), ids, [False, *learned[1:]], size)
 
 
+def total(losses: list[float]) -> float:
+    """The sum, rounded once, so that it does not depend on the order; NaN if a loss is not finite."""
+    return math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+
+
 def finite(nats: dict[str, float]) -> list[str]:
     """The groups, sorted; raises BimedixError if a loss is NaN or infinite."""
     names = sorted(nats)
@@ -118,6 +124,7 @@ def heldout_loss(
     batch_tokens: int = 4096,
     plan: AnyPlan = None,
     record: RecordKind = "none",
+    saved: Part | None = None,
 ) -> HeldoutLoss:
     """Scores every record.
 
@@ -127,6 +134,7 @@ def heldout_loss(
       plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
         longest one that is scored. Or rules.
       record: "choices" or "full" keeps what the routers did with every token, in `routing`.
+      saved: losses of an earlier start, and where to save more of them; without a record of routes.
 
     Raises:
       BimedixError: there is no record, none fits, one has a token id that the model lacks, or a loss is not finite.
@@ -147,16 +155,17 @@ def heldout_loss(
     plan = of_sequences(plan, model.config, lambda: [source_of(one, tokenizer) for one in records])
     if not isinstance(plan, Planner):
         plan = checked_plan(plan, model.config, len(examples), max(len(example.ids) for example in fitting.values()))
-    nats: dict[str, float] = defaultdict(float)
+    found: dict[str, list[float]] = defaultdict(list)
     tokens, sizes, counts = (defaultdict(int) for _ in range(3))
     routings: dict[int, Routing | None] = {}
-    for number, loss, routing in losses(model, fitting, batch_tokens, plan, record):
+    for number, loss, routing in losses(model, fitting, batch_tokens, plan, record, saved):
         routings[number] = routing
         for group in fitting[number].groups:
-            nats[group] += loss
+            found[group].append(loss)
             tokens[group] += sum(fitting[number].learned)
             sizes[group] += fitting[number].text_bytes
             counts[group] += 1
+    nats = {group: total(own) for group, own in found.items()}
     names = finite(nats)
     return HeldoutLoss(
         {name: nats[name] / tokens[name] for name in names},
@@ -170,12 +179,25 @@ def heldout_loss(
 
 
 def losses(
-    model: Mixtral, examples: dict[int, Example], batch_tokens: int, plan: RoutingPlan | Planner, record: RecordKind
+    model: Mixtral,
+    examples: dict[int, Example],
+    batch_tokens: int,
+    plan: RoutingPlan | Planner,
+    record: RecordKind,
+    saved: Part | None = None,
 ) -> Iterator[tuple[int, float, Routing | None]]:
     """(key of an example, its summed negative log-likelihood in nats, record); the keys are rows of the plan."""
+    saved = saved or Part()
     numbers, rows = list(examples), [example.ids for example in examples.values()]
     learned = [example.learned for example in examples.values()]
+    known = {index for index, number in enumerate(numbers) if number in saved.found}
     with tqdm(total=len(rows), desc="held-out loss", unit="record", delay=2, disable=None) as bar:
-        for index, logprobs_T, routing in score(model, rows, learned, plan, record, batch_tokens, numbers):
-            yield numbers[index], -float(logprobs_T.sum()), routing
+        for index in sorted(known):
+            yield numbers[index], saved.found[numbers[index]], None
             bar.update()
+        for batch in score_batches(model, rows, learned, plan, record, batch_tokens, numbers, known):
+            found = [(numbers[index], -float(logprobs_T.sum()), routing) for index, logprobs_T, routing in batch]
+            if all(math.isfinite(loss) for _, loss, _ in found):
+                saved.write({number: loss for number, loss, _ in found})
+            yield from found
+            bar.update(len(found))

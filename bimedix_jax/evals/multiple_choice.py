@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from bimedix_jax.data.encoding import encode_chat
@@ -26,6 +25,8 @@ from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Turn
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.accuracy import Accuracy, ties
+from bimedix_jax.evals.journal import Part
 from bimedix_jax.inference.padding import bucket, by_length, pad_left, pad_right, part_of
 from bimedix_jax.inference.planning import AnyPlan, Plans, Rules, Tokens, source_of
 from bimedix_jax.inference.scoring import prefill, score_continuations
@@ -44,6 +45,8 @@ class Question:
       prompt: tokens up to and including the opening words of the answer.
       candidates: tokens of each option's letter (if it has letters), then of each option's text.
       text_bytes: UTF-8 bytes of each option's text.
+      asked_bytes: UTF-8 bytes of what the human asks.
+      pair: id that a question has in common with its translation.
     """
 
     id: str
@@ -53,6 +56,8 @@ class Question:
     candidates: list[list[int]]
     text_bytes: list[int]
     lettered: bool
+    asked_bytes: int
+    pair: str
 
     @property
     def length(self) -> int:
@@ -70,6 +75,7 @@ class Prediction:
       texts: log p of the texts of the options.
       chosen, chosen_by_text: index of the option with the highest score for the headline accuracy, and by text per
         byte.
+      asked_bytes, pair: as the question's.
     """
 
     id: str
@@ -79,6 +85,8 @@ class Prediction:
     texts: list[float]
     chosen: int
     chosen_by_text: int
+    asked_bytes: int
+    pair: str
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for JSON."""
@@ -92,6 +100,8 @@ class Prediction:
             "correct": self.chosen == self.answer,
             "letter_logprobs": self.letters,
             "text_logprobs": self.texts,
+            "asked_bytes": self.asked_bytes,
+            "pair": self.pair,
         }
 
 
@@ -107,30 +117,6 @@ class QuestionRouting:
 
     prompt: Routing
     candidates: tuple[Routing | None, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """`correct` of `total`, with Wilson's 95 % interval (Wilson 1927), which is valid for few questions too."""
-
-    correct: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """Share of correct answers."""
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the 95 % interval."""
-        found = binomtest(self.correct, self.total).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
-        low, high = self.interval
-        return {"accuracy": self.value, "low": low, "high": high, "correct": self.correct, "n": self.total}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +150,7 @@ class MultipleChoice:
             "by_group_text": {group: score.to_dict() for group, score in self.scores_by_text.items()},
             "chance": self.chance,
             "too_long": self.too_long,
+            "ties": ties((one.groups, one.letters or one.texts) for one in self.predictions),
         }
 
 
@@ -192,6 +179,8 @@ def question_of(record: Record, tokenizer: Tokenizer) -> Question:
         [ids[shared:] for ids in full],
         [len(choice.encode()) for choice in record.choices],
         lettered,
+        sum(len(turn.value.encode()) for turn in asked if turn.speaker == "human"),
+        str(record.provenance.get("pair") or record.provenance.get("translation_of") or record.id),
     )
 
 
@@ -216,6 +205,7 @@ def multiple_choice(
     batch_tokens: int = 4096,
     plan: AnyPlan = None,
     record: RecordKind = "none",
+    saved: Part | None = None,
 ) -> MultipleChoice:
     """Chooses an option for every question and counts the correct ones.
 
@@ -226,6 +216,7 @@ def multiple_choice(
       plan: what the routers are told to do. Its B is 1 or the number of records; its T is 1 or the tokens of the
         longest question with its longest candidate. Or rules; each candidate belongs to the answer.
       record: "choices" or "full" keeps what the routers did, in `routing`.
+      saved: likelihoods of an earlier start, and where to save more of them; without a record of routes.
 
     Raises:
       BimedixError: a record without choices, no question, none that fits, a token id that the model lacks, or a
@@ -248,13 +239,19 @@ def multiple_choice(
         longest_one = max(question.length for question in fitting)
         plans = Plans(checked_plan(plan, model.config, len(questions), longest_one), model)
     scorer = _Scorer(*nnx.split(model), plans, record, longest)
-    predictions: dict[int, Prediction] = {}
-    routings: dict[int, QuestionRouting | None] = {}
+    predictions, routings = dict[int, Prediction](), dict[int, QuestionRouting | None]()
+    saved = saved or Part()
     with tqdm(total=len(fitting), desc="multiple choice", unit="question", delay=2, disable=None) as bar:
         for batch, rows, columns in by_length(numbered, lambda item: item[1].length, batch_tokens, longest):
-            for (number, question), (scores, routing) in zip(batch, scorer.score(batch, rows, columns), strict=True):
+            known = [saved.found.get(number) for number, _ in batch]
+            scored = [(scores, None) for scores in known if scores is not None]
+            if len(scored) < len(batch):
+                scored = scorer.score(batch, rows, columns)
+            for (number, question), (scores, routing) in zip(batch, scored, strict=True):
                 predictions[number] = _predict(question, scores)
                 routings[number] = routing
+            if None in known:
+                saved.write({number: scores for (number, _), (scores, _) in zip(batch, scored, strict=True)})
             bar.update(len(batch))
     found = [routing for number, _ in numbered if (routing := routings[number]) is not None]
     return _tally(
@@ -367,7 +364,9 @@ def _predict(question: Question, scores: list[float]) -> Prediction:
         )
     per_byte = np.array(texts) / np.array(question.text_bytes)
     chosen = int(np.argmax(texts if letters is None else letters))
-    return Prediction(question.id, question.groups, question.answer, letters, texts, chosen, int(np.argmax(per_byte)))
+    by_text = int(np.argmax(per_byte))
+    known = (question.id, question.groups, question.answer)
+    return Prediction(*known, letters, texts, chosen, by_text, question.asked_bytes, question.pair)
 
 
 def _tally(

@@ -6,7 +6,7 @@ To add a task, add a row to TASKS and, if its files need one, a reader in bimedi
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -17,8 +17,10 @@ from bimedix_jax.curation.readers import READERS, Quarantine, read
 from bimedix_jax.data.records import Language, Record
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.accuracy import Accuracy
 from bimedix_jax.evals.heldout import held_out, heldout_records
-from bimedix_jax.evals.multiple_choice import Accuracy, MultipleChoice, multiple_choice
+from bimedix_jax.evals.journal import Part, nothing
+from bimedix_jax.evals.multiple_choice import MultipleChoice, multiple_choice
 from bimedix_jax.files import read_json
 from bimedix_jax.inference.planning import AnyPlan
 from bimedix_jax.models.mixtral import Mixtral
@@ -91,6 +93,7 @@ class TaskResult:
             "paper_questions": self.task.questions,
             "limited": self.limited,
             "too_long": sum(count for group, count in self.choice.too_long.items() if "/" not in group),
+            "ties": sum(count for group, count in self.choice.to_dict()["ties"].items() if "/" not in group),
             "rejected": self.rejected,
         }
 
@@ -232,6 +235,7 @@ def run_tasks(
     plan: AnyPlan = None,
     record: RecordKind = "none",
     questions: Questions | None = None,
+    saved: Callable[[str], Part] = nothing,
 ) -> dict[str, TaskResult]:
     """Scores tasks.
 
@@ -242,6 +246,7 @@ def run_tasks(
       plan: what the routers are told to do; its B and T are 1. Or rules.
       record: "choices" or "full" keeps what the routers did, in `TaskResult.choice.routing`.
       questions: what `read_tasks` and `read_sets` returned; None reads the files of `names` in `data`.
+      saved: the results of a task of an earlier start, by its name, and where to save more of them.
     """
     if questions is None:
         if data is None:
@@ -250,7 +255,7 @@ def run_tasks(
     results = {}
     for name, (records, rejected) in questions.items():
         chosen = list(itertools.islice(records, limit))
-        choice = multiple_choice(model, tokenizer, chosen, max_length, batch_tokens, plan, record)
+        choice = multiple_choice(model, tokenizer, chosen, max_length, batch_tokens, plan, record, saved(name))
         task = TASKS.get(name) or Task(name, "", None, None)
         results[name] = TaskResult(task, choice, len(records), len(chosen) < len(records), rejected)
     return results

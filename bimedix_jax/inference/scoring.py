@@ -4,7 +4,7 @@ Logits are computed for the scored positions only, and for few positions at a ti
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,10 @@ POSITIONS_PER_CHUNK = 256
 """Positions whose logits are in memory at the same time: 50 MB in float32 for a vocabulary of 49,152."""
 
 
+Scored = tuple[int, np.ndarray, Routing | None]
+"""(index of a sequence, log p in float64 and 0 where not scored [T], the record [L, 1, T, ...])."""
+
+
 def score(
     model: Mixtral,
     rows: Sequence[Sequence[int] | np.ndarray],
@@ -32,7 +36,22 @@ def score(
     record: Record = "none",
     batch_tokens: int = 4096,
     plan_rows: Sequence[int] | None = None,
-) -> Iterator[tuple[int, np.ndarray, Routing | None]]:
+) -> Iterator[Scored]:
+    """The results of `score_batches`, one by one."""
+    for batch in score_batches(model, rows, scored, plan, record, batch_tokens, plan_rows):
+        yield from batch
+
+
+def score_batches(
+    model: Mixtral,
+    rows: Sequence[Sequence[int] | np.ndarray],
+    scored: Sequence[Sequence[bool] | np.ndarray] | None = None,
+    plan: RoutingPlan | Planner | None = None,
+    record: Record = "none",
+    batch_tokens: int = 4096,
+    plan_rows: Sequence[int] | None = None,
+    known: Collection[int] = (),
+) -> Iterator[list[Scored]]:
     """log p of the tokens of sequences, each given the tokens before it. Sequences are packed into batches.
 
     Args:
@@ -43,10 +62,10 @@ def score(
       record: "choices" or "full" also returns what the routers did.
       batch_tokens: tokens run at a time; it affects speed and memory only.
       plan_rows: the row of the plan for each sequence, by default its index; B is then not checked.
+      known: sequences whose result is not needed. Batches that have no others are not run; the rest do not change.
 
     Yields:
-      (index of a sequence, log p in float64 and 0 where not scored [T], the record [L, 1, T, ...]), batch by batch and
-      so in another order than `rows`.
+      the results of each batch, and so in another order than `rows`.
 
     Raises:
       BimedixError: a token id that the model lacks, or a sequence longer than its context.
@@ -63,6 +82,8 @@ def score(
     numbers, plans = np.asarray(plan_rows, np.int32), Plans(plan or RoutingPlan(), model)
     graph, weights = nnx.split(model)
     for places, tokens_BT, ids_BT in packed(rows, batch_tokens, context):
+        if all(index in known for index, *_ in places):
+            continue
         scored_BT = np.zeros(tokens_BT.shape, bool)
         for index, line, start in places:
             scored_BT[line, start : start + lengths[index]] = True if scored is None else scored[index]
@@ -74,9 +95,11 @@ def score(
             lambda _, graph, weights, free, batch=batch: target_logprobs(graph, weights, *batch, free, "choices")[1],
         )
         logprobs_BT, routing = target_logprobs(graph, weights, *batch, own, plans.record(record))
+        found = []
         for index, line, start in places:
             part = None if routing is None or record == "none" else part_of(routing, line, start, lengths[index])
-            yield index, logprobs_BT[line, start : start + lengths[index]], part
+            found.append((index, logprobs_BT[line, start : start + lengths[index]], part))
+        yield found
 
 
 def chosen_logprobs(model: Mixtral, hidden_ND: Float[Array, "N D"], targets_N: Int[Array, "N"]) -> Float[Array, "N"]:
