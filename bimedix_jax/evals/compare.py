@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bimedix_jax.evals import statistics
+from bimedix_jax.evals.accuracy import ties
 from bimedix_jax.evals.answers import Answers, Key, Matched, confidence, correct, differing, matched, pair_of
 from bimedix_jax.evals.samples import Sample
 
@@ -66,8 +67,8 @@ def compare(a: Answers, b: Answers) -> dict[str, Any]:
     for key in common.keys:
         tasks.setdefault(a.task_of(key), []).append(key)
     return {
-        "a": _about(a, common.only_a),
-        "b": _about(b, common.only_b),
+        "a": _about(a, common.keys, common.only_a),
+        "b": _about(b, common.keys, common.only_b),
         "differs": differing(a, b),
         "n": len(common.keys),
         "tasks": [row.to_dict() for row in rows_of(a, b, tasks)],
@@ -79,10 +80,13 @@ def compare(a: Answers, b: Answers) -> dict[str, Any]:
     }
 
 
-def _about(one: Answers, left_out: int) -> dict[str, Any]:
+def _about(one: Answers, keys: Sequence[Key], left_out: int) -> dict[str, Any]:
     names = ("model", "adapter", "revision", "base", "dtype", "router", "harness", "versions", "hashes", "records")
     known = {name: one.about[name] for name in names if name in one.about}
-    return {"result": str(one.path), "name": one.name, **known, "questions_of_this_only": left_out}
+    scored = (one.samples[key] for key in keys)
+    tied = ties((("all",), sample.logprobs) for sample in scored if sample.logprobs is not None)
+    counts = {"questions_of_this_only": left_out, "ties": tied.get("all", 0)}
+    return {"result": str(one.path), "name": one.name, **known, **counts}
 
 
 def rows_of(a: Answers, b: Answers, groups: dict[str, list[Key]]) -> list[Row]:

@@ -87,6 +87,8 @@ def model_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             a, b = ("" if value is None else shown(value) for value in values)
             rows.append((name, a, b))
 
+    tied = [str(found[side]["ties"]) for side in ("a", "b")]
+    rows.append(("ties, which rounding decides", tied[0], tied[1]))
     add("calibration error, %", "calibration", lambda v: _with_interval(v, "ece"))
     add("the same by chance, %", "calibration", lambda v: f"{100 * v['ece_by_chance']:.1f}")
     add("same option in English and Arabic, %", "languages", lambda v: f"{100 * v['same_option']:.1f} of {v['n']:,}")

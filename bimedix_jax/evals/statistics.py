@@ -21,8 +21,8 @@ CURVE_RESAMPLES = 999
 """For the calibration error, whose resamples are sums over thousands of questions."""
 BINS = 10
 FEW = 20
-"""With fewer questions that one model alone answers, resamples vary too little: 95 % intervals contained the difference
-in 90 % of the cases, and without any such question they have no width (scripts/measure_answer_intervals.py)."""
+"""With fewer questions that one model alone answers, resamples vary too little: of 200 simulated sets of 265 questions
+with about 13 such questions, the 95 % interval contained the difference in 88 %. Without any it has no width."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,6 +91,33 @@ def task_table(
     return table
 
 
+def sensitivity_table(result: dict[str, dict[str, Any]]) -> FittedTable:
+    """Accuracies in other forms of the same questions (`variants.sensitivity` by set), in percent."""
+    table = FittedTable(title="Other orders of the options and other wordings")
+    table.add_column("set")
+    for column in ("form", "as it is %", "lowest %", "highest %", "sd", "same answer in all %", "n"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for name, kinds in result.items():
+        for kind, row in kinds.items():
+            shares = (row["accuracies"][0], row["lowest"], row["highest"], row["sd"], row["same"])
+            table.add_row(name, kind, *(f"{100 * share:.1f}" for share in shares), f"{row['n']:,}")
+    return table
+
+
+def contamination_table(result: dict[str, Any]) -> FittedTable:
+    """Accuracy on questions that the training set contains and on the others, in percent."""
+    table = FittedTable(title=f"Questions in {result['file']}")
+    table.add_column("set")
+    for column in ("in it", "by id", "by question", "by words", "accuracy on them %", "others", "accuracy %"):
+        table.add_column(column, justify="right")
+    for name, row in result["sets"].items():
+        seen, others = row["seen"], row["others"]
+        shown = ["" if "accuracy" not in one else f"{100 * one['accuracy']:.1f}" for one in (seen, others)]
+        ways = (f"{row['by'][way]:,}" for way in ("id", "question", "words"))
+        table.add_row(name, f"{seen['n']:,}", *ways, shown[0], f"{others['n']:,}", shown[1])
+    return table
+
+
 def task_note(row: dict[str, Any]) -> str:
     """Why a task's number is not comparable with the paper's; empty if it is."""
     notes = []

@@ -9,7 +9,7 @@ import pytest
 
 from bimedix_jax import cli
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals import answers, compare, samples
+from bimedix_jax.evals import answers, compare, compare_page, samples
 from bimedix_jax.evals.samples import Sample
 
 HASHES = {"model": "1" * 64, "adapter": None, "prompt": "2" * 64}
@@ -204,6 +204,18 @@ def test_the_command_writes_a_page_rows_and_a_figure(two, tmp_path, capsys):
     assert cli.main([*words, "--overwrite"]) == 0
     assert (out / "comparison.png").read_bytes() == picture
     assert "Significant after adjustment for 2 tasks (Holm, 0.05): medqa (+10.0)." in capsys.readouterr().out
+
+
+def test_ties_and_sensitivity_are_shown(two):
+    rows = [prediction("medqa", n, "en", 0, sure=0.0 if n < 3 else 1.0) for n in range(30)]
+    eval_run(two[0], rows)
+    spread = {"lowest": 0.25, "highest": 0.5, "same": 0.4}
+    eval_run(two[1], rows, sensitivity={"medqa": {"orders": spread}})
+    found = compared(two)
+    assert found["a"]["ties"] == 3
+    shown = compare_page.model_rows(found)
+    assert ("ties, which rounding decides", "3", "3") in shown
+    assert ("medqa: lowest to highest over orders, %", "", "25.0 to 50.0, 40 % unchanged") in shown
 
 
 def test_what_is_no_result_is_refused(tmp_path):
