@@ -1,7 +1,8 @@
 """`bimedix eval run`: held-out loss, and accuracy on multiple-choice questions and benchmark tasks."""
 
+import contextlib
 import dataclasses
-import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,12 +10,20 @@ import tyro
 from rich.console import Console
 
 from bimedix_jax import startup
+from bimedix_jax.commands.eval_run_files import (
+    check_out,
+    predictions_path,
+    read_result,
+    write_predictions,
+    write_result,
+)
 from bimedix_jax.curation.llm.config import JudgeConfig
 from bimedix_jax.errors import BimedixError
 
 if TYPE_CHECKING:
     from bimedix_jax.data.records import Record
     from bimedix_jax.data.tokenizer import Tokenizer
+    from bimedix_jax.evals.journal import Part
     from bimedix_jax.evals.multiple_choice import Prediction
     from bimedix_jax.evals.tasks import Questions
     from bimedix_jax.models.mixtral import Mixtral
@@ -23,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluate a model: held-out loss by language and kind of record, multiple choice, and the paper's nine tasks."""
+    """Evaluate a model: held-out loss by language and kind of record, multiple choice, and the paper's nine tasks.
+
+    With --out, an evaluation that was killed continues if the same command is started again.
+    """
 
     model: str
     """Model folder or hub id."""
@@ -69,6 +81,15 @@ class Config:
     """Tokens run at a time; it affects speed and memory only."""
     intervene: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file of rules that tell the routers what to do (docs/routing.md); by default none."""
+    orders: int = 0
+    """Also score every question with its options in N other orders, and report how far accuracy and answers change."""
+    wordings: bool = False
+    """Also score every question after each of three sentences that ask for an answer in other words."""
+    seed: int = 0
+    """Seed of --orders."""
+    train: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """JSONL file of records that the model was trained on; reports which questions it contains, by id, by the words of
+    the question or by runs of words, and the accuracy on them and on the others. By default none."""
     compare: Path | None = None
     """JSON result of an earlier run (--out) to compare with; by default none. It must have the same model (with any
     adapter), limit, records, template and tokenizer."""
@@ -86,22 +107,21 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     startup.keep_programs()
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load
-    from bimedix_jax.commands.eval_run_open import OpenOptions, answers_path, is_answers, open_results
+    from bimedix_jax.commands import eval_run_train
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import comparison, tasks
-    from bimedix_jax.files import check_file
     from bimedix_jax.routing.interventions import report, rules_of
 
     check_options(config)
     rules = rules_of(config.intervene, config.adapter)
     before = None if config.compare is None else read_result(config.compare)
     if config.out is not None:
-        check_file(config.out, config.overwrite, is_result)
-        check_file(predictions_path(config.out), config.overwrite, is_predictions)
-        check_file(answers_path(config.out), config.overwrite, is_answers)
+        check_out(config.out, config.overwrite)
     questions = tasks.read_tasks(config.tasks, config.data) if config.data is not None else {}
     questions |= {} if config.sets is None else tasks.read_sets(config.sets)
     records = [] if config.heldout is None else tasks.heldout_of(config.heldout, config.limit)
+    sets = sets_of(config, records, questions)
+    overlap = None if config.train is None else eval_run_train.look_for(sets, config.train)
     folder = resolve(config.model, config.revision)
     tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     result = setting(config, tokenizer, records, questions)
@@ -109,35 +129,96 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         parts = set(questions) | ({"heldout"} if records else set())
         comparison.check(before, result, parts, config.compare, config.force)
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
-    result |= loaded(model)
+    result |= loaded(model, tokenizer)
     rules = with_base(rules, model, folder, config)
     if before is not None and config.compare is not None:
         comparison.check_weights(before, result, config.compare, config.force)
-    predictions: dict[str, list[Prediction]] = {}
-    if records:
-        assert config.heldout is not None  # no records without it
-        found, predictions[config.heldout] = evaluate_records(
-            model, tokenizer, records, config.max_length, config.batch_tokens, rules
-        )
-        result |= found
-    if questions:
-        options = (config.limit, config.max_length, config.batch_tokens)
-        scored = tasks.run_tasks(model, tokenizer, questions, config.data, *options, rules, questions=questions)
-        result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
-        result["average"] = tasks.average([scored[name].score.value for name in scored if name in tasks.TASKS])
-        predictions |= {name: outcome.choice.predictions for name, outcome in scored.items()}
-    if config.open:
-        result["open"] = open_results(OpenOptions.of(config), model, tokenizer, records, rules, before)
-    result |= report(rules, console)
+    with saved_results(config, result, rules) as saved:
+        found, predictions = evaluate(model, tokenizer, records, questions, config, rules, before, saved)
+        result |= found | report(rules, console)
+        if overlap is not None and config.train is not None:
+            result["contamination"] = eval_run_train.report(overlap, predictions, config.train)
+        if config.out is not None:
+            result["predictions"] = write_predictions(config.out, predictions)
+            write_result(config.out, result)
     for table in result_tables(result, before):
         console.print(table)
     if config.out is not None:
-        result["predictions"] = write_predictions(config.out, predictions)
-        write_result(config.out, result)
         console.print(
             f"The result is in {config.out}, its predictions in {predictions_path(config.out)}.", highlight=False
         )
     return result
+
+
+def evaluate(
+    model: "Mixtral",
+    tokenizer: "Tokenizer",
+    records: "list[Record]",
+    questions: "Questions",
+    config: Config,
+    rules: "Interventions | None",
+    before: dict[str, Any] | None,
+    saved: "Callable[[str], Part]",
+) -> "tuple[dict[str, Any], dict[str, list[Prediction]]]":
+    """The results of all parts, and the predictions of each set of questions."""
+    from bimedix_jax.commands import eval_run_variants
+    from bimedix_jax.commands.eval_run_open import OpenOptions, open_results
+    from bimedix_jax.evals import tasks
+
+    result: dict[str, Any] = {}
+    predictions: dict[str, list[Prediction]] = {}
+    if records:
+        assert config.heldout is not None  # no records without it
+        result, predictions[config.heldout] = evaluate_records(
+            model, tokenizer, records, config.max_length, config.batch_tokens, rules, saved
+        )
+    if questions:
+        options = (config.limit, config.max_length, config.batch_tokens)
+        scored = tasks.run_tasks(
+            model, tokenizer, questions, config.data, *options, rules, questions=questions, saved=saved
+        )
+        result["tasks"] = {name: outcome.to_dict() for name, outcome in scored.items()}
+        result["average"] = tasks.average([scored[name].score.value for name in scored if name in tasks.TASKS])
+        predictions |= {name: outcome.choice.predictions for name, outcome in scored.items()}
+    if config.orders or config.wordings:
+        sets = sets_of(config, records, questions)
+        forms = eval_run_variants.Forms(config.orders, config.wordings, config.seed)
+        limits = (config.max_length, config.batch_tokens, rules)
+        result["sensitivity"], more = eval_run_variants.score(model, tokenizer, sets, predictions, forms, limits, saved)
+        predictions |= more
+    if config.open:
+        result["open"] = open_results(OpenOptions.of(config), model, tokenizer, records, rules, before, saved)
+    return result, predictions
+
+
+def sets_of(config: Config, records: "list[Record]", questions: "Questions") -> "dict[str, list[Record]]":
+    """The sets of questions with choices, by the name that their predictions have."""
+    chosen = [record for record in records if record.choices is not None]
+    own = {} if config.heldout is None or not chosen else {config.heldout: chosen}
+    return own | {name: found[: config.limit] for name, (found, _) in questions.items()}
+
+
+@contextlib.contextmanager
+def saved_results(
+    config: Config, setting: dict[str, Any], rules: "Interventions | None"
+) -> Iterator[Callable[[str], "Part"]]:
+    """The results of an earlier start by part, and where to save more of them; nothing without --out."""
+    from bimedix_jax.evals.journal import journal, nothing
+
+    if config.out is None:
+        yield nothing
+        return
+    identity = {
+        **setting,
+        "heldout": config.heldout,
+        "batch_tokens": config.batch_tokens,
+        "variants": [config.orders, config.wordings, config.seed],
+        "open": [config.open, config.max_new_tokens],
+        "rules": None if rules is None else rules.digest(),
+    }
+    counters = None if rules is None else rules.applied
+    with journal(config.out, identity, config.overwrite, counters) as kept:
+        yield kept.part
 
 
 def check_options(config: Config) -> None:
@@ -151,6 +232,8 @@ def check_options(config: Config) -> None:
         )
     if config.tasks and config.data is None:
         raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
+    if config.orders < 0:
+        raise BimedixError(f"--orders is {config.orders}; give 0 or more")
     if config.limit is not None and config.limit < 1:
         raise BimedixError(f"--limit is {config.limit}; give at least 1")
     if config.force and config.compare is None:
@@ -168,16 +251,26 @@ def with_base(rules: "Interventions | None", model: "Mixtral", folder: Path, con
     return dataclasses.replace(rules, base=load(folder, base=base, router=config.router))
 
 
-def loaded(model: "Mixtral") -> dict[str, Any]:
-    """The part of a result that is known when the model is loaded."""
+def loaded(model: "Mixtral", tokenizer: "Tokenizer") -> dict[str, Any]:
+    """The part of a result that is known when the model is loaded: its storage, and versions and hashes of all that
+    determines the result except the records."""
+    import jax
+
+    from bimedix_jax import __version__
     from bimedix_jax.checkpoint.identity import base_identity
+    from bimedix_jax.evals.comparison import HARNESS
     from bimedix_jax.quantise import storage_of
+    from bimedix_jax.routing.provenance import adapter_hash, model_hash
+    from bimedix_jax.routing.recorded_data import template_hash
 
     return {
         "base": storage_of(model).base,
         "dtype": model.dtype,
         "router": model.config.router.variant,
         "weights": base_identity(model)["weights"],
+        "harness": HARNESS,
+        "hashes": {"model": model_hash(model), "adapter": adapter_hash(model), "prompt": template_hash(tokenizer)},
+        "versions": {"bimedix_jax": __version__, "jax": jax.__version__, "platform": jax.default_backend()},
     }
 
 
@@ -204,17 +297,19 @@ def evaluate_records(
     records: "list[Record]",
     max_length: int | None,
     batch_tokens: int,
-    rules: "Interventions | None" = None,
+    rules: "Interventions | None",
+    saved: "Callable[[str], Part]",
 ) -> "tuple[dict[str, Any], list[Prediction]]":
     """Held-out loss of all records, and accuracy and predictions for those with choices."""
     from bimedix_jax.evals.heldout import heldout_loss
     from bimedix_jax.evals.multiple_choice import multiple_choice
 
-    result = {"heldout": heldout_loss(model, tokenizer, records, max_length, batch_tokens, rules).to_dict()}
+    options = (max_length, batch_tokens, rules)
+    result = {"heldout": heldout_loss(model, tokenizer, records, *options, saved=saved("heldout")).to_dict()}
     questions = [record for record in records if record.choices is not None]
     if not questions:
         return result, []
-    choice = multiple_choice(model, tokenizer, questions, max_length, batch_tokens, rules)
+    choice = multiple_choice(model, tokenizer, questions, *options, saved=saved("choice"))
     return {**result, "choice": choice.to_dict()}, choice.predictions
 
 
@@ -230,59 +325,9 @@ def result_tables(result: dict[str, Any], before: dict[str, Any] | None) -> list
         found.append(tables.accuracy_table(result["choice"], old.get("choice")))
     if "tasks" in result:
         found.append(tables.task_table(result["tasks"], result["average"], old.get("tasks")))
+    if result.get("sensitivity"):
+        found.append(tables.sensitivity_table(result["sensitivity"]))
+    if "contamination" in result:
+        found.append(tables.contamination_table(result["contamination"]))
     found += open_tables.tables_of(result.get("open", {}), old.get("open", {}))
     return found
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """The result that an earlier run wrote. Raises BimedixError if the file is not one."""
-    from bimedix_jax.files import read_json
-
-    value = read_json(path, dict[str, Any], "name a file that --out wrote")
-    if not {"heldout", "choice", "tasks", "open"} & set(value):
-        raise BimedixError(f"{path} is not a result of `bimedix eval run`; name a file that --out wrote")
-    return value
-
-
-def is_result(path: Path) -> bool:
-    """Whether a file has the keys of a result."""
-    from bimedix_jax.files import peek_json
-
-    found = set(peek_json(path))
-    return {"model", "template"} <= found and bool({"heldout", "choice", "tasks", "open"} & found)
-
-
-def is_predictions(path: Path) -> bool:
-    """Whether every line of a file is a prediction, as `write_predictions` writes it."""
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except (OSError, ValueError):
-        return False
-    return all(isinstance(row, dict) and {"set", "id"} <= set(row) for row in rows)
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes the result as JSON, and creates the folder if needed."""
-    from bimedix_jax.files import write_text
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(result, ensure_ascii=False, indent=2, default=str) + "\n")
-
-
-def predictions_path(out: Path) -> Path:
-    """Path of the predictions that belong to the result `out`."""
-    return out.with_name(f"{out.name.removesuffix('.json')}.predictions.jsonl")
-
-
-def write_predictions(out: Path, predictions: "dict[str, list[Prediction]]") -> dict[str, Any]:
-    """Writes one line of JSON for each scored question; its `set` is the name of the task or the value of --heldout.
-
-    Returns: name of the file in the result's folder, and its number of lines.
-    """
-    from bimedix_jax.files import write_text
-
-    rows = [{"set": name, **row.to_dict()} for name, found in predictions.items() for row in found]
-    path = predictions_path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-    return {"file": path.name, "lines": len(rows)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from bimedix_jax.curation.answers_judge import Pair
     from bimedix_jax.data.records import Record
     from bimedix_jax.data.tokenizer import Tokenizer
-    from bimedix_jax.evals.open_answers import Answer
+    from bimedix_jax.evals.journal import Part
+    from bimedix_jax.evals.open_answers import Answer, Item
     from bimedix_jax.models.mixtral import Mixtral
     from bimedix_jax.routing.interventions import Interventions
 
@@ -55,24 +57,29 @@ def open_results(
     records: "list[Record]",
     rules: "Interventions | None",
     before: dict[str, Any] | None,
+    saved: "Callable[[str], Part]",
 ) -> dict[str, Any]:
     """The parts `answers`, `behaviour` and `judge` of a result, as far as they are asked for.
 
-    The answers are written beside the result, into NAME.answers.jsonl.
+    The answers are written beside the result, into NAME.answers.jsonl. `saved` has those of an earlier start.
     """
     from bimedix_jax.evals import behaviour, open_answers
 
+    def generated(name: str, items: "list[Item]") -> "list[Answer]":
+        part = saved(name)
+        options = (config.max_new_tokens, config.batch_tokens, rules)
+        return open_answers.answer_all(model, tokenizer, items, *options, known=part.found, keep=part.write)
+
     result: dict[str, Any] = {}
     lines: list[dict[str, Any]] = []
-    options = (config.max_new_tokens, config.batch_tokens, rules)
     if "answers" in config.open:
-        answers = open_answers.answer_all(model, tokenizer, open_answers.items_of(records), *options)
+        answers = generated("answers", open_answers.items_of(records))
         result["answers"] = {"by_group": open_answers.summary(answers), "max_new_tokens": config.max_new_tokens}
         lines += [{"set": "answers", **answer.to_dict()} for answer in answers]
         if config.judge.model is not None:
             result["judge"] = judged(config, answers, before)
     if "behaviour" in config.open:
-        answers = open_answers.answer_all(model, tokenizer, behaviour.items(), *options)
+        answers = generated("behaviour", behaviour.items())
         result["behaviour"] = behaviour.summary(answers)
         lines += [{"set": "behaviour", **answer.to_dict(), **behaviour.verdict(answer)} for answer in answers]
     if lines and config.out is not None:
