@@ -48,8 +48,9 @@ def seen(questions: Sequence[Record], training: Iterable[Record]) -> dict[int, S
         hit = index.find(row, record, fingerprints.words(text_of(record)))
         if hit is None:
             continue
-        new = Seen(hit.by, hit.share, record.id)
         for number in same[words[hit.evaluation]]:
+            by = "question" if hit.by == "id" and number != hit.evaluation else hit.by
+            new = Seen(by, hit.share, record.id)
             if number not in found or found[number].share < new.share:
                 found[number] = new
     return dict(sorted(found.items()))
