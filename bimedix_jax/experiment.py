@@ -172,9 +172,8 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """Backends of the kernels by operation; null chooses the platform's best one that supports the operands.
-
-    A named backend never falls back: the run fails if it does not support the operands. run.json lists what ran."""
+    """Backends by operation; null chooses the platform's best one that supports the operands. A named backend never
+    falls back: the run fails if it does not support the operands. run.json lists what ran."""
 
     layer_scan: Literal["scan", "bits", "unrolled"] | None = None
     """The loop over layers: lax.scan (scan), a scan over bits for CPUs (bits), or each layer compiled separately."""

@@ -9,7 +9,7 @@ import re
 
 from bimedix_jax.costs.flops import matmul_flops
 from bimedix_jax.kernels.attention.blocks import splash_block
-from bimedix_jax.plan.hlo import Shape
+from bimedix_jax.plan.hlo import Instruction, Shape
 
 TRITON = re.compile(r"attention_(forward|queries|keys)_(\d+)x(\d+)x(\d+)")
 """Name of a kernel of kernels/attention/triton.py: what it computes, queries and keys of a block, width of a head."""
@@ -17,6 +17,11 @@ SPLASH = re.compile(r"splash_m[qh]a_(fwd|dq|dkv)")
 """Name of a kernel of JAX's splash attention."""
 PRODUCTS = {"forward": 2, "fwd": 2, "queries": 3, "dq": 3, "keys": 4, "dkv": 4}
 """Matrix products over each pair of a query and a key. The backward kernels compute the scores again."""
+
+
+def name_of(instruction: Instruction) -> str:
+    """Text with the name of the kernel that an instruction calls: on GPUs from its operation, on TPUs its own name."""
+    return f"{instruction.op_name} {instruction.name}"
 
 
 def is_attention(name: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from bimedix_jax.costs import devices
 from bimedix_jax.costs.devices import Device
+from bimedix_jax.plan.attention import is_attention, name_of
 from bimedix_jax.plan.collectives import BEGINNING, WAITING, Collective, collective_of, key_of
 from bimedix_jax.plan.hlo import SILENT, Computation, Instruction, Program, trip_count_of
 from bimedix_jax.plan.work import Flops, bytes_of, flops_of
@@ -75,7 +76,7 @@ def compute_seconds(flops: Flops, device: Device) -> float:
 def cause(instruction: Instruction, flops: Flops) -> str:
     if RECOMPUTED in instruction.op_name:
         return "recomputed"
-    if ATTENTION in instruction.op_name:
+    if ATTENTION in instruction.op_name or is_attention(name_of(instruction)):
         return "attention"
     return "kernels" if flops.kernel else "dense"
 

@@ -12,7 +12,7 @@ import re
 
 from bimedix_jax.costs.flops import matmul_flops
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.plan.attention import attention_flops, is_attention
+from bimedix_jax.plan.attention import attention_flops, is_attention, name_of
 from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
 
 KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
@@ -152,7 +152,7 @@ def kernel_call(instruction: Instruction) -> Flops:
     """FLOPs of a custom call: those of its grid for a kernel of ours, 0 for a call that multiplies nothing."""
     target = instruction.attribute("custom_call_target") or ""
     target = target.strip('"')
-    name = f"{instruction.op_name} {instruction.name}"  # a kernel's name is in the first on GPUs, in the second on TPUs
+    name = name_of(instruction)
     if target in KERNELS and is_attention(name):
         operands = kernel_operands(instruction)
         total, filled = attention_flops(name, operands)

@@ -363,8 +363,8 @@ def attend_backward(window: int | None, residuals: tuple, dout: jax.Array):
     dk, dv = launch(
         key_kernel, "attention_keys", by_keys, more(block), block, window, results, [query, row, row], by_keys=True
     )
-    slot, query_ids, key_ids = (zero_cotangent(x) for x in operands[:3])
-    return (Operands(slot, query_ids, key_ids, dq[:, :length], dk[:, :slots], dv[:, :slots]),)
+    none: list[Any] = [zero_cotangent(x) for x in operands[:3]]
+    return (Operands(none[0], none[1], none[2], dq[:, :length], dk[:, :slots], dv[:, :slots]),)
 
 
 attend.defvjp(attend_forward, attend_backward)
