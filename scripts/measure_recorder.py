@@ -215,25 +215,26 @@ def mesh_rows(options: argparse.Namespace, place: Path) -> dict[str, int]:
 
 
 def kills(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Kills a recording at random times until it has been killed `--kills` times, then lets it end."""
+    """Kills a running recording at random times until that was done `--kills` times, then lets it end."""
     started = time.monotonic()
     child(options, "record", place / "whole", rows=options.kill_rows)
     whole = time.monotonic() - started
-    rng, kept, killed = random.Random(0), [], 0
+    rng, kept, ended = random.Random(0), [], 0
     partial = place / ".killed.recording"
-    while killed < options.kills:
+    while len(kept) < options.kills:
         process = child(options, "record", place / "killed", wait=False, rows=options.kill_rows)
         time.sleep(rng.uniform(0, whole))
-        process.send_signal(signal.SIGKILL)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kept.append(len(list(partial.glob("records-*.parquet"))) if partial.exists() else 0)
         process.communicate()
-        killed += 1
-        kept.append(len(list(partial.glob("records-*.parquet"))) if partial.exists() else -1)
         if (place / "killed").exists():
-            kept[-1] = -1
             check_same(place)
-            (place / "killed").rename(place / f"ended {killed}")
+            (place / "killed").rename(place / f"ended {ended}")
+            ended += 1
     child(options, "record", place / "killed", rows=options.kill_rows)
-    return {"kills": killed, "kills_identical": check_same(place), "parts_kept_at_kills": kept}
+    same = check_same(place)
+    return {"kills": len(kept), "recordings_compared": ended + 1, "kills_identical": same, "parts_kept_at_kills": kept}
 
 
 def check_same(place: Path) -> bool:
