@@ -1,12 +1,12 @@
 """Compares our model in lm-evaluation-harness with the harness's own Hugging Face back end, request by request.
 
-    python scripts/measure_eval_parity.py --data ../shared/data --json      # about 12 minutes on two idle cores
+    python scripts/measure_eval_parity.py --data ../shared/data --json
 
-Parity: a random Mixtral of about 1 M parameters in float32, over whole English sets by letter and by text, and the
-Arabic task files over the same questions (--limit-arabic of each; no Arabic set ships here). Speed: a mixture made from
-SmolLM2-135M, in the data type of its checkpoint, --questions of each task. Both sides get the same requests and use the
-same threads. `rows[]` has one entry for each task and part: `max_loglik_diff`, accuracies and seconds. Our seconds
-include compilation.
+Prompts: those of our English tasks against those of the harness's own. Parity: a random Mixtral of about 1 M parameters
+in float32, over whole English sets by letter and by text, and the Arabic task files over the same questions
+(--limit-arabic of each; no Arabic set ships here). Speed: a mixture made from SmolLM2-135M, in the data type of its
+checkpoint, --questions of each task. Both sides get the same requests and use the same threads. `rows[]` has one entry
+for each task and part: `max_loglik_diff`, accuracies and seconds. Our seconds include compilation.
 """
 
 import argparse
@@ -22,8 +22,12 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import datasets
+import lm_eval
 import tokenizers
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 
 from bimedix_jax import cli, startup
@@ -33,6 +37,7 @@ from bimedix_jax.data.tokenizer import load_tokenizer
 from bimedix_jax.evals.documents import NINE, read
 from bimedix_jax.evals.harness import HarnessModel
 from bimedix_jax.evals.harness_run import load_tasks, primary_of
+from bimedix_jax.evals.layouts import Document
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.init import init_random
 
@@ -53,6 +58,7 @@ SMALL = MixtralConfig(
     max_position_embeddings=2048,
 )
 """0.86 M parameters."""
+PARTS = ["prompts", "parity", "speed"]
 PEER_BATCH = 16
 """Rows of a batch of the peer; --peer-batch sets it."""
 
@@ -182,6 +188,54 @@ def parity(scratch: Path, data: Path, limit: int | None, arabic: int, batch: int
     return rows
 
 
+def hub_rows(name: str, data: Path) -> tuple[list[dict], list[dict]]:
+    """The questions and solved examples of a benchmark as rows of the hub's data set."""
+
+    def row(one: Document) -> dict[str, Any]:
+        choices = {f"op{letter}": text for letter, text in zip("abcd", one.choices, strict=False)}
+        endings = {f"ending{number}": text for number, text in enumerate(one.choices)}
+        if name == "pubmedqa":
+            decision = one.choices[one.answer]
+            return {"QUESTION": one.question, "CONTEXTS": one.context.split("\n"), "final_decision": decision}
+        if name == "medmcqa":
+            return {"question": one.question, **choices, "cop": one.answer}
+        if name == "medqa":
+            return {"sent1": one.question, "sent2": "", **endings, "label": one.answer}
+        return {"question": one.question, "choices": list(one.choices), "answer": one.answer}
+
+    found = read(name, "en", str(data))
+    return [row(one) for one in found.questions], [row(one) for one in found.solved]
+
+
+def requests_of(task: Any, shots: int) -> list[Any]:
+    """What a task asks, as texts."""
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(1234)
+    task.build_all_requests()
+    return [instance.args for instance in task.instances]
+
+
+def prompts(data: Path) -> list[dict]:
+    """Whether our English tasks ask what the harness's own do, byte for byte, without and with five examples."""
+    found = []
+    for name in tqdm(NINE, desc="prompts", disable=None):
+        questions, solved = hub_rows(name, data)
+        own = f"mmlu/default/{name}" if name.startswith("mmlu_") else f"{name}/{name}"
+        config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / f"{own}.yaml")
+        test = config["test_split"]
+        splits = {config.get(f"{kind}_split") for kind in ("training", "validation", "fewshot")} - {None, test}
+        made = {part: datasets.Dataset.from_list(solved or questions) for part in splits}
+        made[test] = datasets.Dataset.from_list(questions)
+        config |= {"custom_dataset": lambda made=made, **_: datasets.DatasetDict(made), "dataset_path": None}
+        theirs = ConfigurableTask(config={**config, "dataset_name": None})
+        (ours,) = load_tasks([f"bimedix_{name}_en"], [data])["tasks"].values()
+        for shots in (0, 5) if solved else (0,):
+            mine, other = requests_of(ours, shots), requests_of(theirs, shots)
+            found.append({"part": "prompts", "task": f"bimedix_{name}_en", "shots": shots, "requests": len(mine),
+                          "identical": mine == other})  # fmt: skip
+    return found
+
+
 def speed(folder: Path, data: Path, questions: int, texts: list[str], batch: int) -> list[dict]:
     """Rows of the mixture."""
     ours, theirs = pair(folder, "bfloat16", batch)
@@ -191,11 +245,14 @@ def speed(folder: Path, data: Path, questions: int, texts: list[str], batch: int
 def summary(rows: list[dict]) -> dict[str, Any]:
     """The figures of the issue."""
     found: dict[str, Any] = {}
+    asked = [row for row in rows if row["part"] == "prompts"]
+    if asked:
+        found["prompts_identical"] = all(row["identical"] for row in asked)
+        found["requests"] = sum(row["requests"] for row in asked)
     checked = [row for row in rows if row["part"] == "parity"]
-    found["max_loglik_diff"] = max(
-        (row["max_loglik_diff"] for row in checked if "max_loglik_diff" in row), default=None
-    )
-    found["accuracies_identical"] = all(row["ours_accuracy"] == row["peer_accuracy"] for row in checked)
+    if checked:
+        found["max_loglik_diff"] = max(row["max_loglik_diff"] for row in checked if "max_loglik_diff" in row)
+        found["accuracies_identical"] = all(row["ours_accuracy"] == row["peer_accuracy"] for row in checked)
     for part in ("parity", "speed"):
         own = [row for row in rows if row["part"] == part]
         seconds = [sum(row[f"{side}_seconds"] for row in own) for side in ("ours", "peer")]
@@ -211,7 +268,7 @@ def main() -> None:
     parser.add_argument("--limit-arabic", type=int, default=100, help="questions of each Arabic task (default 100)")
     parser.add_argument("--mixture", type=Path, help="folder of a model for the speed; by default made from SmolLM2")
     parser.add_argument("--questions", type=int, default=200, help="questions of each task for the speed (default 200)")
-    parser.add_argument("--parts", nargs="+", default=["parity", "speed"], choices=["parity", "speed"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--texts", nargs="*", default=["bimedix_medmcqa_en_text"], help="tasks by text for the speed")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--peer-batch", type=int, default=PEER_BATCH, help=f"rows of a peer's batch ({PEER_BATCH})")
@@ -220,6 +277,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch, start = Path(name), time.perf_counter()
         rows = []
+        if "prompts" in args.parts:
+            rows += prompts(args.data)
         if "parity" in args.parts:
             rows += parity(scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
         if "speed" in args.parts:
