@@ -289,8 +289,7 @@ class Experiment:
         require(bool(self.name), "name is empty; set it.")
         require(self.steps is not None or self.epochs is not None, "steps and epochs are both missing; set one.")
         for name in ("steps", "epochs", "checkpoint_every", "keep", "skip_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} must be at least 1, got {value}.")
+            require((value := getattr(self, name)) is None or value >= 1, f"{name} must be at least 1, got {value}.")
         for name in ("eval_every", "seed", "reorders", "log_experts_every"):
             require(getattr(self, name) >= 0, f"{name} cannot be negative, got {getattr(self, name)}.")
         require(

@@ -43,12 +43,12 @@ def test_moments_in_bfloat16_halve_the_optimiser_state():
     assert step.local_bytes(state.optimiser) == pytest.approx(step.local_bytes(state.params), abs=16)
 
 
-def test_metrics_by_language_need_a_language_for_each_token():
+def test_sums_by_language_need_a_group_for_each_token():
     """The planner's batch is that of a run: the step can be traced with it."""
     experiment = override(smoke(), {"router.languages": ["en", "ar"]})
     arguments, train_step = step.training_arguments(architecture(experiment), experiment, CPUS[:1])
     assert "group_BT" in arguments[2]
-    assert set(jax.eval_shape(train_step, *arguments)[1]["by_language"]) == {"en", "ar"}
+    assert jax.eval_shape(train_step, *arguments)[1]["group_losses"].shape == (3, 2), "two languages, and all others"
 
 
 def test_rows_that_the_devices_do_not_divide_raise():
