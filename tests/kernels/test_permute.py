@@ -1,5 +1,7 @@
 """Dispatch and combine equal NumPy loops; the permutation is a bijection; gradients equal JAX's own."""
 
+import functools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,15 @@ import pytest
 from hypothesis import given, settings
 
 from bimedix_jax.kernels.permute import combine, dispatch, reference, sort_by_expert
+
+
+@functools.partial(jax.jit, static_argnames="experts")
+def sorted_and_combined(x: jax.Array, weights: jax.Array, chosen: jax.Array, owned: int, experts: int) -> tuple:
+    """(the permutation, x in its order, the weighted sums of its first `owned` rows)."""
+    permutation = sort_by_expert(chosen, experts)
+    rows = dispatch(x, permutation)
+    kept = jnp.where(jnp.arange(rows.shape[0])[:, None] < owned, rows, 0)
+    return permutation, rows, combine(kept, weights, permutation)
 
 
 # tokens, experts, top_k; few, because each is compiled
@@ -19,15 +30,14 @@ def test_equals_the_reference(shape: tuple[int, int, int], seed: int) -> None:
     x = rng.standard_normal((tokens, 4)).astype(np.float32)
     chosen = rng.integers(0, experts + 1, (tokens, top_k)).astype(np.int32)  # id `experts` means no expert
     weights = rng.random((tokens, top_k)).astype(np.float32)
-    permutation = sort_by_expert(jnp.asarray(chosen), experts)
     rows, sizes = reference.dispatch(x, chosen, experts)
-    sorted_rows = dispatch(jnp.asarray(x), permutation)
+    permutation, sorted_rows, combined = sorted_and_combined(x, weights, chosen, len(rows), experts)
     assert np.array_equal(permutation.group_sizes_E, sizes)
     assert np.array_equal(sorted_rows[: len(rows)], rows)
     assert np.array_equal(permutation.order_M[permutation.inverse_M], np.arange(tokens * top_k))
-    owned = jnp.where(jnp.arange(tokens * top_k)[:, None] < len(rows), sorted_rows, 0)
-    expected = reference.combine(np.asarray(owned), weights, chosen, experts)
-    assert np.allclose(combine(owned, jnp.asarray(weights), permutation), expected, atol=1e-6)
+    owned = np.where(np.arange(tokens * top_k)[:, None] < len(rows), sorted_rows, 0)
+    expected = reference.combine(owned, weights, chosen, experts)
+    assert np.allclose(combined, expected, atol=1e-6)
 
 
 @jax.jit

@@ -30,7 +30,6 @@ def test_a_run_on_a_mesh_equals_the_run_on_one_device(tmp_path, experiment):
     plain = experiment(
         batch=BatchConfig(rows=4), router=RouterTraining(aux_loss_coef=0.01, aux_scope="global"), steps=4
     )
-    one = train(plain, tmp_path / "one")
     mesh = dataclasses.replace(plain, mesh=MeshConfig(fsdp=4, expert=2))
     with pytest.raises(BimedixError, match="4 rows of a micro-batch cannot be divided among the 8 shards"):
         train(mesh, tmp_path / "refused")
@@ -40,7 +39,7 @@ def test_a_run_on_a_mesh_equals_the_run_on_one_device(tmp_path, experiment):
     mesh = dataclasses.replace(plain, batch=BatchConfig(rows=8), mesh=MeshConfig(fsdp=2, expert=4))
     whole = dataclasses.replace(plain, batch=BatchConfig(rows=8))
     ours, theirs = train(mesh, tmp_path / "mesh"), train(whole, tmp_path / "whole")
-    assert one.steps == ours.steps
+    assert ours.steps == theirs.steps == 4
     for ours_line, theirs_line in zip(read_metrics(ours.folder), read_metrics(theirs.folder), strict=True):
         np.testing.assert_allclose(ours_line["loss"], theirs_line["loss"], rtol=1e-5)
         np.testing.assert_allclose(ours_line["grad_norm"], theirs_line["grad_norm"], rtol=1e-4)
