@@ -17,6 +17,10 @@ from bimedix_jax.kernels.nf4 import dequantize, quantize
 from bimedix_jax.kernels.permute import sort_by_expert
 from bimedix_jax.kernels.unstacked import unstack
 
+pack = jax.jit(quantize, static_argnames=("block_size", "double_quant", "batch_dims"))
+unpack = jax.jit(dequantize, static_argnames="dtype")
+"""As one program for each shape; eager, every operation is compiled."""
+
 RELATIVE = {"float32": 3e-5, "bfloat16": 2.5e-2}
 TOKENS, WIDTH, HIDDEN, EXPERTS, RANK = 37, 64, 128, 5, 3
 RANKS = {"no deltas": (0, 0, 0), "all deltas": (RANK, RANK, RANK), "down alone": (0, 0, RANK), "gate alone": (2, 0, 0)}
@@ -46,7 +50,7 @@ def draw(dtype: str, packed: bool, ranks: tuple[int, ...]) -> tuple[jax.Array, j
     shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
     weights: tuple[Any, ...] = tuple(matrices(EXPERTS, *shape).astype(dtype) for shape in shapes)
     if packed:
-        weights = tuple(quantize(jnp.copy(w.mT), batch_dims=1).mT for w in weights)
+        weights = tuple(pack(jnp.copy(w.mT), batch_dims=1).mT for w in weights)
     deltas = tuple(
         (matrices(EXPERTS, d, rank), matrices(EXPERTS, rank, f)) if rank else None
         for rank, (d, f) in zip(ranks, shapes, strict=True)
@@ -70,7 +74,7 @@ def operands_for(backend: str, dtype: str, packed: bool, ranks: tuple[int, ...],
 
 
 def values(weights: tuple, deltas: tuple) -> tuple[list[np.ndarray], list]:
-    dense = [np.asarray(w if isinstance(w, jax.Array) else dequantize(w), np.float32) for w in weights]
+    dense = [np.asarray(w if isinstance(w, jax.Array) else unpack(w), np.float32) for w in weights]
     none = [(np.zeros((*w.shape[:2], 1)), np.zeros((w.shape[0], 1, w.shape[2]))) for w in dense]
     pairs = [zero if pair is None else tuple(map(np.asarray, pair)) for pair, zero in zip(deltas, none, strict=True)]
     return dense, pairs
@@ -230,7 +234,7 @@ def test_orders_are_inverse() -> None:
 def test_invalid_operands_raise() -> None:
     x, pairs, weights, deltas = draw("float32", True, RANKS["no deltas"])
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
-    mixed = (dequantize(weights[0], "float32"), *weights[1:])
+    mixed = (unpack(weights[0], "float32"), *weights[1:])
     with pytest.raises(NotImplementedError, match="it takes all weights dense, or all in NF4"):
         expert_mlp(x, pairs, permutation, mixed, deltas, backend="xla")
     assert expert_mlp(x, pairs, permutation, mixed, deltas).shape == x.shape

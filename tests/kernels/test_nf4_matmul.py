@@ -15,6 +15,10 @@ from bimedix_jax.kernels.nf4.api import layer_weights
 from bimedix_jax.kernels.nf4_matmul import matmul, reference
 from bimedix_jax.kernels.nf4_matmul.api import BACKENDS, FEW_ROWS
 
+pack = jax.jit(quantize, static_argnames=("block_size", "double_quant", "batch_dims"))
+unpack = jax.jit(dequantize, static_argnames="dtype")
+"""As one program for each shape; eager, every operation is compiled."""
+
 RELATIVE = {"float32": 2e-5, "bfloat16": 1.6e-2}
 CASES = {  # leading axes of x, D, F, block, double quantisation, whether stored [F, D]
     "one_row": ((1,), 64, 128, 64, True, True),
@@ -95,9 +99,9 @@ def test_only_a_cpu_pads_few_rows_and_only_in_bfloat16() -> None:
 def test_forward_and_gradient(backend: str, case: str, dtype: str) -> None:
     lead, d, f, block, double_quant, transposed = CASES[case]
     x, w, dy = draw((*lead, d), (f, d) if transposed else (d, f), (*lead, f), dtype=dtype)
-    t = quantize(w, block_size=block, double_quant=double_quant)
+    t = pack(w, block_size=block, double_quant=double_quant)
     t = t.mT if transposed else t
-    values = np.asarray(dequantize(t), np.float32)
+    values = np.asarray(unpack(t), np.float32)
     y, dx = compiled(backend)(x, t, dy)
     assert (y.dtype, dx.dtype) == (x.dtype, x.dtype)
     assert (y.shape, dx.shape) == (dy.shape, x.shape)
@@ -110,7 +114,7 @@ def test_forward_and_gradient(backend: str, case: str, dtype: str) -> None:
 def test_values_are_bit_equal_to_layer_weights(backend: str, dtype: str) -> None:
     """The product with a unit vector is a row of the weights."""
     d, f = 192, 320
-    t = quantize(draw((f, d), dtype="bfloat16")[0], block_size=32).mT
+    t = pack(draw((f, d), dtype="bfloat16")[0], block_size=32).mT
     expected = np.asarray(layer_weights(t, dtype), np.float32)
     rows, columns = np.array([0, 63, 64, 191, 5]), np.array([0, 319, 31, 32, 255])
     x, dy = jax.nn.one_hot(rows, d, dtype=dtype), jax.nn.one_hot(columns, f, dtype=dtype)
@@ -129,8 +133,8 @@ def test_any_values(backend: str) -> None:
         rows, d, f = shape
         rng = np.random.default_rng(seed)
         x, w, dy = (rng.standard_normal(size).astype(np.float32) for size in ((rows, d), (f, d), (rows, f)))
-        t = quantize(jnp.asarray(w * 10.0**magnitude, jnp.float32), block_size=32).mT
-        values = np.asarray(dequantize(t), np.float32)
+        t = pack(jnp.asarray(w * 10.0**magnitude, jnp.float32), block_size=32).mT
+        values = np.asarray(unpack(t), np.float32)
         y, dx = compiled(backend)(jnp.asarray(x), t, jnp.asarray(dy))
         close(y, reference.matmul(x, values), "float32")
         close(dx, dy @ values.T, "float32")
@@ -143,8 +147,8 @@ def test_any_values(backend: str) -> None:
 def test_blocks_that_cross_rows(transposed: bool, width: int) -> None:
     """Only XLA supports them. The default backend falls back to it, a named one does not."""
     x, w, dy = draw((5, 96), (width, 96) if transposed else (96, width), (5, width))
-    t = quantize(w).mT if transposed else quantize(w)
-    values = np.asarray(dequantize(t))
+    t = pack(w).mT if transposed else pack(w)
+    values = np.asarray(unpack(t))
     y, dx = compiled("xla")(x, t, dy)
     close(y, reference.matmul(np.asarray(x), values), "float32")
     close(dx, np.asarray(dy) @ values.T, "float32")
@@ -162,4 +166,4 @@ def test_invalid_operands_raise() -> None:
     with pytest.raises((ValueError, TypeError)):
         matmul(x, w)
     with pytest.raises(ValueError, match="Unknown nf4_matmul backend 'fastest'; choose one of mosaic_tpu, triton, xla"):
-        matmul(x, quantize(jnp.ones((8, 64))), backend="fastest")
+        matmul(x, pack(jnp.ones((8, 64))), backend="fastest")
