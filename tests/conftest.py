@@ -95,6 +95,22 @@ def give_back_memory() -> Iterator[None]:
         yield
 
 
+QUICK = {"evals", "experiments", "inference", "routing", "training"}
+"""Folders whose tests take `tiny.quick_kernels`. Where the platform's kernels matter, a module has `DEFAULT_KERNELS =
+True`: comparisons with other libraries, the choice of kernels, and generation."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_kernels_in_folders(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.path.parent.name not in QUICK or getattr(request.module, "DEFAULT_KERNELS", False):
+        yield
+        return
+    import tiny
+
+    with tiny.quick_kernels():
+        yield
+
+
 @pytest.fixture(scope="session")
 def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Tokenizer of bytes with ChatML."""

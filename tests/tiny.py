@@ -3,7 +3,9 @@
 Tests that share a configuration also share compiled programs.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
@@ -33,3 +35,12 @@ def tiny(base: MixtralConfig = TINY, **changes: Any) -> MixtralConfig:
     """`base` with other fields, and `experts` and `top_k` for its router."""
     router = {"num_experts": changes.pop("experts", 4), "top_k": changes.pop("top_k", 2)}
     return dataclasses.replace(base, router=RouterConfig(**router), **changes)
+
+
+@contextlib.contextmanager
+def quick_kernels() -> Iterator[None]:
+    """Kernels that compile in half the time, where kernels are not the point. A context, or a decorator of a test."""
+    from bimedix_jax.kernels import backends
+
+    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+        yield

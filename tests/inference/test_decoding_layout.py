@@ -22,6 +22,7 @@ from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.training.state import split_params, update_params
 
+DEFAULT_KERNELS = True
 CONFIG = tiny(GROUPED, hidden_size=64, intermediate_size=64)
 PROMPTS = [[5, 17, 3, 60, 2], [9], [44, 8, 8]]
 

@@ -13,6 +13,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.generate import Sampling, _prefill, _step, generate, keep_likely, sample, stream
 from bimedix_jax.models.init import init_random
 
+DEFAULT_KERNELS = True
 CONFIG = tiny(GROUPED, max_position_embeddings=96)
 PROMPTS = [[5, 17, 3], [40], list(range(20, 41)), [9, 9, 1, 80, 33, 2, 7]]
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import GROUPED, tiny
+from tiny import GROUPED, quick_kernels, tiny
 
-from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import Remat
 from bimedix_jax.models.init import init_random
 
@@ -57,7 +56,7 @@ def routes() -> Any:
 
 @pytest.mark.parametrize(("mode", "devices"), [("none", 1), ("experts", 1), ("layer", 1), ("layer", 2)])
 def test_gradients_do_not_depend_on_recomputed_routes(routes, mode: str, devices: int) -> None:
-    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):  # these compile fast
+    with quick_kernels():
         found = routes.compare(mode, devices)
     assert found["gradient_change"] <= 1e-6
     if mode == "none":
@@ -69,5 +68,5 @@ def test_gradients_do_not_depend_on_recomputed_routes(routes, mode: str, devices
 
 def test_without_kept_routes_gradients_change(routes) -> None:
     """So the test above can fail."""
-    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+    with quick_kernels():
         assert routes.unprotected("layer") > 0.01

@@ -10,6 +10,8 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import KernelChoice, from_dict
 from bimedix_jax.training.loop import train
 
+DEFAULT_KERNELS = True
+
 
 def test_the_named_backend_runs_and_is_recorded(experiment, tmp_path):
     run = experiment(steps=2, kernels=KernelChoice(grouped_matmul="ragged_dot", grouped_low_rank="grouped"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+DEFAULT_KERNELS = True
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_peft_parity.py"
 
 pytestmark = [

@@ -15,6 +15,7 @@ from bimedix_jax.training.rows import micro_batches
 from bimedix_jax.training.state import init_state, split_params
 from bimedix_jax.training.step import make_train_step
 
+DEFAULT_KERNELS = True
 STEPS = 5
 CLIP = 0.5
 OPTIMISER = OptimiserConfig(learning_rate=0.01, warmup_steps=2, weight_decay=0.1, clip_norm=CLIP)
