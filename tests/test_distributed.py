@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -47,25 +48,32 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+TRAIN_AND_RESUME = """
+import shlex, sys
+from bimedix_jax import cli
+sys.exit(cli.main(shlex.split(sys.argv[1])) or cli.main(["train", "--out", sys.argv[2], "--resume"]))
+"""
+
+
 def test_two_processes_train_as_one_and_resume(tmp_path):
-    subprocess.run(command(tmp_path / "one", 4), env=environment(2), check=True, capture_output=True)
+    """One process trains the same experiment, and then resumes what the two have saved."""
     running = start_two(tmp_path / "two", 4)
     codes = [process.wait(timeout=300) for process in running]
     assert codes == [0, 0], (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     assert (tmp_path / "two" / "adapter" / "manifest.json").is_file()
     assert not list((tmp_path / "two").rglob("*.partial")), "no partial file is left"
-    ours, theirs = (read_arrays(tmp_path / name / "checkpoints", 4) for name in ("two", "one"))
-    assert sum("['mu']" in name or "['nu']" in name for name in ours) == 2 * sum("['params']" in name for name in ours)
-    for name, value in theirs.items():  # both moments too
-        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-3 * max(np.max(np.abs(value)), 1e-6))
-    # one process resumes what two processes saved
+    words = shlex.join(command(tmp_path / "one", 4)[3:])
     subprocess.run(
-        [sys.executable, "-m", "bimedix_jax", "train", "--out", str(tmp_path / "two"), "--resume"],
+        [sys.executable, "-c", TRAIN_AND_RESUME, words, str(tmp_path / "two")],
         env=environment(2),
         check=True,
         capture_output=True,
     )
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    ours, theirs = (read_arrays(tmp_path / name / "checkpoints", 4) for name in ("two", "one"))
+    assert sum("['mu']" in name or "['nu']" in name for name in ours) == 2 * sum("['params']" in name for name in ours)
+    for name, value in theirs.items():  # both moments too
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-3 * max(np.max(np.abs(value)), 1e-6))
 
 
 def wait_for_steps(folder: Path, process: subprocess.Popen, count: int = 2) -> None:

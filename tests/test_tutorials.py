@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny
+from tiny import quick_kernels, tiny
 
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.kernels import backends
 from bimedix_jax.models import routers
 from bimedix_jax.models.init import init_random
 
@@ -44,7 +43,7 @@ def test_banning_each_expert(folder, capsys) -> None:
     study, *_ = blocks("router.md", "python")
     assert len(study.splitlines()) <= 25
     (folder / "study.py").write_text(study, "utf-8")
-    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):  # they compile fast
+    with quick_kernels():
         runpy.run_path("study.py")
     shown = capsys.readouterr().out.splitlines()
     rows = [line for line in shown if re.match(r"(\[\]|\d) ", line)]
@@ -72,7 +71,7 @@ def test_training_with_another_router(folder, capsys) -> None:
         line for block in blocks("router.md", "bash") for line in block.splitlines() if "train smoke" in line
     )
     assert command == "bimedix train smoke --steps 4 --set 'router.variant=\"sigmoid_bias\"' --out runs/balanced"
-    with backends.use(expert_mlp="composed", grouped_matmul="ragged_dot"):
+    with quick_kernels():
         main(["train", "smoke", "--steps", "4", "--set", 'router.variant="sigmoid_bias"', "--out", "runs/balanced"])
     assert "trained 4 steps" in capsys.readouterr().out
     model = load(folder / "runs/balanced")
@@ -96,10 +95,14 @@ def checkout(tmp_path) -> Path:
 
 
 def shell(script: str, folder: Path) -> str:
-    """What a reader sees on stdout, without what tests/conftest.py sets; but programs compile as fast as there."""
+    """What a reader sees on stdout, without what tests/conftest.py sets; but programs compile as fast as there.
+
+    The page on ablations sets XLA_FLAGS itself, so JAX is asked for the same by its own name.
+    """
     env = {key: value for key, value in os.environ.items() if key != "JAX_NUMPY_RANK_PROMOTION"}
     env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"  # the last one counts
     env |= {"PYTHONPATH": str(folder), "PATH": f"{folder / 'bin'}:{env['PATH']}", "COLUMNS": "120"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=env, capture_output=True, text=True, check=False
     )
