@@ -98,9 +98,10 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], parts: set[str], so
 
 
 def check_weights(before: Mapping[str, Any], now: Mapping[str, Any], source: Path, force: bool) -> None:
-    """Like `check`, for the weights, which are known later. Warns of differences whose effect is included in the
-    change, and of what an older result does not record."""
-    check(before, {"weights": now["weights"]}, parts_of(before), source, force)
+    """Like `check`, for the weights, prompts and program, which are known later. Warns of differences whose effect
+    is included in the change, and of what an older result does not record."""
+    known = {key: now[key] for key in ("weights", "harness", "hashes") if key in now}
+    check(before, known, parts_of(before), source, force)
     changes = [
         f"{label} {before[key]} there and {now[key]} here"
         for key, label in EXPLAINED.items()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from tiny import TINY
@@ -10,7 +11,8 @@ from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.data.records import Record, conversation
 from bimedix_jax.data.tokenizer import byte_tokenizer
-from bimedix_jax.evals.comparison import differing
+from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.comparison import HARNESS, check_weights, differing
 from bimedix_jax.models.init import init_random
 
 
@@ -104,6 +106,24 @@ def test_older_results_are_compared_as_far_as_they_go(evaluated, capsys, caplog)
     assert "does not record its" in caplog.text
     (root / "older.json").write_text(json.dumps(older | {"limit": 7}))
     assert compare(evaluated, capsys, before="older.json")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        ({"harness": "bimedix eval run, protocol 0"}, "the program is bimedix eval run, protocol 0 there"),
+        ({"hashes": {"prompt": "1" * 64}}, "the hash of the prompts is 111111111111 there and 222222222222 here"),
+        ({}, None),
+    ],
+)
+def test_another_protocol_is_refused(there, message):
+    now = {"weights": "w", "harness": HARNESS, "hashes": {"model": "m", "prompt": "2" * 64}}
+    before = {**now, "hashes": {"model": "n", "prompt": "2" * 64}, "heldout": {}, **there}
+    if message is None:
+        check_weights(before, now, Path("before.json"), force=False)
+    else:
+        with pytest.raises(BimedixError, match=message):
+            check_weights(before, now, Path("before.json"), force=False)
 
 
 def test_two_ways_to_write_a_folder_are_equal(tmp_path, monkeypatch):
