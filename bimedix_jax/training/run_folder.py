@@ -22,6 +22,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from bimedix_jax import distributed
@@ -180,12 +183,18 @@ def last_logged(folder: Path) -> int:
     return last
 
 
+def bound_as(restored: jax.Array, fresh: jax.Array) -> jax.Array:
+    """The restored array; bound to no device if `fresh` is not, as counts are, so that they fit any mesh."""
+    return restored if getattr(fresh, "committed", True) else jnp.asarray(np.asarray(restored))
+
+
 def resume_state(folder: Path, fresh: TrainState, console: Console) -> TrainState:
     """The state of the newest valid checkpoint, or `fresh` without one. Truncates metrics.jsonl to that step."""
     checkpoints, began = folder / CHECKPOINTS, time.perf_counter()
     state = fresh
     if steps_in(checkpoints):
         state, _ = restore_step(checkpoints, newest_valid(checkpoints, last_logged(folder)), fresh)
+        state = jax.tree.map(bound_as, state, fresh)
         seconds = time.perf_counter() - began
         console.print(f"restored the state of step {int(state.step)} in {seconds:.2f} s", highlight=False)
     else:
