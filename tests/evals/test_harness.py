@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,9 +51,10 @@ def ours(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    return HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4, max_length=512)
+    peer: Any = huggingface.HFLM  # decorators hide its arguments
+    return peer(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4, max_length=512)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,7 @@ def simple_backends():
         yield
 
 
-def requests(*arguments):
+def requests(*arguments) -> Any:
     return [types.SimpleNamespace(args=one) for one in arguments]
 
 

@@ -41,11 +41,11 @@ class ByRule(HarnessModel):
     def __init__(self, tokenizer):
         super().__init__(types.SimpleNamespace(config=TINY), tokenizer)  # pyright: ignore[reportArgumentType]
 
-    def _run(self, groups, *_):
+    def _run(self, groups, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         for index, group in enumerate(groups):
             yield {(index, n): (-float(sum(ids) * 7 % 13), False) for n, ids in enumerate(group.continuations)}
 
-    def _answers(self, prompts, _):
+    def _answers(self, prompts, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         return [" B. heart" for _ in prompts]
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import lm_eval
@@ -65,14 +66,16 @@ def test_english_prompts_equal_those_of_the_harness(benchmark, tmp_path):
     path, rows = OWN[benchmark]
     put(tmp_path, f"{benchmark}_en.jsonl", rows)
     put(tmp_path, f"{benchmark}_en.fewshot.jsonl", rows)
-    theirs = load_yaml(HARNESS / path)
-    splits = {theirs.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")} - {None}
+    theirs: Any = load_yaml(HARNESS / path)
+    splits: set[str] = {
+        theirs.get(key) for key in ("training_split", "validation_split", "test_split", "fewshot_split")
+    } - {None}
     theirs["custom_dataset"] = lambda **_: datasets.DatasetDict(
-        {name: datasets.Dataset.from_list(rows) for name in splits}
+        **{name: datasets.Dataset.from_list(rows) for name in splits}
     )
     theirs["dataset_path"] = theirs["dataset_name"] = None
-    other = ConfigurableTask(config=theirs)
-    ours = our_task(f"bimedix_{benchmark}_en", metadata={"data": str(tmp_path)})
+    other: Any = ConfigurableTask(config=theirs)
+    ours: Any = our_task(f"bimedix_{benchmark}_en", metadata={"data": str(tmp_path)})
     for shots in (0, 2):
         assert prompts_of(ours, shots) == prompts_of(other, shots)
     assert [ours.doc_to_target(doc) for doc in ours.eval_docs] == [
