@@ -82,7 +82,14 @@ class Place:
         else:
             command += ["smoke", "--data", str(self.folder / "rows"), "--heldout", str(self.folder / "heldout")]
             command += ["--steps", str(STEPS), "--eval-every", str(EVALUATE_EVERY)]
-            command += ["--checkpoint-every", str(SAVE_EVERY), "--set", f"keep={KEEP}", "lora.dropout=0.2"]
+            command += [
+                "--checkpoint-every",
+                str(SAVE_EVERY),
+                "--set",
+                f"keep={KEEP}",
+                "lora.dropout=0.2",
+                "data.synthetic_rows=0",
+            ]
             command += ["router.variant=sigmoid_bias", "router.bias_rate=0.01", 'router.languages=["en", "ar"]']
         cache = self.folder / ("cache" if cached else f"cache-{self.starts}")
         more = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -14,6 +14,7 @@ from tiny import GROUPED, tiny
 
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.experiment import RouterTraining
+from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.plan import hardware
@@ -32,7 +33,8 @@ def memory_of(layers: int, device: Any) -> tuple[int, int, int]:
     batch = {"tokens_BT": ids, "segment_ids_BT": ids, "loss_mask_BT": mask}
     placed = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (params, frozen, batch))
-    compiled = jax.jit(make_gradient(structure, RouterTraining(), "layer")).lower(*arguments).compile()
+    with backends.use(device=None if device.platform == "cpu" else device):
+        compiled = jax.jit(make_gradient(structure, RouterTraining(), "layer")).lower(*arguments).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) for tree in (frozen, params)]

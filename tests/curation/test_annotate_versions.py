@@ -49,7 +49,7 @@ SCURVY = Record(
 
 
 def tasks() -> dict[str, Task[Any]]:
-    options: dict[str, Any] = {"sources": (), "out": Path(), "llm": MODEL}
+    options: dict[str, Any] = {"sources": ("sample",), "out": Path(), "llm": MODEL}
     return {
         "translate": data_translate.task_of(data_translate.Config(**options)),
         "chats": data_chats.task_of(data_chats.Config(**options)),
