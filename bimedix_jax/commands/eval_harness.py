@@ -75,7 +75,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     startup.keep_programs()
     check_options(config)
     require_harness()
-    from bimedix_jax.checkpoint.hub import resolve
+    from bimedix_jax.checkpoint.hub import HUB_ID, resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import harness_run
@@ -85,11 +85,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.routing.interventions import report, rules_of
 
     rules, mesh = rules_of(config.intervene, config.adapter), mesh_of(config.mesh)
+    if not HUB_ID.fullmatch(config.model):
+        resolve(config.model, config.revision)  # a wrong path is found before questions are downloaded
     shots, flagged = config.num_fewshot, config.exclude_flagged
     tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, flagged, shots)
-    if config.overwrite and config.out is not None:
-        for name in FILES:
-            (config.out / name).unlink(missing_ok=True)
     folder = resolve(config.model, config.revision)
     tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router, mesh=mesh)
@@ -99,6 +98,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     lm = HarnessModel(model, tokenizer, rules, config.batch_tokens, config.max_length)
     identity = identity_of(lm, config)
     if config.out is not None:
+        for name in FILES if config.overwrite else ():
+            (config.out / name).unlink(missing_ok=True)
         lm.store = RequestStore(config.out / FILES[2], identity)
     found = harness_run.evaluate(lm, tasks, config.limit, config.chat)
     samples = found.pop("samples")

@@ -124,6 +124,6 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
 )
 def test_wrong_options_raise_before_the_model_loads(data, changes, problem):
     changes = {**changes, "data": tuple(map(eval_harness.Path, changes.get("data", (data,))))}
-    config = eval_harness.Config(tasks=("bimedix_mmlu_anatomy_en",), model="no/model/here")
+    config = eval_harness.Config(tasks=("bimedix_mmlu_anatomy_en",), model="no/model-here")
     with pytest.raises(BimedixError, match=problem):
         evaluate(config, **changes)
