@@ -107,7 +107,7 @@ def _locked(path: Path, busy: str, stack: contextlib.ExitStack) -> tuple[IO[str]
         file = stack.enter_context(os.fdopen(number, "r+", encoding="utf-8"))
         taken = flock(file)
         if taken is None:
-            log.warning("the file system of %s has no locks; only the heartbeat in the file shows which process holds it", path)
+            log.warning("the file system of %s has no locks; only the heartbeat in the file shows its holder", path)
         if taken is False:
             who = _parsed(_content(path)).get("holder") or _content(path).strip() or "another process"
             raise BimedixError(f"{who} {busy}")
