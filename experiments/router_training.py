@@ -53,6 +53,6 @@ SIZES = {
         heldout="sample",
         limit=6,
     ),
-    "lab": Size(changes={"steps": 24}, minutes=8, inputs=Inputs(dense="smollm2-135m"), heldout="sample"),
+    "lab": Size(changes={"steps": 16}, minutes=6, inputs=Inputs(dense="smollm2-135m"), heldout="sample"),
     "full": Size(changes=delta(quickstart(), bimedix_mixtral_8x7b()), heldout="sample"),
 }
