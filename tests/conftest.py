@@ -64,6 +64,12 @@ LARGE = 9 << 28
 install_import_hook(["bimedix_jax.kernels", "bimedix_jax.models"], "beartype.beartype")
 
 
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay to the end: collecting garbage need not look at them each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: no worker waits for one at the end, and their programs run while the workers are small."""
     items.sort(key=lambda item: item.get_closest_marker("whole_process") is None)
