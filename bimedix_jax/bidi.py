@@ -13,9 +13,6 @@ import unicodedata
 from collections.abc import Mapping
 from typing import IO
 
-import arabic_reshaper
-from bidi.algorithm import get_display
-
 _ARABIC = re.compile(r"[\u0590-\u08ff]")
 
 
@@ -52,5 +49,8 @@ def visual(line: str, right_to_left: bool | None = None) -> str:
     """
     if not _ARABIC.search(line):
         return line
+    import arabic_reshaper  # imports fontTools, if it is installed
+    from bidi.algorithm import get_display
+
     direction = None if right_to_left is None else "R" if right_to_left else "L"
     return str(get_display(arabic_reshaper.reshape(line), base_dir=direction))

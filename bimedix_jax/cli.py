@@ -278,7 +278,7 @@ def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
     config = read_options(module.Config, options, _program(name), f"Every command also takes {flags}.")
     if name in REPEATING:
         startup.reuse_memory()
-    startup.prepare()
+    startup.prepare(name)
     startup.log_as_sentences()
     return module.run(config, Screen(stderr=as_json))
 

@@ -18,16 +18,28 @@ from pathlib import Path
 # files in /dev of a GPU (dxg is that of WSL) or a TPU
 ACCELERATORS = ("nvidia[0-9]*", "nvidiactl", "dxg", "accel[0-9]*", "vfio/[0-9]*", "kfd")
 
+WITHOUT_JAX = frozenset(
+    {
+        *(f"data {name}" for name in ("assemble", "chats", "check", "mix", "pack", "review", "stats", "translate")),
+        *(f"routes {name}" for name in ("export", "import", "report")),
+        "eval compare",
+        "sweep report",
+    }
+)
+"""Commands that never import JAX, for which `prepare` has nothing to do."""
+
 # the CUDA plugin's libraries print these when they are loaded without a driver; no setting prevents it
 _CUDA_CHATTER = re.compile(rb"WARNING: All log messages before absl::InitializeLog|Could not find cuda drivers")
 
 
-def prepare() -> None:
+def prepare(command: str = "") -> None:
     """Selects the CPU on a machine without accelerators, and silences start-up messages. User settings are kept.
 
     The extra `aot` installs compilers for absent GPUs and TPUs. With them installed, JAX would try to initialise these
     devices in every run and report that it cannot. On a machine without any, JAX_PLATFORMS becomes `cpu`.
     """
+    if command in WITHOUT_JAX:
+        return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA: errors only
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     plugin = importlib.util.find_spec("jax_cuda12_plugin")

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from bimedix_jax import cli, startup
+
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["kernels", "models", "bimedix_jax", "experiments", "scripts"]
 
@@ -255,6 +257,17 @@ def test_the_options_of_a_command_import_no_jax():
     commands = [name for name in MODULES if name.startswith("bimedix_jax.commands")]
     wrong = {f"{name}: {i}" for name in commands for i in external_at_load(name) if top(i) in JAX_LIBRARIES}
     assert not wrong
+
+
+@pytest.mark.parametrize("command", sorted(startup.WITHOUT_JAX))
+def test_commands_that_prepare_nothing_for_jax_never_import_it(command):
+    """Whatever they import, also inside functions, does not lead to JAX."""
+    reached, waiting = set(), [cli.COMMANDS[command][1]]
+    while waiting:
+        for name in loaded_with(waiting.pop()) - reached - {"bimedix_jax"}:  # its names are imported when asked for
+            reached.add(name)
+            waiting += [found.module for found in IMPORTS[MODULES[name]] if found.module in MODULES]
+    assert not [str(i) for name in reached for i in IMPORTS[MODULES[name]] if top(i) in JAX_LIBRARIES]
 
 
 def test_the_help_itself_needs_the_standard_library_only():

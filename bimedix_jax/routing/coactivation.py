@@ -44,14 +44,19 @@ def sets(experts_NK: np.ndarray, experts: int) -> np.ndarray:
     return np.ascontiguousarray(chosen_NX[:, :experts])
 
 
-def trade(chosen_NE: np.ndarray, record_N: np.ndarray, rng: np.random.Generator) -> None:
+def partners(record_N: np.ndarray) -> np.ndarray:
+    """Where the first token of each pair is, if the tokens are ordered by record; the second is the next one."""
+    sorted_N = np.sort(record_N)
+    starts = np.flatnonzero(np.r_[True, np.diff(sorted_N) != 0])
+    rank_N = np.arange(len(sorted_N)) - np.repeat(starts, np.diff(np.r_[starts, len(sorted_N)]))
+    lead_M = np.flatnonzero(rank_N[:-1] % 2 == 0)
+    return lead_M[sorted_N[lead_M] == sorted_N[lead_M + 1]]
+
+
+def trade(chosen_NE: np.ndarray, record_N: np.ndarray, partners_M: np.ndarray, rng: np.random.Generator) -> None:
     """One round of trades between random tokens of each record, in place. Set sizes and each record's loads stay."""
-    order_N = np.lexsort((rng.random(len(record_N)), record_N))
-    starts_N = np.flatnonzero(np.r_[True, np.diff(record_N[order_N]) != 0])
-    rank_N = np.arange(len(order_N)) - np.repeat(starts_N, np.diff(np.r_[starts_N, len(order_N)]))
-    lead_N = np.flatnonzero(rank_N[:-1] % 2 == 0)
-    lead_N = lead_N[record_N[order_N[lead_N]] == record_N[order_N[lead_N + 1]]]
-    lead, trail = order_N[lead_N], order_N[lead_N + 1]
+    order_N = np.argsort(record_N + rng.random(len(record_N)))
+    lead, trail = order_N[partners_M], order_N[partners_M + 1]
     first_ME, second_ME = chosen_NE[lead], chosen_NE[trail]
     pool_ME = first_ME ^ second_ME
     own_M1 = (first_ME & pool_ME).sum(1, keepdims=True)
@@ -68,10 +73,10 @@ def coactivation(
     """Lift of every pair over random sets with the same sizes and the same loads in each record."""
     chosen_NE = sets(experts_NK, experts)
     together_EE = _together(chosen_NE)
-    drawn = []
+    partners_M, drawn = partners(record_N), []
     for sample in range(samples):
         for _ in range(BETWEEN if sample else MIXING):
-            trade(chosen_NE, record_N, rng)
+            trade(chosen_NE, record_N, partners_M, rng)
         drawn.append(_together(chosen_NE))
     drawn_SEE = np.array(drawn)
     expected_EE, spread_EE = drawn_SEE.mean(0), drawn_SEE.std(0, ddof=1)

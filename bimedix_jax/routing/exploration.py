@@ -6,7 +6,7 @@ Letters: P rows of (cluster, group, token id), L layers, E experts, N tokens, K 
 """
 
 import numpy as np
-from scipy import stats as distributions
+from scipy.special import stdtr
 
 from bimedix_jax.routing.claims import Exploration
 from bimedix_jax.routing.clusters import MIN_CLUSTERS, generator
@@ -123,7 +123,7 @@ def _welch_by_id(
     below_SE = sum(v**2 / (n - 1) for v, n in zip(variances, counts, strict=True))
     freedom_SE = np.where(below_SE > 0, variance_SE**2 / np.where(below_SE > 0, below_SE, 1), 1)
     t_SE = difference_SE / np.sqrt(np.where(variance_SE > 1e-18, variance_SE, np.inf))
-    p_SE = 2 * distributions.t.sf(np.abs(t_SE), np.maximum(freedom_SE, 1))
+    p_SE = 2 * stdtr(np.maximum(freedom_SE, 1), -np.abs(t_SE))
     certain_SE = (variance_SE <= 1e-18) & (np.abs(difference_SE) > 1e-9)  # no cluster of either group varies
     return difference_SE, np.where(certain_SE, 0.0, p_SE)
 

@@ -4,7 +4,7 @@ Letters: C clusters, X cells, B resamples.
 """
 
 import numpy as np
-from scipy import stats as distributions
+from scipy.special import betaincinv
 
 from bimedix_jax.routing.clusters import Comparison, blocks, resampled_weights
 
@@ -120,4 +120,4 @@ def never_chosen_bound(clusters: int, level: float = 0.95) -> float:
 
 def binomial_upper(successes: int, trials: int, level: float = 0.95) -> float:
     """One-sided upper bound of a proportion (Clopper and Pearson 1934)."""
-    return 1.0 if successes >= trials else float(distributions.beta.ppf(level, successes + 1, trials - successes))
+    return 1.0 if successes >= trials else float(betaincinv(successes + 1, trials - successes, level))

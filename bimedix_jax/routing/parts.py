@@ -187,7 +187,8 @@ def record_row(routes: Routes) -> dict[str, Any]:
 
 def write_records(folder: Path, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the table of the records of a part."""
-    columns = {name: [row[name] for row in rows] for name in RECORD_SCHEMA.names}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in RECORD_SCHEMA.names}
+    columns["tokens"] = np.array(columns["tokens"], np.int64)
     write_table(folder / part_name(RECORDS, number), RECORD_SCHEMA, columns)
 
 
@@ -233,17 +234,34 @@ def write_table(path: Path, schema: pa.Schema, columns: Mapping[str, Any]) -> No
 
 
 def _array(kind: pa.DataType, values: Any) -> pa.Array:
+    """pa.array without the import of pandas, which takes half a second."""
+    if pa.types.is_map(kind):
+        return _maps(values)
     if not isinstance(values, np.ndarray):
-        return pa.array(values, type=kind)
+        return _strings(values)
     if not pa.types.is_fixed_size_list(kind):
         return _numbers(values, kind)
     return pa.FixedSizeListArray.from_arrays(_numbers(values, kind.value_type), type=kind)
 
 
 def _numbers(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    """pa.array without the import of pandas, which takes half a second."""
     flat = np.ascontiguousarray(values, kind.to_pandas_dtype()).reshape(-1)
     return pa.Array.from_buffers(kind, len(flat), [None, pa.py_buffer(flat)])
+
+
+def _strings(values: Sequence[str | None]) -> pa.Array:
+    encoded = [(value or "").encode() for value in values]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    known = np.packbits(np.array([value is not None for value in values], bool), bitorder="little")
+    buffers = [pa.py_buffer(x) for x in (known, offsets, b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+
+
+def _maps(pairs: Sequence[Sequence[tuple[str, str]]]) -> pa.Array:
+    """A map from text to text for each row."""
+    offsets = _numbers(np.cumsum([0, *map(len, pairs)]), pa.int32())
+    keys, values = (_strings([pair[place] for own in pairs for pair in own]) for place in (0, 1))
+    return pa.MapArray.from_arrays(offsets, keys, values)
 
 
 def part_name(kind: str, number: int) -> str:
@@ -268,7 +286,8 @@ def to_numpy(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
     """The values of a column, [rows, *shape], without a copy where there is one chunk."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if pa.types.is_fixed_size_list(array.type):
-        array = array.flatten()
+        size = array.type.list_size  # not array.flatten, which imports pyarrow.compute
+        array = array.values.slice(array.offset * size, len(array) * size)
     kind, buffer = array.type.to_pandas_dtype(), array.buffers()[1]
     assert not array.null_count  # the schemas of numbers allow none
     start = array.offset * np.dtype(kind).itemsize  # not array.to_numpy, which imports pandas

@@ -10,7 +10,16 @@ import pyarrow.parquet as pq
 from bimedix_jax import __version__, files
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.process import folders
-from bimedix_jax.routing.parts import PART_ROWS, RECORDS, PartLayout, Routes, part_name, read_table, write_part
+from bimedix_jax.routing.parts import (
+    PART_ROWS,
+    RECORDS,
+    PartLayout,
+    Routes,
+    part_name,
+    read_table,
+    to_numpy,
+    write_part,
+)
 from bimedix_jax.routing.recording import MANIFEST, File, LayerName, Manifest
 
 Piece = TypeVar("Piece")
@@ -97,7 +106,7 @@ def finish(
     """Writes the manifest of the parts in a folder, which completes the recording. `further`: other fields of it."""
     parts = [file_of(path) for path in sorted(folder.glob("*.parquet"))]
     records = [part for part in parts if part.name.startswith(f"{RECORDS}-")]
-    tokens = sum(read_table(folder / part.name, ["tokens"])["tokens"].to_numpy().sum() for part in records)
+    tokens = sum(to_numpy(read_table(folder / part.name, ["tokens"])["tokens"], ()).sum() for part in records)
     manifest = Manifest(
         version=__version__,
         layers=tuple(layers),

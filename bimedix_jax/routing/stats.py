@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from scipy import stats as distributions
+from scipy.special import ndtri
 
 from bimedix_jax.routing.clusters import Comparison, blocks
 from bimedix_jax.routing.intervals import bootstrap_t, resampled_t
@@ -244,7 +244,7 @@ def detectable(test: Test, alpha: float, power: float = 0.8) -> np.ndarray:
     """
     critical = test.critical(alpha)
     spread_X = np.sqrt(1 + critical**2 / (2 * test.freedom_X))
-    return test.error_X * (critical + distributions.norm.ppf(power) * spread_X)
+    return test.error_X * (critical + ndtri(power) * spread_X)
 
 
 def equivalent(test: Test, alpha: float, margin: float) -> np.ndarray:

@@ -81,7 +81,7 @@ def test_trades_keep_the_size_of_sets_and_the_loads_of_records():
     chosen_NE = coactivation.sets(EXPERTS_LNK[0], 5)
     before = chosen_NE.copy()
     for _ in range(5):
-        coactivation.trade(chosen_NE, RECORD_N, RNG)
+        coactivation.trade(chosen_NE, RECORD_N, coactivation.partners(RECORD_N), RNG)
     assert (chosen_NE.sum(1) == 2).all()
     for record in range(3):
         own = record == RECORD_N
@@ -120,9 +120,9 @@ def test_trades_reach_all_sets_equally_often():
     start = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]], bool)
     rows = [np.array(x) for x in itertools.product((0, 1), repeat=4) if sum(x) == 2]
     possible = [m for m in (np.array(x) for x in itertools.product(rows, repeat=3)) if (m.sum(0) == start.sum(0)).all()]
-    chosen_NE, seen = start.copy(), []
+    chosen_NE, record_N, seen = start.copy(), np.zeros(3, int), []
     for _ in range(6000):
-        coactivation.trade(chosen_NE, np.zeros(3, int), RNG)
+        coactivation.trade(chosen_NE, record_N, coactivation.partners(record_N), RNG)
         seen.append(chosen_NE.tobytes())
     shares = np.unique(seen, return_counts=True)[1] / len(seen)
     assert len(shares) == len(possible)
