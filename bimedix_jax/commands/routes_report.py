@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from rich.console import Console
 
+from bimedix_jax import startup
+
 if TYPE_CHECKING:
     from bimedix_jax.process.terminal import FittedTable
 
@@ -50,6 +52,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     Raises:
       BimedixError: the recording, or what belongs to it, cannot be analysed.
     """
+    startup.one_blas_thread()
     from bimedix_jax.routing.recording import Recording
     from bimedix_jax.routing.report.writing import HTML, ReportOptions, write_report
 
