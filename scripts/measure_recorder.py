@@ -2,7 +2,7 @@
 
     python scripts/measure_recorder.py --json                                        # 10 M rows; 20 minutes on 2 cores
     python scripts/measure_recorder.py --only kills --json                           # a part of it
-    python scripts/measure_recorder.py --rows 20000 --large-rows 60000 --kills 2 --kill-rows 40000 --json    # minutes
+    python scripts/measure_recorder.py --rows 20000 --large-rows 60000 --kills 4 --json    # minutes
 
 A row is a token in a layer. The model is a random Mixtral of `--layers` layers and `--width`; the records are random
 tokens. Every measurement runs in processes of its own:
@@ -14,17 +14,15 @@ tokens. Every measurement runs in processes of its own:
   at least 1e-4; `mesh_ties` counts the others.
 - `report_large`: time and memory of `bimedix routes report` for `--large-rows` rows with 100 random routers;
   `import_and_report_80_records`: for 80 records of 8 layers from JSONL.
-- `kills_identical`: whether a recording that was killed at `--kills` random times and started again is byte by byte
-  the one that was never killed.
+- `kills_identical`: whether recordings that were killed `--kills` times, in all stages, and started again are byte by
+  byte the one that was never killed (scripts/measure_record_kills.py).
 """
 
 import argparse
 import dataclasses
 import json
 import os
-import random
 import resource
-import signal
 import statistics
 import subprocess
 import sys
@@ -214,36 +212,15 @@ def mesh_rows(options: argparse.Namespace, place: Path) -> dict[str, int]:
     return found
 
 
-def kills(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Kills a running recording at random times until that was done `--kills` times, then lets it end."""
-    started = time.monotonic()
-    child(options, "record", place / "whole", rows=options.kill_rows)
-    whole = time.monotonic() - started
-    rng, kept, ended = random.Random(0), [], 0
-    partial = place / ".killed.recording"
-    while len(kept) < options.kills:
-        process = child(options, "record", place / "killed", wait=False, rows=options.kill_rows)
-        time.sleep(rng.uniform(0, whole))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kept.append(len(list(partial.glob("records-*.parquet"))) if partial.exists() else 0)
-        process.communicate()
-        if (place / "killed").exists():
-            check_same(place)
-            (place / "killed").rename(place / f"ended {ended}")
-            ended += 1
-    child(options, "record", place / "killed", rows=options.kill_rows)
-    same = check_same(place)
-    return {"kills": len(kept), "recordings_compared": ended + 1, "kills_identical": same, "parts_kept_at_kills": kept}
-
-
-def check_same(place: Path) -> bool:
-    """Whether both folders have the same bytes. Raises SystemExit otherwise."""
-    one, other = ({path.name: path.read_bytes() for path in (place / x).iterdir()} for x in ("whole", "killed"))
-    if one != other:
-        differing = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
-        raise SystemExit(f"after a kill the recording differs in {', '.join(differing)}")
-    return True
+def kills(options: argparse.Namespace, _: Path) -> dict[str, Any]:
+    """What measure_record_kills.py finds."""
+    script = Path(__file__).with_name("measure_record_kills.py")
+    words = [sys.executable, str(script), "--kills", str(options.kills), "--json"]
+    found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode:
+        raise SystemExit(found.returncode)
+    names = ("kills", "kills_in", "recordings_compared", "kills_identical", "parts_kept_at_kills")
+    return {name: json.loads(found.stdout)[name] for name in names}
 
 
 def memory(options: argparse.Namespace, place: Path) -> dict[str, Any]:
@@ -365,7 +342,6 @@ def main() -> None:
     parser.add_argument("--large-rows", type=int, default=10_000_000)
     parser.add_argument("--time-rows", type=int, default=330_000)
     parser.add_argument("--mesh-rows", type=int, default=64_000)
-    parser.add_argument("--kill-rows", type=int, default=2_500_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--experts", type=int, default=8)
