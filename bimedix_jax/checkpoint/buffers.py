@@ -113,7 +113,6 @@ def fill_nf4(
     if target.nested_absmax is None or target.nested_offset is None:
         target.absmax[index] = absmax
         return flushed
-    # not under jit: a fused mean differs in its last bit from that of `quantize`
     codes, nested_absmax, nested_offset = quantize_scales(jnp.asarray(absmax))
     target.absmax[index] = codes
     target.nested_absmax[index] = nested_absmax
