@@ -37,11 +37,9 @@ def is_trainable(model: Mixtral) -> Any:
     return nnx.filterlib.Any(nnx.LoRAParam, TrainedParam) if model.lora is not None else nnx.Param
 
 
-def make_factor(
-    name: str, shape: tuple[int, ...], axes: tuple, bound: float, seed: int, abstract: bool
-) -> nnx.LoRAParam:
-    """A factor drawn uniformly from [-bound, bound] with a key derived from its name; shape only if `abstract`."""
-    if abstract:
+def make_factor(name: str, shape: tuple[int, ...], axes: tuple, bound: float, seed: int | None) -> nnx.LoRAParam:
+    """A factor drawn uniformly from [-bound, bound] with a key derived from its name; shape only without a seed."""
+    if seed is None:
         return nnx.LoRAParam(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     value = bound * jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0) if bound else jnp.zeros(shape, jnp.float32)
@@ -75,22 +73,27 @@ def factor_indices(layer: Linear | ExpertLinear) -> dict[tuple[int, ...], tuple[
 
 
 def attach(
-    layer: Linear | ExpertLinear, path: tuple[str, ...], slots: list[int], config: LoraConfig, seed: int
+    layer: Linear | ExpertLinear, path: tuple[str, ...], slots: list[int], config: LoraConfig, seed: int | None
 ) -> None:
-    """Adds factors for the matrices `slots` of a layer: a is drawn as in PEFT (Kaiming-uniform, 1/sqrt(in)), b is 0."""
+    """Adds factors for the matrices `slots` of a layer: a is drawn as in PEFT (Kaiming-uniform, 1/sqrt(in)), b is 0.
+
+    Without a seed, or if the layer has shapes only, the factors have shapes only.
+    """
     *lead, width_in, width_out = layer.w.get_value().shape
     rank, name, every = config.rank_of(path[-1]), ".".join(path), len(slots) == math.prod(lead)
     a_axes, b_axes = lora_axes(layer.w.get_metadata("axes"))
     if not every:
         lead, a_axes, b_axes = [len(slots)], (None, *a_axes[-2:]), (None, *b_axes[-2:])
-    abstract = is_abstract(layer)
-    a = make_factor(f"{name}.lora.a", (*lead, width_in, rank), a_axes, width_in**-0.5, seed, abstract)
-    b = make_factor(f"{name}.lora.b", (*lead, rank, width_out), b_axes, 0.0, seed, abstract)
+    drawn = None if is_abstract(layer) else seed
+    a = make_factor(f"{name}.lora.a", (*lead, width_in, rank), a_axes, width_in**-0.5, drawn)
+    b = make_factor(f"{name}.lora.b", (*lead, rank, width_out), b_axes, 0.0, drawn)
     layer.lora = Lora(a, b, config.scale_of(path[-1]), None if every else tuple(slots), config.dropout)
 
 
-def add_lora(model: Mixtral, config: LoraConfig, seed: int = 0) -> Mixtral:
+def add_lora(model: Mixtral, config: LoraConfig, seed: int | None = 0) -> Mixtral:
     """The model with new adapters, which change nothing until they are trained. The base is shared, not copied.
+
+    With the seed None, they have shapes only, for values that are read from a file.
 
     Raises:
       BimedixError: the model already has adapters, or a target or override matched no layer.

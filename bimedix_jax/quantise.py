@@ -8,7 +8,7 @@ from flax import nnx
 from bimedix_jax.adapters import linears
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
-from bimedix_jax.kernels.nf4.api import all_finite, flushed_blocks
+from bimedix_jax.kernels.nf4.api import all_finite, flushed_blocks, quantized_shapes
 from bimedix_jax.models.config import MIXED, QUANTISED, Storage
 from bimedix_jax.models.mixtral import Mixtral
 
@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 def pack(w: jax.Array | jax.ShapeDtypeStruct, double_quant: bool = True) -> NF4Tensor:
     """NF4 of a stacked weight [..., in, out]. Each matrix is quantised separately, in PyTorch's order (out, in)."""
-
-    def transpose_and_pack(w: jax.Array) -> NF4Tensor:
-        return quantize(w.mT, double_quant=double_quant, batch_dims=w.ndim - 2).mT
-
-    return jax.eval_shape(transpose_and_pack, w) if isinstance(w, jax.ShapeDtypeStruct) else transpose_and_pack(w)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        *batch, width_in, width_out = w.shape
+        shape = (*batch, width_out, width_in)
+        return quantized_shapes(shape, str(w.dtype), double_quant=double_quant, batch_dims=len(batch)).mT
+    return quantize(w.mT, double_quant=double_quant, batch_dims=w.ndim - 2).mT
 
 
 def storage_of(model: Mixtral) -> Storage:

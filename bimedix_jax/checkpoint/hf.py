@@ -26,7 +26,8 @@ from bimedix_jax.checkpoint.rounding import Rounding
 from bimedix_jax.checkpoint.safetensors_io import TensorSpec, pieces
 from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, progress, stream_to
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
+from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
+from bimedix_jax.kernels.nf4.api import quantized_shapes
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.init import reset_router_state
 from bimedix_jax.models.mixtral import Mixtral
@@ -158,10 +159,8 @@ def abstract_leaf(
     shape = table.unit_shape(row, config)
     if kept is not None or (base == "nf4" and row.path in QUANTISED):
         packed = kept or bnb_read.PackedFormat(64, compute, True)
-        stored = jax.ShapeDtypeStruct((*batch, *shape), np.dtype(packed.dtype))
-        return jax.eval_shape(
-            lambda w: quantize(w, packed.block_size, packed.double_quantised, batch_dims=len(batch)).mT, stored
-        )
+        how = (packed.dtype, packed.block_size, packed.double_quantised)
+        return quantized_shapes((*batch, *shape), *how, batch_dims=len(batch)).mT
     plain = COMPUTE[compute if base in (None, "nf4") else base]
     return jax.ShapeDtypeStruct((*batch, *(reversed(shape) if row.transposed else shape)), plain)
 

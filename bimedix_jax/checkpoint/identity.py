@@ -14,6 +14,7 @@ from flax import nnx
 from pydantic import BaseModel
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.kernels.unstacked import on_one_cpu
 from bimedix_jax.models.config import Storage
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import storage_of
@@ -98,7 +99,8 @@ def base_identity(model: Mixtral) -> dict[str, str | None]:
     if isinstance(table, jax.ShapeDtypeStruct):
         return {**identity, "weights": None, "router": None}
     rows = np.linspace(0, table.shape[0] - 1, SAMPLED_ROWS).astype(int)
-    own = {"embed.table": table[rows], **{path: value for path, value in values.items() if path.endswith(".scale")}}
+    some = np.asarray(table)[rows] if on_one_cpu(table) else table[rows]  # a view there, which needs no program
+    own = {"embed.table": some, **{path: value for path, value in values.items() if path.endswith(".scale")}}
     in_full = model.lora is not None and model.lora.train_router
     return {
         **identity,
@@ -107,9 +109,9 @@ def base_identity(model: Mixtral) -> dict[str, str | None]:
     }
 
 
-def digest(values: dict[str, jax.Array]) -> str:
+def digest(values: dict[str, Any]) -> str:
     """SHA-256 of arrays in bfloat16, by name."""
     parts = hashlib.sha256()
     for name, value in sorted(values.items()):
-        parts.update(name.encode() + np.asarray(value.astype(jnp.bfloat16)).tobytes())
+        parts.update(name.encode() + np.asarray(value).astype(jnp.bfloat16).tobytes())
     return parts.hexdigest()

@@ -190,7 +190,7 @@ def load_adapter(model: Mixtral, folder: str | Path) -> Mixtral:
     folder = Path(folder)
     config = adapter_config(model, folder)
     verify_manifest(folder)
-    adapted = add_lora(with_router(model, adapter_router(model, folder)), config)
+    adapted = add_lora(with_router(model, adapter_router(model, folder)), config, seed=None)
     trained = list(leaves_of(adapted, saved_with_adapters(adapted)))
     fill(adapted, read_header(folder / ADAPTER_WEIGHTS), {}, str(folder), trained)
     found = leaves_of(adapted, saved_with_adapters(adapted))

@@ -77,6 +77,9 @@ class Config:
 
 def run(config: Config, console: Console) -> dict[str, Any]:
     """Runs the conversation. Returns the replies if prompts were given, otherwise only counts."""
+    from bimedix_jax import startup
+
+    startup.keep_programs()
     from bimedix_jax.bidi import is_needed, reorders_nothing
     from bimedix_jax.checkpoint.hub import resolve
     from bimedix_jax.checkpoint.load import load

@@ -285,17 +285,20 @@ def decode(
         ids_BT, valid_BT = pad_right(prompts, length)
         own = plan_of_rows(plan, ids_BT, np.where(valid_BT != 0, np.arange(length)[None], -1))
     state, routing = _prefill(graph, weights, tokens_BT, segment_ids_BT, sampling, key, own, slots, record)
-    if max_new_tokens > 1 and decoding_layout.is_faster(model, len(prompts)):
-        graph, weights = nnx.split(decoding_layout.unstack_model(model))
-        state = dataclasses.replace(state, cache=decoding_layout.unstack_cache(state.cache))
     steps = max_new_tokens - (not (read_last and record != "none"))
     for number in range(steps):
         token_B, read = state.token_B, routing
+        if number == 0:
+            yield token_B.tolist(), read  # before the step is traced and compiled, which can take seconds
+            if max_new_tokens > 1 and decoding_layout.is_faster(model, len(prompts)):
+                graph, weights = nnx.split(decoding_layout.unstack_model(model))
+                state = dataclasses.replace(state, cache=decoding_layout.unstack_cache(state.cache))
         rest = dataclasses.replace(state, cache=None, seen_BV=None)
         if isinstance(plan, Planner) and plan.by_token:  # such rules need the token before the next step is launched
             own = plan_of_rows(plan, np.asarray(token_B)[:, None], (lengths_B + number)[:, None])
         state, routing = _step(graph, weights, rest, (state.cache, state.seen_BV), sampling, key, own, record)
-        yield token_B.tolist(), read  # the next step is already running
+        if number > 0:
+            yield token_B.tolist(), read  # the next step is already running
     yield ([], routing) if steps == max_new_tokens else (state.token_B.tolist(), routing)
 
 

@@ -136,6 +136,23 @@ def quantize(
     return NF4Tensor(packed, absmax, nested_absmax, nested_offset, unit_shape, False, block_size, str(w.dtype))
 
 
+def quantized_shapes(
+    shape: tuple[int, ...], dtype: str, block_size: int = 64, double_quant: bool = True, batch_dims: int = 0
+) -> NF4Tensor:
+    """What `quantize` returns for an array of this shape and dtype, as jax.ShapeDtypeStructs; nothing is traced."""
+    batch, unit_shape = shape[:batch_dims], shape[batch_dims:]
+    size = math.prod(unit_shape)
+    blocks = -(-size // block_size)
+
+    def leaf(width: tuple[int, ...], kind: type) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*batch, *width), kind)
+
+    nested = (leaf((-(-blocks // NESTED_BLOCK_SIZE),), jnp.float32), leaf((), jnp.float32))
+    absmax = leaf((blocks,), jnp.uint8 if double_quant else jnp.float32)
+    parts = (leaf(((size + 1) // 2,), jnp.uint8), absmax, *(nested if double_quant else (None, None)))
+    return NF4Tensor(*parts, unit_shape, False, block_size, dtype)
+
+
 @jax.jit
 def all_finite(w: Float[Array, "..."]) -> Bool[Array, ""]:
     """Whether all values are finite. `quantize` does not check: XLA:CPU's maximum ignores NaN."""

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize, reference
-from bimedix_jax.kernels.nf4.api import all_finite, block_scales, flushed_blocks, layer_weights
+from bimedix_jax.kernels.nf4.api import all_finite, block_scales, flushed_blocks, layer_weights, quantized_shapes
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
 from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NF4_THRESHOLDS, NF4_VALUES
 
@@ -239,6 +239,15 @@ def test_batched_units_equal_separate_units() -> None:
     assert np.array_equal(dequantize(t.mT), dequantize(t).mT)
     with pytest.raises(IndexError, match="batch axes"):
         t[0, 0, 0]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 64, 64), (65,)])
+def test_shapes_without_tracing_are_those_of_quantize(shape: tuple[int, ...], double_quant: bool) -> None:
+    for batch_dims in range(len(shape)):
+        w = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        traced = jax.eval_shape(lambda w, dims=batch_dims: quantize(w, 32, double_quant, dims), w)
+        assert quantized_shapes(shape, "bfloat16", 32, double_quant, batch_dims) == traced
 
 
 def test_storage_of_a_mixtral_layer_is_below_4_13_bits() -> None:
