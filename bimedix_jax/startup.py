@@ -84,7 +84,7 @@ def keep_programs() -> None:
     cache = Path(os.environ.get("BIMEDIX_CACHE") or Path.home() / ".cache" / "bimedix_jax")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "programs"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def reuse_memory() -> None:

@@ -16,7 +16,8 @@ import numpy as np
 from bimedix_jax.checkpoint.rounding import Rounding, read_finite, require_finite
 from bimedix_jax.checkpoint.safetensors_io import StoredTensor, TensorSpec, pieces
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.kernels.nf4.api import flushed_blocks, quantize_blocks, quantize_scales
+from bimedix_jax.kernels.nf4.api import flushed_blocks, mean_scale, quantize_blocks
+from bimedix_jax.kernels.nf4.reference import quantize_scales
 
 ALIGNMENT = 64
 TILE = 64
@@ -85,36 +86,53 @@ def fill_array(
 
 def fill_nf4(
     target: NF4Tensor, index: tuple[int, ...], tensor: StoredTensor, first_row: int, done: Callable[[int], Any]
-) -> int:
+) -> Callable[[], int]:
     """Quantises a matrix, which begins at row `first_row` of `tensor`, into entry `index` of `target`, an NF4Tensor of
     NumPy arrays, a few MB at a time.
 
-    The result equals that of quantising the whole matrix, because every piece ends on a block boundary. Returns the
-    number of blocks with denormals, which become zeros. Raises BimedixError for weights that are not finite.
+    The result equals that of quantising the whole matrix, because every piece ends on a block boundary. Returns
+    finish(), which waits for the last piece and stores it and the scales, so that the caller can read the next matrix
+    meanwhile. finish() returns the number of blocks with denormals, which become zeros.
+
+    Raises BimedixError for weights that are not finite.
     """
     rows, columns = target.unit_shape
     span = TensorSpec(tensor.name, tensor.dtype, (rows, columns))
     whole_blocks = target.block_size // math.gcd(target.block_size, columns)
-    packed = target.packed[index]
+    packed, flushed = target.packed[index], 0
     absmax = np.empty(target.absmax.shape[-1], np.float32)
-    flushed = 0
+    running: list[Callable[[], int]] = []
+
+    def quantised(read: np.ndarray, byte: int, block: int) -> Callable[[], int]:
+        codes, scales = quantize_blocks(read.reshape(-1), target.block_size)
+
+        def store() -> int:
+            packed[byte : byte + codes.size] = codes
+            absmax[block : block + scales.size] = scales
+            if not (absmax[block : block + scales.size] < NEAR_DENORMAL).any():
+                return 0
+            return int(flushed_blocks(jnp.asarray(read.reshape(-1)), target.block_size))
+
+        return store
+
     for start, count in pieces(span, QUANTISE_BYTES, whole_blocks * 2):
         read = tensor.read(first_row + start, count)
         if target.dtype != str(read.dtype):
             read = read.astype(target.dtype)
         require_finite(read, tensor, first_row + start)
-        codes, scales = quantize_blocks(read.reshape(-1), target.block_size)
-        byte, block = start * columns // 2, start * columns // target.block_size
-        packed[byte : byte + codes.size] = codes
-        absmax[block : block + scales.size] = scales
-        if (absmax[block : block + scales.size] < NEAR_DENORMAL).any():
-            flushed += int(flushed_blocks(jnp.asarray(read.reshape(-1)), target.block_size))
+        running.append(quantised(read, start * columns // 2, start * columns // target.block_size))
+        if len(running) > 1:
+            flushed += running.pop(0)()
         done(count * tensor.row_bytes)
-    if target.nested_absmax is None or target.nested_offset is None:
-        target.absmax[index] = absmax
-        return flushed
-    codes, nested_absmax, nested_offset = quantize_scales(jnp.asarray(absmax))
-    target.absmax[index] = codes
-    target.nested_absmax[index] = nested_absmax
-    target.nested_offset[index] = nested_offset
-    return flushed
+
+    def finish() -> int:
+        total = flushed + sum(store() for store in running)
+        if target.nested_absmax is None or target.nested_offset is None:
+            target.absmax[index] = absmax
+            return total
+        scales = quantize_scales(absmax, lambda scales: np.asarray(mean_scale(scales)))
+        for leaf, value in zip((target.absmax, target.nested_absmax, target.nested_offset), scales, strict=True):
+            leaf[index] = value
+        return total
+
+    return finish

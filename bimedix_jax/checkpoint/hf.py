@@ -6,7 +6,8 @@ order of the file. NF4 leaves are filled matrix by matrix, so that no stacked te
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,9 @@ QUANTISED = frozenset(
     for name in ("attention.q", "attention.k", "attention.v", "attention.o", "moe.w1", "moe.w2", "moe.w3")
 )
 """Packed by base "nf4": attention and experts. Router, norms, embeddings and head keep the compute dtype."""
+
+QUANTISED_AHEAD = 2
+"""Matrices that are quantised while the next one is read."""
 
 
 def load_hf(
@@ -101,16 +105,20 @@ def fill_leaves(leaves: Mapping[str, Any], units: Sequence[table.Unit], base: Ba
     """Reads every unit into its leaf. Warns of weights that became zeros, and of values that a cast changed."""
     total = sum(unit.tensor.row_bytes * unit.shape[0] for unit in units)
     flushed, rounding = 0, Rounding()
+    unfinished: deque[Callable[[], int]] = deque()
     with progress(total, f"loading {folder.name}") as bar:
         for unit in units:
             leaf = leaves[unit.row.path]
             if isinstance(leaf, NF4Tensor) and isinstance(unit.tensor, PackedTensor):
                 bnb_read.fill_kept(leaf, unit.index, unit.tensor, unit.first_row, bar.update)
             elif isinstance(leaf, NF4Tensor):
-                flushed += buffers.fill_nf4(leaf, unit.index, unit.tensor, unit.first_row, bar.update)
+                unfinished.append(buffers.fill_nf4(leaf, unit.index, unit.tensor, unit.first_row, bar.update))
+                if len(unfinished) > QUANTISED_AHEAD:
+                    flushed += unfinished.popleft()()
             else:
                 target = leaf[unit.index]
                 buffers.fill_array(target, unit.tensor, unit.first_row, unit.row.transposed, rounding, bar.update)
+        flushed += sum(finish() for finish in unfinished)
     if flushed:
         log.warning("%d 4-bit blocks contain denormal weights, which became zeros.", flushed)
     in_part = 'load with dtype="float32" to keep those that are not packed'

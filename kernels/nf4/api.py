@@ -60,7 +60,12 @@ def quantize_scales(absmax: Float[Array, "*batch blocks"]) -> tuple[jax.Array, j
     Three programs and not one, because a mean fused with the product before it differs in its last bit.
     """
     shrunk, shrink = shrink_scales(absmax)
-    return code_scales(absmax, jnp.mean(shrunk, axis=-1), shrink)
+    return code_scales(absmax, mean_scale(shrunk), shrink)
+
+
+@jax.jit
+def mean_scale(absmax: Float[Array, "*batch blocks"]) -> Float[Array, "*batch"]:
+    return jnp.mean(absmax, axis=-1)
 
 
 @jax.jit

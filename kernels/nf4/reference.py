@@ -1,6 +1,7 @@
 """NF4 in NumPy, one unit at a time. Every backend must give the same bits."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -57,12 +58,21 @@ def quantize(w: np.ndarray, block_size: int = 64, double_quant: bool = True) -> 
     packed = (codes[0::2] << 4) | codes[1::2]
     if not double_quant:
         return PackedUnit(packed, absmax, None, None)
+    scales = quantize_scales(absmax, lambda scales: scales.mean(dtype=np.float32))
+    return PackedUnit(packed, *scales)
+
+
+def quantize_scales(
+    absmax: np.ndarray, mean: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | np.floating]:
+    """The scales of one unit in 8 bits: (uint8 codes, nested_absmax, offset). `mean` decides its last bit."""
+    absmax = np.where(absmax < np.finfo(np.float32).tiny, np.float32(0), absmax)
     shrink = SUM_SHRINK if absmax.max() >= SUM_HUGE else np.float32(1)
-    offset = (absmax * shrink).mean(dtype=np.float32) / shrink
+    offset = mean(absmax * shrink) / shrink
     groups = pad_to(absmax - offset, NESTED_BLOCK_SIZE).reshape(-1, NESTED_BLOCK_SIZE)
     scaled, nested_absmax = normalise(groups)
-    scales = np.searchsorted(DYNAMIC_THRESHOLDS, scaled.reshape(-1)[: absmax.size]).astype(np.uint8)
-    return PackedUnit(packed, scales, nested_absmax, offset)
+    codes = np.searchsorted(DYNAMIC_THRESHOLDS, scaled.reshape(-1)[: absmax.size]).astype(np.uint8)
+    return codes, nested_absmax, offset
 
 
 def block_scales(unit: PackedUnit) -> np.ndarray:

@@ -12,7 +12,15 @@ import torch
 from hypothesis import given, settings
 
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize, reference
-from bimedix_jax.kernels.nf4.api import all_finite, block_scales, flushed_blocks, layer_weights, quantized_shapes
+from bimedix_jax.kernels.nf4.api import (
+    all_finite,
+    block_scales,
+    flushed_blocks,
+    layer_weights,
+    mean_scale,
+    quantize_scales,
+    quantized_shapes,
+)
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
 from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NF4_THRESHOLDS, NF4_VALUES
 
@@ -239,6 +247,16 @@ def test_batched_units_equal_separate_units() -> None:
     assert np.array_equal(dequantize(t.mT), dequantize(t).mT)
     with pytest.raises(IndexError, match="batch axes"):
         t[0, 0, 0]
+
+
+@pytest.mark.parametrize("largest", [0.3, 1e-38, 2.5e-38, 1e20, 3e38])
+@pytest.mark.parametrize("blocks", [1, 300, 5184])
+def test_scales_on_the_host_have_the_bits_of_quantize(blocks: int, largest: float) -> None:
+    absmax = (np.abs(weights((blocks,))) / 5 * np.float32(largest)).astype(np.float32)
+    absmax[-1] = np.float32(1e-38)  # of an incomplete block of zeros
+    found = reference.quantize_scales(absmax, lambda scales: np.asarray(mean_scale(scales)))
+    for ours, expected in zip(found, quantize_scales(jnp.asarray(absmax)), strict=True):
+        np.testing.assert_array_equal(ours, expected, strict=True)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
