@@ -118,7 +118,7 @@ def evaluate(lm: HarnessModel, tasks: Any, limit: int | None, chat: bool) -> dic
     results = {}
     for name, rows in found["samples"].items():
         config = found["configs"][name]
-        of_task = [sample_of(name, row, config) for row in rows]
+        of_task = [sample_of(name, row, config, tasks["tasks"][name].doc_to_text(row["doc"])) for row in rows]
         samples += of_task
         results[name] = task_result(found, name, rows, of_task)
     groups = {
@@ -157,8 +157,9 @@ def primary_of(config: Mapping[str, Any]) -> str:
     return asked or next((name for name in METRICS if name in names), names[0] if names else "acc")
 
 
-def sample_of(task: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> Sample:
-    """A sample of the harness in our format."""
+def sample_of(task: str, row: Mapping[str, Any], config: Mapping[str, Any], asked: Any) -> Sample:
+    """A sample of the harness in our format; `asked` is the text of the question without solved examples, if the task
+    has one."""
     doc, prompt = row["doc"], str(row["arguments"][0][0])
     primary = primary_of(config)
     scores = {name: float(row[name]) for name in row["metrics"] if isinstance(row[name], float | int)}
@@ -173,6 +174,7 @@ def sample_of(task: str, row: Mapping[str, Any], config: Mapping[str, Any]) -> S
         "subject": doc.get("subject") or None,
         "flags": tuple(doc.get("flags") or ()),
         "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+        "asked_bytes": len(asked.encode()) if isinstance(asked, str) else None,
     }
     answers = row["filtered_resps"]
     if config.get("output_type") != "multiple_choice":

@@ -69,6 +69,8 @@ def test_averages_and_samples(tokenizer, data, tmp_path):
     assert len(rows) == 2 * 45 + 8 + 6
     one = next(row for row in rows if row.task == "bimedix_medqa_ar_text" and row.id == "medqa/0")
     assert (one.language, one.target, one.flags) == ("ar", 0, ("doses",))
+    asked = "السؤال: أي واحد 0?\nالإجابة:"
+    assert one.asked_bytes == len(asked.encode())
     assert one.logprobs is not None
     assert one.logprobs_per_byte == pytest.approx(
         [value / size for value, size in zip(one.logprobs, (5, 5, 3), strict=True)]
