@@ -114,6 +114,8 @@ def differing(a: Answers, b: Answers) -> list[str]:
 
 SAME = {
     "harness": "program",
+    "versions.bimedix_jax": "version of bimedix_jax",
+    "versions.jax": "version of JAX",
     "versions.lm_eval": "version of lm-evaluation-harness",
     "hashes.prompt": "hash of the prompts",
     "max_length": "maximum length",

@@ -25,6 +25,12 @@ LABELS = {
     "tokenizer": "tokenizer",
 }
 """What must be equal, besides the records: key of a result -> description."""
+NESTED = (
+    ("hashes", "prompt", "hash of the prompts"),
+    ("versions", "bimedix_jax", "version of bimedix_jax"),
+    ("versions", "jax", "version of JAX"),
+)
+"""What must be equal, too: part of a result, key in it, description."""
 EXPLAINED = {"base": "base", "dtype": "dtype", "router": "router"}
 """What may differ, with a warning, because the change in the tables includes its effect."""
 
@@ -48,9 +54,10 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for key, label in LABELS.items():
         if key in before and key in now and located(before[key]) != located(now[key]):
             found.append(f"the {label} is {shown(before[key])} there and {shown(now[key])} here")
-    prompts = [(result.get("hashes") or {}).get("prompt") for result in (before, now)]
-    if None not in prompts and prompts[0] != prompts[1]:
-        found.append(f"the hash of the prompts is {shown(prompts[0])} there and {shown(prompts[1])} here")
+    for part, key, label in NESTED:
+        values = [(result.get(part) or {}).get(key) for result in (before, now)]
+        if None not in values and values[0] != values[1]:
+            found.append(f"the {label} is {shown(values[0])} there and {shown(values[1])} here")
     for name, value in records_of(before).items():
         if records_of(now).get(name, value) != value:
             found.append(f"the records of {name} differ")
@@ -98,9 +105,9 @@ def check(before: Mapping[str, Any], now: Mapping[str, Any], parts: set[str], so
 
 
 def check_weights(before: Mapping[str, Any], now: Mapping[str, Any], source: Path, force: bool) -> None:
-    """Like `check`, for the weights, prompts and program, which are known later. Warns of differences whose effect
-    is included in the change, and of what an older result does not record."""
-    known = {key: now[key] for key in ("weights", "harness", "hashes") if key in now}
+    """Like `check`, for the weights, prompts, program and versions, which are known later. Warns of differences whose
+    effect is included in the change, and of what an older result does not record."""
+    known = {key: now[key] for key in ("weights", "harness", "hashes", "versions") if key in now}
     check(before, known, parts_of(before), source, force)
     changes = [
         f"{label} {before[key]} there and {now[key]} here"

@@ -163,6 +163,8 @@ def test_pairs_of_tasks_in_two_languages():
         ({"hashes": HASHES | {"prompt": "7" * 64}}, "the hash of the prompts is 222222222222 in A and 777777777777"),
         ({"records": {"medqa": "8" * 64}}, "the records of medqa differ"),
         ({"max_length": 300}, "the maximum length is none in A and 300 in B"),
+        ({"versions": {"bimedix_jax": "9.9"}}, "the version of bimedix_jax is none in A and 9.9 in B"),
+        ({"versions": {"jax": "9.9"}}, "the version of JAX is none in A and 9.9 in B"),
     ],
 )
 def test_other_versions_are_refused_unless_forced(two, capsys, about, message):

@@ -113,11 +113,12 @@ def test_older_results_are_compared_as_far_as_they_go(evaluated, capsys, caplog)
     [
         ({"harness": "bimedix eval run, protocol 0"}, "the program is bimedix eval run, protocol 0 there"),
         ({"hashes": {"prompt": "1" * 64}}, "the hash of the prompts is 111111111111 there and 222222222222 here"),
+        ({"versions": {"jax": "0.1"}}, "the version of JAX is 0.1 there and 9 here"),
         ({}, None),
     ],
 )
 def test_another_protocol_is_refused(there, message):
-    now = {"weights": "w", "harness": HARNESS, "hashes": {"model": "m", "prompt": "2" * 64}}
+    now = {"weights": "w", "harness": HARNESS, "hashes": {"model": "m", "prompt": "2" * 64}, "versions": {"jax": "9"}}
     before = {**now, "hashes": {"model": "n", "prompt": "2" * 64}, "heldout": {}, **there}
     if message is None:
         check_weights(before, now, Path("before.json"), force=False)
