@@ -79,7 +79,8 @@ def keep_programs() -> None:
     """Keeps compiled programs on disk, so that the next run of the same model compiles nothing; before JAX starts.
 
     They are in $BIMEDIX_CACHE/programs or ~/.cache/bimedix_jax/programs, at most 2 GiB. JAX_COMPILATION_CACHE_DIR names
-    another folder, JAX_ENABLE_COMPILATION_CACHE=false turns this off.
+    another folder, JAX_ENABLE_COMPILATION_CACHE=false turns this off. Programs that compile fast are kept too: a run
+    has a hundred of them.
     """
     cache = Path(os.environ.get("BIMEDIX_CACHE") or Path.home() / ".cache" / "bimedix_jax")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "programs"))

@@ -113,7 +113,7 @@ def wait(process: subprocess.Popen[bytes], results: Path, draws: random.Random, 
     if draws.random() < 0.5:
         deadline, wanted = time.monotonic() + draws.uniform(0.0, scale), None
     else:
-        deadline, wanted = time.monotonic() + 300.0, lines(results) + draws.randint(1, 300)
+        deadline, wanted = time.monotonic() + 300.0, lines(results) + draws.randint(1, 1500)
     while time.monotonic() < deadline and (wanted is None or lines(results) < wanted):
         if process.poll() is not None:
             return False
@@ -183,7 +183,7 @@ def measure(wanted: int, seed: int, folder: Path) -> dict[str, Any]:
         "repeated": kills.repeated,
         "continued": kills.continued,
         "evaluations": runs,
-        "results": 3 * QUESTIONS,
+        "results": QUESTIONS * (1 + 2 * 8),  # a loss, and two orders of four letters and four texts
         "results_at_kills": kills.results_at_kills,
         "seconds_undisturbed": round(scale, 1),
         "seconds": round(time.monotonic() - began, 1),

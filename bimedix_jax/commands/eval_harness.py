@@ -78,12 +78,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.hub import HUB_ID, resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import tokenizer_of_model
-    from bimedix_jax.evals import harness_run
+    from bimedix_jax.evals import harness_run, programs
     from bimedix_jax.evals.harness import HarnessModel
     from bimedix_jax.evals.request_store import RequestStore
     from bimedix_jax.quantise import storage_of
     from bimedix_jax.routing.interventions import report, rules_of
 
+    started = programs.count()
     rules, mesh = rules_of(config.intervene, config.adapter), mesh_of(config.mesh)
     if not HUB_ID.fullmatch(config.model):
         resolve(config.model, config.revision)  # a wrong path is found before questions are downloaded
@@ -113,7 +114,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.out is not None:
         harness_run.write(config.out, result, samples)
         console.print(f"The result is in {config.out}.", highlight=False)
-    return result
+    return result | programs.since(started)
 
 
 def check_options(config: Config) -> None:

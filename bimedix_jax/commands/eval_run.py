@@ -109,10 +109,11 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.commands import eval_run_train
     from bimedix_jax.data.vocabulary import tokenizer_of_model
-    from bimedix_jax.evals import comparison, tasks
+    from bimedix_jax.evals import comparison, programs, tasks
     from bimedix_jax.routing.interventions import report, rules_of
 
     check_options(config)
+    started = programs.count()
     rules = rules_of(config.intervene, config.adapter)
     before = None if config.compare is None else read_result(config.compare)
     if config.out is not None:
@@ -147,7 +148,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         console.print(
             f"The result is in {config.out}, its predictions in {predictions_path(config.out)}.", highlight=False
         )
-    return result
+    return result | programs.since(started)
 
 
 def evaluate(
@@ -215,6 +216,7 @@ def saved_results(
         "variants": [config.orders, config.wordings, config.seed],
         "open": [config.open, config.max_new_tokens],
         "rules": None if rules is None else rules.digest(),
+        "results": "by candidate",
     }
     counters = None if rules is None else rules.applied
     with journal(config.out, identity, config.overwrite, counters) as kept:

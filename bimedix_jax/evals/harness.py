@@ -183,12 +183,13 @@ class HarnessModel(TemplateLM):
             for options, contexts in by_options.items():
                 how = Generation.of(json.loads(options), self)
                 prompts = {context: ids[-how.room :] for context, ids in contexts.items()}
-                for batch in how.batches(prompts, self.batch_tokens):
+                for batch, rows in how.batches(prompts, self.batch_tokens):
                     keys = [key_of("generate_until", context, options) for context in batch]
                     if self.store.has(keys):
                         self.store.reused += len(keys)
                     else:
-                        answers = self._answers([prompts[context] for context in batch], how)
+                        filled = [*batch, *batch[:1] * (rows - len(batch))]  # fewer rows would be another program
+                        answers = self._answers([prompts[context] for context in filled], how)[: len(batch)]
                         self.store.add(dict(zip(keys, answers, strict=True)))
                     bar.update(len(batch))
         answers = [self.store.known[key_of("generate_until", *one)] for one in asked]
@@ -251,12 +252,14 @@ class Generation:
         how["temperature"] = float(how.get("temperature") or 0.0) if samples else 0.0
         return cls([stop for stop in until if stop], most, lm.max_length - most, Sampling.of(**how))
 
-    def batches(self, prompts: dict[str, list[int]], batch_tokens: int) -> Iterator[list[str]]:
-        """Contexts of similar length, longest first; full batches have one number of rows for each length."""
+    def batches(self, prompts: dict[str, list[int]], batch_tokens: int) -> Iterator[tuple[list[str], int]]:
+        """(contexts of similar length, rows to fill up to), longest first. There is one number of rows for each length;
+        a single batch has a power of two."""
         waiting = sorted(prompts, key=lambda context: (-len(prompts[context]), context))
+        few = 1 << (len(waiting) - 1).bit_length()
         while waiting:
-            rows = max(batch_tokens // (bucket(len(prompts[waiting[0]])) + self.most), 1)
-            yield waiting[:rows]
+            rows = min(max(batch_tokens // (bucket(len(prompts[waiting[0]])) + self.most), 1), few)
+            yield waiting[:rows], rows
             waiting = waiting[rows:]
 
     def cut(self, text: str) -> str:

@@ -1,7 +1,7 @@
 """Multiple choice by log-likelihood: the model's choice is its most likely option, and nothing is generated.
 
 A question is formatted as in training: the human turn in the chat template, then an assistant turn that begins with
-"Answer:" or "الإجابة:". The prompt runs once, and two kinds of continuations are scored after it:
+"Answer:" or "الإجابة:". Two kinds of continuations are scored after it:
 
 - letter: the letter of the option (" B"), for questions whose human turn lists lettered options;
 - text: the text of the option, with its log-likelihood divided by its UTF-8 bytes, so that long options are not
@@ -12,25 +12,21 @@ log-likelihood of the text, not divided, like `acc` in lm-evaluation-harness.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import ANSWER_PREFIX, LETTERS, Record, Turn
 from bimedix_jax.data.tokenizer import Tokenizer
-from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.accuracy import Accuracy, ties
 from bimedix_jax.evals.journal import Part
-from bimedix_jax.inference.padding import bucket, by_length, pad_left, pad_right, part_of
-from bimedix_jax.inference.planning import AnyPlan, Plans, Rules, Tokens, source_of
-from bimedix_jax.inference.scoring import prefill, score_continuations
-from bimedix_jax.models.attention import KVCache
+from bimedix_jax.inference.continuations import Continuations, Group, Key, Routes, Scored
+from bimedix_jax.inference.planning import AnyPlan, Planner, Rules, source_of
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record as RecordKind
 from bimedix_jax.models.routers import Routing, RoutingPlan, checked_plan
@@ -226,142 +222,68 @@ def multiple_choice(
     longest = min(max_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
     records = list(records)
     questions = [question_of(one, tokenizer) for one in records]
-    numbered = [(number, question) for number, question in enumerate(questions) if question.length <= longest]
+    fitting = {number: question for number, question in enumerate(questions) if question.length <= longest}
     too_long = _count([group for question in questions if question.length > longest for group in question.groups])
-    if not numbered:
+    if not fitting:
         raise BimedixError(f"there is no question of at most {longest} tokens; give others or a longer max_length")
-    fitting = [question for _, question in numbered]
-    ids = (ids for question in fitting for ids in (question.prompt, *question.candidates))
-    require_ids(ids, model.config.vocab_size)
+    plans: RoutingPlan | Planner
     if isinstance(plan, Rules):
-        plans = Plans(plan.planner(model.config, [source_of(one, tokenizer, asked=True) for one in records]), model)
+        plans = plan.planner(model.config, [source_of(one, tokenizer, asked=True) for one in records])
     else:
-        longest_one = max(question.length for question in fitting)
-        plans = Plans(checked_plan(plan, model.config, len(questions), longest_one), model)
-    scorer = _Scorer(*nnx.split(model), plans, record, longest)
-    predictions, routings = dict[int, Prediction](), dict[int, QuestionRouting | None]()
-    saved = saved or Part()
-    with tqdm(total=len(fitting), desc="multiple choice", unit="question", delay=2, disable=None) as bar:
-        for batch, rows, columns in by_length(numbered, lambda item: item[1].length, batch_tokens, longest):
-            known = [saved.found.get(number) for number, _ in batch]
-            scored = [(scores, None) for scores in known if scores is not None]
-            if len(scored) < len(batch):
-                scored = scorer.score(batch, rows, columns)
-            for (number, question), (scores, routing) in zip(batch, scored, strict=True):
-                predictions[number] = _predict(question, scores)
-                routings[number] = routing
-            if None in known:
-                saved.write({number: scores for (number, _), (scores, _) in zip(batch, scored, strict=True)})
-            bar.update(len(batch))
-    found = [routing for number, _ in numbered if (routing := routings[number]) is not None]
-    return _tally(
-        fitting, [predictions[number] for number, _ in numbered], too_long, None if record == "none" else found
-    )
+        longest_one = max(question.length for question in fitting.values())
+        plans = checked_plan(plan, model.config, len(questions), longest_one)
+    groups = [Group(tuple(one.prompt), tuple(map(tuple, one.candidates))) for one in fitting.values()]
+    scorer = Continuations(model, groups, plans, batch_tokens, items=list(fitting), record=record)
+    scores, routes = _run(scorer, list(fitting.values()), saved or Part())
+    found = list(enumerate(fitting.values()))
+    routings = [
+        QuestionRouting(prompt, tuple(routes[index, number] for number in range(len(question.candidates))))
+        for index, question in found
+        if (prompt := routes.get((index, None))) is not None
+    ]
+    predictions = [
+        _predict(question, [scores[index, number] for number in range(len(question.candidates))])
+        for index, question in found
+    ]
+    return _tally(list(fitting.values()), predictions, too_long, None if record == "none" else routings)
 
 
-Scored = tuple[list[float], QuestionRouting | None]
-"""(log p of each candidate, what the routers did)."""
+def _run(scorer: Continuations, questions: Sequence[Question], saved: Part) -> tuple[dict[Key, float], Routes]:
+    """log p of each candidate, by (index of its question, its index), and the record.
+
+    Results are saved under the number that a candidate has among those of all questions.
+    """
+    first = np.cumsum([0, *(len(question.candidates) for question in questions)]).tolist()
+    scores: dict[Key, float] = {}
+    routes: Routes = {}
+    with tqdm(total=first[-1], desc="multiple choice", unit="candidate", delay=2, disable=None) as bar:
+        for batch in scorer.batches:
+            numbers = {key: first[key[0]] + key[1] for key in batch.keys}
+            if all(number in saved.found for number in numbers.values()):
+                scores |= {key: saved.found[number] for key, number in numbers.items()}
+            else:
+                scored, more = scorer.score_and_record(batch)
+                _require_finite(scored, questions)
+                scores |= {key: logprob for key, (logprob, _) in scored.items()}
+                routes |= more
+                saved.write({number: scores[key] for key, number in numbers.items()})
+            bar.update(len(numbers))
+    return scores, routes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scorer:
-    """A model that scores questions. A prompt runs once; candidates of one token need no further run."""
-
-    graph: nnx.GraphDef
-    weights: nnx.State
-    plans: Plans
-    record: RecordKind
-    longest: int
-
-    def score(self, batch: Sequence[tuple[int, Question]], rows: int, columns: int) -> list[Scored]:
-        """Scores each (row of the plan, question) of a batch that is padded to `rows` and about `columns`."""
-        questions = [question for _, question in batch]
-        width = bucket(max(len(ids) for question in questions for ids in question.candidates), smallest=4)
-        columns = min(columns, self.longest - width)
-        if (
-            max(len(question.prompt) for question in questions) > columns
-        ):  # lengths are not rounded up at the end of the context
-            if len(batch) > 1:
-                return [self.score([item], 1, columns)[0] for item in batch]
-            columns = len(questions[0].prompt)
-            width = questions[0].length - columns
-        filled = [question.prompt for question in questions] + [[]] * (rows - len(batch))
-        numbers_B = np.array([number for number, _ in batch] + [0] * (rows - len(batch)), np.int32)
-        lengths_B = np.array([len(ids) for ids in filled], np.int32)
-        prompts_BT, ids_BT = pad_left(filled, columns)
-        positions_BT = np.arange(columns)[None] - (columns - lengths_B)[:, None]
-        caches: dict[str, KVCache] = {}
-
-        def read_prompts(name: str, graph: nnx.GraphDef, weights: nnx.State, free: RoutingPlan) -> Routing | None:
-            caches[name], _, found = prefill(graph, weights, prompts_BT, ids_BT, free, columns + width, "choices")
-            return found
-
-        own = self.plans.of(Tokens(prompts_BT, numbers_B[:, None], positions_BT), read_prompts)
-        kept = self.plans.record(self.record)
-        cache, first_BV, routing = prefill(self.graph, self.weights, prompts_BT, ids_BT, own, columns + width, kept)
-        first = np.asarray(first_BV, np.float64)
-        scores = [[float(first[row, ids[0]]) for ids in question.candidates] for row, question in enumerate(questions)]
-        routings: list[list[Routing | None]] = [[None] * len(question.candidates) for question in questions]
-        longer = [
-            (row, index, ids)
-            for row, question in enumerate(questions)
-            for index, ids in enumerate(question.candidates)
-            if len(ids) > 1
-        ]
-        for start in range(0, len(longer), rows):
-            part = longer[start : start + rows]
-            rows_R = np.array([row for row, *_ in part] + [0] * (rows - len(part)), np.int32)
-            tokens_RT, ids_RT = pad_right([ids for *_, ids in part] + [[]] * (rows - len(part)), width)
-            logprobs_RT, read = self.continuations(cache, caches, rows_R, tokens_RT, ids_RT, numbers_B, lengths_B)
-            rest = np.asarray(logprobs_RT, np.float64)
-            for place, (row, index, ids) in enumerate(part):
-                scores[row][index] += float(rest[place, : len(ids) - 1].sum())
-                routings[row][index] = None if read is None else part_of(read, place, 0, len(ids) - 1)
-        asked = None if self.record == "none" else routing
-        return [(scores[i], self._routing(asked, i, columns, lengths_B, routings[i])) for i in range(len(batch))]
-
-    def continuations(
-        self,
-        cache: KVCache,
-        caches: dict[str, KVCache],
-        rows_R: np.ndarray,
-        tokens_RT: np.ndarray,
-        ids_RT: np.ndarray,
-        numbers_B: np.ndarray,
-        lengths_B: np.ndarray,
-    ) -> tuple[jax.Array, Routing | None]:
-        """`score_continuations` of candidates under the plan for their tokens."""
-        positions_RT = lengths_B[rows_R][:, None] + np.arange(tokens_RT.shape[1])[None]
-        tokens = Tokens(tokens_RT, numbers_B[rows_R][:, None], np.where(ids_RT != 0, positions_RT, -1))
-        own = self.plans.of(
-            tokens,
-            lambda name, graph, weights, free: score_continuations(
-                graph, weights, caches[name], rows_R, tokens_RT, ids_RT, free, "choices"
-            )[1],
-        )
-        kept = self.plans.record(self.record)
-        found, read = score_continuations(self.graph, self.weights, cache, rows_R, tokens_RT, ids_RT, own, kept)
-        return found, None if self.record == "none" else read
-
-    @staticmethod
-    def _routing(
-        routing: Routing | None, row: int, columns: int, lengths_B: np.ndarray, candidates: list[Routing | None]
-    ) -> QuestionRouting | None:
-        if routing is None:
-            return None
-        length = int(lengths_B[row])
-        return QuestionRouting(part_of(routing, row, columns - length, length), tuple(candidates))
+def _require_finite(scored: Mapping[Key, Scored], questions: Sequence[Question]) -> None:
+    for (index, _), (logprob, _) in scored.items():
+        if not math.isfinite(logprob):  # argmax would choose NaN
+            raise BimedixError(
+                f"a likelihood of question {questions[index].id} is not finite: the model computes NaN or infinity; "
+                "check its weights, or load it with base float32"
+            )
 
 
 def _predict(question: Question, scores: list[float]) -> Prediction:
     options = len(question.text_bytes)
     letters = scores[:options] if question.lettered else None
     texts = scores[-options:]
-    if not np.isfinite(scores).all():  # argmax would choose NaN
-        raise BimedixError(
-            f"a likelihood of question {question.id} is not finite: the model computes NaN or infinity; check its "
-            "weights, or load it with base float32"
-        )
     per_byte = np.array(texts) / np.array(question.text_bytes)
     chosen = int(np.argmax(texts if letters is None else letters))
     by_text = int(np.argmax(per_byte))

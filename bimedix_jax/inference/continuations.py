@@ -3,7 +3,8 @@
 Contexts are packed into lines of one width, as segments, and logits are computed for scored positions only. Where
 continuations are longer than a token, the keys and values of the lines are kept, and the continuations run in rounds.
 A round has at most one continuation of each context, in the segment of that context, so that it attends to its context
-and to itself. There are at most two widths of lines, and one width of rounds for each: few shapes are compiled.
+and to itself. Widths are few (WIDTHS, ROUNDS), and so are compiled programs. A continuation that is too long for a
+round runs after its own copy of the context.
 """
 
 import dataclasses
@@ -14,18 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import bucket, packed, packed_places
+from bimedix_jax.inference.padding import bucket, line_width, packed, packed_places, part_of
 from bimedix_jax.inference.planning import Planner, Plans, Tokens
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
 POSITIONS_PER_CHUNK = 64
-"""Positions whose logits are in memory at the same time; their number is rounded up to a bucket of at least this."""
+"""Positions whose logits are in memory at the same time."""
+ROUNDS = (32, 64, 128, 256, 512)
+"""Columns of a round."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Group:
 
 Scored = tuple[float, bool]
 """(log p of a continuation in nats, whether each of its tokens was the most likely one)."""
+Key = tuple[int, int]
+"""(index of a group, index of its continuation)."""
+Routes = dict[tuple[int, int | None], Routing | None]
+"""What the routers did with a context (None) and with each of its continuations except the last token [L, 1, T, ...];
+None for a continuation of one token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,21 +77,27 @@ class Batch:
     ids_BT: np.ndarray
     round_columns: int
 
+    @property
+    def keys(self) -> list[Key]:
+        """What the batch scores."""
+        return [(row.group, number) for row, *_ in self.rows for number in row.chosen]
+
 
 @dataclasses.dataclass
 class Sums:
     """What is known so far of each (group, continuation): log p, and whether it is greedy."""
 
-    logprob: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
-    greedy: dict[tuple[int, int], bool] = dataclasses.field(default_factory=dict)
+    logprob: dict[Key, float] = dataclasses.field(default_factory=dict)
+    greedy: dict[Key, bool] = dataclasses.field(default_factory=dict)
+    routes: Routes = dataclasses.field(default_factory=dict)
 
-    def add(self, key: tuple[int, int], logprob: float, greedy: bool) -> None:
+    def add(self, key: Key, logprob: float, greedy: bool) -> None:
         """Adds one token."""
         self.logprob[key] = self.logprob.get(key, 0.0) + logprob
         self.greedy[key] = self.greedy.get(key, True) and greedy
 
 
-Wanted = list[tuple[int, list[tuple[tuple[int, int], int]]]]
+Wanted = list[tuple[int, list[tuple[Key, int]]]]
 """Scored positions: (flat index in the batch, [(key, target token), ...])."""
 
 
@@ -90,9 +105,11 @@ class Continuations:
     """Scores groups with one model, batch by batch. Batches depend on the groups only, not on what is left to do.
 
     Args:
-      plan: what the routers are told to do, with B and T of 1, or a planner whose sources are the groups.
+      plan: what the routers are told to do, or a planner.
       batch_tokens: tokens run at a time; it affects speed and memory only.
-      columns: width of a line; longer rows have lines of their own width.
+      columns: width of a line; by default one of padding.WIDTHS. Longer rows have lines of their own width.
+      items: the row of the plan, or the source of the planner, of each group; by default its index.
+      record: "choices" or "full" also returns what the routers did.
 
     Raises:
       BimedixError: a token id that the model lacks, an empty context or continuation, or a group that is longer than
@@ -105,7 +122,9 @@ class Continuations:
         groups: Sequence[Group],
         plan: RoutingPlan | Planner | None = None,
         batch_tokens: int = 4096,
-        columns: int = 512,
+        columns: int | None = None,
+        items: Sequence[int] | None = None,
+        record: Record = "none",
     ):
         self.groups, self.longest = list(groups), model.config.max_position_embeddings
         for group in self.groups:
@@ -120,46 +139,64 @@ class Continuations:
             (ids for group in self.groups for ids in (group.context, *group.continuations)), model.config.vocab_size
         )
         self.plans = Plans(plan or RoutingPlan(), model)
+        self.record: Record = record
+        self.items = np.arange(len(self.groups)) if items is None else np.asarray(items, np.int32)
         self.graph, self.weights = nnx.split(model)
         self.targets = bucket(max((len(group.continuations) for group in self.groups), default=1), smallest=1)
-        # a sliding window counts slots of the cache, which are not positions where lines are packed
-        self.shares = model.config.sliding_window is None
-        self.batches = list(self._batches(batch_tokens, min(columns, self.longest)))
+        self.batches = list(self._batches(batch_tokens, columns, model.config.sliding_window))
 
-    def _batches(self, batch_tokens: int, columns: int) -> Iterator[Batch]:
+    def _batches(self, batch_tokens: int, columns: int | None, window: int | None) -> Iterator[Batch]:
         plain: list[Row] = []
         shared: list[Row] = []
-        width = self._round_columns(columns)
+        contexts = [len(group.context) for group in self.groups if len(group.continuations) > 1]
+        asked = columns or line_width(contexts, self.longest)
+        width = self._round_columns(asked)
+        # a sliding window counts slots of the cache, which are not positions where lines are packed
+        room = self.longest - width
+        if window is not None:
+            room = min(asked, room) if asked + width <= window else 0
         for index, group in enumerate(self.groups):
-            every = tuple(range(len(group.continuations)))
-            alone = all(len(group.continuations[number]) == 1 for number in every)
-            if len(every) > 1 and (alone or (self.shares and len(group.context) + width <= self.longest)):
-                (plain if alone else shared).append(Row(index, every, group.context))
-                continue
-            for number in every:
-                plain.append(Row(index, (number,), group.context + group.continuations[number][:-1]))
-        for rows, longest, rest in ((plain, self.longest, 0), (shared, self.longest - width, width)):
-            for places, tokens_BT, ids_BT in packed([row.tokens for row in rows], batch_tokens, longest, columns):
+            fits = width if len(group.context) <= room else 0
+            short = tuple(number for number, ids in enumerate(group.continuations) if len(ids) - 1 <= fits)
+            short = short if len(short) > 1 else ()
+            if short:
+                alone = all(len(group.continuations[number]) == 1 for number in short)
+                (plain if alone else shared).append(Row(index, short, group.context))
+            for number, ids in enumerate(group.continuations):
+                if number not in short:
+                    plain.append(Row(index, (number,), group.context + ids[:-1]))
+        own = columns or line_width([len(row.tokens) for row in plain], self.longest)
+        for rows, longest, wide, rest in ((plain, self.longest, own, 0), (shared, self.longest - width, asked, width)):
+            for places, tokens_BT, ids_BT in packed([row.tokens for row in rows], batch_tokens, longest, wide):
                 yield Batch([(rows[index], line, start) for index, line, start in places], tokens_BT, ids_BT, rest)
 
     def _round_columns(self, columns: int) -> int:
-        """Columns of a round, so that a line's continuations fill about as many rounds as a context has."""
+        """The columns of a round for which the fewest tokens run, by an estimate."""
         many = [group for group in self.groups if len(group.continuations) > 1]
-        longest = max((len(ids) - 1 for group in many for ids in group.continuations), default=0)
-        context = sum(len(group.context) for group in many) or 1
-        mean = sum(len(ids) - 1 for group in many for ids in group.continuations) / max(self.targets, 1)
-        return bucket(max(longest, round(1.2 * mean * columns / context)))
+        lines = max(sum(len(group.context) for group in many) / columns, 1.0)
+        most = max((sum(len(ids) > 1 for ids in group.continuations) for group in many), default=0)
 
-    def score(self, batch: Batch) -> dict[tuple[int, int], Scored]:
-        """(index of a group, index of its continuation) -> what is known of it, for all of the batch."""
+        def cost(width: int) -> float:
+            rest = sum(len(ids) - 1 for group in many for ids in group.continuations if len(ids) <= width + 1)
+            long = [(group, ids) for group in many for ids in group.continuations if len(ids) > width + 1]
+            rounds = max(most, 1.3 * rest / (lines * width))  # rounds do not fill up evenly
+            return lines * rounds * width + sum(len(group.context) + len(ids) for group, ids in long)
+
+        return min([width for width in ROUNDS if width <= self.longest // 2] or [max(self.longest // 2, 1)], key=cost)
+
+    def score(self, batch: Batch) -> dict[Key, Scored]:
+        """What is known of each continuation, for all of the batch."""
+        return self.score_and_record(batch)[0]
+
+    def score_and_record(self, batch: Batch) -> tuple[dict[Key, Scored], Routes]:
+        """`score`, and the record, which is empty unless asked for."""
         sums = Sums()
         height, columns = batch.tokens_BT.shape
         slots = columns + batch.round_columns if batch.round_columns else 0
-        lengths = {row.group: len(row.tokens) for row, *_ in batch.rows}
         order = [row for row, *_ in batch.rows]
         places = [(number, line, start) for number, (_, line, start) in enumerate(batch.rows)]
         items_BT, positions_BT = packed_places(batch.tokens_BT.shape, places, [len(row.tokens) for row in order])
-        groups_R = np.array([row.group for row in order], np.int32)
+        items_R = self.items[[row.group for row in order]]
         caches: dict[str, KVCache] = {}
 
         def read(name: str, graph: nnx.GraphDef, weights: nnx.State, free: RoutingPlan) -> Routing | None:
@@ -169,16 +206,30 @@ class Continuations:
             return routing
 
         own = self.plans.of(
-            Tokens(batch.tokens_BT, groups_R[items_BT], np.where(batch.ids_BT != 0, positions_BT, -1)), read
+            Tokens(batch.tokens_BT, items_R[items_BT], np.where(batch.ids_BT != 0, positions_BT, -1)), read
         )
-        kept = self.plans.record("none")
-        hidden_BTD, cache, _ = read_lines(self.graph, self.weights, batch.tokens_BT, batch.ids_BT, own, slots, kept)
+        kept = self.plans.record(self.record)
+        hidden_BTD, cache, routing = read_lines(
+            self.graph, self.weights, batch.tokens_BT, batch.ids_BT, own, slots, kept
+        )
         wanted = [found for row, line, start in batch.rows for found in self._wanted(row, line * columns + start)]
         self._collect(hidden_BTD, wanted, sums)
+        if routing is not None and self.record != "none":
+            for row, line, start in batch.rows:
+                sums.routes |= self._routes(row, routing, line, start)
         if cache is not None:
             for rows in self._rounds(batch):
-                self._run_round(batch, rows, cache, caches, lengths, height, sums)
-        return {key: (sums.logprob[key], sums.greedy[key]) for key in sums.logprob}
+                self._run_round(batch, rows, cache, caches, height, sums)
+        return {key: (sums.logprob[key], sums.greedy[key]) for key in sums.logprob}, sums.routes
+
+    def _routes(self, row: Row, routing: Routing, line: int, start: int) -> Routes:
+        """The record of a row, without what follows in rounds."""
+        length = len(self.groups[row.group].context)
+        found: Routes = {(row.group, number): None for number in row.chosen}
+        if len(row.tokens) > length:
+            (number,) = row.chosen
+            found[row.group, number] = part_of(routing, line, start + length, len(row.tokens) - length)
+        return {**found, (row.group, None): part_of(routing, line, start, length)}
 
     def _wanted(self, row: Row, start: int) -> Wanted:
         group = self.groups[row.group]
@@ -222,7 +273,6 @@ class Continuations:
         rows: list[tuple[int, int, int, int, int]],
         cache: KVCache,
         caches: dict[str, KVCache],
-        lengths: dict[int, int],
         height: int,
         sums: Sums,
     ) -> None:
@@ -233,8 +283,8 @@ class Continuations:
         for index, number, line, start, segment in rows:
             ids = self.groups[index].continuations[number]
             span = slice(start, start + len(ids) - 1)
-            tokens_BW[line, span], ids_BW[line, span], items_BW[line, span] = ids[:-1], segment, index
-            positions_BW[line, span] = lengths[index] + np.arange(len(ids) - 1)
+            tokens_BW[line, span], ids_BW[line, span], items_BW[line, span] = ids[:-1], segment, self.items[index]
+            positions_BW[line, span] = len(self.groups[index].context) + np.arange(len(ids) - 1)
             wanted += [(line * width + start + i, [((index, number), token)]) for i, token in enumerate(ids[1:])]
         own = self.plans.of(
             Tokens(tokens_BW, items_BW, positions_BW),
@@ -242,19 +292,23 @@ class Continuations:
                 graph, weights, caches[name], tokens_BW, ids_BW, free, "choices"
             )[1],
         )
-        kept = self.plans.record("none")
-        hidden_BWD, _ = read_round(self.graph, self.weights, cache, tokens_BW, ids_BW, own, kept)
+        kept = self.plans.record(self.record)
+        hidden_BWD, routing = read_round(self.graph, self.weights, cache, tokens_BW, ids_BW, own, kept)
         self._collect(hidden_BWD, wanted, sums)
+        if routing is not None and self.record != "none":
+            for index, number, line, start, _ in rows:
+                length = len(self.groups[index].continuations[number]) - 1
+                sums.routes[index, number] = part_of(routing, line, start, length)
 
     def _collect(self, hidden_BTD: jax.Array, wanted: Wanted, sums: Sums) -> None:
-        """Adds log p of the wanted tokens."""
-        size = bucket(len(wanted), smallest=POSITIONS_PER_CHUNK)
-        width = max(self.targets if len(pairs) > 1 else 1 for _, pairs in wanted)
-        positions_P, targets_PK = np.zeros(size, np.int32), np.zeros((size, width), np.int32)
+        """Adds log p of the wanted tokens. The shapes depend on the batch's only."""
+        size = -(-hidden_BTD.shape[0] * hidden_BTD.shape[1] // POSITIONS_PER_CHUNK) * POSITIONS_PER_CHUNK
+        positions_P, targets_PK = np.zeros(size, np.int32), np.zeros((size, self.targets), np.int32)
         for place, (position, pairs) in enumerate(wanted):
             positions_P[place] = position
             targets_PK[place, : len(pairs)] = [token for _, token in pairs]
-        found, best = tokens_at(self.graph, self.weights, hidden_BTD, positions_P, targets_PK)
+        count = np.int32(len(wanted))
+        found, best = tokens_at(self.graph, self.weights, hidden_BTD, positions_P, targets_PK, count)
         logprobs_PK, best_P = np.asarray(found, np.float64), np.asarray(best)
         for place, (_, pairs) in enumerate(wanted):
             for column, (key, token) in enumerate(pairs):
@@ -300,18 +354,23 @@ def tokens_at(
     hidden_BTD: jax.Array,
     positions_P: Int[Array, "P"],
     targets_PK: Int[Array, "P K"],
+    count: Int[Array, ""],
 ) -> tuple[Float[Array, "P K"], Int[Array, "P"]]:
-    """(float32 log p of the targets after the tokens at flat positions, the most likely token there)."""
-    head, count = nnx.merge(graph, weights).head, positions_P.shape[0]
-    padding = -count % POSITIONS_PER_CHUNK
-    hidden_PD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[positions_P]
-    hidden_CRD = jnp.pad(hidden_PD, ((0, padding), (0, 0))).reshape(-1, POSITIONS_PER_CHUNK, hidden_PD.shape[1])
-    targets_CRK = jnp.pad(targets_PK, ((0, padding), (0, 0))).reshape(-1, POSITIONS_PER_CHUNK, targets_PK.shape[1])
+    """(float32 log p of the targets after the tokens at flat positions, the most likely token there); 0 from `count`
+    on, at the latest after the chunk of POSITIONS_PER_CHUNK that has it."""
+    head, rows = nnx.merge(graph, weights).head, POSITIONS_PER_CHUNK
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
 
-    def one_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits_RV = head(chunk[0])
-        chosen_RK = jnp.take_along_axis(logits_RV, chunk[1], axis=-1)
-        return chosen_RK - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True), jnp.argmax(logits_RV, axis=-1)
+    def one_chunk(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        start = number * rows
+        logits_RV = head(hidden_ND[lax.dynamic_slice_in_dim(positions_P, start, rows)])
+        chosen_RK = jnp.take_along_axis(logits_RV, lax.dynamic_slice_in_dim(targets_PK, start, rows), axis=-1)
+        logprobs_RK = chosen_RK - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+        best_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+        return (
+            lax.dynamic_update_slice_in_dim(found[0], logprobs_RK, start, 0),
+            lax.dynamic_update_slice_in_dim(found[1], best_R, start, 0),
+        )
 
-    logprobs_CRK, best_CR = jax.lax.map(one_chunk, (hidden_CRD, targets_CRK))
-    return logprobs_CRK.reshape(-1, targets_PK.shape[1])[:count], best_CR.reshape(-1)[:count].astype(jnp.int32)
+    empty = jnp.zeros(targets_PK.shape, jnp.float32), jnp.zeros(positions_P.shape, jnp.int32)
+    return lax.fori_loop(0, -(-count // rows), one_chunk, empty)

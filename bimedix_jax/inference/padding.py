@@ -79,6 +79,36 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+WIDTHS = (512, 768, 1024)
+"""Widths of lines."""
+
+
+def line_width(lengths: Sequence[int], longest: int) -> int:
+    """The one of WIDTHS whose lines have the fewest tokens when rows of these lengths are packed, at most `longest`.
+
+    A wide line costs more, since attention is quadratic.
+    """
+
+    def cost(width: int) -> float:
+        return sum(len(lines) * own * (8192 + own) for own, lines in _lines(lengths, width, longest))
+
+    if max(lengths, default=0) <= WIDTHS[0] // 4:
+        return min(WIDTHS[0], longest)
+    return min(sorted({min(width, longest) for width in WIDTHS}), key=cost)
+
+
+def _lines(lengths: Sequence[int], columns: int, longest: int) -> list[tuple[int, list[list[int]]]]:
+    """(width, lines of indices) of the rows that are longer than `columns`, then of the others."""
+    long = [index for index, length in enumerate(lengths) if length > columns]
+    short = [index for index, length in enumerate(lengths) if length <= columns]
+    long_width = min(bucket(max((lengths[index] for index in long), default=1)), longest)
+    short_width = min(columns, bucket(sum(lengths[index] for index in short)))
+    return [
+        (width, [[chosen[i] for i in line] for line in first_fit([lengths[i] for i in chosen], width)])
+        for chosen, width in ((long, long_width), (short, short_width))
+    ]
+
+
 def packed(
     rows: Sequence[Row], batch_tokens: int, longest: int, columns: int = 1024
 ) -> Iterator[tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]]:
@@ -86,17 +116,12 @@ def packed(
 
     Attention stays inside a segment, so a row scores as it does alone, and rows need no padding to a common length.
     Rows longer than `columns` come first, in lines as long as the bucket of the longest. Neither a line nor a row may
-    exceed `longest`. A place is (index of the row, line, start).
+    exceed `longest`. A place is (index of the row, line, start). Where there are fewer lines than a batch has, their
+    number is rounded up to a power of two; the last batch is filled up with empty lines.
     """
-    columns = min(columns, longest)
-    long = [index for index, row in enumerate(rows) if len(row) > columns]
-    short = [index for index, row in enumerate(rows) if len(row) <= columns]
-    long_width = min(bucket(max((len(rows[index]) for index in long), default=1)), longest)
-    short_width = min(columns, bucket(sum(len(rows[index]) for index in short)))
-    for chosen, width in ((long, long_width), (short, short_width)):
-        lines = [[chosen[i] for i in line] for line in first_fit([len(rows[i]) for i in chosen], width)]
-        height = min(max(batch_tokens // width, 1), len(lines))
-        for start in range(0, len(lines), max(height, 1)):
+    for width, lines in _lines(list(map(len, rows)), min(columns, longest), longest):
+        height = min(max(batch_tokens // width, 1), 1 << (len(lines) - 1).bit_length())
+        for start in range(0, len(lines), height):
             yield _packed_batch(rows, lines[start : start + height], height, width)
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: of whole sequences (score), or of continuations of a prompt that runs once.
+"""Log-probabilities of given tokens of whole sequences. inference/continuations.py has those of continuations.
 
 Logits are computed for the scored positions only, and for few positions at a time, since a vocabulary is large.
 """
@@ -16,7 +16,6 @@ from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.padding import packed, packed_places, part_of
 from bimedix_jax.inference.planning import Planner, Plans, Tokens
-from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan, checked_plan
 
@@ -102,8 +101,17 @@ def score_batches(
         yield found
 
 
-def chosen_logprobs(model: Mixtral, hidden_ND: Float[Array, "N D"], targets_N: Int[Array, "N"]) -> Float[Array, "N"]:
-    """log p of each target in float32 from final hidden states, POSITIONS_PER_CHUNK at a time."""
+def chosen_logprobs(
+    model: Mixtral,
+    hidden_ND: Float[Array, "N D"],
+    targets_N: Int[Array, "N"],
+    wanted: Int[Array, ""] | None = None,
+) -> Float[Array, "N"]:
+    """log p of each target in float32 from final hidden states, POSITIONS_PER_CHUNK at a time.
+
+    `wanted` leaves out the chunks after the first `wanted` positions, without a shape of their own and without
+    gradients; their results are 0.
+    """
     count = hidden_ND.shape[0]
     rows = min(POSITIONS_PER_CHUNK, count)
     padding = -count % rows
@@ -116,7 +124,15 @@ def chosen_logprobs(model: Mixtral, hidden_ND: Float[Array, "N D"], targets_N: I
         chosen_R = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=-1)[:, 0]
         return chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
-    return jax.lax.map(one_chunk, (hidden_CRD, targets_CR)).reshape(-1)[:count]
+    def one_more(number: jax.Array, found_CR: jax.Array) -> jax.Array:
+        return found_CR.at[number].set(one_chunk((hidden_CRD[number], targets_CR[number])))
+
+    if wanted is None:
+        found_CR = jax.lax.map(one_chunk, (hidden_CRD, targets_CR))
+    else:
+        empty_CR = jnp.zeros(targets_CR.shape, jnp.float32)
+        found_CR = jax.lax.fori_loop(0, -(-wanted // rows), one_more, empty_CR)
+    return found_CR.reshape(-1)[:count]
 
 
 def target_logprobs(
@@ -141,14 +157,12 @@ def target_logprobs(
     flat_M = np.flatnonzero(scored_BT)
     if flat_M.size == 0 and record == "none":
         return found_BT, None
-    # rounded up to quarters of the batch: at most four shapes are compiled, and few positions are scored in vain
-    quarter = -(-tokens_BT.size // 4)
-    size = quarter * max(1, -(-flat_M.size // quarter))
     # the hidden state at t - 1 predicts token t, also in the flat array, since t is never the first of its segment
-    before_M = np.pad(flat_M - 1, (0, size - flat_M.size)).astype(np.int32)
-    targets_M = np.pad(tokens_BT.reshape(-1)[flat_M], (0, size - flat_M.size))
+    rest, wanted = tokens_BT.size - flat_M.size, np.int32(flat_M.size)
+    before_M = np.pad(flat_M - 1, (0, rest)).astype(np.int32)
+    targets_M = np.pad(tokens_BT.reshape(-1)[flat_M], (0, rest))
     plan = plan or RoutingPlan()
-    logprobs_M, routing = _logprobs_at(graph, weights, tokens_BT, ids_BT, before_M, targets_M, plan, record)
+    logprobs_M, routing = _logprobs_at(graph, weights, tokens_BT, ids_BT, before_M, targets_M, wanted, plan, record)
     found_BT.reshape(-1)[flat_M] = np.asarray(logprobs_M, np.float64)[: flat_M.size]
     return found_BT, routing
 
@@ -161,53 +175,11 @@ def _logprobs_at(
     ids_BT: jax.Array,
     before_M: jax.Array,
     targets_M: jax.Array,
+    wanted: jax.Array,
     plan: RoutingPlan,
     record: Record,
 ) -> tuple[jax.Array, Routing | None]:
     model = nnx.merge(graph, weights)
     out = model.hidden(tokens_BT, ids_BT, plan, record=record)
     hidden_ND = out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1])
-    return chosen_logprobs(model, hidden_ND[before_M], targets_M), out.routing
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "record"))
-def prefill(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
-    tokens_BT: jax.Array,
-    ids_BT: jax.Array,
-    plan: RoutingPlan,
-    slots: int,
-    record: Record = "none",
-) -> tuple[KVCache, Float[Array, "B V"], Routing | None]:
-    """Runs left-padded prompts: (their cache with `slots` slots, log p of every next token in float32, the record)."""
-    model = nnx.merge(graph, weights)
-    cache = KVCache.zeros(model.config, tokens_BT.shape[0], slots, model.dtype)
-    out = model.hidden(tokens_BT, ids_BT, plan, cache, record=record)
-    assert out.cache is not None
-    return out.cache, jax.nn.log_softmax(model.head(out.hidden_BTD[:, -1]), axis=-1), out.routing
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "record"))
-def score_continuations(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
-    cache: KVCache,
-    rows_R: jax.Array,
-    tokens_RT: jax.Array,
-    ids_RT: jax.Array,
-    plan: RoutingPlan,
-    record: Record = "none",
-) -> tuple[Float[Array, "R T"], Routing | None]:
-    """(log p of the tokens of continuations except the first, the record).
-
-    Continuation r, padded on the right, follows the prompt in row `rows_R[r]` of the cache. Column t of the result is
-    log p of its token t + 1; ignore the last column and those at padding. The cache is not changed, so one prompt can
-    have any number of continuations.
-    """
-    model = nnx.merge(graph, weights)
-    own = KVCache(cache.k_LBSGH[:, rows_R], cache.v_LBSGH[:, rows_R], cache.segment_ids_BS[rows_R], cache.length)
-    out = model.hidden(tokens_RT, ids_RT, plan, own, record=record)
-    following_RT = jnp.roll(tokens_RT, -1, axis=1)
-    flat = chosen_logprobs(model, out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1]), following_RT.reshape(-1))
-    return flat.reshape(tokens_RT.shape), out.routing
+    return chosen_logprobs(model, hidden_ND[before_M], targets_M, wanted), out.routing

@@ -84,8 +84,9 @@ def command(model, tokenizer, mixed, tmp_path_factory):
     return [*words, "--train", str(root / "records.jsonl")]
 
 
-def test_a_killed_evaluation_ends_with_the_same_bytes(command, tmp_path, monkeypatch):
+def test_a_killed_evaluation_ends_with_the_same_bytes(command, mcqa, tmp_path, monkeypatch):
     """It is killed after every batch. No result is computed again."""
+    candidates = sum(2 * len(record.choices) for record in mcqa)
     assert cli.main([*command, "--out", str(tmp_path / "whole/r.json")]) == 0
     written: list[tuple[str, int]] = []
     original = Journal._write
@@ -108,7 +109,7 @@ def test_a_killed_evaluation_ends_with_the_same_bytes(command, tmp_path, monkeyp
             else:
                 assert code == 0
     assert starts > 4
-    assert len(written) == len(set(written)) == 7 + 4 + 4
+    assert len(written) == len(set(written)) == 7 + 2 * candidates
     for path in (tmp_path / "whole").iterdir():
         assert (out.parent / path.name).read_bytes() == path.read_bytes(), path.name
     assert len(list(out.parent.iterdir())) == 2

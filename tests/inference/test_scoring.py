@@ -3,12 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from tiny import TINY
 
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import pad_left, pad_right
-from bimedix_jax.inference.scoring import prefill, score, score_continuations
+from bimedix_jax.inference.scoring import score
 from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
@@ -70,23 +68,6 @@ def test_rows_of_the_plan_can_be_chosen(model):
     every = {i: row for i, row, _ in score(model, ROWS, plan=plan)}
     for index in (0, 1):
         np.testing.assert_allclose(chosen[index], every[index + 1], rtol=1e-5)
-
-
-def test_continuations_follow_a_prompt_that_ran_once(model):
-    prompts, endings = [[5, 17, 3], [44]], [(0, [60, 2, 9]), (1, [8, 8]), (0, [7])]
-    plan = RoutingPlan.ban(TINY, 1)
-    graph, weights = nnx.split(model)
-    cache, first_BV, read = prefill(graph, weights, *pad_left(prompts, 4), plan, 8, record="choices")
-    assert read is not None
-    assert (np.asarray(read.experts_LBTK)[:, 0, 1:] != 1).all()
-    tokens_RT, ids_RT = pad_right([ids for _, ids in endings], 4)
-    rows_R = np.array([row for row, _ in endings], np.int32)
-    rest_RT, read = score_continuations(graph, weights, cache, rows_R, tokens_RT, ids_RT, plan, record="choices")
-    assert read is not None
-    for place, (row, ids) in enumerate(endings):
-        expected = logprobs(model, prompts[row] + ids, plan)[-len(ids) :]
-        found = [first_BV[row, ids[0]], *rest_RT[place, : len(ids) - 1]]
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_sequences_that_the_model_cannot_read_raise(model):
