@@ -9,7 +9,7 @@ from flax import nnx
 from bimedix_jax.kernels.layer_scan import layer_scan
 from bimedix_jax.models import shards
 from bimedix_jax.models.call import Call, recorded
-from bimedix_jax.models.linear import fill_slots
+from bimedix_jax.models.linear import fill_slots, read_in_place
 from bimedix_jax.models.remat import checkpointed
 from bimedix_jax.models.router_sums import RouterSums, sums_of
 from bimedix_jax.models.routers import Recorded
@@ -25,7 +25,7 @@ def run_layers(
         just before it runs.
     """
     fill_slots(blocks)
-    blocks.moe.read_in_place()
+    read_in_place(blocks, "layers")
     graph, state = nnx.split(blocks)
     group_BT = None if call.group_BT is None else jnp.where(call.segment_ids_BT != 0, call.group_BT, -1)
 

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int
 from bimedix_jax.kernels.expert_mlp import out_of_stacks
 from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
+from bimedix_jax.kernels.layer_scan import InPlace
+from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EXPERTS, LAYERS, RANK
@@ -82,6 +84,20 @@ def fill_slots(layers: nnx.Module) -> None:
         lora.slots = None
 
 
+def read_in_place(layers: nnx.Module, prefix: str) -> None:
+    """Marks the weights of stacked layers, in place, that the loop over layers need not copy: packed ones and experts.
+
+    Not those that a shard gathers for each layer. `prefix` is the path of the layers in the model.
+    """
+    for path, layer in nnx.iter_modules(layers):
+        if not isinstance(layer, Linear | ExpertLinear):
+            continue
+        w = layer.w.get_value()
+        readable = isinstance(w, NF4Tensor) or (isinstance(w, jax.Array) and isinstance(layer, ExpertLinear))
+        if readable and not shards.is_gathered(shards.dotted(prefix, (*path, "w"))):
+            layer.w.set_value(InPlace(w))
+
+
 def with_dropout(model: nnx.Module, key: jax.Array) -> None:
     """Turns on the dropout of every adapter of `model`, in place. Randomness depends on `key` and the layer's name.
 
@@ -134,7 +150,7 @@ class ExpertLinear(nnx.Module):
         return a, jax.tree.map(lambda x: x.astype(dtype) * scale, self.lora.b.get_value())
 
     def __call__(self, x_MD: Float[Array, "M D"], group_sizes_e: Int[Array, "e"]) -> Float[Array, "M F"]:
-        [w] = out_of_stacks((self.w.get_value(),))
+        [w] = out_of_stacks((self.w.get_value(),), packed_in_place=True)
         y_MF = grouped_matmul(x_MD, w, group_sizes_e)
         if self.lora is None:
             return y_MF

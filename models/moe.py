@@ -9,7 +9,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from bimedix_jax.kernels.expert_mlp import expert_mlp
-from bimedix_jax.kernels.layer_scan import InPlace
 from bimedix_jax.kernels.permute import Permutation, combine, dispatch, sort_by_expert
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import BATCH, EMBED, EXPERTS, LAYERS, MLP
@@ -89,12 +88,6 @@ class MoE(nnx.Module):
         with jax.named_scope("combine"):
             y_ND = shards.sum_and_scatter(EXPERTS, y_ND) if exchanged else shards.sum_over(EXPERTS, y_ND)
             return shards.sum_over(MLP, y_ND)
-
-    def read_in_place(self) -> None:
-        """Marks the dense experts of stacked layers, so that the loop over layers does not copy them."""
-        for layer in (self.w1, self.w2, self.w3):
-            if isinstance(w := layer.w.get_value(), jax.Array):
-                layer.w.set_value(InPlace(w))
 
     def feed_forward(
         self, x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], permutation: Permutation

@@ -20,6 +20,8 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.stacks import LayerOf
 from bimedix_jax.models.axes import EXPERTS
 
 GATHERED = "gathered"
@@ -121,6 +123,8 @@ def gather_parameter(path: str, value: Any) -> Any:
     storage = None if current.value is None else dict(current.value.stored).get(path)
     if storage is None:
         return value
+    if isinstance(value, LayerOf) and not any(storage.gathers):
+        return dataclasses.replace(value, stack=own_unit(value.stack)) if storage.units else value
     leaves, tree = jax.tree.flatten(value)
     gathered = []
     for leaf, steps in zip(leaves, storage.gathers, strict=True):
@@ -129,7 +133,12 @@ def gather_parameter(path: str, value: Any) -> Any:
                 leaf = lax.all_gather(leaf, names, axis=leaf.ndim + axis, tiled=True)
         gathered.append(checkpoint_name(leaf, GATHERED) if steps else leaf)
     value = jax.tree.unflatten(tree, gathered)
-    return value[(slice(None),) * (len(value.batch_shape) - 1) + (0,)] if storage.units else value
+    return own_unit(value) if storage.units else value
+
+
+def own_unit(t: NF4Tensor) -> NF4Tensor:
+    """A packed parameter without its last batch axis, which has this device's part of every unit."""
+    return t[(slice(None),) * (len(t.batch_shape) - 1) + (0,)]
 
 
 def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -143,7 +152,13 @@ def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:
     if primitive.name == "all_gather":  # tokens are gathered over the axes of the experts, parameters over others
         names = params["axis_name"]
         return set(names if isinstance(names, tuple) else (names,)) <= set(mesh_axes(EXPERTS))
-    return primitive.name not in ("slice", "squeeze")
+    return primitive.name not in ("slice", "dynamic_slice", "squeeze")
+
+
+def is_gathered(path: str) -> bool:
+    """Whether a shard has only a part of what it computes with, and gathers the other parts."""
+    storage = None if current.value is None else dict(current.value.stored).get(path)
+    return storage is not None and any(storage.gathers)
 
 
 def gather_state(prefix: str, state: Any) -> Any:

@@ -43,6 +43,7 @@ def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, to
 
     from bimedix_jax.kernels.layer_scan import layer_scan
     from bimedix_jax.models.attention import rotations
+    from bimedix_jax.models.linear import read_in_place
     from bimedix_jax.models.mixtral import Mixtral
     from bimedix_jax.models.routers import RoutingPlan
 
@@ -57,7 +58,7 @@ def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, to
 
     def without(state: nnx.State, ids: jax.Array) -> jax.Array:
         model = nnx.merge(graph, state)
-        model.layers.moe.read_in_place()
+        read_in_place(model.layers, "layers")
         block, layer_state = nnx.split(model.layers)
         segments = jnp.ones_like(ids)
         turned = rotations(jnp.arange(tokens)[None], config.head_dim, config.rope_theta)

@@ -11,6 +11,7 @@ from bimedix_jax.kernels.expert_mlp.layout import Deltas, GivenDeltas, GivenWeig
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.permute import Permutation
+from bimedix_jax.kernels.stacks import with_packed_sliced
 from bimedix_jax.kernels.unstacked import is_unstacked, stack
 
 BACKENDS = ("xla", "composed", "few_rows")
@@ -30,9 +31,14 @@ def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights)
     def refusal(backend: str) -> str | None:
         if backend == "few_rows":
             return few_rows.refusal(rows, weights)
-        return xla.refusal(jax.eval_shape(stack, weights)) if backend == "xla" else None
+        return xla.refusal(jax.eval_shape(plain, weights)) if backend == "xla" else None
 
     return backends.pick("expert_mlp", BACKENDS, preferred, name, refusal)
+
+
+def plain(weights: GivenWeights) -> Weights:
+    """Experts stacked, packed layers sliced: what the fused loop takes."""
+    return stack(with_packed_sliced(weights))
 
 
 @jax.custom_vjp
@@ -83,7 +89,8 @@ def expert_mlp(
     Args:
       weights_NK: the routing weight of each pair; pairs without an expert do not count.
       permutation: of the pairs, by `sort_by_expert`.
-      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors; LayerOf where no gradient is taken.
+      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors. Or layers of stacks
+        (`LayerOf`): packed ones, and dense ones whose gradient is not taken.
         Experts may be Unstacked, for `few_rows`; the other backends stack them first, which copies all of them.
       deltas: for each weight, the factors (a [E, in, R], b [E, R, out]) of its low-rank delta, or None. The scale of
         the delta is part of b.
@@ -108,5 +115,7 @@ def expert_mlp(
     operands = vary_alike(x_ND, weights_NK, permutation, weights, deltas)
     if name == "few_rows":
         return few_rows.expert_mlp(*operands)
-    operands = stack(operands)
-    return fused(*operands) if name == "xla" else composed.expert_mlp(*operands)
+    x_ND, weights_NK, permutation, weights, deltas = operands
+    if name == "xla":
+        return fused(x_ND, weights_NK, permutation, plain(weights), stack(deltas))
+    return composed.expert_mlp(x_ND, weights_NK, permutation, stack(weights), stack(deltas))

@@ -15,7 +15,7 @@ PRODUCTS = "expert_products"
 def expert_mlp(
     x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: Deltas
 ) -> jax.Array:
-    sizes, matrices = permutation.group_sizes_E, out_of_stacks(weights)
+    sizes, matrices = permutation.group_sizes_E, out_of_stacks(weights, packed_in_place=True)
 
     def linear(x: jax.Array, i: int) -> jax.Array:
         y, pair = grouped_matmul(x, matrices[i], sizes), deltas[i]

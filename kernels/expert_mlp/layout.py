@@ -15,41 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from bimedix_jax.kernels.grouped_matmul.xla import index, pin
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import is_planar, planes
 from bimedix_jax.kernels.products import from_bits, to_bits
-from bimedix_jax.kernels.pytree import Leaf
+from bimedix_jax.kernels.stacks import LayerOf, index
 from bimedix_jax.kernels.unstacked import Unstacked, stack
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerOf:
-    """Dense weights [E, in, out] of one layer, without slicing them from the stack of all layers.
-
-    A loop over experts reads each expert from the stack. Slicing the layer would first copy all of its experts.
-
-    Attributes:
-      stack: [L, E, in, out].
-      layer: int32, index of the layer.
-    """
-
-    stack: Leaf
-    layer: Leaf
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stack.shape[1:]
-
-    def array(self) -> jax.Array:
-        return index(*pin(self.stack, self.layer))
-
-    def expert(self, e: jax.Array) -> jax.Array:
-        """[in, out]; the stack must have been through `pin`."""
-        return index(self.stack.reshape(-1, *self.stack.shape[2:]), self.layer * self.stack.shape[1] + e)
-
 
 Weights = tuple[jax.Array | NF4Tensor | LayerOf, ...]
 """(w1 [E, D, F], w3 [E, D, F], w2 [E, F, D])."""
@@ -144,13 +115,22 @@ def sources(weights: Weights, deltas: Deltas, dtype: jnp.dtype) -> tuple[Any, Ex
 def as_dtype(w: Any, dtype: jnp.dtype) -> Any:
     """Dense weights in the rows' dtype. A LayerOf that has to be converted is sliced from its stack."""
     if isinstance(w, LayerOf):
-        return w if w.stack.dtype == dtype else w.array().astype(dtype)
+        return w if w.stack.dtype == dtype else w.value().astype(dtype)
     return w.astype(dtype)
 
 
-def out_of_stacks(weights: GivenWeights) -> tuple[jax.Array | NF4Tensor, ...]:
-    """Each as one array or NF4Tensor [E, in, out]: a LayerOf is sliced, Unstacked experts are stacked."""
-    return tuple(w.array() if isinstance(w, LayerOf) else stack(w) for w in weights)
+def out_of_stacks(weights: GivenWeights, packed_in_place: bool = False) -> tuple[Any, ...]:
+    """Each as one array or NF4Tensor [E, in, out]: a LayerOf is sliced, Unstacked experts are stacked.
+
+    With `packed_in_place`, a LayerOf of NF4 is returned unchanged, for operations that take it.
+    """
+
+    def whole(w: Any) -> Any:
+        if not isinstance(w, LayerOf):
+            return stack(w)
+        return w if packed_in_place and w.is_packed else w.value()
+
+    return tuple(map(whole, weights))
 
 
 def load(weights: Weights, dtype: jnp.dtype, separate: bool, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:

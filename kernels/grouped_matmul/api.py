@@ -3,6 +3,7 @@
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -11,9 +12,11 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
+from bimedix_jax.kernels.stacks import LayerOf, is_packed_layer, operand
 
 BACKENDS = ("xla", "ragged_dot", "triton", "mosaic_tpu")
-"""Modules of this folder; a backend is a module with `grouped_matmul`, `weight_gradient` and optionally `refusal`."""
+"""Modules of this folder; a backend is a module with `grouped_matmul`, `weight_gradient` and optionally `refusal` and
+`takes_stack`."""
 PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "ragged_dot"), "tpu": ("mosaic_tpu", "ragged_dot")}
 """Backends of each platform, best first; the last one takes all operands."""
 
@@ -23,8 +26,12 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f"bimedix_jax.kernels.grouped_matmul.{backend}")
 
 
-def pick_backend(name: str | None, x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str:
+Weights = jax.Array | NF4Tensor | LayerOf
+
+
+def pick_backend(name: str | None, x_MD: jax.Array, w_EDF: Weights) -> str:
     """The backend to use. A backend may define `refusal(x_MD, w_EDF)`: the reason why it cannot take them, or None."""
+    w_EDF = jax.eval_shape(LayerOf.value, w_EDF) if isinstance(w_EDF, LayerOf) else w_EDF
 
     def refusal(backend: str) -> str | None:
         module = load(backend)
@@ -33,28 +40,30 @@ def pick_backend(name: str | None, x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor
     return backends.pick("grouped_matmul", BACKENDS, PREFERRED, name, refusal)
 
 
-def orient(w: jax.Array | NF4Tensor, d: int) -> jax.Array | NF4Tensor:
-    """An NF4Tensor of [E, F, D] weights as [E, D, F]; a tensor of square matrices is returned unchanged."""
-    if isinstance(w, NF4Tensor) and w.ndim == 3 and w.shape[1] != d and w.shape[2] == d:
+def orient(w: Any, d: int) -> Any:
+    """Packed [E, F, D] weights as [E, D, F]; square matrices are returned unchanged."""
+    packed = isinstance(w, NF4Tensor) or is_packed_layer(w)
+    if packed and w.ndim == 3 and w.shape[1] != d and w.shape[2] == d:
         return w.mT
     return w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def product(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str) -> jax.Array:
-    return load(backend).grouped_matmul(x_MD, w_EDF, group_sizes_E)
+def product(x_MD: jax.Array, w_EDF: Weights, group_sizes_E: jax.Array, backend: str) -> jax.Array:
+    module = load(backend)
+    return module.grouped_matmul(x_MD, operand(module, w_EDF), group_sizes_E)
 
 
-def product_forward(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor, group_sizes_E: jax.Array, backend: str):
+def product_forward(x_MD: jax.Array, w_EDF: Weights, group_sizes_E: jax.Array, backend: str):
     # the backward pass keeps a 4-bit weight packed, and keeps x only for the gradient of a dense weight
-    residual_x = None if isinstance(w_EDF, NF4Tensor) else x_MD
+    residual_x = None if isinstance(w_EDF, NF4Tensor | LayerOf) else x_MD
     return product(x_MD, w_EDF, group_sizes_E, backend), (residual_x, w_EDF, group_sizes_E)
 
 
 def product_backward(backend: str, residuals: tuple, dy_MF: jax.Array):
     x_MD, w_EDF, group_sizes_E = residuals
     module = load(backend)
-    dx_MD = module.grouped_matmul(dy_MF, w_EDF, group_sizes_E, swapped=True)
+    dx_MD = module.grouped_matmul(dy_MF, operand(module, w_EDF), group_sizes_E, swapped=True)
     if x_MD is None:
         return dx_MD, jax.tree.map(zero_cotangent, w_EDF), zero_cotangent(group_sizes_E)
     dw_EDF = module.weight_gradient(x_MD, dy_MF, group_sizes_E).astype(w_EDF.dtype)
@@ -66,7 +75,7 @@ product.defvjp(product_forward, product_backward)
 
 def grouped_matmul(
     x_MD: Float[Array, "M D"],
-    w_EDF: Float[Array, "..."] | NF4Tensor,
+    w_EDF: Float[Array, "..."] | NF4Tensor | LayerOf,
     group_sizes_E: Int[Array, "E"],
     *,
     backend: str | None = None,
@@ -76,6 +85,7 @@ def grouped_matmul(
     Args:
       x_MD: rows sorted by expert.
       w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (square matrices are read as [E, D, F]).
+        A `LayerOf` is such weights of one layer; backends with `takes_stack` read packed ones without a slice.
       group_sizes_E: rows of each expert, in order; their sum may be below M.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
         operands. A named backend never falls back.
@@ -94,6 +104,8 @@ def grouped_matmul(
             f"grouped_matmul needs x [M, D], w [E, D, F] and group sizes [E]; "
             f"got {x_MD.shape}, {w_EDF.shape} and {group_sizes_E.shape}."
         )
-    if not isinstance(w_EDF, NF4Tensor):
+    if isinstance(w_EDF, LayerOf) and not w_EDF.is_packed:
+        w_EDF = w_EDF.value()
+    if not isinstance(w_EDF, NF4Tensor | LayerOf):
         w_EDF = w_EDF.astype(x_MD.dtype)
     return product(*vary_alike(x_MD, w_EDF, group_sizes_E), pick_backend(backend, x_MD, w_EDF))

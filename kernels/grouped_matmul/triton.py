@@ -4,14 +4,16 @@ A program computes one tile of the output: rows of one expert times columns of i
 registers. The grid is static; programs of tiles without rows exit immediately. NF4 weights are passed as packed bytes.
 For few rows, each program dequantises the tiles that it multiplies, and only packed bytes are read from memory. For
 many rows, each weight would be dequantised once for each tile of rows. Then a kernel dequantises one matrix of all
-experts to memory first. On a CPU the kernels are interpreted.
+experts to memory first. Scales under double quantisation are decoded in the kernels too, so only those of the experts
+in use are read. Packed weights may be a layer of a stack: the kernels take the whole stack, and the index of the layer
+is part of the index of the expert. On a CPU the kernels are interpreted.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +25,16 @@ from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul.tiles import Tiles, group_tiles
+from bimedix_jax.kernels.grouped_matmul.triton_tiling import StoredWeights, Tile, gradient_tile, product_tile
 from bimedix_jax.kernels.manual_axes import varying
 from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.kernels.nf4.api import block_scales
+from bimedix_jax.kernels.nf4.api import block_scales, unfused
+from bimedix_jax.kernels.nf4.tables import DYNAMIC_MAP, NESTED_BLOCK_SIZE
 from bimedix_jax.kernels.nf4.triton_tile import dequantised
+from bimedix_jax.kernels.stacks import LayerOf
 
 BLOCK_SIZES = (32, 64, 128)
 """Sizes of NF4 blocks that divide the tiles."""
-MULTIPROCESSORS = 108
-"""Of an A100."""
 UNPACKED_ROWS = 512
 """Average rows of an expert from which its NF4 weights are dequantised to memory first. On an H100, writing and reading
 2 bytes a weight takes as long as products on packed weights lose with 300 rows (docs/results/gpu.md)."""
@@ -41,41 +44,20 @@ SWIZZLE = 8
 """Row tiles that share all column tiles: their rows and the weights that run at the same time fit into the L2 cache."""
 
 
-class Tile(NamedTuple):
-    """Rows, columns and contraction of one step of a program; its warps; the stages of its pipeline."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredWeights:
-    """Sizes of stored weights [experts, rows, columns], and along which axis a product contracts them.
-
-    `block` is the size of NF4 blocks, 0 for dense weights; `recorded` is the dtype that was quantised.
-    """
-
-    experts: int
-    rows: int
-    columns: int
-    contract_columns: bool
-    block: int = 0
-    recorded: str = ""
-
-    @property
-    def depth(self) -> int:
-        return self.columns if self.contract_columns else self.rows
-
-    @property
-    def width(self) -> int:
-        return self.rows if self.contract_columns else self.columns
+Weights = jax.Array | NF4Tensor | LayerOf
 
 
 def stored_shape(t: NF4Tensor) -> tuple[int, ...]:
     return t.batch_shape + t.unit_shape
+
+
+def takes_stack(stack: NF4Tensor) -> bool:
+    """Whether the kernels take a layer of this stack without a slice.
+
+    Offsets have 32 bits, or 64 where an operand has more than 2**32 bytes; in between they would overflow.
+    """
+    regular = len(stack.batch_shape) == 2 and len(stack.unit_shape) == 2
+    return regular and not 2**31 <= stack.packed.size <= 2**32
 
 
 def missing_capability() -> str | None:
@@ -106,44 +88,6 @@ def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
     if w_EDF.packed.size >= 2**31:
         return f"{w_EDF.packed.size} packed bytes are too many for 32-bit offsets."
     return None
-
-
-def power_of_two(size: int, most: int) -> int:
-    """The smallest power of two that is at least `size`, at least 16 (for tensor cores) and at most `most`."""
-    return min(most, max(16, pl.next_power_of_2(max(size, 1))))
-
-
-def product_tile(rows: int, stored: StoredWeights, itemsize: int) -> Tile:
-    """The tile of a product; for Mixtral's shapes none spills on an A100 (tests/kernels/test_codegen.py)."""
-    # dense weights: at most half of an expert's even share of rows, so that the last, partly empty tile of a group adds
-    # at most half of the work; packed weights are dequantised once for each row tile, so one tile holds most groups
-    m = power_of_two(-(-rows * (4 if stored.block else 1) // (2 * stored.experts)), 128)
-    if itemsize == 4:  # each is three products of TF32, whose operands take twice the registers
-        m, n, k, warps, stages = min(m, 32), 64, 32, 4, 2
-    elif stored.block:
-        n, k, warps, stages = (128, 64, 8, 3) if m == 128 else (64, 256, 4, 4) if m == 16 else (64, 128, 4, 3)
-    elif m == 128 and stored.width >= 1024:
-        n, k, warps, stages = 256, 64, 8, 3
-    else:  # a narrow output, such as that of an adapter's first factor: lower tiles are more, and occupy more of a GPU
-        m, n, k, warps, stages = min(m, 64), 128, 32, 4, 4
-    # few rows are limited by reading the weights: use every multiprocessor, with as many bytes in flight as before
-    narrows = m == 16 and itemsize == 2 and stored.block > 0 and stored.contract_columns
-    while narrows and n > 32 and n * MULTIPROCESSORS > stored.width:
-        n, k = n // 2, k * 2
-    n, k = power_of_two(stored.width, n), power_of_two(stored.depth, k)
-    if stored.block:  # whole blocks that divide the columns
-        along = max(stored.block, min(stored.columns & -stored.columns, k if stored.contract_columns else n))
-        n, k = (n, along) if stored.contract_columns else (along, k)
-        m = 16 if itemsize == 4 and k == 128 else m
-    return Tile(m, n, k, warps, stages)
-
-
-def gradient_tile(rows: int, experts: int, depth: int, width: int, itemsize: int) -> Tile:
-    """The tile of a gradient to the weights: m of its rows, n of its columns, k rows of the operands."""
-    most = 64 if itemsize == 4 else 128
-    m, n = power_of_two(depth, most), power_of_two(width, most)
-    k = power_of_two(-(-rows // experts), 32)
-    return Tile(m, n, k, 8 if m * n >= 128 * 128 else 4, 2 if itemsize == 4 else 3)
 
 
 def load(ref: Any, lead: tuple[Any, ...], *axes: tuple[jax.Array, jax.Array | int | None]) -> jax.Array:
@@ -182,15 +126,29 @@ def weight_tile(
     rows, row_bound = row + jnp.arange(shape[0]), bound(stored.rows, shape[0])
     if not stored.block:
         return load(refs[0], (e,), (rows, row_bound), (column + jnp.arange(shape[1]), bound(stored.columns, shape[1])))
-    packed_ref, scale_ref = refs
+    packed_ref, *scale_refs = refs
     blocks = lax.div(column, stored.block) + jnp.arange(shape[1] // stored.block)
     packed = load(packed_ref, (e,), (rows, row_bound), (blocks, None), (jnp.arange(stored.block // 2), None))
-    scales = load(scale_ref, (e,), (rows, row_bound), (blocks, None))
+    scales = scale_tile(tuple(scale_refs), stored, e, rows, blocks)
     # Triton would compute everything between a load and a product in the layout of the product's operand, in which the
     # warps of different rows would all dequantise the same weights; it does not if the values depend on indices
     scales = jnp.where(lax.broadcast_in_dim(rows < stored.rows, scales.shape, (0,)), scales, 0.0)
     spread = lax.broadcast_in_dim(scales, packed.shape, (0, 1))
     return dequantised(packed, spread, stored.recorded, dtype, interpret).reshape(shape)
+
+
+def scale_tile(
+    refs: tuple[Any, ...], stored: StoredWeights, e: jax.Array, rows: jax.Array, blocks: jax.Array
+) -> jax.Array:
+    """float32 scales of expert e [rows, blocks]; those under double quantisation as `nf4.api.block_scales`."""
+    scales = load(refs[0], (e,), (rows, bound(stored.rows, rows.shape[0])), (blocks, None))
+    if len(refs) == 1:
+        return scales
+    nested_ref, offset_ref, table_ref = refs[1:]
+    inside = jnp.minimum(rows, stored.rows - 1) * (stored.columns // stored.block)
+    place = lax.broadcast_in_dim(inside, scales.shape, (0,)) + lax.broadcast_in_dim(blocks, scales.shape, (1,))
+    nested = nested_ref[e, lax.div(place, NESTED_BLOCK_SIZE)]
+    return unfused(table_ref[scales.astype(jnp.int32)] * nested) + offset_ref[e]
 
 
 def dot(x: jax.Array, w: jax.Array, contract: tuple[int, int], interpret: bool) -> jax.Array:
@@ -211,7 +169,7 @@ def swizzled(program: jax.Array, tiles: int, columns: int) -> tuple[jax.Array, j
 
 
 def product_kernel(
-    expert_ref: Any,
+    unit_ref: Any,
     start_ref: Any,
     stop_ref: Any,
     x_ref: Any,
@@ -221,8 +179,8 @@ def product_kernel(
     interpret: bool,
 ) -> None:
     *weights, y_ref = refs
-    t, column = swizzled(pl.program_id(0), expert_ref.shape[0], -(-stored.width // tile.n))
-    e, start, stop = expert_ref[t], start_ref[t], stop_ref[t]
+    t, column = swizzled(pl.program_id(0), unit_ref.shape[0], -(-stored.width // tile.n))
+    e, start, stop = unit_ref[t], start_ref[t], stop_ref[t]
     rows, first = start + jnp.arange(tile.m), column * tile.n
     x_rows = jnp.minimum(rows, x_ref.shape[0] - 1)  # rows from `stop` on are computed, but not stored
 
@@ -235,7 +193,7 @@ def product_kernel(
         w = weight_tile(tuple(weights), stored, e, *corner, shape, x.dtype, interpret)
         return total + dot(x, w, (1, 1 if stored.contract_columns else 0), interpret)
 
-    busy = ((e < stored.experts) & (start < stop)).astype(jnp.int32)
+    busy = ((e >= 0) & (start < stop)).astype(jnp.int32)
     total = lax.fori_loop(0, busy * -(-stored.depth // tile.k), step, jnp.zeros((tile.m, tile.n), jnp.float32))
     columns = first + jnp.arange(tile.n)
     mask = (rows < stop)[:, None] & (columns < stored.width)[None]
@@ -282,38 +240,45 @@ def stored_as(w_EDF: jax.Array | NF4Tensor, swapped: bool) -> StoredWeights:
     if not isinstance(w_EDF, NF4Tensor):
         experts, rows, columns = w_EDF.shape
         return StoredWeights(experts, rows, columns, contract_columns=swapped)
-    experts, rows, columns = stored_shape(w_EDF)
+    experts, rows, columns = stored_shape(w_EDF)[-3:]
     return StoredWeights(experts, rows, columns, w_EDF.transposed != swapped, w_EDF.block_size, w_EDF.dtype)
 
 
 def arrays_of(w_EDF: jax.Array | NF4Tensor, stored: StoredWeights) -> tuple[jax.Array, ...]:
-    """The operands of the kernel: the weights, or packed bytes and scales with an axis of blocks."""
+    """The operands of the kernel: the weights, or packed bytes and scales with an axis of blocks.
+
+    Layers and experts are one axis. Scales under double quantisation are four operands: codes, scales of the scales,
+    their offset, and the code book. If all experts were quantised as one unit, they are decoded here.
+    """
     if not isinstance(w_EDF, NF4Tensor):
         return (w_EDF,)
-    blocks = (stored.experts, stored.rows, stored.columns // stored.block)
-    return w_EDF.packed.reshape(*blocks, stored.block // 2), block_scales(w_EDF).reshape(blocks)
+    blocks = (-1, stored.rows, stored.columns // stored.block)
+    packed = w_EDF.packed.reshape(*blocks, stored.block // 2)
+    if w_EDF.nested_absmax is None or w_EDF.nested_offset is None or len(w_EDF.unit_shape) != 2:
+        return packed, block_scales(w_EDF).reshape(blocks)
+    nested = w_EDF.nested_absmax.reshape(packed.shape[0], -1)
+    return packed, w_EDF.absmax.reshape(blocks), nested, w_EDF.nested_offset.reshape(-1), jnp.asarray(DYNAMIC_MAP)
 
 
-def unpack_kernel(
-    packed_ref: Any, scale_ref: Any, w_ref: Any, *, tile: Tile, stored: StoredWeights, interpret: bool
-) -> None:
+def unpack_kernel(first_ref: Any, *refs: Any, tile: Tile, stored: StoredWeights, interpret: bool) -> None:
+    *weights, w_ref = refs
     across = stored.columns // tile.n
     row, column = lax.div(pl.program_id(0), across) * tile.m, lax.rem(pl.program_id(0), across) * tile.n
     e = pl.program_id(1)
-    refs, shape = (packed_ref, scale_ref), (tile.m, tile.n)
-    w = weight_tile(refs, stored, e, row, column, shape, w_ref.dtype, interpret)
+    shape = (tile.m, tile.n)
+    w = weight_tile(tuple(weights), stored, first_ref[0] + e, row, column, shape, w_ref.dtype, interpret)
     rows, columns = row + jnp.arange(tile.m), column + jnp.arange(tile.n)
     plt.store(w_ref.at[e, rows[:, None], columns[None]], w, mask=jnp.broadcast_to((rows < stored.rows)[:, None], shape))
 
 
-def unpacked(arrays: tuple[jax.Array, ...], stored: StoredWeights, dtype: Any) -> jax.Array:
-    """The values [experts, rows, columns] of `arrays_of` NF4 weights, in the stored order of axes."""
+def unpacked(first: jax.Array, arrays: tuple[jax.Array, ...], stored: StoredWeights, dtype: Any) -> jax.Array:
+    """The values [experts, rows, columns] of the experts from `first` on, in the stored order of axes."""
     m, n, warps = UNPACKING
     n = max(stored.block, min(n, stored.columns & -stored.columns))
     tile = Tile(min(m, pl.next_power_of_2(stored.rows)), n, 1, warps, 1)
     out = jax.ShapeDtypeStruct((stored.experts, stored.rows, stored.columns), dtype)
     grid = (-(-stored.rows // tile.m) * (stored.columns // tile.n), stored.experts)
-    return launch(functools.partial(unpack_kernel, stored=stored), "unpack", grid, tile, out, *arrays)
+    return launch(functools.partial(unpack_kernel, stored=stored), "unpack", grid, tile, out, first[None], *arrays)
 
 
 def is_unpacked(rows: int, stored: StoredWeights, itemsize: int) -> bool:
@@ -322,27 +287,28 @@ def is_unpacked(rows: int, stored: StoredWeights, itemsize: int) -> bool:
     return stored.block > 0 and itemsize == 2 and fits and rows >= UNPACKED_ROWS * stored.experts
 
 
-def multiply(
-    name: str, x_MK: jax.Array, w: jax.Array | NF4Tensor, swapped: bool, cut: Callable[[int], Tiles]
-) -> jax.Array:
-    """x times the stacked weights, or their transposes; `cut(height)` gives the row tiles."""
-    stored, rows = stored_as(w, swapped), x_MK.shape[0]
+def multiply(name: str, x_MK: jax.Array, w: Weights, swapped: bool, cut: Callable[[int], Tiles]) -> jax.Array:
+    """x times the experts' weights, or their transposes; `cut(height)` gives the row tiles."""
+    whole, layer = (w.stack, w.layer) if isinstance(w, LayerOf) else (w, 0)
+    stored, rows = stored_as(whole, swapped), x_MK.shape[0]
+    first = jnp.asarray(layer, jnp.int32) * stored.experts
     out = jax.ShapeDtypeStruct((rows, stored.width), x_MK.dtype)
     if math.prod(out.shape) == 0:
         return jnp.zeros(out.shape, out.dtype)
-    weights = arrays_of(w, stored)
+    weights = arrays_of(whole, stored)
     if is_unpacked(rows, stored, x_MK.dtype.itemsize):
-        weights = (unpacked(weights, stored, x_MK.dtype),)
-        stored = dataclasses.replace(stored, block=0)
+        weights = (unpacked(first, weights, stored, x_MK.dtype),)
+        stored, first = dataclasses.replace(stored, block=0), jnp.zeros_like(first)
     tile = product_tile(rows, stored, x_MK.dtype.itemsize)
     tiles = cut(tile.m)
+    units = jnp.where(tiles.expert < stored.experts, first + tiles.expert, -1)
     grid = (tiles.expert.shape[0] * -(-stored.width // tile.n),)
     kernel = functools.partial(product_kernel, stored=stored)
-    return launch(kernel, name, grid, tile, out, *tiles, x_MK, *weights)
+    return launch(kernel, name, grid, tile, out, units, tiles.start, tiles.stop, x_MK, *weights)
 
 
 def grouped_matmul(
-    x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"], swapped: bool = False
+    x_MD: Float[Array, "M D"], w_EDF: Weights, group_sizes_E: Int[Array, "E"], swapped: bool = False
 ) -> Float[Array, "M F"]:
     def cut(height: int) -> Tiles:
         return group_tiles(group_sizes_E, x_MD.shape[0], height)

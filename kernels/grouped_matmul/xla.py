@@ -23,6 +23,7 @@ from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales, layer_weights
 from bimedix_jax.kernels.nf4.planes import is_planar, merge_columns, planes, split_columns
 from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
+from bimedix_jax.kernels.stacks import index, pin
 
 MAX_BLOCK = 512
 """Rows of one product: from 256 rows on, products on two AVX-512 cores are within 5 % of their best speed, and with 512
@@ -48,19 +49,6 @@ def pick_blocks(rows: int, experts: int) -> tuple[int, ...]:
 def overrun(blocks: tuple[int, ...]) -> int:
     """The most rows of a block that may be beyond the end of its group."""
     return max(b - below - 1 for below, b in zip((0, *blocks[:-1]), blocks, strict=True))
-
-
-def pin(operands: Any, e: jax.Array) -> tuple[Any, jax.Array]:
-    """The operands and `e` behind a barrier, so that XLA assumes that the operands change in a loop over `e`.
-
-    XLA:CPU slices 16-bit floats in float32. For loop-invariant weights it hoists the conversion out of the loop, which
-    makes a float32 copy of all experts. Behind the barrier it converts the slice only.
-    """
-    return lax.optimization_barrier((operands, e))
-
-
-def index(x: jax.Array, e: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, e, keepdims=False)
 
 
 def for_each_block(

@@ -8,11 +8,14 @@ from jax import lax
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.layer_scan import bits, reference, unrolled
 from bimedix_jax.kernels.layer_scan.layers import Body, parts_of, unmarked
+from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.unstacked import is_unstacked
 
 BACKENDS = {"scan": reference, "bits": bits, "unrolled": unrolled}
 PREFERRED = {"cpu": ("bits", "unrolled"), "gpu": ("scan", "unrolled"), "tpu": ("scan", "unrolled")}
 """Backends of each platform, best first, for stacked operands. With Unstacked ones, layers are always unrolled."""
+READ_IN_PLACE: dict[str, type[Any]] = {"bits": jax.Array, "scan": NF4Tensor}
+"""What each backend does not slice from its stack, if InPlace marks it."""
 EVERYWHERE_UNROLLED = dict.fromkeys(PREFERRED, ("unrolled",))
 
 
@@ -36,8 +39,8 @@ def layer_scan(
       constants: what every layer reads, such as positions and segments.
       x: the activations; the same shape and dtype before and after each layer.
       layers: a pytree of arrays with a leading axis of layers: stacked, Unstacked, or marked by InPlace. The body gets
-        one layer's values. If the backend is "bits" and nothing is differentiated, it gets a `LayerOf` instead of the
-        values of an array marked by InPlace.
+        one layer's values. Of marked weights it gets a `LayerOf` instead, if they are packed and the backend is "scan",
+        or if they are dense, the backend is "bits" and nothing is differentiated.
       memory: a pytree, stacked or Unstacked, of values that each layer reads and replaces, such as a cache of keys
         and values; with None, each slot is None.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the operands.
@@ -57,6 +60,6 @@ def layer_scan(
             f"layer_scan needs arrays with the same number of layers on their leading axes; got {sorted(depths)}."
         )
     name = pick_backend(backend, plain, memory)
-    given = unmarked(layers, keep_arrays=True) if name == "bits" else plain
+    given = unmarked(layers, READ_IN_PLACE[name]) if name in READ_IN_PLACE else plain
     constants, memory = lax.stop_gradient((constants, memory))
     return BACKENDS[name].layer_scan(body, constants, x, given, memory, depths.pop())

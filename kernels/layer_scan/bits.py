@@ -17,8 +17,15 @@ from jax import lax
 from jax.core import Tracer
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.expert_mlp.layout import LayerOf
-from bimedix_jax.kernels.layer_scan.layers import Body, InPlace, is_in_place, refuse_unstacked, unmarked
+from bimedix_jax.kernels.layer_scan.layers import (
+    Body,
+    InPlace,
+    is_in_place,
+    refuse_unstacked,
+    unmarked,
+    with_stacks,
+    without_stacks,
+)
 from bimedix_jax.kernels.products import from_bits, to_bits
 
 
@@ -73,20 +80,14 @@ def without_gradient(
     body: Body, constants: Any, x: jax.Array, layers: Any, memory: Any, depth: int
 ) -> tuple[jax.Array, Any, Any]:
     """The loop when nothing is differentiated. Arrays that InPlace marks are not sliced from their stacks."""
-    sliced = jax.tree.map(lambda leaf: None if is_in_place(leaf) else leaf, layers, is_leaf=is_in_place)
 
     def step(x: jax.Array, given: tuple[jax.Array, Bits, Bits]) -> tuple[jax.Array, tuple[Bits, Bits]]:
         index, own, slot = given
-        layer = jax.tree.map(
-            lambda leaf, value: LayerOf(leaf.stack, index) if is_in_place(leaf) else value,
-            layers,
-            own.value(),
-            is_leaf=is_in_place,
-        )
-        x, out, slot = body(constants, x, layer, slot.value())
+        x, out, slot = body(constants, x, with_stacks(layers, own.value(), index), slot.value())
         return x, (Bits.of(out), Bits.of(slot))
 
-    x, (outs, memory) = lax.scan(step, x, (jnp.arange(depth, dtype=jnp.int32), Bits.of(sliced), Bits.of(memory)))
+    given = (jnp.arange(depth, dtype=jnp.int32), Bits.of(without_stacks(layers)), Bits.of(memory))
+    x, (outs, memory) = lax.scan(step, x, given)
     return x, outs.value(), memory.value()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from bimedix_jax.kernels.stacks import LayerOf
 from bimedix_jax.kernels.unstacked import Unstacked, is_unstacked
 
 Body = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
@@ -15,9 +16,9 @@ Body = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any, Any]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InPlace:
-    """Marks a leaf of `layers`, dense weights of experts [L, E, in, out], that the body can also take as a `LayerOf`.
+    """Marks weights of `layers`, dense experts [L, E, in, out] or an NF4Tensor, that the body also takes as `LayerOf`.
 
-    A loop over experts then reads each expert from the stack. Slicing the layer would copy all of its experts.
+    They are then read from the stack of all layers. Slicing the layer would copy it. NF4Tensors get no gradient.
     """
 
     stack: Any
@@ -27,15 +28,30 @@ def is_in_place(leaf: Any) -> bool:
     return isinstance(leaf, InPlace)
 
 
-def unmarked(layers: Any, keep_arrays: bool = False) -> Any:
-    """`layers` with each InPlace replaced by its content. `keep_arrays`: not those of stacked dense arrays."""
+def unmarked(layers: Any, keep: type[Any] | None = None) -> Any:
+    """`layers` with each InPlace replaced by its content, except those of this type."""
 
     def plain(leaf: Any) -> Any:
-        if not is_in_place(leaf) or (keep_arrays and isinstance(leaf.stack, jax.Array)):
+        if not is_in_place(leaf) or (keep is not None and isinstance(leaf.stack, keep)):
             return leaf
         return leaf.stack
 
     return jax.tree.map(plain, layers, is_leaf=is_in_place)
+
+
+def without_stacks(layers: Any) -> Any:
+    """`layers` with None for each InPlace: what a loop slices."""
+    return jax.tree.map(lambda leaf: None if is_in_place(leaf) else leaf, layers, is_leaf=is_in_place)
+
+
+def with_stacks(layers: Any, own: Any, layer: jax.Array) -> Any:
+    """One layer: the slices `own` of `without_stacks(layers)`, and a LayerOf for each InPlace."""
+    return jax.tree.map(
+        lambda leaf, value: LayerOf(leaf.stack, layer) if is_in_place(leaf) else value,
+        layers,
+        own,
+        is_leaf=is_in_place,
+    )
 
 
 def parts_of(layers: Any) -> list[Any]:

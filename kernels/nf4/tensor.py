@@ -94,8 +94,8 @@ class NF4Tensor:
 
 
 def one_unit_stack(t: NF4Tensor) -> NF4Tensor:
-    """The tensor with a leading batch axis of length 1."""
-    return jax.tree.map(lambda leaf: leaf[None], t)
+    """The tensor with another last batch axis, of length 1."""
+    return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, len(t.batch_shape)), t)
 
 
 def zero_cotangent(leaf: jax.Array) -> jax.Array | np.ndarray:

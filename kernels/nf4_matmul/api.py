@@ -14,9 +14,11 @@ from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.products import dot, dot_rows
+from bimedix_jax.kernels.stacks import LayerOf, operand
 
 BACKENDS = ("xla", "triton", "mosaic_tpu")
-"""Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and optionally `refusal`."""
+"""Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and optionally `refusal` and
+`takes_stack`."""
 PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
 """Backends of each platform, best first; the last one takes all operands."""
 FEW_ROWS = 8
@@ -29,8 +31,12 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f"bimedix_jax.kernels.nf4_matmul.{backend}")
 
 
-def pick_backend(name: str | None, x: jax.Array, t: NF4Tensor) -> str:
+Packed = NF4Tensor | LayerOf
+
+
+def pick_backend(name: str | None, x: jax.Array, t: Packed) -> str:
     """The backend to use. A backend may define `refusal(x, t)`: the reason why it cannot take them, or None."""
+    t = jax.eval_shape(LayerOf.value, t) if isinstance(t, LayerOf) else t
 
     def refusal(backend: str) -> str | None:
         module = load(backend)
@@ -40,16 +46,18 @@ def pick_backend(name: str | None, x: jax.Array, t: NF4Tensor) -> str:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def frozen_product(x: jax.Array, t: NF4Tensor, backend: str) -> jax.Array:
-    return load(backend).nf4_matmul(x, t)
+def frozen_product(x: jax.Array, t: Packed, backend: str) -> jax.Array:
+    module = load(backend)
+    return module.nf4_matmul(x, operand(module, t))
 
 
-def frozen_forward(x: jax.Array, t: NF4Tensor, backend: str) -> tuple[jax.Array, NF4Tensor]:
+def frozen_forward(x: jax.Array, t: Packed, backend: str) -> tuple[jax.Array, Packed]:
     return frozen_product(x, t, backend), t
 
 
-def frozen_backward(backend: str, t: NF4Tensor, dy: jax.Array) -> tuple[jax.Array, NF4Tensor]:
-    return load(backend).nf4_matmul(dy, t.mT), jax.tree.map(zero_cotangent, t)
+def frozen_backward(backend: str, t: Packed, dy: jax.Array) -> tuple[jax.Array, Packed]:
+    module = load(backend)
+    return module.nf4_matmul(dy, operand(module, t.mT)), jax.tree.map(zero_cotangent, t)
 
 
 frozen_product.defvjp(frozen_forward, frozen_backward)
@@ -88,15 +96,15 @@ dense_product.defvjp(dense_forward, dense_backward)
 
 def matmul(
     x: Float[Array, "*rows D"],
-    w_DF: Float[Array, "D F"] | NF4Tensor,
+    w_DF: Float[Array, "D F"] | NF4Tensor | LayerOf,
     out_dtype: jnp.dtype | type | str | None = None,
     *,
     backend: str | None = None,
 ) -> Float[Array, "*rows F"]:
     """Product in `out_dtype` (that of x if None), accumulated in float32.
 
-    A dense weight is cast to the dtype of x, and the product is XLA's. An NF4Tensor of one [D, F] unit is frozen: it
-    gets no gradient, and the backward pass keeps its packed bytes, not its dequantised values.
+    A dense weight is cast to the dtype of x, and the product is XLA's. An NF4Tensor of one [D, F] unit, or a
+    `LayerOf` of them, is frozen: it gets no gradient, and the backward pass keeps its packed bytes, not its values.
 
     Args:
       backend: for a 4-bit weight, one of BACKENDS; None takes that of `backends.use`, else the platform's best that can
@@ -109,7 +117,9 @@ def matmul(
     if w_DF.ndim != 2 or w_DF.shape[0] != x.shape[-1]:
         raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w_DF.shape}.")
     result = jnp.dtype(out_dtype or x.dtype)
-    if isinstance(w_DF, NF4Tensor):
+    if isinstance(w_DF, LayerOf) and not w_DF.is_packed:
+        w_DF = w_DF.value()
+    if isinstance(w_DF, NF4Tensor | LayerOf):
         y: jax.Array = frozen_product(*vary_alike(x, w_DF), pick_backend(backend, x, w_DF))
         return y.astype(result)
     return dense_product(*vary_alike(x, w_DF.astype(x.dtype)), result)

@@ -9,7 +9,7 @@ from bimedix_jax.kernels.nf4.tensor import one_unit_stack
 
 
 def refusal(x: jax.Array, t: NF4Tensor) -> str | None:
-    return mosaic_tiling.refusal(x, one_unit_stack(t))
+    return mosaic_tiling.refusal(x, jax.eval_shape(one_unit_stack, t))
 
 
 def nf4_matmul(x: jax.Array, t: NF4Tensor) -> jax.Array:

@@ -8,15 +8,21 @@ from bimedix_jax.kernels.grouped_matmul import triton
 from bimedix_jax.kernels.grouped_matmul.tiles import even_tiles
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import one_unit_stack
+from bimedix_jax.kernels.stacks import LayerOf
 
 
 def refusal(x: jax.Array, t: NF4Tensor) -> str | None:
-    return triton.refusal(x, one_unit_stack(t))
+    return triton.refusal(x, jax.eval_shape(one_unit_stack, t))
 
 
-def nf4_matmul(x: jax.Array, t: NF4Tensor) -> jax.Array:
+def takes_stack(stack: NF4Tensor) -> bool:
+    return triton.takes_stack(jax.eval_shape(one_unit_stack, stack))
+
+
+def nf4_matmul(x: jax.Array, t: NF4Tensor | LayerOf) -> jax.Array:
     """x [..., D] @ t [D, F] in the dtype of x."""
     x_MK = x.reshape(-1, x.shape[-1])
     cut = functools.partial(even_tiles, x_MK.shape[0])
-    y_MN = triton.multiply("nf4_matmul", x_MK, one_unit_stack(t), False, cut)
+    one = LayerOf(one_unit_stack(t.stack), t.layer) if isinstance(t, LayerOf) else one_unit_stack(t)
+    y_MN = triton.multiply("nf4_matmul", x_MK, one, False, cut)
     return y_MN.reshape(*x.shape[:-1], t.shape[1])

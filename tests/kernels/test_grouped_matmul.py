@@ -16,6 +16,7 @@ from bimedix_jax.kernels.grouped_matmul import grouped_matmul, reference
 from bimedix_jax.kernels.grouped_matmul.api import BACKENDS
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
+from bimedix_jax.kernels.stacks import LayerOf
 
 pack = jax.jit(quantize, static_argnames=("block_size", "double_quant", "batch_dims"))
 unpack = jax.jit(dequantize, static_argnames="dtype")
@@ -157,6 +158,27 @@ def test_nf4_with_many_rows(backend: str, storage: str) -> None:
     close(y, reference.grouped_matmul(np.asarray(x, np.float32), values, np.array(sizes)), "bfloat16")
     wanted = reference.grouped_matmul(np.asarray(dy, np.float32), values.swapaxes(1, 2), np.array(sizes))
     close(dx, wanted, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "double_quant"),
+    [*((name, 20, double_quant) for name in BACKENDS for double_quant in (True, False)), ("triton", 1700, True)],
+)
+def test_a_layer_of_a_stack_is_bit_equal_to_its_slice(backend: str, rows: int, double_quant: bool) -> None:
+    """Forward and gradient. The first layer of the stack holds other values; some rows have no group."""
+    d, f, sizes = 96, 128, jnp.asarray([rows // 4, 0, rows // 2], jnp.int32)
+    x, w, dy = draw(rows, f, d, 2 * 3, "bfloat16")  # stored as (out, in)
+    t = pack(w.reshape(2, 3, f, d), block_size=32, double_quant=double_quant, batch_dims=2).mT
+
+    @jax.jit
+    def compute(x: jax.Array, dy: jax.Array, w: NF4Tensor | LayerOf):
+        y, pullback = jax.vjp(lambda x: grouped_matmul(x, w, sizes, backend=backend), x)
+        return y, pullback(dy)[0]
+
+    got, expected = compute(dy, x, LayerOf(t, jnp.int32(1))), compute(dy, x, t[1])
+    for one, other in zip(got, expected, strict=True):
+        assert jnp.abs(other).max() > 0
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

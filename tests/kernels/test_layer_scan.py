@@ -257,16 +257,34 @@ def test_in_place_arrays_with_a_memory() -> None:
         np.testing.assert_array_equal(memory, np.arange(LAYERS))
 
 
-def test_packed_experts_are_sliced_even_if_marked() -> None:
-    packed = quantize(jnp.ones((LAYERS, 2, WIDTH, WIDTH), jnp.bfloat16), batch_dims=2)
+@pytest.mark.parametrize("recomputed", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_weights_in_place(backend: str, recomputed: bool) -> None:
+    """Only a scan passes a reference to the stack. Values and gradients of x are those of slices, bit for bit."""
+    packed = quantize(jnp.asarray(np.random.default_rng(4).standard_normal((LAYERS, WIDTH, WIDTH))), batch_dims=1)
+    seen = []
 
     def layer(constants: Any, x: jax.Array, layer: Any, slot: Any) -> tuple[jax.Array, None, Any]:
-        assert layer.shape == (2, WIDTH, WIDTH)
-        return x + matmul(x, layer[1]), None, slot
+        seen.append(isinstance(layer["w"], LayerOf))
+        return jnp.tanh(x + matmul(x, layer["w"]) / 8 + layer["shift"][None]), None, slot
 
-    x = draw("float32")[1]
-    found, expected = (layer_scan(layer, (), x, mark(packed))[0] for mark in (InPlace, lambda stack: stack))
-    np.testing.assert_array_equal(found, expected)
+    body = jax.checkpoint(layer, prevent_cse=False) if recomputed else layer
+    x, shift = draw("float32")[1], draw("float32")[2]["shift"][:, 0]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def loss(given: tuple[jax.Array, jax.Array], wrap: Any) -> Any:
+        def total(x: jax.Array, shift: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(layer_scan(body, (), x, {"w": wrap(packed), "shift": shift}, backend=backend)[0]))
+
+        return jax.value_and_grad(total, (0, 1))(*given)
+
+    expected = loss((x, shift), lambda stack: stack)
+    assert not any(seen)
+    seen.clear()
+    found = loss((x, shift), InPlace)
+    assert set(seen) == {True} if backend == "scan" else not any(seen)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def picked(platform: str, layers: Any, memory: Any = None) -> list[str]:

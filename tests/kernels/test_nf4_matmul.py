@@ -14,6 +14,7 @@ from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
 from bimedix_jax.kernels.nf4_matmul import matmul, reference
 from bimedix_jax.kernels.nf4_matmul.api import BACKENDS, FEW_ROWS
+from bimedix_jax.kernels.stacks import LayerOf
 
 pack = jax.jit(quantize, static_argnames=("block_size", "double_quant", "batch_dims"))
 unpack = jax.jit(dequantize, static_argnames="dtype")
@@ -121,6 +122,17 @@ def test_values_are_bit_equal_to_layer_weights(backend: str, dtype: str) -> None
     y, dx = compiled(backend)(x, t, dy)
     np.testing.assert_array_equal(np.asarray(y, np.float32), expected[rows])
     np.testing.assert_array_equal(np.asarray(dx, np.float32), expected.T[columns])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_of_a_stack_is_bit_equal_to_its_slice(backend: str) -> None:
+    """The other layers hold other values."""
+    w, x, dy = draw((3, 128, 192), (2, 1, 192), (2, 1, 128), dtype="bfloat16")
+    t = pack(w, batch_dims=1).mT
+    got, expected = compiled(backend)(x, LayerOf(t, jnp.int32(2)), dy), compiled(backend)(x, t[2], dy)
+    for one, other in zip(got, expected, strict=True):
+        assert jnp.abs(other).max() > 0
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

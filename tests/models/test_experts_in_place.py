@@ -10,10 +10,10 @@ from flax import nnx
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.expert_mlp import LayerOf
-from bimedix_jax.kernels.layer_scan import InPlace, bits
-from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.layer_scan import InPlace, layers
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.init import init_random
+from bimedix_jax.models.linear import read_in_place
 from bimedix_jax.presets import smoke
 from bimedix_jax.quantise import quantise_base
 
@@ -30,7 +30,7 @@ def test_experts_are_sliced_only_for_gradients(base: str, monkeypatch: pytest.Mo
     graph, weights = nnx.split(init_random(config(), dtype=base))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config().vocab_size, (2, 64)))
     seen = []
-    monkeypatch.setattr(bits, "LayerOf", lambda *place: seen.append(place) or LayerOf(*place))
+    monkeypatch.setattr(layers, "LayerOf", lambda *place: seen.append(place) or LayerOf(*place))
 
     def logits(weights: nnx.State) -> jax.Array:
         return nnx.merge(graph, weights)(tokens).logits_BTV
@@ -46,10 +46,12 @@ def test_experts_are_sliced_only_for_gradients(base: str, monkeypatch: pytest.Mo
     assert off < (1e-5 if base == "float32" else 1e-2)
 
 
-def test_only_dense_experts_are_marked() -> None:
+def test_experts_and_packed_weights_are_marked() -> None:
     for packed in (False, True):
         model = init_random(config(), dtype="bfloat16")
         model = quantise_base(model) if packed else model
-        model.layers.moe.read_in_place()
-        kinds = {type(layer.w.get_value()) for layer in (model.layers.moe.w1, model.layers.moe.w2, model.layers.moe.w3)}
-        assert kinds == {NF4Tensor if packed else InPlace}
+        read_in_place(model.layers, "layers")
+        moe, attention = model.layers.moe, model.layers.attention
+        assert all(isinstance(layer.w.get_value(), InPlace) for layer in (moe.w1, moe.w2, moe.w3))
+        assert isinstance(attention.q.w.get_value(), InPlace) == packed
+        assert not isinstance(moe.router.w.get_value(), InPlace)

@@ -22,6 +22,7 @@ class Case:
       weight: "nf4" (double-quantised, stored [n, k] as in Hugging Face's checkpoints) or "dense".
       part: "forward", "rows" (gradient to the rows) or "weight" (gradient to a dense weight, float32).
       dtype: of the rows and of dense weights.
+      layers: layers of the stack that NF4 weights are one of; None: they are not in a stack.
     """
 
     k: int
@@ -31,6 +32,7 @@ class Case:
     rows: int = 4096 * MIXTRAL_8X7B.router.top_k
     dtype: str = "bfloat16"
     experts: int | None = MIXTRAL_8X7B.router.num_experts
+    layers: int | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -52,6 +54,7 @@ class Case:
 
         from bimedix_jax.kernels.nf4 import NF4Tensor
         from bimedix_jax.kernels.nf4.tables import NESTED_BLOCK_SIZE
+        from bimedix_jax.kernels.stacks import LayerOf
 
         def array(*shape: int, dtype: Any = self.dtype) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -63,11 +66,13 @@ class Case:
         w = array(*self.lead, self.k, self.n)
         if self.weight == "nf4":
             blocks = self.k * self.n // BLOCK
-            packed = array(*self.lead, self.k * self.n // 2, dtype=jnp.uint8)
-            absmax = array(*self.lead, blocks, dtype=jnp.uint8)
-            nested_absmax = array(*self.lead, -(-blocks // NESTED_BLOCK_SIZE), dtype=jnp.float32)
-            offset = array(*self.lead, dtype=jnp.float32)
+            lead = self.lead if self.layers is None else (self.layers, *self.lead)
+            packed = array(*lead, self.k * self.n // 2, dtype=jnp.uint8)
+            absmax = array(*lead, blocks, dtype=jnp.uint8)
+            nested_absmax = array(*lead, -(-blocks // NESTED_BLOCK_SIZE), dtype=jnp.float32)
+            offset = array(*lead, dtype=jnp.float32)
             w = NF4Tensor(packed, absmax, nested_absmax, offset, (self.n, self.k), True, BLOCK)
+            w = w if self.layers is None else LayerOf(w, array(dtype=jnp.int32))
         return (dy if self.part == "rows" else x), w, *groups
 
     def call(self, backend: str, *operands: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.models.config import MIXTRAL_8X7B
 from bimedix_jax.plan.codegen.cases import Case, cases
 from bimedix_jax.plan.work import TILE, kernel_flops
 
@@ -102,7 +103,7 @@ def gpu_kernels(function: Any, *arguments: Any, architecture: str = "sm_80") -> 
 
 
 def more_cases() -> dict[str, Case]:
-    """`cases`, and products with few tokens and in float32."""
+    """`cases`, products with few tokens and in float32, and products with a layer of the stack of all layers."""
     found = cases()
     for name, each in (("w1 nf4", 2), ("w2 nf4", 2), ("q nf4", 1), ("k nf4", 1)):  # rows for one token
         forward, rows = found[f"{name} forward"], found[f"{name} rows"]
@@ -110,6 +111,9 @@ def more_cases() -> dict[str, Case]:
         for tokens in (256, 1024):
             found[f"{name} forward, {tokens} tokens"] = replace(forward, rows=tokens * each)
             found[f"{name} rows, {tokens} tokens"] = replace(rows, rows=tokens * each)
+    for name in ("w1 nf4 forward", "w2 nf4 rows", "w1 nf4 forward, 1 token", "w2 nf4 forward, 1 token",
+                 "w1 nf4 forward, 256 tokens", "w1 nf4 rows, 256 tokens", "q nf4 forward, 1 token"):  # fmt: skip
+        found[f"{name}, of 32 layers"] = replace(found[name], layers=MIXTRAL_8X7B.num_layers)
     for name in ("w1 nf4 forward", "w1 nf4 rows", "w1 lora_a forward", "w1 lora_a rows", "w1 lora_a weight"):
         found[f"{name}, float32"] = replace(found[name], dtype="float32")
     return found
