@@ -87,8 +87,9 @@ def steps(out: Path) -> int:
 
 
 def digests(out: Path) -> dict[str, str]:
-    """SHA-256 of the report and of every evaluation."""
-    paths = [*(out / name for name in REPORT), *(folder / EVALUATION for folder in run_folders(out))]
+    """SHA-256 of the report with its pictures, and of every evaluation."""
+    pictures = sorted(out.glob("*.png"))
+    paths = [*(out / name for name in REPORT), *pictures, *(folder / EVALUATION for folder in run_folders(out))]
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

@@ -1,6 +1,8 @@
 """The folder of a sweep: which runs it has, and how far each of them is.
 
 OUT/report.md, .csv, .html          results of all studies in the folder, from metrics.jsonl and evaluation.json alone
+OUT/STUDY-SIZE-effects.png, -curves.png
+                                    pictures of these results
 OUT/timings.md, .csv                wall time, starts and crashes
 OUT/inputs/NAME-HASH/               what runs read (inputs.py)
 OUT/cache/                          compiled programs

@@ -17,7 +17,7 @@ from typing import Any
 
 from bimedix_jax import files
 from bimedix_jax.sweeps.folder import read_incidents, read_studies
-from bimedix_jax.sweeps.picture import draw_curves
+from bimedix_jax.sweeps.picture import draw_curves, draw_effects
 from bimedix_jax.sweeps.results import read_results
 from bimedix_jax.sweeps.statistics import Difference
 from bimedix_jax.sweeps.study import EVALUATED, LOGGED
@@ -56,8 +56,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
+    """A PNG: inside the HTML page, and a file of this name for Markdown."""
+
     alt: str
     png: bytes
+    name: str
 
 
 Block = Heading | Paragraph | Quote | Grid | Picture
@@ -73,6 +76,9 @@ def write_report(out: Path) -> list[StudyTable]:
     write(out / MARKDOWN, markdown([title, *blocks, *page_notes()]))
     write(out / CSV, comparisons_csv(tables))
     write(out / HTML, page([title, *blocks, *page_notes()]))
+    for block in blocks:
+        if isinstance(block, Picture):
+            write_picture(out / block.name, block.png)
     write(out / TIMINGS, markdown([Heading(1, "Timings and incidents"), *timing_blocks(tables, incidents)]))
     write(out / TIMINGS_CSV, timings_csv(tables))
     return tables
@@ -82,6 +88,13 @@ def write(path: Path, text: str) -> None:
     """Writes a file if its text differs."""
     if not path.is_file() or path.read_text("utf-8") != text:
         files.write_text(path, text)
+
+
+def write_picture(path: Path, png: bytes) -> None:
+    """Writes a file if its bytes differ."""
+    if not path.is_file() or path.read_bytes() != png:
+        with files.new_file(path) as partial:
+            partial.write_bytes(png)
 
 
 def study_blocks(table: StudyTable) -> Iterator[Block]:
@@ -98,6 +111,13 @@ def study_blocks(table: StudyTable) -> Iterator[Block]:
     if table.comparisons and any(table.comparisons.values()):
         yield Heading(3, f"Difference to {table.primary.baseline}")
         others = [arm for arm in table.arms if arm != table.primary.baseline]
+        if groups := effects(table):
+            yield Picture(
+                f"Difference to {table.primary.baseline} in {described(table.primary.metric.partition('/')[0])}: mean "
+                "over seeds and 95 % interval of each arm",
+                draw_effects(groups, others, f"difference to {table.primary.baseline}"),
+                f"{table.study}-{table.size}-effects.png",
+            )
         yield Grid(["metric", *others], [[described(name), *cells(table, name, others)] for name in whole])
         for name in EVALUATED:
             groups = [metric for metric in table.metrics if metric.startswith(f"{name}/")]
@@ -110,7 +130,11 @@ def study_blocks(table: StudyTable) -> Iterator[Block]:
         yield Grid(["metric", *table.arms], [[described(name), *value_cells(table, name)] for name in table.metrics])
         yield Heading(3, "Training loss")
         curves = {arm: [result.curve for result in table.of(arm)] for arm in table.arms if table.of(arm)}
-        yield Picture("Training loss by step: mean and range over seeds of each arm", draw_curves(curves))
+        yield Picture(
+            "Training loss by step: mean and range over seeds of each arm",
+            draw_curves(curves),
+            f"{table.study}-{table.size}-curves.png",
+        )
         yield Heading(3, "Compute")
         yield Grid(
             ["arm", "finished seeds", "trained parameters", "tokens a run", "useful FLOPs a run"], compute(table)
@@ -118,6 +142,18 @@ def study_blocks(table: StudyTable) -> Iterator[Block]:
     if table.missing:
         yield Heading(3, "Runs that are not finished")
         yield Grid(["arm", "seed", "state", "reason"], missing_rows(table))
+
+
+def effects(table: StudyTable) -> dict[str, dict[str, tuple[float, float | None, float | None]]]:
+    """Of the primary metric and of each language: arm -> (mean, low, high)."""
+    name = table.primary.metric.partition("/")[0]
+    found = {}
+    for metric, comparisons in table.comparisons.items():
+        own, _, group = metric.partition("/")
+        if own == name and "/" not in group and comparisons:
+            differences = {one.arm: one.difference for one in comparisons}
+            found[group or "all records"] = {arm: (d.mean, d.low, d.high) for arm, d in differences.items()}
+    return found
 
 
 def page_notes() -> Iterator[Block]:
@@ -243,7 +279,7 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 
 def as_markdown(block: Block) -> str:
-    """A block as Markdown; a picture is on the HTML page only."""
+    """A block as Markdown; a picture is a file beside it."""
     match block:
         case Heading(level, text):
             return f"{'#' * level} {text}"
@@ -254,8 +290,8 @@ def as_markdown(block: Block) -> str:
         case Grid(header, rows):
             lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
             return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        case Picture(alt, _):
-            return f"{alt}: see {HTML}."
+        case Picture(alt, _, name):
+            return f"![{alt}]({name})"
 
 
 def page(blocks: Sequence[Block]) -> str:
@@ -281,6 +317,6 @@ def as_html(block: Block) -> str:
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
             lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
             return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-        case Picture(alt, content):
+        case Picture(alt, content, _):
             data = base64.b64encode(content).decode()
             return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>'

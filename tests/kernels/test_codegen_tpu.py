@@ -13,7 +13,6 @@ from bimedix_jax.plan.codegen import layer, tpu
 from bimedix_jax.plan.codegen.cases import cases
 from bimedix_jax.plan.hardware import devices
 
-
 LARGEST = ["w1 nf4 rows", "w2 nf4 forward", "w2 lora_a rows", "w1 dense weight", "q nf4 forward"]
 """One case of each kernel and part: scripts/measure_kernel_codegen.py compiles all cases for v5p too."""
 

@@ -53,9 +53,10 @@ def test_a_page_escapes_what_users_wrote():
         Paragraph("**p** & <q>"),
         Quote("> x"),
         Grid(["a|b"], [["<script>"]]),
-        Picture("i", b"1"),
+        Picture("i", b"1", "i.png"),
     ]
     shown = page(blocks)
     assert "<script>" not in shown
     assert "<strong>p</strong> &amp; &lt;q&gt;" in shown
     assert "a\\|b" in markdown(blocks)
+    assert "![i](i.png)" in markdown(blocks)

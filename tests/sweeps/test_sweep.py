@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -255,7 +256,10 @@ def test_several_studies_share_a_report(study, stub, tmp_path, capsys):
     assert primaries["arms"]["p"] == primaries["others"]["p"] == 2 / 2**6
     assert primaries["arms"]["p_holm"] == primaries["others"]["p_holm"] == 4 / 2**6
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png") == 2
+    assert page.count("data:image/png") == 4
+    named = re.findall(r"^!\[.+\]\((.+)\)$", (out / "report.md").read_text(), re.MULTILINE)
+    assert named == [f"{name}-smoke-{kind}.png" for name in ("arms", "others") for kind in ("effects", "curves")]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in named)
     assert "http" not in page
     assert cli.main(["sweep", "report", str(tmp_path)]) == 1
     assert "not the folder of a sweep" in capsys.readouterr().err
