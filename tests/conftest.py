@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import chromium
 import pytest
 
 assert "jax" not in sys.modules, "a pytest plugin imported JAX before tests/conftest.py could configure it"
@@ -123,3 +124,13 @@ def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from bimedix_jax.data.tokenizer import byte_tokenizer
 
     return byte_tokenizer(tmp_path_factory.mktemp("bytes"))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
+    """A headless Chromium, where one is installed."""
+    program = chromium.installed()
+    if program is None:
+        pytest.skip("Chromium is not installed, so no page is checked in a browser")
+    with chromium.opened(program, tmp_path_factory.mktemp("chromium")) as found:
+        yield found

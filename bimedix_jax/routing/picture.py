@@ -52,7 +52,9 @@ def draw(
         if columns > len(languages):
             difference = 100 * (shares[1] - shares[0])
             label = f"{_spelled(languages[1])} minus {_spelled(languages[0])}, {name}"
-            _panel(figure, row[-1], difference, label, "percentage points", cmap="RdBu_r", vmin=-reach, vmax=reach)
+            unit = "percentage points"
+            _panel(figure, row[-1], difference, label, unit, cmap="RdBu_r", vmin=-reach, vmax=reach)
+            _mark_negative(row[-1], difference, reach)
     if notes:
         lines = [textwrap.fill(f"{name.capitalize()}: {note}", int(45 * columns)) for name, note in notes.items()]
         figure.supxlabel("\n".join(lines), fontsize=9, color="firebrick")
@@ -77,6 +79,13 @@ def _title(loads: Mapping[str, ExpertLoad], subject: str) -> str:
 
 def _spelled(language: str) -> str:
     return LANGUAGES.get(language, language)
+
+
+def _mark_negative(axis: Axes, values_LE: np.ndarray, reach: float) -> None:
+    """A dash in the cells below zero: in print without colours, blue and red are the same grey."""
+    for low, high, colour in ((-np.inf, -reach / 2, "white"), (-reach / 2, 0, "black")):
+        layers, experts = np.nonzero((values_LE >= low) & (values_LE < high))
+        axis.plot(experts, layers, linestyle="", marker="_", color=colour, markersize=5)
 
 
 def _panel(figure: Figure, axis: Axes, values_LE: np.ndarray, label: str, unit: str, **colours: Any) -> None:

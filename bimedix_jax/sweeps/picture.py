@@ -14,6 +14,7 @@ from bimedix_jax.training.picture import png
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's, which colour-blind readers can tell apart."""
 LINES = ("-", "--", "-.", ":")
+"""In print without colours, neighbours differ by these."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 
@@ -30,7 +31,7 @@ def draw_curves(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> 
         steps, losses_SN = aligned(found)
         if not len(steps):
             continue
-        colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
+        colour, line = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
         smooth_SN = smoothed(losses_SN, max(1, len(steps) // 20))
         axis.plot(steps, smooth_SN.mean(axis=0), line, color=colour, label=arm, linewidth=1.6)
         if len(found) > 1:

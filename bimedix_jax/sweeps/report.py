@@ -24,10 +24,14 @@ from bimedix_jax.sweeps.study import EVALUATED, LOGGED
 from bimedix_jax.sweeps.table import StudyTable, adjusted, plural, tabulate
 
 MARKDOWN, CSV, HTML, TIMINGS, TIMINGS_CSV = "report.md", "report.csv", "report.html", "timings.md", "timings.csv"
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
-th,td{border-bottom:1px solid #ccc;padding:.25rem .7rem;text-align:right}th:first-child,td:first-child{text-align:left}
-img{max-width:100%}pre{white-space:pre-wrap;background:#f6f6f6;padding:.7rem}"""
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
+overflow-wrap:anywhere}table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
+th,td{border-bottom:1px solid #ccc;padding:.25rem .7rem;text-align:right;overflow-wrap:normal}
+th:first-child,td:first-child{text-align:left}td+td{white-space:nowrap}.scroll{overflow-x:auto}
+img{max-width:100%}pre{white-space:pre-wrap;background:#f6f6f6;padding:.7rem}
+@media print{body{max-width:none;margin:0;font-size:10pt}table{font-size:8pt}td+td{white-space:normal}
+th,td{padding:.2rem .3rem;overflow-wrap:anywhere}.scroll{overflow:visible}h2,h3{break-after:avoid}tr,img{break-inside:avoid}}"""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass(frozen=True)
@@ -298,8 +302,10 @@ def page(blocks: Sequence[Block]) -> str:
     """One HTML file that needs no other file and no network."""
     body = "\n".join(as_html(block) for block in blocks)
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Sweep</title>\n<style>{STYLE}</style>\n'
-        f"{body}\n</html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<title>Sweep</title>\n<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
 
@@ -316,7 +322,8 @@ def as_html(block: Block) -> str:
         case Grid(header, rows):
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
             lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-            return f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+            rows_of = "".join(f"<tr>{line}</tr>" for line in lines)
+            return f'<div class="scroll"><table><tr>{head}</tr>{rows_of}</table></div>'
         case Picture(alt, content, _):
             data = base64.b64encode(content).decode()
             return f'<p><img alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></p>'

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chromium
 import numpy as np
 import planted_routes
 import pytest
@@ -31,10 +32,12 @@ LAYERS, EXPERTS, RECORDS = 3, 4, 40
 SETTINGS = {"recording": "R1", "records": 40, "tokens": 99, "unit": "record", "command": "c", "version": "0.1"}
 
 
-def write_jsonl(path: Path, records: int = RECORDS, layers: int = LAYERS, seed: int = 0, **planted) -> Path:
+def write_jsonl(
+    path: Path, records: int = RECORDS, layers: int = LAYERS, experts: int = EXPERTS, seed: int = 0, **planted
+) -> Path:
     """Records of two languages, whose specialties are Arabic or English words."""
     rng = np.random.default_rng(seed)
-    found = planted_routes.recording(rng, records=records, layers=layers, experts=EXPERTS, **planted)
+    found = planted_routes.recording(rng, records=records, layers=layers, experts=experts, **planted)
     routes, labels = found["routes"], found["groups"]["language"]
     with path.open("w") as file:
         for number in range(records):
@@ -67,6 +70,39 @@ def report(recording, tmp_path_factory) -> Path:
     options = ReportOptions(groups=("language", "specialty"), baseline=recording.folder, command="bimedix 3")
     write_report(recording, out, options)
     return out
+
+
+@pytest.fixture(scope="module")
+def wide_report(tmp_path_factory) -> Path:
+    """Maps of so many experts that their cells have no room for numbers, and pairs of questions with answers."""
+    folder = tmp_path_factory.mktemp("wide")
+    given = write_jsonl(folder / "in.jsonl", layers=2, experts=20, by_language=0.8)
+    lines = [json.loads(line) for line in given.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line |= {"pair": f"p{number // 2}", "labels": {"correct": str(number % 3 % 2)}}
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    import_routes([given], "jsonl", folder / "R", ImportOptions())
+    write_report(Recording.open(folder / "R"), folder / "out", ReportOptions())
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", ["report", "wide_report"])
+def test_the_page_is_legible_on_a_telephone_on_a_screen_and_in_print(name, request, browser):
+    chromium.check(browser, request.getfixturevalue(name) / "report.html")
+
+
+def test_print_without_colours_tells_series_and_signs_apart(report, wide_report):
+    for folder in (report, wide_report):
+        for picture in re.findall(r"<svg.*?</svg>", (folder / "report.html").read_text(), re.DOTALL):
+            legend = re.findall(r'<circle [^>]*fill="([^"]*)"[^>]*stroke-width="2" />', picture)
+            assert len({fill == "#fff" for fill in legend}) == len(legend)  # filled or open
+    page, cells = (wide_report / "report.html").read_text(), cells_of(wide_report)["cells.csv"]
+    below = [row for row in cells if row["expert"] and float(row["estimate"]) < 0]
+    assert page.count("<path d=") == len(below)
+    assert "A dash marks cells below zero" in page
+    assert not re.search(r'class="cell"/><text [^>]*data-at="\w+.csv \d+ (estimate|share)"', page)
+    largest = max(float(row["estimate"]) for row in cells if row["expert"])
+    assert f">{100 * largest:+.1f}</text>" in page  # the key
 
 
 class Reader(html.parser.HTMLParser):

@@ -1,5 +1,6 @@
 """Curves, pictures and the page: made from numbers alone, and the same bytes each time."""
 
+import chromium
 import numpy as np
 import pytest
 
@@ -60,3 +61,17 @@ def test_a_page_escapes_what_users_wrote():
     assert "<strong>p</strong> &amp; &lt;q&gt;" in shown
     assert "a\\|b" in markdown(blocks)
     assert "![i](i.png)" in markdown(blocks)
+
+
+def test_a_page_is_legible_on_a_telephone_on_a_screen_and_in_print(browser, tmp_path):
+    arms = [f"balance_{number}" for number in range(9)]
+    curves = {arm: [[(step, 4 - 0.1 * step + number) for step in range(9)]] for number, arm in enumerate(arms)}
+    blocks = [
+        Heading(1, "Sweep"),
+        Quote("Does it matter?\n" + "a_long_name_without_a_space_" * 9),
+        Paragraph("**Primary contrast**, declared beforehand: loss of router_learning_rate_times_ten minus baseline."),
+        Grid(["metric", *arms], [["held-out loss, nats per token", *["-0.0123 [-0.0345, +0.0099]"] * 9]] * 40),
+        Picture("Training loss by step", draw_curves(curves), "curves.png"),
+    ]
+    (tmp_path / "report.html").write_text(page(blocks), "utf-8")
+    chromium.check(browser, tmp_path / "report.html")

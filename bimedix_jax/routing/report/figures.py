@@ -18,7 +18,7 @@ BLUE, ORANGE, INK, FAINT = (33, 102, 172), (179, 88, 6), "#222", "#bbb"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 """Okabe and Ito's."""
 WRITTEN_EXPERTS = 16
-"""A map of more experts has no numbers in its cells; they are in the CSV file."""
+"""A map of more experts has no numbers in its cells, but a key; they are in the CSV file."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -112,13 +112,20 @@ def layer_map(
     title: str,
     signed: bool,
     reach: float | None = None,
+    key: Sequence[tuple[float, Shown | str]] = (),
 ) -> str:
-    """A map of layers by experts. `reach` has the full colour, by default the largest magnitude."""
+    """A map of layers by experts.
+
+    Args:
+      reach: the value with the full colour, by default the largest magnitude.
+      key: values with their names, to read the colours by where the cells have no numbers.
+    """
     written = len(experts) <= WRITTEN_EXPERTS
     wide, tall = (44.0, 19.0) if written else (max(5.0, 720 / len(experts)), 13.0)
     left, top = 58.0, 34.0
     values = np.abs([[cell.value for cell in row] for row in cells_LE])
     reach = reach or float(np.nanmax(values, initial=0.0)) or 1.0
+    colours = diverging if signed else sequential
     found = [text(left, 12, "expert"), text(left - 8, top - 6, "layer", "end")]
     every = 1 if written else max(1, len(experts) // 8)
     for place, shown in enumerate(experts):
@@ -130,19 +137,34 @@ def layer_map(
         found.append(text(left - 8, y + tall * 0.72, shown, "end"))
         for place, cell in enumerate(cells):
             x = left + place * wide
-            fill, ink = (diverging if signed else sequential)(cell.value, reach)
+            fill, ink = colours(cell.value, reach)
             found.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" fill="{fill}" class="cell"/>'
             )
             if written:
                 found.append(text(x + wide / 2, y + tall * 0.72, cell.shown, "middle", ink))
+            elif signed and cell.value < 0:
+                found.append(f'<path d="M{x + wide / 4:.1f} {y + tall / 2:.1f}h{wide / 2:.1f}" stroke="{ink}"/>')
             if cell.outlined:
                 outlines.append(
                     f'<rect x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{tall - 2:.1f}" '
                     'class="claimed"/>'
                 )
     width, height = left + len(experts) * wide + 10, top + len(layers) * tall + 8
+    if not written:
+        found.append(_key([(colours(value, reach)[0], shown) for value, shown in key], left, height))
+        height += 22
     return svg(width, height, "".join(found + outlines), title)
+
+
+def _key(colours: Sequence[tuple[str, Shown | str]], x: float, y: float) -> str:
+    """Squares of these colours with their names, in a line."""
+    found = []
+    for fill, shown in colours:
+        found.append(f'<rect x="{x:.1f}" y="{y + 2:.1f}" width="12" height="12" fill="{fill}" stroke="{INK}"/>')
+        found.append(text(x + 17, y + 12, shown))
+        x += 40 + 7 * len(shown.text if isinstance(shown, Shown) else shown)
+    return "".join(found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

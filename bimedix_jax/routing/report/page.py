@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from bimedix_jax.notice import NOTICE_AR, NOTICE_EN
 from bimedix_jax.routing.answers import DIFFERENT, SAME
 from bimedix_jax.routing.answers import NAME as ANSWERS
-from bimedix_jax.routing.claims import LEVELS
 from bimedix_jax.routing.report import answers, figures, sentences
 from bimedix_jax.routing.report.contents import Contents
-from bimedix_jax.routing.report.figures import MapCell, Mark
-from bimedix_jax.routing.report.sheets import Sheet, Shown, interval, number, points, table, words
+from bimedix_jax.routing.report.figures import Mark
+from bimedix_jax.routing.report.maps import LETTERS, difference_map, is_written, level_map, load_map
+from bimedix_jax.routing.report.sheets import Sheet, interval, number, table, words
 
-LETTERS = {"none": "-", "association": "A", "token": "T", "geometry": "G", "learned": "L", "functional": "F"}
 MOST_CELLS = 12
 """Rows of the table of cells; all of them are in the CSV file."""
 STYLE = """
@@ -22,12 +21,15 @@ h2{margin-top:2.5rem;border-bottom:1px solid #bbb}h3{margin-top:1.6rem}
 table{border-collapse:collapse;margin:.7rem 0;font-variant-numeric:tabular-nums}
 th,td{border-bottom:1px solid #ccc;padding:.2rem .7rem;text-align:right;vertical-align:top}
 th:first-child,td:first-child,.prose th,.prose td{text-align:left}
-.scroll,figure{overflow-x:auto}figure{margin:1.2rem 0}figcaption{font-size:13px;color:#444}
-svg{max-width:100%;height:auto;font:11px system-ui,sans-serif;print-color-adjust:exact}
+td{white-space:nowrap}.prose td{white-space:normal}
+.scroll{overflow-x:auto}figure{margin:1.2rem 0}figcaption{font-size:13px;color:#444}
+svg{height:auto;font:11px system-ui,sans-serif;print-color-adjust:exact}
 .cell{stroke:#ddd;stroke-width:.5}.claimed{fill:none;stroke:#000;stroke-width:2}
-.notice{border-left:4px solid #b35806;padding:.3rem 1rem}.verdict{border-left:4px solid #2166ac;padding:.3rem 1rem}
+.notice,.verdict{border-inline-start:4px solid #b35806;padding:.3rem 1rem}.verdict{border-color:#2166ac}
 code{overflow-wrap:anywhere}[dir=rtl]{text-align:right}
-@media print{body{max-width:none;margin:0}figure,table,.verdict{break-inside:avoid}.scroll,figure{overflow:visible}}
+@media print{body{max-width:none;margin:0;font-size:10pt}table{font-size:8.5pt}figcaption{font-size:8.5pt}
+svg{max-width:100%}.scroll{overflow:visible}td{white-space:normal}
+h2,h3{break-after:avoid}figure,tr,.verdict,.notice{break-inside:avoid}}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -66,7 +68,7 @@ class Page:
             f"{of['tokens']}; clusters ({of['unit']}): {of['clusters']}; seed {of['seed']}. "
             f'Data: <a href="{sheet.name}">{sheet.name}</a>.'
         )
-        picture = draw(len(listed.rows)) if self.pictures else ""
+        picture = f'<div class="scroll">{draw(len(listed.rows))}</div>' if self.pictures else ""
         self.add(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
 
 
@@ -110,7 +112,8 @@ def question(page: Page, row: int) -> None:
         page.figure(
             contents.layers,
             "Divergence by layer",
-            "Jensen-Shannon divergence of the groups' loads in nats, less its mean under permuted labels.",
+            "Jensen-Shannon divergence of the groups' loads in nats, less its mean under permuted labels. An estimate "
+            "below zero is chance; intervals end at zero.",
             lambda number_of: layer_plot(contents, layers, number_of),
             about,
             name,
@@ -146,11 +149,13 @@ def difference_figures(page: Page, row: int, cells: Sequence[int], about: dict[s
         if tested
         else "Not tested: these are estimates only."
     )
+    written = is_written(contents.cells, cells)
+    note += "" if written else " A dash marks cells below zero."
     page.figure(contents.cells, "Difference in load", note, lambda _: difference_map(contents, cells), about, name)
     if tested:
         page.add(strongest(contents, cells))
-        key = "; ".join(f"{letter}: {level}" for level, letter in LETTERS.items())
-        page.figure(contents.cells, "Level of each claim", f"{key}.", lambda _: level_map(contents, cells), about, name)
+        key = "; ".join(f"{letter}: {level}" for level, letter in LETTERS.items()) + "." if written else ""
+        page.figure(contents.cells, "Level of each claim", key, lambda _: level_map(contents, cells), about, name)
 
 
 def load_figures(page: Page, name: str, about: dict[str, str]) -> None:
@@ -180,55 +185,17 @@ def facts(contents: Contents, row: int) -> str:
     return table(("what", "value"), rows, prose=True)
 
 
-def grid(sheet: Sheet, places: Sequence[int], made: Callable[[int], MapCell]) -> tuple[list, list[Shown], list[Shown]]:
-    """Cells by layer and expert, with the names of both."""
-    layers = list(dict.fromkeys(sheet.value(at, "layer") for at in places))
-    experts = len(places) // len(layers)
-    rows = [places[start : start + experts] for start in range(0, len(places), experts)]
-    cells = [[made(at) for at in row] for row in rows]
-    return cells, [words(sheet, row[0], "layer") for row in rows], [words(sheet, at, "expert") for at in rows[0]]
-
-
-def difference_map(contents: Contents, places: Sequence[int]) -> str:
-    sheet = contents.cells
-
-    def cell(at: int) -> MapCell:
-        claimed = sheet.value(at, "level") not in (None, "none")
-        return MapCell(value=sheet.value(at, "estimate"), shown=points(sheet, at, "estimate"), outlined=claimed)
-
-    return figures.layer_map(*grid(sheet, places, cell), title="difference in load by layer and expert", signed=True)
-
-
-def level_map(contents: Contents, places: Sequence[int]) -> str:
-    sheet = contents.cells
-
-    def cell(at: int) -> MapCell:
-        level = sheet.value(at, "level")
-        return MapCell(value=LEVELS.index(level) / (len(LEVELS) - 1), shown=LETTERS[level], outlined=level != "none")
-
-    found = grid(sheet, places, cell)
-    return figures.layer_map(*found, title="level of the claim by layer and expert", signed=False, reach=1.0)
-
-
-def load_map(contents: Contents, places: Sequence[int]) -> str:
-    sheet = contents.load
-    found = grid(
-        sheet, places, lambda at: MapCell(value=sheet.value(at, "share"), shown=number(sheet, at, "share", ".1f", 100))
-    )
-    return figures.layer_map(*found, title="load by layer and expert", signed=False)
-
-
 def marks(sheet: Sheet, places: Sequence[int], columns: tuple[str, str | None, str | None]) -> list[Mark | None]:
     """A mark for each row; None where there is no estimate."""
     found = []
     for at in places:
-        value, low, high = (None if name is None else finite(sheet.value(at, name)) for name in columns)
+        value, low, high = (None if name is None else _finite(sheet.value(at, name)) for name in columns)
         at_cell = f"{sheet.name} {at} {columns[0]}"
         found.append(None if value is None else Mark(value=value, low=low, high=high, at=at_cell))
     return found
 
 
-def finite(value: float | None) -> float | None:
+def _finite(value: float | None) -> float | None:
     return None if value is None or value != value else value
 
 
@@ -357,7 +324,8 @@ def measure_plot(contents: Contents, places: Sequence[int], number_of: int, name
 def made(page: Page) -> None:
     """How the report was made, and its files."""
     page.heading("How this was made")
-    page.add(table(("what", "value"), [(html.escape(name), f"<code>{x}</code>") for name, x in page.contents.settings]))
+    rows = [(html.escape(name), f"<code>{x}</code>") for name, x in page.contents.settings]
+    page.add(table(("what", "value"), rows, prose=True))
     names = ["claims.json", *(sheet.name for sheet in page.contents.sheets)]
     page.add("<p>Files: " + ", ".join(f'<a href="{name}">{name}</a>' for name in names) + ".</p>")
 
