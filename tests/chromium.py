@@ -178,6 +178,4 @@ def check(browser: Chromium, page: Path) -> None:
         assert browser.value("document.documentElement.scrollWidth") <= width, f"{where}: it is wider than the window"
         assert browser.value(LEFT_TO_RIGHT) == [], where
         assert browser.value(OVERLAPS) == [], where
-    pdf = browser.pdf()
-    assert pdf.startswith(b"%PDF")
-    assert pdf.count(b"/Type /Page\n") + pdf.count(b"/Type /Page ") > 0 or b"/Type /Pages" in pdf
+    assert browser.pdf().startswith(b"%PDF")

@@ -41,7 +41,7 @@ def draw_curves(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> 
     axis.set_xlabel("optimiser step")
     axis.set_ylabel("training loss, nats per token")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return png(figure)
 
 

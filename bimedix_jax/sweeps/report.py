@@ -27,10 +27,11 @@ MARKDOWN, CSV, HTML, TIMINGS, TIMINGS_CSV = "report.md", "report.csv", "report.h
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
 overflow-wrap:anywhere}table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}
 th,td{border-bottom:1px solid #ccc;padding:.25rem .7rem;text-align:right;overflow-wrap:normal}
-th:first-child,td:first-child{text-align:left}td+td{white-space:nowrap}.scroll{overflow-x:auto}
-img{max-width:100%}pre{white-space:pre-wrap;background:#f6f6f6;padding:.7rem}
+th:first-child,td:first-child{text-align:left}td+td{white-space:nowrap}td:first-child{min-width:8rem}
+.scroll{overflow-x:auto}img{max-width:100%}pre{white-space:pre-wrap;background:#f6f6f6;padding:.7rem}
 @media print{body{max-width:none;margin:0;font-size:10pt}table{font-size:8pt}td+td{white-space:normal}
-th,td{padding:.2rem .3rem;overflow-wrap:anywhere}.scroll{overflow:visible}h2,h3{break-after:avoid}tr,img{break-inside:avoid}}"""
+td:first-child{min-width:0}th,td{padding:.2rem .3rem;overflow-wrap:anywhere}
+.scroll{overflow:visible}h2,h3{break-after:avoid}tr,img{break-inside:avoid}}"""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 

@@ -17,7 +17,9 @@ def test_the_page_is_legible_on_a_telephone_on_a_screen_and_in_print(browser, tm
         ),
         page.picture(tmp_path / "loss.png", "Loss"),
         page.before_after("bits per byte", losses, losses),
-        page.table(("language", "before", "after", "questions", "chance"), [("ar", "0.0 [0.0, 79.3]") * 2 + ("25.0",)]),
+        page.table(
+            ("language", "before", "after", "questions", "chance"), [("ar", *["0.0 [0.0, 79.3]"] * 2, "1", "25.0")]
+        ),
         page.paragraph("ما أعراض انخفاض سكر الدم وكيف يعالج؟", "ar"),
         page.paragraph("الماء " * 90, "ar", "answer"),
         page.commands(["bimedix chat --model /a/folder/with-a-long-name/and-another-one/runs/quickstart/model --json"]),
