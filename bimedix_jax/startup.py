@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,14 +79,38 @@ def compile_fast() -> None:
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that the next run of the same model compiles nothing; before JAX starts.
 
-    They are in $BIMEDIX_CACHE/programs or ~/.cache/bimedix_jax/programs, at most 2 GiB. JAX_COMPILATION_CACHE_DIR names
-    another folder, JAX_ENABLE_COMPILATION_CACHE=false turns this off. Programs that compile fast are kept too: a run
-    has a hundred of them.
+    They are in $BIMEDIX_CACHE/programs or ~/.cache/bimedix_jax/programs, at most 2 GiB: JAX removes the least recently
+    used ones. Processes can share the folder, and it can be deleted at any time. A program is found again only under
+    the same versions, options and instruction set. JAX_COMPILATION_CACHE_DIR names another folder,
+    JAX_ENABLE_COMPILATION_CACHE=false turns this off. Programs that compile fast are kept too: a run has a hundred of
+    them.
     """
     cache = Path(os.environ.get("BIMEDIX_CACHE") or Path.home() / ".cache" / "bimedix_jax")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "programs"))
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "programs"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    if "://" in folder or os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0"):
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(Path(folder))
+    except OSError as error:
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        reason = error.strerror or type(error).__name__
+        print(f"note: compiled programs are not kept in {folder} ({reason.lower()})", file=sys.stderr)
+
+
+def _remove_unfinished(folder: Path, seconds: float = 60) -> None:
+    """Removes programs that a killed process left half written at least `seconds` ago.
+
+    JAX writes `NAME-cache` and then `NAME-atime`. It would neither replace a program without the second file, nor store
+    any other one beside it: it would fail to find the oldest.
+    """
+    for program in folder.glob("*-cache"):
+        finished = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        with suppress(FileNotFoundError):  # another process has removed it
+            if not finished.exists() and program.stat().st_mtime < time.time() - seconds:
+                program.unlink()
 
 
 def reuse_memory() -> None:
