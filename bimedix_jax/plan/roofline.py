@@ -10,7 +10,8 @@ from bimedix_jax.costs.devices import Device
 from bimedix_jax.plan.attention import is_attention, name_of
 from bimedix_jax.plan.collectives import BEGINNING, WAITING, Collective, collective_of, key_of
 from bimedix_jax.plan.hlo import SILENT, Computation, Instruction, Program, trip_count_of
-from bimedix_jax.plan.work import Flops, bytes_of, flops_of
+from bimedix_jax.plan.traffic import bytes_of
+from bimedix_jax.plan.work import Flops, flops_of
 
 RECOMPUTED = "rematted_computation"
 """Part of the name that JAX gives to operations recomputed by `jax.checkpoint`."""

@@ -86,6 +86,13 @@ class Placed:
     batch: Any
 
 
+def on_one_device(model: Mixtral, device: Any) -> Placed:
+    single = SingleDeviceSharding(device)
+    graph, state = nnx.split(model)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), state)
+    return Placed(nnx.merge(graph, whole), single, single)
+
+
 def on_devices(model: Mixtral, experiment: Experiment, devices: list[Any]) -> Placed:
     """Places the model on the mesh of the experiment, or on a single device if the experiment has no mesh.
 
@@ -93,10 +100,7 @@ def on_devices(model: Mixtral, experiment: Experiment, devices: list[Any]) -> Pl
       BimedixError: the mesh does not fit the devices, the rows or the model.
     """
     if len(devices) == 1 and experiment.mesh is None:
-        single = SingleDeviceSharding(devices[0])
-        graph, state = nnx.split(model)
-        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), state)
-        return Placed(nnx.merge(graph, whole), single, single)
+        return on_one_device(model, devices[0])
     sizes = experiment.mesh or MeshConfig()  # by default everything is sharded over all devices
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.expert, sizes.tensor, devices)
     parts = math.prod(mesh.shape[name] for name in BATCH_AXES)
@@ -149,32 +153,28 @@ def inference_steps(
 ) -> tuple[CompiledStep, CompiledStep]:
     """(prefill of `rows` prompts of `length` tokens, one decoding step after it), greedy, with unmerged adapters."""
     placed = on_devices(abstract_model(config, experiment), experiment, devices)
+    graph, weights = nnx.split(placed.model)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=placed.replicated)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=placed.replicated)
+    slots, plan = bucket(length + 1), RoutingPlan()
+    arguments = (graph, weights, ids, ids, Sampling.of(), key, plan, slots, "none")
+    prefill = compile_for(devices[0], {"base": weights}, _prefill, *arguments)
+    return prefill, decoding_step(placed, devices, rows, length)
+
+
+def decoding_step(placed: Placed, devices: list[Any], rows: int, length: int) -> CompiledStep:
+    """A step of greedy decoding after `rows` prompts of `length` tokens."""
     model, replicated = placed.model, placed.replicated
     graph, weights = nnx.split(model)
-    sampling, slots = Sampling.of(), bucket(length + 1)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated)
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=replicated)
-    cache = jax.eval_shape(lambda: KVCache.zeros(config, rows, slots, model.dtype))
+    cache = jax.eval_shape(lambda: KVCache.zeros(model.config, rows, bucket(length + 1), model.dtype))
     token, count = jax.eval_shape(lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32)))
     state: Any = State(cache, token, None, count, token)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)
-    kinds: dict[str, Any] = {"base": weights}
-    rest, plan = dataclasses.replace(state, cache=None), RoutingPlan()
-    prefill = compile_for(devices[0], kinds, _prefill, graph, weights, ids, ids, sampling, key, plan, slots, "none")
-    decode = compile_for(
-        devices[0],
-        kinds | {"cache": state.cache},
-        _step,
-        graph,
-        weights,
-        rest,
-        (state.cache, None),
-        sampling,
-        key,
-        plan,
-        "none",
-    )
-    return prefill, decode
+    kinds: dict[str, Any] = {"base": weights, "cache": state.cache}
+    rest, donated = dataclasses.replace(state, cache=None), (state.cache, None)
+    arguments = (graph, weights, rest, donated, Sampling.of(), key, RoutingPlan(), "none")
+    return compile_for(devices[0], kinds, _step, *arguments)
 
 
 def recording_step(

@@ -1,19 +1,18 @@
-"""FLOPs and HBM traffic of one instruction of a compiled program.
+"""FLOPs of one instruction of a compiled program.
 
 FLOPs are those of matrix products: `dot`, `convolution` (the TPU compiler turns products into convolutions), products
 of cuBLAS, and the grids of our own kernels. All other instructions, such as norms, softmax and dequantisation outside
-of kernels, only count the bytes that they move. `costs/flops.py` counts the useful FLOPs.
+of kernels, have none; traffic.py counts the bytes that instructions move. `costs/flops.py` counts the useful FLOPs.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 
 from bimedix_jax.costs.flops import matmul_flops
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.plan.attention import attention_flops, is_attention, name_of
-from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape, parse_shapes
+from bimedix_jax.plan.hlo import Computation, Instruction, Program, Shape, parse_shapes
 
 KERNELS = TRITON, MOSAIC = "__gpu$xla.gpu.triton", "tpu_custom_call"
 GRADIENT, UNPACK = "weight_gradient", "unpack"
@@ -223,97 +222,3 @@ def mosaic_filled(instruction: Instruction) -> float:
     x = next(shape for shape in kernel_operands(instruction) if len(shape.dims) == 2 and shape.dtype in ("bf16", "f32"))
     out = instruction.shapes[0].dims
     return 2.0 * x.dims[0] * x.dims[1] * out[-1]
-
-
-READ_IN_PART = ("dynamic-slice", "slice", "gather")
-FREE = ("bitcast", "tuple", "get-tuple-element", "reshape")
-
-
-def bytes_of(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Bytes of HBM that one execution reads and writes.
-
-    Each operand counts once. Slices and in-place updates count the part that they read or write.
-    """
-    if instruction.opcode in ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"):
-        return started(instruction) if len(instruction.shapes) > 1 else 2.0 * sum(map(nbytes, instruction.shapes))
-    if instruction.opcode == "copy-start":
-        return started(instruction)
-    if instruction.opcode == "dynamic-update-slice":
-        return 2.0 * nbytes(computation.operand(instruction, 1).shapes[0])
-    if (
-        instruction.opcode == "custom-call"
-        and (instruction.attribute("custom_call_target") or "").strip('"') in KERNELS
-    ):
-        operands = [computation.instructions[name].shapes[0] for name in instruction.operands]
-        return kernel_read(operands) + written(program, instruction)
-    if instruction.opcode in ("broadcast", "iota", "rng-bit-generator"):
-        return written(program, instruction)
-    read = sum(
-        read_bytes(program, computation.instructions[name], instruction, place)
-        for place, name in enumerate(instruction.operands)
-    )
-    return read + written(program, instruction)
-
-
-def kernel_read(operands: list[Shape]) -> float:
-    """Bytes that a kernel of ours reads. With fewer rows than experts, it reads at most one expert for each row."""
-    products = (shape.dims[0] for shape in operands if len(shape.dims) == 2 and shape.dtype in ROW_TYPES)
-    rows = next(products, math.inf)
-    return float(sum(nbytes(x) * (min(1.0, rows / x.dims[0]) if len(x.dims) > 2 else 1.0) for x in operands))
-
-
-def nbytes(shape: Shape) -> int:
-    """Bytes in HBM; 0 for an array in another memory."""
-    return shape.nbytes if shape.space == MAIN_MEMORY else 0
-
-
-def started(instruction: Instruction) -> float:
-    """Bytes of HBM in a transfer between memories. Shapes: (source, target, context) or (target, source, context)."""
-    moved = min((shape.nbytes for shape in instruction.shapes[:2]), default=0)
-    return float(sum(moved for shape in instruction.shapes[:2] if shape.space == MAIN_MEMORY))
-
-
-def read_bytes(program: Program, operand: Instruction, user: Instruction, place: int) -> float:
-    """Bytes that `user` reads of its operand number `place`."""
-    whole = float(sum(map(nbytes, operand.shapes)))
-    if user.opcode != "fusion" or not whole or len(operand.shapes) != 1:
-        return whole
-    inside = program.callee(user)
-    return min(whole, part_read(program, inside, inside.parameters[place], whole))
-
-
-def part_read(program: Program, computation: Computation, value: Instruction, whole: float) -> float:
-    """Bytes that a fused computation reads of a value of `whole` bytes: less than all if every user slices it."""
-    total = 0.0
-    for user in computation.users[value.name]:
-        if user.opcode in READ_IN_PART and user.operands[0] == value.name:
-            total += sum(shape.nbytes for shape in user.shapes)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-            continue  # updated in place
-        elif user.opcode in FREE:
-            total += 0.0 if user.is_root and user.opcode == "tuple" else part_read(program, computation, user, whole)
-        elif user.opcode == "fusion":
-            inside = program.callee(user)
-            places = [place for place, name in enumerate(user.operands) if name == value.name]
-            total += sum(part_read(program, inside, inside.parameters[place], whole) for place in places)
-        else:
-            return whole
-    return min(total, whole)
-
-
-def written(program: Program, instruction: Instruction) -> float:
-    """Bytes of the results. An in-place update counts the part that it updates."""
-    if instruction.opcode != "fusion":
-        return float(sum(map(nbytes, instruction.shapes)))
-    inside = program.callee(instruction)
-    root = inside.root
-    parts = [inside.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    total = 0.0
-    for part, shape in itertools.zip_longest(parts, instruction.shapes):
-        while part is not None and part.opcode in ("bitcast", "reshape"):
-            part = inside.operand(part, 0)
-        if part is not None and part.opcode == "dynamic-update-slice" and shape is not None:
-            total += min(inside.operand(part, 1).shapes[0].nbytes, nbytes(shape))
-        elif shape is not None:
-            total += nbytes(shape)
-    return total

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.costs import devices
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.plan import collectives, hlo, roofline, work
+from bimedix_jax.plan import collectives, hlo, roofline, traffic, work
 
 A100 = devices.DEVICES["a100-80gb"]
 SCHEDULED = """HloModule jit_f, is_scheduled=true
@@ -210,7 +210,7 @@ ENTRY %main (a: f32[32,1024], b: s32[], c: f32[1,1024]) -> f32[32,1024] {
 }
 """
     program = hlo.parse(text)
-    moved = work.bytes_of(program, program.entry, program.entry.root)
+    moved = traffic.bytes_of(program, program.entry, program.entry.root)
     assert moved == 2 * 4096 + 4, "read and write one layer, and the index; c is not in HBM"
 
 

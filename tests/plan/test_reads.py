@@ -1,0 +1,110 @@
+"""Bytes that compiled programs read: known counts of small programs, and decoding compiled for an absent A100."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import SingleDeviceSharding
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.grouped_matmul import grouped_matmul
+from bimedix_jax.kernels.layer_scan import InPlace, layer_scan
+from bimedix_jax.kernels.nf4 import quantize
+from bimedix_jax.models.config import MIXTRAL_8X7B
+from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.plan import hardware, hlo, reads, traffic
+from bimedix_jax.plan.step import decoding_step, on_one_device
+from bimedix_jax.quantise import quantise_base
+
+
+def compiled_text(function, *operands) -> str:
+    return jax.jit(function).lower(*operands).compile().as_text() or ""
+
+
+def test_a_loop_reads_one_slice_a_trip():
+    """Five layers of w [5, 64, 64], each read once by the product with x [8, 64]; the rest is much smaller."""
+    x, w = jnp.ones((8, 64)), jnp.ones((5, 64, 64))
+    found = reads.readings(hlo.parse(compiled_text(lambda x, w: lax.scan(lambda x, w: (x @ w, None), x, w)[0], x, w)))
+    slices = [reading for reading in found if "slice" in reading.instruction or reading.opcode == "dynamic-slice"]
+    assert sum(reading.total for reading in slices) == pytest.approx(5 * 64 * 64 * 4, rel=0.01)
+    [product] = [reading for reading in found if "dot" in reading.operation and reading.times == 5]
+    assert product.bytes == (8 * 64 + 64 * 64) * 4
+
+
+KERNEL = """HloModule m
+ENTRY %main (u: s32[TILES], x: bf16[ROWS,64], w: u8[24,128,1,32], c: u8[24,128,1], n: f32[24,1], o: f32[24]) -> OUT {
+  %u = s32[TILES]{0} parameter(0)
+  %x = bf16[ROWS,64]{1,0} parameter(1)
+  %w = u8[24,128,1,32]{3,2,1,0} parameter(2)
+  %c = u8[24,128,1]{2,1,0} parameter(3)
+  %n = f32[24,1]{1,0} parameter(4)
+  %o = f32[24]{0} parameter(5)
+  %t = f32[TABLE]{0} constant({...})
+  ROOT %k = OUT custom-call(%u, %u, %u, %x, %w, %c, %n, %o, %t), custom_call_target="__gpu$xla.gpu.triton", OPERATION
+}
+"""
+"""A grouped product with one of three layers of eight experts [128, 64], in tiles of 16 rows."""
+EXPERT = 128 * 32 + 128 + 4 + 4
+
+
+def kernel_bytes(rows: int, tiles: int, table: int) -> float:
+    text = KERNEL.replace("TILES", str(tiles)).replace("ROWS", str(rows)).replace("TABLE", str(table))
+    name = 'metadata={op_name="jit(f)/grouped_matmul_16x64x64/pallas_call"}'
+    program = hlo.parse(text.replace("OUT", f"bf16[{rows},128]{{1,0}}").replace("OPERATION", name))
+    return traffic.read(program, program.entry, program.entry.root) - 3 * 4 * tiles - 2 * rows * 64 - 4 * table
+
+
+@pytest.mark.parametrize("table", [256, 24])
+def test_a_kernel_reads_the_experts_that_own_rows(table):
+    """A table as long as there are experts is read whole all the same."""
+    assert kernel_bytes(2, 1 + 8, table) == 2 * EXPERT
+    assert kernel_bytes(40, 3 + 8, table) == 8 * EXPERT
+    assert kernel_bytes(1, 1 + 8, table) == EXPERT
+    assert kernel_bytes(40, 3, table) == EXPERT, "a projection: all tiles are of one matrix"
+
+
+SMALL = dataclasses.replace(
+    MIXTRAL_8X7B, num_layers=3, hidden_size=1024, intermediate_size=3584, num_heads=8, num_kv_heads=2, vocab_size=1024
+)
+
+
+def test_decoding_on_an_a100_reads_little_more_than_it_needs():
+    [device] = hardware.devices("a100-80gb")
+    placed = on_one_device(quantise_base(Mixtral(SMALL, "bfloat16")), device)
+    step = decoding_step(placed, [device], rows=1, length=100)
+    program = hlo.parse(step.text)
+    needed = reads.needed(placed.model, 1, 101)
+    assert needed["experts"] == pytest.approx(3 * 3 * 2 * 1024 * 3584 * (0.5 + 1 / 64 + 4 / 64 / 256), rel=1e-3)
+    assert 1 <= reads.total(reads.readings(program)) / sum(needed.values()) <= 1.15
+
+
+def test_a_gradient_on_an_a100_slices_no_packed_weights():
+    """Of the rows, through a loop over layers that are computed again: no instruction but kernels has packed bytes."""
+    [device] = hardware.devices("a100-80gb")
+    layers, experts, width, rows = 3, 4, 256, 4096
+    t = jax.eval_shape(lambda w: quantize(w, batch_dims=2), jax.ShapeDtypeStruct((layers, experts, width, width), "f4"))
+
+    def loss(x, t, sizes):
+        def body(sizes, x, layer, slot):
+            return jnp.sin(grouped_matmul(x, layer, sizes)), None, slot
+
+        return jnp.sum(layer_scan(jax.checkpoint(body, prevent_cse=False), sizes, x, InPlace(t))[0].astype("f4"))
+
+    placed = SingleDeviceSharding(device)
+    operands = (jax.ShapeDtypeStruct((rows, width), "bfloat16"), t, jax.ShapeDtypeStruct((experts,), np.int32))
+    operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), operands)
+    with backends.use(device=device):
+        text = jax.jit(jax.grad(loss)).lower(*operands).compile().as_text() or ""
+    program = hlo.parse(text)
+    passed = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "custom-call")
+    holders = {
+        (instruction.opcode, instruction.name)
+        for computation in program.computations.values()
+        for instruction in computation.instructions.values()
+        if any(shape.dtype == "u8" for shape in instruction.shapes) and instruction.opcode not in passed
+    }
+    assert not holders
+    assert text.count("/unpack_") >= 2, "the kernels of the forward pass and of the gradient dequantise it"
