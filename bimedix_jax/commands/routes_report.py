@@ -67,7 +67,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         command=command_of(config),
     )
     claims = write_report(Recording.open(config.recording), config.out, options, config.overwrite)
-    console.print(levels_table(claims))
+    if claims["questions"]:
+        console.print(levels_table(claims))
     for warning in claims["warnings"]:
         console.print(warning, style="bold yellow", markup=False, highlight=False)
     for refusal in claims["refused"]:

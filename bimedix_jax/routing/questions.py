@@ -114,9 +114,10 @@ def _no_groups(tables: Tables, field: str) -> str:
 
 def _too_few(contrast: Contrast) -> str | None:
     """Why a contrast has neither interval nor claim; None if it may have them."""
-    few = [f"{count} clusters of {group}" for group, count in contrast.clusters.items() if count < MIN_CLUSTERS]
+    few = [(group, count) for group, count in contrast.clusters.items() if count < MIN_CLUSTERS]
     if few:
-        return f"there are only {' and '.join(few)}, and each group needs {MIN_CLUSTERS}"
+        found = [f"{count} cluster{'s' * (count != 1)} of {group}" for group, count in few]
+        return f"only {' and '.join(found)} were recorded, and each group needs {MIN_CLUSTERS}"
     if contrast.side_U is not None and contrast.stratum_U is not None:
         mixed = [len(set(contrast.side_U[contrast.stratum_U == name])) > 1 for name in np.unique(contrast.stratum_U)]
         if not any(mixed):

@@ -275,6 +275,49 @@ def test_what_rounding_or_another_router_explains_is_accepted(tmp_path):
         imported(tmp_path, given)
 
 
+def lines_of_format(form: str, experts_TLK: np.ndarray) -> list[dict]:
+    """A file of another program with these routes."""
+    ids = list(range(len(experts_TLK)))
+    if form == "megatron":
+        return [
+            {"step": 0, "block": "decoder", "layer": layer, "top_indices": experts_TLK[:, layer].tolist()}
+            for layer in range(experts_TLK.shape[1])
+        ]
+    if form == "olmoe":
+        return [{"input_ids": ids, "exp_ids": experts_TLK.swapaxes(1, 2).tolist()}]
+    if form == "vllm":
+        return [{"prompt_token_ids": ids, "routed_experts": experts_TLK.tolist()}]
+    shape = "x".join(map(str, experts_TLK.shape))
+    data = base64.b64encode(experts_TLK.astype("<i4").tobytes()).decode()
+    return [{"input_ids": ids, "routed_experts": f"nrlre1:int32:{shape}:{data}"}]
+
+
+@pytest.mark.parametrize("form", ["olmoe", "vllm", "nemo", "megatron"])
+def test_every_format_refuses_by_name(tmp_path, form):
+    good = chosen(np.random.default_rng(0), 40).swapaxes(0, 1)
+    imported(tmp_path, lines_of_format(form, good), form)
+    for changed_experts, message in [
+        ([0, 3], r"layer 1 is constant, all 40 tokens have the experts \[0, 3\].*--keep-constant"),
+        ([0, 0], r"layer 1 is constant, all 40 tokens have the experts \[0, 0\].*with --layers$"),
+    ]:
+        wrong = good.copy()
+        wrong[:, 1] = changed_experts
+        with pytest.raises(BimedixError, match=message):
+            imported(tmp_path, lines_of_format(form, wrong), form)
+    for value, message in [(good[7, 2, 1], "duplicate experts"), (-1, "out of range: -1"), (99, "out of range: 99")]:
+        wrong = good.copy()
+        wrong[7, 2, 0] = value
+        with pytest.raises(BimedixError, match=message):
+            imported(tmp_path, lines_of_format(form, wrong), form)
+    with pytest.raises(BimedixError, match=r"by position instead of path|names its layers itself"):
+        imported(tmp_path, lines_of_format(form, good), form, layers=("0", "1", "2"))
+    if form != "megatron":
+        [line] = lines_of_format(form, good)
+        line["input_ids" if "input_ids" in line else "prompt_token_ids"][3] = -3
+        with pytest.raises(BimedixError, match="token id out of range: -3"):
+            imported(tmp_path, [line], form)
+
+
 @pytest.mark.parametrize("option", ["experts", "top_k", "first"])
 def test_numbers_of_options_are_checked(tmp_path, option):
     with pytest.raises(BimedixError, match=f"--{option.replace('_', '-')} is -1; give at least"):

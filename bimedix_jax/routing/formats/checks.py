@@ -56,7 +56,10 @@ class Checks:
           BimedixError: it does not fit those before it, or has values that routes cannot have.
         """
         if routes.id in self.ids:
-            raise BimedixError(f"{where} is a duplicate: another record has the id {routes.id!r}; give each its own id")
+            raise BimedixError(
+                f"{where} is a duplicate: another record has the id {routes.id!r}; give each its own id, "
+                "and files whose records have none different names"
+            )
         self.ids.add(routes.id)
         experts_NLK = routes.columns["experts"]
         if len(routes.ids_N) == 0:
@@ -97,7 +100,7 @@ class Checks:
         if twice_NL.any():
             token, layer = np.argwhere(twice_NL)[0]
             if (experts_NLK[:, layer] == experts_NLK[0, layer]).all():
-                raise constant(where, int(layer), experts_NLK[0, layer].tolist(), len(experts_NLK))
+                raise constant(where, int(layer), experts_NLK[0, layer].tolist(), len(experts_NLK), twice=True)
             raise BimedixError(
                 f"{where} has duplicate experts: token {token} chooses {experts_NLK[token, layer].tolist()} in layer "
                 f"{layer}; a token chooses an expert at most once, so check the order of the axes"
@@ -177,12 +180,13 @@ def require_finite(found: np.ndarray, what: str, where: str) -> None:
         )
 
 
-def constant(where: str, layer: int, chosen: list[int], tokens: int) -> BimedixError:
-    """The error for a layer that sends every token to the same experts."""
+def constant(where: str, layer: int, chosen: list[int], tokens: int, twice: bool = False) -> BimedixError:
+    """The error for a layer that sends every token to the same experts; `twice`: to one of them twice."""
+    collapsed = "" if twice else " (--keep-constant, if the router did collapse)"
     return BimedixError(
         f"{where}: layer {layer} is constant, all {tokens} tokens have the experts {chosen}; kernels that report no "
         "routes and dense layers appear like this, so record again with another kernel, or leave the layer out with "
-        "--layers (--keep-constant, if the router did collapse)"
+        f"--layers{collapsed}"
     )
 
 
