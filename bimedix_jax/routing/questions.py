@@ -117,7 +117,7 @@ def _too_few(contrast: Contrast) -> str | None:
     few = [(group, count) for group, count in contrast.clusters.items() if count < MIN_CLUSTERS]
     if few:
         found = [f"{count} cluster{'s' * (count != 1)} of {group}" for group, count in few]
-        return f"only {' and '.join(found)} were recorded, and each group needs {MIN_CLUSTERS}"
+        return f"only {' and '.join(found)} can be compared, and each group needs {MIN_CLUSTERS}"
     if contrast.side_U is not None and contrast.stratum_U is not None:
         mixed = [len(set(contrast.side_U[contrast.stratum_U == name])) > 1 for name in np.unique(contrast.stratum_U)]
         if not any(mixed):
