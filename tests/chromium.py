@@ -27,7 +27,7 @@ for pipe, place in [(fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10), place) for pipe,
 os.execv(sys.argv[3], sys.argv[3:])
 """
 """Starts the browser with the two pipes where it expects them."""
-SECONDS = 60.0
+SECONDS = 300.0
 """After which an answer counts as missing."""
 NARROW, WIDE = 360, 1280
 
