@@ -85,7 +85,7 @@ def steps(remat: Any) -> list[dict[str, float]]:
     from rich.console import Console
 
     from bimedix_jax.training.loop import train
-    from bimedix_jax.training.metrics import read_metrics
+    from bimedix_jax.training.metrics_file import read_metrics
 
     with tempfile.TemporaryDirectory() as folder:
         train(dataclasses.replace(smoke(), remat=remat, checkpoint_every=10), folder, console=Console(quiet=True))

@@ -37,7 +37,8 @@ from bimedix_jax.checkpoint.integrity import MANIFEST
 from bimedix_jax.checkpoint.steps import read_arrays
 from bimedix_jax.data import loader, pack
 from bimedix_jax.errors import run_script
-from bimedix_jax.training.metrics import TIMINGS, readable
+from bimedix_jax.training.metrics import TIMINGS
+from bimedix_jax.training.metrics_file import readable
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY, KEEP = 24, 3, 4, 4
 LENGTH, ROWS, HELDOUT_ROWS, VOCABULARY = 64, 20, 160, 256

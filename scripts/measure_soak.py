@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax.errors import run_script
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 
 LIMIT = 0.02
 PAUSE = 0.1

@@ -54,7 +54,7 @@ once "$out/run/adapter" "$bimedix" train quickstart --out "$out/run" --data "$ou
 once "$out/after.json" "${measure[@]}" --adapter "$out/run/adapter" --compare "$out/before.json" --out "$out/after.json"
 "$VENV/bin/python" - "$out" <<'PYTHON'
 import json, pathlib, sys
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.picture import draw_run
 out = pathlib.Path(sys.argv[1])
 before, after = (json.loads((out / f"{name}.json").read_text())["heldout"]["bits_per_byte"] for name in ("before", "after"))

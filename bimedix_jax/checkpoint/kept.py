@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bimedix_jax.checkpoint.integrity import MANIFEST, find_damage
 from bimedix_jax.checkpoint.steps import remove, step_folder, steps_in
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,12 @@ def read_kept(checkpoints: Path, hashes: bool) -> list[Kept]:
     """
     steps = steps_in(checkpoints)
     if not steps:
-        raise BimedixError(f"{checkpoints} contains no checkpoint; name the folder of a run that has saved one.")
+        below = sorted(path.parent for path in checkpoints.parent.rglob(checkpoints.name) if steps_in(path))
+        shown = [str(path) for path in below[:3]] + ([f"{len(below) - 3} more"] if len(below) > 3 else [])
+        remedy = (
+            f"name the folder of one run: {listed(shown)}" if below else "name the folder of a run that has saved one"
+        )
+        raise BimedixError(f"{checkpoints} contains no checkpoint; {remedy}.")
     return [kept_at(step_folder(checkpoints, step), step, hashes) for step in steps]
 
 

@@ -47,6 +47,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         with folders.one_writer(config.run, "trains"):
             left, doomed = choose()
             prune(doomed)
+    if not doomed:
+        console.print(f"nothing to remove: {len(left)} checkpoints, all intact", highlight=False)
     for one in doomed:
         why = f"damaged: {one.damage}" if one.damage else "older"
         console.print(f"step {one.step} {'would be' if config.dry_run else 'is'} removed ({why})", highlight=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     result = {"folder": str(config.run), "checkpoints": [dataclasses.asdict(one) for one in kept]}
     damaged, intact = ([one.step for one in kept if bool(one.damage) == wanted] for wanted in (True, False))
     if damaged:
-        usable = f"resume from step {intact[-1]} with --resume" if intact else "no other one is intact"
+        usable = f"resume from step {intact[-1]} with --resume, or restore" if intact else "none is intact; restore"
         raise BimedixError(
-            f"{len(damaged)} of {len(kept)} checkpoints in {config.run} are damaged (steps "
-            f"{', '.join(map(str, damaged))}); {usable}, or restore them from a copy.",
+            f"{len(damaged)} of {len(kept)} checkpoints in {config.run} {'are' if len(damaged) > 1 else 'is'} damaged "
+            f"({listed([f'step {step}' for step in damaged])}); {usable} the files from a copy.",
             document=result,
         )
     return result

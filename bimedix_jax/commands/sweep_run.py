@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 
 if TYPE_CHECKING:
     from bimedix_jax.sweeps.folder import Run
+    from bimedix_jax.sweeps.study import Study
     from bimedix_jax.sweeps.sweep import Plan
 
 
@@ -50,9 +51,9 @@ class Config:
     retry: bool = False
     """Start runs again that crashed."""
     slurm: bool = False
-    """Run nothing; write an array job with one task for each run."""
+    """Run nothing; write OUT/STUDY-SIZE/array.sbatch, an array job with one task for each run."""
     wandb_sweep: bool = False
-    """Run nothing; write the grid as a W&B sweep, whose agents call this command."""
+    """Run nothing; write OUT/STUDY-SIZE/wandb-sweep.yaml, the grid as a W&B sweep whose agents call this command."""
     dry_run: bool = False
     """Print the runs and how far they are, and exit."""
 
@@ -70,7 +71,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     progress = Screen(stderr=True)
     sweep.check_data(plan)
     sweep.prepare_inputs(plan, progress)
-    wanted = sweep.prepare_folder(plan)
+    wanted = sweep.prepare_folder(plan, progress)
     if config.slurm or config.wandb_sweep:
         return write_grids(config, plan, wanted, console)
     elsewhere = sweep.run_all(plan, wanted, config.jobs, config.retry, progress)
@@ -100,6 +101,8 @@ def plan_of(config: Config) -> "Plan":
     unknown = [arm for arm in arms if arm not in study.arms]
     if unknown:
         raise BimedixError(f"{config.study} has no arm {', '.join(unknown)}; the arms are {', '.join(study.arms)}.")
+    heldout = located(config.heldout) or size.heldout
+    check_primary(study, config.size, heldout)
     changes = {"model.path": located(config.model), "data.path": located(config.data), "tracking.mode": config.wandb}
     given = {name: value for name, value in changes.items() if value is not None}
     return Plan(
@@ -107,7 +110,7 @@ def plan_of(config: Config) -> "Plan":
         name=config.size,
         size=dataclasses.replace(
             size,
-            heldout=located(config.heldout) or size.heldout,
+            heldout=heldout,
             inputs=None if config.model and config.data else size.inputs,
         ),
         out=config.out or Path("runs") / study.name,
@@ -115,6 +118,18 @@ def plan_of(config: Config) -> "Plan":
         arms=tuple(dict.fromkeys(arms)),
         seeds=study.seeds_of(size, config.seeds) if config.seed is None else (config.seed,),
     )
+
+
+def check_primary(study: "Study", size: str, heldout: str | None) -> None:
+    """Raises BimedixError if the runs will not have the metric of the declared contrast."""
+    from bimedix_jax.sweeps.study import EVALUATED
+
+    metric = study.primary.metric
+    if heldout is None and metric.partition("/")[0] in EVALUATED:
+        raise BimedixError(
+            f"{study.path}: PRIMARY is about {metric} of held-out records, and size {size} has none; set `heldout` of "
+            "the size, pass --heldout, or declare a metric of training, such as nll."
+        )
 
 
 def located(name: str | None) -> str | None:
@@ -146,6 +161,10 @@ def write_grids(config: Config, plan: "Plan", wanted: "list[Run]", console: Cons
     for name, value in given.items():
         if value is not None:
             words += [f"--{name}", located(value) or ""]
+    silent = [run.arm for run in wanted if run.experiment.tracking.mode == "disabled"]
+    if config.wandb_sweep and silent:
+        arms = listed([*dict.fromkeys(silent)])
+        raise BimedixError(f"tracking.mode of {arms} is disabled, so W&B would see no run; pass --wandb online.")
     document: dict[str, Any] = {"study": plan.study.name, "size": plan.name, "runs": len(wanted)}
     if config.slurm:
         script = grids.write_slurm(plan.folder, wanted, config.study, words)

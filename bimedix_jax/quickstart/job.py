@@ -46,7 +46,7 @@ from bimedix_jax.routing.load import ExpertLoad
 from bimedix_jax.routing.load_and_gate import load_and_gate
 from bimedix_jax.routing.picture import draw
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.picture import draw_run
 
 QUESTIONS = {

@@ -33,6 +33,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.sweeps.inputs import Fingerprints, combined
 from bimedix_jax.sweeps.study import Size, Study
+from bimedix_jax.training.metrics_file import METRICS
 
 ARM, EVALUATION, CRASH, LOG, TRAINING = "arm.json", "evaluation.json", "crash.json", "log.txt", "training"
 CONFIG = "config.json"
@@ -128,7 +129,10 @@ def run_of(
     """A run of the grid. `given` is the size with the options of the command line applied."""
     experiment = study.experiment(arm, seed, size, changes)
     found = identity(experiment, prints, given.heldout, given.limit)
-    folder = study_folder(out, study.name, size) / RUNS / f"{arm}-seed{seed}-{found[:10]}"
+    runs, end = study_folder(out, study.name, size) / RUNS, f"-seed{seed}-{found[:10]}"
+    folder = runs / f"{arm}{end}"
+    if not folder.is_dir():  # the same experiment had another name
+        folder = next(iter(sorted(runs.glob(f"*{end}"))), folder)
     return Run(
         study=study.name,
         size=size,
@@ -142,17 +146,31 @@ def run_of(
     )
 
 
-def write_study(study: Study, size: str, runs: Sequence[Run], wanted: Iterable[Run], out: Path) -> None:
+def write_study(study: Study, size: str, runs: Sequence[Run], wanted: Iterable[Run], out: Path) -> list[dict[str, Any]]:
     """Writes study.json, from which reports are made. `runs` are all of the grid, `wanted` those of this command.
 
     Runs that earlier commands wanted stay wanted while their identity is the same.
+
+    Returns: the declarations of `declarations`.
+
+    Raises:
+      BimedixError: the folder has another study of this name.
     """
     path = study_folder(out, study.name, size) / STUDY
-    earlier = {run["identity"] for run in files.peek_json(path).get("runs", ())}
+    before = files.peek_json(path)
+    earlier = {run["identity"] for run in before.get("runs", ())}
+    place = str(study.path.resolve())
+    if earlier and before.get("file", place) != place and not earlier & {run.identity for run in runs}:
+        raise BimedixError(
+            f"{path.parent} has the runs of another study, {before['file']}; pass another --out, or rename the file."
+        )
     kept = earlier | {run.identity for run in wanted}
+    declared = declarations(before, study, size, path.parent)
     document = {
         "study": study.name,
         "size": size,
+        "file": place,
+        "declarations": declared,
         "question": study.question,
         "primary": dataclasses.asdict(study.primary),
         "arms": list(study.arms),
@@ -164,6 +182,27 @@ def write_study(study: Study, size: str, runs: Sequence[Run], wanted: Iterable[R
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, document)
+    return declared
+
+
+def declarations(before: dict[str, Any], study: Study, size: str, folder: Path) -> list[dict[str, Any]]:
+    """Every declaration of the study in this folder: {primary, seeds, begun}.
+
+    A change before the first step replaces the declaration. A later one is added, with the number of runs that had
+    begun: it was made when results could be seen.
+    """
+    now = {"primary": dataclasses.asdict(study.primary), "seeds": list(study.seeds_of(study.size(size)))}
+    earlier = before.get("declarations", [])
+    if earlier and now == {name: earlier[-1][name] for name in now}:
+        return earlier
+    begun = sum(has_begun(folder / run["folder"]) for run in before.get("runs", ())) if earlier else 0
+    return [*earlier, now | {"begun": begun}] if begun else [*earlier[:-1], now | {"begun": 0}]
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run has logged a step."""
+    metrics = folder / TRAINING / METRICS
+    return metrics.is_file() and metrics.stat().st_size > 0
 
 
 def read_studies(out: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -10,18 +10,19 @@ import html
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bimedix_jax import files
+from bimedix_jax.errors import listed
 from bimedix_jax.sweeps.folder import read_incidents, read_studies
 from bimedix_jax.sweeps.picture import draw_curves, draw_effects
 from bimedix_jax.sweeps.results import read_results
 from bimedix_jax.sweeps.statistics import Difference
 from bimedix_jax.sweeps.study import EVALUATED, LOGGED
-from bimedix_jax.sweeps.table import StudyTable, adjusted, plural, tabulate
+from bimedix_jax.sweeps.table import StudyTable, adjusted, named, plural, tabulate
 
 MARKDOWN, CSV, HTML, TIMINGS, TIMINGS_CSV = "report.md", "report.csv", "report.html", "timings.md", "timings.csv"
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
@@ -173,11 +174,9 @@ def page_notes() -> Iterator[Block]:
 
 def primary_sentence(table: StudyTable) -> str:
     primary = table.primary
-    expected = "lower" if primary.sign < 0 else "higher"
-    declared = (
-        f"**Primary contrast**, declared beforehand: {primary.metric} of {primary.arm} minus {primary.baseline}, "
-        f"expected {expected}."
-    )
+    when = "declared beforehand" if primary.declared_beforehand else "not declared beforehand, so exploratory"
+    contrast = {name: getattr(primary, name) for name in ("metric", "arm", "baseline", "sign")}
+    declared = f"**Primary contrast**, {when}: {named(contrast)}."
     if primary.comparison is None or primary.p is None:
         return f"{declared} No seed of both arms is finished."
     difference = primary.comparison.difference
@@ -185,8 +184,24 @@ def primary_sentence(table: StudyTable) -> str:
     found = f"{shown(difference)} over {plural(difference.seeds)}, {outcome}; p = {primary.p:.4f}"
     if primary.p_holm is not None:
         found += f", with Holm {primary.p_holm:.4f}"
-    note = primary.note()
-    return f"{declared} Difference {found}." + (f" {note}." if note else "")
+    notes = [note for note in (primary.note(), seeds_note(table), *primary.changes()) if note]
+    return f"{declared} Difference {found}." + "".join(f" {note}." for note in notes)
+
+
+def seeds_note(table: StudyTable) -> str | None:
+    """Which declared seeds the primary contrast lacks, and which of its seeds were not declared."""
+    declarations = table.primary.declarations
+    if not declarations:
+        return None
+    both = [{result.seed for result in table.of(arm)} for arm in (table.primary.arm, table.primary.baseline)]
+    used, declared = both[0] & both[1], {*declarations[-1]["seeds"]}
+    notes = []
+    if declared - used:
+        notes.append(f"{len(declared & used)} of {len(declared)} declared seeds are finished")
+    if used - declared:
+        notes.append(f"seeds that were not declared: {listed([str(seed) for seed in sorted(used - declared)])}")
+    text = "; ".join(notes)
+    return text[:1].upper() + text[1:] or None
 
 
 def described(metric: str) -> str:
@@ -264,19 +279,43 @@ def timing_blocks(tables: Sequence[StudyTable], incidents: Sequence[list[dict[st
     """Wall time, starts and crashes by arm."""
     for table, lines in zip(tables, incidents, strict=True):
         yield Heading(2, f"{table.study}, size {table.size}")
-        events = Counter((line["arm"], line["event"]) for line in lines)
+        events = counted(lines, {result.identity for result in table.results})
         rows = []
         for arm in table.arms:
             seconds = [result.seconds for result in table.of(arm)]
             mean = f"{sum(seconds) / len(seconds):.1f}" if seconds else ""
-            counts = [str(events[arm, event]) for event in ("start", "crash", "interrupt")]
+            counts = [str(events[arm, event]) for event in ("start", "crash", "interrupt", "killed")]
             rows.append([arm, str(len(seconds)), mean, f"{sum(seconds):.1f}", *counts])
-        header = ["arm", "finished", "seconds of steps a run", "in all", "starts", "crashes", "interruptions"]
+        header = ["arm", "finished", "seconds of steps a run", "in all", "starts", "crashes", "interruptions", "kills"]
         yield Grid(header, rows)
         crashes = [[line["time"], line["arm"], str(line["seed"]), line["reason"]] for line in lines
                    if line["event"] == "crash"]  # fmt: skip
         if crashes:
             yield Grid(["time", "arm", "seed", "crash"], crashes)
+
+
+def counted(lines: Sequence[dict[str, Any]], identities: Collection[str]) -> Counter[tuple[str, str]]:
+    """How often each event happened to the runs that count, by arm.
+
+    A start that found another process running the run is none. `killed`: it started again, and the start before had no
+    end.
+    """
+    events, started = Counter[tuple[str, str]](), set[str]()
+    for line in lines:
+        arm, event, run = line["arm"], line["event"], line["identity"]
+        if run not in identities:
+            continue
+        if event == "elsewhere":
+            events[arm, "start"] -= 1
+        else:
+            events[arm, event] += 1
+        if event == "start" and run in started:
+            events[arm, "killed"] += 1
+        if event == "start":
+            started.add(run)
+        else:
+            started.discard(run)
+    return events
 
 
 def markdown(blocks: Sequence[Block]) -> str:

@@ -1,16 +1,18 @@
 """The metrics of finished runs, from metrics.jsonl and evaluation.json: one number for each metric and group."""
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bimedix_jax import files
+from bimedix_jax.errors import BimedixError
 from bimedix_jax.sweeps.folder import CRASH, EVALUATION, TRAINING, is_finished
 from bimedix_jax.sweeps.study import EVALUATED, LOGGED
+from bimedix_jax.training.metrics_file import METRICS, read_metrics
 
 ALL = "all"
 """The group of all records."""
@@ -49,12 +51,15 @@ def read_results(folder: Path, study: Mapping[str, Any]) -> list[Result]:
 
 def read_result(folder: Path, run: Mapping[str, Any]) -> Result:
     own = (run["arm"], run["seed"], run["identity"], folder)
-    lines = read_lines(folder / TRAINING / "metrics.jsonl")
+    lines = read_lines(folder / TRAINING / METRICS)
     seconds = math.fsum(line.get("seconds", 0.0) for line in lines)
     if not is_finished(folder):
         crash = files.peek_json(folder / CRASH)
         state = "crashed" if crash else "unfinished" if lines else "waiting"
-        return Result(*own, state, crash.get("reason"), seconds=seconds)
+        reason = crash.get("reason")
+        if (folder / EVALUATION).is_file():
+            reason = f"{EVALUATION} is damaged; run the sweep again, which evaluates again"
+        return Result(*own, state, reason, seconds=seconds)
     evaluation = files.peek_json(folder / EVALUATION)
     records = evaluation.get("records", ())
     groups = by_group(records)
@@ -67,9 +72,19 @@ def read_result(folder: Path, run: Mapping[str, Any]) -> Result:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without an incomplete last line; empty where there is none."""
-    text = path.read_text("utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    """metrics.jsonl without an incomplete last line; empty where there is none.
+
+    Raises:
+      BimedixError: a line is damaged, or a step is missing.
+    """
+    lines = read_metrics(path.parent) if path.is_file() else []
+    for number, (before, line) in enumerate(pairwise(lines), 2):
+        if line["step"] != before["step"] + 1:
+            raise BimedixError(
+                f"{path}, line {number}: step {line['step']} follows step {before['step']}; restore the file from a "
+                "copy, or remove the folder of the run and run the sweep again."
+            )
+    return lines
 
 
 def logged(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

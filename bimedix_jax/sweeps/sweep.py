@@ -191,6 +191,9 @@ def announcement(plan: Plan, runs: int, todo: int, jobs: int) -> str:
     """What will run, and how long it takes at most."""
     shown = f"{plan.study.name} at size {plan.name}: {len(plan.arms)} arms x {len(plan.seeds)} seeds = {runs} runs"
     shown += f", {todo} to do" if todo < runs else ""
+    undeclared = sorted({*plan.seeds} - {*plan.study.seeds_of(plan.study.size(plan.name))})
+    if undeclared:
+        shown += f" (seeds that the study does not declare: {listed([str(seed) for seed in undeclared])})"
     if plan.size.minutes is None or not todo:
         return shown
     total = plan.size.minutes * -(-todo // jobs)
@@ -236,8 +239,14 @@ def unfinished(runs: Sequence[Run], elsewhere: set[str]) -> str | None:
     return f"{len(left)} of {len(runs)} runs are not finished; run the same command again."
 
 
-def prepare_folder(plan: Plan) -> list[Run]:
+def prepare_folder(plan: Plan, console: Console) -> list[Run]:
     """Writes study.json and returns the runs that this command wants. The inputs must exist."""
     runs, wanted = plan.grid(keep=True)
-    write_study(plan.study, plan.name, runs, wanted, plan.out)
+    *_, last = write_study(plan.study, plan.name, runs, wanted, plan.out)
+    if last["begun"]:
+        console.print(
+            f"warning: {plan.study.path} declared another contrast or other seeds before {last['begun']} runs had "
+            "begun; the report says so",
+            highlight=False,
+        )
     return wanted

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from bimedix_jax.errors import listed
 from bimedix_jax.evals.statistics import holm
 from bimedix_jax.sweeps.results import Result, by_group
 from bimedix_jax.sweeps.statistics import Difference, Errors, paired, sign_flip, standard_errors
@@ -41,6 +43,27 @@ class Primary:
     p: float | None
     errors: Errors | None
     p_holm: float | None = None
+    declarations: Sequence[Mapping[str, Any]] = ()
+    """Of study.json, oldest first; the last one is this contrast."""
+
+    @property
+    def declared_beforehand(self) -> bool:
+        """Whether the contrast is the same as before the first step of a run."""
+        return all(one["primary"] == self.declarations[-1]["primary"] for one in self.declarations)
+
+    def changes(self) -> list[str]:
+        """A sentence for each change that was made after runs had begun, and one for seeds that were not declared."""
+        found = []
+        for before, now in pairwise(self.declarations):
+            begun = f"after {now['begun']} run{'s' if now['begun'] > 1 else ''} had begun"
+            if before["primary"] != now["primary"]:
+                found.append(f"The contrast was changed {begun}; before, it was {named(before['primary'])}")
+            if before["seeds"] != now["seeds"]:
+                found.append(
+                    f"The declared seeds were changed {begun}, from {listed([str(x) for x in before['seeds']])} to "
+                    f"{listed([str(x) for x in now['seeds']])}"
+                )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: flat, with null for what is not known."""
@@ -52,6 +75,7 @@ class Primary:
             found |= {"seeds": difference.seeds, "difference": difference.mean, "interval": interval}
             found["as_expected"] = math.copysign(1, difference.mean) == self.sign and difference.mean != 0
         errors = None if self.errors is None else dataclasses.asdict(self.errors)
+        found |= {"declared_beforehand": self.declared_beforehand, "changes": self.changes()}
         return {**found, "p": self.p, "p_holm": self.p_holm, "standard_errors": errors, "note": self.note()}
 
     def note(self) -> str | None:
@@ -89,6 +113,12 @@ class StudyTable:
         return [result for result in self.results if result.state != "finished"]
 
 
+def named(contrast: Mapping[str, Any]) -> str:
+    """A declared contrast in words."""
+    expected = "lower" if contrast["sign"] < 0 else "higher"
+    return f"{contrast['metric']} of {contrast['arm']} minus {contrast['baseline']}, expected {expected}"
+
+
 def plural(seeds: int) -> str:
     return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
@@ -114,6 +144,7 @@ def tabulate(study: Mapping[str, Any], results: Sequence[Result]) -> StudyTable:
         for metric in metrics
     }
     primary = primary_of(study["primary"], finished)
+    primary = dataclasses.replace(primary, declarations=study.get("declarations", ()))
     return StudyTable(
         study["study"],
         study["size"],

@@ -12,19 +12,24 @@ from typing import Any, Literal
 from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import read
-from bimedix_jax.sweeps.folder import EVALUATION
+from bimedix_jax.sweeps.folder import EVALUATION, RUNS, STUDY
 from bimedix_jax.sweeps.results import by_group
-from bimedix_jax.training.metrics import METRICS, read_metrics
+from bimedix_jax.training.metrics_file import METRICS, read_metrics
 from bimedix_jax.training.tracking import CONFIG, load_picture, rebuilt, run_id
 
 
 def run_folders(folder: Path) -> list[Path]:
     """Every run in a folder: the folder itself, those of a sweep, and any other below it.
 
+    Runs of a sweep that no longer count, because their arm was changed, are left out, as in the report.
+
     Raises:
       BimedixError: there is none.
     """
     found = sorted(path.parent for path in folder.rglob(METRICS) if (path.parent / CONFIG).is_file())
+    for path in folder.rglob(STUDY):
+        counted = {path.parent / run["folder"] for run in files.peek_json(path).get("runs", ())}
+        found = [run for run in found if path.parent / RUNS not in run.parents or counted & {*run.parents}]
     if not found:
         raise BimedixError(f"{folder} contains no run (no {METRICS} with a {CONFIG}); name the folder of one.")
     return found

@@ -43,7 +43,7 @@ def run_arm(folder: Path) -> None:
     from bimedix_jax.sweeps import evaluation
     from bimedix_jax.sweeps.upload import rebuild
     from bimedix_jax.training.loop import train
-    from bimedix_jax.training.metrics import read_metrics
+    from bimedix_jax.training.metrics_file import read_metrics
 
     spec = files.read_json(folder / ARM, dict[str, Any], "run `bimedix sweep` again, which writes it")
     experiment, training = from_dict(spec["experiment"]), folder / TRAINING

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from bimedix_jax.training.metrics import METRICS, read_metrics
+from bimedix_jax.training.metrics_file import METRICS, read_metrics
 
 WINDOW, FEWEST = 50, 10
 """The loss is compared with the median of the last WINDOW lines, once there are FEWEST."""

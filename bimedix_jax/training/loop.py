@@ -32,7 +32,8 @@ from bimedix_jax.training.feed import Feed
 from bimedix_jax.training.goodput import Goodput
 from bimedix_jax.training.interventions import StepPlans, rules_of_run
 from bimedix_jax.training.metadata import check_identity, identity, write_run
-from bimedix_jax.training.metrics import METRICS, MetricsLog, read_metrics
+from bimedix_jax.training.metrics import MetricsLog
+from bimedix_jax.training.metrics_file import METRICS, read_metrics
 from bimedix_jax.training.observe import Observer
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.pipeline import LateLines, ReadAhead

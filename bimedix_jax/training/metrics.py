@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line for each step. It is only rewritten when a run resumes from an earlier step."""
+"""What a line of metrics.jsonl has, and how it is written."""
 
 import json
 import math
@@ -9,10 +9,9 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from bimedix_jax.files import write_text
 from bimedix_jax.training.groups import NO_GROUPS, Groups, router_metrics
+from bimedix_jax.training.metrics_file import METRICS
 
-METRICS = "metrics.jsonl"
 ORDER = (
     "loss",  # the objective: nll + aux_loss_coef * aux_loss + z_loss_coef * z_loss
     "nll",  # nats per supervised token
@@ -101,45 +100,3 @@ class MetricsLog:
     ) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run, in order. An incomplete last line, after a kill, is left out."""
-    lines = (Path(folder) / METRICS).read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def readable(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of a file and their values, up to the first that is no complete JSON, after a kill or a power loss."""
-    found = []
-    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else ():
-        try:
-            value = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            break
-        found.append((line, value))
-    return found
-
-
-def rewind(folder: Path, step: int) -> Path | None:
-    """Moves the lines of later steps, and what follows the last readable line, from metrics.jsonl to another file.
-
-    The run repeats these steps, with the same losses.
-
-    Returns: the other file; None if there was nothing to move.
-    """
-    path = folder / METRICS
-    if not path.exists():
-        return None
-    kept = [line for line, value in readable(path) if value["step"] <= step]
-    moved = path.read_text("utf-8", "replace").splitlines(keepends=True)[len(kept) :]
-    if not moved:
-        return None
-    number = 1
-    while (side := folder / f"metrics.superseded-{number}.jsonl").exists():
-        number += 1
-    write_text(side, "".join(moved))  # first, so that a kill in between loses nothing
-    write_text(path, "".join(kept))
-    return side

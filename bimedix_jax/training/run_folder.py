@@ -36,7 +36,7 @@ from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.process import folders, signals
 from bimedix_jax.routing.plans import read_plan, write_plan
 from bimedix_jax.training.metadata import RUN
-from bimedix_jax.training.metrics import METRICS, readable, rewind
+from bimedix_jax.training.metrics_file import METRICS, readable, rewind
 from bimedix_jax.training.skips import SKIPPED
 from bimedix_jax.training.state import TrainState
 

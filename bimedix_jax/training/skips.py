@@ -20,7 +20,7 @@ from rich.console import Console
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
 from bimedix_jax.files import read_json, write_text
-from bimedix_jax.training.metrics import readable
+from bimedix_jax.training.metrics_file import readable
 from bimedix_jax.training.rows import Rows
 
 SKIPPED, ORDERS = "skipped.jsonl", "orders.json"

@@ -22,7 +22,7 @@ from typing import Any, Literal, Self
 from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment
-from bimedix_jax.training.metrics import METRICS, read_metrics
+from bimedix_jax.training.metrics_file import METRICS, read_metrics
 
 LABELS = "arm.json"
 """Beside the folder of a run that belongs to a sweep: its study, size, arm and identity (sweeps/folder.py)."""

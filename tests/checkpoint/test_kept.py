@@ -80,6 +80,12 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_of_a_sweep_is_no_run_and_its_runs_are_named(run, capsys):
+    code, found = command(capsys, "list", run.parent)
+    assert code == 1
+    assert found["error"].endswith(f"contains no checkpoint; name the folder of one run: {run}.")
+
+
 def test_every_fault_is_detected_and_recovered_from():
     """In a process of its own, since the faults limit the size of files and change the user."""
     script = ROOT / "scripts/measure_checkpoint_faults.py"

@@ -20,7 +20,11 @@ from bimedix_jax.sweeps.study import Contrast, Size
 ARMS = {name: override(smoke(), {"lora.rank": rank}) for name, rank in {"base": 1, "low": 2, "high": 3}.items()}
 SEEDS = 6
 PRIMARY = Contrast("nats_per_token", "low", "base", -1)
-SIZES = {"smoke": Size(changes={"steps": 4}, seeds=2, minutes=0.5), "lab": Size(minutes=40), "full": Size()}
+SIZES = {
+    "smoke": Size(changes={"steps": 4}, seeds=2, minutes=0.5, heldout="sample"),
+    "lab": Size(minutes=40, heldout="sample"),
+    "full": Size(heldout="sample"),
+}
 '''
 
 STUB = """

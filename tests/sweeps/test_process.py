@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/measure_sweep_kills.py"
 

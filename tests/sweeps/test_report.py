@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bimedix_jax.sweeps.picture import aligned, draw_curves, smoothed
-from bimedix_jax.sweeps.report import Grid, Heading, Paragraph, Picture, Quote, markdown, page
+from bimedix_jax.sweeps.report import Grid, Heading, Paragraph, Picture, Quote, counted, markdown, page
 from bimedix_jax.sweeps.results import by_group, logged
 from bimedix_jax.training.picture import draw_load, loads_of
 
@@ -75,3 +75,10 @@ def test_a_page_is_legible_on_a_telephone_on_a_screen_and_in_print(browser, tmp_
     ]
     (tmp_path / "report.html").write_text(page(blocks), "utf-8")
     chromium.check(browser, tmp_path / "report.html")
+
+
+def test_a_start_without_an_end_is_a_kill_and_one_of_a_busy_run_is_none():
+    events = ["start", "start", "finish", "start", "elsewhere", "start"]  # the last one may still run
+    lines = [{"arm": "a", "event": event, "identity": "1"} for event in events]
+    lines += [{"arm": "a", "event": "start", "identity": "superseded"}]
+    assert counted(lines, {"1"}) == {("a", "start"): 3, ("a", "finish"): 1, ("a", "killed"): 1}

@@ -16,6 +16,7 @@ from bimedix_jax import cli
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.sweeps.folder import read_incidents
 from bimedix_jax.sweeps.queue import shares
+from bimedix_jax.sweeps.upload import run_folders
 
 REPORT = ("report.md", "report.csv", "report.html")
 
@@ -62,6 +63,7 @@ def test_a_changed_arm_runs_anew_and_the_others_do_not(study, stub, tmp_path, ca
     assert len(done["rows"]) == 6
     folders = list((out / "arms-smoke/runs").iterdir())
     assert len(folders) == 8, "the runs of the old arm are kept"
+    assert len(run_folders(out)) == 6, "and `bimedix track upload` leaves them out, as the report does"
     assert {len((folder / "starts").read_text().splitlines()) for folder in folders} == {1}
 
 
@@ -74,6 +76,85 @@ def test_more_seeds_and_other_arms_add_to_the_table(study, stub, tmp_path, capsy
     _, one = sweep(study, out, "--only", "high", "--seed", "4", capsys=capsys)
     assert len(one["rows"]) == 13
     assert set(starts(out).values()) == {1}
+
+
+def test_a_declaration_that_changes_after_runs_have_begun_is_reported(study, stub, tmp_path, capsys):
+    """Otherwise the contrast could be chosen when its results are known."""
+    out, text = tmp_path / "out", study.read_text()
+    study.write_text(text.replace('"low", "base", -1', '"high", "base", 1'))
+    assert sweep(study, out, "--dry-run", capsys=capsys)[0] == 0
+    study.write_text(text)
+    _, first = sweep(study, out, capsys=capsys)
+    assert (first["primary"]["declared_beforehand"], first["primary"]["changes"]) == (True, [])
+    study.write_text(text.replace('"low", "base", -1', '"high", "base", 1').replace("seeds=2", "seeds=3"))
+    for _ in range(2):
+        assert cli.main(["sweep", str(study), "--size", "smoke", "--out", str(out), "--seeds", "2", "--json"]) == 0
+        captured = capsys.readouterr()
+        assert "declared another contrast or other seeds before 6 runs had begun" in " ".join(captured.err.split())
+        primary = json.loads(captured.out)["primary"]
+        assert not primary["declared_beforehand"]
+        assert primary["changes"] == [
+            "The contrast was changed after 6 runs had begun; before, it was nats_per_token of low minus base, "
+            "expected lower",
+            "The declared seeds were changed after 6 runs had begun, from 0, 1 to 0, 1, 2",
+        ]
+    page = (out / "report.md").read_text()
+    assert "**Primary contrast**, not declared beforehand, so exploratory: nats_per_token of high minus base" in page
+    assert "2 of 3 declared seeds are finished." in page
+
+
+def test_seeds_that_were_not_declared_are_named(study, stub, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["sweep", str(study), "--size", "smoke", "--out", str(out), "--seeds", "3"]) == 0
+    captured = capsys.readouterr()
+    assert "seeds that the study does not declare: 2" in " ".join((captured.out + captured.err).split())
+    assert "Seeds that were not declared: 2." in (out / "report.md").read_text()
+
+
+def test_another_study_of_the_same_name_is_refused(study, stub, tmp_path, capsys):
+    out = tmp_path / "out"
+    _, done = sweep(study, out, capsys=capsys)
+    other = tmp_path / "elsewhere" / study.name
+    other.parent.mkdir()
+    other.write_text(study.read_text())
+    assert sweep(other, out, capsys=capsys)[1]["rows"] == done["rows"], "the same study, moved"
+    changed = tmp_path / "changed" / study.name
+    changed.parent.mkdir()
+    changed.write_text(study.read_text().replace('"lora.rank": rank', '"lora.rank": rank + 4'))
+    code, found = sweep(changed, out, "--slurm", capsys=capsys)
+    assert code == 1
+    assert "has the runs of another study" in found["error"]
+    assert len(sweep(other, out, capsys=capsys)[1]["rows"]) == 6
+
+
+def test_a_renamed_arm_keeps_its_finished_runs(study, stub, tmp_path, capsys):
+    out = tmp_path / "out"
+    sweep(study, out, capsys=capsys)
+    study.write_text(study.read_text().replace('"high"', '"tall"'))
+    _, done = sweep(study, out, capsys=capsys)
+    assert {row["state"] for row in done["rows"]} == {"finished"}
+    assert len(list((out / "arms-smoke/runs").iterdir())) == 6
+
+
+def test_damaged_files_of_a_run_are_named(study, stub, tmp_path, capsys):
+    out = tmp_path / "out"
+    sweep(study, out, capsys=capsys)
+    one, two = sorted((out / "arms-smoke/runs").iterdir())[:2]
+    (one / "evaluation.json").write_text('{"identity": ')
+    assert cli.main(["sweep", "report", str(out), "--json"]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out)["studies"][0]["rows"] if row["state"] != "finished"]
+    assert "evaluation.json is damaged; run the sweep again" in row["reason"]
+    metrics = two / "training/metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    for damaged, message in (
+        (["{nothing\n", *lines[1:]], "line 1, is not the JSON of a step"),
+        ([*lines[:1], *lines[2:]], "line 2: step 3 follows step 1"),
+    ):
+        metrics.write_text("".join(damaged))
+        assert cli.main(["sweep", "report", str(out)]) == 1
+        error = "".join(capsys.readouterr().err.split())
+        assert "".join(str(metrics).split()) in error
+        assert "".join(message.split()) in error
 
 
 def test_a_crash_is_a_row_with_its_reason_and_is_retried_on_request(study, stub, tmp_path, capsys):
@@ -220,6 +301,9 @@ def test_tasks_of_an_array_are_the_runs(study, stub, tmp_path, capsys):
     """The script calls `bimedix sweep run` with the arm and seed of its number, which then runs that one."""
     out = tmp_path / "out"
     code, written = sweep(study, out, "--slurm", "--wandb-sweep", capsys=capsys)
+    assert (code, "pass --wandb online" in written["error"]) == (1, True)
+    assert not list(out.rglob("array.sbatch"))
+    code, written = sweep(study, out, "--slurm", "--wandb-sweep", "--wandb", "offline", capsys=capsys)
     assert code == 0
     assert written["runs"] == 6
     assert not starts(out)
@@ -260,6 +344,6 @@ def test_several_studies_share_a_report(study, stub, tmp_path, capsys):
     named = re.findall(r"^!\[.+\]\((.+)\)$", (out / "report.md").read_text(), re.MULTILINE)
     assert named == [f"{name}-smoke-{kind}.png" for name in ("arms", "others") for kind in ("effects", "curves")]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in named)
-    assert "http" not in page
+    assert not re.search("https?://", page)
     assert cli.main(["sweep", "report", str(tmp_path)]) == 1
     assert "not the folder of a sweep" in capsys.readouterr().err

@@ -24,7 +24,8 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import TIMINGS, read_metrics
+from bimedix_jax.training.metrics import TIMINGS
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.rows import check_tokenizer
 from bimedix_jax.training.skips import read_skips
 from bimedix_jax.training.state import split_params

@@ -15,7 +15,7 @@ from bimedix_jax.models.init import init_random
 from bimedix_jax.sharding.placement import gather_for_export
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.state import split_params
 
 

@@ -12,7 +12,8 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import ORDER, TIMINGS, read_metrics
+from bimedix_jax.training.metrics import ORDER, TIMINGS
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.observe import Speed
 
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q", "w2", "router"))

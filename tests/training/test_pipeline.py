@@ -13,7 +13,8 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.training import loop, pipeline
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import ORDER, MetricsLog, read_metrics
+from bimedix_jax.training.metrics import ORDER, MetricsLog
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.pipeline import LateLines, ReadAhead
 from bimedix_jax.training.rows import open_rows
 from bimedix_jax.training.skips import Skips

@@ -13,7 +13,7 @@ from bimedix_jax.checkpoint.steps import save_step, step_folder, steps_in
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.process import folders
 from bimedix_jax.training.metadata import RUN, check_identity
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.run_folder import CHECKPOINTS, resume_state
 from bimedix_jax.training.skips import read_skips
 from bimedix_jax.training.state import TrainState

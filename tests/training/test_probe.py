@@ -12,7 +12,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.routing.recording import Recording
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.probe import Probe, curves, recorded_steps
 from bimedix_jax.training.run_folder import PROBE
 

@@ -12,7 +12,8 @@ from bimedix_jax.experiment import Tracking
 from bimedix_jax.kernels.nf4 import quantize
 from bimedix_jax.training.goodput import LOST
 from bimedix_jax.training.metadata import fingerprint
-from bimedix_jax.training.metrics import METRICS, ORDER, TIMINGS, MetricsLog, plain, read_metrics, rewind
+from bimedix_jax.training.metrics import ORDER, TIMINGS, MetricsLog, plain
+from bimedix_jax.training.metrics_file import METRICS, read_metrics, rewind
 from bimedix_jax.training.progress import duration
 from bimedix_jax.training.rows import micro_batches, synthetic
 from bimedix_jax.training.tracking import Mirror, flat_numbers, labels, run_id

@@ -28,7 +28,7 @@ from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import make_mesh
 from bimedix_jax.training.interventions import tokens_of_rows
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.prepare import prepare_model, replicated_plan
 from bimedix_jax.training.rows import micro_batches

@@ -19,7 +19,7 @@ from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.init import init_random
 from bimedix_jax.training import loop
 from bimedix_jax.training.loop import train
-from bimedix_jax.training.metrics import read_metrics
+from bimedix_jax.training.metrics_file import read_metrics
 from bimedix_jax.training.optimiser import make_optimiser, schedule
 from bimedix_jax.training.rows import open_rows
 from bimedix_jax.training.skips import ORDERS, SKIPPED, read_orders, read_skips, reordered

@@ -12,7 +12,7 @@ import pytest
 
 from bimedix_jax import cli
 from bimedix_jax.experiment import Tracking
-from bimedix_jax.training.metrics import METRICS, read_metrics, rewind
+from bimedix_jax.training.metrics_file import METRICS, read_metrics, rewind
 from bimedix_jax.training.picture import draw_load
 from bimedix_jax.training.tracking import CONFIG, RUN, Mirror, labels, run_id
 
