@@ -191,11 +191,21 @@ def test_every_option_has_a_help_text(name):
             assert isinstance(following.value, ast.Constant)
 
 
-def test_training_commands_keep_freed_memory_before_jax_is_imported():
+def test_commands_keep_freed_memory_and_programs_before_jax_is_imported():
     code = """
         import importlib, sys
         from bimedix_jax import cli, startup
         asked = []
+
+        def keep():
+            asked.append("jax" in sys.modules)
+            raise SystemExit  # the rest of the command is not needed
+
+        startup.keep_programs = keep
+        for words in (["train", "smoke", "--out", "x"], ["quickstart", "--out", "x"], ["chat", "--model", "x"]):
+            cli.main(words)
+        assert asked == [False, False, False], asked
+        asked.clear()
         startup.reuse_memory = lambda: asked.append("jax" in sys.modules)
         for words in (["train", "smoke", "--out", "x"], ["quickstart"], ["chat", "--model", "x"], ["plan"]):
             module = importlib.import_module(cli.COMMANDS[words[0]][1])

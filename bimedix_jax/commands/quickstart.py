@@ -39,6 +39,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     folder = config.out or (newest_unfinished() if config.resume else RUNS / time.strftime("quickstart-%Y%m%d-%H%M%S"))
 
     from bimedix_jax import startup
+
+    startup.keep_programs()
     from bimedix_jax.quickstart import job
 
     make = job.QuickstartOptions

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from bimedix_jax import startup
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override, read
 from bimedix_jax.options import Assignment, ChangesField, changed_fields
@@ -105,6 +106,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.dry_run:
         console.print_json(experiment.to_json())
         return {"experiment": experiment.to_dict()}
+    if not config.distributed:
+        startup.keep_programs()
     from bimedix_jax import distributed
     from bimedix_jax.process.terminal import Screen
     from bimedix_jax.routing.plans import read_plan
