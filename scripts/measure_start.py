@@ -107,9 +107,8 @@ def compile_step() -> dict[str, dict[str, float]]:
         return result
 
     mark(mark(mark(step.trace(state, frozen, batch_A)).lower()).compile())
-    parts = dict(zip(("trace", "lower", "compile"), zip(marks, marks[1:], strict=False), strict=True))
-    parts["total"] = (marks[0], marks[-1])
-    return {name: {"wall": end[0] - start[0], "processor": end[1] - start[1]} for name, (start, end) in parts.items()}
+    ends = {"trace": marks[:2], "lower": marks[1:3], "compile": marks[2:], "total": marks[::3]}
+    return {name: {"wall": end[0] - start[0], "processor": end[1] - start[1]} for name, (start, end) in ends.items()}
 
 
 def run_child() -> dict[str, dict[str, float]]:

@@ -85,8 +85,8 @@ def test_processes_share_a_folder_that_stays_bounded(tmp_path) -> None:
 def test_programs_are_found_again_evicted_and_survive_deletion(tmp_path) -> None:
     events: list[str] = []
 
-    def listen(name: str, **_: object) -> None:
-        events.append(name.rsplit("/", 1)[-1])
+    def listen(event: str, **_: object) -> None:
+        events.append(event.rsplit("/", 1)[-1])
 
     monitoring.register_event_listener(listen)
     names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,13 +150,19 @@ def quantized_shapes(
     size = math.prod(unit_shape)
     blocks = -(-size // block_size)
 
-    def leaf(width: tuple[int, ...], kind: type) -> jax.ShapeDtypeStruct:
+    def leaf(width: tuple[int, ...], kind: type) -> Any:
         return jax.ShapeDtypeStruct((*batch, *width), kind)
 
-    nested = (leaf((-(-blocks // NESTED_BLOCK_SIZE),), jnp.float32), leaf((), jnp.float32))
-    absmax = leaf((blocks,), jnp.uint8 if double_quant else jnp.float32)
-    parts = (leaf(((size + 1) // 2,), jnp.uint8), absmax, *(nested if double_quant else (None, None)))
-    return NF4Tensor(*parts, unit_shape, False, block_size, dtype)
+    return NF4Tensor(
+        leaf(((size + 1) // 2,), jnp.uint8),
+        leaf((blocks,), jnp.uint8 if double_quant else jnp.float32),
+        leaf((-(-blocks // NESTED_BLOCK_SIZE),), jnp.float32) if double_quant else None,
+        leaf((), jnp.float32) if double_quant else None,
+        unit_shape,
+        False,
+        block_size,
+        dtype,
+    )
 
 
 @jax.jit

@@ -64,11 +64,11 @@ def quantize(w: np.ndarray, block_size: int = 64, double_quant: bool = True) -> 
 
 def quantize_scales(
     absmax: np.ndarray, mean: Callable[[np.ndarray], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | np.floating]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The scales of one unit in 8 bits: (uint8 codes, nested_absmax, offset). `mean` decides its last bit."""
     absmax = np.where(absmax < np.finfo(np.float32).tiny, np.float32(0), absmax)
     shrink = SUM_SHRINK if absmax.max() >= SUM_HUGE else np.float32(1)
-    offset = mean(absmax * shrink) / shrink
+    offset = np.asarray(mean(absmax * shrink) / shrink)
     groups = pad_to(absmax - offset, NESTED_BLOCK_SIZE).reshape(-1, NESTED_BLOCK_SIZE)
     scaled, nested_absmax = normalise(groups)
     codes = np.searchsorted(DYNAMIC_THRESHOLDS, scaled.reshape(-1)[: absmax.size]).astype(np.uint8)
