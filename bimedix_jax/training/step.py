@@ -22,6 +22,7 @@ from bimedix_jax.experiment import Experiment, RouterTraining
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import positions_in_segments
 from bimedix_jax.models.axes import BATCH, LENGTH
+from bimedix_jax.models.base import inlined
 from bimedix_jax.models.config import Remat
 from bimedix_jax.models.embedding import gather_head
 from bimedix_jax.models.linear import with_dropout
@@ -118,7 +119,8 @@ def make_objective(
     ) -> tuple[jax.Array, dict]:
         model = model_of(structure, params, frozen, key)
         tokens_BT, segment_ids_BT = micro["tokens_BT"], micro["segment_ids_BT"]
-        out = model.hidden(tokens_BT, segment_ids_BT, plan, remat=remat, **grouping.arguments(micro))
+        with inlined():
+            out = model.hidden(tokens_BT, segment_ids_BT, plan, remat=remat, **grouping.arguments(micro))
         assert out.sums is not None  # there is at least one group
         gather_head(model.head)
         nll_BT, learned_BT = target_losses(model.head, out.hidden_BTD, tokens_BT, segment_ids_BT, micro["loss_mask_BT"])
