@@ -28,7 +28,7 @@ from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
 POSITIONS_PER_CHUNK = 64
 """Positions whose logits are in memory at the same time."""
-ROUNDS = (32, 64, 128, 256, 512)
+ROUNDS = (32, 128, 512)
 """Columns of a round."""
 
 

@@ -81,6 +81,8 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 WIDTHS = (512, 768, 1024)
 """Widths of lines."""
+FEW = (32, 128, 512)
+"""Widths of the only line of few tokens."""
 
 
 def line_width(lengths: Sequence[int], longest: int) -> int:
@@ -102,7 +104,8 @@ def _lines(lengths: Sequence[int], columns: int, longest: int) -> list[tuple[int
     long = [index for index, length in enumerate(lengths) if length > columns]
     short = [index for index, length in enumerate(lengths) if length <= columns]
     long_width = min(bucket(max((lengths[index] for index in long), default=1)), longest)
-    short_width = min(columns, bucket(sum(lengths[index] for index in short)))
+    total = sum(lengths[index] for index in short)
+    short_width = min(columns, next((width for width in FEW if width >= total), columns))
     return [
         (width, [[chosen[i] for i in line] for line in first_fit([lengths[i] for i in chosen], width)])
         for chosen, width in ((long, long_width), (short, short_width))
