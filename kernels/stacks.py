@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4.tensor import NF4Tensor
 from bimedix_jax.kernels.pytree import Leaf
 
@@ -33,7 +34,7 @@ class LayerOf:
     layer.
 
     Attributes:
-      stack: array [L, ...], or NF4Tensor with layers on its first batch axis.
+      stack: array [L, ...], or NF4Tensor or RowMajor with layers on its first batch axis.
       layer: int32, index of the layer.
     """
 
@@ -50,7 +51,7 @@ class LayerOf:
 
     @property
     def is_packed(self) -> bool:
-        return isinstance(self.stack, NF4Tensor)
+        return isinstance(self.stack, NF4Tensor | RowMajor)
 
     @property
     def mT(self) -> "LayerOf":
@@ -60,7 +61,7 @@ class LayerOf:
     def value(self) -> Any:
         """The layer's array or NF4Tensor, sliced from the stack."""
         if self.is_packed:
-            return jax.tree.map(lambda leaf: index(leaf, self.layer), self.stack)
+            return as_tensor(jax.tree.map(lambda leaf: index(leaf, self.layer), self.stack))
         return index(*pin(self.stack, self.layer))
 
     def expert(self, e: jax.Array) -> jax.Array:
@@ -68,13 +69,18 @@ class LayerOf:
         return index(self.stack.reshape(-1, *self.stack.shape[2:]), self.layer * self.stack.shape[1] + e)
 
 
+def as_tensor(w: Any) -> Any:
+    """A RowMajor as NF4Tensor; other weights unchanged."""
+    return w.tensor() if isinstance(w, RowMajor) else w
+
+
 def is_packed_layer(w: Any) -> bool:
     return isinstance(w, LayerOf) and w.is_packed
 
 
 def with_packed_sliced(weights: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`weights` with the packed layers among them sliced from their stacks."""
-    return tuple(w.value() if is_packed_layer(w) else w for w in weights)
+    """`weights` with the packed layers among them sliced from their stacks, as NF4Tensors."""
+    return tuple(w.value() if is_packed_layer(w) else as_tensor(w) for w in weights)
 
 
 def operand(module: ModuleType, w: Any) -> Any:

@@ -14,6 +14,7 @@ from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.layer_scan import InPlace
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EXPERTS, LAYERS, RANK
@@ -93,7 +94,7 @@ def read_in_place(layers: nnx.Module, prefix: str) -> None:
         if not isinstance(layer, Linear | ExpertLinear):
             continue
         w = layer.w.get_value()
-        readable = isinstance(w, NF4Tensor) or (isinstance(w, jax.Array) and isinstance(layer, ExpertLinear))
+        readable = isinstance(w, NF4Tensor | RowMajor) or (isinstance(w, jax.Array) and isinstance(layer, ExpertLinear))
         if readable and not shards.is_gathered(shards.dotted(prefix, (*path, "w"))):
             layer.w.set_value(InPlace(w))
 

@@ -21,6 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.stacks import LayerOf
 from bimedix_jax.models.axes import EXPERTS
 
@@ -136,9 +137,9 @@ def gather_parameter(path: str, value: Any) -> Any:
     return own_unit(value) if storage.units else value
 
 
-def own_unit(t: NF4Tensor) -> NF4Tensor:
+def own_unit(t: NF4Tensor | RowMajor) -> Any:
     """A packed parameter without its last batch axis, which has this device's part of every unit."""
-    return t[(slice(None),) * (len(t.batch_shape) - 1) + (0,)]
+    return jax.tree.map(lambda leaf: leaf[(slice(None),) * (len(t.batch_shape) - 1) + (0,)], t)
 
 
 def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -52,13 +52,13 @@ def measure(device: str, batch: int, tokens: int, folder: Path, layers: int | No
     from bimedix_jax.models.config import MIXTRAL_8X7B
     from bimedix_jax.models.mixtral import Mixtral
     from bimedix_jax.plan import hardware, reads
-    from bimedix_jax.plan.step import decoding_step, on_one_device
+    from bimedix_jax.plan.step import decoding_step, for_inference, on_one_device
     from bimedix_jax.quantise import quantise_base
 
     config = dataclasses.replace(MIXTRAL_8X7B, num_layers=layers or LAYERS[device])
     devices = hardware.devices(device)
     placed = on_one_device(quantise_base(Mixtral(config, "bfloat16")), devices[0])
-    step = decoding_step(placed, devices, batch, tokens)
+    step = decoding_step(for_inference(placed, devices), devices, batch, tokens)
     path = folder / f"decode_{device}_batch{batch}.txt"
     path.write_text(step.text or "", encoding="utf-8")
     needed = reads.needed(placed.model, batch, tokens + 1)

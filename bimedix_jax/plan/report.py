@@ -9,7 +9,7 @@ from bimedix_jax.costs.devices import Target
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.models.config import MixtralConfig
-from bimedix_jax.plan import hardware, hlo
+from bimedix_jax.plan import hardware, hlo, reads
 from bimedix_jax.plan.roofline import Costs, costs_of
 from bimedix_jax.plan.saved import saved_bytes
 from bimedix_jax.plan.step import CompiledStep, abstract_model, inference_steps, training_step
@@ -192,11 +192,13 @@ def inference_row(
     }
     if not compiled.compiles:
         return row
-    costs = costs_of(hlo.parse(compiled.text), device)
+    program = hlo.parse(compiled.text)
+    costs = costs_of(program, device)
     return row | {
         "flops": costs.total_flops * count,
         "useful_flops": sum(wanted.values()),
         "memory_traffic_bytes": costs.bytes,
+        "read_bytes": reads.total(reads.readings(program)),
         "collective_bytes": dict(costs.collectives),
         "roofline": {
             "compute_seconds": costs.compute_seconds,

@@ -17,6 +17,7 @@ from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.load import requested_router
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, MeshConfig
+from bimedix_jax.inference.decoding_layout import store_by_rows
 from bimedix_jax.inference.generate import Sampling, State, _prefill, _step
 from bimedix_jax.inference.padding import bucket
 from bimedix_jax.kernels import backends
@@ -148,11 +149,20 @@ def training_step(config: MixtralConfig, experiment: Experiment, devices: list[A
     return compile_for(devices[0], kinds, step, state, frozen, batch)
 
 
+def for_inference(placed: Placed, devices: list[Any]) -> Placed:
+    """The model as `bimedix chat` stores it on these devices: on TPUs, packed weights by rows."""
+    if devices[0].platform != "tpu":
+        return placed
+    model = nnx.merge(*nnx.split(placed.model), copy=True)
+    store_by_rows(model)
+    return dataclasses.replace(placed, model=model)
+
+
 def inference_steps(
     config: MixtralConfig, experiment: Experiment, devices: list[Any], rows: int, length: int
 ) -> tuple[CompiledStep, CompiledStep]:
     """(prefill of `rows` prompts of `length` tokens, one decoding step after it), greedy, with unmerged adapters."""
-    placed = on_devices(abstract_model(config, experiment), experiment, devices)
+    placed = for_inference(on_devices(abstract_model(config, experiment), experiment, devices), devices)
     graph, weights = nnx.split(placed.model)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=placed.replicated)
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=placed.replicated)

@@ -11,10 +11,17 @@ The rule:
 
 import itertools
 import math
+import re
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.plan.hlo import MAIN_MEMORY, Computation, Instruction, Program, Shape
 from bimedix_jax.plan.work import GRADIENT, KERNELS, ROW_TYPES, TILE, UNPACK
+
+MOSAIC_UNITS = {"grouped_nf4_rows": (0, 2, 3, 4), "grouped_nf4": (0, 1), "grouped_dense": (0,)}
+"""TPU kernels of products: which operands after the rows have an axis of experts."""
+MOSAIC_KERNEL = re.compile(r"\b(grouped_nf4_rows|grouped_nf4|grouped_dense)/")
+HEIGHT = 128
+"""Most rows of a tile on a TPU."""
 
 SLICES = ("slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start")
 READ_IN_PART = ("dynamic-slice", "slice", "gather")
@@ -83,19 +90,17 @@ def target_of(instruction: Instruction) -> str:
 
 def kernel_read(instruction: Instruction, operands: list[Shape]) -> float:
     """Bytes that a kernel of ours reads of its operands."""
-    if (units := units_read(instruction, operands)) is None:
-        return float(sum(map(nbytes, operands)))
-    first, used = units
-    of_units, total = operands[first].dims[0], 0.0
-    for place, shape in enumerate(operands):
-        # all leaves of the weights have an axis of units; the table of scales after them can have the same length
-        whole = place < first or place > first + 3 or not shape.dims or shape.dims[0] != of_units
-        total += nbytes(shape) * (1.0 if whole else min(1.0, used / of_units))
-    return total
+    indexed, used = units_read(instruction, operands)
+    return float(
+        sum(
+            nbytes(shape) * (min(1.0, used / shape.dims[0]) if place in indexed else 1.0)
+            for place, shape in enumerate(operands)
+        )
+    )
 
 
-def units_read(instruction: Instruction, operands: list[Shape]) -> tuple[int, int] | None:
-    """(place of the first operand that has an axis of units, how many of them are read); None if all are.
+def units_read(instruction: Instruction, operands: list[Shape]) -> tuple[set[int], int]:
+    """(operands that have an axis of units, how many of these are read); all other operands are read whole.
 
     A unit is the matrix of an expert, or of a projection. Kernels of grouped products take the units of all layers. The
     grid has a tile for each full height of rows, and one more for each expert of a layer (on a TPU but one).
@@ -103,17 +108,21 @@ def units_read(instruction: Instruction, operands: list[Shape]) -> tuple[int, in
     Raises:
       BimedixError: a kernel of a product whose operands are not those of kernels/grouped_matmul.
     """
-    part = TILE.search(instruction.op_name)
-    if part is None or part["kernel"] == GRADIENT:
-        return None
-    if part["kernel"] == UNPACK:
-        return 1, instruction.shapes[0].dims[0]
-    place = next((i for i, shape in enumerate(operands) if shape.dtype in ROW_TYPES and len(shape.dims) == 2), None)
-    if place is None or not place or len(operands[0].dims) != 1:
+    triton, mosaic = TILE.search(instruction.op_name), MOSAIC_KERNEL.search(instruction.op_name)
+    if mosaic is None and (triton is None or triton["kernel"] == GRADIENT):
+        return set(), 0
+    if triton is not None and triton["kernel"] == UNPACK:
+        return {1, 2, 3, 4} & set(range(len(operands))), instruction.shapes[0].dims[0]
+    x = next((i for i, shape in enumerate(operands) if shape.dtype in ROW_TYPES and len(shape.dims) == 2), None)
+    if not x or len(operands[0].dims) != 1:
         raise BimedixError(f"The kernel {instruction.op_name} has other operands than expected; it cannot be counted.")
-    rows = operands[place].dims[0]
-    experts = max(1, operands[0].dims[0] - math.ceil(rows / int(part["m"])))
-    return place + 1, min(rows, experts)
+    rows, tiles = operands[x].dims[0], operands[0].dims[0]
+    if mosaic is not None:
+        experts, after = tiles - math.ceil(rows / min(rows, HEIGHT)) + 1, MOSAIC_UNITS[mosaic[1]]
+    else:
+        assert triton is not None
+        experts, after = max(1, tiles - math.ceil(rows / int(triton["m"]))), (0, 1, 2, 3)
+    return {x + 1 + place for place in after if x + 1 + place < len(operands)}, min(rows, experts)
 
 
 def nbytes(shape: Shape) -> int:

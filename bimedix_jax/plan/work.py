@@ -189,12 +189,15 @@ def triton_call(instruction: Instruction) -> Flops:
     if part["kernel"] == UNPACK:
         return Flops()
     # the first floating-point operand is x: [rows, contracted columns]; the operands before it are indices
-    x = next(shape for shape in kernel_operands(instruction) if shape.dtype in ("bf16", "f16", "f32"))
+    operands = kernel_operands(instruction)
+    x = next(shape for shape in operands if shape.dtype in ("bf16", "f16", "f32"))
     rows, columns = x.dims
     out = instruction.shapes[0].dims
     is_gradient = part["kernel"] == GRADIENT
     tile = (int(part["m"]), int(part["n"]), int(part["k"]))
     total = float(kernel_flops(part["kernel"], tile, (int(grid[1]), int(grid[2])), rows if is_gradient else columns))
+    if not is_gradient and operands[0].dims:  # with fewer rows than tiles, as in decoding, the others exit immediately
+        total *= min(1.0, rows / operands[0].dims[0])
     filled = 2.0 * rows * columns * out[-1]
     single = total if x.dtype == "f32" else 0.0
     return Flops(total, min(total, filled), single, kernel=True, packed=is_packed(instruction))

@@ -19,7 +19,7 @@ from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import is_planar, planes
 from bimedix_jax.kernels.products import from_bits, to_bits
-from bimedix_jax.kernels.stacks import LayerOf, index
+from bimedix_jax.kernels.stacks import LayerOf, as_tensor, index
 from bimedix_jax.kernels.unstacked import Unstacked, stack
 
 Weights = tuple[jax.Array | NF4Tensor | LayerOf, ...]
@@ -127,7 +127,7 @@ def out_of_stacks(weights: GivenWeights, packed_in_place: bool = False) -> tuple
 
     def whole(w: Any) -> Any:
         if not isinstance(w, LayerOf):
-            return stack(w)
+            return as_tensor(stack(w))
         return w if packed_in_place and w.is_packed else w.value()
 
     return tuple(map(whole, weights))

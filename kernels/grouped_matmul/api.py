@@ -12,7 +12,7 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
-from bimedix_jax.kernels.stacks import LayerOf, is_packed_layer, operand
+from bimedix_jax.kernels.stacks import LayerOf, as_tensor, is_packed_layer, operand
 
 BACKENDS = ("xla", "ragged_dot", "triton", "mosaic_tpu")
 """Modules of this folder; a backend is a module with `grouped_matmul`, `weight_gradient` and optionally `refusal` and
@@ -98,7 +98,7 @@ def grouped_matmul(
       ValueError: shapes that do not fit, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
-    w_EDF = orient(w_EDF, x_MD.shape[1])
+    w_EDF = orient(as_tensor(w_EDF), x_MD.shape[1])
     if w_EDF.ndim != 3 or w_EDF.shape[1] != x_MD.shape[1] or w_EDF.shape[0] != group_sizes_E.shape[0]:
         raise ValueError(
             f"grouped_matmul needs x [M, D], w [E, D, F] and group sizes [E]; "

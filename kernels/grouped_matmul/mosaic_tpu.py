@@ -11,7 +11,8 @@ first one wrote. The block stays in VMEM between the two.
 NF4 is read in the layout of bitsandbytes, [rows, bytes of a row]: a product that contracts along lanes costs the matrix
 unit nothing extra. But leaves are stored as [experts, bytes], which a TPU lays out with experts interleaved. Splitting
 them into rows copies the packed bytes at run time: for Mixtral-8x7B 224 MiB are read and written for each matrix of a
-layer, where dense weights would have 0.9 GiB. Under double quantisation the scales are decoded as well.
+layer, where dense weights would have 0.9 GiB. Under double quantisation the scales are decoded as well. Weights that
+are stored by rows need neither: mosaic_rows.py.
 
 Bounds (Mixtral-8x7B, 4,096 tokens): 71 visits of 128 rows for 8,192 useful rows, 1.11 times the useful FLOPs. TPUs up
 to v4 have too little VMEM for these tiles, and compilation fails there.
@@ -19,7 +20,6 @@ to v4 have too little VMEM for these tiles, and compilation fails there.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,21 +27,30 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import ManualAxisType
 from jaxtyping import Array, Float, Int
 
-from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul import tiles
+from bimedix_jax.kernels.grouped_matmul.mosaic_call import (
+    call,
+    changed,
+    dot,
+    matrix_spec,
+    own_rows,
+    pad_columns,
+    product,
+    rows_call,
+    split_rows,
+    store_rows,
+)
+from bimedix_jax.kernels.grouped_matmul.mosaic_rows import stacked_matmul
 from bimedix_jax.kernels.grouped_matmul.mosaic_tiling import (
     HEIGHT,
-    VMEM_LIMIT,
-    WIDTHS,
     gradient_tile,
+    packed_columns,
     refusal,
     round_up,
     tile_columns,
 )
-from bimedix_jax.kernels.manual_axes import varying
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.mosaic_tile import (
     CHUNK,
@@ -50,86 +59,11 @@ from bimedix_jax.kernels.nf4.mosaic_tile import (
     code_table,
     decode_scales,
     dequantise_tile,
-    merge_pairs,
-    split_pairs,
     value_table,
 )
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4.tables import NESTED_BLOCK_SIZE
-
-
-def pad_columns(x: jax.Array, columns: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, columns - x.shape[-1])])
-
-
-def precision(dtype: jnp.dtype) -> lax.Precision:
-    """The precision that keeps float32 operands from being rounded to bfloat16."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-
-
-def dot(x: jax.Array, y: jax.Array, contract_x: int, contract_y: int) -> jax.Array:
-    dimensions = (((contract_x,), (contract_y,)), ((), ()))
-    return lax.dot_general(x, y, dimensions, precision=precision(x.dtype), preferred_element_type=jnp.float32)
-
-
-def call(
-    kernel: Callable[..., None],
-    operands: tuple[jax.Array, ...],
-    result: tuple[tuple[int, ...], Any],
-    *,
-    grid: tuple[int, ...],
-    in_specs: list[pl.BlockSpec],
-    out_spec: pl.BlockSpec,
-    scalars: tuple[jax.Array, ...] = (),
-    scratch: tuple[Any, ...] = (),
-    flops: int = 0,
-) -> jax.Array:
-    """pallas_call with VMEM_LIMIT. All axes of the grid but the last are parallel.
-
-    Interpreted for "cpu" (`backends.platform`).
-    """
-    moved = sum(x.size * x.dtype.itemsize for x in operands) + math.prod(result[0]) * jnp.dtype(result[1]).itemsize
-    axes = ManualAxisType(varying=varying(*scalars, *operands))
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct(*result, manual_axis_type=axes),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars), grid=grid, in_specs=in_specs, out_specs=out_spec, scratch_shapes=scratch
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (len(grid) - 1) + ("arbitrary",), vmem_limit_bytes=VMEM_LIMIT
-        ),
-        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
-        interpret=backends.platform() == "cpu",
-        name=getattr(kernel, "func", kernel).__name__,
-    )(*scalars, *operands)
-
-
-def own_rows(visit: jax.Array, blocks: Any, starts: Any, stops: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Mask of this shape that is True at the rows of the visit, for a block with as many rows as the mask."""
-    row = blocks[visit] * shape[0] + lax.broadcasted_iota(jnp.int32, shape, 0)
-    return (row >= starts[visit]) & (row < stops[visit])
-
-
-def changed(visit: jax.Array, ids: Any) -> jax.Array:
-    """Whether the id differs from that of the visit before."""
-    return (visit == 0) | (ids[visit] != ids[jnp.maximum(visit - 1, 0)])
-
-
-def store_rows(visits: tiles.Visits, y_ref: Any, multiply: Callable[[], jax.Array]) -> None:
-    """y_ref = multiply() at the rows of this visit; other rows keep what an earlier visit wrote, or are zero."""
-    visit = pl.program_id(1)
-    blocks, starts, stops = visits[1:]
-    first, occupied = changed(visit, blocks), stops[visit] > starts[visit]
-
-    @pl.when(first & ~occupied)
-    def _() -> None:
-        y_ref[...] = jnp.zeros_like(y_ref)
-
-    @pl.when(occupied)
-    def _() -> None:
-        y = multiply()
-        kept = jnp.where(first, 0.0, y_ref[...].astype(jnp.float32))
-        y_ref[...] = jnp.where(own_rows(visit, blocks, starts, stops, y.shape), y, kept).astype(y_ref.dtype)
+from bimedix_jax.kernels.stacks import LayerOf
 
 
 def grouped_dense(*refs: Any, contract_w: int) -> None:
@@ -150,73 +84,7 @@ def grouped_nf4(*refs: Any, block_size: int, recorded: str, contracts_pairs: boo
             packed_ref, scales_ref, table_ref, w_ref, block_size=block_size, recorded=recorded, first_scale=first_scale
         )
 
-    def multiply() -> jax.Array:
-        y = dot(x_ref[...], w_ref[...], 1, 1 if contracts_pairs else 0)
-        if contracts_pairs:
-            return y
-        chunks = [merge_pairs(y[:, start : start + CHUNK]) for start in range(0, y.shape[1], CHUNK)]
-        return jnp.concatenate(chunks, axis=1)
-
-    store_rows(visits, y_ref, multiply)
-
-
-def deinterleave(x_ref: Any, y_ref: Any) -> None:
-    for start in range(0, x_ref.shape[1], CHUNK):
-        chunk = x_ref[:, start : start + CHUNK].astype(jnp.float32)
-        y_ref[:, start : start + CHUNK] = split_pairs(chunk).astype(y_ref.dtype)
-
-
-def split_rows(x_MK: jax.Array) -> jax.Array:
-    """x with the columns of each chunk in the order of `split_pairs`; the number of columns is a multiple of CHUNK."""
-    rows, columns = x_MK.shape
-    width = next(width for width in WIDTHS if columns % width == 0)
-    spec = pl.BlockSpec((min(rows, HEIGHT), width), lambda i, j: (i, j))
-    grid = (-(-rows // HEIGHT), columns // width)
-    return call(deinterleave, (x_MK,), (x_MK.shape, x_MK.dtype), grid=grid, in_specs=[spec], out_spec=spec)
-
-
-def matrix_spec(
-    shape: tuple[int, ...], rows: int | None = None, columns: int | None = None, repeat: int = 1
-) -> pl.BlockSpec:
-    """The tile that a visit reads from weights of this shape [E, R, C]: `rows` or `columns` of its expert.
-
-    The other axis is whole. `repeat` tiles of the result use the same tile of the weights.
-    """
-    size = (shape[1] if rows is None else rows, shape[2] if columns is None else columns)
-
-    def index(j: jax.Array, t: jax.Array, experts: Any, *_: Any) -> tuple[jax.Array | int, ...]:
-        j = j if repeat == 1 else lax.div(j, repeat)
-        return experts[t], j if columns is None else 0, j if rows is None else 0
-
-    return pl.BlockSpec((None, *size), index)
-
-
-def rows_call(
-    kernel: Callable[..., None],
-    x_MK: jax.Array,
-    weights: tuple[jax.Array, ...],
-    weight_specs: list[pl.BlockSpec],
-    group_sizes_E: jax.Array,
-    columns: int,
-    width: int,
-    scratch: tuple[Any, ...] = (),
-) -> jax.Array:
-    """[M, columns] of a kernel that calls `store_rows`, in tiles of `width` columns."""
-    rows, k = x_MK.shape
-    height = min(rows, HEIGHT)
-    visits = tiles.aligned_visits(group_sizes_E, rows, height)
-    grid = (-(-columns // width), visits.expert.shape[0])
-    return call(
-        kernel,
-        (x_MK, *weights),
-        ((rows, columns), x_MK.dtype),
-        grid=grid,
-        in_specs=[pl.BlockSpec((height, k), lambda j, t, e, blocks, *_: (blocks[t], 0)), *weight_specs],
-        out_spec=pl.BlockSpec((height, width), lambda j, t, e, blocks, *_: (blocks[t], j)),
-        scalars=visits,
-        scratch=scratch,
-        flops=2 * math.prod(grid) * height * k * width,
-    )
+    store_rows(visits, y_ref, lambda: product(x_ref, w_ref, contracts_pairs))
 
 
 def dense_matmul(x_MK: jax.Array, w: jax.Array, group_sizes_E: jax.Array, swapped: bool, width: int) -> jax.Array:
@@ -280,10 +148,24 @@ def packed_matmul(x_MK: jax.Array, t: NF4Tensor, group_sizes_E: jax.Array, swapp
     return rows_call(kernel, x_MK, operands, specs, group_sizes_E, columns, width, scratch)[:, :n]
 
 
+def takes_stack(stack: Any) -> bool:
+    """Whether the kernels take a layer of this stack without a slice. An NF4Tensor would have to be split into rows."""
+    return isinstance(stack, RowMajor) and len(stack.batch_shape) == 2
+
+
 def grouped_matmul(
-    x_MD: Float[Array, "M D"], w_EDF: jax.Array | NF4Tensor, group_sizes_E: Int[Array, "E"], swapped: bool = False
+    x_MD: Float[Array, "M D"],
+    w_EDF: jax.Array | NF4Tensor | LayerOf,
+    group_sizes_E: Int[Array, "E"],
+    swapped: bool = False,
 ) -> Float[Array, "M F"]:
     """Raises NotImplementedError for operands that `refusal` rejects."""
+    if isinstance(w_EDF, LayerOf):
+        k, n = w_EDF.shape[1:][::-1] if swapped else w_EDF.shape[1:]
+        pairs, size = w_EDF.stack.transposed != swapped, w_EDF.stack.block_size
+        if (width := packed_columns(k, n, x_MD.dtype, pairs, size)) is None or x_MD.shape[0] == 0:
+            return grouped_matmul(x_MD, w_EDF.value(), group_sizes_E, swapped)
+        return stacked_matmul(x_MD, w_EDF, group_sizes_E, swapped, width)
     columns = None if (reason := refusal(x_MD, w_EDF)) else tile_columns(x_MD.dtype, w_EDF, swapped)
     if columns is None:
         raise NotImplementedError(f"grouped_matmul backend 'mosaic_tpu': {reason}")

@@ -51,12 +51,12 @@ def stored_shape(t: NF4Tensor) -> tuple[int, ...]:
     return t.batch_shape + t.unit_shape
 
 
-def takes_stack(stack: NF4Tensor) -> bool:
+def takes_stack(stack: Any) -> bool:
     """Whether the kernels take a layer of this stack without a slice.
 
     Offsets have 32 bits, or 64 where an operand has more than 2**32 bytes; in between they would overflow.
     """
-    regular = len(stack.batch_shape) == 2 and len(stack.unit_shape) == 2
+    regular = isinstance(stack, NF4Tensor) and len(stack.batch_shape) == 2 and len(stack.unit_shape) == 2
     return regular and not 2**31 <= stack.packed.size <= 2**32
 
 

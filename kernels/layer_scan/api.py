@@ -9,12 +9,13 @@ from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.layer_scan import bits, reference, unrolled
 from bimedix_jax.kernels.layer_scan.layers import Body, parts_of, unmarked
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.unstacked import is_unstacked
 
 BACKENDS = {"scan": reference, "bits": bits, "unrolled": unrolled}
 PREFERRED = {"cpu": ("bits", "unrolled"), "gpu": ("scan", "unrolled"), "tpu": ("scan", "unrolled")}
 """Backends of each platform, best first, for stacked operands. With Unstacked ones, layers are always unrolled."""
-READ_IN_PLACE: dict[str, type[Any]] = {"bits": jax.Array, "scan": NF4Tensor}
+READ_IN_PLACE: dict[str, tuple[type[Any], ...]] = {"bits": (jax.Array,), "scan": (NF4Tensor, RowMajor)}
 """What each backend does not slice from its stack, if InPlace marks it."""
 EVERYWHERE_UNROLLED = dict.fromkeys(PREFERRED, ("unrolled",))
 

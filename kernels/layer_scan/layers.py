@@ -28,11 +28,11 @@ def is_in_place(leaf: Any) -> bool:
     return isinstance(leaf, InPlace)
 
 
-def unmarked(layers: Any, keep: type[Any] | None = None) -> Any:
-    """`layers` with each InPlace replaced by its content, except those of this type."""
+def unmarked(layers: Any, keep: tuple[type[Any], ...] = ()) -> Any:
+    """`layers` with each InPlace replaced by its content, except those of these types."""
 
     def plain(leaf: Any) -> Any:
-        if not is_in_place(leaf) or (keep is not None and isinstance(leaf.stack, keep)):
+        if not is_in_place(leaf) or isinstance(leaf.stack, keep):
             return leaf
         return leaf.stack
 

@@ -66,6 +66,50 @@ def decode_scales(codes_ref: Any, nested_ref: Any, offset_ref: Any, table_ref: A
             scales_ref[:, here] = unfused(jnp.where(codes < LANES, low, high) * nested) + offset_ref[...]
 
 
+def decode_rows(
+    codes_ref: Any,
+    nested_ref: Any,
+    offset_ref: Any,
+    table_ref: Any,
+    scales_ref: Any,
+    *,
+    scales_a_row: int,
+    first_scale: jax.Array | int = 0,
+) -> None:
+    """Decodes scales under double quantisation, stored by rows (`nf4.rows.RowMajor`), like `nf4.api.block_scales`.
+
+    Args:
+      codes_ref: uint8 [rows, multiple of 128], some columns of the scales of each row; rows a multiple of 128.
+      nested_ref: float32 [groups, rows], second-level scales of the groups that a row touches.
+      offset_ref: float32 [1, 128], the offset in each lane.
+      table_ref: `code_table` of 128 units.
+      scales_ref: float32, the shape of codes_ref.
+      scales_a_row: of the whole matrix; it divides into the groups of 256 of its flattening.
+      first_scale: column of the matrix that is column 0 here.
+    """
+    rows, columns = codes_ref.shape
+
+    @pl.loop(0, rows // LANES)
+    def _(step: jax.Array) -> None:
+        here = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
+        # lanes of a row of nested scales become rows, each with its scale in all lanes
+        groups = [
+            jnp.broadcast_to(nested_ref[group : group + 1, here], (LANES, LANES)).T
+            for group in range(nested_ref.shape[0])
+        ]
+        row = lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+        place = (row * scales_a_row) & (NESTED_BLOCK_SIZE - 1)  # 128 rows are a whole number of groups
+        for start in range(0, columns, LANES):
+            nested = groups[0]
+            for group in range(1, len(groups)):
+                reached = place + (lane_iota(LANES) + (first_scale + start)) >= group * NESTED_BLOCK_SIZE
+                nested = jnp.where(reached, groups[group], nested)
+            codes = codes_ref[here, start : start + LANES].astype(jnp.int32)
+            low, high = (look_up(table_ref[part], codes & (LANES - 1)) for part in range(2))
+            values = unfused(jnp.where(codes < LANES, low, high) * nested) + offset_ref[...]
+            scales_ref[here, start : start + LANES] = values
+
+
 def dequantise_tile(
     packed_ref: Any,
     scales_ref: Any,

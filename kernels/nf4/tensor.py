@@ -93,8 +93,8 @@ class NF4Tensor:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
-def one_unit_stack(t: NF4Tensor) -> NF4Tensor:
-    """The tensor with another last batch axis, of length 1."""
+def one_unit_stack(t: Any) -> Any:
+    """An NF4Tensor or RowMajor with another last batch axis, of length 1."""
     return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, len(t.batch_shape)), t)
 
 

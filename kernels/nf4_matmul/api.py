@@ -14,7 +14,7 @@ from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.products import dot, dot_rows
-from bimedix_jax.kernels.stacks import LayerOf, operand
+from bimedix_jax.kernels.stacks import LayerOf, as_tensor, operand
 
 BACKENDS = ("xla", "triton", "mosaic_tpu")
 """Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and optionally `refusal` and
@@ -114,6 +114,7 @@ def matmul(
       ValueError: shapes that do not fit, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
+    w_DF = as_tensor(w_DF)
     if w_DF.ndim != 2 or w_DF.shape[0] != x.shape[-1]:
         raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w_DF.shape}.")
     result = jnp.dtype(out_dtype or x.dtype)

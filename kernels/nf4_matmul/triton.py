@@ -1,6 +1,7 @@
 """Backend for NVIDIA GPUs: the Pallas Triton kernel of grouped_matmul with one matrix and even tiles."""
 
 import functools
+from typing import Any
 
 import jax
 
@@ -15,8 +16,8 @@ def refusal(x: jax.Array, t: NF4Tensor) -> str | None:
     return triton.refusal(x, jax.eval_shape(one_unit_stack, t))
 
 
-def takes_stack(stack: NF4Tensor) -> bool:
-    return triton.takes_stack(jax.eval_shape(one_unit_stack, stack))
+def takes_stack(stack: Any) -> bool:
+    return isinstance(stack, NF4Tensor) and triton.takes_stack(jax.eval_shape(one_unit_stack, stack))
 
 
 def nf4_matmul(x: jax.Array, t: NF4Tensor | LayerOf) -> jax.Array:
