@@ -55,8 +55,9 @@ def analyse(
       margin: loads that differ by less are equivalent. explore: whether to search single tokens and pairs of experts.
 
     Raises:
-      BimedixError: fewer than 1,999 permutations.
+      BimedixError: fewer than 1,999 permutations, or a field that is named twice.
     """
+    check_fields(fields)
     if permutations < PERMUTATIONS:
         raise BimedixError(f"{permutations} permutations are too few for adjusted p-values; use {PERMUTATIONS} or more")
     refused, asked = [], []
@@ -95,6 +96,13 @@ def analyse(
         permutations=permutations,
         seed=seed,
     )
+
+
+def check_fields(fields: Sequence[str]) -> None:
+    """Raises BimedixError if a field is named twice: its question would count twice in the adjustment."""
+    twice = [field for place, field in enumerate(fields) if field in fields[:place]]
+    if twice:
+        raise BimedixError(f"the fields of --group have {twice[0]} twice; name each field once")
 
 
 def _explored(tables: Tables, tested: list[Evidence], seed: int) -> tuple[Exploration, ...]:

@@ -322,6 +322,7 @@ def test_what_does_not_belong_together_is_refused(recording, tmp_path):
     for options, message in [
         (ReportOptions(groups=("ward",)), "the field ward of records is not available"),
         (ReportOptions(unit="document"), "document of records is not available: .* the reader `tico19` supplies it"),
+        (ReportOptions(groups=("language", "specialty", "language")), "have language twice; name each field once"),
         (ReportOptions(unit="ward"), "the field ward of records is not available"),
         (ReportOptions(baseline=tmp_path), "manifest.json"),
     ]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bimedix_jax import __version__, files
 from bimedix_jax.routing.answers import mean_distances
-from bimedix_jax.routing.questions import analyse
+from bimedix_jax.routing.questions import analyse, check_fields
 from bimedix_jax.routing.recorded import not_available, tables_of, unit_of
 from bimedix_jax.routing.recording import MANIFEST, Recording
 from bimedix_jax.routing.report import describe
@@ -49,6 +49,7 @@ def write_report(recording: Recording, out: Path, options: ReportOptions, overwr
     Raises:
       BimedixError: a field is missing, or the baseline or the knock-outs do not belong to the recording.
     """
+    check_fields(options.groups)
     files.check_replaceable(out, overwrite)
     baseline = None if options.baseline is None else Recording.open(options.baseline)
     unit = unit_of(recording, options.unit)
