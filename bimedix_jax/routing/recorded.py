@@ -117,8 +117,15 @@ def tables_of(
 def _correct(recording: Recording, correct: Mapping[str, bool] | None) -> np.ndarray | None:
     """[R] 1.0, 0.0 or NaN: whether each record was answered right; None if no answer is known."""
     if correct is None:
-        known = {"0": 0.0, "1": 1.0}
-        correct_R = np.array([known.get(own.get("correct"), np.nan) for own in recording.records["labels"]])
+        known = {None: np.nan, "0": 0.0, "1": 1.0}
+        labels = [own.get("correct") for own in recording.records["labels"]]
+        wrong = [text for text in labels if text not in known]
+        if wrong:
+            raise BimedixError(
+                f"{recording.folder} has the label correct {wrong[0]!r}, which is neither 0 nor 1; import the routes "
+                "again with 0 or 1, or name a file of answers (--answers)"
+            )
+        correct_R = np.array([known[text] for text in labels])
     else:
         correct_R = np.array([float(correct.get(name, np.nan)) for name in recording.records["id"]])
     return correct_R if np.isfinite(correct_R).any() else None

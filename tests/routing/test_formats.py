@@ -252,6 +252,10 @@ REFUSED = {
     "columns": (changed(0, weights=None), "the same columns"),
     "no tokens": (changed(0, input_ids=[], experts=[[], [], []], weights=None, nll=None), "has experts"),
     "empty": ([], "no record"),
+    **{
+        f"correct {answer!r}": (changed(2, labels={"correct": answer}), f"in.jsonl:3 has the label correct {answer!r}")
+        for answer in ("yes", 2, True, 0.5)
+    },
 }
 
 

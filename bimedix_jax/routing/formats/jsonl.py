@@ -14,6 +14,8 @@ from bimedix_jax.routing.formats import checks
 from bimedix_jax.routing.parts import TEXTS, UNKNOWN_ROLE, Routes, token_hash
 
 KEYS = ("id", *TEXTS, "input_ids", "experts", "weights", "logits", "nll", "shuffled_nll", "roles", "labels")
+CORRECT = "correct"
+"""The label of a record that says whether the model answered its question right: 0 or 1."""
 FURTHER = ("token_hash", "layers")
 
 
@@ -165,6 +167,11 @@ def _labels(value: object, where: str) -> Mapping[str, str]:
     taken = sorted(set(value) & set(TEXTS))
     if taken:
         raise BimedixError(f"{where} has the label {taken[0]}, which is a key of its own; write it there")
+    answer = value.get(CORRECT)
+    if answer is not None and (isinstance(answer, bool) or answer not in (0, 1, "0", "1")):
+        raise BimedixError(
+            f"{where} has the label correct {answer!r}; give 1 if the model answered the question right, else 0"
+        )
     return {name: text for name, item in value.items() if (text := _text(item, f"label {name}", where)) is not None}
 
 
