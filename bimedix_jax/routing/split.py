@@ -83,8 +83,9 @@ class Split:
             )
         if clusters < FEW_CLUSTERS or min(self.users) < MIN_CLUSTERS:
             return (
-                f"not identified: {self.users[0]} and {self.users[1]} clusters of the groups use shared token ids, and "
-                f"{MIN_CLUSTERS} of each and {FEW_CLUSTERS} together are needed"
+                f"not identified: {self.users[0]} and {self.users[1]} clusters of the groups use shared token ids, "
+                f"{clusters} different clusters in all; {MIN_CLUSTERS} of each group and {FEW_CLUSTERS} different ones "
+                "in all are needed"
             )
         return None
 

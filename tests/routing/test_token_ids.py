@@ -202,5 +202,11 @@ def test_counts_by_id_give_the_same_choices_as_single_tokens():
 def test_too_little_overlap_is_not_identified():
     _, _, rows, _ = setting(mixed=0.0)
     assert "0.0 %" in (split.Split(rows).unidentified or "")
+    few: Any = planted_routes.tables(np.random.default_rng(4), records=20, tokens=20)
+    pairs_R, first_R = np.arange(20) // 2, np.arange(20) % 2 == 0
+    rows, _ = split.token_rows(few.routes, pairs_R, first_R, np.ones(20, bool), 10)
+    assert "10 and 10 clusters of the groups use shared token ids, 10 different clusters in all; 10 of each" in (
+        split.Split(rows).unidentified or ""
+    )
     _, _, rows, _ = setting()
     assert split.Split(rows).unidentified is None
