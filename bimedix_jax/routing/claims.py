@@ -89,8 +89,8 @@ class Layer:
     """How far the loads of two groups are apart in a layer.
 
     Attributes:
-      jsd: Jensen-Shannon divergence of the groups' loads in nats (0 to log 2), less its mean under permuted labels.
-      low, high: its 95 % interval.
+      jsd: Jensen-Shannon divergence of the groups' loads in nats (0 to log 2), less its bias: below 0 by chance.
+      low, high: the 95 % interval of the same quantity, around it.
       geometry_percentile: 0 to 100, the share of random routers whose divergence is smaller; None if not tested.
       p_geometry: "the router separates the groups no more than a random one", adjusted over the layers.
       soft_jsd: the same divergence of the weights that the experts get; None if weights were not recorded.

@@ -89,9 +89,13 @@ def blocks(total: int, width: int) -> Iterator[int]:
     yield from (min(size, total - start) for start in range(0, total, size))
 
 
-def resampled_weights(clusters: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """[B, C] float64: how often each cluster is drawn in each resample, with replacement."""
-    drawn_BC = rng.integers(0, clusters, (resamples, clusters), np.int32)
-    drawn_BC += clusters * np.arange(resamples, dtype=np.int32)[:, None]
-    counts = np.bincount(drawn_BC.ravel(), minlength=resamples * clusters)
+def resampled_weights(clusters: int, resamples: int, rng: np.random.Generator, draws: int | None = None) -> np.ndarray:
+    """[B, C] float64: how often each cluster is drawn in each resample, with replacement.
+
+    Args:
+      draws: their number, by default that of the clusters.
+    """
+    drawn_BN = rng.integers(0, clusters, (resamples, clusters if draws is None else draws), np.int32)
+    drawn_BN += clusters * np.arange(resamples, dtype=np.int32)[:, None]
+    counts = np.bincount(drawn_BN.ravel(), minlength=resamples * clusters)
     return counts.reshape(resamples, clusters).astype(np.float64)

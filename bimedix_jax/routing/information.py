@@ -1,8 +1,8 @@
 """Divergence of two groups' loads, and what token ids and groups say about routes, free of the plug-in bias.
 
 Entropies, divergences and mutual information are biased upwards: two samples of the same routes differ. A divergence is
-reported less its mean under permuted labels. Information about single tokens is the gain on clusters that the predictor
-was not fitted on. Both are in nats.
+reported less its bias in resamples of the clusters. Information about single tokens is the gain on clusters that the
+predictor was not fitted on. Both are in nats.
 
 Letters: C clusters, L layers, E experts, T token ids, P rows of (cluster, group, token id).
 """
@@ -33,7 +33,7 @@ def _against(p: np.ndarray, middle: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Divergence:
-    """By layer: the divergence of the groups' mean loads, less its mean under permutation, and its 95 % interval."""
+    """By layer: the divergence of the groups' mean loads, less its bias, and the 95 % interval of the same quantity."""
 
     plugin_L: np.ndarray
     jsd_L: np.ndarray
@@ -46,11 +46,15 @@ def divergence(
 ) -> Divergence:
     """The divergence of two groups of clusters, whose loads [E] sum to 1.
 
-    The error is that of the divergence's linear part and of its values under permutation, which are all that remains
-    where the groups are alike.
+    The bias is the mean divergence of resamples less that of the sample. Permuted labels would give another one: the
+    difference of the groups adds to their variance, so that it is too large where the groups differ. On both sides of
+    the estimate, the interval is as wide as the upper tail of the resamples, since the lower tail ends at their bias.
+
+    A group of n is resampled with n - 1 draws, so that the variance of its mean is the unbiased one (McCarthy and
+    Snowden 1985). Where the groups are alike, the estimate and the lower end are below 0 as often as above.
 
     Args:
-      paired: the arrays hold the same clusters in both groups; else labels are permuted over both.
+      paired: the arrays hold the same clusters in both groups, which are resampled together.
     """
     layers, experts = lead_CLE.shape[1:]
     lead_CX, trail_CX = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (lead_CLE, trail_CLE))
@@ -60,55 +64,22 @@ def divergence(
         # means of resamples are products of matrices, which can round a 0 to less
         return jensen_shannon(*(np.maximum(x, 0).reshape(shape) for x in (lead_BX, trail_BX)))
 
-    permuted = _permuted_means(lead_CX, trail_CX, paired, rng, resamples)
-    null_BL = np.concatenate([plugin(*means) for means in permuted])
     found_L = plugin(lead_CX.mean(0)[None], trail_CX.mean(0)[None])[0]
-    null_L = null_BL.mean(0)
-    error_L = np.sqrt(_linear_variance(lead_CX, trail_CX, paired, shape) + null_BL.var(0))
     drawn_BL = np.concatenate([plugin(*m) for m in _resampled_means(lead_CX, trail_CX, paired, rng, resamples)])
-    # Lower end: a resample is as far from the sample as the sample from the truth. That makes the upper end too low, as
-    # large divergences vary more: it is the quantile of the resamples, less their bias and the sample's.
-    t_BL = (drawn_BL - null_L - found_L) / np.where(error_L > 0, error_L, 1)
-    low_L = np.clip(found_L - null_L - np.quantile(t_BL, 0.975, axis=0) * error_L, 0, np.log(2))
-    bias_L = drawn_BL.mean(0) - found_L
-    high_L = np.clip(np.quantile(drawn_BL, 0.975, axis=0) - 2 * bias_L, 0, np.log(2))
-    return Divergence(plugin_L=found_L, jsd_L=found_L - null_L, low_L=low_L, high_L=high_L)
-
-
-def _permuted_means(
-    lead_CX: np.ndarray, trail_CX: np.ndarray, paired: bool, rng: np.random.Generator, total: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    first, second = len(lead_CX), len(trail_CX)
-    for size in blocks(total, max(first + second, lead_CX.shape[1])):
-        if paired:
-            swapped_bC = rng.integers(0, 2, (size, first)).astype(np.float64)
-            moved_bX = swapped_bC @ (trail_CX - lead_CX) / first
-            yield lead_CX.mean(0) + moved_bX, trail_CX.mean(0) - moved_bX
-        else:
-            labels_bC = rng.permuted(np.tile(np.arange(first + second) < first, (size, 1)), axis=1).astype(np.float64)
-            both_CX = np.concatenate([lead_CX, trail_CX])
-            sum_bX = labels_bC @ both_CX
-            yield sum_bX / first, (both_CX.sum(0) - sum_bX) / second
+    mean_L = drawn_BL.mean(0)
+    jsd_L = found_L - (mean_L - found_L)
+    tail_L = np.maximum(np.quantile(drawn_BL, 0.975, axis=0) - mean_L, 0)
+    ends = (np.minimum(x_L, np.log(2)) for x_L in (jsd_L, jsd_L - tail_L, jsd_L + tail_L))
+    return Divergence(plugin_L=found_L, **dict(zip(("jsd_L", "low_L", "high_L"), ends, strict=True)))
 
 
 def _resampled_means(
     lead_CX: np.ndarray, trail_CX: np.ndarray, paired: bool, rng: np.random.Generator, total: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for size in blocks(total, max(len(lead_CX), len(trail_CX), lead_CX.shape[1])):
-        weights = [resampled_weights(n, size, rng) / n for n in (len(lead_CX), len(trail_CX))]
+        draws = {n: max(n - 1, 1) for n in (len(lead_CX), len(trail_CX))}
+        weights = [resampled_weights(len(x), size, rng, draws[len(x)]) / draws[len(x)] for x in (lead_CX, trail_CX)]
         yield weights[0] @ lead_CX, weights[0 if paired else 1] @ trail_CX
-
-
-def _linear_variance(lead_CX: np.ndarray, trail_CX: np.ndarray, paired: bool, shape: tuple[int, ...]) -> np.ndarray:
-    """[L]: variance of the divergence by its derivative in the two mean loads."""
-    p_X, q_X = lead_CX.mean(0), trail_CX.mean(0)
-    influences = []
-    for part_CX, mean_X in ((lead_CX, p_X), (trail_CX, q_X)):
-        slope_X = np.log(np.where(mean_X > 0, 2 * mean_X / np.where(p_X + q_X > 0, p_X + q_X, 1), 1)) / 2
-        influences.append(((part_CX - mean_X) * slope_X).reshape(shape).sum(-1))
-    if paired:
-        influences = [influences[0] + influences[1]]
-    return np.array([x.var(0) / max(len(x) - 1, 1) for x in influences]).sum(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -112,8 +112,8 @@ def question(page: Page, row: int) -> None:
         page.figure(
             contents.layers,
             "Divergence by layer",
-            "Jensen-Shannon divergence of the groups' loads in nats, less its mean under permuted labels. An estimate "
-            "below zero is chance; intervals end at zero.",
+            "Jensen-Shannon divergence of the groups' loads in nats, less its bias in resamples of the clusters. An "
+            "estimate or an end below zero is chance.",
             lambda number_of: layer_plot(contents, layers, number_of),
             about,
             name,
