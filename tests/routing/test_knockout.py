@@ -271,7 +271,9 @@ def test_the_commands_of_the_page(model: Mixtral, tmp_path, monkeypatch, capsys,
     assert set(silenced["cells"][0]["delta"]) == {"en", "en/prompt", "ar", "ar/prompt"}
     assert all(row["p_adjusted"] is not None for row in silenced["interaction"])
     known = Manifest.model_construct(hashes=dict(screened["manifest"]["hashes"]), experts=4)
-    recording: Any = SimpleNamespace(manifest=known, layer_numbers=[0, 1], folder="R")
+    recording: Any = SimpleNamespace(
+        manifest=known, layer_numbers=[0, 1], folder="R", groups=lambda: {"language": None}
+    )
     found = read_interactions(Path("knockout.json"), recording)
     assert {(one.layer, one.expert) for one in found} == {(x["layer"], x["expert"]) for x in screened["cells"]}
     assert found[0].p_adjusted == min(row["p_adjusted"] for row in screened["interaction"])

@@ -23,6 +23,7 @@ from bimedix_jax.routing.questions import analyse
 from bimedix_jax.routing.recording import Recording
 from bimedix_jax.routing.report import figures
 from bimedix_jax.routing.report.contents import Described, contents_of
+from bimedix_jax.routing.report.knockouts import read_interactions
 from bimedix_jax.routing.report.page import render
 from bimedix_jax.routing.report.sheets import NOT_TESTED
 from bimedix_jax.routing.report.writing import ReportOptions, write_report
@@ -334,10 +335,27 @@ def test_what_does_not_belong_together_is_refused(recording, tmp_path):
         ({"interactions": [row]}, "layer 9, expert 0"),
         ({"interactions": [], "hashes": {"data": "0" * 64}}, "another data"),
         ({"interactions": [], "more": 1}, "unknown key"),
+        ({"interactions": [row | {"layer": 1}, row | {"layer": 1, "p_adjusted": 0.9}]}, "layer 1, expert 0 twice"),
+        ({"interactions": [row | {"field": "languag"}]}, "field 'languag', but .* has language, specialty"),
+        ({"interactions": [row | {"languag": "ar"}]}, "unknown key.*languag"),
+        ({"interactions": [row | {"p_adjusted": 4}]}, "p_adjusted = 4, but it should be less than or equal to 1"),
+        ({"interactions": [row | {"p_adjusted": -0.1}]}, "p_adjusted = -0.1"),
+        ({"interactions": [row | {"expert": -1}]}, "expert = -1"),
+        ({"interactions": [row | {"estimate": "0.1"}]}, "estimate = '0.1'"),
     ]:
         path.write_text(json.dumps(value))
         with pytest.raises(BimedixError, match=message):
             write_report(recording, tmp_path / "out", ReportOptions(knockout=path))
+    tried = row | {"layer": 1, "groups": ["ar", "en"], "meaning": "swap", "clusters": {}}
+    manifest = {"hashes": {}, "version": "1", "hash": "0"}
+    for rows, message in [([tried, tried | {"p_adjusted": 0.9}], "expert 0, swap, ar and en twice"),
+                          ([tried | {"p_adjusted": 4}], "p_adjusted = 4")]:  # fmt: skip
+        path.write_text(json.dumps({"interaction": rows, "manifest": manifest}))
+        with pytest.raises(BimedixError, match=message):
+            write_report(recording, tmp_path / "out", ReportOptions(knockout=path))
+    path.write_text(json.dumps({"interaction": [tried, tried | {"meaning": "ban", "p_adjusted": 0.001}],
+                                "manifest": manifest}))  # fmt: skip
+    assert [one.p_adjusted for one in read_interactions(path, recording)] == [0.001]
     assert not (tmp_path / "out").exists()
 
 
