@@ -54,6 +54,27 @@ def unit_of(recording: Recording, unit: str | None) -> str:
     return unit
 
 
+def split_clusters(recording: Recording, unit: str) -> list[str]:
+    """A warning for each field of UNITS whose clusters the unit divides, although their records are alike."""
+    groups, found = recording.groups(), []
+    units_R = np.arange(recording.manifest.records).astype(str) if unit == RECORD else clusters(groups[unit])
+    for name in UNITS:
+        if name not in groups or name == unit:
+            continue
+        units_of: dict[str, set[str]] = {}
+        for label, own in zip(groups[name], units_R, strict=True):
+            if label != MISSING:
+                units_of.setdefault(label, set()).add(own)
+        divided = sum(len(units) > 1 for units in units_of.values())
+        if divided:
+            found.append(
+                f"the unit is the {unit}, but {divided} of {len(units_of)} values of {name} that the records declare "
+                f"have several: records of one {name} are alike, so p-values may be too small, intervals too short and "
+                f"levels too high; without --unit, the unit is the {unit_of(recording, None)}"
+            )
+    return found
+
+
 def not_available(recording: Recording, name: str, known: Sequence[str]) -> BimedixError:
     """The error for a field that no record has, with what supplies it."""
     supplier = f"; {SUPPLIED_BY[name]}" if name in SUPPLIED_BY else ""

@@ -359,6 +359,25 @@ def test_what_does_not_belong_together_is_refused(recording, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_unit_that_divides_declared_clusters_is_warned_about(tmp_path):
+    given = write_jsonl(tmp_path / "in.jsonl", layers=2)
+    lines = [json.loads(line) for line in given.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line |= {"document": f"d{number // 4}"}
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    import_routes([given], "jsonl", tmp_path / "R", ImportOptions())
+    recording = Recording.open(tmp_path / "R")
+    for unit, warned in [("record", "10 of 10"), ("specialty", "10 of 10"), ("document", None), (None, None)]:
+        claims = write_report(recording, tmp_path / str(unit), ReportOptions(unit=unit, pictures=False))
+        found = [text for text in claims["warnings"] if "levels too high" in text]
+        assert len(found) == (warned is not None)
+        page = (tmp_path / str(unit) / "report.html").read_text()
+        assert ("levels too high" in page) == (warned is not None)
+        if warned is not None:
+            assert f"the unit is the {unit}, but {warned} values of document" in found[0]
+            assert "without --unit, the unit is the document" in found[0]
+
+
 def test_few_clusters_and_absent_fields_are_not_tested(tmp_path):
     import_routes([write_jsonl(tmp_path / "in", records=8)], "jsonl", tmp_path / "R", ImportOptions())
     claims = write_report(Recording.open(tmp_path / "R"), tmp_path / "out", ReportOptions())

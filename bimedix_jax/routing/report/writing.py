@@ -9,7 +9,7 @@ from typing import Any
 from bimedix_jax import __version__, files
 from bimedix_jax.routing.answers import mean_distances
 from bimedix_jax.routing.questions import analyse, check_fields
-from bimedix_jax.routing.recorded import not_available, tables_of, unit_of
+from bimedix_jax.routing.recorded import not_available, split_clusters, tables_of, unit_of
 from bimedix_jax.routing.recording import MANIFEST, Recording
 from bimedix_jax.routing.report import describe
 from bimedix_jax.routing.report.answers import read_answers
@@ -62,6 +62,8 @@ def write_report(recording: Recording, out: Path, options: ReportOptions, overwr
         raise not_available(recording, wrong[0], sorted(tables.groups))
     analysis = analyse(tables, fields=options.groups, unit=unit, seed=options.seed)
     more = () if given is None else given.warnings
+    if options.unit is not None:
+        more = (*more, *split_clusters(recording, unit))
     if recording.manifest.interventions:
         more = (*more, INTERVENED)
     analysis = dataclasses.replace(analysis, warnings=(*analysis.warnings, *more))
