@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from bimedix_jax.routing.claims import LEVELS, Gate, Refusal
+from bimedix_jax.routing.claims import LEVELS, Gate, Refusal, highest
 from bimedix_jax.routing.clusters import MIN_CLUSTERS, Comparison, generator
 from bimedix_jax.routing.contrasts import Contrast, joined_units
 from bimedix_jax.routing.evidence import LEAST_ROUTERS, Geometry, TokenEvidence
@@ -131,17 +131,19 @@ def refusals(evidence: Evidence, tables: Tables, gate: Gate | None, found: list[
         refuse("beyond token identity", "not tested: the recording has no token ids")
     elif token.why_not is not None:
         refuse("beyond token identity", token.why_not)
-    elif token.same_id_why_not is not None:
-        refuse("beyond token identity, the same id on both sides of a pair", token.same_id_why_not)
     if evidence.geometry is None:
         routers = 0 if tables.random_RMLE is None else tables.random_RMLE.shape[1]
         given = f"{routers} random routers read the same hidden states" if routers else "no random router was recorded"
         refuse("beyond geometry", f"not tested: {given}; record with --random-routers {LEAST_ROUTERS} or more")
+    reason, undecided = gate_reason(gate), why_undecided(evidence, found)
     if evidence.learned is None:
         refuse("learned in fine-tuning", "not tested: there is no recording of the base model on the same records")
+    elif undecided is not None:
+        refuse("learned in fine-tuning", undecided)
     if evidence.interactions is None:
         refuse("functional", "not tested: there is no knock-out of experts for this field")
-    reason = gate_reason(gate)
+    elif undecided is not None or evidence.learned is None:
+        refuse("functional", undecided or "not tested, because it needs the level learned, which was not tested")
     if reason is not None:
         refuse("learned, functional, or that experts differ in what they do", reason)
     if "none" in found:
@@ -149,7 +151,20 @@ def refusals(evidence: Evidence, tables: Tables, gate: Gate | None, found: list[
             "no dependence where none was found",
             "what is not significant is not resolved, and balanced loads are alike whatever the routes depend on",
         )
+    if token is not None and token.why_not is None and token.same_id_why_not is not None:
+        refuse("beyond token identity, the same id on both sides of a pair", token.same_id_why_not)
     return refused
+
+
+def why_undecided(evidence: Evidence, found: list[str]) -> str | None:
+    """Why no baseline and no knock-out can raise a claim beyond "geometry"; None if they can."""
+    tested = {"token": evidence.token is not None and evidence.token.p_X is not None}
+    tested |= {"geometry": evidence.geometry is not None}
+    for level, known in tested.items():
+        if not known:
+            return f"not tested, because it needs the level {level}, which was not tested"
+    reached = LEVELS.index(highest(found)) >= LEVELS.index("geometry")
+    return None if reached else "not tested, because it needs the level geometry, which no expert reaches"
 
 
 def gate_reason(gate: Gate | None) -> str | None:

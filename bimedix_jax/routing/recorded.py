@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bimedix_jax import files
 from bimedix_jax.errors import BimedixError, listed
-from bimedix_jax.routing.parts import SUPPLIED_BY, TOKENS, read_table, to_numpy
-from bimedix_jax.routing.recording import MISSING, Recording
+from bimedix_jax.routing.parts import SUPPLIED_BY, TEXTS, TOKENS, read_table, to_numpy
+from bimedix_jax.routing.recording import MANIFEST, MISSING, Recording
 from bimedix_jax.routing.sums import SparseMatrix, table
 from bimedix_jax.routing.tables import Interaction, Tables, TokenCounts, TokenRoutes, TokenTable
 
@@ -107,6 +108,11 @@ def tables_of(
     """
     unit = unit_of(recording, unit)
     if recording.manifest.kind == "counts":
+        if baseline is not None:
+            raise BimedixError(
+                f"{recording.folder} has counts only, which cannot be compared with a baseline token by token; leave "
+                "--baseline out, or record the tokens"
+            )
         found = _of_counts(recording)
     else:
         found = _of_tokens(recording, baseline, roles)
@@ -306,9 +312,15 @@ def _baseline(recording: Recording, baseline: Recording, roles: Sequence[str] | 
     """[R, L, E]: counts of the baseline in the order of the recording's records.
 
     Raises:
-      BimedixError: it has other layers or experts, lacks a record, or a record has other tokens there.
+      BimedixError: it is the recording itself, has other layers or experts, lacks a record, or a record has other
+        tokens or another language, kind, ... there.
     """
     ours, theirs = recording.manifest, baseline.manifest
+    if files.sha256(recording.folder / MANIFEST) == files.sha256(baseline.folder / MANIFEST):
+        raise BimedixError(
+            f"{baseline.folder} is the recording {recording.folder} itself, or a copy of it; name the recording of the "
+            "base model"
+        )
     if (ours.experts, ours.kind) != (theirs.experts, theirs.kind) or recording.layer_numbers != baseline.layer_numbers:
         raise BimedixError(
             f"{baseline.folder} has other layers or experts than {recording.folder}; name its base model's"
@@ -325,4 +337,12 @@ def _baseline(recording: Recording, baseline: Recording, roles: Sequence[str] | 
                 f"record {name!r} has another token hash in {baseline.folder} than in {recording.folder}; record both "
                 "with the same tokenizer, template and data"
             )
+    for field in TEXTS:
+        for row, there in enumerate(order_R):
+            own, other = recording.records[field][row], baseline.records[field][there]
+            if None not in (own, other) and own != other:
+                raise BimedixError(
+                    f"record {recording.records['id'][row]!r} has the {field} {other!r} in {baseline.folder}, but "
+                    f"{own!r} in {recording.folder}; correct the labels of one of them"
+                )
     return _of_tokens(baseline, None, roles).counts_RLE[order_R]

@@ -124,6 +124,11 @@ def test_the_baseline_has_the_same_records_in_any_order(tmp_path):
     assert np.array_equal(tables.baseline_RLE, oracle(base))
     with pytest.raises(BimedixError, match="lacks 1 records: r7"):
         tables_with(recording, baseline=write(tmp_path / "C", [own for own in base if own.id != "r7"]))
+    with pytest.raises(BimedixError, match=r"B is the recording .*B itself"):
+        tables_with(Recording.open(tmp_path / "B"), baseline=Recording.open(tmp_path / "B"))
+    other = [dataclasses.replace(base[2], about=base[2].about | {"language": "ar"}), *base[:2], *base[3:]]
+    with pytest.raises(BimedixError, match=r"'r2' has the language 'ar' in .*E, but 'en' in .*R; correct the labels"):
+        tables_with(recording, baseline=write(tmp_path / "E", other))
     base[3] = dataclasses.replace(base[3], ids_N=base[3].ids_N + 1)
     with pytest.raises(BimedixError, match="'r3' has another token hash"):
         tables_with(recording, baseline=write(tmp_path / "D", base))
