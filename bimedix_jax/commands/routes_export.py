@@ -30,11 +30,11 @@ def run(config: Config, console: Console) -> dict[str, Any]:
       BimedixError: there is no such recording, or it lacks what the format needs.
     """
     from bimedix_jax.files import check_file
-    from bimedix_jax.routing.formats.exports import export_routes
+    from bimedix_jax.routing.formats.exports import export_routes, is_export
     from bimedix_jax.routing.recording import Recording
 
     recording = Recording.open(config.recording)
-    check_file(config.out, config.overwrite, is_ours=lambda _: config.overwrite)
+    check_file(config.out, config.overwrite, is_ours=is_export)
     lines = export_routes(recording, config.format, config.out)
     console.print(f"{config.out}: {lines:,} lines of {config.format}", highlight=False)
     return {"output": str(config.out), "format": config.format, "lines": lines}

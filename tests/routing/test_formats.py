@@ -453,8 +453,16 @@ def test_the_commands_import_and_export_without_jax(tmp_path, capsys):
     path = lines(tmp_path / "in.jsonl", records())
     assert cli.main(["routes", "import", str(path), "--format", "jsonl", "--out", str(tmp_path / "R"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 45 * LAYERS
-    export = ["routes", "export", str(tmp_path / "R"), "--format", "counts", "--out", str(tmp_path / "x.csv")]
-    assert cli.main(export) == 0
-    assert cli.main(export) == 1
-    assert "exists" in capsys.readouterr().err
-    assert cli.main([*export, "--overwrite"]) == 0
+    mine = tmp_path / "mine.txt"
+    for form, name in (("counts", "x.csv"), ("counts", "x.csv.gz"), ("jsonl", "x"), ("olmoe", "x2"), ("vllm", "x3")):
+        export = ["routes", "export", str(tmp_path / "R"), "--format", form, "--out", str(tmp_path / name)]
+        assert cli.main(export) == 0
+        capsys.readouterr()
+        assert cli.main(export) == 1
+        assert f"{name} exists; name another file or pass --overwrite" in " ".join(capsys.readouterr().err.split())
+        assert cli.main([*export, "--overwrite"]) == 0
+        for content in (b"", b'{"id": 1}', b"[1]", b"\x1f\x8b\x08", b"\xff\xfe"):
+            mine.write_bytes(content)
+            assert cli.main([*export[:-1], str(mine), "--overwrite"]) == 1
+            assert "bimedix did not write it" in " ".join(capsys.readouterr().err.split())
+            assert mine.read_bytes() == content

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,14 @@ from bimedix_jax.routing.recording import Recording
 Format = Literal["jsonl", "olmoe", "counts", "vllm"]
 DIGITS = {"float16": 5, "float32": 9}
 """Significant digits of numbers in text, from which the same number is read."""
+KEYS = {
+    "jsonl": {"id", "input_ids", "experts"},
+    "olmoe": {"input_ids", "exp_ids"},
+    "vllm": {"id", "prompt_token_ids", "choices"},
+}
+"""Keys of a line of each format."""
+GZIP = b"\x1f\x8b"
+"""First bytes of a compressed file."""
 
 
 def export_routes(recording: Recording, form: Format, out: Path) -> int:
@@ -37,6 +46,21 @@ def export_routes(recording: Recording, form: Format, out: Path) -> int:
             return _write_counts(recording, partial, compressed=out.suffix == ".gz")
         with partial.open("w", encoding="utf-8", newline="\n") as file:
             return sum(1 for line in map(LINES[form], _records(recording, form)) if write_line(file, line) is None)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a file begins as one of the formats that `export_routes` writes."""
+    try:
+        with path.open("rb") as binary:
+            packed = binary.read(2) == GZIP
+        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
+            first = file.readline()
+        if first.rstrip("\n") == ",".join(COLUMNS):
+            return True
+        found = json.loads(first)
+    except (OSError, EOFError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and any(keys <= set(found) for keys in KEYS.values())
 
 
 def _records(recording: Recording, form: str) -> Iterator[dict[str, Any]]:
