@@ -71,8 +71,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         console.print(levels_table(claims))
     for warning in claims["warnings"]:
         console.print(warning, style="bold yellow", markup=False, highlight=False)
-    for refusal in claims["refused"]:
-        console.print(f"not claimed: {refusal['claim']} ({refusal['why']})", highlight=False)
+    for line in not_claimed(claims["refused"]):
+        console.print(line, markup=False, highlight=False)
     console.print(f"written: {config.out / HTML}", highlight=False)
     return claims
 
@@ -90,6 +90,21 @@ def command_of(config: Config) -> str:
     return shlex.join(words)
 
 
+def not_claimed(refused: list[dict[str, str]]) -> list[str]:
+    """A line for each question: the first claim that is refused, and why; of the others what is not claimed."""
+    by_question: dict[str, list[tuple[str, str]]] = {}
+    for one in refused:
+        question, _, claim = one["claim"].partition(": ")
+        by_question.setdefault(question, []).append((claim, one["why"]))
+    lines = []
+    for question, found in by_question.items():
+        (claim, why), *others = found
+        first = f"{question}: {claim}" if claim else question
+        more = f"; nor {', '.join(name for name, _ in others)} (reasons in claims.json)" if others else ""
+        lines.append(f"not claimed: {first} ({why}){more}")
+    return lines
+
+
 def levels_table(claims: dict[str, Any]) -> "FittedTable":
     """A line for each question."""
     from bimedix_jax.process.terminal import FittedTable
@@ -97,20 +112,30 @@ def levels_table(claims: dict[str, Any]) -> "FittedTable":
     found = FittedTable(title="Do routes depend on ...?")
     for name in ("question", "level"):
         found.add_column(name)
-    for name in ("clusters", "cells above none", "largest difference, points"):
+    for name in ("clusters", "cells above none"):
         found.add_column(name, justify="right")
+    found.add_prose_column("largest difference in load")
     for question in claims["questions"]:
         own = [claim for claim in claims["claims"] if claim["question"] == question["name"]]
         above = sum(claim["level"] != "none" for claim in own)
-        differences = [cell["estimate"] for cell in question["cells"] if cell["estimate"] is not None]
-        if question["cells"] and question["cells"][0]["expert"] is None:  # distances of layers, not shares
-            differences = []
         clusters = ", ".join(f"{count} {group}" for group, count in question["clusters"].items())
         found.add_row(
             question["name"],
             question["level"] or "not tested",
             clusters,
             f"{above} of {len(own)}" if own else "",
-            f"{100 * max(differences, key=abs):+.1f}" if differences else "",
+            largest_difference(question),
         )
     return found
+
+
+def largest_difference(question: dict[str, Any]) -> str:
+    """'+3.1 points, ar minus en, layer 2, expert 5'; empty without a difference in load."""
+    cells = [cell for cell in question["cells"] if cell["estimate"] is not None and cell["expert"] is not None]
+    if not cells:
+        return ""
+    cell = max(cells, key=lambda cell: abs(cell["estimate"]))
+    first, second = question["groups"]
+    return (
+        f"{100 * cell['estimate']:+.1f} points, {first} minus {second}, layer {cell['layer']}, expert {cell['expert']}"
+    )

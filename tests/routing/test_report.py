@@ -16,6 +16,7 @@ import planted_routes
 import pytest
 
 from bimedix_jax import cli
+from bimedix_jax.commands.routes_report import largest_difference, not_claimed
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.routing.claims import LEVELS, Gate
 from bimedix_jax.routing.formats.imports import ImportOptions, import_routes
@@ -327,6 +328,21 @@ def test_the_command_writes_what_it_prints(recording, tmp_path, capsys):
     assert (tmp_path / "out" / "load.csv").is_file()
     assert cli.main(command) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_the_terminal_has_a_line_for_each_question(report):
+    claims = json.loads((report / "claims.json").read_text())
+    lines = not_claimed(claims["refused"])
+    assert len(lines) == len(claims["questions"]) + 1 < len(claims["refused"])  # the last one is about answers
+    assert lines[0].startswith("not claimed: routes depend on language: beyond geometry (not tested: no random router")
+    assert "; nor learned in fine-tuning, functional, " in lines[0]
+    cell = max(claims["questions"][0]["cells"], key=lambda cell: abs(cell["estimate"]))
+    place = f"ar minus en, layer {cell['layer']}, expert {cell['expert']}"
+    assert largest_difference(claims["questions"][0]) == f"{100 * cell['estimate']:+.1f} points, {place}"
+    untested = {"groups": ["a", "b"], "cells": [cell | {"estimate": None}]}
+    assert largest_difference(untested) == largest_difference(untested | {"cells": []}) == ""
+    distances = {"groups": ["a", "b"], "cells": [cell | {"expert": None}]}
+    assert largest_difference(distances) == ""
 
 
 def test_what_does_not_belong_together_is_refused(recording, tmp_path):
