@@ -60,12 +60,10 @@ def analyse(
     check_fields(fields)
     if permutations < PERMUTATIONS:
         raise BimedixError(f"{permutations} permutations are too few for adjusted p-values; use {PERMUTATIONS} or more")
-    refused, asked = [], []
-    for field in fields:
-        found = contrasts(tables, field) if field in tables.groups else []
-        asked += found
-        if not found:
-            refused.append(Refusal(claim=f"routes depend on {field}", why=_no_groups(tables, field)))
+    by_field = {field: contrasts(tables, field) if field in tables.groups else [] for field in fields}
+    asked = [contrast for found in by_field.values() for contrast in found]
+    empty = [field for field, found in by_field.items() if not found]
+    refused = [Refusal(claim=f"routes depend on {field}", why=_no_groups(tables, field)) for field in empty]
     untested = {contrast.name: why for contrast in asked if (why := _too_few(contrast)) is not None}
     refused += [Refusal(claim=f"routes depend on {name}: claims, intervals", why=why) for name, why in untested.items()]
     tested = [_evidence(tables, c, permutations, seed) for c in asked if c.name not in untested]
