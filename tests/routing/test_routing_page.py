@@ -1,5 +1,6 @@
 """The commands of docs/routing.md, from a question to a figure, run as they are written, on fewer records."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -22,7 +23,7 @@ from bimedix_jax.data.tokenizer import byte_tokenizer
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.init import init_random
 from bimedix_jax.routing.answers import NAME as ANSWERS
-from bimedix_jax.routing.claims import LEVELS
+from bimedix_jax.routing.claims import LEVELS, Analysis, Cell, Claim, Exploration, Gate, Layer, Question, Refusal
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/routing.md"
 CONFIG = tiny(max_position_embeddings=4096)
@@ -98,6 +99,22 @@ def test_from_a_question_to_a_figure(tmp_path, monkeypatch):
 
 def test_the_levels_of_the_page_are_those_of_the_claims():
     assert tuple(re.findall(r"^\| `(\w+)` \|", section("From a question to a figure"), re.MULTILINE)) == LEVELS[1:]
+
+
+def test_the_keys_of_claims_are_listed():
+    def keys(kind: type, prefix: str = "") -> set[str]:
+        return {f"{prefix}{field.name}" for field in dataclasses.fields(kind)}
+
+    text = (PAGE.parent / "formats.md").read_text("utf-8")
+    text = re.split(r"^## ", text.split("\n## claims.json\n")[1], flags=re.MULTILINE)[0]
+    listed = [key for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for key in re.findall(r"`(.+?)`", row)]
+    expected = keys(Analysis) | {"unit", "hashes", "command", "version"}  # what write_report adds
+    expected |= keys(Gate, "gate.") | keys(Question, "questions[].")
+    expected |= keys(Cell, "questions[].cells[].") | keys(Layer, "questions[].layers[].")
+    expected |= keys(Claim, "claims[].") | keys(Refusal, "refused[].") | keys(Exploration, "exploration[].")
+    expected -= {"questions", "questions[].cells", "questions[].layers", "claims", "refused", "exploration"}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == expected
 
 
 def test_the_file_of_knock_outs_is_read_as_it_is_described():
