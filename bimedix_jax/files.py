@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bimedix_jax.errors import BimedixError, is_full, listed, problem_of
 from bimedix_jax.process import folders, signals
+from bimedix_jax.process.stand_ins import BYTE_ORDER_MARK, stand_in
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -22,6 +23,8 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 """How pydantic calls the error of an unknown key, in a model and in a dataclass."""
 LISTS = ("list_type", "tuple_type", "set_type", "frozen_set_type")
 """How pydantic calls the error of a value that should be a list in JSON."""
+OBJECTS = ("dict_type", "model_type", "model_attributes_type", "dataclass_type")
+"""The same of a value that should be an object."""
 
 
 @contextmanager
@@ -117,14 +120,6 @@ def inside(folder: str | os.PathLike[str], name: str) -> Path:
     return root / name
 
 
-PAGES = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error>")
-ANSWERS = (b"entry not found", b"404: not found", b"not found", b"invalid username or password", b"access denied")
-"""Answers of servers that were saved as if they were the file, in lower case."""
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
-"""Byte order marks of UTF-16."""
-
-
 def require_content(path: str | os.PathLike[str], text: bool = False, markup: bool = False) -> None:
     """Checks by its first bytes that a file is not a stand-in for its content.
 
@@ -140,33 +135,6 @@ def require_content(path: str | os.PathLike[str], text: bool = False, markup: bo
         problem = stand_in(file.read(512), text, markup)
     if problem:
         raise BimedixError(f"{path} {problem}.")
-
-
-def stand_in(head: bytes, text: bool = False, markup: bool = False) -> str | None:
-    """Describes a file that is only a stand-in, judging by its first bytes, with the remedy; None if it may be
-    genuine."""
-    wide = head.startswith(WIDE_MARKS)
-    start = head.decode("utf-16", "ignore").encode() if wide else head.removeprefix(BYTE_ORDER_MARK)
-    start = start.strip().lower()
-    if start.startswith((b"version https://git-lfs.github.com/", b"version https://hawser.github.com/")):
-        return "is a git-lfs pointer, not the file itself; run `git lfs pull` in its clone, or download the file"
-    if start.startswith((b"/annex/objects/", b"../.git/annex/", b".git/annex/")):
-        return "is a git-annex pointer, not the file itself; run `git annex get` in its clone, or download the file"
-    if not markup and start.startswith(PAGES):
-        return (
-            "is a web page (HTML or XML), not the file itself; the download was redirected or refused, so check the "
-            "address and your login, and download the file again"
-        )
-    if start.rstrip(b".") in ANSWERS:
-        return (
-            f"contains only a server's answer, {start.decode('utf-8', 'replace')!r}, not the file itself; check the "
-            "address and your login, and download the file again"
-        )
-    if text and head and not head.strip(b"\0"):
-        return "contains zero bytes only, as after a loss of power; restore it from a copy, or write it again"
-    if text and (wide or b"\0" in head[:4]):
-        return "is UTF-16 or UTF-32 text; save it as UTF-8"
-    return None
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -386,6 +354,22 @@ def _problem(error: "ErrorDetails", key: str) -> str:
     if not key:
         return f" is not a JSON {'list' if error['type'] in LISTS else 'object'}"
     found = found if len(found) < 80 else f"{found[:77]}..."
+    if error["type"] in LISTS:
+        return f" has {key} = {found}, but it should be a list"
+    if error["type"] in ("too_short", "too_long") and "ctx" in error:
+        least, most = (error["ctx"].get(name) for name in ("min_length", "max_length"))
+        limit = f"at least {least}" if most is None else f"at most {most}"
+        count = error["ctx"]["actual_length"]
+        return f" has {count} value{'s' * (count != 1)} in {key}, but it should have {limit}"
+    if error["type"] in OBJECTS:
+        return f" has {key} = {found}, but it should be an object"
+    if error["type"] == "union_tag_not_found" and "ctx" in error:
+        return f" lacks the key {key}.{error['ctx']['discriminator'][1:-1]}"
+    if error["type"] == "union_tag_invalid" and "ctx" in error:
+        tag = error["ctx"]
+        return (
+            f" has {key}.{tag['discriminator'][1:-1]} = {tag['tag']!r}, but it should be one of {tag['expected_tags']}"
+        )
     problem = error["msg"].removeprefix("Input ")
     return (
         f" has {key} = {found}, but it {problem}" if problem.startswith("should") else f" has a wrong {key}: {problem}"

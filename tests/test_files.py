@@ -1,6 +1,7 @@
 """Folders and files are written completely or not at all, and names never lead outside a folder."""
 
 import errno
+import gzip
 import hashlib
 import subprocess
 import sys
@@ -402,6 +403,24 @@ def test_a_byte_order_mark_is_not_a_part_of_the_text(tmp_path):
     assert read_json(path, dict[str, int], "save it again") == peek_json(path) == {"a": 1}
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        gzip.compress(b'{"a": 1}' * 99, mtime=0),
+        gzip.compress(b'{"a": 1}' * 99),
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+        b"\x93NUMPY\x01\0v\0{'descr': '<f8', }",
+        bytes(range(256)) * 2,
+    ],
+)
+def test_what_is_not_text_is_not_called_another_encoding(tmp_path, data):
+    path = tmp_path / "file.json"
+    path.write_bytes(data)
+    for read in (read_text, lambda path: list(text_lines(path))):
+        with pytest.raises(BimedixError, match="contains zero bytes, so it is not text; name a text file"):
+            read(path)
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_other_encodings_are_named(tmp_path, encoding):
     path = tmp_path / "file.json"
@@ -409,6 +428,9 @@ def test_other_encodings_are_named(tmp_path, encoding):
     for read in (read_text, lambda path: list(text_lines(path))):
         with pytest.raises(BimedixError, match="UTF-16 or UTF-32 text; save it as UTF-8"):
             read(path)
+    path.write_bytes(("{}\u200f\n" * 300 + "ب").encode(encoding))
+    with pytest.raises(BimedixError, match="UTF-16 or UTF-32 text; save it as UTF-8"):
+        read_text(path)
     path.write_bytes('{"a": "é"}'.encode("latin-1"))
     with pytest.raises(BimedixError, match="is not UTF-8 text \\(byte 0xe9 at position 7"):
         read_text(path)

@@ -19,7 +19,8 @@ MOST_BIAS = 1_000_000.0
 """Largest bias: logits that are larger would lose all digits to it, and sums of 32 of them are still finite."""
 MOST_RULES = 32
 """Rules of a file: a record of what was done has a bit for each in an unsigned integer of 32 bits."""
-REMEDY = "correct it; docs/routing.md lists the rules"
+LISTED = "docs/routing.md lists the rules"
+REMEDY = f"correct it; {LISTED}"
 
 
 def as_tuple(value: Any) -> Any:
@@ -168,6 +169,15 @@ class Permute(Base):
     op: Literal["permute"]
     to: Experts
 
+    @field_validator("to")
+    @classmethod
+    def _permutation(cls, to: tuple[int, ...]) -> tuple[int, ...]:
+        if sorted(to) != list(range(len(to))):
+            raise ValueError(
+                f"to is {list(to)}, which is no permutation; name each expert from 0 to {len(to) - 1} once"
+            )
+        return to
+
     def problem(self, config: MixtralConfig) -> str | None:
         if sorted(self.to) != list(range(config.router.num_experts)):
             return f"has {list(self.to)}, which is no permutation of the {config.router.num_experts} experts"
@@ -259,7 +269,7 @@ def parse_rules(value: Any, where: str) -> tuple[Any, ...]:
       BimedixError: it is not a list of 1 to 32 rules; the message begins with `where`.
     """
     if isinstance(value, dict):
-        raise BimedixError(f"{where} is a JSON object, but rules are a list: put [ ] around it; {REMEDY}.")
+        raise BimedixError(f"{where} is a JSON object, but rules are a list: put [ ] around it ({LISTED}).")
     if not isinstance(value, list) or not 1 <= len(value) <= MOST_RULES:
         raise BimedixError(f"{where} is not a list of 1 to {MOST_RULES} rules; {REMEDY}.")
     return files.validate(value, tuple[Rule, ...], where, REMEDY)

@@ -334,7 +334,7 @@ def test_a_shuffle_takes_every_token_of_a_record_once() -> None:
         ([{"op": "uniform", "layers": [0, ":3"]}], "names layers ':3', but this model has layers 0 .. 1"),
         ([{"op": "force", "experts": [0, 1]}], "forces 2 experts, but this model's k is 3; name 3, or use include"),
         ([{"op": "include", "experts": [0, 1, 2, 3]}], "includes 4 experts, more than this model's k of 3"),
-        ([{"op": "permute", "to": [0, 1, 2, 3, 4, 4]}], "which is no permutation of the 6 experts"),
+        ([{"op": "permute", "to": [3, 1, 2, 0]}], "which is no permutation of the 6 experts"),
         ([{"op": "top_k", "k": 4}], "asks for 4 experts a token, but this model's k is 3; ask for fewer"),
         ([{"op": "by_language", "experts": {"ar": [1]}}], "has 1 experts for ar, but this model's k is 3"),
         ([{"op": "ban", "experts": [0], "where": {"pair": "p"}}], "asks for pair, which is not available.*`records`"),
@@ -349,7 +349,9 @@ def test_rules_that_do_not_fit_raise(rules: list[dict[str, Any]], message: str) 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ({"op": "banish"}, "banish"),
+        ({"op": "banish"}, "has 0.op = 'banish', but it should be one of 'ban', 'force', "),
+        ({"experts": [0]}, "lacks the key 0.op;"),
+        ({"op": "uniform", "where": "ar"}, "has 0.where = 'ar', but it should be an object;"),
         ({"op": "ban", "experts": [0], "layer": [1]}, "unknown key"),
         ({"op": "ban", "experts": [0], "where": {"langauge": "ar"}}, "unknown key.*langauge"),
         ({"op": "ban"}, "lacks the key 0.experts"),
@@ -373,7 +375,14 @@ def test_rules_that_do_not_fit_raise(rules: list[dict[str, Any]], message: str) 
         ({"op": "by_language", "experts": {"arabic": [0]}}, "'arabic', but it should be 'en' or 'ar'"),
         ({"op": "bias", "experts": [0], "value": 2e6}, "less than or equal to 1000000"),
         ({"op": "force", "experts": [0, 1], "weights": [1.0]}, "1 weights for 2 experts"),
-        ({"op": "swap", "experts": [1]}, "at least 2 items"),
+        ({"op": "swap", "experts": [1]}, "has 1 value in 0.experts, but it should have at least 2;"),
+        ({"op": "swap", "experts": [1, 2, 3]}, "has 3 values in 0.experts, but it should have at most 2;"),
+        ({"op": "ban", "experts": []}, "has 0 values in 0.experts, but it should have at least 1;"),
+        ({"op": "ban", "experts": 3}, "has 0.experts = 3, but it should be a list;"),
+        (
+            {"op": "permute", "to": [1, 1, 2, 3]},
+            r"to is \[1, 1, 2, 3\], which is no permutation; name each expert from",
+        ),
     ],
 )
 def test_wrong_rules_are_refused_when_the_file_is_read(tmp_path, rule: dict[str, Any], message: str) -> None:
