@@ -55,7 +55,7 @@ class Config:
     wandb_sweep: bool = False
     """Run nothing; write OUT/STUDY-SIZE/wandb-sweep.yaml, the grid as a W&B sweep whose agents call this command."""
     dry_run: bool = False
-    """Print the runs and how far they are, and exit."""
+    """Print the runs and how far they are, and exit. The rules of their interventions are read and checked."""
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
@@ -66,6 +66,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.sweeps.report import write_report
 
     plan = plan_of(config)
+    sweep.check_interventions(plan)
     if config.dry_run:
         return dry_run(plan, config.jobs, console)
     progress = Screen(stderr=True)

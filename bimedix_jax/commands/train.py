@@ -77,7 +77,7 @@ class Config:
     distributed: bool = False
     """Run as one of several processes that were started with the same options; needs a mesh and a shared --out."""
     dry_run: bool = False
-    """Print the resolved experiment and exit."""
+    """Print the resolved experiment and exit. The rules of --intervene are read and checked."""
 
 
 def resolve(config: Config) -> Experiment:
@@ -104,6 +104,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Trains. Returns the paths of the results and the metrics of the last step."""
     experiment = resolve(config)
     if config.dry_run:
+        from bimedix_jax.training.dry_run import check_interventions
+
+        check_interventions(experiment)
         console.print_json(experiment.to_json())
         return {"experiment": experiment.to_dict()}
     if not config.distributed:

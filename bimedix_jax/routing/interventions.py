@@ -29,7 +29,7 @@ from bimedix_jax.routing.chance import draws, number_of
 from bimedix_jax.routing.draft import FIELDS, Draft, NoSlotLeft
 from bimedix_jax.routing.parts import SUPPLIED_BY
 from bimedix_jax.routing.recorded_routes import RecordedRoutes
-from bimedix_jax.routing.rules import Base, label, parse_rules, read_rules, within
+from bimedix_jax.routing.rules import Base, check_rules, label, parse_rules, read_rules, too_many_bans, within
 
 BY_TOKEN = ("noise", "shuffle", "freeze", "hash", "random", "by_language")
 """Ops that differ between tokens even without a condition."""
@@ -91,18 +91,13 @@ class Interventions:
 
     def check(self, config: MixtralConfig) -> None:
         """Raises BimedixError if a rule does not fit the model."""
+        check_rules(self.rules, config)
+        sizes = config.num_layers, config.router.num_experts, config.router.top_k
         for number, rule in enumerate(self.rules):
-            problem = rule.problem(config)
-            if problem is None and rule.op == "freeze" and rule.recording is not None:
-                sizes = config.num_layers, config.router.num_experts, config.router.top_k
+            if rule.op == "freeze" and rule.recording is not None:
                 problem = self.recordings[rule.recording].problem(*sizes)
-            if problem is not None:
-                raise BimedixError(f"rule {number} ({rule.op}) {problem}")
-        always = [rule for rule in self.rules if rule.op in ("ban", "top_k") and not rule.where.given()]
-        draft = Draft(config, 1, 1)
-        for rule in always:
-            _apply_alike(draft, rule, rule.layer_mask(config)[:, None, None])
-        _check_bans(draft)
+                if problem is not None:
+                    raise BimedixError(f"rule {number} ({rule.op}) {problem}")
 
     def planner(self, config: MixtralConfig, sources: Sequence[Source]) -> "RulePlanner":
         """The planner for batches of these sequences; errors as inference.planning.Rules."""
@@ -309,10 +304,7 @@ def _apply_alike(draft: Draft, rule: Any, mask_LBT: np.ndarray) -> None:
 def _check_bans(draft: Draft) -> None:
     short = draft.bans_too_many()
     if short is not None:
-        layer, left, needed = short
-        raise BimedixError(
-            f"the bans leave a token of layer {layer} {left} experts, but the router needs {needed}; ban fewer"
-        )
+        raise too_many_bans(*short)
 
 
 def _arrays(routing: Routing) -> tuple[np.ndarray, np.ndarray]:

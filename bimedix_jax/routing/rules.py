@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -278,6 +279,41 @@ def parse_rules(value: Any, where: str) -> tuple[Any, ...]:
 def read_rules(path: str | Path) -> tuple[Any, ...]:
     """The rules in a JSON file. Raises BimedixError if it cannot be read or is not a list of rules."""
     return parse_rules(files.read_json(path, object, REMEDY, unique_keys=True), str(path))
+
+
+def training_rules(path: str | Path) -> tuple[Any, ...]:
+    """The rules in a JSON file, for training. Errors as `read_rules`, and for a rule that is not available there."""
+    rules = read_rules(path)
+    unable = [rule.op for rule in rules if rule.op in ("shuffle", "freeze")]
+    if unable:
+        raise BimedixError(
+            f"{unable[0]} needs another pass of a model in every step and is not available in training; leave it out "
+            f"of {path}."
+        )
+    return rules
+
+
+def check_rules(rules: Sequence[Any], config: MixtralConfig) -> None:
+    """Raises BimedixError if a rule does not fit the model, or if rules for all tokens ban too many experts."""
+    left_LE = np.ones((config.num_layers, config.router.num_experts), bool)
+    needed_L = np.full(config.num_layers, config.router.top_k)
+    for number, rule in enumerate(rules):
+        problem = rule.problem(config)
+        if problem is not None:
+            raise BimedixError(f"rule {number} ({rule.op}) {problem}")
+        if rule.op == "ban" and not rule.where.given():
+            left_LE[np.ix_(rule.layer_mask(config), np.isin(np.arange(left_LE.shape[1]), rule.experts))] = False
+        elif rule.op == "top_k" and not rule.where.given():
+            needed_L[rule.layer_mask(config)] = rule.k
+    short = np.flatnonzero(left_LE.sum(1) < needed_L)
+    if len(short):
+        raise too_many_bans(int(short[0]), int(left_LE[short[0]].sum()), int(needed_L[short[0]]))
+
+
+def too_many_bans(layer: int, left: int, needed: int) -> BimedixError:
+    return BimedixError(
+        f"the bans leave a token of layer {layer} {left} experts, but the router needs {needed}; ban fewer"
+    )
 
 
 def label(rule: Base) -> str:

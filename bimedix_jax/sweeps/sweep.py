@@ -22,6 +22,7 @@ from bimedix_jax.sweeps.folder import Run, log_incident, run_of, study_folder, w
 from bimedix_jax.sweeps.inputs import Fingerprints
 from bimedix_jax.sweeps.queue import BUSY, Job, machine, reason_of, run_jobs, shares
 from bimedix_jax.sweeps.study import Size, Study
+from bimedix_jax.training import dry_run
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 
 WORKER = (sys.executable, "-m", "bimedix_jax.sweeps.worker")
@@ -208,6 +209,16 @@ def check_data(plan: Plan) -> None:
         data = plan.study.experiment(arm, plan.seeds[0], plan.name, plan.all_changes()).data
         if data.path is None and not data.synthetic_rows:
             raise BimedixError(f"{plan.study.path} names no data at size {plan.name}; pass --data, a packed folder.")
+
+
+def check_interventions(plan: Plan) -> None:
+    """Raises BimedixError if the rules of an arm cannot be read or do not fit its model, as far as that is known."""
+    for arm in plan.arms:
+        for seed in plan.seeds:
+            try:
+                dry_run.check_interventions(plan.study.experiment(arm, seed, plan.name, plan.all_changes()))
+            except BimedixError as error:
+                raise BimedixError(f"arm {arm}: {error}") from None
 
 
 def dry_rows(plan: Plan) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from bimedix_jax.inference.planning import UNKNOWN, Source, Tokens
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.interventions import Interventions
+from bimedix_jax.routing.rules import training_rules
 from bimedix_jax.sharding.layout import Layout
 from bimedix_jax.training.prepare import replicated_plan
 from bimedix_jax.training.rows import Rows
@@ -28,14 +29,7 @@ def rules_of_run(experiment: Experiment, plan: RoutingPlan | None) -> Interventi
         return None
     if plan is not None:
         raise BimedixError("The run has a routing plan and the experiment has intervene; give one of them.")
-    rules = dataclasses.replace(Interventions.read(experiment.intervene), sparse=True)
-    unable = [rule.op for rule in rules.rules if rule.op in ("shuffle", "freeze")]
-    if unable:
-        raise BimedixError(
-            f"{unable[0]} needs another pass of a model in every step and is not available in training; leave it out "
-            f"of {experiment.intervene}."
-        )
-    return rules
+    return Interventions(training_rules(experiment.intervene), sparse=True)
 
 
 @dataclasses.dataclass(frozen=True)
