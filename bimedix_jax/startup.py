@@ -81,19 +81,22 @@ def keep_programs() -> None:
 
     They are in $BIMEDIX_CACHE/programs or ~/.cache/bimedix_jax/programs, at most 2 GiB: JAX removes the least recently
     used ones. Processes can share the folder, and it can be deleted at any time. A program is found again only under
-    the same versions, options and instruction set. JAX_COMPILATION_CACHE_DIR names another folder,
-    JAX_ENABLE_COMPILATION_CACHE=false turns this off. Programs that compile fast are kept too: a run has a hundred of
-    them.
+    the same versions, options and instruction set. JAX_ENABLE_COMPILATION_CACHE=false turns this off. Programs that
+    compile fast are kept too: a run has a hundred of them.
+
+    JAX_COMPILATION_CACHE_DIR names a folder of the user's, which is used unchanged and without a limit: a process with
+    a limit fails on the programs of one without.
     """
-    cache = Path(os.environ.get("BIMEDIX_CACHE") or Path.home() / ".cache" / "bimedix_jax")
-    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "programs"))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    if "://" in folder or os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0"):
+    off = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() in ("false", "0")
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or off:
         return
+    folder = Path(os.environ.get("BIMEDIX_CACHE") or Path.home() / ".cache" / "bimedix_jax") / "programs"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(Path(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
     except OSError as error:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         reason = error.strerror or type(error).__name__

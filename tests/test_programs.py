@@ -45,6 +45,9 @@ def test_the_folder_is_bounded_and_settings_of_the_user_are_kept(fresh, monkeypa
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "5")
     startup.keep_programs()
     assert [os.environ[name] for name in SETTINGS[:2]] == ["gs://bucket/programs", "5"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_MAX_SIZE")
+    startup.keep_programs()
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ, "other processes may fill the folder without a limit"
 
 
 def test_a_folder_that_cannot_be_written_is_named_once(fresh, capsys) -> None:
