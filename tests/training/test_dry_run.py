@@ -22,7 +22,7 @@ from bimedix_jax.sweeps.study import Contrast, Size
 
 ARMS = {"base": smoke(), "ruled": override(smoke(), {"intervene": "rules.json"})}
 SEEDS = 6
-PRIMARY = Contrast("nats_per_token", "ruled", "base", -1)
+PRIMARY = Contrast("nll", "ruled", "base", -1)
 SIZES = {"smoke": Size(seeds=2), "lab": Size(), "full": Size()}
 """
 WRONG = [
