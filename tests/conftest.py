@@ -55,7 +55,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no warning about threads when 
 
 gc.set_threshold(50_000, 20, 20)  # tracing makes so many objects that collecting garbage takes a sixth of its time
 
+from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+
+settings.register_profile("suite", deadline=None)  # no test depends on how busy the machine is
+settings.load_profile("suite")
 
 LARGE = 9 << 28
 """Bytes of a worker from which on compiled programs are freed between files."""
