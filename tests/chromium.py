@@ -1,7 +1,7 @@
 """Pages in a headless Chromium: what they request and report as errors, how they are laid out, and as PDF.
 
-It is driven over two pipes (--remote-debugging-pipe), so that no package is needed. Nothing of the project needs it:
-tests are skipped where it is not installed.
+It is driven over two pipes (--remote-debugging-pipe), so that no package is needed. bimedix_jax itself never starts a
+browser, and the tests are skipped where Chromium is not installed.
 """
 
 import base64

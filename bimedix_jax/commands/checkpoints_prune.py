@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from bimedix_jax.errors import BimedixError
+from bimedix_jax.errors import BimedixError, listed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             left, doomed = choose()
             prune(doomed)
     if not doomed:
-        console.print(f"nothing to remove: {len(left)} checkpoints, all intact", highlight=False)
+        console.print(f"nothing to remove; intact: {listed([f'step {step}' for step in left])}", highlight=False)
     for one in doomed:
         why = f"damaged: {one.damage}" if one.damage else "older"
         console.print(f"step {one.step} {'would be' if config.dry_run else 'is'} removed ({why})", highlight=False)
