@@ -4,7 +4,7 @@
     python scripts/measure_tests.py tests/kernels --json        # arguments without dashes go to pytest
 
 Memory is the sum of the proportional set sizes of pytest, its workers and the programs that tests start, sampled every
-three seconds: a page that several processes share counts once. Linux only.
+six seconds: a page that several processes share counts once. Linux only.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from xml.etree import ElementTree
 from bimedix_jax.errors import BimedixError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
+SAMPLED = 6.0
+"""Seconds between two samples of memory. To read the pages of some GiB takes a few hundredths of a second each time."""
 
 
 def descendants(root: int) -> list[int]:
@@ -55,7 +57,7 @@ def memory_of(processes: list[int]) -> int:
 
 
 def watch(process: int, ended: threading.Event, peaks: list[int]) -> None:
-    while not ended.wait(3.0):
+    while not ended.wait(SAMPLED):
         peaks[0] = max(peaks[0], memory_of(descendants(process)))
 
 

@@ -122,6 +122,17 @@ def quick_kernels_in_folders(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def least_effort() -> Iterator[None]:
+    """XLA's lowest level of optimisation: programs of TPUs have the same products, and compile in less time."""
+    import jax
+
+    usual = jax.config.values["jax_optimization_level"]
+    jax.config.update("jax_optimization_level", "O0")
+    yield
+    jax.config.update("jax_optimization_level", usual)
+
+
 @pytest.fixture(scope="session")
 def bytes_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Tokenizer of bytes with ChatML."""

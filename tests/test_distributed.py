@@ -31,7 +31,16 @@ def command(folder: Path, steps: int, *more: str) -> list[str]:
     return [*words, "--set", 'mesh={"fsdp": 2}', "batch.accumulation=2", *more]
 
 
-def start_two(folder: Path, steps: int, *more: str) -> list[subprocess.Popen]:
+SHORT_HEARTBEATS = """
+import sys
+from bimedix_jax import cli, distributed
+distributed.HEARTBEAT_SECONDS = 10
+sys.exit(cli.main())
+"""
+MODULE = ("-m", "bimedix_jax")
+
+
+def start_two(folder: Path, steps: int, *more: str, program: tuple[str, str] = MODULE) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -39,7 +48,7 @@ def start_two(folder: Path, steps: int, *more: str) -> list[subprocess.Popen]:
     for number in range(2):
         own = {"BIMEDIX_COORDINATOR": address, "BIMEDIX_PROCESSES": "2", "BIMEDIX_PROCESS": str(number)}
         with (folder.parent / f"{number}.log").open("w") as log:
-            words = [*command(folder, steps, *more), "--distributed"]
+            words = [sys.executable, *program, *command(folder, steps, *more)[3:], "--distributed"]
             started.append(subprocess.Popen(words, env=environment(1, **own), stderr=log))
     return started
 
@@ -93,7 +102,7 @@ def stop_all(running: list[subprocess.Popen]) -> None:
 
 
 def test_when_a_process_dies_the_others_stop_with_a_message(tmp_path):
-    running = start_two(tmp_path / "run", 100_000)
+    running = start_two(tmp_path / "run", 100_000, program=("-c", SHORT_HEARTBEATS))
     try:
         wait_for_steps(tmp_path / "run", running[0])
         running[1].send_signal(signal.SIGKILL)

@@ -47,6 +47,7 @@ def test_rows_for_the_script() -> None:
     assert product["flops_ratio"] == pytest.approx(71 / 64)
 
 
+@pytest.mark.usefixtures("least_effort")
 def test_a_moe_layer_does_few_extra_flops() -> None:
     """There is no product over all experts, which would multiply the useful FLOPs by 8."""
     assert 1 <= layer.measure("v5e")["flops_ratio"] <= 1.15

@@ -83,6 +83,7 @@ SMALL = {
     "model.random.intermediate_size": 128,
     "model.random.num_layers": 2,
     "model.dtype": "bfloat16",
+    "lora.targets": ["q", "w1", "router"],  # one of each kind: every target has kernels to compile
 }
 
 

@@ -111,6 +111,14 @@ def test_seeds_that_were_not_declared_are_named(study, stub, tmp_path, capsys):
     assert "Seeds that were not declared: 2." in (out / "report.md").read_text()
 
 
+def test_a_contrast_on_records_that_no_run_has_is_refused(study, tmp_path, capsys):
+    study.write_text(study.read_text().replace('heldout="sample"', "heldout=None"))
+    code, found = sweep(study, tmp_path / "out", "--dry-run", capsys=capsys)
+    assert code == 1
+    assert "PRIMARY is about nats_per_token of held-out records, and size smoke has none" in found["error"]
+    assert sweep(study, tmp_path / "out", "--dry-run", "--heldout", "sample", capsys=capsys)[0] == 0
+
+
 def test_another_study_of_the_same_name_is_refused(study, stub, tmp_path, capsys):
     out = tmp_path / "out"
     _, done = sweep(study, out, capsys=capsys)
