@@ -13,11 +13,26 @@ from bimedix_jax.models.router_sums import RouterSums, load_balancing_loss, rout
 from bimedix_jax.models.routers import Record, Recorded, Routing, RoutingPlan
 
 Observe = Callable[..., Any]
-"""(moe, x_BTD, decision, group_BT, operand) -> a pytree of arrays that begin with B: what to keep of a layer.
+"""(moe, x_BTD, decision, group_BT, operand, before_BTD) -> a pytree of arrays that begin with B: what to keep of a layer.
 
 It gets the layer's mixture of experts, the states that its router reads, what the router decided, the group of each
-token, -1 at padding, and its layer of the operands. It is static: equal ones share a compiled program.
+token, -1 at padding, its layer of the operands, and the states before the layer. It is static: equal ones share a
+compiled program.
 """
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a call begins, if not with the first layer.
+
+    Attributes:
+      layer: int32 scalar, the first layer that runs; another one does not recompile.
+      before_BTD: the states before it, which an earlier call observed.
+    """
+
+    layer: Leaf
+    before_BTD: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +49,7 @@ class Call:
       record: how much of each token's routing is returned.
       groups: number of groups; 0 means no sums.
       observe: what else is kept of every layer; None means nothing.
+      start: the layer to begin with; None means the first one. Nothing is recorded then.
     """
 
     tokens_BT: Leaf
@@ -46,6 +62,7 @@ class Call:
     groups: int = dataclasses.field(metadata={"static": True})
     operands: Any = None
     observe: Observe | None = dataclasses.field(default=None, metadata={"static": True})
+    start: Start | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bimedix_jax.models.attention import KVCache
-from bimedix_jax.models.call import Call, Observe
+from bimedix_jax.models.call import Call, Observe, Start
 from bimedix_jax.models.config import MixtralConfig, Remat
 from bimedix_jax.models.plans import RoutingPlan, checked_plan
 from bimedix_jax.models.routers import Record
@@ -25,6 +25,7 @@ def checked_call(
     group_BT: Any,
     observe: Observe | None = None,
     operands: Any = None,
+    start: Start | None = None,
 ) -> Call:
     """The operands of `Mixtral.__call__`, checked, with defaults filled in.
 
@@ -47,7 +48,9 @@ def checked_call(
     group_of = None
     if groups or observe is not None:
         group_of = jnp.zeros_like(tokens_BT) if group_BT is None else jnp.asarray(group_BT, jnp.int32)
-    return Call(tokens_BT, segment_ids_BT, plan, cache, group_of, remat, record, groups, operands, observe)
+    if start is not None and (cache is not None or record != "none" or groups or observe is not None):
+        raise ValueError("A call that starts at a later layer has no cache and keeps no record, sums or observations.")
+    return Call(tokens_BT, segment_ids_BT, plan, cache, group_of, remat, record, groups, operands, observe, start)
 
 
 def checked_tokens(tokens_BT: Any, vocab_size: int) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from bimedix_jax.kernels.layer_scan import layer_scan
 from bimedix_jax.models import shards
@@ -30,22 +31,30 @@ def run_layers(
     group_BT = None if call.group_BT is None else jnp.where(call.segment_ids_BT != 0, call.group_BT, -1)
 
     def body(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
-        rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, offset = constants
-        state, plan, operand = layer
+        rotations_BTH, segment_ids_BT, key_ids_BS, group_BT, offset, _ = constants
+        state, plan, operand, _ = layer
         block = nnx.merge(graph, shards.gather_state("layers", state))
+        before = x
         x, read_BTD, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, plan, kv, offset)
         sums = sums_of(decision, group_BT, call.groups) if call.groups else None
-        seen = None if call.observe is None else call.observe(block.moe, read_BTD, decision, group_BT, operand)
+        seen = None if call.observe is None else call.observe(block.moe, read_BTD, decision, group_BT, operand, before)
         return x, (recorded(decision.routing, call.record), sums, seen), kv
+
+    def later(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
+        runs = layer[-1] >= constants[-1]
+        x = lax.cond(runs, lambda x: body(constants, x, layer, kv)[0], lambda x: x, x)
+        return x, (None, None, None), kv
 
     cache = call.cache
     kv, offset = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
-    constants = (rotations_BTH, call.segment_ids_BT, key_ids_BS, group_BT, offset)
+    start = call.start
+    constants = (rotations_BTH, call.segment_ids_BT, key_ids_BS, group_BT, offset, start and start.layer)
+    numbers = None if start is None else jnp.arange(len(jax.tree.leaves(state)[0]), dtype=jnp.int32)
     x_BTD, (routing, sums, observed), kv = layer_scan(
-        checkpointed(body, call.remat),
+        checkpointed(body if start is None else later, call.remat),
         constants,
         x_BTD,
-        (state, call.plan, call.operands),
+        (state, call.plan, call.operands, numbers),
         kv,
         backend="scan" if shards.active() else None,  # the other backends do not support collectives
     )

@@ -12,7 +12,7 @@ from bimedix_jax.kernels.attention import Cached
 from bimedix_jax.models.attention import Attention, KVCache, RMSNorm, locate, rotations
 from bimedix_jax.models.axes import EMBED, LAYERS, VOCAB
 from bimedix_jax.models.base import Model
-from bimedix_jax.models.call import Call, Observe, Output
+from bimedix_jax.models.call import Call, Observe, Output, Start
 from bimedix_jax.models.checks import checked_call
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat
 from bimedix_jax.models.embedding import Embedding, Head
@@ -71,7 +71,7 @@ class Mixtral(Model):
     def forward(self, call: Call) -> Output:
         positions_BT, key_ids_BS = locate(call.segment_ids_BT, call.cache)
         rotations_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        x_BTD = self.embed(call.tokens_BT).astype(self.dtype)
+        x_BTD = self.embed(call.tokens_BT).astype(self.dtype) if call.start is None else call.start.before_BTD
         x_BTD, routing, sums, kv, observed = run_layers(self.layers, x_BTD, rotations_BTH, key_ids_BS, call)
         cache = call.cache
         if cache is not None:
@@ -97,13 +97,15 @@ class Mixtral(Model):
         group_BT: Int[Array | np.ndarray, "B T"] | None = None,
         observe: Observe | None = None,
         operands: Any = None,
+        start: Start | None = None,
     ) -> Output:
         """`__call__` without the output head, and by default without a record.
 
         Args:
           observe, operands: what else to keep of every layer, see `call.Observe`.
+          start: a later layer to begin with, and the states before it. Only for a model on one device.
         """
-        how = (plan, cache, remat, record, groups, group_BT, observe, operands)
+        how = (plan, cache, remat, record, groups, group_BT, observe, operands, start)
         return self.compiled(checked_call(self.config, tokens_BT, segment_ids_BT, *how))
 
     def __call__(

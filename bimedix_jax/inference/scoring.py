@@ -16,6 +16,7 @@ from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.padding import packed, packed_places, part_of
 from bimedix_jax.inference.planning import Planner, Plans, Tokens
+from bimedix_jax.models.call import Start
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan, checked_plan
 
@@ -143,6 +144,7 @@ def target_logprobs(
     scored_BT: np.ndarray,
     plan: RoutingPlan | None = None,
     record: Record = "none",
+    start: Start | None = None,
 ) -> tuple[np.ndarray, Routing | None]:
     """log p of every token where `scored_BT` is True, given the tokens before it in its segment; 0 elsewhere.
 
@@ -150,6 +152,7 @@ def target_logprobs(
       tokens_BT, ids_BT: packed segments; ids are 0 at padding.
       scored_BT: bool; False at the first token of a segment, which has no token before it.
       plan: what the routers are told to do with these rows and columns.
+      start: a later layer to begin with; nothing is recorded then.
 
     Returns: ([B, T] float64, what the routers did).
     """
@@ -162,7 +165,8 @@ def target_logprobs(
     before_M = np.pad(flat_M - 1, (0, rest)).astype(np.int32)
     targets_M = np.pad(tokens_BT.reshape(-1)[flat_M], (0, rest))
     plan = plan or RoutingPlan()
-    logprobs_M, routing = _logprobs_at(graph, weights, tokens_BT, ids_BT, before_M, targets_M, wanted, plan, record)
+    places = (before_M, targets_M, wanted)
+    logprobs_M, routing = _logprobs_at(graph, weights, tokens_BT, ids_BT, *places, plan, record, start)
     found_BT.reshape(-1)[flat_M] = np.asarray(logprobs_M, np.float64)[: flat_M.size]
     return found_BT, routing
 
@@ -178,8 +182,9 @@ def _logprobs_at(
     wanted: jax.Array,
     plan: RoutingPlan,
     record: Record,
+    start: Start | None,
 ) -> tuple[jax.Array, Routing | None]:
     model = nnx.merge(graph, weights)
-    out = model.hidden(tokens_BT, ids_BT, plan, record=record)
+    out = model.hidden(tokens_BT, ids_BT, plan, record=record, start=start)
     hidden_ND = out.hidden_BTD.reshape(-1, out.hidden_BTD.shape[-1])
     return chosen_logprobs(model, hidden_ND[before_M], targets_M, wanted), out.routing

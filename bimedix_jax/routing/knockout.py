@@ -4,13 +4,15 @@ A cell is knocked out in three meanings: `silence` multiplies its output by 0, a
 it from the choice, so that the router takes its next best; `swap` lets another expert compute in its place, with its
 weight: the next one in number that the token did not choose.
 
-All of them are values of the same plan fields, so one program for each batch shape runs all cells.
+All of them are values of the same plan fields, so one program for each batch shape runs all cells. The layers before a
+cell's layer do what they do without a knock-out, so they are run once for all cells.
 
 Letters: R records, C cells; otherwise as in models/axes.py.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -22,10 +24,12 @@ from tqdm import tqdm
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.scoring import chosen_logprobs, target_logprobs
+from bimedix_jax.models.call import Start
 from bimedix_jax.models.config import MixtralConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.sequences import Batch, Sequences, batches
+from bimedix_jax.routing.watch import Watch
 
 Meaning = Literal["silence", "ban", "swap"]
 MEANINGS: tuple[Meaning, ...] = get_args(Meaning)
@@ -82,6 +86,7 @@ def knock_out(model: Mixtral, sequences: Sequences, cells: Sequence[Cell], batch
       BimedixError: the model computes NaN or infinity.
     """
     graph, weights = nnx.split(model)
+    rows = sorted(range(len(cells)), key=lambda row: cells[row].layer)
     scored = [answer | prompt for answer, prompt in zip(sequences.answer, sequences.prompt(), strict=True)]
     roles = list(zip(sequences.answer, sequences.prompt(), strict=True))
     totals_XR2 = np.zeros((1 + len(cells), len(roles), 2))
@@ -89,23 +94,34 @@ def knock_out(model: Mixtral, sequences: Sequences, cells: Sequence[Cell], batch
     with tqdm(total=total * len(cells), desc="knock-outs", unit="run", delay=2, disable=None) as bar:
         for batch in batches(sequences, scored, model.config, batch_tokens):
             plans = CellPlans(model.config, batch)
+            before_LBTD, chosen_LBTK = by_layer(graph, weights, batch.tokens_BT, batch.ids_BT, plans.neutral)
+            chosen_LBTK = np.asarray(chosen_LBTK)
 
-            def nll(plan: RoutingPlan, batch: Batch = batch) -> tuple[np.ndarray, np.ndarray]:
+            def nll(plan: RoutingPlan, layer: int, batch: Batch = batch, before: jax.Array = before_LBTD) -> np.ndarray:
                 arrays = (batch.tokens_BT, batch.ids_BT, batch.scored_BT)
-                logprobs_BT, routing = target_logprobs(graph, weights, *arrays, plan, "choices")
-                assert routing is not None
-                return -logprobs_BT, np.asarray(routing.experts_LBTK)
+                return -target_logprobs(graph, weights, *arrays, plan, start=Start(jnp.int32(layer), before[layer]))[0]
 
-            own_BT, chosen_LBTK = nll(plans.neutral)
-            add(totals_XR2[0], batch, own_BT, roles)
-            for row, cell in enumerate(cells, start=1):
-                if plans.matters(cell, chosen_LBTK):
-                    add(totals_XR2[row], batch, nll(plans.plan(cell, chosen_LBTK))[0] - own_BT, roles)
-                bar.update()
+            add(totals_XR2[0], batch, nll(plans.neutral, 0), roles)
+            for layer, group in itertools.groupby(rows, lambda row: cells[row].layer):
+                own_BT = nll(plans.neutral, layer)  # from the same layer: no rounding is taken for an effect
+                for row in group:
+                    if plans.matters(cells[row], chosen_LBTK):
+                        change_BT = nll(plans.plan(cells[row], chosen_LBTK), layer) - own_BT
+                        add(totals_XR2[1 + row], batch, change_BT, roles)
+                    bar.update()
     if not np.isfinite(totals_XR2).all():
         raise BimedixError("the model computes NaN or infinity; check its weights, or load it with base float32")
     tokens_R2 = np.array([[chosen.sum() for chosen in both] for both in roles], np.float64)
     return Measured(cells=tuple(cells), change_CR2=totals_XR2[1:], nll_R2=totals_XR2[0], tokens_R2=tokens_R2)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def by_layer(
+    graph: nnx.GraphDef, weights: nnx.State, tokens_BT: jax.Array, ids_BT: jax.Array, plan: RoutingPlan
+) -> tuple[jax.Array, jax.Array]:
+    """The states before each layer [L, B, T, D], and the experts that it chooses [L, B, T, K]."""
+    out = nnx.merge(graph, weights).hidden(tokens_BT, ids_BT, plan, record="choices", observe=Watch(before=True))
+    return out.observed["before"], out.routing.experts_LBTK
 
 
 def add(totals_R2: np.ndarray, batch: Batch, values_BT: np.ndarray, roles: Sequence[Sequence[np.ndarray]]) -> None:

@@ -30,15 +30,23 @@ class Watch:
       slots: records of a row whose choices of random routers are counted, 0 without random routers. The operand is
         then (weights [D, R * E], biases [R, E]), and the groups number the records of a row.
       states: the states that the router reads.
+      before: the states before the layer, for `call.Start`.
     """
 
     scores: bool = False
     norms: bool = False
     slots: int = 0
     states: bool = False
+    before: bool = False
 
     def __call__(
-        self, moe: MoE, x_BTD: jax.Array, decision: Decision, group_BT: jax.Array, operand: Any
+        self,
+        moe: MoE,
+        x_BTD: jax.Array,
+        decision: Decision,
+        group_BT: jax.Array,
+        operand: Any,
+        before_BTD: jax.Array,
     ) -> dict[str, jax.Array]:
         found = {}
         if self.scores:
@@ -55,6 +63,8 @@ class Watch:
             found["random"] = random_counts(x_BTD, group_BT, weights_DX, biases_RE, moe.config.top_k, self.slots)
         if self.states:
             found["states"] = x_BTD
+        if self.before:
+            found["before"] = before_BTD
         return found
 
 

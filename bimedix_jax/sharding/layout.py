@@ -92,6 +92,8 @@ class Layout:
 
     def forward(self, graph: Any, state: Any, call: Call) -> Output:
         """`Mixtral.forward` on every shard. Rows that the mesh cannot divide are computed redundantly."""
+        if call.start is not None:
+            raise ValueError("A sharded model runs all its layers; only a model on one device starts at a later one.")
         batch_axes = self.batch_axes(call.tokens_BT.shape[0])
         rows: Any = P(batch_axes)
         by_layer: Any = P(None, batch_axes)
