@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rich.console import Console
 from tiny import TINY
 
 from bimedix_jax import cli
-from bimedix_jax.adapters import add_lora
+from bimedix_jax.adapters import add_lora, linears
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.store import save_adapter
 from bimedix_jax.commands import routes_knockout
@@ -26,8 +27,9 @@ from bimedix_jax.inference import scoring
 from bimedix_jax.inference.planning import Source
 from bimedix_jax.inference.scoring import score
 from bimedix_jax.kernels import backends
+from bimedix_jax.models.call import Start
 from bimedix_jax.models.config import LoraConfig, RouterConfig
-from bimedix_jax.models.init import init_random
+from bimedix_jax.models.init import init_random, with_router
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.knockout import (
@@ -49,6 +51,7 @@ from bimedix_jax.routing.recording import Manifest
 from bimedix_jax.routing.report.knockouts import read_interactions
 from bimedix_jax.routing.sequences import Sequences
 from bimedix_jax.routing.stats import holm
+from bimedix_jax.routing.watch import Watch
 
 LAYER, EXPERT = 1, 2
 
@@ -107,8 +110,9 @@ def swap_plan(model: Mixtral) -> RoutingPlan:
 
 def test_each_meaning_is_what_it_says(model: Mixtral, measured: Measured) -> None:
     silent = nnx.merge(*nnx.split(model), copy=True)
-    w2 = silent.layers.moe.w2.w
-    w2.set_value(w2.get_value().at[LAYER, EXPERT].set(0))
+    w2 = silent.layers.moe.w2
+    for matrix in [w2.w] if w2.lora is None else [w2.w, w2.lora.b]:
+        matrix.set_value(matrix.get_value().at[LAYER, EXPERT].set(0))
     own_R2 = nats(model)
     expected = {
         "silence": nats(silent),
@@ -121,6 +125,52 @@ def test_each_meaning_is_what_it_says(model: Mixtral, measured: Measured) -> Non
         np.testing.assert_allclose(change_R2, nats_R2 - own_R2, atol=1e-4)
         assert np.abs(change_R2).max() > 0.01
     assert measured.tokens_R2[:, PROMPT].tolist() == [3.0] * 24, "the first token is never scored"
+
+
+EVERYWHERE = ("q", "o", "w1", "w2", "w3", "router", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("variant", "targets"),
+    [
+        ("topk", ("q", "v")),
+        ("topk", ("w1", "w2", "w3")),
+        ("softmax_topk", ("router",)),
+        ("softmax_topk", EVERYWHERE),
+        ("sigmoid_bias", ("w2", "router")),
+        ("sigmoid_bias", EVERYWHERE),
+    ],
+)
+def test_every_router_variant_and_adapter(variant: str, targets: tuple[str, ...]) -> None:
+    """Against separate models and plans, for one layer; a router's state decides too, where a variant has one."""
+    base = with_router(init_random(TINY, seed=3, std=0.3), RouterConfig(num_experts=4, top_k=2, variant=variant))
+    if (state := base.layers.moe.state) is not None:
+        state.set_value(0.2 * jax.random.normal(jax.random.key(5), state.get_value().shape))
+    tuned = add_lora(base, LoraConfig(rank=2, alpha=2.0, targets=targets), seed=1)
+    for number, layer in enumerate(linears(tuned).values()):
+        if layer.lora is not None:
+            b = layer.lora.b
+            b.set_value(0.3 * jax.random.normal(jax.random.key(number), b.get_value().shape))
+    assert not np.allclose(nats(tuned), nats(base))
+    test_each_meaning_is_what_it_says(tuned, knock_out(tuned, sequences(), list(cells_of([(LAYER, EXPERT)], MEANINGS))))
+
+
+def test_layers_before_the_cell_are_not_run_again(model: Mixtral, measured: Measured) -> None:
+    """Cells give the same alone and among others, and a call that starts at a layer equals a whole call."""
+    places = [cell for cell in measured.cells if cell.layer == LAYER]
+    found = knock_out(model, sequences(), places[::-1])
+    rows = [measured.cells.index(cell) for cell in found.cells]
+    np.testing.assert_array_equal(found.change_CR2, measured.change_CR2[rows])
+    text = sequences(2)
+    tokens_BT = np.stack([row[:6] for row in text.ids])
+    with pytest.raises(ValueError, match="starts at a later layer"):
+        model.hidden(tokens_BT, record="choices", start=Start(jnp.int32(1), jnp.zeros((2, 6, 16))))
+    out = model.hidden(tokens_BT, record="choices", observe=Watch(before=True))
+    for layer in range(2):
+        later = model.hidden(tokens_BT, start=Start(jnp.int32(layer), out.observed["before"][layer]))
+        np.testing.assert_allclose(later.hidden_BTD, out.hidden_BTD, atol=1e-6)
+    changed = model.hidden(tokens_BT, start=Start(jnp.int32(1), 0 * out.observed["before"][1]))
+    assert not np.allclose(changed.hidden_BTD, out.hidden_BTD), "the states given are those it begins with"
 
 
 def test_one_program_runs_all_cells(model: Mixtral, measured: Measured) -> None:

@@ -117,6 +117,16 @@ def test_all_coalitions_equal_separate_models_under_a_plan(pair: Pair, measured:
     assert len({round(nll_N.mean(), 4) for nll_N in measured.nll_CN}) == 8, "all parts matter"
 
 
+@pytest.mark.parametrize("variant", ["softmax_topk", "sigmoid_bias"])
+def test_every_router_variant_is_split_like_separate_models(variant: str) -> None:
+    """The other variants than that of the pair above, with a state where they have one."""
+    base = with_router(init_random(TINY, seed=3, std=0.3), RouterConfig(num_experts=4, top_k=2, variant=variant))
+    if (state := base.layers.moe.state) is not None:
+        state.set_value(0.2 * jax.random.normal(jax.random.key(5), state.get_value().shape))
+    pair = Pair.of(base, adapted(base))
+    test_all_coalitions_equal_separate_models_under_a_plan(pair, replay(pair, sequences()))
+
+
 def test_the_ends_are_the_models_themselves(pair: Pair, measured: Replayed) -> None:
     text = sequences()
     for row, model in ((0, pair.base), (-1, pair.tuned)):
