@@ -13,11 +13,11 @@ from bimedix_jax.models.router_sums import RouterSums, load_balancing_loss, rout
 from bimedix_jax.models.routers import Record, Recorded, Routing, RoutingPlan
 
 Observe = Callable[..., Any]
-"""(moe, x_BTD, decision, group_BT, operand, before_BTD) -> a pytree of arrays that begin with B: what to keep of a layer.
+"""(moe, x_BTD, decision, group_BT, operand, before_BTD) -> a pytree of arrays that begin with B.
 
-It gets the layer's mixture of experts, the states that its router reads, what the router decided, the group of each
-token, -1 at padding, its layer of the operands, and the states before the layer. It is static: equal ones share a
-compiled program.
+What to keep of a layer, given its mixture of experts, the states that its router reads, what the router decided, the
+group of each token, -1 at padding, its layer of the operands, and the states before the layer. It is static: equal ones
+share a compiled program.
 """
 
 

@@ -5,29 +5,28 @@ continuations are longer than a token, the keys and values of the lines are kept
 A round has at most one continuation of each context, in the segment of that context, so that it attends to its context
 and to itself. Widths are few (WIDTHS, ROUNDS), and so are compiled programs. A continuation that is too long for a
 round runs after its own copy of the context.
+
+Where many contexts begin with the same tokens, such as solved examples, these run once (inference/prefixes.py). Each
+context then is a row of its own that continues their keys and values.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int
 
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import bucket, line_width, packed, packed_places, part_of
+from bimedix_jax.inference.padding import bucket, line_width, packed, packed_places, pad_right, part_of
 from bimedix_jax.inference.planning import Planner, Plans, Tokens
+from bimedix_jax.inference.prefixes import MEMBERS, Prefix, rows_after, shared_prefixes
+from bimedix_jax.inference.steps import POSITIONS_PER_CHUNK, read_lines, read_prefix, read_round, tokens_at
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
-POSITIONS_PER_CHUNK = 64
-"""Positions whose logits are in memory at the same time."""
 ROUNDS = (32, 128, 512)
 """Columns of a round."""
 
@@ -70,12 +69,14 @@ class Batch:
     Attributes:
       rows: the rows, each with its line and start.
       round_columns: columns of the rounds that follow; 0 if no continuation is longer than a token.
+      prefix: the tokens that each line continues; then a line has one row, without these tokens.
     """
 
     rows: list[tuple[Row, int, int]]
     tokens_BT: np.ndarray
     ids_BT: np.ndarray
     round_columns: int
+    prefix: Prefix | None = None
 
     @property
     def keys(self) -> list[Key]:
@@ -140,6 +141,11 @@ class Continuations:
         )
         self.plans = Plans(plan or RoutingPlan(), model)
         self.record: Record = record
+        # a plan may do something else in each sequence, and so may a window of slots
+        free = isinstance(self.plans.source, RoutingPlan) and self.plans.source.is_free
+        shares = free and record == "none" and model.config.sliding_window is None
+        self.prefixes = shared_prefixes([group.context for group in self.groups]) if shares else {}
+        self.read: tuple[Prefix, KVCache] | None = None
         self.items = np.arange(len(self.groups)) if items is None else np.asarray(items, np.int32)
         self.graph, self.weights = nnx.split(model)
         self.targets = bucket(max((len(group.continuations) for group in self.groups), default=1), smallest=1)
@@ -167,8 +173,25 @@ class Continuations:
                     plain.append(Row(index, (number,), group.context + ids[:-1]))
         own = columns or line_width([len(row.tokens) for row in plain], self.longest)
         for rows, longest, wide, rest in ((plain, self.longest, own, 0), (shared, self.longest - width, asked, width)):
-            for places, tokens_BT, ids_BT in packed([row.tokens for row in rows], batch_tokens, longest, wide):
-                yield Batch([(rows[index], line, start) for index, line, start in places], tokens_BT, ids_BT, rest)
+            alone = []
+            for prefix, members in self._by_prefix(rows):
+                fits = prefix is not None and prefix.slots + max(len(row.tokens) for row in members) <= longest
+                if prefix is None or not fits:
+                    alone += members
+                    continue
+                own_rows = [dataclasses.replace(row, tokens=row.tokens[len(prefix.tokens) :]) for row in members]
+                for chosen, tokens_BT, ids_BT in rows_after(prefix, own_rows, batch_tokens, longest):
+                    yield Batch([(row, line, 0) for line, row in enumerate(chosen)], tokens_BT, ids_BT, rest, prefix)
+            for places, tokens_BT, ids_BT in packed([row.tokens for row in alone], batch_tokens, longest, wide):
+                yield Batch([(alone[index], line, start) for index, line, start in places], tokens_BT, ids_BT, rest)
+
+    def _by_prefix(self, rows: list[Row]) -> Iterator[tuple[Prefix | None, list[Row]]]:
+        """Rows by the prefix that they share; too few of them share none."""
+        found: dict[Prefix | None, list[Row]] = {}
+        for row in rows:
+            found.setdefault(self.prefixes.get(row.group), []).append(row)
+        for prefix, members in found.items():
+            yield (prefix if len(members) >= MEMBERS else None), members
 
     def _round_columns(self, columns: int) -> int:
         """The columns of a round for which the fewest tokens run, by an estimate."""
@@ -193,6 +216,9 @@ class Continuations:
         sums = Sums()
         height, columns = batch.tokens_BT.shape
         slots = columns + batch.round_columns if batch.round_columns else 0
+        prefix = self._prefix(batch)
+        if batch.prefix is not None:
+            slots = batch.prefix.slots + columns + batch.round_columns
         order = [row for row, *_ in batch.rows]
         places = [(number, line, start) for number, (_, line, start) in enumerate(batch.rows)]
         items_BT, positions_BT = packed_places(batch.tokens_BT.shape, places, [len(row.tokens) for row in order])
@@ -210,17 +236,29 @@ class Continuations:
         )
         kept = self.plans.record(self.record)
         hidden_BTD, cache, routing = read_lines(
-            self.graph, self.weights, batch.tokens_BT, batch.ids_BT, own, slots, kept
+            self.graph, self.weights, batch.tokens_BT, batch.ids_BT, own, slots, kept, prefix
         )
-        wanted = [found for row, line, start in batch.rows for found in self._wanted(row, line * columns + start)]
+        skipped = len(batch.prefix.tokens) if batch.prefix is not None else 0
+        wanted = [
+            found for row, line, start in batch.rows for found in self._wanted(row, line * columns + start - skipped)
+        ]
         self._collect(hidden_BTD, wanted, sums)
         if routing is not None and self.record != "none":
             for row, line, start in batch.rows:
                 sums.routes |= self._routes(row, routing, line, start)
-        if cache is not None:
+        if cache is not None and batch.round_columns:
             for rows in self._rounds(batch):
                 self._run_round(batch, rows, cache, caches, height, sums)
         return {key: (sums.logprob[key], sums.greedy[key]) for key in sums.logprob}, sums.routes
+
+    def _prefix(self, batch: Batch) -> KVCache | None:
+        """Keys and values of the batch's prefix; batches of the same prefix follow each other."""
+        if batch.prefix is None:
+            return None
+        if self.read is None or self.read[0] is not batch.prefix:
+            tokens_1T, ids_1T = pad_right([batch.prefix.tokens], batch.prefix.slots)
+            self.read = batch.prefix, read_prefix(self.graph, self.weights, tokens_1T, ids_1T, RoutingPlan())
+        return self.read[1]
 
     def _routes(self, row: Row, routing: Routing, line: int, start: int) -> Routes:
         """The record of a row, without what follows in rounds."""
@@ -313,64 +351,3 @@ class Continuations:
         for place, (_, pairs) in enumerate(wanted):
             for column, (key, token) in enumerate(pairs):
                 sums.add(key, float(logprobs_PK[place, column]), bool(best_P[place] == token))
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "record"))
-def read_lines(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
-    tokens_BT: jax.Array,
-    ids_BT: jax.Array,
-    plan: RoutingPlan,
-    slots: int,
-    record: Record,
-) -> tuple[Float[Array, "B T D"], KVCache | None, Routing | None]:
-    """(final hidden states of packed lines, their cache of this many slots or None without slots, the record)."""
-    model = nnx.merge(graph, weights)
-    cache = KVCache.zeros(model.config, tokens_BT.shape[0], slots, model.dtype) if slots else None
-    out = model.hidden(tokens_BT, ids_BT, plan, cache, record=record)
-    return out.hidden_BTD, out.cache, out.routing
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "record"))
-def read_round(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
-    cache: KVCache,
-    tokens_BW: jax.Array,
-    ids_BW: jax.Array,
-    plan: RoutingPlan,
-    record: Record,
-) -> tuple[Float[Array, "B W D"], Routing | None]:
-    """Final hidden states of continuations, each in the segment of its context. The cache is not changed."""
-    out = nnx.merge(graph, weights).hidden(tokens_BW, ids_BW, plan, cache, record=record)
-    return out.hidden_BTD, out.routing
-
-
-@functools.partial(jax.jit, static_argnames=("graph",))
-def tokens_at(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
-    hidden_BTD: jax.Array,
-    positions_P: Int[Array, "P"],
-    targets_PK: Int[Array, "P K"],
-    count: Int[Array, ""],
-) -> tuple[Float[Array, "P K"], Int[Array, "P"]]:
-    """(float32 log p of the targets after the tokens at flat positions, the most likely token there); 0 from `count`
-    on, at the latest after the chunk of POSITIONS_PER_CHUNK that has it."""
-    head, rows = nnx.merge(graph, weights).head, POSITIONS_PER_CHUNK
-    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-
-    def one_chunk(number: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        start = number * rows
-        logits_RV = head(hidden_ND[lax.dynamic_slice_in_dim(positions_P, start, rows)])
-        chosen_RK = jnp.take_along_axis(logits_RV, lax.dynamic_slice_in_dim(targets_PK, start, rows), axis=-1)
-        logprobs_RK = chosen_RK - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
-        best_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-        return (
-            lax.dynamic_update_slice_in_dim(found[0], logprobs_RK, start, 0),
-            lax.dynamic_update_slice_in_dim(found[1], best_R, start, 0),
-        )
-
-    empty = jnp.zeros(targets_PK.shape, jnp.float32), jnp.zeros(positions_P.shape, jnp.int32)
-    return lax.fori_loop(0, -(-count // rows), one_chunk, empty)

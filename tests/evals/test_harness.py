@@ -17,6 +17,7 @@ from bimedix_jax.evals.request_store import RequestStore
 from bimedix_jax.inference.continuations import Continuations, Group
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.init import init_random
+from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.interventions import Interventions
 from bimedix_jax.routing.rules import parse_rules
 from bimedix_jax.sharding.placement import place
@@ -144,6 +145,40 @@ def test_lines_and_rounds_do_not_change_scores(model, columns, window):
             greedy = bool((steps.argmax(-1) == ids).all())
             np.testing.assert_allclose(found[index, number][0], expected, atol=1e-4)
             assert found[index, number][1] == greedy
+
+
+def test_a_common_beginning_runs_once_and_changes_no_score(model):
+    """Two sets of contexts with solved examples, some options of several tokens, one context alone."""
+    rng = np.random.default_rng(0)
+
+    def tokens(size):
+        return tuple(rng.integers(0, 300, size).tolist())
+
+    examples = tokens(150), tokens(100)
+    groups = [
+        Group(
+            examples[number % 2] + tokens(int(rng.integers(1, 70))),
+            tuple(tokens(1 if number < 9 else size) for size in (1, 3, 2)),
+        )
+        for number in range(30)
+    ]
+    groups += [Group(tokens(90), ((5,), (6, 7))), Group(examples[0][:50], ((8, 9),))]
+    scorer = Continuations(model, groups, batch_tokens=512)
+    found = {key: value for batch in scorer.batches for key, value in scorer.score(batch).items()}
+    assert {batch.prefix.tokens for batch in scorer.batches if batch.prefix} == {examples[0], examples[1]}
+    assert sum(len(batch.rows) for batch in scorer.batches if batch.prefix) == 30
+    run = sum(batch.tokens_BT.size for batch in scorer.batches)
+    assert run < sum(len(group.context) for group in groups)
+    window = init_random(dataclasses.replace(TINY, sliding_window=512), seed=3, std=0.3)
+    alone = Continuations(window, groups, batch_tokens=512)
+    assert not any(batch.prefix for batch in alone.batches)
+    expected = {key: value for batch in alone.batches for key, value in alone.score(batch).items()}
+    assert found.keys() == expected.keys()
+    for key, (logprob, greedy) in expected.items():
+        np.testing.assert_allclose(found[key][0], logprob, atol=1e-4)
+        assert found[key][1] == greedy
+    ban = RoutingPlan.ban(model.config, 0)
+    assert not any(batch.prefix for batch in Continuations(model, groups, ban).batches), "plans are by position"
 
 
 def test_wrong_groups_raise(model):

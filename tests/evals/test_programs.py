@@ -44,9 +44,14 @@ def test_sets_of_questions_share_their_shapes(model, seed):
     """Questions of any number and length; options of one token and of several, one of them very long."""
     rng = np.random.default_rng(seed)
     groups = [
-        Group((5,) * int(rng.integers(20, 110)), tuple((7,) * int(size) for size in rng.integers(1, 12, 4)))
-        for _ in range(int(rng.integers(60, 200)))
+        Group((number, *(5,) * int(rng.integers(19, 109))), tuple((7,) * int(size) for size in rng.integers(1, 12, 4)))
+        for number in range(int(rng.integers(60, 200)))
     ]
-    groups.append(Group((5,) * 60, ((7,), (7, 8), (9,), (7,) * 60)))
+    groups.append(Group((299, *(5,) * 59), ((7,), (7, 8), (9,), (7,) * 60)))
     found = {(*batch.tokens_BT.shape, batch.round_columns) for batch in Continuations(model, groups).batches}
     assert found == {(1, 128, 0), (8, 480, 32)}
+    examples = tuple(rng.integers(0, 300, 150).tolist())
+    after = [Group((*examples, *group.context), group.continuations) for group in groups[:-1]]
+    continued = Continuations(model, after).batches
+    assert all(batch.prefix for batch in continued)
+    assert len({(*batch.tokens_BT.shape, batch.round_columns) for batch in continued}) <= 4
