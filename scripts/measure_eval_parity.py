@@ -5,10 +5,12 @@
 Prompts: those of our English tasks against those of the harness's own. Parity: a random Mixtral of about 1 M parameters
 in float32, over whole English sets by letter and by text, and the Arabic task files over the same questions
 (--limit-arabic of each; no Arabic set ships here), and generated answers. Speed: a mixture made from SmolLM2-135M, in
-the data type of its checkpoint, --questions of each task; the peer gets every fourth of them (--peer-every). Both sides
-use the same threads, but the peer has one in the part `parity`, where a second one only waits. `rows[]` has one entry
-for each task and part: `max_loglik_diff`, accuracies over the questions of both, and seconds. The ratio is that of
-seconds per question. Our seconds include compilation; programs in $JAX_COMPILATION_CACHE_DIR, if it is set, are read.
+the data type of its checkpoint, --questions of each task by letter, of --texts by the options' texts, and of the
+subjects of MMLU also with five solved examples. The peer gets every fourth of these questions (--peer-every), and every
+sixteenth of those with examples. Both sides use the same threads, but the peer has one in the part `parity`, where a
+second one only waits. `rows[]` has one entry for each task and part: `max_loglik_diff`, accuracies over the questions
+of both, and seconds. The ratio is that of seconds per question. Our seconds include compilation; programs in
+$JAX_COMPILATION_CACHE_DIR, if it is set, are read.
 """
 
 import argparse
@@ -139,12 +141,19 @@ def timed(function: Callable[[list[Any]], Any], requests: list[Any]) -> tuple[An
 
 
 def compare(
-    part: str, names: list[str], data: Path, limit: int | None, ours: HarnessModel, theirs: HFLM, every: int = 1
+    part: str,
+    names: list[str],
+    data: Path,
+    limit: int | None,
+    ours: HarnessModel,
+    theirs: HFLM,
+    every: int = 1,
+    shots: int = 0,
 ) -> list[dict]:
     """One row for each task. The peer gets each question whose number is a multiple of `every`."""
     rows = []
     for name in tqdm(names, desc=part, disable=None):
-        (task,) = load_tasks([name], [data])["tasks"].values()
+        (task,) = load_tasks([name], [data], shots=shots)["tasks"].values()
         task.build_all_requests(limit=limit)
         requests = task.instances
         common = [place for place, one in enumerate(requests) if one.doc_id % every == 0]
@@ -154,7 +163,8 @@ def compare(
         other, peer = timed(lambda asked, kind=kind: getattr(theirs, kind)(asked, disable_tqdm=True), shared)
         mine = [mine[place] for place in common]
         counts = [len({one.doc_id for one in asked}) for asked in (requests, shared)]
-        row: dict[str, Any] = {"part": part, "task": name, "questions": counts[0], "peer_questions": counts[1]}
+        row: dict[str, Any] = {"part": part, "task": name, "shots": shots}
+        row |= {"questions": counts[0], "peer_questions": counts[1]}
         if kind == "loglikelihood":
             row["max_loglik_diff"] = max(abs(a[0] - b[0]) for a, b in zip(mine, other, strict=True))
             row["greedy_differs"] = sum(a[1] != b[1] for a, b in zip(mine, other, strict=True))
@@ -252,7 +262,25 @@ def prompts(data: Path) -> list[dict]:
 def speed(folder: Path, data: Path, questions: int, texts: list[str], batch: int, every: int) -> list[dict]:
     """Rows of the mixture."""
     ours, theirs = pair(folder, "bfloat16", batch)
-    return compare("speed", [*names_of("en", ""), *texts], data, questions, ours, theirs, every)
+    rows = compare("speed", [*names_of("en", ""), *texts], data, questions, ours, theirs, every)
+    shown = [name for name in names_of("en", "") if "_mmlu_" in name]
+    return rows + compare("speed", shown, data, questions, ours, theirs, 4 * every, shots=5)
+
+
+def seconds_of(rows: list[dict]) -> tuple[float, float]:
+    """Seconds of ours and of the peer for all questions, from those that it got."""
+    peer = sum(row["peer_seconds"] / row["peer_questions"] * row["questions"] for row in rows)
+    return sum(row["ours_seconds"] for row in rows), peer
+
+
+def kinds(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of the speed by what is asked."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["part"] == "speed":
+            kind = "texts" if row["task"].endswith("_text") else "five_shots" if row["shots"] else "letters"
+            found.setdefault(kind, []).append(row)
+    return found
 
 
 def summary(rows: list[dict]) -> dict[str, Any]:
@@ -270,10 +298,12 @@ def summary(rows: list[dict]) -> dict[str, Any]:
         found["answers_differ"] = sum(row.get("answers_differ", 0) for row in checked)
     for part in ("parity", "speed"):
         own = [row for row in rows if row["part"] == part]
-        ours = sum(row["ours_seconds"] for row in own)
-        peer = sum(row["peer_seconds"] / row["peer_questions"] * row["questions"] for row in own)
+        ours, peer = seconds_of(own)
         if own:
             found[part] = {"ours_seconds": round(ours, 2), "peer_seconds_for_all": round(peer, 2), "ratio": peer / ours}
+        for kind, some in kinds(own).items():
+            ours, peer = seconds_of(some)
+            found[part][f"ratio_{kind}"] = round(peer / ours, 2)
     return found
 
 
