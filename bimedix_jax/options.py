@@ -32,7 +32,7 @@ from tyro.constructors import (
     StructFieldSpec,
 )
 
-from bimedix_jax.errors import UsageError
+from bimedix_jax.errors import BimedixError, UsageError
 
 WIDEST = 100
 """Most columns of the description, since longer lines are hard to read."""
@@ -118,6 +118,7 @@ def read_options(config: type, words: Sequence[str], prog: str, note: str = "") 
     description = wrapped(f"{inspect.cleandoc(config.__doc__ or '')}\n\n{note}")
     found = tyro.cli(config, prog=prog, description=description, args=words, registry=registry)
     check_assignments(found)
+    check_seed(found)
     return found
 
 
@@ -209,6 +210,20 @@ def check_assignments(config: Any) -> None:
             raise UsageError(f"{first} is given twice; give it once")
         if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}."):
             raise UsageError(f"{first} and {second} change the same field; give one of them")
+
+
+def require_at_least_one(config: Any, *names: str) -> None:
+    """Raises BimedixError if one of these fields is a number below 1; None is allowed."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise BimedixError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+
+
+def check_seed(config: Any) -> None:
+    """Raises UsageError for a seed that no generator takes."""
+    seed = getattr(config, "seed", None)
+    if isinstance(seed, int) and seed < 0:
+        raise UsageError(f"--seed is {seed}; give at least 0")
 
 
 def wrapped(text: str) -> str:

@@ -121,7 +121,7 @@ def fill_leaves(leaves: Mapping[str, Any], units: Sequence[table.Unit], base: Ba
         flushed += sum(finish() for finish in unfinished)
     if flushed:
         log.warning("%d 4-bit blocks contain denormal weights, which became zeros.", flushed)
-    in_part = 'load with dtype="float32" to keep those that are not packed'
+    in_part = 'base="float32" keeps them, and dtype="float32" of `bmx.load` those that are not packed'
     rounding.warn(str(folder), in_part if base in (None, "nf4") else "base float32 keeps them")
 
 

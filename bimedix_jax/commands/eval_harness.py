@@ -58,7 +58,7 @@ class Config:
     exclude_flagged: bool = False
     """Leave out questions of our tasks whose translation was flagged; their number is reported."""
     batch_tokens: int = 4096
-    """Tokens run at a time; it affects speed and memory only."""
+    """Tokens run at a time; it affects speed, memory and rounding only."""
     max_length: int | None = None
     """Longest prompt with its answer in tokens, by default the model's context; longer ones lose their beginning."""
     intervene: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

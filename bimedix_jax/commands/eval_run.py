@@ -78,7 +78,7 @@ class Config:
     max_length: int | None = None
     """Longest record or question in tokens, by default the model's context; longer ones are counted and not scored."""
     batch_tokens: int = 4096
-    """Tokens run at a time; it affects speed and memory only."""
+    """Tokens run at a time; it affects speed, memory and rounding only."""
     intervene: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file of rules that tell the routers what to do (docs/routing.md); by default none."""
     orders: int = 0

@@ -51,7 +51,7 @@ class Config:
     max_length: int | None = None
     """Longest record in tokens, by default the model's context; longer ones are counted and left out."""
     batch_tokens: int = 4096
-    """Tokens run at a time; it affects speed and memory only."""
+    """Tokens run at a time; it affects speed, memory and rounding only."""
     seed: int = 0
     """Seed of permutations and resamples."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -70,6 +70,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals.heldout import heldout_records
+    from bimedix_jax.evals.tables import print_left_out
     from bimedix_jax.routing.knockout import MEANINGS, Meaning, cells_of, knock_out, possible, screen
     from bimedix_jax.routing.knockout_effects import report
     from bimedix_jax.routing.provenance import manifest, write_result
@@ -82,6 +83,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
     context = model.config.max_position_embeddings
     sequences = sequences_of(records, tokenizer, min(config.max_length or context, context))
+    print_left_out(console, sequences)
     asked: list[Meaning] = [meaning for meaning in MEANINGS if meaning in config.meanings]
     meanings, lacking = possible(asked, model.config)
     places, left_out = screen(model, sequences, config.screen, config.batch_tokens)
@@ -99,6 +101,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             meanings=asked,
             screen=config.screen,
             seed=config.seed,
+            batch_tokens=config.batch_tokens,
         ),
     }
     console.print(knockout_table(result))
@@ -111,10 +114,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 def check_options(config: Config) -> None:
     """Raises BimedixError for options that are out of range, and for a file that exists."""
     from bimedix_jax.files import check_file, peek_json
+    from bimedix_jax.options import require_at_least_one
 
-    for name in ("limit", "screen"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise BimedixError(f"--{name} is {value}; give at least 1")
+    require_at_least_one(config, "limit", "screen", "max_length", "batch_tokens")
     if not config.meanings:
         raise BimedixError("--meanings is empty; give silence, ban or swap")
     if config.out is not None:
@@ -123,7 +125,7 @@ def check_options(config: Config) -> None:
 
 def knockout_table(result: dict[str, Any]) -> "FittedTable":
     """The cells with the largest interactions, or with the largest changes where there is only one language."""
-    from bimedix_jax.process.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable, number
 
     found = {(row["layer"], row["expert"], row["meaning"]): row for row in result["interaction"]}
     languages = [name for name in result["groups"] if "/" not in name]
@@ -133,20 +135,29 @@ def knockout_table(result: dict[str, Any]) -> "FittedTable":
         return max(map(abs, cell["delta"].values())) if row is None else abs(row["estimate"])
 
     cells = sorted(result["cells"], key=size, reverse=True)
-    notes = [f"{len(cells) - ROWS:,} more cells are in the JSON."] if len(cells) > ROWS else []
-    notes += [f"{len(result['left_out']):,} were left out (left_out in the JSON)."] if result["left_out"] else []
-    table = FittedTable(title="Change of the loss, nats per token of the answer", caption=" ".join(notes) or None)
-    for column in ("layer", "expert", "meaning"):
+    notes = [number(result["records"], "record") + "."]
+    if len(cells) > ROWS:
+        notes.append(f"{len(cells) - ROWS:,} more cells are in the JSON.")
+    if result["left_out"]:
+        notes.append(f"{len(result['left_out']):,} were left out (left_out in the JSON).")
+    if not found:
+        notes.append("There is no interaction: it needs records in two languages.")
+    elif all(row["p_adjusted"] is None for row in found.values()):
+        notes.append("There are too few clusters for intervals and p-values; 10 in each language are needed.")
+    table = FittedTable(
+        title="Change of the loss without an expert (layer, expert), nats per token of the answer",
+        caption=" ".join(notes),
+    )
+    for column in ("cell", "meaning", *languages):
         table.add_column(column, justify="right")
-    for column in (*languages, "interaction", "95 % interval", "p adjusted"):
+    for column in ("ar - en" if languages == ["ar", "en"] else "interaction", "95 %", "p") if found else ():
         table.add_column(column, justify="right")
     for cell in cells[:ROWS]:
         row = found.get((cell["layer"], cell["expert"], cell["meaning"]))
-        changes = [f"{cell['delta'][name]:+.4f}" for name in languages]
-        shown = ["-", "-", "-"]
+        shown = [f"{cell['delta'][name]:+.4f}" for name in languages]
         if row is not None:
-            tested = row["p_adjusted"] is not None
-            interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if tested else "too few clusters"
-            shown = [f"{row['estimate']:+.4f}", interval, f"{row['p_adjusted']:.4f}" if tested else "-"]
-        table.add_row(str(cell["layer"]), str(cell["expert"]), cell["meaning"], *changes, *shown)
+            known = row["p_adjusted"] is not None
+            interval = f"{row['low']:+.4f}, {row['high']:+.4f}" if known else "-"
+            shown += [f"{row['estimate']:+.4f}", interval, f"{row['p_adjusted']:.4f}" if known else "-"]
+        table.add_row(f"{cell['layer']}, {cell['expert']}", cell["meaning"], *shown)
     return table

@@ -51,7 +51,7 @@ class Config:
     max_length: int | None = None
     """Longest record in tokens, by default the model's context; longer ones are counted and left out."""
     batch_tokens: int = 4096
-    """Tokens run at a time; it affects speed and memory only."""
+    """Tokens run at a time; it affects speed, memory and rounding only."""
     seed: int = 0
     """Seed of the intervals and of sampled orders."""
     tokens: Annotated[Path | None, tyro.conf.arg(metavar="FILE.npz")] = None
@@ -72,6 +72,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load_pair
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals.heldout import heldout_records
+    from bimedix_jax.evals.tables import print_left_out
     from bimedix_jax.routing.attribution import report
     from bimedix_jax.routing.coalitions import Pair
     from bimedix_jax.routing.provenance import manifest, write_result
@@ -87,9 +88,11 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     players.check(pair)
     context = pair.tuned.config.max_position_embeddings
     sequences = sequences_of(records, tokenizer, min(config.max_length or context, context))
+    print_left_out(console, sequences)
     replayed = replay(pair, sequences, players, config.orders, config.seed, config.batch_tokens)
     result = report(replayed, sequences, config.seed)
-    options = dataclasses.asdict(players) | {"orders": config.orders, "seed": config.seed}
+    options = dataclasses.asdict(players) | {"orders": result["orders"]}
+    options |= {"seed": config.seed, "batch_tokens": config.batch_tokens}
     result |= {
         "model": config.model,
         "adapter": config.adapter,
@@ -111,10 +114,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 def check_options(config: Config) -> None:
     """Raises BimedixError for options that are out of range, and for files that exist."""
     from bimedix_jax.files import check_file, peek_json
+    from bimedix_jax.options import require_at_least_one
 
-    for name in ("limit", "layers", "orders"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise BimedixError(f"--{name} is {value}; give at least 1")
+    require_at_least_one(config, "limit", "layers", "orders", "max_length", "batch_tokens")
     if config.live and config.split_gates:
         raise BimedixError("--live replays no routes, so there are no gates to split; leave out one of the two")
     if config.out is not None:
@@ -123,6 +125,8 @@ def check_options(config: Config) -> None:
         if config.tokens.suffix != ".npz":
             raise BimedixError(f"--tokens is {config.tokens}; give a name that ends in .npz")
         check_file(config.tokens, config.overwrite, lambda path: path.read_bytes()[:2] == b"PK")
+        if config.out is not None and config.out.resolve() == config.tokens.resolve():
+            raise BimedixError(f"--out and --tokens are both {config.out}; give two names")
 
 
 def tabled(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -132,13 +136,14 @@ def tabled(result: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def split_table(name: str, split: dict[str, Any]) -> "FittedTable":
     """The split of one group."""
-    from bimedix_jax.process.terminal import FittedTable
+    from bimedix_jax.process.terminal import FittedTable, number
 
     first, last = split["values"][0]["nats"], split["values"][-1]["nats"]
     doubts = f"\nThe split depends on the order: {'; '.join(split['why'])}." if split["order_dependent"] else ""
     table = FittedTable(
         title=f"{name}: {first:.4f} -> {last:.4f} nats per token",
-        caption=f"{split['records']:,} records in {split['clusters']:,} clusters, {split['tokens']:,} tokens{doubts}",
+        caption=f"{number(split['records'], 'record')} in {number(split['clusters'], 'cluster')}, "
+        f"{number(split['tokens'], 'token')}{doubts}",
     )
     table.add_column("part")
     for column in ("saves", "95 % interval", "least", "most"):

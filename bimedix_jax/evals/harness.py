@@ -43,7 +43,7 @@ class HarnessModel(TemplateLM):
 
     Args:
       plan: what the routers are told to do, with B and T of 1, or rules.
-      batch_tokens: tokens run at a time; it affects speed and memory only.
+      batch_tokens: tokens run at a time; it affects speed, memory and rounding only.
       max_length: longest context with its continuation, by default the model's context; longer ones lose their
         beginning, as in the harness.
       add_bos: whether a text begins with the BOS token; by default as transformers does with this tokenizer.

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -67,8 +68,10 @@ def heldout_records(source: str, limit: int | None) -> list[Record]:
     """The held-out records of `sample` or of a JSONL file; records without a split count as held out.
 
     Raises:
-      BimedixError: there is none.
+      BimedixError: there is none, or the source is a folder.
     """
+    if Path(source).is_dir():
+        raise BimedixError(f"{source} is a folder; name a JSONL file of records, or `sample`")
     return held_out(sample() if source == "sample" else read_jsonl(source), source, limit)
 
 
@@ -130,7 +133,7 @@ def heldout_loss(
 
     Args:
       max_length: longest record in tokens, by default the model's context; longer ones are counted and not scored.
-      batch_tokens: tokens run at a time; it affects speed and memory only.
+      batch_tokens: tokens run at a time; it affects speed, memory and rounding only.
       plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
         longest one that is scored. Or rules.
       record: "choices" or "full" keeps what the routers did with every token, in `routing`.

@@ -208,7 +208,7 @@ def multiple_choice(
     Args:
       records: records with choices.
       max_length: longest question in tokens, by default the model's context; longer ones are counted and not scored.
-      batch_tokens: tokens run at a time; it affects speed and memory only.
+      batch_tokens: tokens run at a time; it affects speed, memory and rounding only.
       plan: what the routers are told to do. Its B is 1 or the number of records; its T is 1 or the tokens of the
         longest question with its longest candidate. Or rules; each candidate belongs to the answer.
       record: "choices" or "full" keeps what the routers did, in `routing`.

@@ -110,7 +110,7 @@ def answer_all(
     """Greedy answers, in the order of `items`. Items of similar length run together.
 
     Args:
-      batch_tokens: tokens of a batch with its answers; it affects speed and memory only.
+      batch_tokens: tokens of a batch with its answers; it affects speed, memory and rounding only.
       plan: what the routers are told to do: rules, or a plan with B and T of 1.
       known: (text, tokens) of an earlier start by the item's number; a batch that is all known does not run.
       keep: called with the same of each new batch.

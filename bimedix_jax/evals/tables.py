@@ -5,6 +5,8 @@ They are made from the dicts in the JSON result files, so no model is needed to 
 
 from typing import Any
 
+from rich.console import Console
+
 from bimedix_jax.process.terminal import FittedTable
 
 FEWEST = 5
@@ -130,6 +132,12 @@ def task_note(row: dict[str, Any]) -> str:
     if row["rejected"]:
         notes.append(f"{row['rejected']} invalid rows in the files")
     return "; ".join(notes)
+
+
+def print_left_out(console: Console, sequences: Any) -> None:
+    """Prints how many records did not fit."""
+    if (note := _left_out("record", dict(sequences.too_long))) is not None:
+        console.print(note)
 
 
 def _left_out(what: str, too_long: dict[str, int]) -> str | None:

@@ -107,7 +107,7 @@ class Continuations:
 
     Args:
       plan: what the routers are told to do, or a planner.
-      batch_tokens: tokens run at a time; it affects speed and memory only.
+      batch_tokens: tokens run at a time; it affects speed, memory and rounding only.
       columns: width of a line; by default one of padding.WIDTHS. Longer rows have lines of their own width.
       items: the row of the plan, or the source of the planner, of each group; by default its index.
       record: "choices" or "full" also returns what the routers did.

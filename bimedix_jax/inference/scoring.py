@@ -60,7 +60,7 @@ def score_batches(
       plan: what the routers are told to do. Its B is 1 or the number of sequences, its T is 1 or the longest one. Or a
         planner, whose sources are the sequences.
       record: "choices" or "full" also returns what the routers did.
-      batch_tokens: tokens run at a time; it affects speed and memory only.
+      batch_tokens: tokens run at a time; it affects speed, memory and rounding only.
       plan_rows: the row of the plan for each sequence, by default its index; B is then not checked.
       known: sequences whose result is not needed. Batches that have no others are not run; the rest do not change.
 

@@ -196,11 +196,22 @@ def triton_call(instruction: Instruction) -> Flops:
     is_gradient = part["kernel"] == GRADIENT
     tile = (int(part["m"]), int(part["n"]), int(part["k"]))
     total = float(kernel_flops(part["kernel"], tile, (int(grid[1]), int(grid[2])), rows if is_gradient else columns))
-    if not is_gradient and operands[0].dims:  # with fewer rows than tiles, as in decoding, the others exit immediately
-        total *= min(1.0, rows / operands[0].dims[0])
+    if not is_gradient and operands[0].dims:
+        total *= working_tiles(rows, tile[0], operands[0].dims[0]) / operands[0].dims[0]
     filled = 2.0 * rows * columns * out[-1]
     single = total if x.dtype == "f32" else 0.0
     return Flops(total, min(total, filled), single, kernel=True, packed=is_packed(instruction))
+
+
+def working_tiles(rows: int, height: int, tiles: int) -> float:
+    """Tiles of a grouped product that are expected to have rows; the programs of the others exit immediately.
+
+    The grid has a tile for each full height of rows, and one more for each group. The last tile of a group is half full
+    on average, so all groups together need rows / height tiles and half a tile for each group; a group has at least
+    one. With fewer rows than tiles, as in decoding, each row has a tile of its own.
+    """
+    groups = max(tiles - -(-rows // height), 0)
+    return min(rows, tiles, max(groups, rows / height + groups / 2)) if groups else tiles
 
 
 def kernel_flops(kernel: str, tile: tuple[int, int, int], grid: tuple[int, ...], contracted: int) -> int:

@@ -47,6 +47,11 @@ class Screen(Console):
         return super().render_str(text, **options)
 
 
+def number(count: int, what: str) -> str:
+    """ "1 record", "1,234 records"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def wrapped(text: Text, width: int) -> list[Text]:
     """The lines of `text`, broken between words only; a word that is wider than a line keeps a line for itself."""
     lines = []

@@ -16,7 +16,8 @@ from bimedix_jax.routing.sequences import Sequences
 from bimedix_jax.routing.tables import MISSING
 
 NEGLIGIBLE = 1e-9
-"""Nats below which a value counts as 0 when a split is called dependent on the order."""
+"""Nats below which a value counts as 0 when a split is called dependent on the order; so does what is within twice the
+error of the endpoints, which is rounding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,13 +55,13 @@ class Attribution:
 
     def doubts(self, players: tuple[str, ...]) -> list[str]:
         """Why the split depends on the order in which parts are exchanged; empty if it does not."""
-        found = []
+        found, zero = [], max(NEGLIGIBLE, 2 * self.endpoint_error)
         for player, name in enumerate(players):
-            if self.least_P[player] < -NEGLIGIBLE and self.most_P[player] > NEGLIGIBLE:
+            if self.least_P[player] < -zero and self.most_P[player] > zero:
                 found.append(f"{name} saves or costs nats, depending on the order")
             for row, pair in enumerate(self.pairs):
                 size = abs(self.interaction_X3[row, 0])
-                if player in pair and size > abs(self.shapley_P3[player, 0]) + NEGLIGIBLE:
+                if player in pair and size > abs(self.shapley_P3[player, 0]) + zero:
                     other = players[pair[0] if pair[1] == player else pair[1]]
                     found.append(f"the interaction of {name} with {other} exceeds the value of {name}")
         return found

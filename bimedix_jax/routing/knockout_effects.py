@@ -168,7 +168,8 @@ def report(measured: Measured, left_out: LeftOut, sequences: Sequences, seed: in
             parts["low"][name] = float(change.test.low_X[place]) if change.test is not None else None
             parts["high"][name] = float(change.test.high_X[place]) if change.test is not None else None
             parts["p_adjusted"][name] = float(change.p_C[place]) if tested and change.p_C is not None else None
-        cells.append({**dataclasses.asdict(cell), **parts})
+        gradient = {name: float(x[cell.layer, cell.expert]) for name, x in (left_out.gradient_LE or {}).items()}
+        cells.append({**dataclasses.asdict(cell), **parts, **({"gradient": gradient} if gradient else {})})
     tokens_2, nll_2 = measured.tokens_R2.sum(0), measured.nll_R2.sum(0)
     return {
         "cells": cells,

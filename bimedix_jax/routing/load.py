@@ -72,7 +72,7 @@ def expert_load(
 
     Args:
       max_length: longest record in tokens, by default the model's context; longer ones are counted and not run.
-      batch_tokens: tokens run at a time; it affects speed and memory only.
+      batch_tokens: tokens run at a time; it affects speed, memory and rounding only.
       plan: what the routers are told to do. Its B is 1 or the number of records, its T is 1 or the tokens of the
         longest one that is run. Or rules.
 

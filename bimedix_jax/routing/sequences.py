@@ -4,6 +4,7 @@ Letters: R records, N scored tokens of all records.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -89,9 +90,12 @@ def sequences_of(records: Sequence[Record], tokenizer: Tokenizer, longest: int) 
     """Records as tokens; those of more than `longest` tokens are counted and left out.
 
     Raises:
-      BimedixError: none fits.
+      BimedixError: none fits, or two have the same id.
     """
     ids, answer, sources, too_long = [], [], [], {}
+    if len(names := Counter(record.id for record in records)) < len(records):
+        name, count = names.most_common(1)[0]
+        raise BimedixError(f"{count} records have the id {name}; give each record once, with an id of its own")
     for record in records:
         example = example_of(record, tokenizer)
         if len(example.ids) > longest:

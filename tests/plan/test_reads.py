@@ -76,8 +76,9 @@ def test_a_kernel_reads_the_experts_that_own_rows(table):
 
 
 def test_tiles_without_rows_do_no_flops():
-    """Two columns of tiles of 16 x 64, which contract 64; two rows have two tiles of nine at most."""
-    for rows, tiles, busy in ((2, 9, 2), (40, 11, 11)):
+    """Two columns of tiles of 16 x 64, which contract 64, and eight groups, but for the last case. The last tile of a
+    large group is half full on average."""
+    for rows, tiles, busy in ((2, 9, 2), (40, 11, 8), (320, 28, 24), (40, 3, 3)):
         program = kernel(rows, tiles, 256)
         assert work.flops_of(program, program.entry, program.entry.root).total == busy * 2 * (2 * 16 * 64 * 64)
 

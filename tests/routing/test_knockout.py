@@ -49,7 +49,7 @@ from bimedix_jax.routing.knockout import (
 from bimedix_jax.routing.knockout_effects import interactions, report
 from bimedix_jax.routing.recording import Manifest
 from bimedix_jax.routing.report.knockouts import read_interactions
-from bimedix_jax.routing.sequences import Sequences
+from bimedix_jax.routing.sequences import Sequences, sequences_of
 from bimedix_jax.routing.stats import holm
 from bimedix_jax.routing.watch import Watch
 
@@ -313,6 +313,10 @@ def test_the_commands_of_the_page(model: Mixtral, tmp_path, monkeypatch, capsys,
     screened, silenced = results
     assert len(screened["cells"]) == len(screened["interaction"]) == 2 * len(MEANINGS)
     assert len(screened["left_out"]) == 6
+    largest = min(max(map(abs, cell["gradient"].values())) for cell in screened["cells"])
+    assert largest >= max(max(map(abs, row["gradient"].values())) for row in screened["left_out"])
+    formats = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text("utf-8")
+    assert all(f"`{key}" in formats for key in (*screened, "cells[].gradient")), "formats.md has every key"
     assert json.loads(Path("knockout.json").read_text())["cells"] == screened["cells"]
     assert screened["manifest"]["hashes"]["adapter"] is None
     assert silenced["manifest"]["hashes"]["adapter"] is not None
@@ -333,6 +337,14 @@ def test_the_commands_of_the_page(model: Mixtral, tmp_path, monkeypatch, capsys,
     console = io.StringIO()
     Console(file=console, width=140).print(routes_knockout.knockout_table(screened))
     assert "6 were left out" in console.getvalue()
+    console = io.StringIO()
+    Console(file=console, width=80).print(routes_knockout.knockout_table(screened))
+    assert "ar - en" in console.getvalue().splitlines()[3], "a table, where the terminal has 80 columns"
+    one = screened | {"interaction": []}
+    Console(file=console, width=80).print(routes_knockout.knockout_table(one))
+    assert "it needs records in two languages" in " ".join(console.getvalue().split())
     assert cli.main([*commands[0], "--json"]) == 1
     assert "knockout.json exists" in json.loads(capsys.readouterr().out)["error"]
     assert cli.main(["routes", "knockout", "--model", "m", "--data", "few", "--screen", "0"]) == 1
+    with pytest.raises(BimedixError, match="2 records have the id en0"):
+        sequences_of([record(0, "en"), record(0, "en")], bytes_tokenizer, 100)

@@ -300,6 +300,31 @@ def test_the_commands_of_the_page_equal_eval_run(pair: Pair, tmp_path, monkeypat
     assert "all records: " in screen.getvalue()
     assert cli.main([*commands[0], "--json"]) == 1
     assert "split.json exists" in json.loads(capsys.readouterr().out)["error"]
+    for words, message in (
+        (["--out", "x.npz", "--tokens", "x.npz"], "give two names"),
+        (["--batch-tokens", "0"], "--batch-tokens is 0"),
+        (["--seed", "-1"], "--seed is -1; give at least 0"),
+        (["--data", "runs"], "runs is a folder"),
+    ):
+        plain = ["routes", "replay", "--model", "runs/noisy", "--adapter", "runs/tuned/adapter", "--data", "few"]
+        plain = [word for word in plain if "--data" not in words or word not in ("--data", "few")]
+        assert cli.main([*plain, *words, "--json"]) != 0
+        assert message in json.loads(capsys.readouterr().out)["error"]
+    page = (Path(__file__).resolve().parents[2] / "docs/formats.md").read_text("utf-8")
+    assert [key for key in found if f"`{key}`" not in page and f"`{key}." not in page and f"`{key}[" not in page] == []
+
+
+def test_rounding_does_not_make_a_split_depend_on_the_order(measured: Replayed) -> None:
+    split = attribution(measured, sequences(), np.ones(24, bool))
+    steady = dataclasses.replace(
+        split,
+        least_P=np.array([-1e-7, 0.1, 0.1]),
+        most_P=np.full(3, 0.2),
+        endpoint_error=7e-8,
+        interaction_X3=np.zeros((3, 3)),
+    )
+    assert steady.doubts(measured.game.players) == []
+    assert dataclasses.replace(steady, endpoint_error=0.0).doubts(measured.game.players) != []
 
 
 def test_rounding_of_another_program_is_no_route(pair: Pair) -> None:
