@@ -30,8 +30,7 @@ def index(x: jax.Array, e: jax.Array) -> jax.Array:
 class LayerOf:
     """Weights of one layer, without slicing them from the stack of all layers. Slicing would copy the whole layer.
 
-    A loop over experts reads each expert from a dense stack. A Pallas kernel takes a packed stack and the index of the
-    layer.
+    A loop over experts reads each expert from a dense stack. A kernel takes the stack and the index of the layer.
 
     Attributes:
       stack: array [L, ...], or NF4Tensor or RowMajor with layers on its first batch axis.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.expert_mlp import out_of_stacks
 from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
@@ -16,6 +17,7 @@ from bimedix_jax.kernels.layer_scan import InPlace
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4_matmul import matmul
+from bimedix_jax.kernels.stacks import LayerOf
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EXPERTS, LAYERS, RANK
 
@@ -97,6 +99,12 @@ def read_in_place(layers: nnx.Module, prefix: str) -> None:
         readable = isinstance(w, NF4Tensor | RowMajor) or (isinstance(w, jax.Array) and isinstance(layer, ExpertLinear))
         if readable and not shards.is_gathered(shards.dotted(prefix, (*path, "w"))):
             layer.w.set_value(InPlace(w))
+        # on a CPU, copies of factors are small; a scale would have to be multiplied into a copy
+        lora = layer.lora if isinstance(layer, ExpertLinear) and backends.platform() == "gpu" else None
+        if lora is not None and lora.scale == 1 and not layer.drops:
+            for name, factor in (("a", lora.a), ("b", lora.b)):
+                if not shards.is_gathered(shards.dotted(prefix, (*path, "lora", name))):
+                    factor.set_value(InPlace(factor.get_value()))
 
 
 def with_dropout(model: nnx.Module, key: jax.Array) -> None:
@@ -143,15 +151,17 @@ class ExpertLinear(nnx.Module):
         return self.lora is not None and self.lora.key is not None
 
     def factors(self, dtype: jnp.dtype) -> tuple[Any, Any] | None:
-        """(a [e, in, R], scale * b [e, R, out]) in `dtype`."""
+        """(a [e, in, R], scale * b [e, R, out]) in `dtype`; layers of stacks as they are, since the operation casts."""
         if self.lora is None:
             return None
+        if isinstance(self.lora.b.get_value(), LayerOf):
+            return self.lora.a.get_value(), self.lora.b.get_value()
         scale = jnp.asarray(self.lora.scale, dtype)
         a = jax.tree.map(lambda x: x.astype(dtype), self.lora.a.get_value())  # a may be Unstacked
         return a, jax.tree.map(lambda x: x.astype(dtype) * scale, self.lora.b.get_value())
 
     def __call__(self, x_MD: Float[Array, "M D"], group_sizes_e: Int[Array, "e"]) -> Float[Array, "M F"]:
-        [w] = out_of_stacks((self.w.get_value(),), packed_in_place=True)
+        [w] = out_of_stacks((self.w.get_value(),), in_place=True)
         y_MF = grouped_matmul(x_MD, w, group_sizes_e)
         if self.lora is None:
             return y_MF

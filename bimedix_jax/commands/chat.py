@@ -85,9 +85,8 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import context_of, tokenizer_of_model
     from bimedix_jax.inference.chat import Chat, ChatOptions, require_text
-    from bimedix_jax.inference.decoding_layout import store_by_rows
+    from bimedix_jax.inference.decoding_layout import store_for_decoding
     from bimedix_jax.inference.keyboard import Keyboard
-    from bimedix_jax.kernels import backends
     from bimedix_jax.routing.interventions import rules_of
 
     if console.stderr and not config.prompt:
@@ -112,8 +111,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
         options.check(context_of(folder))
         model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
-        if backends.platform() == "tpu":
-            store_by_rows(model)
+        store_for_decoding(model)
         chat = Chat(model, tokenizer, config.system, options, rules)
         if rules is not None:
             rules.check(model.config)

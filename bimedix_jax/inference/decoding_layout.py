@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from bimedix_jax.kernels import backends
@@ -57,6 +58,14 @@ def unstack_cache(cache: KVCache) -> KVCache:
     return KVCache(layers(cache.k_LBSGH), layers(cache.v_LBSGH), cache.segment_ids_BS, cache.length)
 
 
+def store_for_decoding(model: Mixtral) -> None:
+    """Stores a model, in place, as this platform decodes it fastest. It must then only generate text."""
+    if backends.platform() == "tpu":
+        store_by_rows(model)
+    elif backends.platform() == "gpu":
+        store_factors(model)
+
+
 def store_by_rows(model: Mixtral) -> None:
     """Stores the packed weights of the model by rows, in place, as the TPU kernels read them (kernels/nf4/rows.py).
 
@@ -68,6 +77,28 @@ def store_by_rows(model: Mixtral) -> None:
             w = layer.w.get_value()
             if isinstance(w, NF4Tensor) and has_rows(w):
                 layer.w.set_value(rows_of(w))
+
+
+def store_factors(model: Mixtral) -> None:
+    """Stores the factors of adapters in the dtype of the computation, in place, with the scale multiplied into B.
+
+    A GPU then reads the factors of the experts that a token uses from their stacks. Otherwise it casts those of all
+    experts for each token. The model computes the same. Exports take the factors as they were: it is for a model that
+    only generates text.
+    """
+    for _, layer in nnx.iter_modules(model.layers):
+        if isinstance(layer, Linear | ExpertLinear) and layer.lora is not None:
+            lora = layer.lora
+            for factor, scale in ((lora.a, 1.0), (lora.b, lora.scale)):
+                factor.set_value(cast(factor.get_value(), scale, model.dtype))
+            lora.scale = 1.0
+
+
+def cast(x: Any, scale: float, dtype: str) -> Any:
+    """scale * x, both in `dtype`; a shape with sharding gives one."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return x.astype(dtype) * jnp.asarray(scale, dtype)
 
 
 def rows_of(t: NF4Tensor) -> RowMajor:

@@ -17,7 +17,7 @@ from bimedix_jax.adapters import add_lora
 from bimedix_jax.checkpoint.load import requested_router
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import Experiment, MeshConfig
-from bimedix_jax.inference.decoding_layout import store_by_rows
+from bimedix_jax.inference.decoding_layout import store_for_decoding
 from bimedix_jax.inference.generate import Sampling, State, _prefill, _step
 from bimedix_jax.inference.padding import bucket
 from bimedix_jax.kernels import backends
@@ -150,11 +150,10 @@ def training_step(config: MixtralConfig, experiment: Experiment, devices: list[A
 
 
 def for_inference(placed: Placed, devices: list[Any]) -> Placed:
-    """The model as `bimedix chat` stores it on these devices: on TPUs, packed weights by rows."""
-    if devices[0].platform != "tpu":
-        return placed
+    """The model as `bimedix chat` stores it on these devices."""
     model = nnx.merge(*nnx.split(placed.model), copy=True)
-    store_by_rows(model)
+    with backends.use(device=devices[0]):
+        store_for_decoding(model)
     return dataclasses.replace(placed, model=model)
 
 

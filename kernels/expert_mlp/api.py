@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.expert_mlp import composed, few_rows, xla
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, GivenDeltas, GivenWeights, Weights, is_packed
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, GivenDeltas, GivenWeights, Weights, is_packed, without_layers
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.permute import Permutation
@@ -93,7 +93,7 @@ def expert_mlp(
         (`LayerOf`): packed ones, and dense ones whose gradient is not taken.
         Experts may be Unstacked, for `few_rows`; the other backends stack them first, which copies all of them.
       deltas: for each weight, the factors (a [E, in, R], b [E, R, out]) of its low-rank delta, or None. The scale of
-        the delta is part of b.
+        the delta is part of b. Factors may be layers of stacks (`LayerOf`), whose gradient is not taken.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best for the size that can take
         the operands. A named backend never falls back.
 
@@ -117,5 +117,5 @@ def expert_mlp(
         return few_rows.expert_mlp(*operands)
     x_ND, weights_NK, permutation, weights, deltas = operands
     if name == "xla":
-        return fused(x_ND, weights_NK, permutation, plain(weights), stack(deltas))
+        return fused(x_ND, weights_NK, permutation, plain(weights), stack(without_layers(deltas)))
     return composed.expert_mlp(x_ND, weights_NK, permutation, stack(weights), stack(deltas))

@@ -1,9 +1,11 @@
 """Backend composed of the other operations. It runs on every platform and differentiates dense weights too."""
 
+from typing import Any
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, out_of_stacks
+from bimedix_jax.kernels.expert_mlp.layout import GivenDeltas, Weights, out_of_stacks
 from bimedix_jax.kernels.grouped_low_rank import grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.permute import Permutation, combine, dispatch
@@ -13,12 +15,13 @@ PRODUCTS = "expert_products"
 
 
 def expert_mlp(
-    x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: Deltas
+    x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: GivenDeltas
 ) -> jax.Array:
-    sizes, matrices = permutation.group_sizes_E, out_of_stacks(weights, packed_in_place=True)
+    sizes, matrices = permutation.group_sizes_E, out_of_stacks(weights, in_place=True)
 
     def linear(x: jax.Array, i: int) -> jax.Array:
-        y, pair = grouped_matmul(x, matrices[i], sizes), deltas[i]
+        pair: Any = deltas[i]
+        y = grouped_matmul(x, matrices[i], sizes)
         return y if pair is None else y + grouped_low_rank(x, *pair, sizes)
 
     x_MD = dispatch(x_ND, permutation)

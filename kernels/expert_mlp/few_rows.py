@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bimedix_jax.kernels.expert_mlp.layout import GivenDeltas, GivenWeights
+from bimedix_jax.kernels.expert_mlp.layout import GivenDeltas, GivenWeights, without_layers
 from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.kernels.permute import Permutation
 from bimedix_jax.kernels.unstacked import Unstacked, is_unstacked
@@ -48,11 +48,12 @@ def expert_mlp(
     deltas: GivenDeltas,
 ) -> jax.Array:
     """Differentiated by JAX, without a custom gradient."""
+    factors = without_layers(deltas)
     with jax.named_scope("dispatch"):
         weights_NE, chosen_NE = weights_by_expert(weights_NK, permutation)
 
     def linear(x: jax.Array, i: int, e: int, out_dtype: jnp.dtype) -> jax.Array:
-        y, pair = matmul(x, weights[i][e], out_dtype), deltas[i]
+        y, pair = matmul(x, weights[i][e], out_dtype), factors[i]
         return y if pair is None else y + matmul(matmul(x, pair[0][e]), pair[1][e], out_dtype)
 
     def expert(e: int, x_ND: jax.Array) -> jax.Array:

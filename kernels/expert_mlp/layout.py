@@ -27,8 +27,8 @@ Weights = tuple[jax.Array | NF4Tensor | LayerOf, ...]
 Deltas = tuple[tuple[jax.Array, jax.Array] | None, ...]
 """Factors (a [E, in, R], b [E, R, out]) of the delta of each, or None."""
 GivenWeights = tuple[jax.Array | NF4Tensor | LayerOf | Unstacked, ...]
-GivenDeltas = tuple[tuple[jax.Array | Unstacked, jax.Array | Unstacked] | None, ...]
-"""The forms that callers may pass: experts may also be Unstacked."""
+GivenDeltas = tuple[tuple[jax.Array | Unstacked | LayerOf, jax.Array | Unstacked | LayerOf] | None, ...]
+"""The forms that callers may pass: experts may also be Unstacked, and factors layers of stacks."""
 
 
 class Expert(NamedTuple):
@@ -119,18 +119,27 @@ def as_dtype(w: Any, dtype: jnp.dtype) -> Any:
     return w.astype(dtype)
 
 
-def out_of_stacks(weights: GivenWeights, packed_in_place: bool = False) -> tuple[Any, ...]:
+def out_of_stacks(weights: GivenWeights, in_place: bool = False) -> tuple[Any, ...]:
     """Each as one array or NF4Tensor [E, in, out]: a LayerOf is sliced, Unstacked experts are stacked.
 
-    With `packed_in_place`, a LayerOf of NF4 is returned unchanged, for operations that take it.
+    With `in_place`, a LayerOf is returned unchanged, for operations that take it.
     """
 
     def whole(w: Any) -> Any:
         if not isinstance(w, LayerOf):
             return as_tensor(stack(w))
-        return w if packed_in_place and w.is_packed else w.value()
+        return w if in_place else w.value()
 
     return tuple(map(whole, weights))
+
+
+def without_layers(deltas: GivenDeltas) -> tuple[Any, ...]:
+    """`deltas` with each LayerOf sliced from its stack."""
+
+    def sliced(pair: Any) -> Any:
+        return None if pair is None else tuple(w.value() if isinstance(w, LayerOf) else w for w in pair)
+
+    return tuple(map(sliced, deltas))
 
 
 def load(weights: Weights, dtype: jnp.dtype, separate: bool, pinned: tuple[Any, Expert], e: jax.Array) -> Expert:

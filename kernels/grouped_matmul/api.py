@@ -85,7 +85,7 @@ def grouped_matmul(
     Args:
       x_MD: rows sorted by expert.
       w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (square matrices are read as [E, D, F]).
-        A `LayerOf` is such weights of one layer; backends with `takes_stack` read packed ones without a slice.
+        A `LayerOf` is such weights of one layer, and gets no gradient; backends with `takes_stack` do not slice it.
       group_sizes_E: rows of each expert, in order; their sum may be below M.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
         operands. A named backend never falls back.
@@ -104,8 +104,9 @@ def grouped_matmul(
             f"grouped_matmul needs x [M, D], w [E, D, F] and group sizes [E]; "
             f"got {x_MD.shape}, {w_EDF.shape} and {group_sizes_E.shape}."
         )
+    name = pick_backend(backend, x_MD, w_EDF)
     if isinstance(w_EDF, LayerOf) and not w_EDF.is_packed:
-        w_EDF = w_EDF.value()
+        w_EDF = operand(load(name), w_EDF)
     if not isinstance(w_EDF, NF4Tensor | LayerOf):
         w_EDF = w_EDF.astype(x_MD.dtype)
-    return product(*vary_alike(x_MD, w_EDF, group_sizes_E), pick_backend(backend, x_MD, w_EDF))
+    return product(*vary_alike(x_MD, w_EDF, group_sizes_E), name)

@@ -5,8 +5,9 @@ registers. The grid is static; programs of tiles without rows exit immediately. 
 For few rows, each program dequantises the tiles that it multiplies, and only packed bytes are read from memory. For
 many rows, each weight would be dequantised once for each tile of rows. Then a kernel dequantises one matrix of all
 experts to memory first. Scales under double quantisation are decoded in the kernels too, so only those of the experts
-in use are read. Packed weights may be a layer of a stack: the kernels take the whole stack, and the index of the layer
-is part of the index of the expert. On a CPU the kernels are interpreted.
+in use are read. Weights may be a layer of a stack: the kernels take the whole stack, and the index of the layer is part
+of the index of the expert. Dense weights of another dtype than the rows are cast in the kernel. On a CPU the kernels
+are interpreted.
 """
 
 import dataclasses
@@ -56,7 +57,9 @@ def takes_stack(stack: Any) -> bool:
 
     Offsets have 32 bits, or 64 where an operand has more than 2**32 bytes; in between they would overflow.
     """
-    regular = isinstance(stack, NF4Tensor) and len(stack.batch_shape) == 2 and len(stack.unit_shape) == 2
+    if not isinstance(stack, NF4Tensor):
+        return isinstance(stack, jax.Array) and stack.ndim == 4 and stack.size < 2**31
+    regular = len(stack.batch_shape) == 2 and len(stack.unit_shape) == 2
     return regular and not 2**31 <= stack.packed.size <= 2**32
 
 
@@ -71,7 +74,7 @@ def missing_capability() -> str | None:
     return None
 
 
-def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
+def refusal(x_MD: jax.Array, w_EDF: Any) -> str | None:
     """The reason why the kernels cannot take these operands, or None."""
     if (reason := missing_capability()) is not None:
         return reason
@@ -125,7 +128,8 @@ def weight_tile(
     """Values of expert e in a tile of this shape whose first element is [row, column]; NF4: of whole blocks."""
     rows, row_bound = row + jnp.arange(shape[0]), bound(stored.rows, shape[0])
     if not stored.block:
-        return load(refs[0], (e,), (rows, row_bound), (column + jnp.arange(shape[1]), bound(stored.columns, shape[1])))
+        columns = (column + jnp.arange(shape[1]), bound(stored.columns, shape[1]))
+        return load(refs[0], (e,), (rows, row_bound), columns).astype(dtype)
     packed_ref, *scale_refs = refs
     blocks = lax.div(column, stored.block) + jnp.arange(shape[1] // stored.block)
     packed = load(packed_ref, (e,), (rows, row_bound), (blocks, None), (jnp.arange(stored.block // 2), None))
@@ -238,7 +242,7 @@ def launch(kernel: Any, name: str, grid: tuple[int, ...], tile: Tile, out: jax.S
 
 def stored_as(w_EDF: jax.Array | NF4Tensor, swapped: bool) -> StoredWeights:
     if not isinstance(w_EDF, NF4Tensor):
-        experts, rows, columns = w_EDF.shape
+        experts, rows, columns = w_EDF.shape[-3:]
         return StoredWeights(experts, rows, columns, contract_columns=swapped)
     experts, rows, columns = stored_shape(w_EDF)[-3:]
     return StoredWeights(experts, rows, columns, w_EDF.transposed != swapped, w_EDF.block_size, w_EDF.dtype)
@@ -251,7 +255,7 @@ def arrays_of(w_EDF: jax.Array | NF4Tensor, stored: StoredWeights) -> tuple[jax.
     their offset, and the code book. If all experts were quantised as one unit, they are decoded here.
     """
     if not isinstance(w_EDF, NF4Tensor):
-        return (w_EDF,)
+        return (w_EDF.reshape(-1, stored.rows, stored.columns),)
     blocks = (-1, stored.rows, stored.columns // stored.block)
     packed = w_EDF.packed.reshape(*blocks, stored.block // 2)
     if w_EDF.nested_absmax is None or w_EDF.nested_offset is None or len(w_EDF.unit_shape) != 2:

@@ -17,6 +17,8 @@ PREFERRED = {"cpu": ("bits", "unrolled"), "gpu": ("scan", "unrolled"), "tpu": ("
 """Backends of each platform, best first, for stacked operands. With Unstacked ones, layers are always unrolled."""
 READ_IN_PLACE: dict[str, tuple[type[Any], ...]] = {"bits": (jax.Array,), "scan": (NF4Tensor, RowMajor)}
 """What each backend does not slice from its stack, if InPlace marks it."""
+DENSE_IN_PLACE = {"gpu": "scan"}
+"""Where dense arrays are read in place too if there is a memory, since nothing is differentiated then."""
 EVERYWHERE_UNROLLED = dict.fromkeys(PREFERRED, ("unrolled",))
 
 
@@ -41,7 +43,7 @@ def layer_scan(
       x: the activations; the same shape and dtype before and after each layer.
       layers: a pytree of arrays with a leading axis of layers: stacked, Unstacked, or marked by InPlace. The body gets
         one layer's values. Of marked weights it gets a `LayerOf` instead, if they are packed and the backend is "scan",
-        or if they are dense, the backend is "bits" and nothing is differentiated.
+        or if they are dense and nothing is differentiated: with the backend "bits", and with "scan" on a GPU.
       memory: a pytree, stacked or Unstacked, of values that each layer reads and replaces, such as a cache of keys
         and values; with None, each slot is None.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the operands.
@@ -61,6 +63,9 @@ def layer_scan(
             f"layer_scan needs arrays with the same number of layers on their leading axes; got {sorted(depths)}."
         )
     name = pick_backend(backend, plain, memory)
-    given = unmarked(layers, READ_IN_PLACE[name]) if name in READ_IN_PLACE else plain
+    kinds = READ_IN_PLACE.get(name, ())
+    if memory is not None and DENSE_IN_PLACE.get(backends.platform()) == name:
+        kinds += (jax.Array,)
+    given = unmarked(layers, kinds) if kinds else plain
     constants, memory = lax.stop_gradient((constants, memory))
     return BACKENDS[name].layer_scan(body, constants, x, given, memory, depths.pop())

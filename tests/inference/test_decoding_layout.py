@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from tiny import GROUPED, tiny
 
-from bimedix_jax.adapters import add_lora
+from bimedix_jax.adapters import add_lora, linears
 from bimedix_jax.inference import decoding_layout
 from bimedix_jax.inference.generate import generate
 from bimedix_jax.kernels import backends
@@ -74,6 +74,20 @@ def test_logits_are_those_of_the_stacked_model(kind):
     assert other.cache is not None
     assert int(other.cache.length) == 5
     np.testing.assert_array_equal(other.cache.segment_ids_BS, out.cache.segment_ids_BS)
+
+
+def test_factors_in_the_dtype_of_the_computation_compute_the_same():
+    """What a GPU decodes: A and scale * B, which would otherwise be cast for each token."""
+    model = made("adapters on some")
+    before = np.asarray(model(np.array([PROMPTS[0]])).logits_BTV)
+    decoding_layout.store_factors(model)
+    assert {layer.lora.scale for layer in linears(model).values() if layer.lora is not None} == {1.0}
+    np.testing.assert_allclose(model(np.array([PROMPTS[0]])).logits_BTV, before, atol=1e-4)
+    model.dtype = "bfloat16"
+    decoding_layout.store_factors(model)
+    assert {layer.lora.b[...].dtype for layer in linears(model).values() if layer.lora is not None} == {
+        jnp.dtype("bfloat16")
+    }
 
 
 def test_unstacked_parameters_share_the_models_memory():

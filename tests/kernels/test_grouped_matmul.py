@@ -14,6 +14,7 @@ from jax import lax
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul, reference
 from bimedix_jax.kernels.grouped_matmul.api import BACKENDS
+from bimedix_jax.kernels.grouped_matmul.triton import takes_stack
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
 from bimedix_jax.kernels.nf4.rows import RowMajor
@@ -202,6 +203,20 @@ def test_a_layer_stored_by_rows_is_bit_equal_to_its_slice(transposed: bool, doub
     for one, other in zip(got, expected, strict=True):
         assert jnp.abs(other).max() > 0
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_of_a_dense_stack_equals_its_slice(backend: str) -> None:
+    """In float32 with rows in bfloat16, as adapters that are trained; a backend may cast in its kernel."""
+    if backend == "mosaic_tpu":
+        pytest.skip("interpreting it takes long, and it takes no dense stacks")
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (24, 32)).astype("bfloat16")
+    stack = jax.random.normal(keys[1], (3, 4, 32, 16))
+    sizes = jnp.array([5, 0, 12, 4], jnp.int32)
+    got = grouped_matmul(x, LayerOf(stack, jnp.int32(2)), sizes, backend=backend)
+    np.testing.assert_array_equal(got, grouped_matmul(x, stack[2], sizes, backend=backend))
+    assert takes_stack(stack)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
