@@ -220,10 +220,10 @@ def require_at_least_one(config: Any, *names: str) -> None:
 
 
 def check_seed(config: Any) -> None:
-    """Raises UsageError for a seed that no generator takes."""
+    """Raises BimedixError for a seed that no generator takes."""
     seed = getattr(config, "seed", None)
     if isinstance(seed, int) and seed < 0:
-        raise UsageError(f"--seed is {seed}; give at least 0")
+        raise BimedixError(f"--seed is {seed}; give at least 0")
 
 
 def wrapped(text: str) -> str:

@@ -18,11 +18,11 @@ def expert_mlp(
     x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: GivenDeltas
 ) -> jax.Array:
     sizes, matrices = permutation.group_sizes_E, out_of_stacks(weights, in_place=True)
+    factors: tuple[Any, ...] = deltas
 
     def linear(x: jax.Array, i: int) -> jax.Array:
-        pair: Any = deltas[i]
-        y = grouped_matmul(x, matrices[i], sizes)
-        return y if pair is None else y + grouped_low_rank(x, *pair, sizes)
+        y, pair = grouped_matmul(x, matrices[i], sizes), factors[i]
+        return y if pair is None else y + grouped_low_rank(x, pair[0], pair[1], sizes)
 
     x_MD = dispatch(x_ND, permutation)
     with jax.named_scope("experts/w1_w3"):
