@@ -93,7 +93,7 @@ def expert_mlp(
         (`LayerOf`): packed ones, and dense ones whose gradient is not taken.
         Experts may be Unstacked, for `few_rows`; the other backends stack them first, which copies all of them.
       deltas: for each weight, the factors (a [E, in, R], b [E, R, out]) of its low-rank delta, or None. The scale of
-        the delta is part of b. Factors may be layers of stacks (`LayerOf`), whose gradient is not taken.
+        the delta is part of b. Factors may be layers of stacks (`LayerOf`).
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best for the size that can take
         the operands. A named backend never falls back.
 

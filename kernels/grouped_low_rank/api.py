@@ -54,8 +54,8 @@ def grouped_low_rank(
 ) -> Float[Array, "M F"]:
     """The delta of each row in the dtype of x, accumulated in float32; rows that no group owns are zero.
 
-    Differentiable in x, a and b. Factors may be layers of stacks (`LayerOf`), whose gradient is not taken. `backend` is
-    one of BACKENDS; None takes that of `backends.use`, else the one for the platform and the size.
+    Differentiable in x, a and b. Factors may be layers of stacks (`LayerOf`). `backend` is one of BACKENDS; None takes
+    that of `backends.use`, else the one for the platform and the size.
 
     Raises:
       ValueError: unknown backend.

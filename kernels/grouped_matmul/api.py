@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels import backends
@@ -56,7 +57,7 @@ def product(x_MD: jax.Array, w_EDF: Weights, group_sizes_E: jax.Array, backend: 
 
 def product_forward(x_MD: jax.Array, w_EDF: Weights, group_sizes_E: jax.Array, backend: str):
     # the backward pass keeps a 4-bit weight packed, and keeps x only for the gradient of a dense weight
-    residual_x = None if isinstance(w_EDF, NF4Tensor | LayerOf) else x_MD
+    residual_x = None if isinstance(w_EDF, NF4Tensor) or is_packed_layer(w_EDF) else x_MD
     return product(x_MD, w_EDF, group_sizes_E, backend), (residual_x, w_EDF, group_sizes_E)
 
 
@@ -66,8 +67,12 @@ def product_backward(backend: str, residuals: tuple, dy_MF: jax.Array):
     dx_MD = module.grouped_matmul(dy_MF, operand(module, w_EDF), group_sizes_E, swapped=True)
     if x_MD is None:
         return dx_MD, jax.tree.map(zero_cotangent, w_EDF), zero_cotangent(group_sizes_E)
-    dw_EDF = module.weight_gradient(x_MD, dy_MF, group_sizes_E).astype(w_EDF.dtype)
-    return dx_MD, dw_EDF, zero_cotangent(group_sizes_E)
+    dw_EDF = module.weight_gradient(x_MD, dy_MF, group_sizes_E)
+    if isinstance(w_EDF, LayerOf):
+        stack = jnp.zeros_like(w_EDF.stack).at[w_EDF.layer].set(dw_EDF.astype(w_EDF.stack.dtype))
+        layer: Any = zero_cotangent(jnp.asarray(w_EDF.layer))
+        return dx_MD, LayerOf(stack, layer), zero_cotangent(group_sizes_E)
+    return dx_MD, dw_EDF.astype(w_EDF.dtype), zero_cotangent(group_sizes_E)
 
 
 product.defvjp(product_forward, product_backward)
@@ -85,7 +90,7 @@ def grouped_matmul(
     Args:
       x_MD: rows sorted by expert.
       w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (square matrices are read as [E, D, F]).
-        A `LayerOf` is such weights of one layer, and gets no gradient; backends with `takes_stack` do not slice it.
+        A `LayerOf` is such weights of one layer; backends with `takes_stack` do not slice it.
       group_sizes_E: rows of each expert, in order; their sum may be below M.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
         operands. A named backend never falls back.

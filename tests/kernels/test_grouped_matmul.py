@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import jax
@@ -214,8 +215,18 @@ def test_a_layer_of_a_dense_stack_equals_its_slice(backend: str) -> None:
     x = jax.random.normal(keys[0], (24, 32)).astype("bfloat16")
     stack = jax.random.normal(keys[1], (3, 4, 32, 16))
     sizes = jnp.array([5, 0, 12, 4], jnp.int32)
-    got = grouped_matmul(x, LayerOf(stack, jnp.int32(2)), sizes, backend=backend)
-    np.testing.assert_array_equal(got, grouped_matmul(x, stack[2], sizes, backend=backend))
+    dy = jnp.cos(jnp.arange(24 * 16.0)).reshape(24, 16).astype("bfloat16")
+
+    def compute(x: jax.Array, w: jax.Array | LayerOf) -> tuple[jax.Array, Any]:
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x, w)
+        return y, pull(dy)
+
+    y, (dx, dlayer) = jax.jit(compute)(x, LayerOf(stack, jnp.int32(2)))
+    expected, (dx_expected, dw) = jax.jit(compute)(x, stack[2])
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(dx, dx_expected)
+    np.testing.assert_allclose(dlayer.stack[2], dw, rtol=2**-7, atol=1e-6)
+    assert not np.asarray(dlayer.stack[:2]).any()
     assert takes_stack(stack)
 
 
