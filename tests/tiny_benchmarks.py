@@ -41,6 +41,6 @@ def write_arabic(folder: Path) -> None:
     """Writes TASK_ar.jsonl with two questions of each task."""
     for task in TASKS:
         choices = ["نعم", "لا", "ربما"] if task == "pubmedqa" else ["الكبد", "القلب", "الرئة", "الكلية"]
-        rows = [{"id": f"{task}/{n}", "question": f"السؤال {n}؟", "choices": choices, "answer": 1} for n in (1, 2)]
+        rows = [{"id": f"{task}/{n}", "question": f"السؤال {n}؟", "choices": choices, "answer": "B"} for n in (1, 2)]
         lines = [json.dumps({**row, "context": "نظرنا."}, ensure_ascii=False) + "\n" for row in rows]
         (folder / f"{task}_ar.jsonl").write_text("".join(lines), "utf-8")

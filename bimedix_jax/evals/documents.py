@@ -14,7 +14,8 @@ from typing import Any
 from bimedix_jax.curation.readers.hub import HubSet
 from bimedix_jax.curation.readers.rows import rows
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals.layouts import NO_QUESTION, NO_VALID_OPTION, Document, document_of
+from bimedix_jax.evals.layouts import NO_QUESTION, NO_VALID_OPTION, Document, document_of, first_number
+from bimedix_jax.evals.repeated import warn_repeated
 from bimedix_jax.files import read_json
 
 DATA = "BIMEDIX_EVAL_DATA"
@@ -133,9 +134,12 @@ def read(benchmark: str, language: str, data: str | None = None, exclude_flagged
         source, solved = places
     else:
         source, solved = local(name, language, [Path(folder).expanduser() for folder in data.split(os.pathsep)])
-    found = list(documents_of(source, name, language, solved=False))
+    file = documents_of(source, name, language, solved=False)
+    found = file.documents
     if name == "medarabench":
         found = list(flagged_copies(found))
+    elif isinstance(source, Path):
+        warn_repeated(label(source), ((one.id, (one.context, one.question), one.choices) for one in found))
     reasons = collections.Counter[str]()
     kept = []
     for document in found:
@@ -146,8 +150,8 @@ def read(benchmark: str, language: str, data: str | None = None, exclude_flagged
             reasons[reason] += 1
     if not kept:
         raise BimedixError(f"{label(source)} has no question of {benchmark}; check its rows")
-    examples = () if solved is None else tuple(documents_of(solved, name, language, solved=True))
-    return Documents(tuple(kept), examples, label(source), dict(reasons))
+    examples = () if solved is None else documents_of(solved, name, language, True, file.first).documents
+    return Documents(tuple(kept), tuple(examples), label(source), dict(reasons))
 
 
 def why_excluded(document: Document, benchmark: str, exclude_flagged: bool) -> str | None:
@@ -206,15 +210,59 @@ def first_file(folders: list[Path], names: list[str]) -> Path | None:
     return next((folder / name for name in names for folder in folders if (folder / name).is_file()), None)
 
 
-def documents_of(source: Path | HubSet, benchmark: str, language: str, solved: bool) -> Iterator[Document]:
-    """The documents of one place that belong to a benchmark."""
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What `documents_of` found.
+
+    Attributes:
+      first: the number of the first choice; None if no answer is a number.
+    """
+
+    documents: list[Document]
+    first: int | None
+
+
+def documents_of(source: Path | HubSet, benchmark: str, language: str, solved: bool, first: int | None = None) -> File:
+    """The documents of one place that belong to a benchmark.
+
+    Args:
+      first: the number of the first choice, if the numbers of solved examples do not tell.
+
+    Raises:
+      BimedixError: a row cannot be read, or the numbers of the answers may count from 0 and from 1.
+    """
+    subject = benchmark.split("mmlu_", 1)[1] if "mmlu_" in benchmark and "arabic" not in benchmark else None
+    found = list(fields_of(source, solved))
+    authors = isinstance(source, Path) and source.name.startswith(("dev.json", "train.json"))
+    try:
+        counted = 1 if authors else first_number(((line, fields) for _, line, _, fields in found), label(source))
+    except BimedixError:
+        if first is None:
+            raise
+        counted = first
+    documents = []
+    for where, _, number, fields in found:
+        one = document_of(fields, where, counted or 0)
+        if subject is not None and one.subject not in (None, subject):
+            continue
+        own = one.id or f"{benchmark}/{number}"
+        if "options" in fields and isinstance(source, Path):  # as the readers of records name these questions
+            own = f"{source.parent.name}/{own}"
+        changes = {"id": own, "language": one.language or language, "subject": one.subject or subject}
+        documents.append(dataclasses.replace(one, **changes))
+    return File(documents, counted)
+
+
+def fields_of(source: Path | HubSet, solved: bool) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+    """(file and line, line, number of the row, its fields) of one place.
+
+    PubMedQA's questions and solved examples are in one file, whose test set is named by another.
+    """
     keyed = isinstance(source, Path) and source.name == "ori_pqal.json"
     tests: dict[str, str] = {}
     if isinstance(source, Path) and keyed:
         tests = read_json(source.with_name("test_ground_truth.json"), dict[str, str], "fetch it again")
     headerless = isinstance(source, Path) and source.name.endswith("_dev.csv")
-    authors = isinstance(source, Path) and source.name.startswith(("dev.json", "train.json"))
-    subject = benchmark.split("mmlu_", 1)[1] if "mmlu_" in benchmark and "arabic" not in benchmark else None
     for number, row in enumerate(rows(source, keyed=keyed, header=not headerless), start=1):
         where = f"{row.file}:{row.line}"
         try:
@@ -227,17 +275,4 @@ def documents_of(source: Path | HubSet, benchmark: str, language: str, solved: b
             fields["pmid"] = row.key
         if headerless:
             fields = {"question": fields["0"], "choices": [fields[str(n)] for n in range(1, 5)], "answer": fields["5"]}
-        if authors:
-            fields["first_option"] = 1
-        found = document_of(fields, where)
-        if subject is not None and found.subject not in (None, subject):
-            continue
-        own = found.id or f"{benchmark}/{number}"
-        if "options" in fields and isinstance(source, Path):  # as the readers of records name these questions
-            own = f"{source.parent.name}/{own}"
-        yield dataclasses.replace(
-            found,
-            id=own,
-            language=found.language or language,
-            subject=found.subject or subject,
-        )
+        yield where, row.line, number, fields

@@ -4,12 +4,15 @@ Nothing is tidied: a prompt must be the one that lm-evaluation-harness makes of 
 """
 
 import dataclasses
+import json
 import re
 import string
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
-from bimedix_jax.curation.readers.choices import label_of
+from bimedix_jax.curation.quarantine import WrongSource
+from bimedix_jax.curation.readers.answers import Column, number_of
+from bimedix_jax.curation.readers.choices import Choices, label_of
 from bimedix_jax.data.records import Record, question_of
 from bimedix_jax.errors import BimedixError
 
@@ -47,12 +50,14 @@ class Document:
 
 
 def answer_of(value: Any, choices: tuple[str, ...], first: int = 0) -> int:
-    """Index of the right choice from its number, its letter or its text; -1 if it is none of these."""
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
-        value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        number = int(value) - first
-        return number if 0 <= number < len(choices) else -1
+    """Index of the right choice from its number, its letter or its text; -1 if it is none of these.
+
+    Args:
+      first: number of the first choice.
+    """
+    number = number_of(value)
+    if number is not None:
+        return number - first if 0 <= number - first < len(choices) else -1
     text = str(value).strip()
     label = label_of(text)
     for letters in (string.ascii_uppercase, "أبجدهو"):
@@ -61,7 +66,22 @@ def answer_of(value: Any, choices: tuple[str, ...], first: int = 0) -> int:
     return choices.index(text) if text in choices else -1
 
 
-def of_record(row: Mapping[str, Any]) -> Document:
+def texts_of(value: Any, name: str) -> tuple[str, ...]:
+    """The texts of a list, which may be written as JSON in a cell of a table; None and an empty cell have none.
+
+    Raises:
+      ValueError: it is no list of texts; a text would be split into its letters.
+    """
+    if isinstance(value, str) and value.strip().startswith("["):
+        value = json.loads(value)
+    if value is None or value == "":
+        return ()
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ValueError(f'{name} is {value!r}, which is not a list of texts; write ["...", "..."]')
+    return tuple(value)
+
+
+def of_record(row: Mapping[str, Any], _: int) -> Document:
     """A record of ours, as `bimedix data translate` writes it; `provenance.flags` are its flags."""
     record = Record.model_validate(row)
     if record.choices is None or record.answer is None:
@@ -78,38 +98,38 @@ def of_record(row: Mapping[str, Any]) -> Document:
         language=record.language,
         subject=record.specialty or record.provenance.get("subject"),
         context=context,
-        flags=tuple(record.provenance.get("flags", ())),
+        flags=texts_of(record.provenance.get("flags"), "flags"),
     )
 
 
-def of_choices(row: Mapping[str, Any]) -> Document:
+def of_choices(row: Mapping[str, Any], first: int) -> Document:
     """{question, choices, answer}, as MMLU on the hub and MBZUAI/human_translated_arabic_mmlu, and one's own sets."""
-    choices = tuple(row["choices"])
+    choices = texts_of(row["choices"], "choices")
     return Document(
         id=None if row.get("id") is None else str(row["id"]),
         question=row["question"],
         choices=choices,
-        answer=answer_of(row["answer"], choices),
+        answer=answer_of(row["answer"], choices, first),
         language=row.get("language"),
         subject=row.get("subject") or row.get("specialty") or None,
         context=row.get("context") or "",
-        flags=tuple(row.get("flags") or ()),
+        flags=texts_of(row.get("flags"), "flags"),
     )
 
 
-def of_medmcqa(row: Mapping[str, Any]) -> Document:
-    """MedMCQA: `cop` counts from 1 in its authors' JSON files, which have `choice_type` but no hub columns."""
+def of_medmcqa(row: Mapping[str, Any], first: int) -> Document:
+    """MedMCQA: `cop` counts from 1 in its authors' JSON files, and from 0 on the hub."""
     choices = tuple(row[name] for name in ("opa", "opb", "opc", "opd"))
     return Document(
         id=None if row.get("id") is None else f"medmcqa/{row['id']}",
         question=row["question"],
         choices=choices,
-        answer=answer_of(row["cop"], choices, int(row.get("first_option", 0))),
+        answer=answer_of(row["cop"], choices, first),
         subject=row.get("subject_name") or None,
     )
 
 
-def of_medqa(row: Mapping[str, Any]) -> Document:
+def of_medqa(row: Mapping[str, Any], first: int) -> Document:
     """MedQA as GBaker/MedQA-USMLE-4-options-hf has it: {sent1, sent2, ending0.., label}."""
     choices = tuple(row[f"ending{number}"] for number in range(5) if row.get(f"ending{number}") is not None)
     own = row.get("id")
@@ -117,11 +137,11 @@ def of_medqa(row: Mapping[str, Any]) -> Document:
         id=None if own is None else f"medqa/{own}",
         question=row["sent1"],
         choices=choices,
-        answer=answer_of(row["label"], choices),
+        answer=answer_of(row["label"], choices, first),
     )
 
 
-def of_options(row: Mapping[str, Any]) -> Document:
+def of_options(row: Mapping[str, Any], _: int) -> Document:
     """{question, options: {A: ...}, answer_idx}, as MedQA's authors and MedAgents have it."""
     labels = sorted(row["options"])
     choices = tuple(row["options"][label] for label in labels)
@@ -136,7 +156,7 @@ def of_options(row: Mapping[str, Any]) -> Document:
     )
 
 
-def of_mmmlu(row: Mapping[str, Any]) -> Document:
+def of_mmmlu(row: Mapping[str, Any], first: int) -> Document:
     """openai/MMMLU: {Question, A, B, C, D, Answer, Subject}."""
     choices = tuple(row[letter] for letter in "ABCD")
     number = row.get("Unnamed: 0")
@@ -144,24 +164,24 @@ def of_mmmlu(row: Mapping[str, Any]) -> Document:
         id=None if number is None else str(number),
         question=row["Question"],
         choices=choices,
-        answer=answer_of(row["Answer"], choices),
+        answer=answer_of(row["Answer"], choices, first),
         subject=str(row["Subject"]).split("_test")[0],
     )
 
 
-def of_arabicmmlu(row: Mapping[str, Any]) -> Document:
+def of_arabicmmlu(row: Mapping[str, Any], first: int) -> Document:
     """MBZUAI/ArabicMMLU: {Question, Context, Option 1 .. Option 5, Answer Key, Subject}."""
     choices = tuple(str(row[name]) for name in (f"Option {number}" for number in range(1, 6)) if row.get(name))
     return Document(
         id=None if row.get("ID") is None else str(row["ID"]),
         question=f"{row['Context']}\n\n{row['Question']}" if row.get("Context") else row["Question"],
         choices=choices,
-        answer=answer_of(row["Answer Key"], choices),
+        answer=answer_of(row["Answer Key"], choices, first),
         subject=row.get("Subject"),
     )
 
 
-def of_medarabench(row: Mapping[str, Any]) -> Document:
+def of_medarabench(row: Mapping[str, Any], _: int) -> Document:
     """MedAraBench (arXiv 2602.01714): {Question, Option A .. Option F, Correct Answer, Medical Specialty}."""
     options = {letter: str(row.get(f"Option {letter}") or "").strip() for letter in "ABCDEF"}
     letters = [letter for letter, text in options.items() if text]
@@ -176,7 +196,7 @@ def of_medarabench(row: Mapping[str, Any]) -> Document:
     )
 
 
-def of_pubmedqa(row: Mapping[str, Any]) -> Document:
+def of_pubmedqa(row: Mapping[str, Any], _: int) -> Document:
     """PubMedQA in its authors' spelling (QUESTION, CONTEXTS) or the hub's (question, context.contexts)."""
     authors = "QUESTION" in row
     contexts = row["CONTEXTS"] if "CONTEXTS" in row else row["context"]["contexts"]
@@ -189,42 +209,93 @@ def of_pubmedqa(row: Mapping[str, Any]) -> Document:
         question=row["QUESTION" if authors else "question"],
         choices=choices,
         answer=choices.index(decision) if decision in choices else -1,
-        context="\n".join(contexts),
+        context="\n".join(texts_of(contexts, "contexts")),
     )
 
 
-LAYOUTS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Document]], ...] = (
-    (frozenset({"conversations", "choices", "answer"}), of_record),
-    (frozenset({"question", "opa", "opb", "opc", "opd", "cop"}), of_medmcqa),
-    (frozenset({"sent1", "ending0", "label"}), of_medqa),
-    (frozenset({"question", "options", "answer_idx"}), of_options),
-    (frozenset({"Question", "A", "B", "C", "D", "Answer"}), of_mmmlu),
-    (frozenset({"Question", "Option 1", "Answer Key"}), of_arabicmmlu),
-    (frozenset({"Question", "Option A", "Correct Answer"}), of_medarabench),
-    (frozenset({"final_decision", "QUESTION", "CONTEXTS"}), of_pubmedqa),
-    (frozenset({"final_decision", "question", "context"}), of_pubmedqa),
-    (frozenset({"question", "choices", "answer"}), of_choices),
+class RowLayout(NamedTuple):
+    """How rows with certain columns are read.
+
+    Attributes:
+      columns: those that a row must have.
+      read: makes a document of a row; its second argument is the number of the first choice.
+      answer: the column whose numbers may count from 0 or from 1; None: there are none.
+    """
+
+    columns: frozenset[str]
+    read: Callable[[Mapping[str, Any], int], Document]
+    answer: str | None = None
+
+
+LAYOUTS = (
+    RowLayout(frozenset({"conversations", "choices", "answer"}), of_record),
+    RowLayout(frozenset({"question", "opa", "opb", "opc", "opd", "cop"}), of_medmcqa, "cop"),
+    RowLayout(frozenset({"sent1", "ending0", "label"}), of_medqa, "label"),
+    RowLayout(frozenset({"question", "options", "answer_idx"}), of_options),
+    RowLayout(frozenset({"Question", "A", "B", "C", "D", "Answer"}), of_mmmlu, "Answer"),
+    RowLayout(frozenset({"Question", "Option 1", "Answer Key"}), of_arabicmmlu, "Answer Key"),
+    RowLayout(frozenset({"Question", "Option A", "Correct Answer"}), of_medarabench),
+    RowLayout(frozenset({"final_decision", "QUESTION", "CONTEXTS"}), of_pubmedqa),
+    RowLayout(frozenset({"final_decision", "question", "context"}), of_pubmedqa),
+    RowLayout(frozenset({"question", "choices", "answer"}), of_choices, "answer"),
 )
-"""Columns that a row must have, and how it is read; the first that fits."""
+"""The first whose columns a row has is that of the row."""
 
 
-def document_of(row: Mapping[str, Any], where: str) -> Document:
+def layout_of(row: Mapping[str, Any]) -> RowLayout | None:
+    """The layout of a row, None if it is unknown."""
+    return next((layout for layout in LAYOUTS if layout.columns <= set(row)), None)
+
+
+def first_number(rows: Iterable[tuple[int, Mapping[str, Any]]], where: str) -> int | None:
+    """The number of the first choice in the answers of a file: 0, or 1 if the highest is the number of choices. None if
+    no answer is a number. Rows that cannot be read are left to `document_of`.
+
+    Args:
+      rows: with their lines.
+
+    Raises:
+      BimedixError: the numbers do not tell; the message begins with `where`.
+    """
+    column, name = Column(), ""
+    for line, row in rows:
+        layout = layout_of(row)
+        number = None if layout is None or layout.answer is None else number_of(row[layout.answer])
+        if layout is None or layout.answer is None or number is None:
+            continue
+        try:
+            choices = layout.read(row, 0).choices
+        except (ValueError, TypeError, KeyError):
+            continue
+        column.add(line, number, Choices(choices))
+        name = layout.answer
+    try:
+        reading = column.decide(name, "write letters (A, B, C) or the texts of the choices in place of numbers")
+    except WrongSource as error:
+        raise BimedixError(f"{where}: {error}") from None
+    return None if reading is None else int(reading == "from1")
+
+
+def document_of(row: Mapping[str, Any], where: str, first: int = 0) -> Document:
     """A row as a document.
+
+    Args:
+      first: the number of the first choice, where an answer is a number.
 
     Raises:
       BimedixError: its columns are those of no known layout, or a value is wrong; the message begins with `where`.
     """
-    for columns, read in LAYOUTS:
-        if columns <= set(row):
-            try:
-                found = read(row)
-            except (ValueError, TypeError, KeyError) as error:
-                raise BimedixError(f"{where}: {error}; correct the row or remove it") from error
-            return checked(found, where)
-    wanted = "; ".join(", ".join(sorted(columns)) for columns, _ in LAYOUTS)
-    raise BimedixError(
-        f"{where} has the columns {', '.join(map(str, row))}; a question needs those of one of: {wanted}"
-    )
+    layout = layout_of(row)
+    if layout is None:
+        wanted = "; ".join(", ".join(sorted(known.columns)) for known in LAYOUTS)
+        raise BimedixError(
+            f"{where} has the columns {', '.join(map(str, row))}; a question needs those of one of: {wanted}"
+        )
+    try:
+        found = layout.read(row, first)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BimedixError(f"{where}: {error}; correct the row or remove it") from error
+    return checked(found, where)
 
 
 def checked(found: Document, where: str) -> Document:

@@ -133,6 +133,76 @@ def test_unknown_layouts_and_broken_rows_raise():
             document_of(row, "here")
 
 
+def own(answers, choices=("a", "b", "c", "d")):
+    return [{"question": f"q{n}", "choices": list(choices), "answer": answer} for n, answer in enumerate(answers)]
+
+
+def answers_of(folder, rows, name="medqa_ar", solved=()):
+    folder.mkdir()
+    put(folder, f"{name}.jsonl", rows)
+    put(folder, f"{name}.fewshot.jsonl", list(solved))
+    found = documents.read(name.rsplit("_", 1)[0], name.rsplit("_", 1)[1], str(folder))
+    assert not found.excluded
+    return [[one.answer for one in part] for part in (found.questions, found.solved)]
+
+
+@pytest.mark.parametrize("form", [int, str, float, lambda number: "٠١٢٣٤"[number]])
+def test_numbers_of_a_file_count_from_zero_or_from_one(tmp_path, form):
+    from_one, from_zero = map(form, (1, 2, 3, 4)), map(form, (3, 0, 2, 1))
+    assert answers_of(tmp_path / "1", own(from_one), solved=own([1, 2])) == [[0, 1, 2, 3], [0, 1]]
+    assert answers_of(tmp_path / "0", own(from_zero), solved=own([1, 2])) == [[3, 0, 2, 1], [1, 2]]
+    assert answers_of(tmp_path / "solved", own("BA"), solved=own(map(form, (4, 1)))) == [[1, 0], [3, 0]]
+
+
+def test_letters_and_texts_stay_and_numbers_in_other_layouts_are_decided_too(tmp_path):
+    assert answers_of(tmp_path / "letters", own(["B", "d", "c", "أ", 4])) == [[1, 3, 2, 0, 3], []]
+    assert answers_of(tmp_path / "own", own("A", "BA")) == [[0], []]  # a letter, not the text of the second choice
+    hub = [{**row, "cop": row["cop"] + 2} for row in MEDMCQA]
+    assert answers_of(tmp_path / "cop", hub, "medmcqa_ar") == [[1, 2, 3], []]
+    exam = [{**row, "label": row["label"] + 2} for row in MEDQA]
+    assert answers_of(tmp_path / "label", exam) == [[1, 2, 3], []]
+
+
+@pytest.mark.parametrize(
+    ("answers", "problem"),
+    [
+        ([1, 2, 3], "has two readings, numbers from 0 and numbers from 1.*in lines 1, 2, 3; write letters"),
+        ([0, 1, 4], r"has both 0 \(lines 1\) and the number of choices \(lines 3\).*write letters"),
+    ],
+)
+def test_numbers_that_do_not_tell_where_they_begin_are_refused(tmp_path, answers, problem):
+    with pytest.raises(BimedixError, match=f"medqa_ar.jsonl: column answer {problem}"):
+        answers_of(tmp_path / "data", own(answers))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"flags": "numbers"}, "flags is 'numbers', which is not a list of texts; write"),
+        ({"flags": [3]}, "flags is"),
+        ({"choices": "abcd"}, "choices is 'abcd', which is not a list"),
+        ({"final_decision": "yes", "context": {"contexts": "long"}}, "contexts is 'long'"),
+    ],
+)
+def test_a_text_in_place_of_a_list_is_refused(changes, problem):
+    with pytest.raises(BimedixError, match=f"here: {problem}"):
+        document_of({**own([0])[0], **changes}, "here")
+
+
+def test_a_cell_of_a_table_has_its_list_as_json():
+    found = document_of({**own([1])[0], "choices": '["a", "b"]', "flags": ""}, "here")
+    assert (found.choices, found.answer, found.flags) == (("a", "b"), 1, ())
+
+
+def test_repeated_questions_are_counted_in_a_warning(tmp_path, caplog):
+    rows = [{**row, "id": "1"} for row in own("ABC")]
+    answers_of(tmp_path / "data", [*rows, {**rows[0], "id": "2"}])
+    assert "medqa_ar.jsonl has 2 questions with the id of an earlier one and 1 question with the text" in caplog.text
+    caplog.clear()
+    answers_of(tmp_path / "sound", own("ABC"))
+    assert not caplog.text
+
+
 def test_the_authors_file_of_medmcqa_counts_from_one_and_comes_first(tmp_path):
     (tmp_path / "medmcqa_en").mkdir()
     rows = [{**row, "cop": row["cop"] + 1, "choice_type": "multi"} for row in MEDMCQA]

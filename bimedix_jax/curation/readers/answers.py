@@ -146,8 +146,12 @@ class Column:
                 if first < second and index != other:
                     _keep(self.apart.setdefault((first, second), []), line)
 
-    def decide(self, name: str) -> str | None:
-        """The reading of the column, None if no answer fits any. `name` is the column's, for messages.
+    def decide(self, name: str, remedy: str | None = None) -> str | None:
+        """The reading of the column, None if no answer fits any.
+
+        Args:
+          name: of the column, for messages.
+          remedy: for messages, in place of the options of the reader `table`.
 
         Raises:
             WrongSource: two readings fit, or none.
@@ -158,13 +162,13 @@ class Column:
         if self.zeros and self.tops and numbers == max(self.fits.values()):
             raise WrongSource(
                 f"column {name} has both 0 (lines {_lines(self.zeros)}) and the number of choices (lines "
-                f"{_lines(self.tops)}), so it counts neither from 0 nor from 1; pass first_option=0 or first_option=1, "
-                "and the rows that do not fit are left out"
+                f"{_lines(self.tops)}), so it counts neither from 0 nor from 1; "
+                + (remedy or "pass first_option=0 or first_option=1, and the rows that do not fit are left out")
             )
         least = self.rows if self.rows in self.fits.values() else NEARLY_ALL * self.rows
         fitting = [reading for reading in READINGS if self.fits[reading] >= least]
         if not fitting:
-            self._refuse_all(name)
+            self._refuse_all(name, remedy)
         chosen = fitting[0]
         for other in fitting[1:]:
             lines = self.apart.get((min(chosen, other), max(chosen, other)))
@@ -172,23 +176,24 @@ class Column:
                 continue
             if (chosen, other) == ("from0", "from1") and not self.ones:
                 continue  # numbers count from 0, as documented; a column that counts from 1 would have a 1
-            self._refuse(name, chosen, other, lines)
+            self._refuse(name, chosen, other, lines, remedy)
         return chosen
 
-    def _refuse_all(self, name: str) -> None:
+    def _refuse_all(self, name: str, remedy: str | None) -> None:
         most = self.fits.most_common(1)[0][0]
         counts = ", ".join(
             f"{READINGS[reading][0]} {self.fits[reading]:,}" for reading in READINGS if self.fits[reading]
         )
         raise WrongSource(
             f"column {name} has no reading that fits all its {self.rows:,} answers ({counts}; lines that do not fit "
-            f"the first: {_lines(self.without.get(most, []))}); choose one with answers={'|'.join(READINGS)}"
+            f"the first: {_lines(self.without.get(most, []))}); "
+            + (remedy or f"choose one with answers={'|'.join(READINGS)}")
         )
 
-    def _refuse(self, name: str, chosen: str, other: str, lines: list[int]) -> None:
+    def _refuse(self, name: str, chosen: str, other: str, lines: list[int], remedy: str | None) -> None:
         raise WrongSource(
             f"column {name} has two readings, {READINGS[chosen][0]} and {READINGS[other][0]}, which give different "
-            f"choices in lines {_lines(lines)}; pass answers={chosen} or answers={other}"
+            f"choices in lines {_lines(lines)}; {remedy or f'pass answers={chosen} or answers={other}'}"
         )
 
 
