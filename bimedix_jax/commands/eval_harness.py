@@ -64,8 +64,8 @@ class Config:
     intervene: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file of rules that tell the routers what to do (docs/routing.md); by default none."""
     out: Path | None = None
-    """Folder for the result and one line for each question; by default the result is only printed. Where a killed run
-    left its answers, this run continues it."""
+    """Folder for the result and one line for each question; by default the result is only printed. If the run is
+    killed, the same command continues it."""
     overwrite: bool = False
     """Delete the result of an earlier run in --out first."""
 
@@ -74,13 +74,14 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Loads the model, runs the harness, prints a table."""
     startup.keep_programs()
     check_options(config)
+    check_out(config)
     require_harness()
     from bimedix_jax.checkpoint.hub import HUB_ID, resolve
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import harness_run, programs
     from bimedix_jax.evals.harness import HarnessModel
-    from bimedix_jax.evals.request_store import RequestStore
+    from bimedix_jax.evals.request_store import RequestStore, check_run
     from bimedix_jax.quantise import storage_of
     from bimedix_jax.routing.interventions import report, rules_of
 
@@ -90,6 +91,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         resolve(config.model, config.revision)  # a wrong path is found before questions are downloaded
     shots, flagged = config.num_fewshot, config.exclude_flagged
     tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, flagged, shots)
+    asked = asked_of(config, harness_run.questions_hash(tasks, config.limit))
+    if config.out is not None and not config.overwrite:
+        check_run(config.out / FILES[2], {"asked": asked})
     folder = resolve(config.model, config.revision)
     tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router, mesh=mesh)
@@ -101,7 +105,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.out is not None:
         for name in FILES if config.overwrite else ():
             (config.out / name).unlink(missing_ok=True)
-        lm.store = RequestStore(config.out / FILES[2], identity)
+        lm.store = RequestStore(config.out / FILES[2], {**identity, "asked": asked})
     found = harness_run.evaluate(lm, tasks, config.limit, config.chat)
     samples = found.pop("samples")
     result = {"model": config.model, "adapter": config.adapter, "revision": config.revision, **identity, **found}
@@ -121,11 +125,56 @@ def check_options(config: Config) -> None:
     """Raises BimedixError for options that contradict each other or are out of range."""
     if not config.tasks:
         raise BimedixError("there is nothing to evaluate on; name tasks, such as bimedix_en")
-    for name, value in (("limit", config.limit), ("max-length", config.max_length)):
+    values = {"limit": config.limit, "max-length": config.max_length, "batch-tokens": config.batch_tokens}
+    for name, value in values.items():
         if value is not None and value < 1:
             raise BimedixError(f"--{name} is {value}; give at least 1")
-    if config.out is not None and config.out.is_file():
-        raise BimedixError(f"{config.out} is a file; name a folder with --out")
+    if config.num_fewshot is not None and config.num_fewshot < 0:
+        raise BimedixError(f"--num-fewshot is {config.num_fewshot}; give 0 or more")
+
+
+def check_out(config: Config) -> None:
+    """Raises BimedixError if --out may not be written. A run that was killed may be continued, and one that is finished
+    may be repeated; `check_run` tells whether it is the same."""
+    from bimedix_jax.evals.request_store import head_of
+    from bimedix_jax.files import check_file, peek_json
+
+    out = config.out
+    if out is None:
+        return
+    if out.is_file():
+        raise BimedixError(f"{out} is a file; name a folder with --out")
+    result, samples, requests = (out / name for name in FILES)
+    check_file(result, True, lambda path: {"tasks", "groups", "hashes"} <= set(peek_json(path)))
+    check_file(samples, True, is_samples)
+    check_file(requests, True, lambda path: head_of(path) is not None)
+    if not config.overwrite and not requests.exists():
+        for path in (result, samples):
+            if path.exists():
+                raise BimedixError(
+                    f"{path} exists, without the {requests.name} that could repeat it; name another folder or pass "
+                    "--overwrite"
+                )
+
+
+def is_samples(path: Path) -> bool:
+    """Whether the first line of a file, which a kill may have cut off, is a question with its result."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return b'{"task": '.startswith(start)
+
+
+def asked_of(config: Config, questions: str) -> dict[str, Any]:
+    """What is asked of the model; a killed run continues with the same only."""
+    return {
+        "tasks": list(config.tasks),
+        "task_files": [str(folder) for folder in config.task_files],
+        "questions": questions,
+        "limit": config.limit,
+        "num_fewshot": config.num_fewshot,
+        "chat": config.chat,
+        "exclude_flagged": config.exclude_flagged,
+    }
 
 
 def require_harness() -> None:
@@ -177,6 +226,7 @@ def identity_of(lm: "HarnessModel", config: Config) -> dict[str, Any]:
             "max_length": lm.max_length,
             "batch_tokens": lm.batch_tokens,
             "add_bos": lm.add_bos,
+            "template": lm.words.template.name if config.chat else None,
             "mesh": list(config.mesh),
         },
     }

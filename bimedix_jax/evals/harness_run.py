@@ -1,6 +1,7 @@
 """One run of lm-evaluation-harness: loading tasks, evaluating, and its result in our formats."""
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -95,6 +96,16 @@ def require_solved(task: Any) -> None:
             f"{task.config.task} has {len(task.dataset['fewshot'])} solved examples, not {asked}; put {name} into the "
             "folder of the data, or pass a smaller --num-fewshot"
         )
+
+
+def questions_hash(tasks: Any, limit: int | None) -> str:
+    """SHA-256 of the questions and the solved examples of what `load_tasks` returned."""
+    found = hashlib.sha256()
+    for name, task in tasks["tasks"].items():
+        solved = task.fewshot_docs() if task.get_config("num_fewshot") else ()
+        for doc in (name, *itertools.islice(task.eval_docs, limit), *(solved or ())):
+            found.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return found.hexdigest()
 
 
 def evaluate(lm: HarnessModel, tasks: Any, limit: int | None, chat: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ as a whole: what is computed again is computed with the same neighbours, and so 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,57 +24,128 @@ def key_of(kind: str, *parts: Any) -> str:
 
 
 class RequestStore:
-    """Answers by key. Without a path it keeps nothing.
+    """Answers by key. Without a path it keeps nothing. The file is made with the first answers.
 
     Args:
-      run: what the answers depend on: hashes of model, adapter and tokenizer, and versions.
+      run: what the answers depend on: hashes of model, adapter and tokenizer, versions, and what was asked.
 
     Raises:
-      BimedixError: the file belongs to another run.
+      BimedixError: the file belongs to another run, or has a line that is not ours.
     """
 
     def __init__(self, path: Path | None = None, run: Mapping[str, Any] | None = None):
         self.known: dict[str, Any] = {}
         self.reused = 0
         self._path = path
-        if path is None:
+        self._head: str | None = json.dumps({"run": run or {}}, sort_keys=True)
+        if path is None or not path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps({"run": run or {}}, sort_keys=True)
-        lines = self._complete(path)
-        if lines and json.loads(lines[0]) != json.loads(head):
-            raise BimedixError(
-                f"{path} has answers of another model or version; name another folder with --out, or pass --overwrite"
-            )
-        for line in lines[1:]:
-            self.known |= json.loads(line)
-        if not lines:
-            self._append(head)
-
-    @staticmethod
-    def _complete(path: Path) -> list[str]:
-        """The complete lines; a last one that a kill cut off is removed from the file."""
-        if not path.exists():
-            return []
+        check_run(path, json.loads(self._head)["run"])
         whole = path.read_bytes()
         end = whole.rfind(b"\n") + 1
-        if end < len(whole):
+        lines = whole[:end].split(b"\n")[:-1]
+        for number, line in enumerate(lines[1:], start=2):
+            self.known |= answers_in(line, f"{path}:{number}")
+        if end < len(whole):  # a kill cut the last line off
             os.truncate(path, end)
-        return whole[:end].decode().splitlines()
-
-    def _append(self, line: str) -> None:
-        if self._path is None:
-            return
-        with self._path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if lines:
+            self._head = None
 
     def has(self, keys: Iterable[str]) -> bool:
         """Whether all of these are answered."""
         return all(key in self.known for key in keys)
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keeps the answers to a batch."""
+        """Keeps the answers to a batch.
+
+        Raises:
+          BimedixError: a log-likelihood is NaN or infinite.
+        """
+        if not all(map(is_answer, answers.values())):
+            raise BimedixError("the model computes NaN or infinity; check its weights, or load it with base float32")
         self.known |= answers
-        self._append(json.dumps(dict(answers)))
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [] if self._head is None else [self._head]
+        with self._path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(f"{line}\n" for line in (*lines, json.dumps(dict(answers)))))
+            file.flush()
+            os.fsync(file.fileno())
+        self._head = None
+
+
+def is_answer(value: Any) -> bool:
+    """Whether this is a generated text, or a finite log-likelihood and whether it is greedy."""
+    if isinstance(value, str):
+        return True
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], float | int)
+        and math.isfinite(value[0])
+        and isinstance(value[1], bool)
+    )
+
+
+def answers_in(line: bytes, where: str) -> dict[str, Any]:
+    """The answers in a line. Raises BimedixError, which begins with `where`, if it has anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not all(map(is_answer, row.values())):
+        raise BimedixError(
+            f"{where} does not have the answers to a batch of requests; remove this line, and its requests run again, "
+            "or pass --overwrite to start again"
+        )
+    return row
+
+
+def head_of(path: Path) -> dict[str, Any] | None:
+    """What the answers of a file depend on; None if its first line does not say so, {} without a complete line."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        line = file.readline()
+    if not line.endswith(b"\n"):
+        return {} if line.startswith(b'{"run"'[: len(line)]) else None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    found = row.get("run") if isinstance(row, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def check_run(path: Path, run: Mapping[str, Any]) -> None:
+    """Checks that the answers in a file, if any, are those of `run`, or of the parts of it that are known.
+
+    Raises:
+      BimedixError: they are not; the message names what differs.
+    """
+    before = head_of(path)
+    if before is None:
+        raise BimedixError(f"{path} does not have answers to requests; name another folder with --out")
+    if not before:
+        return
+    names = differing({name: before.get(name) for name in run}, run)
+    if len(names) > 1 and "questions" in names:  # they follow from the others
+        names.remove("questions")
+    if names:
+        raise BimedixError(
+            f"{path} has answers of an evaluation with another {', '.join(names)}; repeat its command, name another "
+            "folder with --out, or pass --overwrite to discard them"
+        )
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of the values that differ, sorted; a value may be a mapping of values."""
+    found = set()
+    for name in {*before, *now}:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= set(differing(old, new))
+        elif old != new:
+            found.add(name)
+    return sorted(found)

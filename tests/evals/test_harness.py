@@ -1,6 +1,7 @@
 """Our model in lm-evaluation-harness: the same requests give what the harness's Hugging Face back end gives."""
 
 import dataclasses
+import math
 import types
 from typing import Any
 
@@ -109,8 +110,31 @@ def test_a_killed_evaluation_runs_only_the_batches_that_are_missing(model, token
     assert again.loglikelihood(requests(*PAIRS), disable_tqdm=True) == wanted
     assert again.store.reused > 0
     assert path.read_text() == "".join(lines)
-    with pytest.raises(BimedixError, match="another model or version"):
+    with pytest.raises(BimedixError, match="an evaluation with another model; repeat its command"):
         RequestStore(path, {"model": "other"})
+
+
+@pytest.mark.parametrize("line", ["garbage", "3", "\xff", '{"a": [NaN, true]}', '{"a": [-Infinity, true]}', '{"a": 1}'])
+def test_a_line_that_is_not_ours_is_refused_by_its_number(tmp_path, line):
+    path = tmp_path / "requests.jsonl"
+    store = RequestStore(path, {"model": "m"})
+    assert not path.exists(), "a run that fails before its first answer leaves nothing"
+    store.add({"a": [-1.5, True]})
+    store.add({"b": "text\u2028of two lines"})
+    assert RequestStore(path, {"model": "m"}).known == store.known
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], lines[1], line.encode("latin-1") + b"\n", *lines[2:]]))
+    with pytest.raises(BimedixError, match=r"requests.jsonl:3 does not have the answers.*remove this line"):
+        RequestStore(path, {"model": "m"})
+    path.write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.raises(BimedixError, match=r"does not have answers to requests; name another folder"):
+        RequestStore(path, {"model": "m"})
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_model_that_computes_nan_is_refused(value):
+    with pytest.raises(BimedixError, match="NaN or infinity; check its weights"):
+        RequestStore().add({"a": [value, False]})
 
 
 @pytest.mark.parametrize(("columns", "window"), [(64, None), (256, None), (64, 100), (64, 90)])

@@ -108,8 +108,59 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
     assert again["reused"] == 6 * 3 + 6 * 3 + 6
     assert again["tasks"] == first["tasks"]
     assert {name: (config.out / name).read_bytes() for name in eval_harness.FILES} == files
-    with pytest.raises(BimedixError, match="another model or version"):
+    with pytest.raises(BimedixError, match="an evaluation with another batch_tokens; repeat its command"):
         evaluate(config, batch_tokens=256)
+    rules = config.out.with_name("rules.json")
+    rules.write_text(json.dumps([{"op": "ban", "experts": [2]}]), "utf-8")
+    with pytest.raises(BimedixError, match="an evaluation with another rules;"):
+        evaluate(config, intervene=rules)
+    (config.out / "result.json").unlink()  # as if it had been killed
+    assert evaluate(config)["reused"] == again["reused"]
+    assert {name: (config.out / name).read_bytes() for name in eval_harness.FILES} == files
+
+
+@pytest.fixture
+def finished(config, tmp_path):
+    """The command of a finished run whose files are all there but for their contents, and which never loads a model."""
+    tasks = harness_run.load_tasks(config.tasks, config.data)
+    asked = eval_harness.asked_of(config, harness_run.questions_hash(tasks, None))
+    (tmp_path / "result.json").write_text(json.dumps({"tasks": {}, "groups": {}, "hashes": {}}), "utf-8")
+    (tmp_path / "samples.jsonl").write_text('{"task": "x"', "utf-8")
+    (tmp_path / "requests.jsonl").write_text(json.dumps({"run": {"asked": asked, "hashes": {}}}) + "\n", "utf-8")
+    return dataclasses.replace(config, out=tmp_path, model="no/model-here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"limit": 2}, "limit"),
+        ({"tasks": ("bimedix_mmlu_anatomy_ar",)}, "tasks"),
+        ({"num_fewshot": 0}, "num_fewshot"),
+        ({"chat": True, "exclude_flagged": True}, "chat, exclude_flagged"),
+    ],
+)
+def test_another_command_does_not_replace_a_result(finished, changes, differing):
+    with pytest.raises(BimedixError, match=f"an evaluation with another {differing}; repeat its command"):
+        evaluate(finished, **changes)
+
+
+def test_other_questions_do_not_replace_a_result(finished, data, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for path in data.iterdir():
+        (other / path.name).write_text(path.read_text("utf-8").replace("liver", "lung"), "utf-8")
+    with pytest.raises(BimedixError, match="an evaluation with another questions;"):
+        evaluate(finished, data=(other,))
+
+
+def test_files_that_cannot_be_repeated_or_are_not_ours_are_not_replaced(finished):
+    (finished.out / "requests.jsonl").unlink()
+    with pytest.raises(BimedixError, match=r"result.json exists, without the requests.jsonl that could repeat it"):
+        evaluate(finished)
+    for name in eval_harness.FILES:
+        (finished.out / name).write_text("mine", "utf-8")
+        with pytest.raises(BimedixError, match=f"{name} exists, and bimedix did not write it"):
+            evaluate(finished, overwrite=True)
+        (finished.out / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +171,8 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
         ({"tasks": ("bimedix_medarabench_ar",)}, r"no questions of medarabench \(ar\)"),
         ({"num_fewshot": 2}, "has 0 solved examples, not 2; put mmlu_anatomy_en.fewshot.jsonl into"),
         ({"limit": 0}, "--limit is 0"),
+        ({"num_fewshot": -1}, "--num-fewshot is -1; give 0 or more"),
+        ({"batch_tokens": 0}, "--batch-tokens is 0; give at least 1"),
         ({"data": ("no/such",)}, "there is no folder no/such"),
         ({"mesh": ("pipe=2",)}, "--mesh pipe=2 is not AXIS=N"),
     ],
