@@ -1,13 +1,19 @@
 """Resolves a folder or hub id to a local folder with safetensors weights."""
 
+import logging
 import os
 import re
 import shutil
+import socket
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bimedix_jax.checkpoint.safetensors_io import INDEX_NAME, weights_kind
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import require_content
+
+log = logging.getLogger(__name__)
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "LICENSE*", "NOTICE*"]
 UNWANTED = ["consolidated*", "original/*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.gguf"]
@@ -56,6 +62,21 @@ def _download(name: str, revision: str | None) -> Path:
         raise BimedixError(
             f"cannot get {name}{at} from the hub ({reason}); check the name, or name a local folder."
         ) from None
+
+
+def offline_if_unreachable(timeout: float = 5) -> None:
+    """Sets HF_HUB_OFFLINE if the hub does not answer, because its client tries each file for half a minute.
+
+    Must run before huggingface_hub is imported. With a proxy nothing is checked.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or {"http", "https", "all"} & set(urllib.request.getproxies()):
+        return
+    hub = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout).close()
+    except OSError as error:
+        log.warning("%s cannot be reached (%s); only what is in its cache is used.", hub.netloc, error)
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def require_safetensors(folder: Path) -> None:

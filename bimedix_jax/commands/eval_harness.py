@@ -76,11 +76,15 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     check_options(config)
     check_out(config)
     require_harness()
-    from bimedix_jax.checkpoint.hub import HUB_ID, resolve
+    from bimedix_jax.checkpoint.hub import HUB_ID, offline_if_unreachable, resolve
+
+    if not config.data or not all(name.startswith("bimedix_") for name in config.tasks):
+        offline_if_unreachable()
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import harness_run, programs
     from bimedix_jax.evals.harness import HarnessModel
+    from bimedix_jax.evals.harness_table import table
     from bimedix_jax.evals.request_store import RequestStore, check_run
     from bimedix_jax.quantise import storage_of
     from bimedix_jax.routing.interventions import report, rules_of
@@ -90,7 +94,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if not HUB_ID.fullmatch(config.model):
         resolve(config.model, config.revision)  # a wrong path is found before questions are downloaded
     shots, flagged = config.num_fewshot, config.exclude_flagged
-    tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, flagged, shots)
+    tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, flagged, shots, config.limit)
     asked = asked_of(config, harness_run.questions_hash(tasks, config.limit))
     if config.out is not None and not config.overwrite:
         check_run(config.out / FILES[2], {"asked": asked})
@@ -110,7 +114,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     samples = found.pop("samples")
     result = {"model": config.model, "adapter": config.adapter, "revision": config.revision, **identity, **found}
     result |= {"limit": config.limit, "truncated": lm.truncated, "reused": lm.store.reused} | report(rules, console)
-    console.print(harness_run.table(result))
+    console.print(table(result))
     if lm.truncated:
         console.print(
             f"[bold yellow]{lm.truncated:,} requests[/] lost their beginning: they exceed {lm.max_length} tokens"

@@ -134,7 +134,13 @@ def read(benchmark: str, language: str, data: str | None = None, exclude_flagged
         source, solved = places
     else:
         source, solved = local(name, language, [Path(folder).expanduser() for folder in data.split(os.pathsep)])
-    file = documents_of(source, name, language, solved=False)
+    try:
+        file = documents_of(source, name, language, solved=False)
+    except BimedixError as error:
+        if isinstance(source, Path):
+            raise
+        remedy = f"or put {name}_{language}.jsonl into a folder and name that with --data"
+        raise BimedixError(f"{error}, {remedy}") from error
     found = file.documents
     if name == "medarabench":
         found = list(flagged_copies(found))

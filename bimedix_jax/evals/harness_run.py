@@ -1,5 +1,7 @@
 """One run of lm-evaluation-harness: loading tasks, evaluating, and its result in our formats."""
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -7,15 +9,17 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lm_eval
 import numpy as np
+from lm_eval.api import task as harness_task
 from lm_eval.tasks import TaskManager
-from rich.table import Table
+from tqdm import tqdm
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals import documents
@@ -28,10 +32,10 @@ from bimedix_jax.inference.planning import language_of
 
 PREFIX = "bimedix_"
 """What the names of our tasks begin with."""
+VARIANTS = ("_text", "_gen", "_abjad")
+"""What the names of tasks with other forms of the same questions end with."""
 METRICS = ("acc", "acc_bytes", "acc_norm", "exact_match")
 """Metrics by which an option or an answer is right, the default one first."""
-
-
 FEWSHOT_SEED = 1234
 """The harness's seed for choosing solved examples."""
 
@@ -47,6 +51,7 @@ def load_tasks(
     folders: Sequence[Path] = (),
     exclude_flagged: bool = False,
     shots: int | None = None,
+    limit: int | None = None,
 ) -> Any:
     """Tasks and groups by name with their data, as the harness's TaskManager loads them.
 
@@ -54,9 +59,11 @@ def load_tasks(
       data: folders of the data of our tasks; without any they come from the hub.
       folders: of further task files.
       shots: solved examples before each question; None: as each task has it. A task that is set to 0 keeps that.
+      limit: questions of each task that are used, of which the options are checked.
 
     Raises:
-      BimedixError: there is no such task, two groups have a task in common, or its data are missing.
+      BimedixError: there is no such task, two groups have a task in common, its data are missing, or an option is
+        empty.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metadata: dict[str, Any] = {"exclude_flagged": True} if exclude_flagged else {}
@@ -70,21 +77,59 @@ def load_tasks(
     manager = TaskManager(include_path=include, include_defaults=not own, metadata=metadata)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        near = sorted(name for name in manager.all_groups if name.startswith(PREFIX))
-        raise BimedixError(f"there is no task {', '.join(unknown)}; our groups are {', '.join(near)}")
+        raise BimedixError(f"there is no task {', '.join(unknown)}; {known_names(manager)}")
     try:
         loaded: Any = manager.load(list(names))
-    except ValueError as error:
-        if "Duplicate task" not in str(error):
+    except IndexError as error:  # the harness looks at the first question
+        raise BimedixError(
+            f"the first question of {', '.join(names)} is missing or has an empty option; check the data of the task"
+        ) from error
+    except (OSError, ValueError) as error:
+        if "Duplicate task" in str(error):
+            remedy = "name each task once, or run the groups one after another"
+            raise BimedixError(f"{error}; {remedy}") from None
+        if not isinstance(error, OSError) and "cache" not in str(error):  # offline, `datasets` looks into its cache
             raise
-        raise BimedixError(f"{error}; name each task once, or run the groups one after another") from None
-    for task in loaded["tasks"].values():  # as `simple_evaluate` does
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BimedixError(
+            f"the data of {', '.join(names)} cannot be loaded ({reason}); check the connection to the hub, or run once "
+            "where there is one: what was downloaded is used offline too"
+        ) from error
+    for name, task in loaded["tasks"].items():  # as `simple_evaluate` does
         own = task.get_config("num_fewshot")
         if own is None or (shots is not None and own != 0):
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         require_solved(task)
+        require_options(name, task, limit)
     return loaded
+
+
+def known_names(manager: Any) -> str:
+    """Our groups and tasks, for a message."""
+    ours = {name for name in manager.all_tasks if name.startswith(PREFIX)}
+    groups = sorted(name for name in ours & set(manager.all_groups) if not name.endswith("_by_size"))
+    tasks = sorted(ours - set(manager.all_groups))
+    plain = [name for name in tasks if not name.endswith(VARIANTS)]
+    return (
+        f"our groups are {', '.join(groups)}; our tasks are {', '.join(plain)}, and those of the nine benchmarks with "
+        f"{', '.join(VARIANTS[:-1])} or {VARIANTS[-1]} (docs/harness.md)"
+    )
+
+
+def require_options(name: str, task: Any, limit: int | None) -> None:
+    """Raises BimedixError if an option of a task is empty, which has no log-likelihood. Ours were checked when they
+    were read."""
+    ours = "benchmark" in (task.get_config("dataset_kwargs") or {})
+    if ours or task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number, doc in enumerate(itertools.islice(task.eval_docs, limit)):
+        texts = [task.doc_to_target(doc)] if task.multiple_input else task.doc_to_choice(doc)
+        if not all(str(text).strip() for text in texts):
+            raise BimedixError(
+                f"document {doc.get('id', number)} of {name} (number {number + 1}) has an empty option; correct or "
+                "remove it"
+            )
 
 
 def require_solved(task: Any) -> None:
@@ -117,14 +162,15 @@ def evaluate(lm: HarnessModel, tasks: Any, limit: int | None, chat: bool) -> dic
     random.seed(0)
     np.random.seed(FEWSHOT_SEED)  # noqa: NPY002 (what tasks of the harness draw from)
     run: Any = lm_eval.evaluate  # whose decorator hides its parameters
-    found: Any = run(
-        lm=lm,
-        task_dict=tasks,
-        limit=limit,
-        bootstrap_iters=0,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-    )
+    with labelled_bars():
+        found: Any = run(
+            lm=lm,
+            task_dict=tasks,
+            limit=limit,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
     samples: list[Sample] = []
     results = {}
     for name, rows in found["samples"].items():
@@ -132,11 +178,31 @@ def evaluate(lm: HarnessModel, tasks: Any, limit: int | None, chat: bool) -> dic
         of_task = [sample_of(name, row, config, tasks["tasks"][name].doc_to_text(row["doc"])) for row in rows]
         samples += of_task
         results[name] = task_result(found, name, rows, of_task)
-    groups = {
-        name: {**average_of(name, found["group_subtasks"], results), "metrics": numbers(values)}
-        for name, values in found.get("groups", {}).items()
-    }
+    groups = {name: group_result(name, found, results) for name in found.get("groups", {})}
     return {"tasks": results, "groups": groups, "chat": chat, "samples": samples}
+
+
+@contextlib.contextmanager
+def labelled_bars() -> Iterator[None]:
+    """Gives a label to the harness's bars of building prompts, for which it has no option."""
+    label = functools.partial(tqdm, desc="prompts", unit="prompt", delay=2)
+    with mock.patch.object(harness_task, "tqdm", label):
+        yield
+
+
+def group_result(group: str, found: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The averages of a group, also by language if its tasks have several, and the harness's own metrics."""
+    leaves = leaves_of(group, found["group_subtasks"], results)
+    by_language: dict[str, list[str]] = {}
+    for name in leaves:
+        language = (found["configs"][name].get("dataset_kwargs") or {}).get("language")
+        by_language.setdefault(str(language), []).append(name)
+    parts = {language: average_of([results[name] for name in own]) for language, own in by_language.items()}
+    return {
+        **average_of([results[name] for name in leaves]),
+        **({"by_language": parts} if len(parts) > 1 and "None" not in parts else {}),
+        "metrics": numbers(found["groups"][group]),
+    }
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -144,20 +210,22 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in values.items() if isinstance(value, float | int)}
 
 
-def average_of(
-    group: str, subtasks: Mapping[str, Sequence[str]], results: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Averages of a group's tasks by their primary metrics: `mean`, not weighted, as the paper takes it, and `by_size`,
-    weighted by questions, as the harness's multimedqa does."""
+def leaves_of(group: str, subtasks: Mapping[str, Sequence[str]], results: Mapping[str, Any]) -> list[str]:
+    """The tasks of a group and of the groups in it."""
     waiting, leaves = [group], []
     while waiting:
         name = waiting.pop()
         waiting += subtasks.get(name, ())
         leaves += [name] if name in results else []
-    scores = [results[name]["accuracy"] for name in leaves]
-    sizes = [results[name]["n"] for name in leaves]
+    return leaves
+
+
+def average_of(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Averages of tasks by their primary metrics: `mean`, not weighted, as the paper takes it, and `by_size`, weighted
+    by questions, as the harness's multimedqa does."""
+    scores, sizes = [task["accuracy"] for task in results], [task["n"] for task in results]
     weighted = sum(score * size for score, size in zip(scores, sizes, strict=True))
-    return {"mean": sum(scores) / len(scores), "by_size": weighted / sum(sizes), "tasks": len(leaves), "n": sum(sizes)}
+    return {"mean": sum(scores) / len(scores), "by_size": weighted / sum(sizes), "tasks": len(scores), "n": sum(sizes)}
 
 
 def primary_of(config: Mapping[str, Any]) -> str:
@@ -207,8 +275,9 @@ def task_result(
 ) -> dict[str, Any]:
     """The result of a task.
 
-    `accuracy` is that of the primary metric, with Wilson's interval; `metrics` are the harness's own. `prompts` and
-    `documents` are hashes of all prompts and of all documents in order.
+    `accuracy` is that of the primary metric, with Wilson's interval; `metrics` are the harness's own. `available` is
+    the number of questions without a limit. `prompts` and `documents` are hashes of all prompts and of all documents in
+    order.
     """
     config = found["configs"][name]
     filters = list(dict.fromkeys(sample.filter for sample in samples))
@@ -224,7 +293,9 @@ def task_result(
         "num_fewshot": found["n-shot"].get(name, 0),
         "version": found["versions"].get(name),
         **source_of(config),
+        "available": found["n-samples"][name]["original"],
         "flagged": dict(sorted(flagged.items())),
+        "flagged_questions": sum(bool(sample.flags) for sample in last),
         "prompts": digest(row["prompt_hash"] for row in rows),
         "documents": digest(row["doc_hash"] for row in rows),
     }
@@ -244,19 +315,6 @@ def source_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def digest(parts: Any) -> str:
     """SHA-256 of texts in order."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def table(result: Mapping[str, Any]) -> Table:
-    """Accuracies of tasks with intervals, and the averages of groups."""
-    found = Table("task", "metric", "accuracy", "95 % interval", "questions", "flagged")
-    for name, task in result["tasks"].items():
-        interval = f"{100 * task['low']:.1f} to {100 * task['high']:.1f}"
-        flagged = str(sum(task["flagged"].values())) if task["flagged"] else ""
-        found.add_row(name, task["primary"], f"{100 * task['accuracy']:.1f}", interval, str(task["n"]), flagged)
-    for name, group in result["groups"].items():
-        averages = f"{100 * group['mean']:.1f} (by size {100 * group['by_size']:.1f})"
-        found.add_row(name, "average", averages, "", str(group["n"]), "")
-    return found
 
 
 def write(folder: Path, result: Mapping[str, Any], samples: Sequence[Sample]) -> None:

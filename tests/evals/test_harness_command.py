@@ -1,13 +1,19 @@
 """`bimedix eval harness` on tiny data: averages, one line for each question, and a second run that computes nothing."""
 
 import dataclasses
+import io
 import json
+import os
 import types
+from typing import Any
 
+import datasets
 import pytest
+from lm_eval.api.task import ConfigurableTask
 from rich.console import Console
 from tiny import TINY
 
+from bimedix_jax.checkpoint import hub
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.commands import eval_harness
 from bimedix_jax.data.tokenizer import byte_tokenizer
@@ -15,6 +21,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals import harness_run, samples
 from bimedix_jax.evals.documents import NINE
 from bimedix_jax.evals.harness import HarnessModel
+from bimedix_jax.evals.harness_table import table
 from bimedix_jax.kernels import backends
 
 
@@ -49,7 +56,7 @@ class ByRule(HarnessModel):
         return [" B. heart" for _ in prompts]
 
 
-def test_averages_and_samples(tokenizer, data, tmp_path):
+def test_averages_and_samples(tokenizer, data, tmp_path, capsys):
     names = ("bimedix_bi", "bimedix_medqa_ar_text", "bimedix_mmlu_anatomy_en_gen")
     result = harness_run.evaluate(ByRule(tokenizer), harness_run.load_tasks(names, [data]), None, chat=False)
     found, group = result["tasks"], result["groups"]["bimedix_bi"]
@@ -75,13 +82,92 @@ def test_averages_and_samples(tokenizer, data, tmp_path):
     assert one.logprobs_per_byte == pytest.approx(
         [value / size for value, size in zip(one.logprobs, (5, 5, 3), strict=True)]
     )
-    Console(quiet=True).print(harness_run.table(result))
+    for language in ("en", "ar"):
+        own = [found[f"bimedix_{name}_{language}"] for name in NINE]
+        part = group["by_language"][language]
+        assert part["mean"] == pytest.approx(sum(task["accuracy"] for task in own) / 9)
+        assert (part["tasks"], part["n"]) == (9, 45)
+    for width in (80, 200):
+        shown = printed(table(result), width)
+        for name in (*found, "bimedix_bi (en)", "bimedix_bi (ar)"):
+            assert f"{name} " in shown or f"{name}\n" in shown, "no name is cut"
+    assert "prompts" not in capsys.readouterr().err, "short bars are not shown"
 
 
-def test_flagged_questions_are_left_out_on_request(tokenizer, data):
+def printed(table, width=200):
+    screen = io.StringIO()
+    Console(file=screen, width=width).print(table)
+    return screen.getvalue()
+
+
+def test_questions_that_are_left_out_are_counted_in_the_table(tokenizer, data):
     tasks = harness_run.load_tasks(["bimedix_medmcqa_ar"], [data], exclude_flagged=True)
-    found = harness_run.evaluate(ByRule(tokenizer), tasks, 3, chat=False)["tasks"]["bimedix_medmcqa_ar"]
+    result = harness_run.evaluate(ByRule(tokenizer), tasks, 3, chat=False)
+    found = result["tasks"]["bimedix_medmcqa_ar"]
     assert (found["n"], found["excluded"], found["flagged"]) == (3, {"doses": 1}, {})
+    assert "first 3 of 6; 1 left out (doses 1)" in printed(table(result))
+
+
+def test_the_table_counts_questions_with_flags_and_not_their_flags(tokenizer, tmp_path):
+    row = {"question": "q", "choices": ["liver", "heart"], "answer": "A"}
+    rows = [{**row, "flags": ["doses", "numbers"]}, {**row, "question": "r"}]
+    (tmp_path / "medqa_ar.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    result = harness_run.evaluate(
+        ByRule(tokenizer), harness_run.load_tasks(["bimedix_medqa_ar"], [tmp_path]), None, chat=False
+    )
+    found = result["tasks"]["bimedix_medqa_ar"]
+    assert (found["flagged"], found["flagged_questions"]) == ({"doses": 1, "numbers": 1}, 1)
+    assert printed(table(result)).splitlines()[-2].split("│")[-3].strip() == "1"
+
+
+def test_an_empty_option_of_a_task_file_is_refused_before_anything_is_scored(monkeypatch):
+    rows = [
+        {"id": f"x{n}", "q": "Which?", "options": ["liver", option], "a": 0} for n, option in enumerate(("eye", ""))
+    ]
+    columns = {"doc_to_text": "{{q}}", "doc_to_choice": "{{options}}", "doc_to_target": "a"}
+    made = datasets.DatasetDict(test=datasets.Dataset.from_list(rows))  # pyright: ignore[reportCallIssue]
+    config: Any = {"task": "odd", "custom_dataset": lambda **_: made, "test_split": "test", **columns}
+    task = ConfigurableTask(config={**config, "output_type": "multiple_choice"})
+    harness_run.require_options("odd", task, limit=1)
+    with pytest.raises(BimedixError, match=r"document x1 of odd \(number 2\) has an empty option; correct or remove"):
+        harness_run.require_options("odd", task, limit=None)
+
+    def load(*_, **__):
+        rows[1]["options"][1][0]
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", load)  # what the harness does with the first question
+    with pytest.raises(BimedixError, match="the first question of bimedix_en is missing or has an empty option"):
+        harness_run.load_tasks(["bimedix_en"])
+
+
+def test_without_a_network_one_sentence_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(BimedixError, match=r"medqa_ar.jsonl into a folder and name that with --data$"):
+        harness_run.load_tasks(["bimedix_medqa_ar"])
+
+    def load(*_, **__):
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", load)
+    with pytest.raises(BimedixError, match=r"the data of bimedix_en cannot be loaded \(Couldn't reach.*check the conn"):
+        harness_run.load_tasks(["bimedix_en"])
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch, caplog):
+    def fail(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.create_connection", fail)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    hub.offline_if_unreachable()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert "huggingface.co cannot be reached (Name or service not known)" in caplog.text
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy"})
+    hub.offline_if_unreachable()
+    assert os.environ["HF_HUB_OFFLINE"] == ""
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +252,14 @@ def test_files_that_cannot_be_repeated_or_are_not_ours_are_not_replaced(finished
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"tasks": ("bimedix_nothing",)}, "there is no task bimedix_nothing; our groups are bimedix_ar"),
+        (
+            {"tasks": ("bimedix_nothing",)},
+            r"there is no task bimedix_nothing; our groups are bimedix_ar, bimedix_ar_abjad, ",
+        ),
+        (
+            {"tasks": ("bimedix_nothing",)},
+            "our tasks are bimedix_arabicmmlu.*bimedix_medqa_ar, bimedix_medqa_en, .*_text",
+        ),
         ({"tasks": ("bimedix_bi", "bimedix_en")}, "Duplicate task"),
         ({"tasks": ("bimedix_medarabench_ar",)}, r"no questions of medarabench \(ar\)"),
         ({"num_fewshot": 2}, "has 0 solved examples, not 2; put mmlu_anatomy_en.fewshot.jsonl into"),
