@@ -3,7 +3,8 @@
 While `bimedix eval run --out NAME.json` works, the folder `.NAME.json.evaluation` next to it has two files:
 `identity.json`, everything that the results depend on, and `results.jsonl` with a line for each result. The lines of a
 batch are complete or they are left out. A continued evaluation runs the batches that are missing, each with the same
-questions as before, so that its results have the same bits. The folder is removed when the result is written.
+questions as before, so that its results have the same bits. The folder is removed when the result is written, and when
+an evaluation fails before its first result.
 """
 
 import dataclasses
@@ -95,32 +96,48 @@ def journal(
       BimedixError: another process writes it, or it is of another evaluation.
     """
     folder = folder_of(out)
-    with folders.made_parents(folder), folders.one_writer(folder, "evaluates"):
-        known = json.loads(json.dumps(identity, default=str))
-        _claim(folder, known, overwrite, out)
-        counters = np.zeros(0, np.int64) if counters is None else counters
-        with (folder / RESULTS).open("a+", encoding="utf-8", newline="\n") as file:
-            found = _restored(folder / RESULTS, counters)
-            count = sum(map(len, found.values()))
-            if count:
-                log.warning("%s continues with %d results of an earlier start.", out, count)
-            with signals.hint("continue with the same command"):
-                yield Journal(file, found, counters)
-        (folder / IDENTITY).unlink()  # first: what remains without it is not continued
-    shutil.rmtree(folder)
+    with folders.made_parents(folder):
+        try:
+            with folders.one_writer(folder, "evaluates"):
+                known = json.loads(json.dumps(identity, default=str))
+                _claim(folder, known, overwrite, out)
+                counters = np.zeros(0, np.int64) if counters is None else counters
+                with (folder / RESULTS).open("a+", encoding="utf-8", newline="\n") as file:
+                    found = _restored(folder / RESULTS, counters)
+                    count = sum(map(len, found.values()))
+                    if count:
+                        log.warning("%s continues with %d results of an earlier start.", out, count)
+                    with signals.hint("continue with the same command"), _removed_if_empty(folder):
+                        yield Journal(file, found, counters)
+                (folder / IDENTITY).unlink()  # first: what remains without it is not continued
+        finally:
+            if (folder / RESULTS).exists() and not (folder / IDENTITY).exists():
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """A failed evaluation without a single result does not stay, so that the corrected command can start."""
+    try:
+        yield
+    except Exception:
+        if not (folder / RESULTS).stat().st_size:
+            (folder / IDENTITY).unlink()
+        raise
 
 
 def _claim(folder: Path, identity: dict[str, Any], overwrite: bool, out: Path) -> None:
     before = files.peek_json(folder / IDENTITY)
     if before == identity:
         return
-    if before and not overwrite:
+    results = folder / RESULTS
+    if before and not overwrite and results.exists() and results.stat().st_size:
         differing = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
         raise BimedixError(
             f"{out} has an unfinished evaluation with another {', '.join(differing)}; repeat its command to finish it, "
             "name another file, or pass --overwrite to discard it"
         )
-    (folder / RESULTS).unlink(missing_ok=True)
+    results.unlink(missing_ok=True)
     files.write_text(folder / IDENTITY, json.dumps(identity, ensure_ascii=False, indent=2) + "\n")
 
 

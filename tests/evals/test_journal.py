@@ -65,6 +65,18 @@ def test_another_evaluation_is_not_continued(tmp_path):
         assert kept.part("a").found == {}
 
 
+def test_an_evaluation_that_fails_without_a_result_does_not_block_another(tmp_path):
+    out = tmp_path / "new/r.json"
+    with pytest.raises(BimedixError, match="no record fits"), journal(out, {"model": "m"}, False):
+        raise BimedixError("no record fits")
+    assert list(tmp_path.iterdir()) == []
+    begin(out)  # killed before its first result
+    begin(out, {0: 1.0}, identity={"model": "n"})
+    with pytest.raises(BimedixError, match="no record fits"), journal(out, {"model": "n"}, False):
+        raise BimedixError("no record fits")
+    assert is_unfinished(out), "results stay"
+
+
 def test_only_one_process_writes(tmp_path):
     out = tmp_path / "r.json"
     begin(out, {0: 1.0})
