@@ -236,8 +236,10 @@ def check_options(config: Config) -> None:
         raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
     if config.orders < 0:
         raise BimedixError(f"--orders is {config.orders}; give 0 or more")
-    if config.limit is not None and config.limit < 1:
-        raise BimedixError(f"--limit is {config.limit}; give at least 1")
+    values = {"limit": config.limit, "max-length": config.max_length, "batch-tokens": config.batch_tokens}
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise BimedixError(f"--{name} is {value}; give at least 1")
     if config.force and config.compare is None:
         raise BimedixError("--force is for --compare; leave it out")
 

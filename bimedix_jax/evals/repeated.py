@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Hashable, Iterable
 
+from bimedix_jax.data.records import Record
 from bimedix_jax.process.terminal import number
 
 log = logging.getLogger(__name__)
@@ -23,3 +24,14 @@ def warn_repeated(where: str, questions: Iterable[tuple[Hashable, Hashable, Hash
     parts = [f"{number(count, 'question')} with the {what} of an earlier one" for what, count in again.items() if count]
     if parts:
         log.warning("%s has %s; each counts.", where, " and ".join(parts))
+
+
+def warn_repeated_records(where: str, records: Iterable[Record]) -> None:
+    """The same for records; the text is all that the human says."""
+    warn_repeated(
+        where,
+        (
+            (one.id, tuple(turn.value for turn in one.conversations if turn.speaker == "human"), one.choices)
+            for one in records
+        ),
+    )

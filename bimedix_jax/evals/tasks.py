@@ -21,6 +21,7 @@ from bimedix_jax.evals.accuracy import Accuracy
 from bimedix_jax.evals.heldout import held_out, heldout_records
 from bimedix_jax.evals.journal import Part, nothing
 from bimedix_jax.evals.multiple_choice import MultipleChoice, multiple_choice
+from bimedix_jax.evals.repeated import warn_repeated_records
 from bimedix_jax.files import read_json
 from bimedix_jax.inference.planning import AnyPlan
 from bimedix_jax.models.mixtral import Mixtral
@@ -145,11 +146,14 @@ def heldout_of(source: str, limit: int | None) -> list[Record]:
       BimedixError: there is none, or the source cannot be read.
     """
     if "=" not in source or Path(source).is_file():
-        return heldout_records(source, limit)
-    quarantine = Quarantine()
-    found = list(read(source, quarantine))
-    warn_rejected(source, quarantine)
-    return held_out(found, source, limit)
+        kept = heldout_records(source, limit)
+    else:
+        quarantine = Quarantine()
+        found = list(read(source, quarantine))
+        warn_rejected(source, quarantine)
+        kept = held_out(found, source, limit)
+    warn_repeated_records(source, kept)
+    return kept
 
 
 class OwnSet(BaseModel):
@@ -205,6 +209,7 @@ def read_sets(path: Path) -> "Questions":
         if not records:
             raise BimedixError(f"{source} ({name} in {path}) has no question with choices; check its columns")
         warn_rejected(name, quarantine)
+        warn_repeated_records(name, records)
         found[name] = (records, len(quarantine.rejected))
     return found
 

@@ -10,6 +10,7 @@ from tiny_benchmarks import write_benchmarks
 from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.commands.eval_run import predictions_path, write_predictions
+from bimedix_jax.data.records import write_jsonl
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals import tables, tasks
 from bimedix_jax.evals.heldout import heldout_loss, heldout_records
@@ -141,6 +142,8 @@ def test_predictions_are_in_the_folder_of_the_result(tmp_path):
         (["--tasks", "nope", "--data", "."], "no task nope"),
         (["--heldout", "nowhere.jsonl"], "there is no file"),
         (["--heldout", "sample", "--limit", "0"], "at least 1"),
+        (["--heldout", "sample", "--max-length", "0"], "--max-length is 0; give at least 1"),
+        (["--heldout", "sample", "--batch-tokens", "0"], "--batch-tokens is 0; give at least 1"),
         (["--heldout", "sample", "--compare", "nowhere.json"], "cannot be read"),
     ],
 )
@@ -188,6 +191,20 @@ def test_wrong_sets_raise(tmp_path, content, problem):
     (tmp_path / "sets.json").write_text(json.dumps(content))
     with pytest.raises(BimedixError, match=problem):
         tasks.read_sets(tmp_path / "sets.json")
+
+
+def test_repeated_records_are_counted_in_a_warning(mcqa, tmp_path, caplog):
+    again = [mcqa[0], mcqa[1].model_copy(update={"id": "other"})]
+    write_jsonl(tmp_path / "records.jsonl", [*mcqa, *again])
+    tasks.heldout_of(str(tmp_path / "records.jsonl"), None)
+    assert "records.jsonl has 1 question with the id of an earlier one and 2 questions with the text and" in caplog.text
+    (tmp_path / "sets.json").write_text(json.dumps({"exam": f"records={tmp_path / 'records.jsonl'}"}))
+    caplog.clear()
+    tasks.read_sets(tmp_path / "sets.json")
+    assert "exam has 1 question with the id" in caplog.text
+    caplog.clear()
+    tasks.heldout_of("sample", None)
+    assert not caplog.text
 
 
 def test_heldout_takes_any_reader(tmp_path):
