@@ -1,6 +1,7 @@
 """`bimedix eval harness`: tasks of lm-evaluation-harness, its own, ours, and other people's."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -77,8 +78,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     check_out(config)
     require_harness()
     from bimedix_jax.checkpoint.hub import HUB_ID, offline_if_unreachable, resolve
+    from bimedix_jax.evals.documents import DATA
 
-    if not config.data or not all(name.startswith("bimedix_") for name in config.tasks):
+    local = config.data or os.environ.get(DATA)
+    if not local or not all(name.startswith("bimedix_") for name in config.tasks):
         offline_if_unreachable()
     from bimedix_jax.checkpoint.load import load
     from bimedix_jax.data.vocabulary import tokenizer_of_model
@@ -109,7 +112,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     if config.out is not None:
         for name in FILES if config.overwrite else ():
             (config.out / name).unlink(missing_ok=True)
-        lm.store = RequestStore(config.out / FILES[2], {**identity, "asked": asked})
+        lm.store = RequestStore(
+            config.out / FILES[2], {**identity, "asked": asked}, None if rules is None else rules.applied
+        )
     found = harness_run.evaluate(lm, tasks, config.limit, config.chat)
     samples = found.pop("samples")
     result = {"model": config.model, "adapter": config.adapter, "revision": config.revision, **identity, **found}

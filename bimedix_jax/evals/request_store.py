@@ -12,10 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bimedix_jax.errors import BimedixError
 
 NAME = "requests.jsonl"
 """The file in a folder of results."""
+APPLIED = "applied"
+"""The key of the counts in a line; those of answers are hashes."""
 
 
 def key_of(kind: str, *parts: Any) -> str:
@@ -28,12 +32,16 @@ class RequestStore:
 
     Args:
       run: what the answers depend on: hashes of model, adapter and tokenizer, versions, and what was asked.
+      counters: counts that grow with every batch, such as the tokens that rules were applied to; they are restored.
 
     Raises:
       BimedixError: the file belongs to another run, or has a line that is not ours.
     """
 
-    def __init__(self, path: Path | None = None, run: Mapping[str, Any] | None = None):
+    def __init__(
+        self, path: Path | None = None, run: Mapping[str, Any] | None = None, counters: np.ndarray | None = None
+    ):
+        self.counters = np.zeros(0, np.int64) if counters is None else counters
         self.known: dict[str, Any] = {}
         self.reused = 0
         self._path = path
@@ -45,7 +53,9 @@ class RequestStore:
         end = whole.rfind(b"\n") + 1
         lines = whole[:end].split(b"\n")[:-1]
         for number, line in enumerate(lines[1:], start=2):
-            self.known |= answers_in(line, f"{path}:{number}")
+            found = answers_in(line, f"{path}:{number}", len(self.counters))
+            self.counters[:] = found.pop(APPLIED, ())
+            self.known |= found
         if end < len(whole):  # a kill cut the last line off
             os.truncate(path, end)
         if lines:
@@ -68,8 +78,9 @@ class RequestStore:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = [] if self._head is None else [self._head]
+        counts = {APPLIED: self.counters.tolist()} if self.counters.size else {}
         with self._path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(f"{line}\n" for line in (*lines, json.dumps(dict(answers)))))
+            file.write("".join(f"{line}\n" for line in (*lines, json.dumps({**counts, **answers}))))
             file.flush()
             os.fsync(file.fileno())
         self._head = None
@@ -88,13 +99,23 @@ def is_answer(value: Any) -> bool:
     )
 
 
-def answers_in(line: bytes, where: str) -> dict[str, Any]:
-    """The answers in a line. Raises BimedixError, which begins with `where`, if it has anything else."""
+def is_counts(value: Any, length: int) -> bool:
+    """Whether this is a list of so many counts."""
+    return isinstance(value, list) and len(value) == length and all(isinstance(one, int) for one in value)
+
+
+def answers_in(line: bytes, where: str, counters: int) -> dict[str, Any]:
+    """The answers in a line, and the counts under APPLIED if there are `counters` of them. Raises BimedixError, which
+    begins with `where`, if it has anything else."""
     try:
         row = json.loads(line)
     except ValueError:
         row = None
-    if not isinstance(row, dict) or not all(map(is_answer, row.values())):
+    if (
+        not isinstance(row, dict)
+        or not all(is_counts(value, counters) if key == APPLIED else is_answer(value) for key, value in row.items())
+        or (APPLIED in row) != (counters > 0)
+    ):
         raise BimedixError(
             f"{where} does not have the answers to a batch of requests; remove this line, and its requests run again, "
             "or pass --overwrite to start again"

@@ -131,6 +131,20 @@ def test_a_line_that_is_not_ours_is_refused_by_its_number(tmp_path, line):
         RequestStore(path, {"model": "m"})
 
 
+def test_counts_of_rules_are_restored(tmp_path):
+    path, counters = tmp_path / "requests.jsonl", np.zeros(2, np.int64)
+    store = RequestStore(path, {}, counters)
+    for number in range(3):
+        counters += [1, 10]
+        store.add({f"{number}": [-1.0, False]})
+    path.write_bytes(path.read_bytes()[:-5])
+    restored = np.zeros(2, np.int64)
+    assert set(RequestStore(path, {}, restored).known) == {"0", "1"}
+    assert restored.tolist() == [2, 20]
+    with pytest.raises(BimedixError, match=r"requests.jsonl:2 does not have"):
+        RequestStore(path, {})
+
+
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_model_that_computes_nan_is_refused(value):
     with pytest.raises(BimedixError, match="NaN or infinity; check its weights"):

@@ -203,6 +203,10 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
     (config.out / "result.json").unlink()  # as if it had been killed
     assert evaluate(config)["reused"] == again["reused"]
     assert {name: (config.out / name).read_bytes() for name in eval_harness.FILES} == files
+    ruled = dataclasses.replace(config, tasks=config.tasks[:1], limit=2, intervene=rules, out=rules.with_name("ruled"))
+    counted = evaluate(ruled)["intervene"]["rules"][0]["tokens"]
+    assert counted > 0
+    assert evaluate(ruled)["intervene"]["rules"][0]["tokens"] == counted, "also if nothing runs"
 
 
 @pytest.fixture
