@@ -321,6 +321,5 @@ def write(folder: Path, result: Mapping[str, Any], samples: Sequence[Sample]) ->
     """Writes result.json and samples.jsonl; how much of it an earlier run had answered is not a part of the result."""
     result = {name: value for name, value in result.items() if name != "reused"}
     folder.mkdir(parents=True, exist_ok=True)
-    with sample_files.writer(folder / sample_files.NAME) as file:
-        file.write(samples)
+    write_text(folder / sample_files.NAME, "".join(f"{sample.to_json()}\n" for sample in samples))
     write_text(folder / "result.json", json.dumps(result, ensure_ascii=False, indent=2, default=str) + "\n")

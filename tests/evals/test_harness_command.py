@@ -4,7 +4,9 @@ import dataclasses
 import io
 import json
 import os
+import re
 import types
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -186,6 +188,34 @@ def evaluate(config, **changes):
         return eval_harness.run(dataclasses.replace(config, **changes), Console(stderr=True, quiet=True))
 
 
+DEEP = {"hashes": "{}.{}", "versions": "{}.{}", "settings": "{}.{}", "run": "{}", "asked": "{}"}
+"""Objects whose keys are documented one by one, and how they are written."""
+
+
+def undocumented(result) -> set[str]:
+    """Keys of a result that docs/harness.md does not have in backticks."""
+    page = (Path(__file__).resolve().parents[2] / "docs/harness.md").read_text("utf-8")
+    known = set(re.findall(r"`([^`\n]+)`", page.split("\n## Files\n")[1]))
+    found = set()
+    for key, value in result.items():
+        if key in ("tasks", "groups") and isinstance(value, dict):
+            found |= {f"{key}.NAME.{name}" for row in value.values() for name in row}
+        elif key in DEEP and isinstance(value, dict):
+            found |= {DEEP[key].format(key, name) for name in value}
+        else:
+            found.add(key)
+    return found - known
+
+
+def test_the_files_have_documented_keys(tokenizer, data, finished):
+    result = harness_run.evaluate(ByRule(tokenizer), harness_run.load_tasks(["bimedix_bi_gen"], [data]), 1, chat=False)
+    assert undocumented({"groups": result["groups"], "tasks": result["tasks"]}) == set()
+    assert undocumented(dict.fromkeys(field.name for field in dataclasses.fields(samples.Sample))) == set()
+    head = json.loads((finished.out / "requests.jsonl").read_text("utf-8"))
+    assert undocumented(head["run"]["asked"]) == set()
+    assert undocumented({"tasks": {"x": {"new": 1}}, "hashes": {"other": 2}}) == {"tasks.NAME.new", "hashes.other"}
+
+
 def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
     first = evaluate(config)
     assert first["reused"] == 0
@@ -206,6 +236,9 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
     ruled = dataclasses.replace(config, tasks=config.tasks[:1], limit=2, intervene=rules, out=rules.with_name("ruled"))
     counted = evaluate(ruled)["intervene"]["rules"][0]["tokens"]
     assert counted > 0
+    assert undocumented(json.loads((ruled.out / "result.json").read_text("utf-8"))) == set()
+    head = json.loads((ruled.out / "requests.jsonl").read_text("utf-8").splitlines()[0])
+    assert set(head["run"]) == {"hashes", "versions", "settings", "asked"}
     assert evaluate(ruled)["intervene"]["rules"][0]["tokens"] == counted, "also if nothing runs"
 
 
