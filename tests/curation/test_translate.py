@@ -442,7 +442,7 @@ def test_the_estimate_bounds_the_requests(serve, tmp_path):
     records = [ASTHMA, SCURVY, DOSE]
     dry, printed = command(tmp_path, server, records, dry_run=True, prices=("m=1/1/1",))
     assert server.stats()["received"] == 0
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))  # no output, and no store with its lock
     assert "the price of j is unknown" in printed
     estimate = {row["stage"]: row for row in dry["estimate"]}
     assert estimate["translate"]["requests"] == [3, 3]
@@ -454,7 +454,9 @@ def test_the_estimate_bounds_the_requests(serve, tmp_path):
     for row in report["ledger"]:
         low, high = estimate[row["stage"]]["requests"]
         assert low <= row["requests"] <= high
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     again, _ = command(tmp_path, server, records, dry_run=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
     assert again["finished"] == 3
     assert again["estimate"] == []
 

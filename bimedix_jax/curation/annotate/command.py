@@ -18,7 +18,7 @@ from bimedix_jax.curation.llm.account import Account, parse_prices
 from bimedix_jax.curation.llm.config import JudgeConfig, LlmConfig
 from bimedix_jax.curation.llm.estimate import show
 from bimedix_jax.curation.llm.runner import Interrupted, Progress
-from bimedix_jax.curation.llm.store import open_store
+from bimedix_jax.curation.llm.store import open_copy, open_store
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers import read
 from bimedix_jax.data.records import Record
@@ -78,7 +78,8 @@ def annotate(
         console.print(f"[bold yellow]{judge.model} judges its own {task.products}[/]: models favour their own work")
     records = wanted_records(options.sources, options.limit, refusal, console)
     job = Job(records=records, task=task, writer=options.llm, judge=judge)
-    with open_store(options.store or options.out.with_name(f"{options.out.name}.sqlite")) as store:
+    replies = options.store or options.out.with_name(f"{options.out.name}.sqlite")
+    with (open_copy if options.dry_run else open_store)(replies) as store:
         forecast = jobs.forecast(job, store)
         rows = show(forecast.estimates, prices, console)
         figures = announce(forecast)

@@ -5,8 +5,11 @@ may have been paid for are known. How it ended is synced to disk before the repl
 open a store.
 """
 
+import contextlib
 import fcntl
+import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -263,14 +266,48 @@ def open_store(path: str | Path) -> Iterator[Store]:
     """
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(place.name + ".lock").open("a") as lock:
+    with _lock_file(place).open("a") as lock:
         _lock(lock, place)
-        connection = sqlite3.connect(place, isolation_level=None)
-        try:
-            _prepare(connection, place)
-            yield Store(place, connection)
-        finally:
-            connection.close()
+        with _connected(place, place) as store:
+            yield store
+
+
+@contextmanager
+def open_copy(path: str | Path) -> Iterator[Store]:
+    """A temporary copy of the store at `path`, or an empty store if there is none; nothing is written at `path`.
+
+    Raises:
+        BimedixError: as `open_store`.
+    """
+    place = Path(path)
+    if not place.is_file():
+        with _connected(place, ":memory:") as store:
+            yield store
+        return
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as held:
+        if _lock_file(place).is_file():
+            _lock(held.enter_context(_lock_file(place).open()), place)
+        for suffix in ("", "-wal"):  # the log has what a killed process has committed
+            file = place.with_name(place.name + suffix)
+            if file.is_file():
+                shutil.copyfile(file, Path(scratch) / file.name)
+        with _connected(place, Path(scratch) / place.name) as store:
+            yield store
+
+
+def _lock_file(place: Path) -> Path:
+    return place.with_name(f"{place.name}.lock")
+
+
+@contextmanager
+def _connected(place: Path, file: str | Path) -> Iterator[Store]:
+    """The store in the SQLite database `file`; messages name `place`."""
+    connection = sqlite3.connect(file, isolation_level=None)
+    try:
+        _prepare(connection, place)
+        yield Store(place, connection)
+    finally:
+        connection.close()
 
 
 def _lock(lock: IO[str], place: Path) -> None:
