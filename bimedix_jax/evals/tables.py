@@ -63,16 +63,16 @@ def accuracy_table(result: dict[str, Any], before: dict[str, Any] | None = None)
 def task_table(
     results: dict[str, dict[str, Any]], mean: float | None, before: dict[str, dict[str, Any]] | None = None
 ) -> FittedTable:
-    """The nine tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG if there are all nine."""
+    """Tasks (`TaskResult.to_dict` by name), in percent, with the paper's AVG if all nine are there. What concerns the
+    paper is left out if none of its tasks is there."""
     paper = sum(row["paper_questions"] is not None for row in results.values())
-    table = FittedTable(
-        title="Benchmarks" + ("" if before is None else ": before -> after"),
-        caption="AVG is the unweighted mean of the nine tasks, as in the paper."
-        if mean is not None
-        else f"{paper} of 9 tasks, so there is no average.",
-    )
+    caption = f"{paper} of 9 tasks, so there is no average." if paper else None
+    if mean is not None:
+        caption = "AVG is the unweighted mean of the nine tasks, as in the paper."
+    table = FittedTable(title="Benchmarks" + ("" if before is None else ": before -> after"), caption=caption)
     table.add_column("task")
-    for column in ("accuracy %", "95 % interval", "by text %", "chance %", "n", "of the paper's"):
+    columns = ("accuracy %", "95 % interval", "by text %", "chance %", "n", *(["of the paper's"] if paper else ()))
+    for column in columns:
         table.add_column(column, justify="right")
     table.add_prose_column("note")
     for name, row in results.items():
@@ -84,7 +84,7 @@ def task_table(
             _percent(row["by_text"], None if old is None else old["by_text"]),
             f"{100 * row['chance']:.1f}",
             f"{row['n']:,}",
-            "" if row["paper_questions"] is None else f"{row['paper_questions']:,}",
+            *(["" if row["paper_questions"] is None else f"{row['paper_questions']:,}"] if paper else ()),
             task_note(row),
         )
     if mean is not None:

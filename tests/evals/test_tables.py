@@ -47,6 +47,16 @@ def test_tables_of_results_cut_nothing(width, before):
     assert "3 records exceed" in shown
 
 
+def test_sets_of_ones_own_are_not_compared_with_the_paper():
+    own = ROW | {"paper_questions": None}
+    alone = at(120, tables.task_table({"mine": own}, None))
+    assert "paper" not in alone
+    assert "of 9 tasks" not in alone
+    both = at(120, tables.task_table({"mine": own, "medqa": ROW}, None))
+    assert "of the paper's" in both
+    assert "1 of 9 tasks, so there is no average" in both
+
+
 @pytest.mark.parametrize(("width", "blocks"), [(60, True), (80, False)])
 def test_the_table_of_a_benchmark_fits_80_columns(width, blocks):
     row = {"name": "decode_b8", "ours_tokens_per_s": 1234567.0, "peer_tokens_per_s": 7654321.0, "ratio": 12.34}
