@@ -189,7 +189,8 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def scores_of(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The scores of one group; chrF is that of the corpus, ROUGE-L a mean with a 95 % interval over records."""
+    """The scores of one group; chrF is that of the corpus, ROUGE-L a mean with a 95 % interval over records, whose
+    ends are None for few records."""
     row: dict[str, Any] = {
         "n": len(answers),
         "records": len({answer.item.record for answer in answers}),
@@ -200,7 +201,8 @@ def scores_of(answers: Sequence[Answer]) -> dict[str, Any]:
     scored = [(answer, answer.item.reference) for answer in answers if answer.item.reference is not None]
     if scored:
         rouge = [100 * rouge_l(answer.text, reference) for answer, reference in scored]
-        low, high = mean_interval(rouge, [answer.item.record for answer, _ in scored])
+        ends = mean_interval(rouge, [answer.item.record for answer, _ in scored])
+        low, high = ends or (None, None)
         row["chrf"] = chrf([answer.text for answer, _ in scored], [reference for _, reference in scored])
         row["rouge_l"] = {"mean": sum(rouge) / len(rouge), "low": low, "high": high}
     return row

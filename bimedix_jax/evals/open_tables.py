@@ -32,7 +32,7 @@ def answers_table(result: dict[str, Any], before: dict[str, Any] | None) -> Fitt
             group,
             _change(row.get("chrf"), earlier.get("chrf")),
             _change(rouge.get("mean"), earlier.get("rouge_l", {}).get("mean")),
-            f"{rouge['low']:.1f} - {rouge['high']:.1f}" if rouge else "",
+            _ends(rouge),
             _percent(row["in_language"], earlier.get("in_language")),
             f"{100 * row['finished']:.0f}",
             f"{row['n']:,}",
@@ -84,6 +84,13 @@ def _change(value: float | None, before: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1f}" if before is None else f"{before:.1f} -> {value:.1f}"
+
+
+def _ends(score: dict[str, Any]) -> str:
+    """An interval; "-" if there are too few records for one."""
+    if not score:
+        return ""
+    return "-" if score["low"] is None else f"{score['low']:.1f} - {score['high']:.1f}"
 
 
 def _percent(score: dict[str, Any], before: dict[str, Any] | None) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 
 from bimedix_jax.errors import BimedixError
 
+MIN_CLUSTERS = 10
+"""Fewest records that give an interval."""
 RESAMPLES = 1000
 TATWEEL = "\u0640"
 """A line that lengthens an Arabic word and has no sound."""
@@ -80,8 +82,14 @@ def is_in(text: str, language: str) -> bool:
     return share is not None and (share > 0.5) == (language == "ar")
 
 
-def mean_interval(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of a mean: percentiles of the bootstrap over clusters, such as the answers of one conversation."""
+def mean_interval(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of a mean: percentiles of the bootstrap over clusters, such as the answers of one conversation.
+
+    None with fewer than MIN_CLUSTERS clusters, or if all values are equal: resamples then differ too little or not at
+    all, which says nothing about other records.
+    """
+    if len(set(clusters)) < MIN_CLUSTERS or len(set(values)) == 1:
+        return None
     names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     for value, name in zip(values, clusters, strict=True):

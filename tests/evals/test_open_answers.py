@@ -13,7 +13,7 @@ from bimedix_jax.commands.eval_run_open import OpenOptions, answers_of, check_op
 from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Turn, write_jsonl
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals import behaviour, open_answers
+from bimedix_jax.evals import behaviour, open_answers, open_tables
 from bimedix_jax.evals.open_answers import Answer, Item
 from bimedix_jax.inference.generate import generate
 from bimedix_jax.kernels import backends
@@ -84,6 +84,9 @@ def test_scores_by_group():
     assert found["ar/chat"]["rouge_l"]["mean"] == pytest.approx(100 * (0 + 2 / 3) / 2)
     assert (found["ar"]["n"], found["ar"]["records"]) == (3, 2)
     assert found["ar"]["in_language"]["correct"] == 2
+    assert (found["ar"]["rouge_l"]["low"], found["ar"]["rouge_l"]["high"]) == (None, None)  # of two records
+    table = open_tables.answers_table({"by_group": found, "max_new_tokens": NEW}, None)
+    assert list(table.columns[3].cells) == ["-", "-", "-"]
     assert "chrf" not in open_answers.scores_of([answer("emergency", "Call 911")])
 
 

@@ -103,8 +103,17 @@ def test_the_script_decides_the_language():
 def test_the_interval_is_over_clusters():
     """Answers of one chat are alike: counted as single records they would make the interval too narrow."""
     values, chats = [0.0] * 50 + [1.0] * 50, [str(index // 10) for index in range(100)]
-    low, high = mean_interval(values, chats)
-    single_low, single_high = mean_interval(values, [str(index) for index in range(100)])
-    assert high - low > 2 * (single_high - single_low)
-    assert low < 0.5 < high
-    assert mean_interval([3.0, 3.0], ["a", "b"]) == (3.0, 3.0)
+    found, single = mean_interval(values, chats), mean_interval(values, [str(index) for index in range(100)])
+    assert found is not None
+    assert single is not None
+    assert found[1] - found[0] > 2 * (single[1] - single[0])
+    assert found[0] < 0.5 < found[1]
+
+
+def test_few_or_equal_values_have_no_interval():
+    """One record, nine records, or twenty equal scores: a bootstrap would give an interval without width."""
+    several = [str(index) for index in range(20)]
+    assert mean_interval([3.0], ["a"]) is None
+    assert mean_interval([3.0] * 20, several) is None
+    assert mean_interval(list(map(float, range(20))), several[:9] + several[:9] + ["0", "1"]) is None
+    assert mean_interval(list(map(float, range(10))), several[:10]) is not None
