@@ -36,14 +36,12 @@ def look_for(sets: "dict[str, list[Record]]", training: Path) -> Found:
 
 def report(found: Found, predictions: "dict[str, list[Prediction]]", training: Path) -> dict[str, Any]:
     """For each set: how many questions are in the training set, and the accuracy on them and on the others."""
-    import numpy as np
-
-    from bimedix_jax.evals.statistics import mean_interval
+    from bimedix_jax.evals.accuracy import Accuracy
     from bimedix_jax.evals.variants import named
     from bimedix_jax.files import sha256
 
     def accuracy(correct: list[bool]) -> dict[str, Any]:
-        return {"n": len(correct), **(mean_interval(np.array(correct, float)).to_dict("accuracy") if correct else {})}
+        return Accuracy(sum(correct), len(correct)).to_dict() if correct else {"n": 0}
 
     sets: dict[str, Any] = {}
     for set_name, own in found.items():
