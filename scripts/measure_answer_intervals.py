@@ -39,7 +39,7 @@ def paired_row(name: str, n: int, discordant: float, gain: float, sets: int) -> 
         covered += result.difference.low <= gain <= result.difference.high
         found += result.p < statistics.ALPHA
         found_bootstrap += result.p_bootstrap < statistics.ALPHA
-        own = statistics.mean_interval(a_N, seed=number)
+        own = statistics.wilson(float(a_N.mean()), n)
         covered_a += own.low <= 0.5 <= own.high
     return {
         "task": name,

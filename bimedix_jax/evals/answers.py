@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ VARIANT = "@"
 """Sets of predictions with this character in their name are variants of a set: other orders of the options, other
 wordings."""
 _LANGUAGE = re.compile(r"_(en|ar)(?=_|$)")
+_OURS = re.compile(r"bimedix_\w+?_(?:en|ar)(?:_(abjad|text|gen))?")
+EVAL_RUN = "eval run"
+"""Protocol of `bimedix eval run`: the chat template; by letter, or by text where options have no letters."""
+PROTOCOLS = {None: "letters", "abjad": "Arabic letters", "text": "texts", "gen": "generated"}
+"""Ending of the name of one of our tasks -> its protocol in the harness."""
 
 Key = tuple[str, str, str, str, int]
 """Identifies a question: task, filter, language, id, and the number of questions before it with the same four."""
@@ -50,6 +55,20 @@ class Answers:
         filters, languages = self._kinds[name]
         return name + (f" ({kind})" if len(filters) > 1 else "") + (f" {language}" if len(languages) > 1 else "")
 
+    def protocol_of(self, key: Key) -> str:
+        """How the answer to a question was got. One question may be there under several protocols."""
+        name, kind, *_ = key
+        if "predictions" in self.about:
+            return EVAL_RUN
+        ours = _OURS.fullmatch(name)
+        if ours is not None:
+            found = PROTOCOLS[ours[1]]
+        elif self.samples[key].logprobs is None:
+            found = PROTOCOLS["gen"]
+        else:
+            found = str(_value(self.about, f"tasks.{name}.primary") or "likelihood")
+        return f"{found} ({kind})" if len(self._kinds[name][0]) > 1 else found
+
     @property
     def _kinds(self) -> dict[str, tuple[set[str], set[str]]]:
         found = self.__dict__.get("_found")
@@ -76,17 +95,75 @@ def read(path: str | Path) -> Answers:
     name = predictions.get("file") if isinstance(predictions, dict) else samples.NAME
     if "/" in str(name) or not (place.parent / str(name)).is_file():
         raise BimedixError(f"{place} has no file with the answers to its questions next to it; {REMEDY}")
+    rows = samples.read(place.parent / str(name))
+    damage = damaged(about, rows)
+    if damage is not None:
+        raise BimedixError(f"{place.parent / str(name)} does not belong to {place}: {damage}; evaluate again")
     found: dict[Key, Sample] = {}
     seen: dict[tuple[str, str, str, str], int] = {}
-    for sample in samples.read(place.parent / str(name)):
+    for sample in rows:
         if VARIANT in sample.task:
             continue
+        sample = dataclasses.replace(sample, task=without_folder(sample.task))
         known = (sample.task, sample.filter, sample.language, sample.id)
         seen[known] = seen.get(known, 0) + 1
         found[(*known, seen[known] - 1)] = sample
     if not found:
         raise BimedixError(f"{place} has no question with an answer; evaluate on questions with choices or on tasks")
     return Answers(Path(path), about, found)
+
+
+def without_folder(name: str) -> str:
+    """The name of a set; of NAME=PLACE?options and of a path without the folder, so that two copies are one set."""
+    reader, separator, rest = name.rpartition("=") if "?" not in name else name.partition("=")
+    place, mark, options = rest.partition("?")
+    return f"{reader}{separator}{place.rpartition('/')[2]}{mark}{options}"
+
+
+def damaged(about: Mapping[str, Any], rows: Sequence[Sample]) -> str | None:
+    """What contradicts the result in the answers that are next to it; None if nothing does."""
+    lines = _value(about, "predictions.lines")
+    if lines is not None and lines != len(rows):
+        return f"it has {len(rows):,} complete lines, and the result names {lines:,}"
+    for sample in rows:
+        named = [value for value in (sample.chosen, sample.target) if isinstance(value, int)]
+        if lines is None and not (_OURS.fullmatch(sample.task) and len(named) == 2 and sample.logprobs):
+            continue  # of others' tasks only they know what is right; a generated answer is a text
+        if any(not 0 <= value < len(sample.logprobs or ()) for value in named):
+            return f"question {sample.id} of {sample.task} names an option that it does not have"
+        if sample.correct != (sample.chosen == sample.target):
+            marked = "right" if sample.correct else "wrong"
+            return (
+                f"question {sample.id} of {sample.task} is marked as {marked}, but option {sample.chosen} was chosen "
+                f"and {sample.target} is the answer"
+            )
+    return _other_accuracy(about, rows)
+
+
+def _other_accuracy(about: Mapping[str, Any], rows: Sequence[Sample]) -> str | None:
+    """Whose number of questions or of right answers differs from that of the result."""
+    counts: dict[tuple[str, str], list[int]] = {}
+    for sample in rows:
+        count = counts.setdefault((sample.task, sample.filter), [0, 0])
+        count[0] += 1
+        count[1] += sample.correct
+    tasks = about.get("tasks") or {}
+    stated = {(name, task.get("filter", "none")): task for name, task in tasks.items()}
+    by_group = _value(about, "choice.by_group") or {}
+    languages = [score for group, score in by_group.items() if "/" not in group]
+    own = [key for key in counts if key[0] not in tasks and VARIANT not in key[0]]
+    if languages and len(own) == 1:
+        stated[own[0]] = {name: sum(score[name] for score in languages) for name in ("n", "correct")}
+    for key, score in stated.items():
+        if "n" not in score or "correct" not in score:
+            continue
+        n, right = counts.get(key, (0, 0))
+        if (n, right) != (score["n"], score["correct"]):
+            return (
+                f"it has {right:,} right answers to {n:,} questions of {key[0]}, and the result has "
+                f"{score['correct']:,} of {score['n']:,}"
+            )
+    return None
 
 
 def differing(a: Answers, b: Answers) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bimedix_jax.evals import statistics
 from bimedix_jax.evals.accuracy import ties
-from bimedix_jax.evals.answers import Answers, Key, Matched, confidence, correct, differing, matched, pair_of
+from bimedix_jax.evals.answers import Answers, Key, confidence, correct, differing, matched, pair_of
 from bimedix_jax.evals.samples import Sample
 
 FEWEST = 20
@@ -21,7 +21,7 @@ class Row:
     """Two accuracies over the same questions, and the paired difference B - A.
 
     Attributes:
-      a, b: with their bootstrap intervals.
+      a, b: with Wilson's intervals, as in the results.
       p_holm: McNemar's p, adjusted for all rows of its table.
       detectable: the smallest difference that a test with alpha = 0.05 finds in four of five cases, given how often the
         two models disagree here; None if there is none.
@@ -61,22 +61,64 @@ class Row:
 
 
 def compare(a: Answers, b: Answers) -> dict[str, Any]:
-    """All comparisons as JSON values: `tasks`, `average`, `groups`, `calibration`, `languages`, and what differs."""
+    """All comparisons as JSON values: `tasks`, `average`, `groups`, `calibration`, `languages`, and what differs.
+
+    Protocols are kept apart, since they ask the same questions. `average`, `calibration` and `languages` are of the one
+    with most questions, `other_protocols` has those of the others.
+    """
     common = matched(a, b)
     tasks: dict[str, list[Key]] = {}
+    protocols: dict[str, list[Key]] = {}
     for key in common.keys:
         tasks.setdefault(a.task_of(key), []).append(key)
+        protocols.setdefault(a.protocol_of(key), []).append(key)
+    rows = rows_of(a, b, tasks)
+    once = {name: distinct(a, keys) for name, keys in protocols.items()}
+    first, *others = [
+        of_protocol(a, b, name, {row.name: (tasks[row.name], row) for row in rows}, once[name])
+        for name in sorted(protocols, key=lambda name: -len(protocols[name]))
+    ]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, keys in once.items():
+        for kind, own in _groups(a, keys).items():
+            groups.setdefault(kind, []).extend({"protocol": name, **row.to_dict()} for row in rows_of(a, b, own))
     return {
         "a": _about(a, common.keys, common.only_a),
         "b": _about(b, common.keys, common.only_b),
         "differs": differing(a, b),
         "n": len(common.keys),
-        "tasks": [row.to_dict() for row in rows_of(a, b, tasks)],
-        "average": _average(a, b, list(tasks.values())),
-        "groups": {kind: [row.to_dict() for row in rows_of(a, b, own)] for kind, own in _groups(a, common).items()},
-        "calibration": {name: _calibration(one, common.keys) for name, one in (("a", a), ("b", b))},
-        "languages": {name: between_languages(one, common.keys) for name, one in (("a", a), ("b", b))},
+        "tasks": [{"protocol": a.protocol_of(tasks[row.name][0]), **row.to_dict()} for row in rows],
+        "groups": groups,
         "sensitivity": {name: one.about.get("sensitivity") for name, one in (("a", a), ("b", b))},
+        **first,
+        "other_protocols": others,
+    }
+
+
+def distinct(one: Answers, keys: Sequence[Key]) -> list[Key]:
+    """The questions of one protocol, without those that an earlier task of it has as well."""
+    found: dict[tuple[Any, ...], Key] = {}
+    for key in keys:
+        sample = one.samples[key]
+        same = (sample.language, sample.id, key[-1], sample.target, sample.asked_bytes)
+        found.setdefault(key if sample.asked_bytes is None else same, key)
+    return list(found.values())
+
+
+def of_protocol(
+    a: Answers, b: Answers, name: str, tasks: dict[str, tuple[list[Key], Row]], keys: list[Key]
+) -> dict[str, Any]:
+    """Mean of the tasks, calibration and agreement of languages over the questions `keys` of one protocol.
+
+    A task whose questions are all in another task is not a part of the mean.
+    """
+    wanted = set(keys)
+    own = [(found, row) for found, row in tasks.values() if not wanted.isdisjoint(found)]
+    return {
+        "protocol": name,
+        "average": _average(a, b, own),
+        "calibration": {side: _calibration(one, keys) for side, one in (("a", a), ("b", b))},
+        "languages": {side: between_languages(one, keys) for side, one in (("a", a), ("b", b))},
     }
 
 
@@ -99,28 +141,37 @@ def rows_of(a: Answers, b: Answers, groups: dict[str, list[Key]]) -> list[Row]:
     for (name, (a_N, b_N)), p_holm in zip(answers.items(), adjusted, strict=True):
         found = paired[name]
         smallest = statistics.detectable(found.clusters, (found.only_a + found.only_b) / found.n)
-        own = (statistics.mean_interval(a_N, clusters[name]), statistics.mean_interval(b_N, clusters[name]))
+        own = [statistics.wilson(float(values_N.mean()), found.clusters) for values_N in (a_N, b_N)]
         unrelated = statistics.detectable(found.clusters, statistics.unrelated((own[0].value + own[1].value) / 2))
-        rows.append(Row(name, *own, found, p_holm, smallest, unrelated))
+        rows.append(Row(name, own[0], own[1], found, p_holm, smallest, unrelated))
     return rows
 
 
-def _average(a: Answers, b: Answers, tasks: Sequence[list[Key]]) -> dict[str, Any]:
-    """Unweighted means over the tasks. A question and its translation are drawn together, within their task."""
-    strata: dict[str, list[list[Key]]] = {}
-    for keys in tasks:
-        strata.setdefault(pair_of(a.samples[keys[0]])[0], []).append(keys)
+def _average(a: Answers, b: Answers, tasks: Sequence[tuple[list[Key], Row]]) -> dict[str, Any]:
+    """Unweighted means over the tasks. A question and its translation are drawn together, within their task.
 
-    def interval(values: Callable[[list[Key]], np.ndarray]) -> statistics.Interval:
-        return statistics.average_interval(
-            [[(values(keys), [pair_of(a.samples[key])[1] for key in keys]) for keys in own] for own in strata.values()]
-        )
+    Accuracies have intervals from those of the tasks; the difference too, where few answers differ.
+    """
+    strata: dict[str, list[tuple[list[Key], Row]]] = {}
+    for keys, row in tasks:
+        strata.setdefault(pair_of(a.samples[keys[0]])[0], []).append((keys, row))
 
-    found = interval(lambda keys: correct(b, keys) - correct(a, keys))
+    def parts(values: Callable[[list[Key]], np.ndarray]) -> list[list[statistics.Task]]:
+        return [
+            [(values(keys), [pair_of(a.samples[key])[1] for key in keys]) for keys, _ in own] for own in strata.values()
+        ]
+
+    def combined(found: list[list[statistics.Task]], interval: Callable[[Row], statistics.Interval]) -> Any:
+        ends = [[interval(row) for _, row in own] for own in strata.values()]
+        return statistics.combined([list(zip(*both, strict=True)) for both in zip(found, ends, strict=True)])
+
+    gains = parts(lambda keys: correct(b, keys) - correct(a, keys))
+    few = sum(row.paired.only_a + row.paired.only_b for _, row in tasks) < statistics.FEW
+    found = combined(gains, lambda row: row.paired.difference) if few else statistics.average_interval(gains)
     return {
         "tasks": len(tasks),
-        **{f"a{end}": value for end, value in _ends(interval(lambda keys: correct(a, keys)))},
-        **{f"b{end}": value for end, value in _ends(interval(lambda keys: correct(b, keys)))},
+        **{f"a{end}": value for end, value in _ends(combined(parts(lambda keys: correct(a, keys)), lambda row: row.a))},
+        **{f"b{end}": value for end, value in _ends(combined(parts(lambda keys: correct(b, keys)), lambda row: row.b))},
         **found.to_dict("difference"),
     }
 
@@ -129,18 +180,17 @@ def _ends(found: statistics.Interval) -> list[tuple[str, float]]:
     return [("", found.value), ("_low", found.low), ("_high", found.high)]
 
 
-def _groups(a: Answers, common: Matched) -> dict[str, dict[str, list[Key]]]:
-    """Questions of all tasks by language, by specialty, and by quarter of length within their language."""
+def _groups(a: Answers, keys: Sequence[Key]) -> dict[str, dict[str, list[Key]]]:
+    """Questions of one protocol by language, by specialty, and by quarter of length within their language."""
     found: dict[str, dict[str, list[Key]]] = {"language": {}, "specialty": {}, "length": {}}
-    for key in common.keys:
+    for key in keys:
         sample = a.samples[key]
         found["language"].setdefault(sample.language, []).append(key)
         if sample.subject:
             found["specialty"].setdefault(sample.subject, []).append(key)
-    for name, keys in _quarters({key: a.samples[key] for key in common.keys}).items():
-        found["length"][name] = keys
-    kept = {kind: {name: keys for name, keys in own.items() if len(keys) >= FEWEST} for kind, own in found.items()}
-    return {kind: dict(sorted(own.items())) if kind != "length" else own for kind, own in kept.items()}
+    found["length"] = _quarters({key: a.samples[key] for key in keys})
+    kept = {kind: {name: own for name, own in rows.items() if len(own) >= FEWEST} for kind, rows in found.items()}
+    return {kind: rows if kind == "length" else dict(sorted(rows.items())) for kind, rows in kept.items()}
 
 
 def _quarters(known: dict[Key, Sample]) -> dict[str, list[Key]]:
@@ -189,7 +239,7 @@ def between_languages(one: Answers, keys: Sequence[Key]) -> dict[str, Any] | Non
     return {
         "n": len(pairs),
         "same_option": float((chosen_2N[0] == chosen_2N[1]).mean()),
-        **statistics.kappa(*chosen_2N).to_dict("kappa"),
+        **statistics.kappa(*chosen_2N).bootstrapped("kappa", len(pairs)),
         "both": both,
         "only_en": gap.only_a,
         "only_ar": gap.only_b,

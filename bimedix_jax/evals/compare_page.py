@@ -10,35 +10,62 @@ from bimedix_jax.process.terminal import FittedTable
 
 MARKDOWN, CSV, JSON, FIGURE = "comparison.md", "comparison.csv", "comparison.json", "comparison.png"
 FIELDS = (
-    *("table", "name", "n", "a", "a_low", "a_high", "b", "b_low", "b_high", "difference", "low", "high"),
+    *("table", "protocol", "name", "n", "a", "a_low", "a_high", "b", "b_low", "b_high", "difference", "low", "high"),
     *("only_a", "only_b", "p", "p_bootstrap", "p_holm", "detectable"),
     "detectable_unrelated",
 )
 HEADS = ("n", "A %", "B %", "B - A", "95 % interval", "only A", "only B", "p", "p (Holm)", "detectable")
 CAUTION = (
     "A difference whose interval contains 0 is not shown to exist, nor shown to be absent: compare `detectable`, the "
-    "smallest difference that this test finds in four of five cases. Intervals are for other questions of the same "
-    "kind, not for other training runs: another seed may change more."
+    "smallest difference that this test finds in four of five cases (`none`: even if all questions on which the models "
+    "disagree here spoke for one of them, it would be found less often). Where the interval excludes 0 and p is above "
+    "0.05, or the reverse, p decides: its test is exact, and the interval is approximate. Intervals are for other "
+    "questions of the same kind, not for other training runs: another seed may change more."
 )
+"""Stands under the tables."""
 
 
 def tables(found: Mapping[str, Any]) -> list[FittedTable]:
     """The tables for a terminal."""
-    shown = [_table("Tasks", "task", found["tasks"], found["average"])]
-    shown += [_table(f"By {kind}", kind, rows, None) for kind, rows in found["groups"].items() if rows]
+    shown = [_table("Tasks", "task", found["tasks"], means(found))]
+    shown += [_table(title, kind, rows, []) for title, kind, rows in groups(found)]
     return [*shown, _models(found)]
 
 
-def _table(title: str, first: str, rows: Sequence[Mapping[str, Any]], average: Mapping[str, Any] | None) -> FittedTable:
+def parts(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What there is for each protocol: its name, average, calibration and agreement of languages."""
+    return [found, *found["other_protocols"]]
+
+
+def means(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The mean of each protocol with several tasks, and its name."""
+    named = [(part["protocol"], part["average"]) for part in parts(found)]
+    return [(f"mean of {average['tasks']} tasks ({name})", average) for name, average in named if average["tasks"] > 1]
+
+
+def groups(found: Mapping[str, Any]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+    """(title, kind, rows) of the tables of groups: one for each protocol, since protocols ask the same questions."""
+    shown = []
+    for kind, rows in found["groups"].items():
+        for name in dict.fromkeys(row["protocol"] for row in rows):
+            own = [row for row in rows if row["protocol"] == name]
+            shown.append((f"By {kind} ({name})", kind, own))
+    return shown
+
+
+def _table(
+    title: str, first: str, rows: Sequence[Mapping[str, Any]], averages: Sequence[tuple[str, Mapping[str, Any]]]
+) -> FittedTable:
     table = FittedTable(title=title)
     table.add_column(first)
     for head in HEADS:
         table.add_column(head, justify="right")
     for row in rows:
         table.add_row(row["name"], *cells(row))
-    if average is not None and average["tasks"] > 1:
+    if averages:
         table.add_section()
-        table.add_row(f"mean of {average['tasks']} tasks", "", *cells(average)[1:])
+    for name, average in averages:
+        table.add_row(name, *cells(average))
     return table
 
 
@@ -80,6 +107,26 @@ def _models(found: Mapping[str, Any]) -> FittedTable:
 def model_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Calibration, agreement between languages and sensitivity of both models, where they were measured."""
     rows: list[tuple[str, str, str]] = []
+    tied = [str(found[side]["ties"]) for side in ("a", "b")]
+    rows.append(("ties, which rounding decides", tied[0], tied[1]))
+    for part in parts(found):
+        own = _rows_of_protocol(part)
+        rows += [(f"{name} ({part['protocol']})" if found["other_protocols"] else name, a, b) for name, a, b in own]
+    for kind in ("orders", "wordings"):
+        names = {
+            name
+            for side in ("a", "b")
+            for name, kinds in (found["sensitivity"].get(side) or {}).items()
+            if kind in kinds
+        }
+        for name in sorted(names):
+            a, b = (_spread((found["sensitivity"].get(side) or {}).get(name, {}).get(kind)) for side in ("a", "b"))
+            rows.append((f"{name}: lowest to highest over {kind}, %", a, b))
+    return rows
+
+
+def _rows_of_protocol(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows: list[tuple[str, str, str]] = []
 
     def add(name: str, part: str, shown: Any) -> None:
         values = [found[part].get(side) for side in ("a", "b")]
@@ -87,30 +134,15 @@ def model_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             a, b = ("" if value is None else shown(value) for value in values)
             rows.append((name, a, b))
 
-    tied = [str(found[side]["ties"]) for side in ("a", "b")]
-    rows.append(("ties, which rounding decides", tied[0], tied[1]))
-    add("calibration error, %", "calibration", lambda v: _with_interval(v, "ece"))
+    def gap(value: Mapping[str, Any]) -> str:
+        low, high = (value[f"arabic_minus_english_{end}"] for end in ("low", "high"))
+        return f"{100 * value['arabic_minus_english']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+    add("calibration error, %", "calibration", lambda v: _with_interval(v, "ece", 100, 1))
     add("the same by chance, %", "calibration", lambda v: f"{100 * v['ece_by_chance']:.1f}")
     add("same option in English and Arabic, %", "languages", lambda v: f"{100 * v['same_option']:.1f} of {v['n']:,}")
-    add("kappa of English and Arabic", "languages", lambda v: f"{v['kappa']:.2f} ({v['low']:.2f} to {v['high']:.2f})")
-    add(
-        "Arabic minus English, points",
-        "languages",
-        lambda v: (
-            f"{100 * v['arabic_minus_english']:+.1f} ({100 * v['arabic_minus_english_low']:+.1f} to "
-            f"{100 * v['arabic_minus_english_high']:+.1f})"
-        ),
-    )
-    for kind in ("orders", "wordings"):
-        names = {
-            name
-            for side in ("a", "b")
-            for name, parts in (found["sensitivity"].get(side) or {}).items()
-            if kind in parts
-        }
-        for name in sorted(names):
-            a, b = (_spread((found["sensitivity"].get(side) or {}).get(name, {}).get(kind)) for side in ("a", "b"))
-            rows.append((f"{name}: lowest to highest over {kind}, %", a, b))
+    add("kappa of English and Arabic", "languages", lambda v: _with_interval(v, "kappa", 1, 2))
+    add("Arabic minus English, points", "languages", gap)
     return rows
 
 
@@ -120,8 +152,11 @@ def _spread(value: Mapping[str, Any] | None) -> str:
     return f"{100 * value['lowest']:.1f} to {100 * value['highest']:.1f}, {100 * value['same']:.0f} % unchanged"
 
 
-def _with_interval(value: Mapping[str, Any], name: str) -> str:
-    return f"{100 * value[name]:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+def _with_interval(value: Mapping[str, Any], name: str, scale: int, digits: int) -> str:
+    """A value with its interval, or with "-" where there are too few questions for one."""
+    ends = [value[end] for end in ("low", "high")]
+    shown = "-" if None in ends else " to ".join(f"{scale * end:.{digits}f}" for end in ends)
+    return f"{scale * value[name]:.{digits}f} ({shown})"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -129,15 +164,17 @@ def markdown(found: Mapping[str, Any]) -> str:
     a, b = found["a"], found["b"]
     lines = [f"# {b['name']} (B) against {a['name']} (A)", ""]
     lines.append(f"{found['n']:,} questions that both answered. B - A is in percentage points.")
+    if found["other_protocols"]:
+        names = ", ".join(part["protocol"] for part in parts(found))
+        lines.append(f"A question counts once under each protocol ({names}); protocols are not pooled.")
     only = [f"{one['questions_of_this_only']:,} only {side}" for side, one in (("A", a), ("B", b))]
     if any(one["questions_of_this_only"] for one in (a, b)):
         lines.append(f"Not compared: questions that {' and '.join(only)} answered.")
     if found["differs"]:
         lines += ["", f"**Compared although they differ:** {'; '.join(found['differs'])}."]
-    lines += ["", CAUTION, "", *_markdown_table("task", found["tasks"], found["average"])]
-    for kind, rows in found["groups"].items():
-        if rows:
-            lines += ["", f"## By {kind}", "", *_markdown_table(kind, rows, None)]
+    lines += ["", CAUTION, "", *_markdown_table("task", found["tasks"], means(found))]
+    for title, kind, rows in groups(found):
+        lines += ["", f"## {title}", "", *_markdown_table(kind, rows, [])]
     lines += ["", "## Each model", "", *_grid(("measure", "A", "B"), model_rows(found))]
     lines += ["", f"![differences and calibration]({FIGURE})", "", "## What was compared", ""]
     facts = ("model", "adapter", "base", "dtype", "router", "harness", "versions", "hashes", "records")
@@ -152,11 +189,11 @@ def _plain(value: Any) -> str:
     return text[:12] if len(text) == 64 and text.isalnum() else text
 
 
-def _markdown_table(first: str, rows: Sequence[Mapping[str, Any]], average: Mapping[str, Any] | None) -> list[str]:
-    body = [(row["name"], *cells(row)) for row in rows]
-    if average is not None and average["tasks"] > 1:
-        body.append((f"mean of {average['tasks']} tasks", *cells(average)))
-    return _grid((first, *HEADS), body)
+def _markdown_table(
+    first: str, rows: Sequence[Mapping[str, Any]], averages: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[str]:
+    named = [*((row["name"], row) for row in rows), *averages]
+    return _grid((first, *HEADS), [(name, *cells(row)) for name, row in named])
 
 
 def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -171,11 +208,12 @@ def csv_text(found: Mapping[str, Any]) -> str:
     written = io.StringIO()
     writer = csv.DictWriter(written, FIELDS, restval="", lineterminator="\n")
     writer.writeheader()
-    parts = {"tasks": found["tasks"], **found["groups"]}
-    for table, rows in parts.items():
+    for table, rows in {"tasks": found["tasks"], **found["groups"]}.items():
         writer.writerows({"table": table, **row} for row in rows)
-    average = {name: value for name, value in found["average"].items() if name != "tasks"}
-    writer.writerow({"table": "average", "name": f"mean of {found['average']['tasks']} tasks", **average})
+    for part in parts(found):
+        average = {name: value for name, value in part["average"].items() if name != "tasks"}
+        name = f"mean of {part['average']['tasks']} tasks"
+        writer.writerow({"table": "average", "protocol": part["protocol"], "name": name, **average})
     return written.getvalue()
 
 

@@ -141,12 +141,21 @@ def read(path: str | os.PathLike[str]) -> list[Sample]:
 
 def _parsed(line: str, where: str) -> Sample:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refused)
     except ValueError as error:
         raise BimedixError(f"{where} is not valid JSON ({error}); name a {NAME}") from None
     if not isinstance(row, dict):
         raise BimedixError(f"{where} is not a JSON object; name a {NAME}")
-    return of_prediction(row) if {"set", "chosen_by_text"} <= set(row) else Sample.from_dict(row, where)
+    if not {"set", "chosen_by_text"} <= set(row):
+        return Sample.from_dict(row, where)
+    try:
+        return of_prediction(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BimedixError(f"{where} is not a prediction of `bimedix eval run` ({error}); evaluate again") from None
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is not a number")
 
 
 def per_byte(logprobs: Sequence[float], texts: Sequence[str]) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from bimedix_jax import cli
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals import answers, compare, compare_page, samples
+from bimedix_jax.evals.accuracy import Accuracy
 from bimedix_jax.evals.samples import Sample
 
 HASHES = {"model": "1" * 64, "adapter": None, "prompt": "2" * 64}
@@ -35,10 +37,11 @@ def prediction(task, number, language, chosen, answer=0, sure=2.0, **rest):
 
 
 def eval_run(path, rows, **about):
-    """A result of `bimedix eval run` with these predictions."""
+    """A result of `bimedix eval run` with these predictions; it states their number if `about` does not."""
     digests = dict.fromkeys(sorted({row["set"] for row in rows}), "3" * 64)
     result = {"model": "m", "harness": "bimedix eval run, protocol 1", "hashes": HASHES, "records": digests}
-    result |= {"template": "chatml", "tasks": {}, "predictions": {"file": f"{path.stem}.predictions.jsonl"}} | about
+    predictions = {"file": f"{path.stem}.predictions.jsonl", "lines": len(rows)}
+    result |= {"template": "chatml", "tasks": {}, "predictions": predictions} | about
     path.write_text(json.dumps(result), "utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     path.with_name(f"{path.stem}.predictions.jsonl").write_text(lines, "utf-8")
@@ -50,7 +53,8 @@ def harness(folder, rows, **task):
     with samples.writer(folder / samples.NAME) as file:
         file.write(rows)
     about = {"version": 1, "documents": "4" * 64, "prompts": "5" * 64, "num_fewshot": 0, "primary": "acc"} | task
-    result = {"model": "m", "versions": {"lm_eval": "0.4.13"}, "tasks": {rows[0].task: about}, "chat": False}
+    tasks = dict.fromkeys((row.task for row in rows), about)
+    result = {"model": "m", "versions": {"lm_eval": "0.4.13"}, "tasks": tasks, "chat": False}
     (folder / answers.RESULT).write_text(json.dumps(result), "utf-8")
     return folder
 
@@ -85,6 +89,121 @@ def test_rows_are_those_of_the_counts(two):
     assert 0.05 < medqa["detectable"] < 0.12
     assert (pubmedqa["difference"], pubmedqa["p"], pubmedqa["p_holm"]) == (0, 1, 1)
     assert pubmedqa["high"] > 0  # no disagreement among 40 questions does not show that there is none
+
+
+@pytest.mark.parametrize("right", [0, 3, 8])
+def test_accuracies_have_the_intervals_of_the_results(tmp_path, right):
+    """Of eight questions; a bootstrap would have no width where all answers are wrong or right."""
+    rows = [prediction("mine", n, "en", int(n >= right)) for n in range(8)]
+    (row,) = compared([eval_run(tmp_path / "r.json", rows)] * 2)["tasks"]
+    expected = Accuracy(right, 8).interval
+    assert [row["a_low"], row["a_high"], row["b_low"], row["b_high"]] == pytest.approx(expected * 2)
+
+
+def test_a_model_against_itself_is_as_uncertain_on_average_as_by_task(tmp_path):
+    rows = [prediction(task, n, "en", n % 2) for task in ("one", "two") for n in range(8)]
+    found = compared([eval_run(tmp_path / "r.json", rows)] * 2)
+    (row, _), mean = found["tasks"], found["average"]
+    assert mean["difference"] == 0
+    assert mean["high"] == pytest.approx(row["high"] / math.sqrt(2))
+    assert mean["low"] == pytest.approx(row["low"] / math.sqrt(2))
+    assert mean["a_high"] - mean["a"] == pytest.approx((row["a_high"] - row["a"]) / math.sqrt(2))
+
+
+def test_the_page_says_what_decides_where_the_interval_and_p_disagree(tmp_path):
+    """Five questions that B alone answers, of eight."""
+    two = [[prediction("t", n, "en", chosen if n < 5 else 2) for n in range(8)] for chosen in (2, 0)]
+    found = compared([eval_run(tmp_path / f"{name}.json", rows) for name, rows in zip("ab", two, strict=True)])
+    (row,) = found["tasks"]
+    assert row["low"] > 0
+    assert (row["p"], row["detectable"]) == (0.0625, None)
+    page = compare_page.markdown(found)
+    assert "+13.3 to +86.7" in page
+    assert "p decides" in page
+    assert "`none`: even if" in page
+
+
+def test_protocols_that_ask_the_same_questions_are_not_pooled(tmp_path):
+    """By letter, by text and generated, in both languages, and a subset that repeats questions of another task."""
+    names = [f"bimedix_{name}_{language}{kind}" for language in ("en", "ar") for name in ("medqa", "anatomy")
+             for kind in ("", "_text", "_gen")]  # fmt: skip
+    names.append("bimedix_medqa_clinical_en")
+    rows = []
+    for name in names:
+        generated, language = name.endswith("_gen"), "ar" if "_ar" in name else "en"
+        for n in range(20 if "clinical" in name else 40):
+            own: dict[str, Any] = {"chosen": n % 2, "target": 0, "logprobs": (-1.0, -2.0)}
+            own = {"chosen": "A", "target": "A"} if generated else own
+            known = f"{name.replace('_clinical', '').split('_')[1]}/{n}"
+            rows.append(Sample(task=name, id=known, language=language, correct=n % 2 == 0, asked_bytes=n + 1, **own))
+    one = answers.read(harness(tmp_path / "one", rows))
+    found = compare.compare(one, one)
+    assert {(row["name"], row["protocol"], row["n"]) for row in found["groups"]["language"]} == {
+        (language, protocol, 80) for language in ("en", "ar") for protocol in ("letters", "texts", "generated")
+    }
+    averages = {part["protocol"]: part["average"]["tasks"] for part in compare_page.parts(found)}
+    assert averages == {"letters": 4, "texts": 4, "generated": 4}
+    assert {part["protocol"]: part["languages"]["a"] and part["languages"]["a"]["n"]
+            for part in compare_page.parts(found)} == {"letters": 80, "texts": 80, "generated": None}  # fmt: skip
+    assert found["protocol"] == "letters"
+    assert len(found["tasks"]) == 13
+    page = compare_page.markdown(found)
+    assert "| mean of 4 tasks (texts) |" in page
+    assert "## By length (generated)" in page
+    assert "protocols are not pooled" in page
+    table = list(csv.DictReader(compare_page.csv_text(found).splitlines()))
+    assert {row["protocol"] for row in table if row["table"] == "average"} == {"letters", "texts", "generated"}
+
+
+def test_a_set_in_another_folder_is_the_same_set(tmp_path):
+    rows = [prediction("x", n, "en", 0) for n in range(20)]
+    paths = []
+    for name in ("a", "b"):
+        moved = [row | {"set": f"table=/data/{name}/exam.csv?question=q&answer=a/b"} for row in rows]
+        paths.append(eval_run(tmp_path / f"{name}.json", moved))
+    (row,) = compared(paths)["tasks"]
+    assert (row["name"], row["n"]) == ("table=exam.csv?question=q&answer=a/b", 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:-1], "it has 29 complete lines, and the result names 30"),
+        (lambda lines: [*lines[:-1], lines[-1][:40]], "it has 29 complete lines"),
+        (lambda lines: [*lines, lines[0]], "it has 31 complete lines"),
+        (lambda lines: [*lines[1:], lines[1]], "has 14 right answers to 30 questions of t, and the result has 15"),
+        (lambda lines: [lines[0].replace("true", "false"), *lines[1:]], "question t-0 of t is marked as wrong, but"),
+        (lambda lines: [lines[0].replace('"chosen": 0', '"chosen": 7'), *lines[1:]], "option that it does not have"),
+        (lambda lines: [lines[0].replace("-5.0", "NaN"), *lines[1:]], "NaN is not a number"),
+        (lambda lines: [lines[0].replace('"answer"', '"answers"'), *lines[1:]], "is not a prediction of"),
+    ],
+)
+def test_damaged_predictions_are_refused(tmp_path, capsys, change, message):
+    rows = [prediction("t", n, "en", n % 2) for n in range(30)]
+    path = eval_run(tmp_path / "r.json", rows, tasks={"t": Accuracy(15, 30).to_dict()})
+    file = tmp_path / "r.predictions.jsonl"
+    answers.read(path)
+    lines = change(file.read_text("utf-8").splitlines(keepends=True))
+    file.write_text("".join(lines), "utf-8")
+    assert cli.main(["eval", "compare", str(path), str(path)]) == 1
+    (shown,) = [line for line in [" ".join(capsys.readouterr().err.split())] if line]
+    assert message in shown
+    assert "evaluate again" in shown or "name a samples.jsonl" in shown
+
+
+def test_damaged_samples_of_the_harness_are_refused(tmp_path):
+    rows = [Sample(task="bimedix_medqa_en", id=str(n), language="en", target=0, chosen=n % 2, correct=n % 2 == 0,
+                   logprobs=(-1.0, -2.0)) for n in range(8)]  # fmt: skip
+    folder = harness(tmp_path / "r", rows, **Accuracy(4, 8).to_dict())
+    file = folder / samples.NAME
+    answers.read(folder)
+    whole = file.read_text("utf-8")
+    file.write_text(whole[:-5], "utf-8")  # the last line is cut off
+    with pytest.raises(BimedixError, match="has 4 right answers to 7 questions of bimedix_medqa_en, and the result"):
+        answers.read(folder)
+    file.write_text(whole.replace('"correct": true', '"correct": false', 1), "utf-8")
+    with pytest.raises(BimedixError, match="question 0 of bimedix_medqa_en is marked as wrong"):
+        answers.read(folder)
 
 
 def test_the_average_is_unweighted(two):
@@ -194,7 +313,8 @@ def test_the_command_writes_a_page_rows_and_a_figure(two, tmp_path, capsys):
     page = (out / "comparison.md").read_text("utf-8")
     assert page.startswith("# b (B) against a (A)\n")
     assert "| medqa | 200 | 47.5 | 57.5 | +10.0 |" in page
-    assert "| mean of 2 tasks |  |" in page
+    assert "| mean of 2 tasks (eval run) |  |" in page
+    assert "## By language (eval run)" in page
     assert all(line.count("|") == 12 for line in page.splitlines() if line.startswith("| medqa"))
     rows = list(csv.DictReader((out / "comparison.csv").read_text("utf-8").splitlines()))
     assert [row["name"] for row in rows if row["table"] == "tasks"] == ["medqa", "pubmedqa"]

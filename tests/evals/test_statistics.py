@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from bimedix_jax.evals import statistics
+from bimedix_jax.evals.accuracy import Accuracy
 
 
 def answers(both, only_a, only_b, neither):
@@ -19,8 +20,8 @@ def answers(both, only_a, only_b, neither):
 @pytest.mark.parametrize(("correct", "total"), [(30, 100), (500, 1273), (2, 12)])
 def test_the_bootstrap_of_a_share_is_binomial(correct, total):
     """Resamples of n answers have Binomial(n, share) correct ones, whose quantiles scipy knows."""
-    found = statistics.mean_interval(np.repeat([1, 0], [correct, total - correct]))
-    assert found.value == correct / total
+    values_N1 = np.repeat([1, 0], [correct, total - correct])[:, None]
+    found = statistics.percentiles(statistics.resampled_means(values_N1)[:, 0], correct / total)
     ends = stats.binom.ppf([0.025, 0.975], total, correct / total) / total
     assert [found.low, found.high] == pytest.approx(ends, abs=1.01 / total)
 
@@ -36,8 +37,48 @@ def test_clusters_are_drawn_together():
     assert found.mean() == pytest.approx(np.mean(expected), abs=0.01)
     assert found.std() == pytest.approx(np.std(expected), abs=0.01)
     copied = np.repeat(np.arange(50), 4)  # each question four times: no narrower than the questions alone
-    once = statistics.mean_interval(np.arange(50) % 2)
-    assert statistics.mean_interval(copied % 2, copied) == once
+    once = statistics.resampled_means((np.arange(50) % 2)[:, None])
+    assert np.array_equal(statistics.resampled_means((copied % 2)[:, None], copied), once)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 3), (0, 8), (3, 8), (8, 8), (700, 1273)])
+def test_the_interval_of_an_accuracy_is_wilsons_as_in_results(correct, total):
+    found, expected = statistics.wilson(correct / total, total), Accuracy(correct, total)
+    assert [found.low, found.high] == pytest.approx(expected.interval, abs=1e-12)
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low > 0.02
+
+
+def test_the_mean_of_tasks_is_no_more_certain_than_they_are():
+    """Two tasks of eight questions without a right answer, and without a difference."""
+    none = (np.zeros(8), [str(n) for n in range(8)])
+    own, same = statistics.wilson(0.0, 8), statistics.agresti_min(0, 0, 8)
+    apart = statistics.combined([[(none, own)], [(none, own)]])
+    assert (apart.value, apart.low, apart.high) == (0, 0, pytest.approx(own.high / math.sqrt(2)))
+    together = statistics.combined([[(none, own), (none, own)]])  # in two languages: nothing shows that they differ
+    assert together.high == pytest.approx(own.high)
+    mean = statistics.combined([[(none, same)], [(none, same)]])
+    assert (mean.low, mean.high) == pytest.approx((same.low / math.sqrt(2), same.high / math.sqrt(2)))
+
+
+def test_the_mean_of_large_tasks_has_the_interval_of_the_bootstrap():
+    rng = np.random.default_rng(1)
+    first_N, second_N = (rng.random(800) < 0.4).astype(float), (rng.random(500) < 0.6).astype(float)
+    again_N = np.where(rng.random(800) < 0.7, first_N, rng.random(800) < 0.4).astype(float)
+    names = [str(n) for n in range(800)]
+    strata = [[(first_N, names), (again_N, names)], [(second_N, names[:500])]]
+    drawn = statistics.average_interval(strata)
+    own = [[(task, statistics.wilson(task[0].mean(), len(task[0]))) for task in tasks] for tasks in strata]
+    found = statistics.combined(own)
+    assert found.value == pytest.approx(drawn.value)
+    assert [found.low, found.high] == pytest.approx([drawn.low, drawn.high], abs=2e-3)
+
+
+def test_few_or_equal_answers_have_no_bootstrap_interval():
+    few = statistics.calibration(np.full(9, 0.5), np.arange(9) % 2).to_dict()
+    assert (few["low"], few["high"]) == (None, None)
+    agreed = statistics.kappa(np.arange(40) % 2, np.arange(40) % 2)
+    assert agreed.bootstrapped("kappa", 40) == {"kappa": 1.0, "low": None, "high": None}
 
 
 def test_the_average_draws_a_question_and_its_translation_together():
