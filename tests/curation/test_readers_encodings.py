@@ -106,9 +106,26 @@ def test_sets_with_one_file_name_keep_all_records(tmp_path, two_sets, reader):
     assert (report["train"], report["quarantined"]) == (2, 0)
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_ids_do_not_depend_on_the_folder_or_on_other_rows(tmp_path, ending):
+    """The same bytes in two folders; a file with a row more; and another file of the same name."""
+    row = {"jsonl": '{{"q": "{}", "a": "Rest."}}\n', "csv": "{},Rest.\n"}[ending]
+    head = "q,a\n" if ending == "csv" else ""
+    found = []
+    for name, words in {"one": "ab", "a/b/two": "ab", "more": "abc", "other": "xy"}.items():
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / f"exam.{ending}").write_text(head + "".join(row.format(word) for word in words))
+        records = run(f"table={folder}/exam.{ending}?question=q&answer=a&licence=MIT&language=en")
+        found.append([record.id for record in records])
+    assert found[0] == found[1] == found[2][:2]
+    assert all(name.startswith("table/exam/") for name in found[0])
+    assert not set(found[0]) & set(found[3])
+
+
 def test_ids_do_not_depend_on_how_the_path_is_written(two_sets, monkeypatch):
     monkeypatch.chdir(two_sets[0].parent)
     relative = [record.id for record in run("chatdoctor=train.json")]
     assert relative == [record.id for record in run(f"chatdoctor={two_sets[0]}")]
     assert relative == [record.id for record in run(f"chatdoctor={two_sets[0].parent}")]
-    assert relative[0] == "chatdoctor/one/data/train/1"
+    assert relative[0].startswith("chatdoctor/train/1-")

@@ -8,6 +8,7 @@ All but the last two can be compressed (.gz). A row that cannot be parsed raises
 `Quarantine.build` notes it. A file that is broken as a whole is an error.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -53,7 +54,6 @@ class Row:
       key: name of the row if the file is one object of rows.
       lines: number of lines of the file that the row spans.
       part: what the split is read from; None: the name of the file.
-      folder: the last two folders of the path of the source, which ids carry.
     """
 
     file: str
@@ -62,7 +62,6 @@ class Row:
     key: str | None = None
     lines: int = 1
     part: str | None = None
-    folder: str = ""
 
     def fields(self) -> dict[str, Any]:
         """The row's fields by name.
@@ -81,9 +80,14 @@ class Row:
 
     @property
     def stem(self) -> str:
-        """The path of the file without its endings. It is part of the ids of rows."""
-        name = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|xlsx|xml)(\.gz)?$", "", self.file)
-        return f"{self.folder}/{name}" if self.folder else name
+        """The name of the file without its endings. It is part of the ids of rows."""
+        return re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|xlsx|xml)(\.gz)?$", "", self.file)
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits that depend on the fields."""
+        text = json.dumps(self.fields(), sort_keys=True, ensure_ascii=False, default=str)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def rows(
@@ -106,10 +110,8 @@ def rows(
     """
     read = _Files(keyed, header, reading or Reading(), account or SourceAccount())
     if not isinstance(place, HubSet):
-        folder = folder_of(place)
         for path, name in data_files(place, ENDINGS):
-            for row in read.rows_of(path, name):
-                yield replace(row, folder=folder)
+            yield from read.rows_of(path, name)
         return
     for part in hub.parts(place):
         if isinstance(part, Path):
@@ -119,13 +121,6 @@ def rows(
             for number, content in enumerate(part, start=1):
                 read.account.lines += 1
                 yield Row(place.label, number, content, part=place.split)
-
-
-def folder_of(place: Path) -> str:
-    """The last two folders of a path, so that sets with files of one name have different ids on every machine."""
-    place = place.resolve()
-    folder = place.parent if place.is_file() else place
-    return "/".join(part for part in folder.parts[-2:] if part != folder.anchor)
 
 
 def data_files(place: Path, endings: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
@@ -187,6 +182,7 @@ def build_all(
         try:
             fields = row.fields()
             account.saw(fields)
+            row = replace(row, content=fields)  # parsed once
             record = make(row, fields if own else how.clean(fields, account))
             stated = how.language is not None
             from_script = reading is not None and not (own or stated)
@@ -257,8 +253,11 @@ def split_for(row: Row, reading: Reading, account: SourceAccount, otherwise: Spl
 
 
 def row_id(source: str, row: Row, own: object = None) -> str:
-    """An id from the path of the file and the row's own id, or else its line. It does not depend on other rows."""
-    return f"{source}/{row.stem}/{row.line if own is None or own == '' else own}"
+    """An id from the name of the file, the row's own id or else its line, and a hash of its fields.
+
+    It depends neither on other rows nor on where the file is, and different rows of two files of one name differ in it.
+    """
+    return f"{source}/{row.stem}/{row.line if own is None or own == '' else own}-{row.fingerprint}"
 
 
 @dataclass(frozen=True)
