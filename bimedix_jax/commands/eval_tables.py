@@ -139,7 +139,7 @@ def log_tables(config: Config, sheets: "list[Sheet]") -> None:
         import wandb
 
         for sheet in sheets:
-            data: list[Any] = [[cell.text for cell in row] for row in sheet.rows]
+            data: list[Any] = [[cell.shown for cell in row] for row in sheet.rows]
             run.log({sheet.name: wandb.Table(columns=list(sheet.columns), data=data)})
             ours = {row[0].text: row[-1].value for row in sheet.rows if row[0].ours and sheet.columns[-1] == "AVG"}
             run.summary.update({f"{sheet.name}/{name}": value for name, value in ours.items() if value is not None})

@@ -6,14 +6,15 @@ says where the printed one is wrong.
 
 import dataclasses
 import functools
-import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.protocols import OURS, left_out, not_shown, protocol_of
 from bimedix_jax.evals.tables import task_note
 from bimedix_jax.evals.tasks import TASKS
 from bimedix_jax.evals.typeset import Cell, Sheet
@@ -22,10 +23,10 @@ BENCHMARKS = {"bilingual": 3, "Arabic": 4, "English": 5}
 """Benchmark -> number of the paper's table."""
 CODES = {"en": "English", "ar": "Arabic"}
 """Language of a result -> benchmark."""
-OURS = re.compile(r"bimedix_(\w+)_(en|ar)")
 HARNESS = {"medqa_4options": "medqa"}
 """lm-evaluation-harness's name of a task -> ours, where they differ."""
 DERIVED = "BiMediX (Bilingual), derived"
+PROTOCOL = "which names lm-evaluation-harness and no number of solved examples."
 ROUNDING = 0.05 + 1e-9
 """Largest difference between a mean and its first decimal."""
 
@@ -104,10 +105,14 @@ class Paper:
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """Accuracies of one of our models on one benchmark: rows of a result by task, and their unweighted mean."""
+    """Accuracies of one of our models on one benchmark: rows of a result by task, and their unweighted mean.
+
+    `others`: number of tasks of the results under protocols that the tables leave out, by protocol.
+    """
 
     name: str
     rows: Mapping[str, Mapping[str, Any]]
+    others: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def average(self) -> float | None:
@@ -146,7 +151,9 @@ def by_benchmark(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, O
       BimedixError: two results have the same task in the same language.
     """
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    others: Counter[str] = Counter()
     for result in results:
+        others.update(not_shown(result))
         for (benchmark, task), row in accuracies_of(result).items():
             if task in found.setdefault(benchmark, {}):
                 raise BimedixError(f"two results of {name} have task {task} in {benchmark}; leave one of them out")
@@ -155,14 +162,16 @@ def by_benchmark(name: str, results: Sequence[Mapping[str, Any]]) -> dict[str, O
     for task in [task for task in TASKS if task in english and task in arabic]:
         found.setdefault("bilingual", {})[task] = mean_of(english[task], arabic[task])
     return {
-        benchmark: Ours(name, {task: rows[task] for task in TASKS if task in rows})
+        benchmark: Ours(name, {task: rows[task] for task in TASKS if task in rows}, others)
         for benchmark in BENCHMARKS
         if (rows := found.get(benchmark, {}))
     }
 
 
 def accuracies_of(result: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """(benchmark, task) -> accuracy with its interval, from a result of `bimedix eval run` or of the harness.
+    """(benchmark, task) -> accuracy with its interval, `note` and `protocol`.
+
+    From a result of `bimedix eval run` or of the harness.
 
     Tasks of the harness are `bimedix_TASK_LANGUAGE`; their other protocols, whose names go on (`_text`, `_gen`), are
     not in the tables. The harness's own tasks, and those of `bimedix eval run`, are in English.
@@ -172,23 +181,30 @@ def accuracies_of(result: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[st
         match = OURS.fullmatch(key)
         task, language = (match[1], match[2]) if match else (HARNESS.get(key, key), "en")
         if task in TASKS:
-            found[CODES[language], task] = row if "paper_questions" in row else {**row, "note": counted(task, row)}
+            note = note_of(row) if "paper_questions" in row else counted(task, row, result.get("limit"))
+            found[CODES[language], task] = {**row, "note": note, "protocol": protocol_of(result, row)}
     return found
 
 
-def counted(task: str, row: Mapping[str, Any]) -> str:
-    """A note if a task has another number of questions than in the paper."""
-    wanted = TASKS[task].questions
-    return "" if row["n"] == wanted else f"{row['n']:,} of the paper's {wanted:,} questions in {TASKS[task].label}"
+def counted(task: str, row: Mapping[str, Any], limit: int | None) -> str:
+    """A note if a task of the harness has another number of questions than in the paper."""
+    wanted, parts = TASKS[task].questions, []
+    if row["n"] != wanted:
+        first = "first " if limit is not None and row["n"] == limit else ""
+        parts.append(f"{first}{row['n']:,} of the paper's {wanted:,} questions in {TASKS[task].label}")
+    return "; ".join([*parts, *filter(None, [left_out(row)])])
 
 
-def mean_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def mean_of(english: Mapping[str, Any], arabic: Mapping[str, Any]) -> dict[str, Any]:
     """The mean of two accuracies on the same questions in two languages. It has no interval of its own."""
-    notes = [note for note in (note_of(first), note_of(second)) if note]
+    notes = [note for note in (note_of(english), note_of(arabic)) if note]
+    protocols = [row["protocol"] for row in (english, arabic)]
+    both = protocols[0] if protocols[0] == protocols[1] else f"in English {protocols[0]}; in Arabic {protocols[1]}"
     return {
-        "accuracy": (first["accuracy"] + second["accuracy"]) / 2,
-        "n": first["n"] + second["n"],
+        "accuracy": (english["accuracy"] + arabic["accuracy"]) / 2,
+        "n": english["n"] + arabic["n"],
         "note": "; ".join(dict.fromkeys(notes)),
+        "protocol": both,
     }
 
 
@@ -207,12 +223,14 @@ def sheet(paper: Paper, benchmark: str, ours: Iterable[Ours]) -> Sheet:
     if benchmark == "English":
         rows.append(published_row(derived_english(paper), notes))
     rows += [our_row(one, notes) for one in ours]
+    if any(cell.low is not None for row in rows for cell in row):
+        notes.append("In brackets: Wilson's 95 % interval.")
     return Sheet(
         name=f"table{table.number}",
         title=f"Table {table.number}: accuracy on the {benchmark} benchmark, %",
         columns=("model", *(task.label for task in TASKS.values()), "AVG"),
         rows=tuple(rows),
-        notes=(*notes, f"Published rows: {paper.source}. AVG is the unweighted mean of the nine tasks."),
+        notes=(*notes, f"Published rows: {paper.source}, {PROTOCOL} AVG is the unweighted mean of the nine tasks."),
     )
 
 
@@ -226,13 +244,20 @@ def published_row(row: Published, notes: list[str]) -> tuple[Cell, ...]:
 
 
 def our_row(ours: Ours, notes: list[str]) -> tuple[Cell, ...]:
-    """Our accuracies with half the width of their 95 % intervals; a footnote says what is not comparable."""
-    cells = [Cell(ours.name, ours=True)]
+    """Our accuracies with their 95 % intervals. Footnotes say how they were measured, and what is not comparable."""
+    protocols = list(dict.fromkeys(row["protocol"] for row in ours.rows.values()))
+    shared = f"measured with {protocols[0]}" if len(protocols) == 1 else ""
+    kinds = " and ".join(f"{count} by {kind}" for kind, count in ours.others.items())
+    others = f"the tables leave out tasks under other protocols, {kinds}" if kinds else ""
+    about = "; ".join(filter(None, [shared, others]))
+    cells = [Cell(ours.name, note=noted(f"{ours.name}: ", about, notes), ours=True)]
     for task in TASKS:
         row = ours.rows.get(task)
-        cells.append(
-            Cell("", ours=True) if row is None else our_cell(row, noted(f"{ours.name}: ", note_of(row), notes))
-        )
+        if row is None:
+            cells.append(Cell("", ours=True))
+            continue
+        own = "; ".join(filter(None, ["" if shared else f"measured with {row['protocol']}", note_of(row)]))
+        cells.append(our_cell(row, noted(f"{ours.name}: ", own, notes)))
     average = ours.average
     if average is None:
         missing = f"{len(ours.rows)} of {len(TASKS)} tasks, so there is no average"
@@ -241,9 +266,8 @@ def our_row(ours: Ours, notes: list[str]) -> tuple[Cell, ...]:
 
 
 def our_cell(row: Mapping[str, Any], note: int | None) -> Cell:
-    value = 100 * row["accuracy"]
-    half = f" ± {50 * (row['high'] - row['low']):.1f}" if "low" in row and "high" in row else ""
-    return Cell(f"{value:.1f}{half}", value, note, ours=True)
+    low, high = (100 * row[end] if end in row else None for end in ("low", "high"))
+    return Cell(f"{100 * row['accuracy']:.1f}", 100 * row["accuracy"], note, ours=True, low=low, high=high)
 
 
 def noted(prefix: str, note: str, notes: list[str]) -> int | None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from bimedix_jax.cli import main
 from bimedix_jax.commands import eval_tables
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.accuracy import Accuracy
 from bimedix_jax.evals.paper import by_benchmark, published, sheet
 from bimedix_jax.evals.tasks import TASKS
 from bimedix_jax.evals.typeset import Cell, Sheet, render
@@ -86,6 +87,7 @@ def test_results_of_the_harness_are_read():
         "bilingual": 0.375,
     }
     assert found["Arabic"].rows["medqa"]["note"] == "100 of the paper's 1,273 questions in MedQA"
+    assert found["Arabic"].others == {"the options' texts": 1}
     assert found["bilingual"].rows["medqa"]["note"] == "100 of the paper's 1,273 questions in MedQA"
     own = by_benchmark("ours", [{"tasks": {"medqa_4options": score(0.5, n=1273)}}])
     assert own["English"].rows["medqa"]["note"] == ""
@@ -95,23 +97,77 @@ def test_what_is_not_comparable_has_a_footnote():
     limited = result(tasks=("medqa",), limited=True, available=1273, paper_questions=1273, too_long=0, rejected=0)
     found = sheet(published(), "English", by_benchmark("ours", [limited]).values())
     cells = dict(zip(found.columns, found.rows[-1], strict=True))
-    assert cells["MedQA"].text == "50.0 ± 10.0"
+    assert cells["MedQA"].shown == "50.0 [40.0, 60.0]"
+    assert "In brackets: Wilson's 95 % interval." in found.notes
     assert "first 100 of 1273" in note_of(cells["MedQA"], found)
     assert "1 of 9 tasks" in note_of(cells["AVG"], found)
     assert cells["CliKG"].text == ""
 
 
+def test_no_right_answer_has_the_interval_of_the_result():
+    """0 of 4: Wilson's interval is not symmetric about the accuracy."""
+    one = {"tasks": {"medqa": Accuracy(0, 4).to_dict()}}
+    (cell,) = [
+        cell for cell in sheet(published(), "English", by_benchmark("o", [one]).values()).rows[-1] if cell.low == 0
+    ]
+    assert cell.shown == "0.0 [0.0, 49.0]"
+
+
+EVAL_RUN = {"limited": False, "available": 1273, "paper_questions": 1273, "too_long": 0, "rejected": 0}
+
+
+@pytest.mark.parametrize(
+    ("about", "row", "expected"),
+    [
+        ({"template": "chatml"}, EVAL_RUN, "measured with bimedix eval run, in the chat template chatml, by letter or"),
+        ({"chat": False}, {}, "measured with lm-evaluation-harness, by letter (PubMedQA: by yes, no, maybe), without"),
+        ({"chat": True}, {"num_fewshot": 5}, "lm-evaluation-harness, in the chat template, by letter (PubMedQA: by"),
+        ({"chat": False}, {"num_fewshot": 1}, "with 1 solved example."),
+        ({"limit": 100}, {}, "first 100 of the paper's 1,273 questions in MedQA"),
+        ({}, {"excluded": {"low_score": 10, "no_valid_option": 2}}, "12 questions left out (low_score 10, no_valid_"),
+        ({}, {"primary": "acc_norm"}, "metric acc_norm"),
+        ({"intervene": {}}, {}, "without solved examples"),
+        ({"intervene": {"rules": []}}, {}, "with rules for the routers"),
+    ],
+)
+def test_every_row_says_how_it_was_measured(about, row, expected):
+    one = {"tasks": {"medqa": score(0.5, **row)}, **about}
+    found = sheet(published(), "English", by_benchmark("ours", [one]).values())
+    said = " ".join(note_of(cell, found) for cell in found.rows[-1] if cell.note)
+    assert expected in said
+
+
+def test_rows_of_two_protocols_are_told_apart():
+    """English by eval run, Arabic by the harness with examples; and a task that has more of them than the others."""
+    english = {"template": "chatml", "tasks": {"medqa": score(0.5, n=1273, **EVAL_RUN)}}
+    arabic = {"tasks": {"bimedix_medqa_ar": score(0.3, n=1273, num_fewshot=5), "bimedix_medmcqa_ar": score(0.2, n=4183),
+                        "bimedix_medmcqa_ar_gen": score(0.9)}}  # fmt: skip
+    found = by_benchmark("ours", [english, arabic])
+    both = sheet(published(), "bilingual", [found["bilingual"]])
+    assert "in English bimedix eval run, in the chat" in note_of(both.rows[-1][0], both)
+    assert "; in Arabic lm-evaluation-harness" in note_of(both.rows[-1][0], both)
+    made = sheet(published(), "Arabic", [found["Arabic"]])
+    cells = dict(zip(made.columns, made.rows[-1], strict=True))
+    assert "with 5 solved examples" in note_of(cells["MedQA"], made)
+    assert "without solved examples" in note_of(cells["MedMCQA"], made)
+    assert "leave out tasks under other protocols, 1 by generated answers" in note_of(cells["model"], made)
+    assert "names lm-evaluation-harness and no number of solved examples" in made.notes[-1]
+
+
 def test_every_format_has_every_cell():
     made = sheet(published(), "English", by_benchmark("ours_100%", [result()]).values())
     rows = list(csv.reader(io.StringIO(render(made, "csv"))))
-    assert rows[0] == [*made.columns, "ours", "notes"]
-    assert [row[: len(made.columns)] for row in rows[1:]] == [[cell.text for cell in row] for row in made.rows]
+    ends = [name for task in made.columns[1:-1] for name in (task, f"{task} low", f"{task} high")]
+    assert rows[0] == ["model", *ends, "AVG", "ours", "notes"]
+    read = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert [[row[name] for name in made.columns] for row in read] == [[cell.text for cell in row] for row in made.rows]
+    assert [(row["MedQA low"], row["MedQA high"]) for row in read] == [*[("", "")] * (len(read) - 1), ("40.0", "60.0")]
     lines = [line for line in render(made, "markdown").splitlines() if line.startswith("|")]
     assert len(lines) == len(made.rows) + 2
-    assert lines[-1].startswith("| **ours_100%** | **50.0 ± 10.0** [")
+    assert re.match(r"\| \*\*ours_100%\*\* \[\d\] \| \*\*50\.0 \[40\.0, 60\.0\]\*\* \[", lines[-1])
     tex = render(made, "latex")
     assert r"ours\_100\%" in tex
-    assert r"50.0 $\pm$ 10.0" in tex
+    assert "50.0 [40.0, 60.0]" in tex
     assert tex.count(r"\midrule") == 2  # one of them before our row
     assert not re.search(r"(?<!\\)[%_#]", tex)
 
@@ -138,6 +194,7 @@ def test_the_command_prints_and_writes(files, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["table5"]["rows"][-1]["model"] == "mixture + first"
     assert document["table5"]["rows"][-1]["AVG"] == pytest.approx(50.0)
+    assert document["table5"]["rows"][-1]["MedQA low"] == pytest.approx(40.0)
     assert not any(row["ours"] for row in document["table3"]["rows"])
     speeds = {row["model"]: row["tokens/s (printed)"] for row in document["table6"]["rows"] if row["ours"]}
     assert speeds == {"bench decode: small model, bfloat16, cpu": 64.0, "mixtral-8x7b, compiled for a100-80gb:1": 16.0}
