@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +103,43 @@ def full_logprobs(model, ids):
     logits -= logits.max(axis=1, keepdims=True)
     logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return logp[np.arange(len(ids) - 1), ids[1:]]
+
+
+NAMES = {"by_group": "GROUP", "sensitivity": "SET", "SET": "KIND", "sets": "SET", "questions": "ID"}
+"""Key of a result -> what docs/formats.md calls the keys below it; below a set of `sensitivity` there are kinds."""
+
+
+def keys_of(value, path=()):
+    """The keys of a part of a result, with dots, as docs/formats.md names them."""
+    if not isinstance(value, dict):
+        return {".".join(path)}
+    if set(value) == {"accuracy", "low", "high", "correct", "n"} or value == {"n": 0}:
+        return {".".join((*path, "ACCURACY"))}
+    named = NAMES.get(path[-1]) if path[0] == "sensitivity" or path[-1] != "SET" else None
+    return {found for name, item in value.items() for found in keys_of(item, (*path, named or name))}
+
+
+def listed_keys():
+    """The keys in the table of results in docs/formats.md, with {a,b} written out."""
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text("utf-8")
+    text = text.split("\n## Results of an evaluation\n")[1].split("\n## ")[0]
+    found = []
+    for key in re.findall(r"^\| `(\S+)` \|", text, re.MULTILINE):
+        parts = [part.split(",") for part in re.split(r"[{}]", key)]
+        found += ["".join(words) for words in itertools.product(*parts)]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+@pytest.fixture(scope="session")
+def compared_with_the_page():
+    """Takes a part of a result by name: (keys that docs/formats.md lacks, keys that it lists and the part lacks)."""
+
+    def compare(name, part):
+        own, listed = keys_of(part, (name,)), {key for key in listed_keys() if key.split(".")[0] == name}
+        return own - listed, listed - own
+
+    return compare
 
 
 @pytest.fixture(scope="session", name="full_logprobs")

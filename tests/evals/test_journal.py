@@ -142,7 +142,7 @@ def test_a_kill_after_the_result_is_written_loses_nothing(command, tmp_path, mon
     assert out.read_bytes() == before
 
 
-def test_the_result_names_versions_and_hashes(command, tmp_path, capsys):
+def test_the_result_names_versions_and_hashes(command, capsys, compared_with_the_page):
     assert cli.main(["--json", *command]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result["hashes"]) == {"model", "adapter", "prompt"}
@@ -158,4 +158,6 @@ def test_the_result_names_versions_and_hashes(command, tmp_path, capsys):
     assert row["others"] == {"n": 0}
     assert row["seen"] == Accuracy(row["seen"]["correct"], 4).to_dict()
     assert row["seen"]["low"] < row["seen"]["high"]
+    for part in ("sensitivity", "contamination"):
+        assert compared_with_the_page(part, result[part]) == (set(), set())
     assert row["questions"]["q1"] == ["q1", "id", 1.0]

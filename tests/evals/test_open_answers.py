@@ -10,6 +10,7 @@ from bimedix_jax import cli
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.commands.eval_run import Config
 from bimedix_jax.commands.eval_run_open import OpenOptions, answers_of, check_open
+from bimedix_jax.curation import answers_judge
 from bimedix_jax.data.encoding import encode_chat
 from bimedix_jax.data.records import Turn, write_jsonl
 from bimedix_jax.errors import BimedixError
@@ -170,7 +171,7 @@ def folder(tmp_path_factory, tokenizer, mixed):
     return place
 
 
-def test_the_command_writes_answers_and_sends_nothing(folder, capsys, monkeypatch):
+def test_the_command_writes_answers_and_sends_nothing(folder, capsys, monkeypatch, compared_with_the_page):
     def refuse(*_, **__):
         raise AssertionError("a judge was asked")
 
@@ -182,6 +183,9 @@ def test_the_command_writes_answers_and_sends_nothing(folder, capsys, monkeypatc
     assert first["answers"]["by_group"]["en"]["n"] == 3
     assert first["behaviour"]["by_group"]["ar"]["passed"]["n"] == 12
     assert "judge" not in first
+    facts = dict.fromkeys(("judge", "prompts", "against", "unreadable"))
+    judged = {**facts, "by_group": answers_judge.tally([answers_judge.Judged("c1", "en", "a", "b")])}
+    assert compared_with_the_page("open", {**first, "judge": judged}) == (set(), set())
     lines = [json.loads(line) for line in (folder / "a.answers.jsonl").read_text("utf-8").splitlines()]
     assert len(lines) == 4 + 32
     assert {"chrf", "rouge_l", "reference"} <= set(lines[0])
