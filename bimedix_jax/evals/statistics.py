@@ -55,7 +55,7 @@ class Paired:
       difference: with the interval of the paired bootstrap, or of Agresti and Min for few differing answers (FEW).
       only_a, only_b: questions that one of them answers correctly and the other does not.
       clusters: number of clusters, n if each question is its own.
-      p: McNemar's exact test, two-sided; of the bootstrap if questions form clusters, which McNemar's test ignores.
+      p: McNemar's exact test, two-sided; if questions form clusters, its form for clusters (`sign_flips`).
       p_bootstrap: twice the share of resamples on the other side of zero.
     """
 
@@ -200,18 +200,43 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(stats.binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
 
 
+def sign_flips(sums_C: np.ndarray) -> float:
+    """Two-sided p of the exact test that the difference of each cluster is as likely A's as B's.
+
+    McNemar's test if each cluster has one question. The distribution of the sum over all choices of signs is computed
+    in full, by clusters of equal size.
+
+    Args:
+      sums_C: right answers of B minus those of A in each cluster, whole numbers.
+    """
+    sizes, counts = np.unique(np.abs(sums_C[sums_C != 0]).astype(int), return_counts=True)
+    shares = np.ones(1)
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        own = np.zeros(2 * size * count + 1)
+        own[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        shares = np.convolve(shares, own)
+    most = len(shares) // 2
+    beyond = np.abs(np.arange(len(shares)) - most) >= abs(round(float(sums_C.sum())))
+    return min(1.0, float(shares[beyond].sum()))
+
+
 def paired(a_N: np.ndarray, b_N: np.ndarray, clusters_N: np.ndarray | None = None, seed: int = 0) -> Paired:
     """Compares the answers of two models to the same questions in the same order, 1 where correct and 0 otherwise."""
     a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
     drawn_B = resampled_means((b_N - a_N)[:, None], clusters_N, seed)[:, 0]
     only_a, only_b = int(np.sum(a_N > b_N)), int(np.sum(b_N > a_N))
-    difference = percentiles(drawn_B, float((b_N - a_N).mean()))
-    clusters = len(a_N) if clusters_N is None else len(np.unique(clusters_N))
-    if only_a + only_b < FEW:
-        difference = agresti_min(only_a, only_b, len(a_N))
-    p_bootstrap = beyond_zero(drawn_B)
-    p = mcnemar(only_a, only_b) if clusters == len(a_N) else p_bootstrap
-    return Paired(difference, only_a, only_b, len(a_N), clusters, p, p_bootstrap)
+    value, n = float((b_N - a_N).mean()), len(a_N)
+    difference, p_bootstrap = percentiles(drawn_B, value), beyond_zero(drawn_B)
+    clusters = n if clusters_N is None else len(np.unique(clusters_N))
+    if clusters == n:
+        difference = agresti_min(only_a, only_b, n) if only_a + only_b < FEW else difference
+        return Paired(difference, only_a, only_b, n, n, mcnemar(only_a, only_b), p_bootstrap)
+    _, index_N = np.unique(np.asarray(clusters_N), return_inverse=True)
+    sums_C = np.bincount(index_N, b_N - a_N)
+    own_C = sums_C / np.bincount(index_N)
+    if np.count_nonzero(own_C) < FEW:
+        difference = _half_added(float(own_C.sum()), float((own_C**2).sum()), clusters, value)
+    return Paired(difference, only_a, only_b, n, clusters, sign_flips(sums_C), p_bootstrap)
 
 
 def agresti_min(only_a: int, only_b: int, n: int) -> Interval:
@@ -219,10 +244,14 @@ def agresti_min(only_a: int, only_b: int, n: int) -> Interval:
 
     Source: Agresti and Min, Statistics in Medicine 24, 2005.
     """
-    total, a, b = n + 2, only_a + 0.5, only_b + 0.5
-    centre = (b - a) / total
-    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt((a + b) - (b - a) ** 2 / total) / total
-    return Interval((only_b - only_a) / n, max(centre - half, -1.0), min(centre + half, 1.0))
+    return _half_added(only_b - only_a, only_a + only_b, n, (only_b - only_a) / n)
+
+
+def _half_added(total: float, squares: float, n: int, value: float) -> Interval:
+    """The same from the sum of the differences of `n` questions or clusters and the sum of their squares."""
+    centre = total / (n + 2)
+    half = float(stats.norm.ppf((1 + LEVEL) / 2)) * math.sqrt(squares + 1 - total**2 / (n + 2)) / (n + 2)
+    return Interval(value, max(centre - half, -1.0), min(centre + half, 1.0))
 
 
 def beyond_zero(drawn_B: np.ndarray) -> float:

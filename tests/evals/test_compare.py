@@ -251,7 +251,7 @@ def test_a_question_and_its_translation_are_compared(tmp_path):
     assert [row["name"] for row in found["tasks"]] == ["mine en", "mine ar"]
     (quarter, *_) = found["groups"]["length"]
     assert quarter["n"] == 20
-    assert quarter["p"] == quarter["p_bootstrap"]  # two languages of a question are no two questions
+    assert (quarter["p"], quarter["only_a"], quarter["only_b"]) == (1, 0, 0)
 
 
 def test_results_of_the_harness_are_compared_by_task_and_prompt(tmp_path):

@@ -92,7 +92,10 @@ def test_the_average_draws_a_question_and_its_translation_together():
     assert together.high - together.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     assert apart.high - apart.low == pytest.approx(2 * 1.96 * error / math.sqrt(2), rel=0.1)
     pair = statistics.paired(np.repeat(values, 2), np.ones(120), np.repeat(np.arange(60), 2))
-    assert (pair.n, pair.clusters, pair.p) == (120, 60, pair.p_bootstrap)
+    assert (pair.n, pair.clusters) == (120, 60)
+    assert pair.p == pytest.approx(
+        statistics.mcnemar(0, 40)
+    )  # 40 questions, not 80, of which B alone answers both forms
 
 
 def test_the_same_answers_give_the_same_numbers():
@@ -100,6 +103,23 @@ def test_the_same_answers_give_the_same_numbers():
     assert statistics.paired(a_N, b_N) == statistics.paired(a_N, b_N)
     order = np.random.default_rng(0).permutation(len(a_N))
     assert statistics.paired(a_N[order], b_N[order]) == statistics.paired(a_N, b_N)
+
+
+@pytest.mark.parametrize("sums", [[2, 2, -1, 1, 1], [1, 1, 1, 0], [2, -1, -1], [2, 2, 2, 2, 1, 0, 0], [0]])
+def test_the_test_of_clusters_counts_all_signs(sums):
+    flips = [sum(signs) for signs in itertools.product(*[(-size, size) for size in sums])]
+    expected = sum(abs(total) >= abs(sum(sums)) for total in flips) / len(flips)
+    assert statistics.sign_flips(np.array(sums, float)) == pytest.approx(expected)
+
+
+def test_a_question_and_its_translation_are_not_two_pieces_of_evidence():
+    """B alone answers five of eight questions, in both languages: p and the interval are those of eight questions."""
+    clusters = np.repeat(np.arange(8), 2)
+    found = statistics.paired(np.zeros(16), np.repeat([1.0, 0.0], [10, 6]), clusters)
+    assert found.p == pytest.approx(statistics.mcnemar(0, 5))
+    once = statistics.agresti_min(0, 5, 8)
+    assert [found.difference.low, found.difference.high] == pytest.approx([once.low, once.high])
+    assert found.p_bootstrap < 0.02  # resamples of eight clusters vary too little
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(8, 1), (1, 8), (5, 5), (3, 14), (0, 0), (0, 6)])
