@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bimedix_jax import startup
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.options import require_at_least_one
 
 if TYPE_CHECKING:
     from bimedix_jax.evals.harness import HarnessModel
@@ -134,10 +135,7 @@ def check_options(config: Config) -> None:
     """Raises BimedixError for options that contradict each other or are out of range."""
     if not config.tasks:
         raise BimedixError("there is nothing to evaluate on; name tasks, such as bimedix_en")
-    values = {"limit": config.limit, "max-length": config.max_length, "batch-tokens": config.batch_tokens}
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise BimedixError(f"--{name} is {value}; give at least 1")
+    require_at_least_one(config, "limit", "max_length", "batch_tokens")
     if config.num_fewshot is not None and config.num_fewshot < 0:
         raise BimedixError(f"--num-fewshot is {config.num_fewshot}; give 0 or more")
 

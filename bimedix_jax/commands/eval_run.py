@@ -19,6 +19,7 @@ from bimedix_jax.commands.eval_run_files import (
 )
 from bimedix_jax.curation.llm.config import JudgeConfig
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.options import require_at_least_one
 
 if TYPE_CHECKING:
     from bimedix_jax.data.records import Record
@@ -236,10 +237,7 @@ def check_options(config: Config) -> None:
         raise BimedixError("--tasks needs --data, the folder with the folders of the tasks")
     if config.orders < 0:
         raise BimedixError(f"--orders is {config.orders}; give 0 or more")
-    values = {"limit": config.limit, "max-length": config.max_length, "batch-tokens": config.batch_tokens}
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise BimedixError(f"--{name} is {value}; give at least 1")
+    require_at_least_one(config, "limit", "max_length", "batch_tokens")
     if config.force and config.compare is None:
         raise BimedixError("--force is for --compare; leave it out")
 

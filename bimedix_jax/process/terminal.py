@@ -48,7 +48,7 @@ class Screen(Console):
 
 
 def number(count: int, what: str) -> str:
-    """ "1 record", "1,234 records"."""
+    """A count with its noun: 1 record, 1,234 records."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
