@@ -25,7 +25,7 @@ def run_layers(
       blocks: a `Block` whose parameters are stacked over layers. On a shard, those of a layer are gathered
         just before it runs.
     """
-    fill_slots(blocks)
+    fill_slots(blocks, "layers")
     read_in_place(blocks, "layers")
     graph, state = nnx.split(blocks)
     group_BT = None if call.group_BT is None else jnp.where(call.segment_ids_BT != 0, call.group_BT, -1)

@@ -68,14 +68,18 @@ class Lora(nnx.Module):
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
 
 
-def fill_slots(layers: nnx.Module) -> None:
-    """Expands every adapter in `layers` to the leading axes of its weight, in place, with zeros for other matrices."""
-    for _, layer in nnx.iter_modules(layers):
+def fill_slots(layers: nnx.Module, prefix: str) -> None:
+    """Expands every adapter in `layers` to the leading axes of its weight, in place, with zeros for other matrices.
+
+    `prefix` is the path of the layers in the model.
+    """
+    for path, layer in nnx.iter_modules(layers):
         if not isinstance(layer, Linear | ExpertLinear) or layer.lora is None or layer.lora.slots is None:
             continue
         lora = layer.lora
         axes = layer.w.get_metadata("axes")[:-2]  # slots number the experts of all shards
-        lead = [size * shards.count(axis) for axis, size in zip(axes, layer.w.get_value().shape, strict=False)]
+        here = shards.gathered_shape(shards.dotted(prefix, (*path, "w")), layer.w.get_value())
+        lead = [size * shards.count(axis) for axis, size in zip(axes, here, strict=False)]
         for factor in (lora.a, lora.b):
             some = factor.get_value()
             every = jnp.zeros((math.prod(lead), *some.shape[1:]), some.dtype)

@@ -156,6 +156,18 @@ def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name not in ("slice", "dynamic_slice", "squeeze")
 
 
+def gathered_shape(path: str, value: Any) -> tuple[int, ...]:
+    """The leading axes of a parameter as `gather_parameter` returns it."""
+    storage = None if current.value is None else dict(current.value.stored).get(path)
+    shape = list(value.shape)
+    if storage is not None:
+        leaf = jax.tree.leaves(value)[0]
+        for axis, names in storage.gathers[0]:
+            if leaf.ndim + axis < len(shape) - 2:
+                shape[leaf.ndim + axis] *= lax.axis_size(names)
+    return tuple(shape[:-2])
+
+
 def is_gathered(path: str) -> bool:
     """Whether a shard has only a part of what it computes with, and gathers the other parts."""
     storage = None if current.value is None else dict(current.value.stored).get(path)

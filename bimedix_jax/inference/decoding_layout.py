@@ -39,7 +39,7 @@ def is_faster(model: Mixtral, rows: int) -> bool:
 def unstack_model(model: Mixtral) -> Mixtral:
     """A copy of the model with unstacked layers and experts, which share its memory where alignment allows."""
     model = nnx.merge(*nnx.split(model), copy=True)
-    fill_slots(model.layers)
+    fill_slots(model.layers, "layers")
     for path, variable in nnx.to_flat_state(nnx.state(model.layers)):
         axes = variable.get_metadata("axes")
         owner = functools.reduce(getattr, map(str, path[:-1]), model.layers)

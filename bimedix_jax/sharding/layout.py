@@ -134,19 +134,27 @@ def place_dense(value: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Place:
 
 
 def place_nf4(t: NF4Tensor, units: bool, mesh: Mesh) -> Place:
-    """A packed weight; `units`: it has already been split for `tensor`. The axis `fsdp` divides the bytes of a unit."""
+    """A packed weight; `units`: it has already been split for `tensor`.
+
+    The axis `fsdp` divides the experts of a shard, if their number is a multiple of it, otherwise the bytes of a unit.
+    Experts are gathered along the first axis of a layer; bytes are transposed after the gather.
+    """
     lead: list[Any] = [None] * len(t.batch_shape)
-    if len(lead) - units == 2 and mesh.shape["expert"] > 1:
-        lead[1] = "expert"
+    parts, by_expert = mesh.shape["fsdp"], False
+    if len(lead) - units == 2:
+        names = ["expert"] if mesh.shape["expert"] > 1 else []
+        by_expert = parts > 1 and t.batch_shape[1] % (mesh.shape["expert"] * parts) == 0
+        names += ["fsdp"] if by_expert else []
+        lead[1] = tuple(names) if len(names) > 1 else (*names, None)[0]
     if units:
         lead[-1] = "tensor"
-    parts = mesh.shape["fsdp"]
     specs, gathers = [], []
     for leaf in jax.tree.leaves(t):
         inside = leaf.ndim > len(lead)
-        stored = inside and parts > 1 and leaf.shape[-1] % parts == 0
+        stored = inside and not by_expert and parts > 1 and leaf.shape[-1] % parts == 0
         specs.append(P(*lead, *(["fsdp" if stored else None] if inside else [])))
-        gathers.append(((-1, ("fsdp",)),) if stored else ())
+        axis = 1 - leaf.ndim if by_expert else -1
+        gathers.append(((axis, ("fsdp",)),) if stored or by_expert else ())
     return Place(tuple(specs), shards.Storage(tuple(gathers), units) if units or any(gathers) else None)
 
 

@@ -42,7 +42,7 @@ class Rule:
 
 
 RULES = {
-    EXPERTS: Rule(split="expert"),
+    EXPERTS: Rule(split="expert", stored=("fsdp",)),  # gathered along its first axis, a matrix needs no transpose
     HEADS: Rule(split="tensor", stored=("fsdp",)),
     KV_HEADS: Rule(split="tensor", stored=("fsdp",)),
     MLP: Rule(split="tensor", stored=("fsdp",)),

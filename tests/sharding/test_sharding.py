@@ -207,6 +207,9 @@ def test_devices_store_equal_parts():
     mesh = make_mesh(fsdp=8)
     places = dict(layout_of(model, mesh).places)
     assert places["layers.moe.w1.w"].specs[0] == P(None, None, "fsdp")
+    by_expert = dict(layout_of(model, make_mesh(fsdp=2, expert=2, tensor=2)).places)
+    assert by_expert["layers.moe.w1.w"].specs[0] == P(None, ("expert", "fsdp"), "tensor", None)
+    assert by_expert["layers.moe.w1.lora.a"].specs[0][1] == ("expert", "fsdp")
     for path, variable in nnx.to_flat_state(nnx.state(place(model, mesh))):
         value = variable.get_value()
         leaf = value.packed if isinstance(value, NF4Tensor) else value
