@@ -4,22 +4,25 @@
 
 Prompts: those of our English tasks against those of the harness's own. Parity: a random Mixtral of about 1 M parameters
 in float32, over whole English sets by letter and by text, and the Arabic task files over the same questions
-(--limit-arabic of each; no Arabic set ships here), and generated answers. Speed: a mixture made from SmolLM2-135M, in
-the data type of its checkpoint, --questions of each task by letter, of --texts by the options' texts, and of the
-subjects of MMLU also with five solved examples. The peer gets every fourth of these questions (--peer-every), and every
-sixteenth of those with examples. Both sides use the same threads, but the peer has one in the part `parity`, where a
-second one only waits. `rows[]` has one entry for each task and part: `max_loglik_diff` (and without questions in which
-two experts tie, `max_loglik_diff_else`), accuracies over the questions of both, and seconds. The ratio is that of
-seconds per question. Our seconds include compilation; programs in $JAX_COMPILATION_CACHE_DIR, if it is set, are read.
+(--limit-arabic of each; no Arabic set ships here), and generated answers. Both sides run at the same time there, the
+peer with one thread, so the seconds of that part are no speed. Speed: a mixture made from SmolLM2-135M, in the data
+type of its checkpoint, one side after the other with the same threads: --questions of each task by the options' texts,
+of --letters also by letter, and of --shots with five solved examples. The peer gets every eighth of its batches of
+these questions (--peer-every), and every sixteenth of those with examples; its seconds for all are estimated from the
+tokens that it must run. `rows[]` has one entry for each task and part: `max_loglik_diff` (and without questions in
+which two experts tie, `max_loglik_diff_else`), accuracies over the questions of both, and seconds. Our seconds include
+compilation; programs in $JAX_COMPILATION_CACHE_DIR, if it is set, are read.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,12 @@ SMALL = MixtralConfig(
 TOLERANCE, TIE = 1e-3, 1e-5
 """Nats that log-likelihoods may differ by, and the difference of two experts' logits that counts as a tie."""
 PARTS = ["prompts", "parity", "speed"]
+SPEED = {
+    "texts": ([f"{name}_en_text" for name in NINE], "by the options' texts"),
+    "letters": (["mmlu_anatomy_en", "mmlu_college_biology_en", "medmcqa_en"], "by letter"),
+    "shots": (["mmlu_anatomy_en"], "by letter with five solved examples"),
+}
+"""Tasks whose speed is measured; all of them together take a few minutes."""
 PEER_BATCH = 16
 """Rows of a batch of the peer; --peer-batch sets it."""
 
@@ -137,10 +146,38 @@ def accuracy(task: Any, instances: list[Any], answers: list[Any]) -> float:
     return sum(scores) / len(scores)
 
 
-def timed(function: Callable[[list[Any]], Any], requests: list[Any]) -> tuple[Any, float]:
+def timed(function: Callable[..., Any], requests: list[Any]) -> tuple[Any, float]:
     start = time.perf_counter()
-    found = function(requests)
+    found = function(requests, disable_tqdm=True)
     return found, time.perf_counter() - start
+
+
+@dataclasses.dataclass
+class Work:
+    """What the peer must run for one question: requests that differ in their last token only run once."""
+
+    lengths: list[int]
+
+    @classmethod
+    def by_question(cls, peer: Any, requests: list[Any]) -> dict[int, "Work"]:
+        found: dict[int, set[tuple[int, ...]]] = {}
+        for request in requests:
+            context, continuation = request.args if isinstance(request.args[1], str) else (request.args[0], "")
+            ids = peer._encode_pair(context, continuation) if continuation else (peer.tok_encode(context), [])
+            found.setdefault(request.doc_id, set()).add((*ids[0], *ids[1][:-1]))
+        return {number: cls([len(ids) for ids in rows]) for number, rows in found.items()}
+
+
+def every_nth_batch(work: dict[int, Work], every: int, batch: int) -> set[int]:
+    """Questions of every n-th batch of the peer, which sorts by length; so their batches need no more padding."""
+    if every == 1:
+        return set(work)
+    rows = max(len(one.lengths) for one in work.values())
+    order = sorted(work, key=lambda number: -max(work[number].lengths))
+    size = max(batch // rows, 1)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    chosen = batches[min(every // 2, len(batches) - 1) :: every]
+    return {number for some in chosen for number in some}
 
 
 def compare(
@@ -149,35 +186,45 @@ def compare(
     data: Path,
     limit: int | None,
     ours: HarnessModel,
-    theirs: HFLM,
+    theirs: Any,
+    batch: int = 1,
     every: int = 1,
     shots: int = 0,
 ) -> list[dict]:
-    """One row for each task. The peer gets each question whose number is a multiple of `every`."""
+    """One row for each task. The peer gets every n-th of its batches; if all, both sides run at the same time."""
     rows = []
     for name in tqdm(names, desc=part, disable=None):
         (task,) = load_tasks([name], [data], shots=shots)["tasks"].values()
         task.build_all_requests(limit=limit)
         requests = task.instances
-        common = [place for place, one in enumerate(requests) if one.doc_id % every == 0]
+        work = Work.by_question(theirs, requests)
+        asked = every_nth_batch(work, every, batch)
+        common = [place for place, one in enumerate(requests) if one.doc_id in asked]
         shared = [requests[place] for place in common]
         kind = "generate_until" if task.OUTPUT_TYPE == "generate_until" else "loglikelihood"
-        mine, seconds = timed(lambda asked, kind=kind: getattr(ours, kind)(asked, disable_tqdm=True), requests)
-        other, peer = timed(lambda asked, kind=kind: getattr(theirs, kind)(asked, disable_tqdm=True), shared)
+        with ThreadPoolExecutor(1) as second:
+            answering = second.submit(timed, getattr(theirs, kind), shared) if every == 1 else None
+            mine, seconds = timed(getattr(ours, kind), requests)
+            other, peer = answering.result() if answering else timed(getattr(theirs, kind), shared)
         mine = [mine[place] for place in common]
-        counts = [len({one.doc_id for one in asked}) for asked in (requests, shared)]
         row: dict[str, Any] = {"part": part, "task": name, "shots": shots}
-        row |= {"questions": counts[0], "peer_questions": counts[1]}
+        row |= {"questions": len(work), "peer_questions": len(asked)}
         if kind == "loglikelihood":
             differences = [abs(a[0] - b[0]) for a, b in zip(mine, other, strict=True)]
             row["max_loglik_diff"] = max(differences)
-            row |= ties_among(ours, shared, differences)
+            if part == "parity":
+                row |= ties_among(ours, shared, differences)
             row["greedy_differs"] = sum(a[1] != b[1] for a, b in zip(mine, other, strict=True))
         else:
             row["answers_differ"] = sum(a != b for a, b in zip(mine, other, strict=True))
         row |= {"ours_accuracy": accuracy(task, shared, mine), "peer_accuracy": accuracy(task, shared, other)}
+        tokens = [sum(sum(work[number].lengths) for number in some) for some in (work, asked)]
+        row |= {"peer_tokens": tokens[1], "peer_tokens_for_all": tokens[0]}
         row |= {"ours_seconds": round(seconds, 2), "peer_seconds": round(peer, 2)}
-        rows.append({**row, "ratio": round(peer / counts[1] * counts[0] / seconds, 2)})
+        if part == "speed":
+            row["peer_seconds_for_all"] = round(peer * tokens[0] / tokens[1], 2)
+            row["ratio"] = round(row["peer_seconds_for_all"] / seconds, 2)
+        rows.append(row)
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
@@ -199,7 +246,7 @@ def smallest_gap(ours: HarnessModel, context: str, continuation: str) -> float:
     return float((logits_LTE[..., k - 1] - logits_LTE[..., k]).min())
 
 
-def pair(folder: Path, dtype: str, batch: int) -> tuple[HarnessModel, HFLM]:
+def pair(folder: Path, dtype: str, batch: int) -> tuple[HarnessModel, Any]:
     """The same folder in both programs."""
     model = load(folder, base="float32" if dtype == "float32" else "bfloat16")
     ours = HarnessModel(model, load_tokenizer(folder), max_length=2048, batch_tokens=2048)
@@ -210,12 +257,8 @@ def pair(folder: Path, dtype: str, batch: int) -> tuple[HarnessModel, HFLM]:
 
 def names_of(language: str, *modes: str) -> list[str]:
     """Our tasks of one language; PubMedQA has no letters."""
-    return [
-        f"bimedix_{name}_{language}{mode}"
-        for mode in modes
-        for name in NINE
-        if not (name == "pubmedqa" and mode == "_abjad")
-    ]
+    found = [(name, mode) for mode in modes for name in NINE if (name, mode) != ("pubmedqa", "_abjad")]
+    return [f"bimedix_{name}_{language}{mode}" for name, mode in found]
 
 
 def parity(scratch: Path, data: Path, limit: int | None, arabic: int, batch: int) -> list[dict]:
@@ -226,9 +269,8 @@ def parity(scratch: Path, data: Path, limit: int | None, arabic: int, batch: int
     rows = compare("parity", names_of("en", "", "_text"), data, limit, ours, theirs)
     translated = arabic_folder(scratch / "arabic", data, arabic)
     rows += compare("parity", names_of("ar", "", "_abjad", "_text"), translated, None, ours, theirs)
-    generated = ["bimedix_mmlu_anatomy_en_gen", "bimedix_medqa_ar_gen", "bimedix_pubmedqa_ar_gen"]
-    for name in generated:
-        rows += compare("parity", [name], translated if "_ar_" in name else data, min(arabic, 20), ours, theirs)
+    for name, folder in (("mmlu_anatomy_en", data), ("medqa_ar", translated), ("pubmedqa_ar", translated)):
+        rows += compare("parity", [f"bimedix_{name}_gen"], folder, min(arabic, 20), ours, theirs)
     torch.set_num_threads(threads)
     return rows
 
@@ -281,27 +323,26 @@ def prompts(data: Path) -> list[dict]:
     return found
 
 
-def speed(folder: Path, data: Path, questions: int, texts: list[str], batch: int, every: int) -> list[dict]:
+def speed(folder: Path, data: Path, questions: int, asked: dict[str, list[str]], batch: int, every: int) -> list[dict]:
     """Rows of the mixture."""
     ours, theirs = pair(folder, "bfloat16", batch)
-    rows = compare("speed", [*names_of("en", ""), *texts], data, questions, ours, theirs, every)
-    shown = [name for name in names_of("en", "") if "_mmlu_" in name]
-    return rows + compare("speed", shown, data, questions, ours, theirs, 4 * every, shots=5)
+    theirs._model_call(torch.ones((batch, 64), dtype=torch.long))  # the first call is slow
+    texts, letters, shots = ([f"bimedix_{name}" for name in asked[key]] for key in ("texts", "letters", "shots"))
+    rows = compare("speed", [*texts, *letters], data, questions, ours, theirs, batch, every)
+    return rows + compare("speed", shots, data, questions, ours, theirs, batch, 2 * every, shots=5)
 
 
 def seconds_of(rows: list[dict]) -> tuple[float, float]:
-    """Seconds of ours and of the peer for all questions, from those that it got."""
-    peer = sum(row["peer_seconds"] / row["peer_questions"] * row["questions"] for row in rows)
-    return sum(row["ours_seconds"] for row in rows), peer
+    """Seconds of ours and of the peer for all questions."""
+    return sum(row["ours_seconds"] for row in rows), sum(row["peer_seconds_for_all"] for row in rows)
 
 
 def kinds(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows of the speed by what is asked."""
     found: dict[str, list[dict]] = {}
     for row in rows:
-        if row["part"] == "speed":
-            kind = "texts" if row["task"].endswith("_text") else "five_shots" if row["shots"] else "letters"
-            found.setdefault(kind, []).append(row)
+        kind = "texts" if row["task"].endswith("_text") else "five_shots" if row["shots"] else "letters"
+        found.setdefault(kind, []).append(row)
     return found
 
 
@@ -320,14 +361,13 @@ def summary(rows: list[dict]) -> dict[str, Any]:
         found["accuracies_identical"] = all(row["ours_accuracy"] == row["peer_accuracy"] for row in checked)
         found["greedy_differs"] = sum(row.get("greedy_differs", 0) for row in checked)
         found["answers_differ"] = sum(row.get("answers_differ", 0) for row in checked)
-    for part in ("parity", "speed"):
-        own = [row for row in rows if row["part"] == part]
-        ours, peer = seconds_of(own)
-        if own:
-            found[part] = {"ours_seconds": round(ours, 2), "peer_seconds_for_all": round(peer, 2), "ratio": peer / ours}
-        for kind, some in kinds(own).items():
+    timed_rows = [row for row in rows if row["part"] == "speed"]
+    if timed_rows:
+        ours, peer = seconds_of(timed_rows)
+        found["speed"] = {"ours_seconds": round(ours, 2), "peer_seconds_for_all": round(peer, 2), "ratio": peer / ours}
+        for kind, some in kinds(timed_rows).items():
             ours, peer = seconds_of(some)
-            found[part][f"ratio_{kind}"] = round(peer / ours, 2)
+            found["speed"][f"ratio_{kind}"] = round(peer / ours, 2)
     return found
 
 
@@ -338,9 +378,10 @@ def main() -> None:
     parser.add_argument("--limit-arabic", type=int, default=100, help="questions of each Arabic task (default 100)")
     parser.add_argument("--mixture", type=Path, help="folder of a model for the speed; by default made from SmolLM2")
     parser.add_argument("--questions", type=int, default=200, help="questions of each task for the speed (default 200)")
-    parser.add_argument("--peer-every", type=int, default=4, help="the peer gets one of N questions (default 4)")
+    parser.add_argument("--peer-every", type=int, default=8, help="the peer gets one of N batches (default 8)")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--texts", nargs="*", default=["bimedix_medmcqa_en_text"], help="tasks by text for the speed")
+    for name, (tasks, what) in SPEED.items():
+        parser.add_argument(f"--{name}", nargs="*", default=tasks, metavar="TASK", help=f"tasks {what} for the speed")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--peer-batch", type=int, default=PEER_BATCH, help=f"rows of a peer's batch ({PEER_BATCH})")
     args = parser.parse_args()
@@ -354,7 +395,8 @@ def main() -> None:
             rows += parity(scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
         if "speed" in args.parts:
             folder = args.mixture or mixture(scratch / "mixture")
-            rows += speed(folder, args.data, args.questions, args.texts, args.peer_batch, args.peer_every)
+            asked = {name: getattr(args, name) for name in SPEED}
+            rows += speed(folder, args.data, args.questions, asked, args.peer_batch, args.peer_every)
         result = {**summary(rows), "seconds": round(time.perf_counter() - start, 1), "rows": rows}
     print(json.dumps(result, indent=2) if args.json else json.dumps({**result, "rows": len(rows)}, indent=2))
 

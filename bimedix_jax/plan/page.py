@@ -77,6 +77,8 @@ def time_table(document: dict[str, Any]) -> FittedTable:
     table = plain_table("Predicted time of a step", "what", "seconds")
     for name, seconds in document["roofline"].items():
         table.add_row(f"{name.removesuffix('_seconds')} alone", f"{seconds:.3f}")
+    for name, seconds in document["device_seconds_by_part"].items():
+        table.add_row(f"  kernels: {name}", f"{seconds:.3f}")
     table.add_row("kernels one after another", f"{document['device_seconds']:.3f}")
     table.add_row("network, not overlapped", f"{document['exposed_network_seconds']:.3f}")
     table.add_row("step", f"{document['step_seconds']:.3f}")

@@ -129,6 +129,7 @@ def speed(estimate: Estimate, costs: Costs) -> dict[str, Any]:
             "network_seconds": costs.network_seconds,
         },
         "device_seconds": costs.device_seconds,
+        "device_seconds_by_part": dict(costs.parts.most_common()),
         "exposed_network_seconds": costs.step_seconds - costs.device_seconds,
         "step_seconds": costs.step_seconds,
         "tokens_per_step": tokens,

@@ -10,6 +10,7 @@ from bimedix_jax.costs.devices import Device
 from bimedix_jax.plan.attention import is_attention, name_of
 from bimedix_jax.plan.collectives import BEGINNING, WAITING, Collective, collective_of, key_of
 from bimedix_jax.plan.hlo import SILENT, Computation, Instruction, Program, trip_count_of
+from bimedix_jax.plan.shares import part_of
 from bimedix_jax.plan.traffic import bytes_of
 from bimedix_jax.plan.work import Flops, flops_of
 
@@ -32,6 +33,7 @@ class Costs:
       device_seconds: time of all kernels one after another.
       step_seconds: device_seconds plus the network time that no kernel hides.
       kernels: number of kernels launched.
+      parts: seconds of kernels by part of the step (`shares.part_of`).
     """
 
     flops: Any = dataclasses.field(default_factory=Counter)  # Any, since Counter[float] is no valid type
@@ -45,6 +47,7 @@ class Costs:
     device_seconds: float = 0.0
     step_seconds: float = 0.0
     kernels: float = 0.0
+    parts: Any = dataclasses.field(default_factory=Counter)
 
     def add(self, other: "Costs", times: float = 1.0) -> None:
         """Adds the costs of another program, `times` times."""
@@ -164,6 +167,7 @@ class CostModel:
         seconds = max(computing, moving) + self.device.launch_seconds
         costs.kernels += 1
         costs.device_seconds += seconds
+        costs.parts[part_of(self.program, instruction)] += seconds
         clock.kernels += seconds
 
 

@@ -9,7 +9,7 @@ import pytest
 from bimedix_jax.costs.devices import target
 from bimedix_jax.experiment import override
 from bimedix_jax.models.config import MIXTRAL_8X7B
-from bimedix_jax.plan import hardware
+from bimedix_jax.plan import hardware, shares
 from bimedix_jax.plan.report import Estimate, estimate_training, to_document
 from bimedix_jax.plan.step import recording_step
 from bimedix_jax.presets import bimedix_mixtral_8x7b
@@ -37,6 +37,10 @@ def test_the_recipe_fits_eight_a100s() -> None:
     assert gathered <= 2 * (22.9 + 7.1) * GIB
     assert document["flops"] <= 1.15 * document["useful_flops"]
     assert abs(document["excess_flops"]["other"]) <= 0.02 * document["useful_flops"]
+    parts, total = document["device_seconds_by_part"], document["device_seconds"]
+    assert sum(parts.values()) == pytest.approx(total)
+    assert next(iter(parts)) == shares.EXPERTS
+    assert parts[shares.MOVED] + parts[shares.ZEROS] <= 0.03 * total
 
 
 @pytest.mark.usefixtures("least_effort")

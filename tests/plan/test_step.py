@@ -101,6 +101,7 @@ def test_the_command_prints_all_fields(capsys, tmp_path):
     assert plan["flops"] > plan["useful_flops"] > 0
     assert plan["hours"] == pytest.approx(632e6 * 2 / plan["tokens_per_s"] / 3600)
     assert plan["step_seconds"] >= plan["roofline"]["compute_seconds"]
+    assert sum(plan["device_seconds_by_part"].values()) == pytest.approx(plan["device_seconds"])
     for name in ("prefill", "decode"):
         assert plan[name]["fits"]
         assert plan[name]["flops"] >= 0.9 * plan[name]["useful_flops"] > 0
