@@ -15,7 +15,6 @@ compilation; programs in $JAX_COMPILATION_CACHE_DIR, if it is set, are read.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -152,32 +151,24 @@ def timed(function: Callable[..., Any], requests: list[Any]) -> tuple[Any, float
     return found, time.perf_counter() - start
 
 
-@dataclasses.dataclass
-class Work:
-    """What the peer must run for one question: requests that differ in their last token only run once."""
-
-    lengths: list[int]
-
-    @classmethod
-    def by_question(cls, peer: Any, requests: list[Any]) -> dict[int, "Work"]:
-        found: dict[int, set[tuple[int, ...]]] = {}
-        for request in requests:
-            context, continuation = request.args if isinstance(request.args[1], str) else (request.args[0], "")
-            ids = peer._encode_pair(context, continuation) if continuation else (peer.tok_encode(context), [])
-            found.setdefault(request.doc_id, set()).add((*ids[0], *ids[1][:-1]))
-        return {number: cls([len(ids) for ids in rows]) for number, rows in found.items()}
+def lengths_of(peer: Any, requests: list[Any]) -> dict[int, list[int]]:
+    """Tokens of the peer's rows, by question: requests that differ in their last token only are one row."""
+    found: dict[int, set[tuple[int, ...]]] = {}
+    for request in requests:
+        context, continuation = request.args if isinstance(request.args[1], str) else (request.args[0], "")
+        ids = peer._encode_pair(context, continuation) if continuation else (peer.tok_encode(context), [])
+        found.setdefault(request.doc_id, set()).add((*ids[0], *ids[1][:-1]))
+    return {number: [len(ids) for ids in rows] for number, rows in found.items()}
 
 
-def every_nth_batch(work: dict[int, Work], every: int, batch: int) -> set[int]:
+def every_nth_batch(lengths: dict[int, list[int]], every: int, batch: int) -> set[int]:
     """Questions of every n-th batch of the peer, which sorts by length; so their batches need no more padding."""
     if every == 1:
-        return set(work)
-    rows = max(len(one.lengths) for one in work.values())
-    order = sorted(work, key=lambda number: -max(work[number].lengths))
-    size = max(batch // rows, 1)
+        return set(lengths)
+    order = sorted(lengths, key=lambda number: -max(lengths[number]))
+    size = max(batch // max(map(len, lengths.values())), 1)
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    chosen = batches[min(every // 2, len(batches) - 1) :: every]
-    return {number for some in chosen for number in some}
+    return {number for some in batches[min(every // 2, len(batches) - 1) :: every] for number in some}
 
 
 def compare(
@@ -197,8 +188,8 @@ def compare(
         (task,) = load_tasks([name], [data], shots=shots)["tasks"].values()
         task.build_all_requests(limit=limit)
         requests = task.instances
-        work = Work.by_question(theirs, requests)
-        asked = every_nth_batch(work, every, batch)
+        lengths = lengths_of(theirs, requests)
+        asked = every_nth_batch(lengths, every, batch)
         common = [place for place, one in enumerate(requests) if one.doc_id in asked]
         shared = [requests[place] for place in common]
         kind = "generate_until" if task.OUTPUT_TYPE == "generate_until" else "loglikelihood"
@@ -208,7 +199,7 @@ def compare(
             other, peer = answering.result() if answering else timed(getattr(theirs, kind), shared)
         mine = [mine[place] for place in common]
         row: dict[str, Any] = {"part": part, "task": name, "shots": shots}
-        row |= {"questions": len(work), "peer_questions": len(asked)}
+        row |= {"questions": len(lengths), "peer_questions": len(asked)}
         if kind == "loglikelihood":
             differences = [abs(a[0] - b[0]) for a, b in zip(mine, other, strict=True)]
             row["max_loglik_diff"] = max(differences)
@@ -218,7 +209,7 @@ def compare(
         else:
             row["answers_differ"] = sum(a != b for a, b in zip(mine, other, strict=True))
         row |= {"ours_accuracy": accuracy(task, shared, mine), "peer_accuracy": accuracy(task, shared, other)}
-        tokens = [sum(sum(work[number].lengths) for number in some) for some in (work, asked)]
+        tokens = [sum(sum(lengths[number]) for number in some) for some in (lengths, asked)]
         row |= {"peer_tokens": tokens[1], "peer_tokens_for_all": tokens[0]}
         row |= {"ours_seconds": round(seconds, 2), "peer_seconds": round(peer, 2)}
         if part == "speed":
