@@ -113,7 +113,8 @@ def arabic_folder(folder: Path, data: Path, limit: int) -> Path:
     folder.mkdir()
     for name in NINE:
         rows = [one.to_dict() for one in read(name, "en", str(data)).questions[:limit]]
-        lines = [json.dumps({**row, "language": "ar"}, ensure_ascii=False) + "\n" for row in rows]
+        changed = [{**row, "answer": "ABCD"[row["answer"]], "language": "ar"} for row in rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in changed]
         (folder / f"{name}_ar.jsonl").write_text("".join(lines), "utf-8")
     return folder
 
