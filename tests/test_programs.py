@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,3 +122,15 @@ def test_programs_are_found_again_evicted_and_survive_deletion(tmp_path) -> None
         for name, value in before.items():
             jax.config.update(name, value)
         monitoring.unregister_event_listener(listen)
+
+
+def test_prepare_adds_its_flags_once_and_before_those_of_the_user(monkeypatch):
+    monkeypatch.delitem(sys.modules, "jax")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    for _ in range(2):
+        startup.prepare()
+    assert os.environ["XLA_FLAGS"] == f"{startup.COMPILE_FLAGS} --xla_force_host_platform_device_count=2"
+    own = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=false"
+    monkeypatch.setenv("XLA_FLAGS", own)
+    startup.prepare()
+    assert os.environ["XLA_FLAGS"] == own
