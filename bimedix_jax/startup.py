@@ -37,7 +37,7 @@ _CUDA_CHATTER = re.compile(rb"WARNING: All log messages before absl::InitializeL
 
 
 def prepare(command: str = "") -> None:
-    """Selects the CPU on a machine without accelerators, silences start-up messages, and speeds up compilation for CPUs.
+    """Selects the CPU on a machine without accelerators, silences start-up messages, makes CPU programs compile faster.
 
     User settings are kept: flags in XLA_FLAGS come last and win.
 
