@@ -139,6 +139,14 @@ def read_bytes(program: Program, operand: Instruction, user: Instruction, place:
     return min(whole, part_read(program, inside, inside.parameters[place], whole))
 
 
+def is_copy(program: Program, instruction: Instruction) -> bool:
+    """Whether a fused instruction only changes the layout of its operand."""
+    if instruction.opcode != "fusion":
+        return instruction.opcode == "copy"
+    inside = program.callee(instruction)
+    return inside.root.opcode == "copy" and inside.operand(inside.root, 0).opcode == "parameter"
+
+
 def part_read(program: Program, computation: Computation, value: Instruction, whole: float) -> float:
     """Bytes that a fused computation reads of a value of `whole` bytes: less than all if every user slices it."""
     total = 0.0
@@ -149,6 +157,8 @@ def part_read(program: Program, computation: Computation, value: Instruction, wh
             continue  # updated in place
         elif user.opcode in FREE:
             total += 0.0 if user.is_root and user.opcode == "tuple" else part_read(program, computation, user, whole)
+        elif is_copy(program, user) and not user.is_root:
+            total += part_read(program, computation, user, whole)  # copied as far as it is read
         elif user.opcode == "fusion":
             inside = program.callee(user)
             places = [place for place, name in enumerate(user.operands) if name == value.name]

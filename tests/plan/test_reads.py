@@ -35,6 +35,34 @@ def test_a_loop_reads_one_slice_a_trip():
     assert product.bytes == (8 * 64 + 64 * 64) * 4
 
 
+COPIED = """HloModule m
+%copied (i: u8[5,64]) -> u8[5,64] {
+  %i = u8[5,64]{1,0} parameter(0)
+  ROOT %c = u8[5,64]{1,0} copy(%i)
+}
+%fused (w: u8[5,64], j: s32[]) -> u8[1,64] {
+  %w = u8[5,64]{1,0} parameter(0)
+  %f = u8[5,64]{1,0} fusion(%w), kind=kLoop, calls=%copied
+  %j = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %d = u8[1,64]{1,0} dynamic-slice(%f, %j, %z), dynamic_slice_sizes={1,64}
+}
+ENTRY %main (v: u8[5,64], k: s32[]) -> u8[1,64] {
+  %v = u8[5,64]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %s = u8[1,64]{1,0} fusion(%v, %k), kind=kLoop, calls=%fused
+}
+"""
+"""As for a TPU: the layout changes inside of the fusion that slices."""
+
+
+def test_a_slice_of_a_fused_copy_reads_its_part():
+    program = hlo.parse(COPIED)
+    assert traffic.read(program, program.entry, program.entry.root) == 64 + 4
+    whole = hlo.parse(COPIED.replace("dynamic-slice(%f, %j, %z), dynamic_slice_sizes={1,64}", "negate(%f)"))
+    assert traffic.read(whole, whole.entry, whole.entry.root) == 5 * 64
+
+
 KERNEL = """HloModule m
 ENTRY %main (u: s32[TILES], x: bf16[ROWS,64], w: u8[24,128,1,32], c: u8[24,128,1], n: f32[24,1], o: f32[24]) -> OUT {
   %u = s32[TILES]{0} parameter(0)
