@@ -13,6 +13,7 @@ from rich import box
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.stacks import as_tensor
 from bimedix_jax.models.config import LORA_TARGETS, LoraConfig
 from bimedix_jax.models.linear import ExpertLinear, Linear, Lora, TrainedParam, lora_axes
 from bimedix_jax.models.mixtral import Mixtral
@@ -237,7 +238,7 @@ def coverage(model: Mixtral) -> Coverage:
         path = tuple(map(str, path))
         if isinstance(variable, nnx.LoRAParam):
             continue
-        value, lora = variable.get_value(), adapted.get(path[:-1])
+        value, lora = jax.eval_shape(as_tensor, variable.get_value()), adapted.get(path[:-1])
         packed = isinstance(value, NF4Tensor)
         size = math.prod(value.shape)
         nbytes = value.nbytes if packed else size * jnp.dtype(value.dtype).itemsize

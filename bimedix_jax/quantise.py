@@ -9,6 +9,7 @@ from bimedix_jax.adapters import linears
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
 from bimedix_jax.kernels.nf4.api import all_finite, flushed_blocks, quantized_shapes
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.models.config import MIXED, QUANTISED, Storage
 from bimedix_jax.models.mixtral import Mixtral
 
@@ -27,7 +28,7 @@ def pack(w: jax.Array | jax.ShapeDtypeStruct, double_quant: bool = True) -> NF4T
 def storage_of(model: Mixtral) -> Storage:
     """The storage of a model's base."""
     values = [layer.w.get_value() for path, layer in linears(model).items() if path[-1] in QUANTISED]
-    packed = [isinstance(value, NF4Tensor) for value in values]
+    packed = [isinstance(value, NF4Tensor | RowMajor) for value in values]
     base = "nf4" if all(packed) else MIXED if any(packed) else str(values[0].dtype)
     return Storage(base=base, dtype=model.dtype)
 
@@ -46,7 +47,7 @@ def quantise_base(model: Mixtral, double_quant: bool = True) -> Mixtral:
     flushed = 0
     for path, layer in linears(packed).items():
         w = layer.w.get_value()
-        if path[-1] not in QUANTISED or isinstance(w, NF4Tensor):
+        if path[-1] not in QUANTISED or isinstance(w, NF4Tensor | RowMajor):
             continue
         if isinstance(w, jax.Array):
             if not all_finite(w):

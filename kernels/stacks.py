@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from bimedix_jax.kernels.nf4.rows import RowMajor
@@ -21,7 +22,7 @@ def pin(operands: Any, e: jax.Array) -> tuple[Any, jax.Array]:
     return lax.optimization_barrier((operands, e))
 
 
-def index(x: jax.Array, e: jax.Array) -> jax.Array:
+def index(x: jax.Array, e: Leaf) -> jax.Array:
     return lax.dynamic_index_in_dim(x, e, keepdims=False)
 
 
@@ -71,6 +72,13 @@ class LayerOf:
 def as_tensor(w: Any) -> Any:
     """A RowMajor as NF4Tensor; other weights unchanged."""
     return w.tensor() if isinstance(w, RowMajor) else w
+
+
+def as_layer(w: Any) -> Any:
+    """A RowMajor as the only layer of a stack, so that a kernel takes it unchanged; other weights unchanged."""
+    if not isinstance(w, RowMajor):
+        return w
+    return LayerOf(jax.tree.map(lambda leaf: leaf[None], w), jnp.zeros((), jnp.int32))
 
 
 def is_packed_layer(w: Any) -> bool:

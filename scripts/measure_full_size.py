@@ -44,6 +44,7 @@ from bimedix_jax.plan.roofline import costs_of
 from bimedix_jax.plan.step import STEPS, abstract_model, peak, training_arguments
 from bimedix_jax.presets import bimedix_mixtral_8x7b
 from bimedix_jax.quantise import quantise_base
+from bimedix_jax.sharding.by_rows import store_for_training
 from bimedix_jax.sharding.rules import COMPILER_OPTIONS
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import init_state, split_params
@@ -67,7 +68,9 @@ def arrays(config: MixtralConfig, experiment: Experiment, abstract: Any) -> tupl
     """State, frozen parameters and batch. Layers are copies of the layer of a random one-layer model."""
     one = quantise_base(init_random(dataclasses.replace(config, num_layers=1), dtype="bfloat16"))
     assert experiment.lora is not None
-    _, params, frozen = split_params(add_lora(one, experiment.lora))
+    one = add_lora(one, experiment.lora)
+    store_for_training(one)
+    _, params, frozen = split_params(one)
 
     def deepen(value: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         if value.shape == wanted.shape:

@@ -20,6 +20,7 @@ from bimedix_jax.models.config import LoraConfig, MixtralConfig, Remat, RouterCo
 from bimedix_jax.models.init import init_random
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.quantise import quantise_base
+from bimedix_jax.sharding.by_rows import store_for_training
 from bimedix_jax.training.optimiser import make_optimiser
 from bimedix_jax.training.state import init_state, split_params
 from bimedix_jax.training.step import make_train_step
@@ -129,6 +130,7 @@ def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length:
         steps=STEPS,
         remat=remat,
     )
+    store_for_training(model)
     structure, params, frozen = split_params(model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
     step = make_train_step(structure, experiment, STEPS, optimiser)

@@ -29,6 +29,8 @@ from bimedix_jax.checkpoint.stream import MAX_SHARD_BYTES, Piece, progress, stre
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize
 from bimedix_jax.kernels.nf4.api import quantized_shapes
+from bimedix_jax.kernels.nf4.rows import RowMajor
+from bimedix_jax.kernels.stacks import as_tensor
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.init import reset_router_state
 from bimedix_jax.models.mixtral import Mixtral
@@ -184,6 +186,8 @@ def parameters(model: Mixtral) -> dict[str, nnx.Variable]:
         leaf = abstract_leaf(row, model.config, "float32", "float32")
         if found[row.path].get_value().shape != leaf.shape:
             raise ValueError(f"{row.path} has shape {found[row.path].get_value().shape}, the table has {leaf.shape}")
+        if isinstance(found[row.path].get_value(), RowMajor):
+            found[row.path] = found[row.path].replace(as_tensor(found[row.path].get_value()))
     return found
 
 

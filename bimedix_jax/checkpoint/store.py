@@ -41,6 +41,7 @@ from bimedix_jax.errors import BimedixError
 from bimedix_jax.experiment import parse
 from bimedix_jax.files import new_folder, peek_json, read_json, validate
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.stacks import as_tensor
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig, Storage
 from bimedix_jax.models.init import with_router
 from bimedix_jax.models.mixtral import Mixtral
@@ -261,7 +262,7 @@ STORED = nnx.filterlib.Any(nnx.Param, RouterState)
 def leaves_of(model: Mixtral, kind: Any = STORED) -> dict[str, Any]:
     """Every variable that matches `kind` (a filter of nnx) by its dotted path: arrays and NF4Tensors."""
     flat = nnx.to_flat_state(nnx.state(model, kind))
-    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+    return {".".join(map(str, path)): as_tensor(variable.get_value()) for path, variable in flat}
 
 
 def stored_arrays(values: dict[str, Any]) -> list[tuple[str, jax.Array]]:

@@ -16,14 +16,13 @@ from flax import nnx
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.attention import HeadMajor
 from bimedix_jax.kernels.expert_mlp.few_rows import MAX_ROWS
-from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.kernels.nf4.rows import RowMajor, has_rows
 from bimedix_jax.kernels.unstacked import Unstacked, unstack
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.axes import EXPERTS, LAYERS
 from bimedix_jax.models.linear import ExpertLinear, Linear, fill_slots
 from bimedix_jax.models.mixtral import Mixtral
+from bimedix_jax.sharding.by_rows import store_by_rows
 
 MAX_BRANCHES = 64
 """Maximum of layers times experts, since each pair of a layer and an expert is compiled separately."""
@@ -66,19 +65,6 @@ def store_for_decoding(model: Mixtral) -> None:
         store_factors(model)
 
 
-def store_by_rows(model: Mixtral) -> None:
-    """Stores the packed weights of the model by rows, in place, as the TPU kernels read them (kernels/nf4/rows.py).
-
-    All values keep their bits, and the memory of the earlier form is freed matrix by matrix. Exports and checkpoints do
-    not take this form: it is for a model that only generates text.
-    """
-    for _, layer in nnx.iter_modules(model.layers):
-        if isinstance(layer, Linear | ExpertLinear):
-            w = layer.w.get_value()
-            if isinstance(w, NF4Tensor) and has_rows(w):
-                layer.w.set_value(rows_of(w))
-
-
 def store_factors(model: Mixtral) -> None:
     """Stores the factors of adapters in the dtype of the computation, in place, with the scale multiplied into B.
 
@@ -99,16 +85,3 @@ def cast(x: Any, scale: float, dtype: str) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
     return x.astype(dtype) * jnp.asarray(scale, dtype)
-
-
-def rows_of(t: NF4Tensor) -> RowMajor:
-    """`RowMajor.of`; shapes with shardings give shapes with shardings."""
-    leaves = jax.tree.leaves(t)
-    if not isinstance(leaves[0], jax.ShapeDtypeStruct):
-        return jax.jit(RowMajor.of)(t)
-    shapes, tree = jax.tree.flatten(jax.eval_shape(RowMajor.of, t))
-    placed = [
-        jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=leaf.sharding)
-        for shape, leaf in zip(shapes, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, placed)

@@ -28,6 +28,7 @@ from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.quantise import quantise_base
 from bimedix_jax.routing.parts import PartLayout, needs_wide
 from bimedix_jax.routing.watch import Kept, Watch, record_step
+from bimedix_jax.sharding.by_rows import store_for_training
 from bimedix_jax.sharding.placement import place
 from bimedix_jax.sharding.rules import BATCH_AXES, COMPILER_OPTIONS, make_mesh
 from bimedix_jax.training.feed import batch_kinds
@@ -130,6 +131,8 @@ def training_arguments(
 ) -> tuple[tuple[TrainState, dict[str, Any], dict[str, Any]], Any]:
     """((state, frozen parameters, batch), the jitted step). The arguments are shapes without storage."""
     placed = on_devices(abstract_model(config, experiment), experiment, devices)
+    with backends.use(device=devices[0]):
+        store_for_training(placed.model)
     structure, params, frozen = split_params(placed.model)
     optimiser = make_optimiser(experiment.optimiser, STEPS)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=placed.replicated)

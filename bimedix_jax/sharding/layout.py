@@ -17,7 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4.units import split_units
+from bimedix_jax.kernels.stacks import as_tensor
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.axes import BATCH, LENGTH
@@ -133,11 +135,12 @@ def place_dense(value: Any, axes: tuple[str | None, ...], mesh: Mesh) -> Place:
     return Place((spec,), shards.Storage((gathers,)) if gathers else None)
 
 
-def place_nf4(t: NF4Tensor, units: bool, mesh: Mesh) -> Place:
+def place_packed(t: NF4Tensor | RowMajor, units: bool, mesh: Mesh) -> Place:
     """A packed weight; `units`: it has already been split for `tensor`.
 
-    The axis `fsdp` divides the experts of a shard, if their number is a multiple of it, otherwise the bytes of a unit.
-    Experts are gathered along the first axis of a layer; bytes are transposed after the gather.
+    The axis `fsdp` divides the experts of a shard, if their number is a multiple of it. Otherwise it divides the rows
+    of a unit, or its bytes if it is not stored by rows. Experts are gathered along the first axis of a layer; bytes are
+    transposed after the gather.
     """
     lead: list[Any] = [None] * len(t.batch_shape)
     parts, by_expert = mesh.shape["fsdp"], False
@@ -149,12 +152,16 @@ def place_nf4(t: NF4Tensor, units: bool, mesh: Mesh) -> Place:
     if units:
         lead[-1] = "tensor"
     specs, gathers = [], []
-    for leaf in jax.tree.leaves(t):
-        inside = leaf.ndim > len(lead)
-        stored = inside and not by_expert and parts > 1 and leaf.shape[-1] % parts == 0
-        specs.append(P(*lead, *(["fsdp" if stored else None] if inside else [])))
-        axis = 1 - leaf.ndim if by_expert else -1
-        gathers.append(((axis, ("fsdp",)),) if stored or by_expert else ())
+    leaves = jax.tree.leaves(t)
+    rows = jax.tree.leaves(t.row_axes) if isinstance(t, RowMajor) else [len(lead) - leaf.ndim for leaf in leaves]
+    for leaf, row in zip(leaves, rows, strict=True):
+        axis = 1 - leaf.ndim if by_expert else row  # 0: the leaf has no rows
+        stored = parts > 1 and axis < 0 and leaf.shape[axis] % parts == 0
+        inside: list[Any] = [None] * (leaf.ndim - len(lead))
+        if stored and not by_expert:
+            inside[axis] = "fsdp"
+        specs.append(P(*lead, *inside))
+        gathers.append(((axis, ("fsdp",)),) if stored else ())
     return Place(tuple(specs), shards.Storage(tuple(gathers), units) if units or any(gathers) else None)
 
 
@@ -162,7 +169,7 @@ def prepared(model: Mixtral, mesh: Mesh) -> list[tuple[tuple, nnx.Variable, Any,
     """(path, variable, value to be sharded, whether it was split into units) of every parameter."""
     found = []
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        value, axes = variable.get_value(), variable.get_metadata("axes")
+        value, axes = as_tensor(variable.get_value()), variable.get_metadata("axes")
         axis = split_axis(axes, mesh) if isinstance(value, NF4Tensor) else None
         if axis is not None:
             cut = functools.partial(split_units, axis=axis, parts=mesh.shape["tensor"])
@@ -190,7 +197,7 @@ def layout_from(model: Mixtral, mesh: Mesh, parameters: list[tuple[tuple, nnx.Va
     places = []
     for path, variable, value, units in parameters:
         if isinstance(value, NF4Tensor):
-            place = place_nf4(value, units, mesh)
+            place = place_packed(value, units, mesh)
         else:
             place = place_dense(value, variable.get_metadata("axes"), mesh)
         places.append((".".join(map(str, path)), place))

@@ -53,7 +53,7 @@ from bimedix_jax.training.skips import (
     stopped,
     write_orders,
 )
-from bimedix_jax.training.state import Structure, TrainState, init_state, split_params, update_params
+from bimedix_jax.training.state import Structure, TrainState, init_state, split_for_training, update_params
 from bimedix_jax.training.step import make_eval_step, make_train_step
 from bimedix_jax.training.stopping import Interrupted, StopRequest
 from bimedix_jax.training.tracking import Mirror
@@ -131,40 +131,40 @@ def train_in(
         plan = plan_of_run(experiment, model, plan, folder if resume else None)
         covered = coverage(model).to_dict()
     model = model if mesh is None else place(model, mesh)
-    structure, params, frozen = split_params(model)
-    check_router_rate(experiment, params)
-    same = identity(frozen, rows.fingerprint, rows.steps, plan, rules)
-    feed = Feed.of(experiment, rows, structure.layout)
-    plans = StepPlans.of_run(plan, rules, model.config, rows, structure.layout)
-    optimiser = make_optimiser(experiment.optimiser, rows.steps)
-    fresh = partial(init_state, params, optimiser, structure.router_state(frozen))
-    state = fresh()
-    distributed.on_process_zero(lambda: begin(folder, experiment, plan))
-    began = time.perf_counter()
-    if resume:
-        state = resume_state(folder, state, console)
-    restore_seconds = time.perf_counter() - began
-    if (done := int(state.step)) > 0:
-        check_identity(folder, same)
-    if done == rows.steps:
-        console.print(f"all {rows.steps} steps are already done", highlight=False)
-        last = next(reversed(read_metrics(folder)), {})
-    else:
-        step = make_train_step(structure, experiment, rows.steps, optimiser, len(rows.groups.pairs))
-        observer = Observer.of_run(
-            experiment, folder, model, structure, params, rows.groups, plans.free, goodput, console
-        )
-        with backends.use(**experiment.kernels.named()):
-            compiled, cost = compile_step(step, state, frozen, feed, plans.of_step(done), console)
-            cost |= {"restore_seconds": restore_seconds}
-            distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
-            print_start(experiment, rows, done, cost["kernels"], console)
-            goodput.compiled(cost["compile_seconds"])
-            with observer.reported(folder, console):
-                parts = (structure, state, fresh, frozen, plans, console, command, observer)
-                state, last = run_steps(experiment, folder, feed, compiled, *parts)
-        report(plans.rules, console)
-    update_params(model, {**state.params, **state.router})
+    with split_for_training(model) as (structure, params, frozen):
+        check_router_rate(experiment, params)
+        same = identity(frozen, rows.fingerprint, rows.steps, plan, rules)
+        feed = Feed.of(experiment, rows, structure.layout)
+        plans = StepPlans.of_run(plan, rules, model.config, rows, structure.layout)
+        optimiser = make_optimiser(experiment.optimiser, rows.steps)
+        fresh = partial(init_state, params, optimiser, structure.router_state(frozen))
+        state = fresh()
+        distributed.on_process_zero(lambda: begin(folder, experiment, plan))
+        began = time.perf_counter()
+        if resume:
+            state = resume_state(folder, state, console)
+        restore_seconds = time.perf_counter() - began
+        if (done := int(state.step)) > 0:
+            check_identity(folder, same)
+        if done == rows.steps:
+            console.print(f"all {rows.steps} steps are already done", highlight=False)
+            last = next(reversed(read_metrics(folder)), {})
+        else:
+            step = make_train_step(structure, experiment, rows.steps, optimiser, len(rows.groups.pairs))
+            observer = Observer.of_run(
+                experiment, folder, model, structure, params, rows.groups, plans.free, goodput, console
+            )
+            with backends.use(**experiment.kernels.named()):
+                compiled, cost = compile_step(step, state, frozen, feed, plans.of_step(done), console)
+                cost |= {"restore_seconds": restore_seconds}
+                distributed.on_process_zero(lambda: write_run(folder, covered, same, done, cost))
+                print_start(experiment, rows, done, cost["kernels"], console)
+                goodput.compiled(cost["compile_seconds"])
+                with observer.reported(folder, console):
+                    parts = (structure, state, fresh, frozen, plans, console, command, observer)
+                    state, last = run_steps(experiment, folder, feed, compiled, *parts)
+            report(plans.rules, console)
+        update_params(model, {**state.params, **state.router})
     with signals.hint(f"resume with `{command}`"):
         skipped = count_skips(folder, console)
         return TrainResult(model, folder, save_trained(model, folder), rows.steps, last, skipped)

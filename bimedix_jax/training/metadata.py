@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.files import read_json, write_text
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.models.routers import RoutingPlan
 from bimedix_jax.routing.interventions import Interventions
 
@@ -33,11 +34,12 @@ def weighted_sum(words: jax.Array, width: int) -> jax.Array:
 
 
 def fingerprint(values: dict[str, Any]) -> str:
-    """Checksum of named arrays and NF4Tensors, as fast as memory can be read. It is not cryptographic.
+    """Checksum of named arrays and packed weights, as fast as memory can be read. It is not cryptographic.
 
-    It is the same on every mesh. Of a 4-bit weight it covers the nibbles only, since sharding may re-encode the scales.
+    It is the same on every mesh, and for weights stored by rows. Of a 4-bit weight it covers the nibbles only, since
+    sharding may re-encode the scales.
     """
-    words = {name: v.packed if isinstance(v, NF4Tensor) else v for name, v in sorted(values.items())}
+    words = {name: v.packed if isinstance(v, NF4Tensor | RowMajor) else v for name, v in sorted(values.items())}
     sums = {name: int(weighted_sum(leaf, leaf.dtype.itemsize)) for name, leaf in words.items()}
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 

@@ -1,7 +1,8 @@
 """A model split into trained parameters, frozen parameters and the structure that merges them."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from bimedix_jax.models.config import RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.moe import RouterState
 from bimedix_jax.models.routers import router_of
+from bimedix_jax.sharding.by_rows import store_as_loaded, store_for_training
 from bimedix_jax.sharding.layout import Layout
 
 Params = dict[str, jax.Array]
@@ -72,7 +74,7 @@ def dotted(path: tuple) -> str:
 def split_params(model: Mixtral) -> tuple[Structure, Params, dict[str, Any]]:
     """(structure, trained parameters, frozen parameters). Both are keyed by dotted path and share the model's arrays.
 
-    Frozen values are jax arrays and NF4Tensors. The structure references no array.
+    Frozen values are jax arrays and packed weights. The structure references no array.
     """
     graph, trained, rest = nnx.split(model, is_trainable(model), ...)
     parts = [list(nnx.to_flat_state(part)) for part in (trained, rest)]
@@ -80,6 +82,25 @@ def split_params(model: Mixtral) -> tuple[Structure, Params, dict[str, Any]]:
     hollow = tuple((path, variable.replace(None)) for part in parts for path, variable in part)
     placement: Any = model.placement  # set by sharding.placement.place
     return Structure(model.config.vocab_size, model.config.router, placement, graph, hollow), params, frozen
+
+
+@contextlib.contextmanager
+def split_for_training(model: Mixtral) -> Iterator[tuple[Structure, Params, dict[str, Any]]]:
+    """`split_params` of a model that is stored, inside, as this platform trains fastest; afterwards as it was loaded.
+
+    The frozen parameters must not be used afterwards. A model on a mesh is not converted back after an error, because
+    other processes may not have one.
+    """
+    store_for_training(model)
+    structure, params, frozen = split_params(model)
+    failed = True
+    try:
+        yield structure, params, frozen
+        failed = False
+    finally:
+        frozen.clear()  # so that the memory of each form is freed when it is converted
+        if not failed or model.placement is None:
+            store_as_loaded(model)
 
 
 def init_state(

@@ -89,7 +89,7 @@ def expert_mlp(
     Args:
       weights_NK: the routing weight of each pair; pairs without an expert do not count.
       permutation: of the pairs, by `sort_by_expert`.
-      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays or NF4Tensors. Or layers of stacks
+      weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays, NF4Tensors or RowMajor. Or layers of stacks
         (`LayerOf`): packed ones, and dense ones whose gradient is not taken.
         Experts may be Unstacked, for `few_rows`; the other backends stack them first, which copies all of them.
       deltas: for each weight, the factors (a [E, in, R], b [E, R, out]) of its low-rank delta, or None. The scale of

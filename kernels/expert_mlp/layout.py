@@ -18,15 +18,16 @@ from jaxtyping import Array, Shaped
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import is_planar, planes
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.products import from_bits, to_bits
 from bimedix_jax.kernels.stacks import LayerOf, as_tensor, index
 from bimedix_jax.kernels.unstacked import Unstacked, stack
 
-Weights = tuple[jax.Array | NF4Tensor | LayerOf, ...]
+Weights = tuple[jax.Array | NF4Tensor | RowMajor | LayerOf, ...]
 """(w1 [E, D, F], w3 [E, D, F], w2 [E, F, D])."""
 Deltas = tuple[tuple[jax.Array, jax.Array] | None, ...]
 """Factors (a [E, in, R], b [E, R, out]) of the delta of each, or None."""
-GivenWeights = tuple[jax.Array | NF4Tensor | LayerOf | Unstacked, ...]
+GivenWeights = tuple[jax.Array | NF4Tensor | RowMajor | LayerOf | Unstacked, ...]
 GivenDeltas = tuple[tuple[jax.Array | Unstacked | LayerOf, jax.Array | Unstacked | LayerOf] | None, ...]
 """The forms that callers may pass: experts may also be Unstacked, and factors layers of stacks."""
 
@@ -122,13 +123,13 @@ def as_dtype(w: Any, dtype: jnp.dtype) -> Any:
 def out_of_stacks(weights: GivenWeights, in_place: bool = False) -> tuple[Any, ...]:
     """Each as one array or NF4Tensor [E, in, out]: a LayerOf is sliced, Unstacked experts are stacked.
 
-    With `in_place`, a LayerOf is returned unchanged, for operations that take it.
+    With `in_place`, a LayerOf or RowMajor is returned unchanged, for operations that take it.
     """
 
     def whole(w: Any) -> Any:
-        if not isinstance(w, LayerOf):
-            return as_tensor(stack(w))
-        return w if in_place else w.value()
+        if in_place and isinstance(w, LayerOf | RowMajor):
+            return w
+        return w.value() if isinstance(w, LayerOf) else as_tensor(stack(w))
 
     return tuple(map(whole, weights))
 

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
-from bimedix_jax.kernels.stacks import LayerOf, as_tensor, is_packed_layer, operand
+from bimedix_jax.kernels.stacks import LayerOf, as_layer, is_packed_layer, operand
 
 BACKENDS = ("xla", "ragged_dot", "triton", "mosaic_tpu")
 """Modules of this folder; a backend is a module with `grouped_matmul`, `weight_gradient` and optionally `refusal` and
@@ -80,7 +81,7 @@ product.defvjp(product_forward, product_backward)
 
 def grouped_matmul(
     x_MD: Float[Array, "M D"],
-    w_EDF: Float[Array, "..."] | NF4Tensor | LayerOf,
+    w_EDF: Float[Array, "..."] | NF4Tensor | RowMajor | LayerOf,
     group_sizes_E: Int[Array, "E"],
     *,
     backend: str | None = None,
@@ -90,7 +91,8 @@ def grouped_matmul(
     Args:
       x_MD: rows sorted by expert.
       w_EDF: dense weights, or NF4 ones of logical shape [E, D, F] or [E, F, D] (square matrices are read as [E, D, F]).
-        A `LayerOf` is such weights of one layer; backends with `takes_stack` do not slice it.
+        A `LayerOf` is such weights of one layer; backends with `takes_stack` do not slice it. RowMajor ones are
+        NF4, too; other backends than that for TPUs convert them.
       group_sizes_E: rows of each expert, in order; their sum may be below M.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
         operands. A named backend never falls back.
@@ -103,15 +105,15 @@ def grouped_matmul(
       ValueError: shapes that do not fit, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
-    w_EDF = orient(as_tensor(w_EDF), x_MD.shape[1])
-    if w_EDF.ndim != 3 or w_EDF.shape[1] != x_MD.shape[1] or w_EDF.shape[0] != group_sizes_E.shape[0]:
+    w: Any = orient(as_layer(w_EDF), x_MD.shape[1])
+    if w.ndim != 3 or w.shape[1] != x_MD.shape[1] or w.shape[0] != group_sizes_E.shape[0]:
         raise ValueError(
             f"grouped_matmul needs x [M, D], w [E, D, F] and group sizes [E]; "
-            f"got {x_MD.shape}, {w_EDF.shape} and {group_sizes_E.shape}."
+            f"got {x_MD.shape}, {w.shape} and {group_sizes_E.shape}."
         )
-    name = pick_backend(backend, x_MD, w_EDF)
-    if isinstance(w_EDF, LayerOf) and not w_EDF.is_packed:
-        w_EDF = operand(load(name), w_EDF)
-    if not isinstance(w_EDF, NF4Tensor | LayerOf):
-        w_EDF = w_EDF.astype(x_MD.dtype)
-    return product(*vary_alike(x_MD, w_EDF, group_sizes_E), name)
+    name = pick_backend(backend, x_MD, w)
+    if isinstance(w, LayerOf) and not w.is_packed:
+        w = operand(load(name), w)
+    if not isinstance(w, NF4Tensor | LayerOf):
+        w = w.astype(x_MD.dtype)
+    return product(*vary_alike(x_MD, w, group_sizes_E), name)

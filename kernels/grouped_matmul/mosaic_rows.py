@@ -79,7 +79,9 @@ def stacked_matmul(x_MK: jax.Array, w: LayerOf, group_sizes_E: jax.Array, swappe
     t, experts = w.stack, w.shape[0]
     contracts_pairs, n = t.transposed != swapped, w.shape[1 if swapped else 2]
     rows, columns = t.unit_shape
-    packed, codes = (in_hbm(leaf.reshape(-1, *leaf.shape[-2:])) for leaf in (t.packed, t.absmax))
+    packed, codes = (leaf.reshape(-1, *leaf.shape[-2:]) for leaf in (t.packed, t.absmax))
+    if t.batch_shape[0] > 1:  # a single layer may have been gathered into VMEM
+        packed, codes = in_hbm(packed), in_hbm(codes)
     scales_a_lane_row = 1 if contracts_pairs else LANES * t.block_size // width
     part = {"rows": width} if contracts_pairs else {"columns": width // 2}
     lanes = part if contracts_pairs else {"columns": LANES, "repeat": scales_a_lane_row}
@@ -109,5 +111,5 @@ def stacked_matmul(x_MK: jax.Array, w: LayerOf, group_sizes_E: jax.Array, swappe
         is_nested=len(specs) > 3,
     )
     x_MK = split_rows(x_MK) if contracts_pairs else x_MK
-    first = w.layer * experts
+    first = jnp.asarray(w.layer) * experts
     return rows_call(kernel, x_MK, tuple(operands), specs, group_sizes_E, n, width, tuple(scratch), first)

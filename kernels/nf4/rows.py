@@ -69,6 +69,13 @@ class RowMajor:
         """The same bytes, with the last two logical axes swapped."""
         return dataclasses.replace(self, transposed=not self.transposed)
 
+    @property
+    def row_axes(self) -> "RowMajor":
+        """Instead of each leaf its axis of rows, counted from the end, or 0 if it has none."""
+        nested = None if self.nested_rows is None else -1
+        offset = None if self.nested_offset is None else 0
+        return dataclasses.replace(self, packed=-2, absmax=-2, nested_rows=nested, nested_offset=offset)
+
     @classmethod
     def of(cls, t: NF4Tensor) -> "RowMajor":
         """Raises ValueError for a tensor for which `has_rows` is false."""

@@ -98,7 +98,7 @@ def one_unit_stack(t: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.expand_dims(leaf, len(t.batch_shape)), t)
 
 
-def zero_cotangent(leaf: jax.Array) -> jax.Array | np.ndarray:
+def zero_cotangent(leaf: Leaf) -> jax.Array | np.ndarray:
     """The gradient of a frozen leaf: zeros, of dtype float0 for integers."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros_like(leaf)

@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from jaxtyping import Array, Float
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.products import dot, dot_rows
-from bimedix_jax.kernels.stacks import LayerOf, as_tensor, operand
+from bimedix_jax.kernels.stacks import LayerOf, as_layer, operand
 
 BACKENDS = ("xla", "triton", "mosaic_tpu")
 """Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and optionally `refusal` and
@@ -96,15 +98,15 @@ dense_product.defvjp(dense_forward, dense_backward)
 
 def matmul(
     x: Float[Array, "*rows D"],
-    w_DF: Float[Array, "D F"] | NF4Tensor | LayerOf,
+    w_DF: Float[Array, "D F"] | NF4Tensor | RowMajor | LayerOf,
     out_dtype: jnp.dtype | type | str | None = None,
     *,
     backend: str | None = None,
 ) -> Float[Array, "*rows F"]:
     """Product in `out_dtype` (that of x if None), accumulated in float32.
 
-    A dense weight is cast to the dtype of x, and the product is XLA's. An NF4Tensor of one [D, F] unit, or a
-    `LayerOf` of them, is frozen: it gets no gradient, and the backward pass keeps its packed bytes, not its values.
+    A dense weight is cast to the dtype of x, and the product is XLA's. An NF4Tensor or RowMajor of one [D, F] unit, or
+    a `LayerOf` of them, is frozen: it gets no gradient, and the backward pass keeps its packed bytes, not its values.
 
     Args:
       backend: for a 4-bit weight, one of BACKENDS; None takes that of `backends.use`, else the platform's best that can
@@ -114,13 +116,13 @@ def matmul(
       ValueError: shapes that do not fit, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
-    w_DF = as_tensor(w_DF)
-    if w_DF.ndim != 2 or w_DF.shape[0] != x.shape[-1]:
-        raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w_DF.shape}.")
+    w: Any = as_layer(w_DF)
+    if w.ndim != 2 or w.shape[0] != x.shape[-1]:
+        raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w.shape}.")
     result = jnp.dtype(out_dtype or x.dtype)
-    if isinstance(w_DF, LayerOf) and not w_DF.is_packed:
-        w_DF = w_DF.value()
-    if isinstance(w_DF, NF4Tensor | LayerOf):
-        y: jax.Array = frozen_product(*vary_alike(x, w_DF), pick_backend(backend, x, w_DF))
+    if isinstance(w, LayerOf) and not w.is_packed:
+        w = w.value()
+    if isinstance(w, NF4Tensor | LayerOf):
+        y: jax.Array = frozen_product(*vary_alike(x, w), pick_backend(backend, x, w))
         return y.astype(result)
-    return dense_product(*vary_alike(x, w_DF.astype(x.dtype)), result)
+    return dense_product(*vary_alike(x, w.astype(x.dtype)), result)

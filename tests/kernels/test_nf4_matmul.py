@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4_matmul import matmul, reference
 from bimedix_jax.kernels.nf4_matmul.api import BACKENDS, FEW_ROWS
 from bimedix_jax.kernels.stacks import LayerOf
@@ -133,6 +134,17 @@ def test_a_layer_of_a_stack_is_bit_equal_to_its_slice(backend: str) -> None:
     for one, other in zip(got, expected, strict=True):
         assert jnp.abs(other).max() > 0
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+
+def test_a_layer_stored_by_rows_is_bit_equal_to_its_slice() -> None:
+    """In a stack, and alone as after a gather over devices. The rows are as many as in training."""
+    w, x, dy = draw((3, 128, 256), (2, 100, 256), (2, 100, 128), dtype="bfloat16")
+    t = pack(w, batch_dims=1).mT
+    by_rows, expected = jax.jit(RowMajor.of)(t), compiled("mosaic_tpu")(x, t[2], dy)
+    for form in (LayerOf(by_rows, jnp.int32(2)), jax.tree.map(lambda leaf: leaf[2], by_rows)):
+        for one, other in zip(compiled("mosaic_tpu")(x, form, dy), expected, strict=True):
+            assert jnp.abs(other).max() > 0
+            np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,24 +1,32 @@
 """Bytes that compiled programs read: known counts of small programs, and decoding compiled for absent devices."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.adapters import add_lora
+from bimedix_jax.experiment import override
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.layer_scan import InPlace, layer_scan
-from bimedix_jax.kernels.nf4 import quantize
+from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
+from bimedix_jax.kernels.nf4.rows import RowMajor
+from bimedix_jax.models import shards
 from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.plan import hardware, hlo, reads, traffic, work
-from bimedix_jax.plan.step import decoding_step, for_inference, on_one_device
+from bimedix_jax.plan.step import decoding_step, for_inference, on_one_device, training_arguments
+from bimedix_jax.presets import smoke
 from bimedix_jax.quantise import quantise_base
+from bimedix_jax.sharding.layout import place_packed
+from bimedix_jax.sharding.rules import make_mesh
 
 
 def compiled_text(function, *operands) -> str:
@@ -134,30 +142,70 @@ def test_decoding_reads_little_more_than_it_needs(name, rank):
     assert 1 <= reads.total(reads.readings(program)) / sum(needed.values()) <= 1.15
 
 
-def test_a_gradient_on_an_a100_slices_no_packed_weights():
-    """Of the rows, through a loop over layers that are computed again: no instruction but kernels has packed bytes."""
-    [device] = hardware.devices("a100-80gb")
+@pytest.mark.parametrize(("name", "count"), [("a100-80gb", 1), ("v5e", 1), ("v5e", 4)])
+def test_a_gradient_copies_no_packed_weights(name, count):
+    """Of the rows, through a loop over layers that are computed again. On one device, no instruction but kernels has
+    packed bytes. On several, each gathers a layer from its own parts, and only the gather has a whole layer."""
+    devices = hardware.devices(name, count)
     layers, experts, width, rows = 3, 4, 256, 4096
     t = jax.eval_shape(lambda w: quantize(w, batch_dims=2), jax.ShapeDtypeStruct((layers, experts, width, width), "f4"))
+    t = t if name == "a100-80gb" else jax.eval_shape(RowMajor.of, t)
+    mesh = make_mesh(devices=devices)
+    place = place_packed(t, False, mesh)
 
     def loss(x, t, sizes):
         def body(sizes, x, layer, slot):
-            return jnp.sin(grouped_matmul(x, layer, sizes)), None, slot
+            return jnp.sin(grouped_matmul(x, shards.gather_parameter("w", layer), sizes)), None, slot
 
-        return jnp.sum(layer_scan(jax.checkpoint(body, prevent_cse=False), sizes, x, InPlace(t))[0].astype("f4"))
+        given = t if place.gathered else InPlace(t)
+        return jnp.sum(layer_scan(jax.checkpoint(body, prevent_cse=False), sizes, x, given)[0].astype("f4"))
 
-    placed = SingleDeviceSharding(device)
+    def gradient(*operands):
+        with shards.split(shards.Split((), () if place.storage is None else (("w", place.storage),))):
+            return jax.grad(loss)(*operands)
+
+    specs = (P(), jax.tree.unflatten(jax.tree.structure(t), place.specs), P())
     operands = (jax.ShapeDtypeStruct((rows, width), "bfloat16"), t, jax.ShapeDtypeStruct((experts,), np.int32))
-    operands = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), operands)
-    with backends.use(device=device):
-        text = jax.jit(jax.grad(loss)).lower(*operands).compile().as_text() or ""
-    program = hlo.parse(text)
-    passed = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "custom-call")
+    operands = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), operands, specs
+    )
+    with backends.use(device=devices[0]):
+        function = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False))
+        text = function.lower(*operands).compile().as_text() or ""
+    passed = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "custom-call", "constant")
     holders = {
-        (instruction.opcode, instruction.name)
-        for computation in program.computations.values()
+        (instruction.opcode, math.prod(shape.dims))
+        for computation in hlo.parse(text).computations.values()
         for instruction in computation.instructions.values()
-        if any(shape.dtype == "u8" for shape in instruction.shapes) and instruction.opcode not in passed
+        for shape in instruction.shapes
+        if shape.dtype == "u8" and instruction.opcode not in passed
     }
-    assert not holders
-    assert text.count("/unpack_") >= 2, "the kernels of the forward pass and of the gradient dequantise it"
+    layer = experts * width * width // 2  # on a TPU the scales, padded to 128 a row, are as large
+    if count == 1:
+        assert not holders
+    else:
+        assert [opcode for opcode, size in holders if size == layer] == ["all-gather"]
+        assert all(size <= layer // count * layers for opcode, size in holders if opcode != "all-gather")
+    kernel = "/unpack_" if name == "a100-80gb" else "/grouped_nf4_rows/pallas_call"
+    assert text.count(kernel) >= 2, "the kernels of the forward pass and of the gradient dequantise it"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_tpu_trains_on_weights_stored_by_rows(count):
+    """The step that `bimedix train` and `bimedix plan` compile. Devices divide the experts and the rows of matrices."""
+    small = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 2, "head_dim": 64}
+    changes = {f"model.random.{name}": size for name, size in small.items()} | {"model.dtype": "bfloat16"}
+    experiment = override(smoke(), changes | {"batch.rows": 4})
+    config, devices = experiment.model.random, hardware.devices("v5e", count)
+    assert config is not None
+    (_, frozen, _), _ = training_arguments(config, experiment, devices)
+    w1 = frozen["layers.moe.w1.w"]
+    assert isinstance(w1, RowMajor)
+    assert w1.packed.shape == (2, 4, 512, 128)
+    if count > 1:
+        assert {leaf.sharding.spec[1] for leaf in jax.tree.leaves(w1)} == {"fsdp"}
+        specs = [leaf.sharding.spec for leaf in jax.tree.leaves(frozen["layers.attention.q.w"])]
+        assert specs == [P(None, "fsdp", None), P(None, "fsdp", None), P(None, None, "fsdp"), P(None)]
+    assert isinstance(frozen["layers.attention.k.w"], RowMajor)
+    (_, frozen, _), _ = training_arguments(config, experiment, jax.devices()[:count])
+    assert isinstance(frozen["layers.moe.w1.w"], NF4Tensor), "a CPU reads bytes in their order"
