@@ -104,7 +104,7 @@ def read_in_place(layers: nnx.Module, prefix: str) -> None:
         if readable and not shards.is_gathered(shards.dotted(prefix, (*path, "w"))):
             layer.w.set_value(InPlace(w))
         # on a CPU, copies of factors are small; a scale would have to be multiplied into a copy
-        lora = layer.lora if isinstance(layer, ExpertLinear) and backends.platform() == "gpu" else None
+        lora = layer.lora if isinstance(layer, ExpertLinear) and backends.platform() != "cpu" else None
         if lora is not None and lora.scale == 1 and lora.key is None:
             for name, factor in (("a", lora.a), ("b", lora.b)):
                 if not shards.is_gathered(shards.dotted(prefix, (*path, "lora", name))):

@@ -61,16 +61,16 @@ def store_for_decoding(model: Mixtral) -> None:
     """Stores a model, in place, as this platform decodes it fastest. It must then only generate text."""
     if backends.platform() == "tpu":
         store_by_rows(model)
-    elif backends.platform() == "gpu":
+    if backends.platform() != "cpu":
         store_factors(model)
 
 
 def store_factors(model: Mixtral) -> None:
     """Stores the factors of adapters in the dtype of the computation, in place, with the scale multiplied into B.
 
-    A GPU then reads the factors of the experts that a token uses from their stacks. Otherwise it casts those of all
-    experts for each token. The model computes the same. Exports take the factors as they were: it is for a model that
-    only generates text.
+    A GPU or TPU then reads the factors of the experts that a token uses from their stacks. Otherwise it casts those of
+    all experts for each token. The model computes the same. Exports take the factors as they were: it is for a model
+    that only generates text.
     """
     for _, layer in nnx.iter_modules(model.layers):
         if isinstance(layer, Linear | ExpertLinear) and layer.lora is not None:

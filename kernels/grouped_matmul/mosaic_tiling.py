@@ -27,11 +27,14 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Sizes of NF4 blocks that divide a chunk of columns."""
 
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
+
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
+def refusal(x_MD: jax.Array, w_EDF: Shaped | NF4Tensor) -> str | None:
     """The reason why the kernels cannot take these operands in either pass, or None."""
     if x_MD.dtype not in (jnp.bfloat16, jnp.float32):
         return f"TPUs multiply bfloat16 and float32, not {x_MD.dtype}."
@@ -48,7 +51,7 @@ def refusal(x_MD: jax.Array, w_EDF: jax.Array | NF4Tensor) -> str | None:
     return None
 
 
-def tile_columns(dtype: jnp.dtype, w_EDF: jax.Array | NF4Tensor, swapped: bool) -> int | None:
+def tile_columns(dtype: jnp.dtype, w_EDF: Shaped | NF4Tensor, swapped: bool) -> int | None:
     """Columns of a tile of the result in this dtype, or None if no tile fits."""
     k, n = w_EDF.shape[1:][::-1] if swapped else w_EDF.shape[1:]
     if isinstance(w_EDF, NF4Tensor):

@@ -42,9 +42,10 @@ from bimedix_jax.kernels.grouped_matmul.mosaic_call import (
     split_rows,
     store_rows,
 )
-from bimedix_jax.kernels.grouped_matmul.mosaic_rows import stacked_matmul
+from bimedix_jax.kernels.grouped_matmul.mosaic_rows import in_hbm, stacked_matmul
 from bimedix_jax.kernels.grouped_matmul.mosaic_tiling import (
     HEIGHT,
+    dense_columns,
     gradient_tile,
     packed_columns,
     refusal,
@@ -87,10 +88,30 @@ def grouped_nf4(*refs: Any, block_size: int, recorded: str, contracts_pairs: boo
     store_rows(visits, y_ref, lambda: product(x_ref, w_ref, contracts_pairs))
 
 
-def dense_matmul(x_MK: jax.Array, w: jax.Array, group_sizes_E: jax.Array, swapped: bool, width: int) -> jax.Array:
+def dense_matmul(
+    x_MK: jax.Array, w: jax.Array, group_sizes_E: jax.Array, swapped: bool, width: int, first: jax.Array | int = 0
+) -> jax.Array:
     spec = matrix_spec(w.shape, rows=width) if swapped else matrix_spec(w.shape, columns=width)
     kernel = functools.partial(grouped_dense, contract_w=1 if swapped else 0)
-    return rows_call(kernel, x_MK, (w,), [spec], group_sizes_E, w.shape[1 if swapped else 2], width)
+    columns = w.shape[1 if swapped else 2]
+    return rows_call(kernel, x_MK, (w,), [spec], group_sizes_E, columns, width, first=first)
+
+
+def layer_matmul(x_MK: jax.Array, w: LayerOf, group_sizes_E: jax.Array, swapped: bool) -> jax.Array:
+    """The product with a layer of a stack, which is sliced and converted if no tile fits, or if its dtype is not that
+    of the rows."""
+    k, n = w.shape[1:][::-1] if swapped else w.shape[1:]
+    experts, width = w.shape[0], None
+    if isinstance(w.stack, RowMajor):
+        width = packed_columns(k, n, x_MK.dtype, w.stack.transposed != swapped, w.stack.block_size)
+    elif w.stack.dtype == x_MK.dtype:
+        width = dense_columns(k, n, x_MK.dtype)
+    if width is None or x_MK.shape[0] == 0:
+        return grouped_matmul(x_MK, w.value(), group_sizes_E, swapped)
+    if isinstance(w.stack, RowMajor):
+        return stacked_matmul(x_MK, w, group_sizes_E, swapped, width)
+    every = in_hbm(w.stack.reshape(-1, *w.shape[1:]))
+    return dense_matmul(x_MK, every, group_sizes_E, swapped, width, jnp.asarray(w.layer) * experts)
 
 
 def float32_scales(t: NF4Tensor) -> jax.Array:
@@ -150,7 +171,7 @@ def packed_matmul(x_MK: jax.Array, t: NF4Tensor, group_sizes_E: jax.Array, swapp
 
 def takes_stack(stack: Any) -> bool:
     """Whether the kernels take a layer of this stack without a slice. An NF4Tensor would have to be split into rows."""
-    return isinstance(stack, RowMajor) and len(stack.batch_shape) == 2
+    return not isinstance(stack, NF4Tensor) and stack.ndim == 4
 
 
 def grouped_matmul(
@@ -161,11 +182,7 @@ def grouped_matmul(
 ) -> Float[Array, "M F"]:
     """Raises NotImplementedError for operands that `refusal` rejects."""
     if isinstance(w_EDF, LayerOf):
-        k, n = w_EDF.shape[1:][::-1] if swapped else w_EDF.shape[1:]
-        pairs, size = w_EDF.stack.transposed != swapped, w_EDF.stack.block_size
-        if (width := packed_columns(k, n, x_MD.dtype, pairs, size)) is None or x_MD.shape[0] == 0:
-            return grouped_matmul(x_MD, w_EDF.value(), group_sizes_E, swapped)
-        return stacked_matmul(x_MD, w_EDF, group_sizes_E, swapped, width)
+        return layer_matmul(x_MD, w_EDF, group_sizes_E, swapped)
     columns = None if (reason := refusal(x_MD, w_EDF)) else tile_columns(x_MD.dtype, w_EDF, swapped)
     if columns is None:
         raise NotImplementedError(f"grouped_matmul backend 'mosaic_tpu': {reason}")
