@@ -20,7 +20,7 @@ from bimedix_jax.kernels.unstacked import Unstacked, unstack
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.axes import EXPERTS, LAYERS
-from bimedix_jax.models.linear import ExpertLinear, Linear, fill_slots
+from bimedix_jax.models.linear import ExpertLinear, Linear, Lora, fill_slots
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.sharding.by_rows import store_by_rows
 
@@ -33,6 +33,13 @@ def is_faster(model: Mixtral, rows: int) -> bool:
     config = model.config
     few = config.num_layers * config.router.num_experts <= MAX_BRANCHES and rows <= MAX_ROWS
     return few and backends.platform() == "cpu" and model.placement is None and not shards.active()
+
+
+def for_steps(model: Mixtral, cache: KVCache | None, rows: int) -> tuple[Mixtral, KVCache | None]:
+    """The model and its cache as a step of `rows` rows reads them fastest: themselves, or copies that share memory."""
+    if cache is not None and is_faster(model, rows):
+        return unstack_model(model), unstack_cache(cache)
+    return (with_stored_factors(model) if casts_factors(model) else model), cache
 
 
 def unstack_model(model: Mixtral) -> Mixtral:
@@ -58,7 +65,11 @@ def unstack_cache(cache: KVCache) -> KVCache:
 
 
 def store_for_decoding(model: Mixtral) -> None:
-    """Stores a model, in place, as this platform decodes it fastest. It must then only generate text."""
+    """Stores a model, in place, as this platform decodes it fastest. It must then only generate text.
+
+    For a model that nobody else uses, as in `bimedix chat`. `generate` does not change its model, and stores factors in
+    a copy.
+    """
     if backends.platform() == "tpu":
         store_by_rows(model)
     if backends.platform() != "cpu":
@@ -72,12 +83,29 @@ def store_factors(model: Mixtral) -> None:
     all experts for each token. The model computes the same. Exports take the factors as they were: it is for a model
     that only generates text.
     """
-    for _, layer in nnx.iter_modules(model.layers):
-        if isinstance(layer, Linear | ExpertLinear) and layer.lora is not None:
-            lora = layer.lora
-            for factor, scale in ((lora.a, 1.0), (lora.b, lora.scale)):
-                factor.set_value(cast(factor.get_value(), scale, model.dtype))
-            lora.scale = 1.0
+    for lora in adapters_of(model):
+        for factor, scale in ((lora.a, 1.0), (lora.b, lora.scale)):
+            factor.set_value(cast(factor.get_value(), scale, model.dtype))
+        lora.scale = 1.0
+
+
+def casts_factors(model: Mixtral) -> bool:
+    """Whether this platform would cast the factors of adapters for each token, unless `store_factors` did it."""
+    stored = all(lora.scale == 1 and lora.a.get_value().dtype == model.dtype for lora in adapters_of(model))
+    return backends.platform() != "cpu" and not stored
+
+
+def with_stored_factors(model: Mixtral) -> Mixtral:
+    """A copy of the model after `store_factors`, which shares all other memory."""
+    model = nnx.merge(*nnx.split(model), copy=True)
+    store_factors(model)
+    return model
+
+
+def adapters_of(model: Mixtral) -> list[Lora]:
+    """The adapters of all layers."""
+    layers = [layer for _, layer in nnx.iter_modules(model.layers) if isinstance(layer, Linear | ExpertLinear)]
+    return [layer.lora for layer in layers if layer.lora is not None]
 
 
 def cast(x: Any, scale: float, dtype: str) -> Any:

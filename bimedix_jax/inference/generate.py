@@ -121,6 +121,8 @@ def generate(
     """The tokens that follow one prompt, or each prompt of a batch: new tokens only, without the stop token.
 
     Args:
+      model: is not changed. A GPU or TPU casts the factors of adapters once for each call, into a copy of two bytes a
+        parameter. Packed weights are not stored by rows: a TPU copies a layer's for each token, unlike `bimedix chat`.
       prompt_tokens: token ids of one prompt, or a sequence of prompts that may differ in length; lists or arrays.
       temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy.
       stop_tokens: ids that end a sequence.
@@ -278,9 +280,8 @@ def decode(
     length = min(bucket(longest), context - max_new_tokens)
     slots = min(bucket(length + max_new_tokens), context)
     tokens_BT, segment_ids_BT = pad_left(prompts, length)
-    graph, weights = nnx.split(model)
+    (graph, weights), own = nnx.split(model), plan
     key, lengths_B = jax.random.key(seed), np.array(list(map(len, prompts)), np.int32)
-    own = plan
     if isinstance(plan, Planner):
         ids_BT, valid_BT = pad_right(prompts, length)
         own = plan_of_rows(plan, ids_BT, np.where(valid_BT != 0, np.arange(length)[None], -1))
@@ -290,9 +291,9 @@ def decode(
         token_B, read = state.token_B, routing
         if number == 0:
             yield token_B.tolist(), read  # before the step is traced and compiled, which can take seconds
-            if max_new_tokens > 1 and decoding_layout.is_faster(model, len(prompts)):
-                graph, weights = nnx.split(decoding_layout.unstack_model(model))
-                state = dataclasses.replace(state, cache=decoding_layout.unstack_cache(state.cache))
+            if max_new_tokens > 1:
+                stored, cache = decoding_layout.for_steps(model, state.cache, len(prompts))
+                (graph, weights), state = nnx.split(stored), dataclasses.replace(state, cache=cache)
         rest = dataclasses.replace(state, cache=None, seen_BV=None)
         if isinstance(plan, Planner) and plan.by_token:  # such rules need the token before the next step is launched
             own = plan_of_rows(plan, np.asarray(token_B)[:, None], (lengths_B + number)[:, None])

@@ -90,6 +90,26 @@ def test_factors_in_the_dtype_of_the_computation_compute_the_same():
     }
 
 
+def test_generation_casts_factors_once_in_a_copy(monkeypatch):
+    """As on a GPU. The model itself is unchanged."""
+    model = made("adapters")
+    monkeypatch.setattr(decoding_layout, "is_faster", lambda *_: False)
+    expected, before = generate(model, PROMPTS, 5), jax.tree.leaves(nnx.state(model))
+    monkeypatch.setattr(decoding_layout, "casts_factors", lambda model: model.lora is not None)
+    assert generate(model, PROMPTS, 5) == expected
+    assert {lora.scale for lora in decoding_layout.adapters_of(model)} == {2.0}
+    assert all(one is other for one, other in zip(jax.tree.leaves(nnx.state(model)), before, strict=True))
+
+
+def test_factors_are_cast_where_a_step_would_cast_them():
+    model = made("adapters")
+    assert not decoding_layout.casts_factors(model), "on a CPU"
+    with backends.use("gpu"):
+        assert decoding_layout.casts_factors(model)
+        assert not decoding_layout.casts_factors(decoding_layout.with_stored_factors(model))
+        assert not decoding_layout.casts_factors(made("float32")), "without adapters"
+
+
 def test_unstacked_parameters_share_the_models_memory():
     model = init_random(dataclasses.replace(CONFIG, hidden_size=128, intermediate_size=128))
     whole = model.layers.moe.w1.w.get_value()
