@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bimedix_jax.kernels.by_output import ByOutput
 from bimedix_jax.kernels.nf4_matmul import matmul
 from bimedix_jax.models import shards
 from bimedix_jax.models.axes import EMBED, VOCAB
@@ -37,7 +38,7 @@ class Head:
         """float32 logits of final hidden states."""
         if self.layer is not None:
             return self.layer(hidden_BTD, "float32")
-        return matmul(hidden_BTD, self.embed.table[...].T, "float32")
+        return matmul(hidden_BTD, ByOutput(self.embed.table[...]), "float32")
 
     @property
     def weight_DV(self) -> jax.Array | None:

@@ -15,7 +15,10 @@ from flax import nnx
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.attention import HeadMajor
-from bimedix_jax.kernels.expert_mlp.few_rows import MAX_ROWS
+from bimedix_jax.kernels.by_output import ByOutput
+from bimedix_jax.kernels.expert_mlp import few_rows
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.products import transposed
 from bimedix_jax.kernels.unstacked import Unstacked, unstack
 from bimedix_jax.models import shards
 from bimedix_jax.models.attention import KVCache
@@ -26,19 +29,28 @@ from bimedix_jax.sharding.by_rows import store_by_rows
 
 MAX_BRANCHES = 64
 """Maximum of layers times experts, since each pair of a layer and an expert is compiled separately."""
+STEPS_BY_OUTPUT, MOST_BY_OUTPUT = 64, 2 << 30
+"""Steps that save more time than the copies of matrices by output take; and the bytes of all copies."""
 
 
 def is_faster(model: Mixtral, rows: int) -> bool:
     """Whether decoding this many rows of `model` on this machine is faster with unstacked layers and experts."""
     config = model.config
-    few = config.num_layers * config.router.num_experts <= MAX_BRANCHES and rows <= MAX_ROWS
+    few = config.num_layers * config.router.num_experts <= MAX_BRANCHES and rows <= few_rows.MAX_ROWS
     return few and backends.platform() == "cpu" and model.placement is None and not shards.active()
 
 
-def for_steps(model: Mixtral, cache: KVCache | None, rows: int) -> tuple[Mixtral, KVCache | None]:
-    """The model and its cache as a step of `rows` rows reads them fastest: themselves, or copies that share memory."""
+def for_steps(model: Mixtral, cache: KVCache | None, rows: int, steps: int) -> tuple[Mixtral, KVCache | None]:
+    """The model and its cache as steps of `rows` rows read them fastest: themselves, or copies that share memory.
+
+    For many steps of few rows, bfloat16 matrices are copied in another form (`store_by_output`).
+    """
     if cache is not None and is_faster(model, rows):
-        return unstack_model(model), unstack_cache(cache)
+        unstacked = unstack_model(model)
+        router = model.config.router
+        if steps >= STEPS_BY_OUTPUT and few_rows.takes_pairs(rows, router.top_k, router.num_experts):
+            store_by_output(unstacked)
+        return unstacked, unstack_cache(cache)
     return (with_stored_factors(model) if casts_factors(model) else model), cache
 
 
@@ -52,6 +64,34 @@ def unstack_model(model: Mixtral) -> Mixtral:
         part = getattr(owner, str(path[-1]))
         part.set_value(unstack(part.get_value(), 2 if axes[:2] == (LAYERS, EXPERTS) else 1))
     return model
+
+
+def store_by_output(model: Mixtral) -> None:
+    """Stores the large bfloat16 matrices of an unstacked model by output, in place. These are copies.
+
+    Not if they take more than MOST_BY_OUTPUT bytes together.
+    """
+    linear = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, Linear | ExpertLinear)]
+    values = [layer.w.get_value() for layer in linear]
+    leaves = [leaf for leaf in jax.tree.leaves(values, is_leaf=is_packed) if suits(leaf)]
+    if sum(leaf.nbytes for leaf in leaves) > MOST_BY_OUTPUT:
+        return
+    for layer, value in zip(linear, values, strict=True):
+        layer.w.set_value(jax.tree.map(lambda w: by_output(w) if suits(w) else w, value, is_leaf=is_packed))
+
+
+def is_packed(w: Any) -> bool:
+    return isinstance(w, NF4Tensor)
+
+
+def suits(w: Any) -> bool:
+    """Whether this is a matrix that one row reads faster by output."""
+    return isinstance(w, jax.Array) and w.ndim == 2 and w.dtype == jnp.bfloat16 and min(w.shape) >= 64
+
+
+@jax.jit
+def by_output(w_DF: jax.Array) -> ByOutput:
+    return ByOutput(transposed(w_DF))
 
 
 @jax.jit

@@ -292,7 +292,7 @@ def decode(
         if number == 0:
             yield token_B.tolist(), read  # before the step is traced and compiled, which can take seconds
             if max_new_tokens > 1:
-                stored, cache = decoding_layout.for_steps(model, state.cache, len(prompts))
+                stored, cache = decoding_layout.for_steps(model, state.cache, len(prompts), steps)
                 (graph, weights), state = nnx.split(stored), dataclasses.replace(state, cache=cache)
         rest = dataclasses.replace(state, cache=None, seen_BV=None)
         if isinstance(plan, Planner) and plan.by_token:  # such rules need the token before the next step is launched

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.by_output import ByOutput
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.rows import RowMajor
@@ -72,11 +73,16 @@ def dense_product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array
     JAX's gradient of a product with float32 output is products in float32. Here the cotangent is first rounded to the
     dtype of x, so that the backward products run on 16-bit units too.
     """
+    return padded_dot(x, w, 0, out_dtype)
+
+
+def padded_dot(x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dtype) -> jax.Array:
+    """`products.dot` in `out_dtype`, of at least FEW_ROWS rows where that is faster."""
     rows = math.prod(x.shape[:-1])
     if backends.platform() != "cpu" or x.dtype != jnp.bfloat16 or rows >= FEW_ROWS:
-        return dot(x, w).astype(out_dtype)
+        return dot(x, w, contract_w).astype(out_dtype)
     padded = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, FEW_ROWS - rows), (0, 0)))
-    return dot(padded, w)[:rows].astype(out_dtype).reshape(*x.shape[:-1], w.shape[1])
+    return dot(padded, w, contract_w)[:rows].astype(out_dtype).reshape(*x.shape[:-1], w.shape[1 - contract_w])
 
 
 def dense_forward(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -96,9 +102,41 @@ def dense_backward(
 dense_product.defvjp(dense_forward, dense_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def by_output_product(x: jax.Array, w_FD: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+    """x [..., D] @ w_FD.T in out_dtype; gradients as those of `dense_product`.
+
+    For one row, XLA:CPU fuses the transpose and the casts of a matrix into the product; for several rows it would make
+    a float32 copy of the matrix.
+    """
+    if backends.platform() == "cpu" and x.dtype == jnp.bfloat16 and math.prod(x.shape[:-1]) == 1:
+        y_1F = jnp.dot(x.reshape(1, -1), w_FD.T, preferred_element_type=jnp.float32)
+        return y_1F.astype(out_dtype).reshape(*x.shape[:-1], -1)
+    return padded_dot(x, w_FD, 1, out_dtype)
+
+
+def by_output_forward(
+    x: jax.Array, w_FD: jax.Array, out_dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return by_output_product(x, w_FD, out_dtype), (x, w_FD)
+
+
+def by_output_backward(
+    out_dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del out_dtype
+    x, w_FD = residuals
+    dy = dy.astype(x.dtype)
+    dw_FD = dot_rows(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+    return dot(dy, w_FD).astype(x.dtype), dw_FD.astype(w_FD.dtype)
+
+
+by_output_product.defvjp(by_output_forward, by_output_backward)
+
+
 def matmul(
     x: Float[Array, "*rows D"],
-    w_DF: Float[Array, "D F"] | NF4Tensor | RowMajor | LayerOf,
+    w_DF: Float[Array, "D F"] | NF4Tensor | RowMajor | LayerOf | ByOutput,
     out_dtype: jnp.dtype | type | str | None = None,
     *,
     backend: str | None = None,
@@ -120,6 +158,8 @@ def matmul(
     if w.ndim != 2 or w.shape[0] != x.shape[-1]:
         raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w.shape}.")
     result = jnp.dtype(out_dtype or x.dtype)
+    if isinstance(w, ByOutput):
+        return by_output_product(*vary_alike(x, w.array.astype(x.dtype)), result)
     if isinstance(w, LayerOf) and not w.is_packed:
         w = w.value()
     if isinstance(w, NF4Tensor | LayerOf):

@@ -14,6 +14,8 @@ from bimedix_jax.adapters import add_lora, linears
 from bimedix_jax.inference import decoding_layout
 from bimedix_jax.inference.generate import generate
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.by_output import ByOutput
+from bimedix_jax.kernels.expert_mlp import few_rows
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.config import LoraConfig
 from bimedix_jax.models.init import init_random
@@ -76,6 +78,38 @@ def test_logits_are_those_of_the_stacked_model(kind):
     np.testing.assert_array_equal(other.cache.segment_ids_BS, out.cache.segment_ids_BS)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_matrices_stored_by_output_compute_the_same(rows, monkeypatch):
+    """Also where pairs of a row and an expert run one by one, and where they do not (5 rows, as set here)."""
+    monkeypatch.setattr(few_rows, "PAIRS_PER_EXPERT", 4 * CONFIG.router.top_k / CONFIG.router.num_experts)
+    model = add_lora(made("bfloat16"), LoraConfig(rank=4, alpha=8.0, targets=("q", "w2")))
+    cache = model.hidden(jnp.ones((rows, 4), jnp.int32), cache=KVCache.zeros(CONFIG, rows, 8, model.dtype)).cache
+    assert cache is not None
+    token_B1 = jnp.arange(3, 3 + rows)[:, None]
+    unstacked = decoding_layout.unstack_model(model)
+    expected = unstacked(token_B1, cache=decoding_layout.unstack_cache(cache)).logits_BTV
+    decoding_layout.store_by_output(unstacked)
+    assert isinstance(unstacked.layers.moe.w1.w.get_value()[1][0], ByOutput)
+    found = unstacked(token_B1, cache=decoding_layout.unstack_cache(cache)).logits_BTV
+    np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_many_steps_of_few_rows_run_by_output(monkeypatch):
+    """And fewer steps, more rows, or larger models do not; the tokens are the same."""
+    model, stored = made("bfloat16"), []
+    store = decoding_layout.store_by_output
+    monkeypatch.setattr(decoding_layout, "store_by_output", lambda model: (stored.append(1), store(model)))
+    monkeypatch.setattr(decoding_layout, "STEPS_BY_OUTPUT", 5)
+    few = generate(model, PROMPTS[:1], 4)
+    assert not stored
+    assert generate(model, PROMPTS[:1], 9)[0][:4] == few[0]
+    assert stored
+    monkeypatch.setattr(decoding_layout, "MOST_BY_OUTPUT", 1000)
+    whole = decoding_layout.unstack_model(model)
+    store(whole)
+    assert not isinstance(whole.layers.moe.w1.w.get_value()[1][0], ByOutput)
+
+
 def test_factors_in_the_dtype_of_the_computation_compute_the_same():
     """What a GPU decodes: A and scale * B, which would otherwise be cast for each token."""
     model = made("adapters on some")
@@ -124,6 +158,6 @@ def test_unstacked_parameters_share_the_models_memory():
 
 def test_many_rows_or_branches_use_the_loop(monkeypatch):
     model = made("float32")
-    assert not decoding_layout.is_faster(model, decoding_layout.MAX_ROWS + 1)
+    assert not decoding_layout.is_faster(model, few_rows.MAX_ROWS + 1)
     monkeypatch.setattr(decoding_layout, "MAX_BRANCHES", 7)
     assert not decoding_layout.is_faster(model, 1)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.by_output import ByOutput
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
 from bimedix_jax.kernels.nf4.rows import RowMajor
@@ -191,3 +192,20 @@ def test_invalid_operands_raise() -> None:
         matmul(x, w)
     with pytest.raises(ValueError, match="Unknown nf4_matmul backend 'fastest'; choose one of mosaic_tpu, triton, xla"):
         matmul(x, pack(jnp.ones((8, 64))), backend="fastest")
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 9)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_matrix_stored_by_output(rows, dtype):
+    """Product and gradients are those of the same matrix stored by input."""
+    x, w_DF, dy = draw((*rows, 64), (64, 96), (*rows, 96), dtype=dtype)
+
+    def product(w: jax.Array | ByOutput, x: jax.Array) -> jax.Array:
+        return matmul(x, w, "float32")
+
+    expected, back = jax.vjp(product, w_DF, x)
+    found, back_too = jax.vjp(product, ByOutput(w_DF.T), x)
+    close(found, np.asarray(expected, np.float32), dtype)
+    (dw, dx), (dw_too, dx_too) = back(dy.astype(jnp.float32)), back_too(dy.astype(jnp.float32))
+    close(dx_too, np.asarray(dx, np.float32), dtype)
+    close(dw_too.array.T, np.asarray(dw, np.float32), dtype)
