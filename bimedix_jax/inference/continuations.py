@@ -29,6 +29,8 @@ from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
 ROUNDS = (32, 128, 512)
 """Columns of a round."""
+ROUND_TOKENS = 256
+"""Tokens of a large batch that take as long as what a round costs beside its own tokens (150 to 200 on two cores)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Continuations:
         shared: list[Row] = []
         contexts = [len(group.context) for group in self.groups if len(group.continuations) > 1]
         asked = columns or line_width(contexts, self.longest)
-        width = self._round_columns(asked)
+        width = self._round_columns(asked, batch_tokens)
         # a sliding window counts slots of the cache, which are not positions where lines are packed
         room = self.longest - width
         if window is not None:
@@ -182,8 +184,13 @@ class Continuations:
                 own_rows = [dataclasses.replace(row, tokens=row.tokens[len(prefix.tokens) :]) for row in members]
                 for chosen, tokens_BT, ids_BT in rows_after(prefix, own_rows, batch_tokens, longest):
                     yield Batch([(row, line, 0) for line, row in enumerate(chosen)], tokens_BT, ids_BT, rest, prefix)
-            for places, tokens_BT, ids_BT in packed([row.tokens for row in alone], batch_tokens, longest, wide):
+            loads = [self._tokens_of_rounds(row) for row in alone] if rest else None
+            for places, tokens_BT, ids_BT in packed([row.tokens for row in alone], batch_tokens, longest, wide, loads):
                 yield Batch([(alone[index], line, start) for index, line, start in places], tokens_BT, ids_BT, rest)
+
+    def _tokens_of_rounds(self, row: Row) -> int:
+        """Tokens that follow the row in rounds."""
+        return sum(len(self.groups[row.group].continuations[number]) - 1 for number in row.chosen)
 
     def _by_prefix(self, rows: list[Row]) -> Iterator[tuple[Prefix | None, list[Row]]]:
         """Rows by the prefix that they share; too few of them share none."""
@@ -193,17 +200,19 @@ class Continuations:
         for prefix, members in found.items():
             yield (prefix if len(members) >= MEMBERS else None), members
 
-    def _round_columns(self, columns: int) -> int:
-        """The columns of a round for which the fewest tokens run, by an estimate."""
+    def _round_columns(self, columns: int, batch_tokens: int) -> int:
+        """The columns of a round for which the fewest tokens run, by an estimate. Each round costs some more."""
         many = [group for group in self.groups if len(group.continuations) > 1]
         lines = max(sum(len(group.context) for group in many) / columns, 1.0)
+        height = min(max(batch_tokens // columns, 1), lines)
         most = max((sum(len(ids) > 1 for ids in group.continuations) for group in many), default=0)
 
         def cost(width: int) -> float:
             rest = sum(len(ids) - 1 for group in many for ids in group.continuations if len(ids) <= width + 1)
             long = [(group, ids) for group in many for ids in group.continuations if len(ids) > width + 1]
             rounds = max(most, 1.3 * rest / (lines * width))  # rounds do not fill up evenly
-            return lines * rounds * width + sum(len(group.context) + len(ids) for group, ids in long)
+            tokens = (lines * width + ROUND_TOKENS * lines / height) * rounds
+            return tokens + sum(len(group.context) + len(ids) for group, ids in long)
 
         return min([width for width in ROUNDS if width <= self.longest // 2] or [max(self.longest // 2, 1)], key=cost)
 

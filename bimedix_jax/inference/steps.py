@@ -78,6 +78,13 @@ def read_round(
     return out.hidden_BTD, out.routing
 
 
+def first_max(logits_RV: Float[Array, "R V"]) -> Int[Array, "R"]:
+    """The first of the largest logits of each row; two vectorised reductions, which argmax is not on a CPU."""
+    top_R1 = jnp.max(logits_RV, axis=-1, keepdims=True)
+    places_RV = lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1)
+    return jnp.min(jnp.where(logits_RV >= top_R1, places_RV, logits_RV.shape[-1]), axis=-1)
+
+
 @functools.partial(jax.jit, static_argnames=("graph",))
 def tokens_at(
     graph: nnx.GraphDef,
@@ -97,7 +104,7 @@ def tokens_at(
         logits_RV = head(hidden_ND[lax.dynamic_slice_in_dim(positions_P, start, rows)])
         chosen_RK = jnp.take_along_axis(logits_RV, lax.dynamic_slice_in_dim(targets_PK, start, rows), axis=-1)
         logprobs_RK = chosen_RK - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
-        best_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
+        best_R = first_max(logits_RV)
         return (
             lax.dynamic_update_slice_in_dim(found[0], logprobs_RK, start, 0),
             lax.dynamic_update_slice_in_dim(found[1], best_R, start, 0),
