@@ -72,9 +72,9 @@ PARTS = ["prompts", "parity", "speed"]
 SPEED = {
     "texts": ([f"{name}_en_text" for name in NINE], "by the options' texts"),
     "letters": (["mmlu_anatomy_en", "mmlu_college_biology_en", "medmcqa_en"], "by letter"),
-    "shots": (["mmlu_anatomy_en"], "by letter with five solved examples"),
+    "shots": ([f"{name}_en" for name in NINE if name.startswith("mmlu_")], "by letter with five solved examples"),
 }
-"""Tasks whose speed is measured; all of them together take a few minutes."""
+"""Tasks whose speed is measured by default. Only MMLU has solved examples that are the same for all questions."""
 PEER_BATCH = 16
 """Rows of a batch of the peer; --peer-batch sets it."""
 
@@ -121,9 +121,7 @@ def arabic_folder(folder: Path, data: Path, limit: int) -> Path:
 
 def mixture(folder: Path) -> Path:
     """SmolLM2-135M as four experts, two of them for each token."""
-    code = cli.main(
-        ["upcycle", "smollm2-135m", "--out", str(folder), "--experts", "4", "--top-k", "2", "--noise", "0.1"]
-    )
+    code = cli.main(["upcycle", "--out", str(folder), "--experts", "4", "--top-k", "2", "--noise", "0.1"])
     if code:
         sys.exit(code)
     return folder
