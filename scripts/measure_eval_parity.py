@@ -15,6 +15,7 @@ compilation; programs in $JAX_COMPILATION_CACHE_DIR, if it is set, are read.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -121,7 +122,8 @@ def arabic_folder(folder: Path, data: Path, limit: int) -> Path:
 
 def mixture(folder: Path) -> Path:
     """SmolLM2-135M as four experts, two of them for each token."""
-    code = cli.main(["upcycle", "--out", str(folder), "--experts", "4", "--top-k", "2", "--noise", "0.1"])
+    with contextlib.redirect_stdout(sys.stderr):
+        code = cli.main(["upcycle", "--out", str(folder), "--experts", "4", "--top-k", "2", "--noise", "0.1"])
     if code:
         sys.exit(code)
     return folder

@@ -84,7 +84,8 @@ def expert_mlp(
         return jnp.zeros(x_ND.shape, jnp.float32)
 
     experts, by_output = weights[0].shape[0], isinstance(weights[0][0], ByOutput)
-    if by_output and x_ND.shape[0] > 1 and takes_pairs(*weights_NK.shape, experts):
+    rows, chosen = weights_NK.shape
+    if by_output and rows > 1 and takes_pairs(rows, chosen, experts):
         branches = [*(functools.partial(expert, e) for e in range(experts)), skip]
         return pair_by_pair(x_ND, weights_NK, permutation, branches)
     total_ND = skip(x_ND)
