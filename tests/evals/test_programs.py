@@ -14,6 +14,7 @@ from bimedix_jax.commands import eval_run
 from bimedix_jax.data.records import write_jsonl
 from bimedix_jax.evals import programs
 from bimedix_jax.inference.continuations import Continuations, Group
+from bimedix_jax.inference.steps import first_max
 
 
 @quick_kernels()
@@ -37,6 +38,11 @@ def test_programs_are_counted():
     before = programs.count()
     jax.jit(lambda x: x * 3.25 + 1.125)(np.ones(7))
     assert sum(programs.since(before).values()) == 1
+
+
+def test_the_first_of_equal_logits_is_the_most_likely_token():
+    logits_RV = np.random.default_rng(0).integers(-3, 3, (50, 40)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(first_max)(logits_RV), logits_RV.argmax(-1))
 
 
 @pytest.mark.parametrize("seed", range(3))
