@@ -31,6 +31,8 @@ SUBJECTS = (
 NINE = (*(f"mmlu_{subject}" for subject in SUBJECTS), "medmcqa", "medqa", "pubmedqa")
 """The paper's benchmarks, in the order of its tables."""
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+MOST_CHOICES = 6
+"""Choices that have a letter in the tasks; questions with more are left out and counted."""
 NOT_CLINICAL = ("Physics", "Statistics", "Chemistry")
 """Specialties of MedAraBench that the subset `medarabench_clinical` leaves out."""
 
@@ -165,6 +167,8 @@ def why_excluded(document: Document, benchmark: str, exclude_flagged: bool) -> s
     broken = next((flag for flag in (NO_QUESTION, NO_VALID_OPTION) if flag in document.flags), None)
     if broken is not None:
         return broken
+    if len(document.choices) > MOST_CHOICES:
+        return f"more_than_{MOST_CHOICES}_choices"
     if benchmark == "medarabench_clinical" and document.subject in NOT_CLINICAL:
         return "not_clinical"
     return document.flags[0] if exclude_flagged and document.flags else None

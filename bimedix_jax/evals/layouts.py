@@ -18,6 +18,7 @@ from bimedix_jax.errors import BimedixError
 
 DECISIONS = {"en": ("yes", "no", "maybe"), "ar": ("نعم", "لا", "ربما")}
 _LABEL = re.compile(r"^\s*\w{1,12}(?: \w{1,12})?:\s+")
+_MARKS = re.compile("[\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ufeff]")
 NO_VALID_OPTION = "no_valid_option"
 """Flag of a question whose stated answer is none of its options."""
 NO_QUESTION = "no_question"
@@ -50,7 +51,7 @@ class Document:
 
 
 def answer_of(value: Any, choices: tuple[str, ...], first: int = 0) -> int:
-    """Index of the right choice from its number, its letter or its text; -1 if it is none of these.
+    """Index of the right choice from its number, its letter or its text; -1 if it is none of these, or the text of two.
 
     Args:
       first: number of the first choice.
@@ -58,12 +59,18 @@ def answer_of(value: Any, choices: tuple[str, ...], first: int = 0) -> int:
     number = number_of(value)
     if number is not None:
         return number - first if 0 <= number - first < len(choices) else -1
-    text = str(value).strip()
+    text = without_marks(str(value)).strip()
     label = label_of(text)
     for letters in (string.ascii_uppercase, "أبجدهو"):
         if len(label) == 1 and label in letters:
             return letters.index(label) if letters.index(label) < len(choices) else -1
-    return choices.index(text) if text in choices else -1
+    texts = [without_marks(choice).strip() for choice in choices]
+    return texts.index(text) if texts.count(text) == 1 else -1
+
+
+def without_marks(text: str) -> str:
+    """The text without marks of direction, which are not seen."""
+    return _MARKS.sub("", text)
 
 
 def texts_of(value: Any, name: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 To add a task, add a row to TASKS and, if its files need one, a reader in bimedix_jax/curation/readers/.
 """
 
+import collections
 import dataclasses
 import itertools
 import logging
@@ -13,6 +14,7 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict
 
+from bimedix_jax.curation.quarantine import Rejected
 from bimedix_jax.curation.readers import READERS, Quarantine, read
 from bimedix_jax.data.records import Language, Record
 from bimedix_jax.data.tokenizer import Tokenizer
@@ -215,11 +217,20 @@ def read_sets(path: Path) -> "Questions":
 
 
 def warn_rejected(name: str, quarantine: Quarantine) -> None:
-    """Warns of rows that are not valid records."""
-    if quarantine.rejected:
-        log.warning("%s: %d rows are not valid and were left out.", name, len(quarantine.rejected))
+    """Warns of rows that are not valid records, with the first line of each reason."""
+    first: dict[str, Rejected] = {}
+    for row in quarantine.rejected:
+        first.setdefault(row.reason, row)
+    counts = collections.Counter(row.reason for row in quarantine.rejected)
+    if not counts:
+        return
+    shown = [f"{count} because {reason} (line {first[reason].line})" for reason, count in counts.most_common(REASONS)]
+    more = ["..."] if len(counts) > REASONS else []
+    log.warning("%s: %d rows are not valid and were left out: %s", name, counts.total(), "; ".join([*shown, *more]))
 
 
+REASONS = 5
+"""Reasons that a warning lists."""
 Questions = dict[str, tuple[list[Record], int]]
 """The questions of tasks by name, and the number of rows that were rejected."""
 

@@ -213,6 +213,17 @@ def test_the_authors_file_of_medmcqa_counts_from_one_and_comes_first(tmp_path):
     assert found.source.endswith("dev.json")
 
 
+def test_questions_that_a_task_cannot_ask_are_left_out_and_counted(tmp_path):
+    """More choices than letters, and the text of two choices as the answer. Marks of direction are not compared."""
+    row = {"question": "q", "choices": ["same", "same", "other"], "answer": "other"}
+    rows = [row, {**row, "answer": "same"}, {**row, "choices": [*("pq qr rs st tu uv vw".split())], "answer": "pq"}]
+    rows.append({**row, "choices": ["\u200fقلب", "كبد"], "answer": "قلب"})
+    put(tmp_path, "medqa_en.jsonl", rows)
+    found = documents.read("medqa", "en", str(tmp_path))
+    assert [one.answer for one in found.questions] == [2, 0]
+    assert found.excluded == {"no_valid_option": 1, "more_than_6_choices": 1}
+
+
 def test_questions_of_medarabench_are_flagged_and_the_clinical_subset_leaves_out_other_subjects(tmp_path):
     base = PUBLISHED["MedAraBench"]
     rows = [
