@@ -168,3 +168,20 @@ def test_a_copy_of_pubmedqa_without_the_list_of_test_questions_is_held_out(tmp_p
     assert (record.split, record.provenance["pmid"]) == ("heldout", "1")
     with pytest.raises(BimedixError, match="write split=train or split=heldout"):
         run(f"pubmedqa_artificial={tmp_path / 'train.jsonl'}?split=test")
+
+
+@pytest.mark.parametrize(
+    ("stated", "question", "choices"),
+    [
+        ("ar", "Which organ pumps blood?", ["the heart", "the liver"]),
+        ("en", "كم عظمة في جسم الإنسان؟", ["٢٠٦", "٣٠٦"]),
+    ],
+)
+def test_a_question_with_choices_in_the_script_of_the_other_language_is_no_record(
+    stated: str, question: str, choices: list[str], tmp_path: Path
+) -> None:
+    """Whatever the words before its answer, which are ours and in the stated language."""
+    row = {"question": question, "choices": choices, "answer": "A"}
+    path = lines(tmp_path / "own.jsonl", row, row)
+    with pytest.raises(WrongSource, match="its language is stated to be"):
+        run(f"table={path}?licence=own&question=question&choices=choices&answer=answer&language={stated}")

@@ -83,7 +83,9 @@ def settled(
     Raises:
         ValueError: the script is that of the other language, or of neither.
     """
-    turns = [turn for turn in record.conversations if turn.language is None and turn.speaker != "system"]
+    # the answer to a question with choices begins with words of ours, in the stated language
+    unread = ("system", "gpt") if record.kind == "mcqa" else ("system",)
+    turns = [turn for turn in record.conversations if turn.language is None and turn.speaker not in unread]
     found = [letters_of(turn.value) for turn in turns]
     total = sum(found, Letters(0, 0, 0))
     if total.all >= FEW_LETTERS and 2 * (total.arabic + total.latin) < total.all:
