@@ -146,8 +146,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     for table in result_tables(result, before):
         console.print(table)
     if config.out is not None:
+        answers = f", its answers in {config.out.with_name(result['answers_file'])}" if "answers_file" in result else ""
         console.print(
-            f"The result is in {config.out}, its predictions in {predictions_path(config.out)}.", highlight=False
+            f"The result is in {config.out}, its predictions in {predictions_path(config.out)}{answers}.",
+            highlight=False,
         )
     return result | programs.since(started)
 

@@ -68,7 +68,7 @@ def work_table(document: dict[str, Any]) -> FittedTable:
         table.add_row(f"excess: {name}", f"{flops / TERA:,.0f}", f"{flops / useful:.3f}")
     for kind, size in document["collective_bytes"].items():
         table.add_row(
-            f"{kind}, sent by each device", f"{size / GIGA:,.2f} GB", f"{document['collectives'][kind]:,.0f} x"
+            f"sent by each device in {document['collectives'][kind]:,.0f} {kind}", f"{size / GIGA:,.2f} GB", ""
         )
     return table
 
