@@ -78,7 +78,7 @@ def fill_slots(layers: nnx.Module, prefix: str) -> None:
             continue
         lora = layer.lora
         axes = layer.w.get_metadata("axes")[:-2]  # slots number the experts of all shards
-        here = shards.gathered_shape(shards.dotted(prefix, (*path, "w")), layer.w.get_value())
+        here = shards.gathered_lead(shards.dotted(prefix, (*path, "w")), layer.w.get_value())
         lead = [size * shards.count(axis) for axis, size in zip(axes, here, strict=False)]
         for factor in (lora.a, lora.b):
             some = factor.get_value()

@@ -156,8 +156,8 @@ def keep_all_but_parameters(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name not in ("slice", "dynamic_slice", "squeeze")
 
 
-def gathered_shape(path: str, value: Any) -> tuple[int, ...]:
-    """The leading axes of a parameter as `gather_parameter` returns it."""
+def gathered_lead(path: str, value: Any) -> tuple[int, ...]:
+    """Sizes of the axes before the matrices, [in, out], of a parameter as `gather_parameter` returns it."""
     storage = None if current.value is None else dict(current.value.stored).get(path)
     shape = list(value.shape)
     if storage is not None:

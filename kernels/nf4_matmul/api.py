@@ -66,72 +66,43 @@ def frozen_backward(backend: str, t: Packed, dy: jax.Array) -> tuple[jax.Array, 
 frozen_product.defvjp(frozen_forward, frozen_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense_product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """x [..., K] @ w [K, N] in out_dtype.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def dense_product(x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dtype) -> jax.Array:
+    """x [..., K] times w over its axis `contract_w` of length K, in out_dtype. w is [K, N], or by output [N, K].
 
     JAX's gradient of a product with float32 output is products in float32. Here the cotangent is first rounded to the
     dtype of x, so that the backward products run on 16-bit units too.
     """
-    return padded_dot(x, w, 0, out_dtype)
-
-
-def padded_dot(x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dtype) -> jax.Array:
-    """`products.dot` in `out_dtype`, of at least FEW_ROWS rows where that is faster."""
     rows = math.prod(x.shape[:-1])
     if backends.platform() != "cpu" or x.dtype != jnp.bfloat16 or rows >= FEW_ROWS:
         return dot(x, w, contract_w).astype(out_dtype)
-    padded = jnp.pad(x.reshape(rows, x.shape[-1]), ((0, FEW_ROWS - rows), (0, 0)))
-    return dot(padded, w, contract_w)[:rows].astype(out_dtype).reshape(*x.shape[:-1], w.shape[1 - contract_w])
+    x_RK = x.reshape(rows, x.shape[-1])
+    if rows == 1 and contract_w == 1:
+        # XLA:CPU fuses the transpose and the casts into this product; for more rows it would copy w in float32
+        y = jnp.dot(x_RK, w.T, preferred_element_type=jnp.float32)
+    else:
+        y = dot(jnp.pad(x_RK, ((0, FEW_ROWS - rows), (0, 0))), w, contract_w)[:rows]
+    return y.astype(out_dtype).reshape(*x.shape[:-1], w.shape[1 - contract_w])
 
 
-def dense_forward(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return dense_product(x, w, out_dtype), (x, w)
+def dense_forward(
+    x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return dense_product(x, w, contract_w, out_dtype), (x, w)
 
 
 def dense_backward(
-    out_dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+    contract_w: int, out_dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     del out_dtype
     x, w = residuals
     dy = dy.astype(x.dtype)
-    dw = dot_rows(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
-    return dot(dy, w, 1).astype(x.dtype), dw.astype(w.dtype)
+    rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    dw = dot_rows(*(rows if contract_w == 0 else rows[::-1]))
+    return dot(dy, w, 1 - contract_w).astype(x.dtype), dw.astype(w.dtype)
 
 
 dense_product.defvjp(dense_forward, dense_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def by_output_product(x: jax.Array, w_FD: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
-    """x [..., D] @ w_FD.T in out_dtype; gradients as those of `dense_product`.
-
-    For one row, XLA:CPU fuses the transpose and the casts of a matrix into the product; for several rows it would make
-    a float32 copy of the matrix.
-    """
-    if backends.platform() == "cpu" and x.dtype == jnp.bfloat16 and math.prod(x.shape[:-1]) == 1:
-        y_1F = jnp.dot(x.reshape(1, -1), w_FD.T, preferred_element_type=jnp.float32)
-        return y_1F.astype(out_dtype).reshape(*x.shape[:-1], -1)
-    return padded_dot(x, w_FD, 1, out_dtype)
-
-
-def by_output_forward(
-    x: jax.Array, w_FD: jax.Array, out_dtype: jnp.dtype
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return by_output_product(x, w_FD, out_dtype), (x, w_FD)
-
-
-def by_output_backward(
-    out_dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    del out_dtype
-    x, w_FD = residuals
-    dy = dy.astype(x.dtype)
-    dw_FD = dot_rows(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
-    return dot(dy, w_FD).astype(x.dtype), dw_FD.astype(w_FD.dtype)
-
-
-by_output_product.defvjp(by_output_forward, by_output_backward)
 
 
 def matmul(
@@ -159,10 +130,10 @@ def matmul(
         raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w.shape}.")
     result = jnp.dtype(out_dtype or x.dtype)
     if isinstance(w, ByOutput):
-        return by_output_product(*vary_alike(x, w.array.astype(x.dtype)), result)
+        return dense_product(*vary_alike(x, w.array.astype(x.dtype)), 1, result)
     if isinstance(w, LayerOf) and not w.is_packed:
         w = w.value()
     if isinstance(w, NF4Tensor | LayerOf):
         y: jax.Array = frozen_product(*vary_alike(x, w), pick_backend(backend, x, w))
         return y.astype(result)
-    return dense_product(*vary_alike(x, w.astype(x.dtype)), result)
+    return dense_product(*vary_alike(x, w.astype(x.dtype)), 0, result)
