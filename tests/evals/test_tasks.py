@@ -207,6 +207,19 @@ def test_repeated_records_are_counted_in_a_warning(mcqa, tmp_path, caplog):
     assert not caplog.text
 
 
+def test_rows_that_are_left_out_are_named_with_their_reason(tmp_path, caplog):
+    good = {"question": "Which organ pumps blood?", "choices": ["the heart", "the liver"], "answer": "A"}
+    rows = [good, {**good, "answer": "E"}, good | {"question": "And which filters it?"}, {**good, "choices": ["one"]}]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    columns = "licence=own&question=question&choices=choices&answer=answer"
+    (tmp_path / "sets.json").write_text(json.dumps({"own": f"table=own.jsonl?{columns}"}), "utf-8")
+    [(records, rejected)] = tasks.read_sets(tmp_path / "sets.json").values()
+    assert (len(records), rejected) == (2, 2)
+    assert "own: 2 rows are not valid and were left out: 1 because " in caplog.text
+    assert "(line 2)" in caplog.text
+    assert "(line 4)" in caplog.text
+
+
 def test_heldout_takes_any_reader(tmp_path):
     rows = [{"id": str(n), "question": f"Which {n}?", **dict.fromkeys(("opa", "opb", "opc"), "x"), "opd": "y", "cop": 4,
              "choice_type": "multi"} for n in range(4)]  # fmt: skip
