@@ -70,15 +70,25 @@ def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"
     return index_BT - lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
 
 
-def locate(segment_ids_BT: Int[Array, "B T"], cache: KVCache | None) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
-    """(position of each token in its segment, segment of each key, where the cache's keys include these tokens)."""
+def locate(
+    segment_ids_BT: Int[Array, "B T"], cache: KVCache | None, parent_ids_BT: Int[Array, "B T"] | None = None
+) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """(position of each token in its segment, segment of each key, where the cache's keys include these tokens).
+
+    A segment continues where its cached tokens and its parent's end.
+    """
     positions_BT = positions_in_segments(segment_ids_BT)
-    if cache is None:
-        return positions_BT, segment_ids_BT
-    # a segment continues where the cache ends: add the number of its cached tokens
-    earlier_BT = jnp.sum(segment_ids_BT[:, :, None] == cache.segment_ids_BS[:, None, :], axis=-1, dtype=jnp.int32)
-    key_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, 1)
-    return positions_BT + earlier_BT, key_ids_BS
+
+    def count(of_BT: jax.Array, among_BS: jax.Array) -> jax.Array:
+        return jnp.sum(of_BT[:, :, None] == among_BS[:, None, :], axis=-1, dtype=jnp.int32)
+
+    key_ids_BS = segment_ids_BT
+    if cache is not None:
+        positions_BT += count(segment_ids_BT, cache.segment_ids_BS)
+        key_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, 1)
+    if parent_ids_BT is not None:
+        positions_BT += jnp.where(parent_ids_BT != segment_ids_BT, count(parent_ids_BT, key_ids_BS), 0)
+    return positions_BT, key_ids_BS
 
 
 def scaled(frequencies_H: Float[Array, "H"], scaling: RopeScaling) -> Float[Array, "H"]:
@@ -134,6 +144,7 @@ class Attention(nnx.Module):
         rotations_BTH: Float[Array, "B T H"],
         segment_ids_BT: Int[Array, "B T"],
         key_ids_BS: Int[Array, "B S"],
+        parent_ids_BT: Int[Array, "B T"] | None = None,
         cache: tuple[Cached, Cached] | None = None,
         offset: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Cached, Cached] | None]:
@@ -160,6 +171,7 @@ class Attention(nnx.Module):
                 key_ids_BS,
                 offset=offset,
                 window=config.sliding_window,
+                parent_ids_BT=parent_ids_BT,
             )
         with jax.named_scope("output"):
             return shards.sum_over(HEADS, self.o(mixed_BTQH.reshape(batch, length, -1))), cache

@@ -65,7 +65,11 @@ def measure(layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, to
 
         def body(constants: Any, x: jax.Array, layer: Any, slot: None) -> tuple[jax.Array, None, None]:
             turned, segments = constants
-            return nnx.merge(block, layer)(x, turned, segments, segments, RoutingPlan(), slot, None)[0], None, None
+            return (
+                nnx.merge(block, layer)(x, turned, segments, segments, None, RoutingPlan(), slot, None)[0],
+                None,
+                None,
+            )
 
         x = model.embed.table[...][ids]
         return model.norm(layer_scan(body, (turned, segments), x, layer_state)[0])

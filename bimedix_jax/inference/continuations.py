@@ -1,13 +1,11 @@
 """log p of continuations of contexts: a context runs once, however many continuations it has.
 
-Contexts are packed into lines of one width, as segments, and logits are computed for scored positions only. Where
-continuations are longer than a token, the keys and values of the lines are kept, and the continuations run in rounds.
-A round has at most one continuation of each context, in the segment of that context, so that it attends to its context
-and to itself. Widths are few (WIDTHS, ROUNDS), and so are compiled programs. A continuation that is too long for a
-round runs after its own copy of the context.
+A context and its continuations are one row. Each continuation is a segment of its own that continues the context's
+(tree attention, arXiv 2305.09781), so that it attends to its context and to itself. Rows are packed into lines of few
+widths, and logits are computed for scored positions only. So compiled programs are few.
 
 Where many contexts begin with the same tokens, such as solved examples, these run once (inference/prefixes.py). Each
-context then is a row of its own that continues their keys and values.
+row then has a line of its own that continues their keys and values.
 """
 
 import dataclasses
@@ -19,18 +17,17 @@ from flax import nnx
 
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import bucket, line_width, packed, packed_places, pad_right, part_of
+from bimedix_jax.inference.padding import bucket, line_width, packed, pad_right, part_of
 from bimedix_jax.inference.planning import Planner, Plans, Tokens
 from bimedix_jax.inference.prefixes import MEMBERS, Prefix, rows_after, shared_prefixes
-from bimedix_jax.inference.steps import POSITIONS_PER_CHUNK, read_lines, read_prefix, read_round, tokens_at
+from bimedix_jax.inference.steps import POSITIONS_PER_CHUNK, read_lines, read_prefix, tokens_at
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.models.routers import Record, Routing, RoutingPlan
 
-ROUNDS = (32, 128, 512)
-"""Columns of a round."""
-ROUND_TOKENS = 256
-"""Tokens of a large batch that take as long as what a round costs beside its own tokens (150 to 200 on two cores)."""
+BRANCHES = 512
+"""A row's continuations have together at most so many tokens, or as many as its context: they do not attend to each
+other, but attention computes their scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +54,22 @@ None for a continuation of one token."""
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What runs in a line: a context with one continuation, or a context alone, for the first token of several."""
+    """A context, and after it the continuations of `chosen`, all without their last token.
+
+    Attributes:
+      branches: tokens of each continuation if there are several; then each is a segment of its own.
+    """
 
     group: int
     chosen: tuple[int, ...]
     tokens: tuple[int, ...]
+    branches: tuple[int, ...] = ()
+
+    def parts(self) -> list[tuple[int, int]]:
+        """(start, length) of the context, with its continuation if there is only one, and of each branch."""
+        length = len(self.tokens) - sum(self.branches)
+        starts = length + np.cumsum([0, *self.branches[:-1]]) if self.branches else []
+        return [(0, length), *zip(map(int, starts), self.branches, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +77,15 @@ class Batch:
     """Lines of packed rows.
 
     Attributes:
-      rows: the rows, each with its line and start.
-      round_columns: columns of the rounds that follow; 0 if no continuation is longer than a token.
+      rows: the rows, each with its line and the place of its first token, which is negative by what `prefix` has of it.
+      parent_ids_BT: the segment that each token's own one continues; None if no row has branches.
       prefix: the tokens that each line continues; then a line has one row, without these tokens.
     """
 
     rows: list[tuple[Row, int, int]]
     tokens_BT: np.ndarray
     ids_BT: np.ndarray
-    round_columns: int
+    parent_ids_BT: np.ndarray | None = None
     prefix: Prefix | None = None
 
     @property
@@ -154,43 +162,39 @@ class Continuations:
         self.batches = list(self._batches(batch_tokens, columns, model.config.sliding_window))
 
     def _batches(self, batch_tokens: int, columns: int | None, window: int | None) -> Iterator[Batch]:
-        plain: list[Row] = []
-        shared: list[Row] = []
-        contexts = [len(group.context) for group in self.groups if len(group.continuations) > 1]
-        asked = columns or line_width(contexts, self.longest)
-        width = self._round_columns(asked, batch_tokens)
-        # a sliding window counts slots of the cache, which are not positions where lines are packed
-        room = self.longest - width
-        if window is not None:
-            room = min(asked, room) if asked + width <= window else 0
-        for index, group in enumerate(self.groups):
-            fits = width if len(group.context) <= room else 0
-            short = tuple(number for number, ids in enumerate(group.continuations) if len(ids) - 1 <= fits)
-            short = short if len(short) > 1 else ()
-            if short:
-                alone = all(len(group.continuations[number]) == 1 for number in short)
-                (plain if alone else shared).append(Row(index, short, group.context))
-            for number, ids in enumerate(group.continuations):
-                if number not in short:
-                    plain.append(Row(index, (number,), group.context + ids[:-1]))
-        own = columns or line_width([len(row.tokens) for row in plain], self.longest)
-        for rows, longest, wide, rest in ((plain, self.longest, own, 0), (shared, self.longest - width, asked, width)):
-            alone = []
-            for prefix, members in self._by_prefix(rows):
-                fits = prefix is not None and prefix.slots + max(len(row.tokens) for row in members) <= longest
-                if prefix is None or not fits:
-                    alone += members
-                    continue
-                own_rows = [dataclasses.replace(row, tokens=row.tokens[len(prefix.tokens) :]) for row in members]
-                for chosen, tokens_BT, ids_BT in rows_after(prefix, own_rows, batch_tokens, longest):
-                    yield Batch([(row, line, 0) for line, row in enumerate(chosen)], tokens_BT, ids_BT, rest, prefix)
-            loads = [self._tokens_of_rounds(row) for row in alone] if rest else None
-            for places, tokens_BT, ids_BT in packed([row.tokens for row in alone], batch_tokens, longest, wide, loads):
-                yield Batch([(alone[index], line, start) for index, line, start in places], tokens_BT, ids_BT, rest)
+        # a window counts slots of a line, so a row that is longer than it has no branches
+        most = min(self.longest, window or self.longest)
+        rows = [row for index, group in enumerate(self.groups) for row in self._rows(index, group, most)]
+        width = columns or line_width([len(row.tokens) for row in rows], self.longest)
+        tree = any(row.branches for row in rows)
+        alone: list[Row] = []
+        for prefix, members in self._by_prefix(rows):
+            if prefix is None or prefix.slots + max(len(row.tokens) for row in members) > self.longest:
+                alone += members
+                continue
+            for chosen, tokens_BT, ids_BT in rows_after(prefix, members, batch_tokens, self.longest):
+                places = [(row, line, -len(prefix.tokens)) for line, row in enumerate(chosen)]
+                yield _batch(places, tokens_BT, ids_BT, tree, prefix)
+        for places, tokens_BT, ids_BT in packed([row.tokens for row in alone], batch_tokens, self.longest, width):
+            yield _batch([(alone[index], line, start) for index, line, start in places], tokens_BT, ids_BT, tree)
 
-    def _tokens_of_rounds(self, row: Row) -> int:
-        """Tokens that follow the row in rounds."""
-        return sum(len(self.groups[row.group].continuations[number]) - 1 for number in row.chosen)
+    def _rows(self, index: int, group: Group, most: int) -> Iterator[Row]:
+        """Rows of at most `most` tokens with the continuations of a group, or of one continuation."""
+        room = max(min(most - len(group.context), max(BRANCHES, len(group.context))), 0)
+        waiting = list(range(len(group.continuations)))
+        while waiting:
+            chosen, left = [], room
+            for number in waiting:
+                length = len(group.continuations[number]) - 1
+                if length <= left:
+                    chosen.append(number)
+                    left -= length
+            chosen = chosen if len(chosen) > 1 else waiting[:1]
+            waiting = [number for number in waiting if number not in chosen]
+            parts = [group.continuations[number][:-1] for number in chosen]
+            tokens = sum(parts, group.context)
+            branches = tuple(map(len, parts)) if len(parts) > 1 and any(parts) else ()
+            yield Row(index, tuple(chosen), tokens, branches)
 
     def _by_prefix(self, rows: list[Row]) -> Iterator[tuple[Prefix | None, list[Row]]]:
         """Rows by the prefix that they share; too few of them share none."""
@@ -200,22 +204,6 @@ class Continuations:
         for prefix, members in found.items():
             yield (prefix if len(members) >= MEMBERS else None), members
 
-    def _round_columns(self, columns: int, batch_tokens: int) -> int:
-        """The columns of a round for which the fewest tokens run, by an estimate. Each round costs some more."""
-        many = [group for group in self.groups if len(group.continuations) > 1]
-        lines = max(sum(len(group.context) for group in many) / columns, 1.0)
-        height = min(max(batch_tokens // columns, 1), lines)
-        most = max((sum(len(ids) > 1 for ids in group.continuations) for group in many), default=0)
-
-        def cost(width: int) -> float:
-            rest = sum(len(ids) - 1 for group in many for ids in group.continuations if len(ids) <= width + 1)
-            long = [(group, ids) for group in many for ids in group.continuations if len(ids) > width + 1]
-            rounds = max(most, 1.3 * rest / (lines * width))  # rounds do not fill up evenly
-            tokens = (lines * width + ROUND_TOKENS * lines / height) * rounds
-            return tokens + sum(len(group.context) + len(ids) for group, ids in long)
-
-        return min([width for width in ROUNDS if width <= self.longest // 2] or [max(self.longest // 2, 1)], key=cost)
-
     def score(self, batch: Batch) -> dict[Key, Scored]:
         """What is known of each continuation, for all of the batch."""
         return self.score_and_record(batch)[0]
@@ -223,42 +211,32 @@ class Continuations:
     def score_and_record(self, batch: Batch) -> tuple[dict[Key, Scored], Routes]:
         """`score`, and the record, which is empty unless asked for."""
         sums = Sums()
-        height, columns = batch.tokens_BT.shape
-        slots = columns + batch.round_columns if batch.round_columns else 0
-        prefix = self._prefix(batch)
-        if batch.prefix is not None:
-            slots = batch.prefix.slots + columns + batch.round_columns
-        order = [row for row, *_ in batch.rows]
-        places = [(number, line, start) for number, (_, line, start) in enumerate(batch.rows)]
-        items_BT, positions_BT = packed_places(batch.tokens_BT.shape, places, [len(row.tokens) for row in order])
-        items_R = self.items[[row.group for row in order]]
-        caches: dict[str, KVCache] = {}
+        prefix, ids = self._prefix(batch), (batch.ids_BT, batch.parent_ids_BT)
 
-        def read(name: str, graph: nnx.GraphDef, weights: nnx.State, free: RoutingPlan) -> Routing | None:
-            _, found, routing = read_lines(graph, weights, batch.tokens_BT, batch.ids_BT, free, slots, "choices")
-            if found is not None:
-                caches[name] = found
-            return routing
+        def read(_: str, graph: nnx.GraphDef, weights: nnx.State, free: RoutingPlan) -> Routing | None:
+            return read_lines(graph, weights, batch.tokens_BT, *ids, free, "choices")[1]
 
-        own = self.plans.of(
-            Tokens(batch.tokens_BT, items_R[items_BT], np.where(batch.ids_BT != 0, positions_BT, -1)), read
-        )
+        own = self.plans.of(self._tokens(batch), read)
         kept = self.plans.record(self.record)
-        hidden_BTD, cache, routing = read_lines(
-            self.graph, self.weights, batch.tokens_BT, batch.ids_BT, own, slots, kept, prefix
-        )
-        skipped = len(batch.prefix.tokens) if batch.prefix is not None else 0
-        wanted = [
-            found for row, line, start in batch.rows for found in self._wanted(row, line * columns + start - skipped)
-        ]
+        hidden_BTD, routing = read_lines(self.graph, self.weights, batch.tokens_BT, *ids, own, kept, prefix)
+        columns = batch.tokens_BT.shape[1]
+        wanted = [found for row, line, start in batch.rows for found in self._wanted(row, line * columns + start)]
         self._collect(hidden_BTD, wanted, sums)
         if routing is not None and self.record != "none":
             for row, line, start in batch.rows:
                 sums.routes |= self._routes(row, routing, line, start)
-        if cache is not None and batch.round_columns:
-            for rows in self._rounds(batch):
-                self._run_round(batch, rows, cache, caches, height, sums)
         return {key: (sums.logprob[key], sums.greedy[key]) for key in sums.logprob}, sums.routes
+
+    def _tokens(self, batch: Batch) -> Tokens:
+        """The batch's tokens, with their places in their sequences."""
+        items_BT, positions_BT = np.zeros_like(batch.ids_BT), np.full_like(batch.ids_BT, -1)
+        for row, line, start in batch.rows:
+            for number, (first, length) in enumerate(row.parts()):
+                position = len(self.groups[row.group].context) if number else 0
+                span = slice(max(start + first, 0), start + first + length)
+                items_BT[line, span] = self.items[row.group]
+                positions_BT[line, span] = np.arange(position, position + length)[-(span.stop - span.start) :]
+        return Tokens(batch.tokens_BT, items_BT, positions_BT)
 
     def _prefix(self, batch: Batch) -> KVCache | None:
         """Keys and values of the batch's prefix; batches of the same prefix follow each other."""
@@ -270,82 +248,27 @@ class Continuations:
         return self.read[1]
 
     def _routes(self, row: Row, routing: Routing, line: int, start: int) -> Routes:
-        """The record of a row, without what follows in rounds."""
+        """The record of a row."""
         length = len(self.groups[row.group].context)
+        (_, whole), *branches = row.parts()
         found: Routes = {(row.group, number): None for number in row.chosen}
-        if len(row.tokens) > length:
-            (number,) = row.chosen
-            found[row.group, number] = part_of(routing, line, start + length, len(row.tokens) - length)
+        spans = dict(zip(row.chosen, branches, strict=True)) if branches else {row.chosen[0]: (length, whole - length)}
+        for number, (first, tokens) in spans.items():
+            if tokens:
+                found[row.group, number] = part_of(routing, line, start + first, tokens)
         return {**found, (row.group, None): part_of(routing, line, start, length)}
 
     def _wanted(self, row: Row, start: int) -> Wanted:
         group = self.groups[row.group]
         last = start + len(group.context) - 1
         number, *more = row.chosen
-        if more:
-            return [(last, [((row.group, one), group.continuations[one][0]) for one in row.chosen])]
-        return [(last + i, [((row.group, number), token)]) for i, token in enumerate(group.continuations[number])]
-
-    def _rounds(self, batch: Batch) -> list[list[tuple[int, int, int, int, int]]]:
-        """Rounds of (group, continuation, line, start, segment): first-fit, longest continuations first."""
-        rounds: list[list[tuple[int, int, int, int, int]]] = []
-        used: list[tuple[dict[int, int], set[int]]] = []
-        waiting = [
-            (row.group, number, line, int(batch.ids_BT[line, start]))
-            for row, line, start in batch.rows
-            for number in row.chosen
-            if len(self.groups[row.group].continuations[number]) > 1
-        ]
-        waiting.sort(key=lambda item: -len(self.groups[item[0]].continuations[item[1]]))
-        for index, number, line, segment in waiting:
-            size = len(self.groups[index].continuations[number]) - 1
-            fits = (
-                place
-                for place, (filled, present) in enumerate(used)
-                if index not in present and filled.get(line, 0) + size <= batch.round_columns
-            )
-            place = next(fits, len(rounds))
-            if place == len(rounds):
-                rounds.append([])
-                used.append(({}, set()))
-            filled, present = used[place]
-            rounds[place].append((index, number, line, filled.get(line, 0), segment))
-            filled[line] = filled.get(line, 0) + size
-            present.add(index)
-        return rounds
-
-    def _run_round(
-        self,
-        batch: Batch,
-        rows: list[tuple[int, int, int, int, int]],
-        cache: KVCache,
-        caches: dict[str, KVCache],
-        height: int,
-        sums: Sums,
-    ) -> None:
-        width = batch.round_columns
-        tokens_BW, ids_BW, items_BW = (np.zeros((height, width), np.int32) for _ in range(3))
-        positions_BW = np.full((height, width), -1, np.int32)
-        wanted: Wanted = []
-        for index, number, line, start, segment in rows:
-            ids = self.groups[index].continuations[number]
-            span = slice(start, start + len(ids) - 1)
-            tokens_BW[line, span], ids_BW[line, span], items_BW[line, span] = ids[:-1], segment, self.items[index]
-            positions_BW[line, span] = len(self.groups[index].context) + np.arange(len(ids) - 1)
-            wanted += [(line * width + start + i, [((index, number), token)]) for i, token in enumerate(ids[1:])]
-        own = self.plans.of(
-            Tokens(tokens_BW, items_BW, positions_BW),
-            lambda name, graph, weights, free: read_round(
-                graph, weights, caches[name], tokens_BW, ids_BW, free, "choices"
-            )[1],
-        )
-        kept = self.plans.record(self.record)
-        hidden_BWD, routing = read_round(self.graph, self.weights, cache, tokens_BW, ids_BW, own, kept)
-        self._collect(hidden_BWD, wanted, sums)
-        if routing is not None and self.record != "none":
-            for index, number, line, start, _ in rows:
-                length = len(self.groups[index].continuations[number]) - 1
-                sums.routes[index, number] = part_of(routing, line, start, length)
+        if not more:
+            return [(last + i, [((row.group, number), token)]) for i, token in enumerate(group.continuations[number])]
+        found: Wanted = [(last, [((row.group, one), group.continuations[one][0]) for one in row.chosen])]
+        for one, (first, length) in zip(row.chosen, row.parts()[1:], strict=False):
+            rest = group.continuations[one][1:]
+            found += [(start + first + i, [((row.group, one), rest[i])]) for i in range(length)]
+        return found
 
     def _collect(self, hidden_BTD: jax.Array, wanted: Wanted, sums: Sums) -> None:
         """Adds log p of the wanted tokens. The shapes depend on the batch's only."""
@@ -360,3 +283,22 @@ class Continuations:
         for place, (_, pairs) in enumerate(wanted):
             for column, (key, token) in enumerate(pairs):
                 sums.add(key, float(logprobs_PK[place, column]), bool(best_P[place] == token))
+
+
+def _batch(
+    rows: list[tuple[Row, int, int]],
+    tokens_BT: np.ndarray,
+    ids_BT: np.ndarray,
+    tree: bool,
+    prefix: Prefix | None = None,
+) -> Batch:
+    """The batch, in which branches get segments of their own."""
+    if not tree:
+        return Batch(rows, tokens_BT, ids_BT, None, prefix)
+    parents_BT, ids_BT = ids_BT.copy(), ids_BT.copy()
+    free = parents_BT.max(axis=1) + 1
+    for row, line, start in rows:
+        for first, length in row.parts()[1:]:
+            ids_BT[line, start + first : start + first + length] = free[line]
+            free[line] += 1
+    return Batch(rows, tokens_BT, ids_BT, parents_BT, prefix)

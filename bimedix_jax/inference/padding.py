@@ -79,24 +79,6 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def balanced(lengths: Sequence[int], loads: Sequence[int], capacity: int) -> list[list[int]]:
-    """Like `first_fit`, in as many bins or a few more: each item goes to the bin with the least load that has room."""
-    bins: list[list[int]] = [[] for _ in first_fit(lengths, capacity)]
-    room, total = [capacity] * len(bins), [0] * len(bins)
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        fitting = [number for number, left in enumerate(room) if left >= lengths[index]]
-        if not fitting:
-            fitting = [len(bins)]
-            bins.append([])
-            room.append(capacity)
-            total.append(0)
-        place = min(fitting, key=lambda number: total[number])
-        bins[place].append(index)
-        room[place] -= lengths[index]
-        total[place] += loads[index]
-    return bins
-
-
 WIDTHS = (512, 768, 1024)
 """Widths of lines."""
 FEW = (32, 128, 512)
@@ -117,9 +99,7 @@ def line_width(lengths: Sequence[int], longest: int) -> int:
     return min(sorted({min(width, longest) for width in WIDTHS}), key=cost)
 
 
-def _lines(
-    lengths: Sequence[int], columns: int, longest: int, loads: Sequence[int] | None = None
-) -> list[tuple[int, list[list[int]]]]:
+def _lines(lengths: Sequence[int], columns: int, longest: int) -> list[tuple[int, list[list[int]]]]:
     """(width, lines of indices) of the rows that are longer than `columns`, then of the others."""
     long = [index for index, length in enumerate(lengths) if length > columns]
     short = [index for index, length in enumerate(lengths) if length <= columns]
@@ -128,28 +108,22 @@ def _lines(
     short_width = min(columns, next((width for width in FEW if width >= total), columns))
     found = []
     for chosen, width in ((long, long_width), (short, short_width)):
-        own = [lengths[i] for i in chosen]
-        lines = first_fit(own, width) if loads is None else balanced(own, [loads[i] for i in chosen], width)
+        lines = first_fit([lengths[index] for index in chosen], width)
         found.append((width, [[chosen[i] for i in line] for line in lines]))
     return found
 
 
 def packed(
-    rows: Sequence[Row],
-    batch_tokens: int,
-    longest: int,
-    columns: int = 1024,
-    loads: Sequence[int] | None = None,
+    rows: Sequence[Row], batch_tokens: int, longest: int, columns: int = 1024
 ) -> Iterator[tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]]:
     """Batches of at most two shapes with all rows, as segments of lines: (places, tokens_BT, segment_ids_BT).
 
     Attention stays inside a segment, so a row scores as it does alone, and rows need no padding to a common length.
     Rows longer than `columns` come first, in lines as long as the bucket of the longest. Neither a line nor a row may
     exceed `longest`. A place is (index of the row, line, start). Where there are fewer lines than a batch has, their
-    number is rounded up to a power of two; the last batch is filled up with empty lines. With `loads`, one for each
-    row, lines have about equal sums of them.
+    number is rounded up to a power of two; the last batch is filled up with empty lines.
     """
-    for width, lines in _lines(list(map(len, rows)), min(columns, longest), longest, loads):
+    for width, lines in _lines(list(map(len, rows)), min(columns, longest), longest):
         height = min(max(batch_tokens // width, 1), 1 << (len(lines) - 1).bit_length())
         for start in range(0, len(lines), height):
             yield _packed_batch(rows, lines[start : start + height], height, width)

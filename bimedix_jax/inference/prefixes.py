@@ -80,15 +80,16 @@ def shared_prefixes(contexts: Sequence[tuple[int, ...]]) -> dict[int, Prefix]:
 def rows_after(
     prefix: Prefix, rows: Sequence[Row], batch_tokens: int, longest: int
 ) -> Iterator[tuple[list[Row], np.ndarray, np.ndarray]]:
-    """Batches (rows, tokens_BT, segment_ids_BT) of rows of similar length, longest first; their segment is 1.
+    """Batches (rows, tokens_BT, segment_ids_BT) of what follows the prefix in rows of similar length, longest first.
 
-    Batches of one width have few heights, and empty rows fill them up.
+    Their segment is 1. Batches of one width have few heights, and empty rows fill them up.
     """
+    skipped = len(prefix.tokens)
     waiting = sorted(rows, key=lambda row: -len(row.tokens))
     while waiting:
-        columns = min(bucket(len(waiting[0].tokens), smallest=SHORTEST), longest - prefix.slots)
+        columns = min(bucket(len(waiting[0].tokens) - skipped, smallest=SHORTEST), longest - prefix.slots)
         full = max(batch_tokens // columns, 1)
         chosen, waiting = waiting[:full], waiting[full:]
         height = min(bucket(len(chosen), smallest=max(full // 4, 1)), full)
         empty: list[Sequence[int]] = [()] * (height - len(chosen))
-        yield chosen, *pad_right([*(row.tokens for row in chosen), *empty], columns)
+        yield chosen, *pad_right([*(row.tokens[skipped:] for row in chosen), *empty], columns)

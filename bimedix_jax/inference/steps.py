@@ -1,4 +1,4 @@
-"""The compiled steps of continuations.py: a shared prefix, lines of contexts, rounds, and log p of given tokens."""
+"""The compiled steps of continuations.py: a shared prefix, lines of rows, and log p of given tokens."""
 
 import functools
 
@@ -39,42 +39,21 @@ def after(prefix: KVCache, rows: int, slots: int) -> KVCache:
     return KVCache(of(prefix.k_LBSGH, 1), of(prefix.v_LBSGH, 1), of(prefix.segment_ids_BS, 0), prefix.length)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "slots", "record"))
+@functools.partial(jax.jit, static_argnames=("graph", "record"))
 def read_lines(
     graph: nnx.GraphDef,
     weights: nnx.State,
     tokens_BT: jax.Array,
     ids_BT: jax.Array,
+    parent_ids_BT: jax.Array | None,
     plan: RoutingPlan,
-    slots: int,
     record: Record,
     prefix: KVCache | None = None,
-) -> tuple[Float[Array, "B T D"], KVCache | None, Routing | None]:
-    """(final hidden states of lines, their cache of this many slots or None without slots, the record).
-
-    Every line continues `prefix`, if there is one; its segments are 1.
-    """
-    model, rows = nnx.merge(graph, weights), tokens_BT.shape[0]
-    if prefix is not None:
-        cache = after(prefix, rows, slots)
-    else:
-        cache = KVCache.zeros(model.config, rows, slots, model.dtype) if slots else None
-    out = model.hidden(tokens_BT, ids_BT, plan, cache, record=record)
-    return out.hidden_BTD, out.cache, out.routing
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "record"))
-def read_round(
-    graph: nnx.GraphDef,
-    weights: nnx.State,
-    cache: KVCache,
-    tokens_BW: jax.Array,
-    ids_BW: jax.Array,
-    plan: RoutingPlan,
-    record: Record,
-) -> tuple[Float[Array, "B W D"], Routing | None]:
-    """Final hidden states of continuations, each in the segment of its context. The cache is not changed."""
-    out = nnx.merge(graph, weights).hidden(tokens_BW, ids_BW, plan, cache, record=record)
+) -> tuple[Float[Array, "B T D"], Routing | None]:
+    """(final hidden states of lines, the record). Every line continues `prefix`, if there is one; its segment is 1."""
+    model, (rows, columns) = nnx.merge(graph, weights), tokens_BT.shape
+    cache = prefix and after(prefix, rows, prefix.segment_ids_BS.shape[1] + columns)
+    out = model.hidden(tokens_BT, ids_BT, plan, cache, record=record, parent_ids_BT=parent_ids_BT)
     return out.hidden_BTD, out.routing
 
 

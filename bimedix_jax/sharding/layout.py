@@ -108,9 +108,9 @@ class Layout:
         plans = plan_specs(call.plan, batch_axes)
         groups = None if call.group_BT is None else rows
         shared = None if call.operands is None else scalar
-        calls = dataclasses.replace(
-            call, tokens_BT=rows, segment_ids_BT=rows, plan=plans, cache=cached, group_BT=groups, operands=shared
-        )
+        parents = None if call.parent_ids_BT is None else rows
+        ids = {"tokens_BT": rows, "segment_ids_BT": rows, "parent_ids_BT": parents, "group_BT": groups}
+        calls = dataclasses.replace(call, plan=plans, cache=cached, operands=shared, **ids)
 
         def function(values: dict[str, Any], call: Call) -> Output:
             variables = [(path, v.replace(values[name])) for name, (path, v) in zip(names, flat, strict=True)]

@@ -37,6 +37,7 @@ def attention(
     offset: Int[Array, ""] | None = None,
     window: int | None = None,
     backend: str | None = None,
+    parent_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Causal softmax attention within segments.
 
@@ -47,6 +48,8 @@ def attention(
       offset: slot of the first query among the keys, for decoding with a cache; None if queries and keys are the same
         tokens.
       window: maximum of keys that a query attends to, itself included.
+      parent_ids_BT: a second segment that each query attends to, for tree attention (arXiv 2305.09781): the one that
+        its own segment continues, or its own again. Only `xla` takes it.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
         operands. A named backend never falls back.
 
@@ -61,8 +64,14 @@ def attention(
 
     def refusal(name: str) -> str | None:
         module = load(name)
-        return module.refusal(*operands, offset is not None) if hasattr(module, "refusal") else None
+        if not hasattr(module, "refusal"):
+            return None
+        if parent_ids_BT is not None:
+            return "its mask compares one segment, and tree attention has two."
+        return module.refusal(*operands, offset is not None)
 
-    preferred = {"cpu": ("xla",)} if q_BTQH.shape[1] < FEW_QUERIES else PREFERRED
+    plain = q_BTQH.shape[1] < FEW_QUERIES or parent_ids_BT is not None
+    preferred = {"cpu": ("xla",)} if plain else PREFERRED
     name = backends.pick("attention", BACKENDS, preferred, backend, refusal)
-    return load(name).attention(*operands, query_ids_BT, key_ids_BS, offset, window)
+    masked = (query_ids_BT, key_ids_BS, offset, window, *([] if parent_ids_BT is None else [parent_ids_BT]))
+    return load(name).attention(*operands, *masked)

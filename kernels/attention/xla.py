@@ -109,12 +109,16 @@ def visible(
     query_slot: Int[Array, ""] | int,
     key_slot: int,
     window: int | None,
+    parent_ids_BC: Int[Array, "B C"] | None = None,
 ) -> Bool[Array, "B C S"]:
     """Which keys each query attends to. The slots are those of the first query and of the first key."""
     query = query_slot + jnp.arange(query_ids_BC.shape[1])[:, None]
     key = key_slot + jnp.arange(key_ids_BS.shape[1])[None]
     near = key <= query if window is None else (key <= query) & (key > query - window)
-    return near[None] & (query_ids_BC[:, :, None] == key_ids_BS[:, None])
+    same = query_ids_BC[:, :, None] == key_ids_BS[:, None]
+    if parent_ids_BC is not None:
+        same |= parent_ids_BC[:, :, None] == key_ids_BS[:, None]
+    return near[None] & same
 
 
 def attention(
@@ -125,6 +129,7 @@ def attention(
     key_ids_BS: jax.Array,
     offset: jax.Array | None,
     window: int | None,
+    parent_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
     """As `api.attention`; takes all operands."""
     batch, length, heads, width = q_BTQH.shape
@@ -136,9 +141,9 @@ def attention(
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         low, high = (0, slots) if offset is not None else (0 if window is None else max(0, start - window + 1), stop)
-        seen_BCS = visible(
-            query_ids_BT[:, start:stop], key_ids_BS[:, low:high], start if offset is None else offset, low, window
-        )
+        parents = None if parent_ids_BT is None else parent_ids_BT[:, start:stop]
+        first = start if offset is None else offset
+        seen_BCS = visible(query_ids_BT[:, start:stop], key_ids_BS[:, low:high], first, low, window, parents)
         q = q_BGRTH[:, :, :, start:stop].reshape(batch * groups, -1, width)
         out = chunk_attention(q, k[:, low:high], v[:, low:high], jnp.repeat(seen_BCS, groups, axis=0))
         parts.append(out.reshape(batch, heads, stop - start, width))

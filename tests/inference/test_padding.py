@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bimedix_jax.inference.padding import balanced, bucket, by_length, first_fit, packed, pad_left, pad_right
+from bimedix_jax.inference.padding import bucket, by_length, first_fit, packed, pad_left, pad_right
 
 LENGTHS = st.lists(st.integers(1, 200), max_size=40)
 
@@ -60,15 +60,3 @@ def test_packing_keeps_every_row_whole(lengths, batch_tokens):
             assert len(set(ids_BT[line, place].tolist())) == 1
             seen.append(index)
     assert sorted(seen) == list(range(len(rows)))
-
-
-@given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 50)), max_size=60))
-def test_balanced_bins_hold_every_item_once_and_about_the_same_load(items):
-    lengths, loads = [length for length, _ in items], [load for _, load in items]
-    bins = balanced(lengths, loads, 200)
-    assert sorted(index for some in bins for index in some) == list(range(len(items)))
-    assert all(0 < sum(lengths[index] for index in some) <= 200 for some in bins)
-    if max(lengths, default=0) <= 200 // max(len(items), 1):  # all fit anywhere
-        assert len(bins) <= 1
-    equal = balanced([10] * 40, [7] * 40, 200)
-    assert {len(some) for some in equal} == {20}

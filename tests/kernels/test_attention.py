@@ -128,6 +128,49 @@ def test_every_visible_key_is_in_a_visited_block(data: st.DataObject) -> None:
         assert not row[stop[i] :].any()
 
 
+@pytest.mark.parametrize("window", [None, 200])
+def test_a_segment_that_continues_another_one(window: int | None) -> None:
+    """Forward and backward, over three chunks, and with a cache that begins earlier."""
+    q, k, v = map(jnp.asarray, draw(600, 600, 2, 1))
+    ids = segments(600)
+    ids[0, 200:260], ids[1, 300:400], ids[1, 400:500] = 7, 8, 9
+    parents = np.where(ids >= 7, 1, ids)
+    host = [np.asarray(x) for x in (q, k, v)]
+    expected = reference.attention(host[0], host[1], host[2], ids, ids, 0, window, parents)
+    ids, parents = jnp.asarray(ids), jnp.asarray(parents)
+
+    def formula(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        seen = visible(ids, ids, 0, 0, window, parents)
+        scores = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, 2, axis=2)) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights, jnp.repeat(v, 2, axis=2))
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, ids, ids, window=window, parent_ids_BT=parents)
+
+    assert np.allclose(jax.jit(ours)(q, k, v), expected, atol=2e-6)
+    got, exact = (
+        jax.jit(jax.grad(lambda *qkv, f=f: jnp.sum(jnp.sin(f(*qkv))), (0, 1, 2)))(q, k, v) for f in (ours, formula)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, exact)
+    last = attention(
+        q[:, -40:], k, v, ids[:, -40:], ids, offset=jnp.int32(560), window=window, parent_ids_BT=parents[:, -40:]
+    )
+    assert np.allclose(last, expected[:, -40:], atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "splash"])
+def test_kernels_refuse_segments_that_continue_others(backend: str) -> None:
+    q, k, v = map(jnp.asarray, draw(128, 128, 2, 1, 128))
+    ids = jnp.ones((2, 128), jnp.int32)
+    with pytest.raises(NotImplementedError, match="tree attention"):
+        attention(q, k, v, ids, ids, parent_ids_BT=ids, backend=backend)
+    platform = {"triton": "gpu", "splash": "tpu"}[backend]
+    with backends.use(platform), backends.recording() as choices:
+        jax.eval_shape(lambda *x: attention(*x, parent_ids_BT=x[3]), q, k, v, ids, ids)
+    assert choices.to_dict()["attention"] == ["xla"]
+
+
 def test_chunks_and_gradients() -> None:
     """Of the backend for CPUs: three chunks, the last one shorter."""
     q, k, v = map(jnp.asarray, draw(600, 600, 2, 1))
