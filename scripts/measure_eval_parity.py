@@ -4,12 +4,12 @@
 
 Prompts: those of our English tasks against those of the harness's own. Parity: a random Mixtral of about 1 M parameters
 in float32, over whole English sets by letter and by text, and the Arabic task files over the same questions
-(--limit-arabic of each; no Arabic set ships here), and generated answers. Both sides run at the same time there, the
-peer with one thread, so the seconds of that part are no speed. Speed: a mixture made from SmolLM2-135M, in the data
-type of its checkpoint, one side after the other with the same threads: --questions of each task by the options' texts,
-of --letters also by letter, and of --shots with five solved examples. The peer gets every eighth of its batches of
-these questions (--peer-every), and every sixteenth of those with examples; its seconds for all are estimated from the
-tokens that it must run. `rows[]` has one entry for each task and part: `max_loglik_diff` (and without questions in
+(--limit-arabic of each; no Arabic set ships here), and generated answers. Two processes do that, in which both sides
+run at the same time, so the seconds of that part are no speed. Speed: a mixture made from SmolLM2-135M, in the data
+type of its checkpoint, one side after the other with the same threads: --questions of each task, by default the nine by
+the options' texts, and of --shots with five solved examples. The peer gets every sixteenth of its batches of these
+questions (--peer-every), and every 32nd of those with examples; its seconds for all are estimated from the tokens that
+it must run. `rows[]` has one entry for each task and part: `max_loglik_diff` (and without questions in
 which two experts tie, `max_loglik_diff_else`), accuracies over the questions of both, and seconds. Our seconds include
 compilation; programs in $JAX_COMPILATION_CACHE_DIR, if it is set, are read.
 """
@@ -17,12 +17,13 @@ compilation; programs in $JAX_COMPILATION_CACHE_DIR, if it is set, are read.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,8 @@ SMALL = MixtralConfig(
 TOLERANCE, TIE = 1e-3, 1e-5
 """Nats that log-likelihoods may differ by, and the difference of two experts' logits that counts as a tie."""
 PARTS = ["prompts", "parity", "speed"]
-SPEED = {
-    "texts": ([f"{name}_en_text" for name in NINE], "by the options' texts"),
-    "letters": (["mmlu_anatomy_en", "mmlu_college_biology_en", "medmcqa_en"], "by letter"),
-    "shots": ([f"{name}_en" for name in NINE if name.startswith("mmlu_")], "by letter with five solved examples"),
-}
-"""Tasks whose speed is measured by default. Only MMLU has solved examples that are the same for all questions."""
+TEXTS = [f"{name}_en_text" for name in NINE]
+"""Tasks of the speed: the nine by the options' texts."""
 PEER_BATCH = 16
 """Rows of a batch of the peer; --peer-batch sets it."""
 
@@ -240,6 +237,7 @@ def smallest_gap(ours: HarnessModel, context: str, continuation: str) -> float:
 
 def pair(folder: Path, dtype: str, batch: int) -> tuple[HarnessModel, Any]:
     """The same folder in both programs."""
+    startup.reuse_memory()
     model = load(folder, base="float32" if dtype == "float32" else "bfloat16")
     ours = HarnessModel(model, load_tokenizer(folder), max_length=2048, batch_tokens=2048)
     peer: Any = HFLM  # whose decorator hides its parameters
@@ -253,18 +251,20 @@ def names_of(language: str, *modes: str) -> list[str]:
     return [f"bimedix_{name}_{language}{mode}" for name, mode in found]
 
 
-def parity(scratch: Path, data: Path, limit: int | None, arabic: int, batch: int) -> list[dict]:
-    """Rows of the small model."""
-    threads = torch.get_num_threads()
+def parity_of(folder: Path, names: list[str], data: Path, limit: int | None, batch: int) -> list[dict]:
+    """Rows of some tasks, in a process of its own."""
     torch.set_num_threads(1)
-    ours, theirs = pair(small_model(scratch / "small", data), "float32", batch)
-    rows = compare("parity", names_of("en", "", "_text"), data, limit, ours, theirs)
-    translated = arabic_folder(scratch / "arabic", data, arabic)
-    rows += compare("parity", names_of("ar", "", "_abjad", "_text"), translated, None, ours, theirs)
+    return compare("parity", names, data, limit, *pair(folder, "float32", batch))
+
+
+def parity(pool: Executor, scratch: Path, data: Path, limit: int | None, arabic: int, batch: int) -> list[Future]:
+    """Rows of the small model."""
+    small, translated = small_model(scratch / "small", data), arabic_folder(scratch / "arabic", data, arabic)
+    jobs: list[tuple[list[str], Path, int | None]] = [(names_of("en", mode), data, limit) for mode in ("_text", "")]
+    jobs.append((names_of("ar", "", "_abjad", "_text"), translated, None))
     for name, folder in (("mmlu_anatomy_en", data), ("medqa_ar", translated), ("pubmedqa_ar", translated)):
-        rows += compare("parity", [f"bimedix_{name}_gen"], folder, min(arabic, 20), ours, theirs)
-    torch.set_num_threads(threads)
-    return rows
+        jobs.append(([f"bimedix_{name}_gen"], folder, min(arabic, 20)))
+    return [pool.submit(parity_of, small, *job, batch) for job in jobs]
 
 
 def hub_rows(name: str, data: Path) -> tuple[list[dict], list[dict]]:
@@ -315,13 +315,15 @@ def prompts(data: Path) -> list[dict]:
     return found
 
 
-def speed(folder: Path, data: Path, questions: int, asked: dict[str, list[str]], batch: int, every: int) -> list[dict]:
+def speed(
+    folder: Path, data: Path, questions: int, tasks: list[str], shots: list[str], batch: int, every: int
+) -> list[dict]:
     """Rows of the mixture."""
     ours, theirs = pair(folder, "bfloat16", batch)
     theirs._model_call(torch.ones((batch, 64), dtype=torch.long))  # the first call is slow
-    texts, letters, shots = ([f"bimedix_{name}" for name in asked[key]] for key in ("texts", "letters", "shots"))
-    rows = compare("speed", [*texts, *letters], data, questions, ours, theirs, batch, every)
-    return rows + compare("speed", shots, data, questions, ours, theirs, batch, 2 * every, shots=5)
+    plain, solved = ([f"bimedix_{name}" for name in names] for names in (tasks, shots))
+    rows = compare("speed", plain, data, questions, ours, theirs, batch, every)
+    return rows + compare("speed", solved, data, questions, ours, theirs, batch, 2 * every, shots=5)
 
 
 def seconds_of(rows: list[dict]) -> tuple[float, float]:
@@ -370,25 +372,25 @@ def main() -> None:
     parser.add_argument("--limit-arabic", type=int, default=100, help="questions of each Arabic task (default 100)")
     parser.add_argument("--mixture", type=Path, help="folder of a model for the speed; by default made from SmolLM2")
     parser.add_argument("--questions", type=int, default=200, help="questions of each task for the speed (default 200)")
-    parser.add_argument("--peer-every", type=int, default=8, help="the peer gets one of N batches (default 8)")
+    parser.add_argument("--peer-every", type=int, default=16, help="the peer gets one of N batches (default 16)")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    for name, (tasks, what) in SPEED.items():
-        parser.add_argument(f"--{name}", nargs="*", default=tasks, metavar="TASK", help=f"tasks {what} for the speed")
+    parser.add_argument("--speed", nargs="*", default=TEXTS, metavar="TASK", help="tasks of the speed (nine by text)")
+    parser.add_argument("--shots", nargs="*", default=[], metavar="TASK", help="more of them, with five examples")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--peer-batch", type=int, default=PEER_BATCH, help=f"rows of a peer's batch ({PEER_BATCH})")
     args = parser.parse_args()
-    startup.reuse_memory()
     with tempfile.TemporaryDirectory() as name:
         scratch, start = Path(name), time.perf_counter()
-        rows = []
-        if "prompts" in args.parts:
-            rows += prompts(args.data)
-        if "parity" in args.parts:
-            rows += parity(scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            found = [pool.submit(prompts, args.data)] if "prompts" in args.parts else []
+            if "speed" in args.parts and not args.mixture:
+                pool.submit(mixture, scratch / "mixture").result()
+            if "parity" in args.parts:
+                found += parity(pool, scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
+        rows = [row for part in found for row in part.result()]
         if "speed" in args.parts:
-            folder = args.mixture or mixture(scratch / "mixture")
-            asked = {name: getattr(args, name) for name in SPEED}
-            rows += speed(folder, args.data, args.questions, asked, args.peer_batch, args.peer_every)
+            folder = args.mixture or scratch / "mixture"
+            rows += speed(folder, args.data, args.questions, args.speed, args.shots, args.peer_batch, args.peer_every)
         result = {**summary(rows), "seconds": round(time.perf_counter() - start, 1), "rows": rows}
     print(json.dumps(result, indent=2) if args.json else json.dumps({**result, "rows": len(rows)}, indent=2))
 

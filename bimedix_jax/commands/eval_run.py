@@ -54,8 +54,9 @@ class Config:
     revision: str | None = None
     """Revision of a hub id; by default the main branch."""
     heldout: str | None = None
-    """Held-out records: `sample`, a JSONL file of records, or NAME=PLACE?options with a reader's name (docs/data.md);
-    those in the training split are ignored. By default none."""
+    """Held-out records: `sample`, a JSONL file of records, or NAME=PLACE?options with a reader's name (docs/data.md),
+    such as `table=exam.csv?question=stem&choices=a,b,c,d&answer=key&licence=own`; those in the training split are
+    ignored. By default none."""
     tasks: tuple[str, ...] = ()
     """Benchmark tasks by name, or `all`; by default none. They are mmlu_clinical_knowledge, mmlu_college_biology,
     mmlu_college_medicine, mmlu_medical_genetics, mmlu_professional_medicine, mmlu_anatomy, medmcqa, medqa, pubmedqa."""
