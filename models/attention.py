@@ -71,11 +71,11 @@ def positions_in_segments(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"
 
 
 def locate(
-    segment_ids_BT: Int[Array, "B T"], cache: KVCache | None, parent_ids_BT: Int[Array, "B T"] | None = None
+    segment_ids_BT: Int[Array, "B T"], cache: KVCache | None, ancestor_ids_BTA: Int[Array, "B T A"] | None = None
 ) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
     """(position of each token in its segment, segment of each key, where the cache's keys include these tokens).
 
-    A segment continues where its cached tokens and its parent's end.
+    A segment continues where its cached tokens and its ancestors end.
     """
     positions_BT = positions_in_segments(segment_ids_BT)
 
@@ -86,8 +86,9 @@ def locate(
     if cache is not None:
         positions_BT += count(segment_ids_BT, cache.segment_ids_BS)
         key_ids_BS = lax.dynamic_update_slice_in_dim(cache.segment_ids_BS, segment_ids_BT, cache.length, 1)
-    if parent_ids_BT is not None:
-        positions_BT += jnp.where(parent_ids_BT != segment_ids_BT, count(parent_ids_BT, key_ids_BS), 0)
+    if ancestor_ids_BTA is not None:
+        for ids_BT in jnp.unstack(ancestor_ids_BTA, axis=-1):
+            positions_BT += jnp.where(ids_BT != segment_ids_BT, count(ids_BT, key_ids_BS), 0)
     return positions_BT, key_ids_BS
 
 
@@ -144,7 +145,7 @@ class Attention(nnx.Module):
         rotations_BTH: Float[Array, "B T H"],
         segment_ids_BT: Int[Array, "B T"],
         key_ids_BS: Int[Array, "B S"],
-        parent_ids_BT: Int[Array, "B T"] | None = None,
+        ancestor_ids_BTA: Int[Array, "B T A"] | None = None,
         cache: tuple[Cached, Cached] | None = None,
         offset: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Cached, Cached] | None]:
@@ -171,7 +172,7 @@ class Attention(nnx.Module):
                 key_ids_BS,
                 offset=offset,
                 window=config.sliding_window,
-                parent_ids_BT=parent_ids_BT,
+                ancestor_ids_BTA=ancestor_ids_BTA,
             )
         with jax.named_scope("output"):
             return shards.sum_over(HEADS, self.o(mixed_BTQH.reshape(batch, length, -1))), cache

@@ -49,7 +49,7 @@ class Call:
       record: how much of each token's routing is returned.
       groups: number of groups; 0 means no sums.
       observe: what else is kept of every layer; None means nothing.
-      parent_ids_BT: the segment that each token's own one continues; None means none.
+      ancestor_ids_BTA: the segments that each token's own one continues; None means none.
       start: the layer to begin with; None means the first one. Nothing is recorded then.
     """
 
@@ -64,7 +64,7 @@ class Call:
     operands: Any = None
     observe: Observe | None = dataclasses.field(default=None, metadata={"static": True})
     start: Start | None = None
-    parent_ids_BT: Leaf | None = None
+    ancestor_ids_BTA: Leaf | None = None
 
 
 @jax.tree_util.register_dataclass

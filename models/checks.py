@@ -26,7 +26,7 @@ def checked_call(
     observe: Observe | None = None,
     operands: Any = None,
     start: Start | None = None,
-    parent_ids_BT: Any = None,
+    ancestor_ids_BTA: Any = None,
 ) -> Call:
     """The operands of `Mixtral.__call__`, checked, with defaults filled in.
 
@@ -51,8 +51,8 @@ def checked_call(
         group_of = jnp.zeros_like(tokens_BT) if group_BT is None else jnp.asarray(group_BT, jnp.int32)
     if start is not None and (cache is not None or record != "none" or groups or observe is not None):
         raise ValueError("A call that starts at a later layer has no cache and keeps no record, sums or observations.")
-    parents = None if parent_ids_BT is None else jnp.asarray(parent_ids_BT, jnp.int32)
-    kept = (remat, record, groups, operands, observe, start, parents)
+    ancestors = None if ancestor_ids_BTA is None else jnp.asarray(ancestor_ids_BTA, jnp.int32)
+    kept = (remat, record, groups, operands, observe, start, ancestors)
     return Call(tokens_BT, segment_ids_BT, plan, cache, group_of, *kept)
 
 

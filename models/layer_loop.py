@@ -31,11 +31,13 @@ def run_layers(
     group_BT = None if call.group_BT is None else jnp.where(call.segment_ids_BT != 0, call.group_BT, -1)
 
     def body(constants: tuple, x: jax.Array, layer: tuple, kv: Any) -> tuple[jax.Array, tuple, Any]:
-        rotations_BTH, segment_ids_BT, key_ids_BS, parent_ids_BT, group_BT, offset, _ = constants
+        rotations_BTH, segment_ids_BT, key_ids_BS, ancestor_ids_BTA, group_BT, offset, _ = constants
         state, plan, operand, _ = layer
         block = nnx.merge(graph, shards.gather_state("layers", state))
         before = x
-        x, read_BTD, decision, kv = block(x, rotations_BTH, segment_ids_BT, key_ids_BS, parent_ids_BT, plan, kv, offset)
+        x, read_BTD, decision, kv = block(
+            x, rotations_BTH, segment_ids_BT, key_ids_BS, ancestor_ids_BTA, plan, kv, offset
+        )
         sums = sums_of(decision, group_BT, call.groups) if call.groups else None
         seen = None if call.observe is None else call.observe(block.moe, read_BTD, decision, group_BT, operand, before)
         return x, (recorded(decision.routing, call.record), sums, seen), kv
@@ -48,7 +50,7 @@ def run_layers(
     cache = call.cache
     kv, offset = (None, None) if cache is None else ((cache.k_LBSGH, cache.v_LBSGH), cache.length)
     start = call.start
-    ids = (call.segment_ids_BT, key_ids_BS, call.parent_ids_BT)
+    ids = (call.segment_ids_BT, key_ids_BS, call.ancestor_ids_BTA)
     constants = (rotations_BTH, *ids, group_BT, offset, start and start.layer)
     numbers = None if start is None else jnp.arange(len(jax.tree.leaves(state)[0]), dtype=jnp.int32)
     x_BTD, (routing, sums, observed), kv = layer_scan(

@@ -38,14 +38,14 @@ class Block(nnx.Module):
         rotations_BTH: Float[Array, "B T H"],
         segment_ids_BT: Int[Array, "B T"],
         key_ids_BS: Int[Array, "B S"],
-        parent_ids_BT: Int[Array, "B T"] | None,
+        ancestor_ids_BTA: Int[Array, "B T A"] | None,
         plan: RoutingPlan,
         cache: tuple[Cached, Cached] | None,
         offset: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], Decision, tuple[Cached, Cached] | None]:
         """(states after the block, the states that its router reads, what that decided, the cache)."""
         mixed_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), rotations_BTH, segment_ids_BT, key_ids_BS, parent_ids_BT, cache, offset
+            self.attention_norm(x_BTD), rotations_BTH, segment_ids_BT, key_ids_BS, ancestor_ids_BTA, cache, offset
         )
         x_BTD = x_BTD + mixed_BTD
         read_BTD = self.moe_norm(x_BTD)
@@ -70,7 +70,7 @@ class Mixtral(Model):
         )
 
     def forward(self, call: Call) -> Output:
-        positions_BT, key_ids_BS = locate(call.segment_ids_BT, call.cache, call.parent_ids_BT)
+        positions_BT, key_ids_BS = locate(call.segment_ids_BT, call.cache, call.ancestor_ids_BTA)
         rotations_BTH = rotations(positions_BT, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         x_BTD = self.embed(call.tokens_BT).astype(self.dtype) if call.start is None else call.start.before_BTD
         x_BTD, routing, sums, kv, observed = run_layers(self.layers, x_BTD, rotations_BTH, key_ids_BS, call)
@@ -99,17 +99,17 @@ class Mixtral(Model):
         observe: Observe | None = None,
         operands: Any = None,
         start: Start | None = None,
-        parent_ids_BT: Integer[Array | np.ndarray, "B T"] | None = None,
+        ancestor_ids_BTA: Integer[Array | np.ndarray, "B T A"] | None = None,
     ) -> Output:
         """`__call__` without the output head, and by default without a record.
 
         Args:
           observe, operands: what else to keep of every layer, see `call.Observe`.
           start: a later layer to begin with, and the states before it. Only for a model on one device.
-          parent_ids_BT: the segment in the same row, or in the cache, that each token's own segment continues, or its
-            own. Several segments can continue one (tree attention, arXiv 2305.09781).
+          ancestor_ids_BTA: the segments in the same row, or in the cache, that each token's own segment continues, such
+            as a common beginning and a question; filled up with its own id (tree attention, arXiv 2305.09781).
         """
-        how = (plan, cache, remat, record, groups, group_BT, observe, operands, start, parent_ids_BT)
+        how = (plan, cache, remat, record, groups, group_BT, observe, operands, start, ancestor_ids_BTA)
         return self.compiled(checked_call(self.config, tokens_BT, segment_ids_BT, *how))
 
     def __call__(

@@ -4,8 +4,9 @@ A context and its continuations are one row. Each continuation is a segment of i
 (tree attention, arXiv 2305.09781), so that it attends to its context and to itself. Rows are packed into lines of few
 widths, and logits are computed for scored positions only. So compiled programs are few.
 
-Where many contexts begin with the same tokens, such as solved examples, these run once (inference/prefixes.py). Each
-row then has a line of its own that continues their keys and values.
+Where contexts begin with the same tokens, such as a system message, these run once in each line, and its rows continue
+them. Long common beginnings, such as solved examples, run once in all (inference/prefixes.py). Each row then has a line
+of its own that continues their keys and values.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from flax import nnx
 
 from bimedix_jax.data.vocabulary import require_ids
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.inference.padding import bucket, line_width, packed, pad_right, part_of
+from bimedix_jax.inference.padding import WIDTHS, bucket, line_width, packed, pad_right, part_of
 from bimedix_jax.inference.planning import Planner, Plans, Tokens
-from bimedix_jax.inference.prefixes import MEMBERS, Prefix, rows_after, shared_prefixes
+from bimedix_jax.inference.prefixes import MEMBERS, Prefix, common_beginning, rows_after, shared_prefixes
 from bimedix_jax.inference.steps import POSITIONS_PER_CHUNK, read_lines, read_prefix, tokens_at
 from bimedix_jax.models.attention import KVCache
 from bimedix_jax.models.mixtral import Mixtral
@@ -77,15 +78,17 @@ class Batch:
     """Lines of packed rows.
 
     Attributes:
-      rows: the rows, each with its line and the place of its first token, which is negative by what `prefix` has of it.
-      parent_ids_BT: the segment that each token's own one continues; None if no row has branches.
-      prefix: the tokens that each line continues; then a line has one row, without these tokens.
+      rows: the rows, each with its line and the place where it would begin if it had all its tokens.
+      shared: number of a row's first tokens that are not its own, but the beginning of the line or `prefix`.
+      ancestor_ids_BTA: the segments that each token's own one continues; None if none does.
+      prefix: the tokens that each line continues; then a line has one row.
     """
 
     rows: list[tuple[Row, int, int]]
     tokens_BT: np.ndarray
     ids_BT: np.ndarray
-    parent_ids_BT: np.ndarray | None = None
+    shared: int = 0
+    ancestor_ids_BTA: np.ndarray | None = None
     prefix: Prefix | None = None
 
     @property
@@ -159,24 +162,27 @@ class Continuations:
         self.items = np.arange(len(self.groups)) if items is None else np.asarray(items, np.int32)
         self.graph, self.weights = nnx.split(model)
         self.targets = bucket(max((len(group.continuations) for group in self.groups), default=1), smallest=1)
-        self.batches = list(self._batches(batch_tokens, columns, model.config.sliding_window))
+        self.batches = list(self._batches(batch_tokens, columns, model.config.sliding_window, shares))
 
-    def _batches(self, batch_tokens: int, columns: int | None, window: int | None) -> Iterator[Batch]:
+    def _batches(self, batch_tokens: int, columns: int | None, window: int | None, shares: bool) -> Iterator[Batch]:
         # a window counts slots of a line, so a row that is longer than it has no branches
         most = min(self.longest, window or self.longest)
         rows = [row for index, group in enumerate(self.groups) for row in self._rows(index, group, most)]
-        width = columns or line_width([len(row.tokens) for row in rows], self.longest)
-        tree = any(row.branches for row in rows)
-        alone: list[Row] = []
+        tree, alone = any(row.branches for row in rows), list[Row]()
         for prefix, members in self._by_prefix(rows):
             if prefix is None or prefix.slots + max(len(row.tokens) for row in members) > self.longest:
                 alone += members
                 continue
             for chosen, tokens_BT, ids_BT in rows_after(prefix, members, batch_tokens, self.longest):
                 places = [(row, line, -len(prefix.tokens)) for line, row in enumerate(chosen)]
-                yield _batch(places, tokens_BT, ids_BT, tree, prefix)
-        for places, tokens_BT, ids_BT in packed([row.tokens for row in alone], batch_tokens, self.longest, width):
-            yield _batch([(alone[index], line, start) for index, line, start in places], tokens_BT, ids_BT, tree)
+                yield _batch(places, tokens_BT, ids_BT, tree, prefix=prefix)
+        # kernels for accelerators have no trees, which long rows need more than a short beginning in common
+        shares &= max((len(row.tokens) for row in alone), default=0) <= WIDTHS[-1]
+        head = common_beginning([self.groups[row.group].context for row in alone]) if shares else ()
+        own, longest = [row.tokens[len(head) :] for row in alone], self.longest - len(head)
+        width = max(columns - len(head), 1) if columns else line_width(list(map(len, own)), longest, len(head))
+        for places, tokens_BT, ids_BT in packed(own, batch_tokens, longest, width):
+            yield _batch([(alone[index], line, start) for index, line, start in places], tokens_BT, ids_BT, tree, head)
 
     def _rows(self, index: int, group: Group, most: int) -> Iterator[Row]:
         """Rows of at most `most` tokens with the continuations of a group, or of one continuation."""
@@ -211,7 +217,7 @@ class Continuations:
     def score_and_record(self, batch: Batch) -> tuple[dict[Key, Scored], Routes]:
         """`score`, and the record, which is empty unless asked for."""
         sums = Sums()
-        prefix, ids = self._prefix(batch), (batch.ids_BT, batch.parent_ids_BT)
+        prefix, ids = self._prefix(batch), (batch.ids_BT, batch.ancestor_ids_BTA)
 
         def read(_: str, graph: nnx.GraphDef, weights: nnx.State, free: RoutingPlan) -> Routing | None:
             return read_lines(graph, weights, batch.tokens_BT, *ids, free, "choices")[1]
@@ -232,10 +238,10 @@ class Continuations:
         items_BT, positions_BT = np.zeros_like(batch.ids_BT), np.full_like(batch.ids_BT, -1)
         for row, line, start in batch.rows:
             for number, (first, length) in enumerate(row.parts()):
-                position = len(self.groups[row.group].context) if number else 0
-                span = slice(max(start + first, 0), start + first + length)
+                skipped, position = (0, len(self.groups[row.group].context)) if number else (batch.shared, 0)
+                span = slice(start + first + skipped, start + first + length)
                 items_BT[line, span] = self.items[row.group]
-                positions_BT[line, span] = np.arange(position, position + length)[-(span.stop - span.start) :]
+                positions_BT[line, span] = position + np.arange(skipped, length)
         return Tokens(batch.tokens_BT, items_BT, positions_BT)
 
     def _prefix(self, batch: Batch) -> KVCache | None:
@@ -290,15 +296,21 @@ def _batch(
     tokens_BT: np.ndarray,
     ids_BT: np.ndarray,
     tree: bool,
+    head: tuple[int, ...] = (),
     prefix: Prefix | None = None,
 ) -> Batch:
-    """The batch, in which branches get segments of their own."""
-    if not tree:
-        return Batch(rows, tokens_BT, ids_BT, None, prefix)
-    parents_BT, ids_BT = ids_BT.copy(), ids_BT.copy()
-    free = parents_BT.max(axis=1) + 1
+    """The batch, with `head` as segment 1 of each line. Rows continue it, and branches continue their rows."""
+    shared = len(head) if prefix is None else len(prefix.tokens)
+    if not tree and not head:
+        return Batch(rows, tokens_BT, ids_BT, shared, None, prefix)
+    if head:
+        lines = len(tokens_BT)
+        tokens_BT = np.concatenate([np.tile(np.array(head, np.int32), (lines, 1)), tokens_BT], axis=1)
+        ids_BT = np.concatenate([np.ones((lines, len(head)), np.int32), np.where(ids_BT, ids_BT + 1, 0)], axis=1)
+    parents_BT, ids_BT, free = ids_BT, ids_BT.copy(), ids_BT.max(axis=1) + 1
     for row, line, start in rows:
         for first, length in row.parts()[1:]:
             ids_BT[line, start + first : start + first + length] = free[line]
             free[line] += 1
-    return Batch(rows, tokens_BT, ids_BT, parents_BT, prefix)
+    roots_BT = np.minimum(ids_BT, 1) if head else ids_BT
+    return Batch(rows, tokens_BT, ids_BT, shared, np.stack([parents_BT, roots_BT], axis=-1), prefix)

@@ -85,18 +85,18 @@ FEW = (32, 128, 512)
 """Widths of the only line of few tokens."""
 
 
-def line_width(lengths: Sequence[int], longest: int) -> int:
-    """The one of WIDTHS whose lines have the fewest tokens when rows of these lengths are packed, at most `longest`.
+def line_width(lengths: Sequence[int], longest: int, taken: int = 0) -> int:
+    """The width whose lines have the fewest tokens when rows of these lengths are packed, at most `longest`.
 
-    A wide line costs more, since attention is quadratic.
+    With `taken` tokens at the beginning of each line it is one of WIDTHS. A wide line costs more, since attention is
+    quadratic.
     """
 
     def cost(width: int) -> float:
-        return sum(len(lines) * own * (8192 + own) for own, lines in _lines(lengths, width, longest))
+        return sum(len(lines) * (taken + own) * (8192 + taken + own) for own, lines in _lines(lengths, width, longest))
 
-    if max(lengths, default=0) <= WIDTHS[0] // 4:
-        return min(WIDTHS[0], longest)
-    return min(sorted({min(width, longest) for width in WIDTHS}), key=cost)
+    widths = sorted({min(max(width - taken, 1), longest) for width in WIDTHS})
+    return widths[0] if max(lengths, default=0) <= widths[0] // 4 else min(widths, key=cost)
 
 
 def _lines(lengths: Sequence[int], columns: int, longest: int) -> list[tuple[int, list[list[int]]]]:

@@ -12,6 +12,8 @@ MEMBERS = 4
 """Fewer contexts share no prefix."""
 SHORTEST = 64
 """Tokens of the shortest prefix that is shared."""
+FEWEST = 8
+"""Tokens of the shortest beginning that rows of a line share."""
 SHARE = 0.5
 """A prefix is shared if it has at least this share of the mean length of what follows. Rows that continue a prefix are
 padded to a common length, which packed lines are not."""
@@ -43,6 +45,15 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
         if a != b:
             return place
     return min(len(one), len(other))
+
+
+def common_beginning(contexts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The tokens that all contexts begin with, or none if they are few. A token of every context is left to follow."""
+    if len(contexts) < MEMBERS:
+        return ()
+    first, last = min(contexts), max(contexts)  # what these two share, all in between share too
+    length = min(common(first, last), min(map(len, contexts)) - 1)
+    return first[:length] if length >= FEWEST else ()
 
 
 def shared_prefixes(contexts: Sequence[tuple[int, ...]]) -> dict[int, Prefix]:

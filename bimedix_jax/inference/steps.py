@@ -45,7 +45,7 @@ def read_lines(
     weights: nnx.State,
     tokens_BT: jax.Array,
     ids_BT: jax.Array,
-    parent_ids_BT: jax.Array | None,
+    ancestor_ids_BTA: jax.Array | None,
     plan: RoutingPlan,
     record: Record,
     prefix: KVCache | None = None,
@@ -53,7 +53,7 @@ def read_lines(
     """(final hidden states of lines, the record). Every line continues `prefix`, if there is one; its segment is 1."""
     model, (rows, columns) = nnx.merge(graph, weights), tokens_BT.shape
     cache = prefix and after(prefix, rows, prefix.segment_ids_BS.shape[1] + columns)
-    out = model.hidden(tokens_BT, ids_BT, plan, cache, record=record, parent_ids_BT=parent_ids_BT)
+    out = model.hidden(tokens_BT, ids_BT, plan, cache, record=record, ancestor_ids_BTA=ancestor_ids_BTA)
     return out.hidden_BTD, out.routing
 
 

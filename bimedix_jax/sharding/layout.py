@@ -108,8 +108,8 @@ class Layout:
         plans = plan_specs(call.plan, batch_axes)
         groups = None if call.group_BT is None else rows
         shared = None if call.operands is None else scalar
-        parents = None if call.parent_ids_BT is None else rows
-        ids = {"tokens_BT": rows, "segment_ids_BT": rows, "parent_ids_BT": parents, "group_BT": groups}
+        ancestors = None if call.ancestor_ids_BTA is None else rows
+        ids = {"tokens_BT": rows, "segment_ids_BT": rows, "ancestor_ids_BTA": ancestors, "group_BT": groups}
         calls = dataclasses.replace(call, plan=plans, cache=cached, operands=shared, **ids)
 
         def function(values: dict[str, Any], call: Call) -> Output:

@@ -37,7 +37,7 @@ def attention(
     offset: Int[Array, ""] | None = None,
     window: int | None = None,
     backend: str | None = None,
-    parent_ids_BT: Int[Array, "B T"] | None = None,
+    ancestor_ids_BTA: Int[Array, "B T A"] | None = None,
 ) -> Float[Array, "B T Q H"]:
     """Causal softmax attention within segments.
 
@@ -48,8 +48,8 @@ def attention(
       offset: slot of the first query among the keys, for decoding with a cache; None if queries and keys are the same
         tokens.
       window: maximum of keys that a query attends to, itself included.
-      parent_ids_BT: a second segment that each query attends to, for tree attention (arXiv 2305.09781): the one that
-        its own segment continues, or its own again. Only `xla` takes it.
+      ancestor_ids_BTA: other segments that each query attends to, for tree attention (arXiv 2305.09781): those that its
+        own segment continues, filled up with its own. Only `xla` takes them.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
         operands. A named backend never falls back.
 
@@ -66,12 +66,12 @@ def attention(
         module = load(name)
         if not hasattr(module, "refusal"):
             return None
-        if parent_ids_BT is not None:
-            return "its mask compares one segment, and tree attention has two."
+        if ancestor_ids_BTA is not None:
+            return "its mask compares one segment, and tree attention has several."
         return module.refusal(*operands, offset is not None)
 
-    plain = q_BTQH.shape[1] < FEW_QUERIES or parent_ids_BT is not None
+    plain = q_BTQH.shape[1] < FEW_QUERIES or ancestor_ids_BTA is not None
     preferred = {"cpu": ("xla",)} if plain else PREFERRED
     name = backends.pick("attention", BACKENDS, preferred, backend, refusal)
-    masked = (query_ids_BT, key_ids_BS, offset, window, *([] if parent_ids_BT is None else [parent_ids_BT]))
+    masked = (query_ids_BT, key_ids_BS, offset, window, *([] if ancestor_ids_BTA is None else [ancestor_ids_BTA]))
     return load(name).attention(*operands, *masked)

@@ -109,15 +109,15 @@ def visible(
     query_slot: Int[Array, ""] | int,
     key_slot: int,
     window: int | None,
-    parent_ids_BC: Int[Array, "B C"] | None = None,
+    ancestor_ids_BCA: Int[Array, "B C A"] | None = None,
 ) -> Bool[Array, "B C S"]:
     """Which keys each query attends to. The slots are those of the first query and of the first key."""
     query = query_slot + jnp.arange(query_ids_BC.shape[1])[:, None]
     key = key_slot + jnp.arange(key_ids_BS.shape[1])[None]
     near = key <= query if window is None else (key <= query) & (key > query - window)
     same = query_ids_BC[:, :, None] == key_ids_BS[:, None]
-    if parent_ids_BC is not None:
-        same |= parent_ids_BC[:, :, None] == key_ids_BS[:, None]
+    if ancestor_ids_BCA is not None:
+        same |= jnp.any(ancestor_ids_BCA[:, :, None] == key_ids_BS[:, None, :, None], axis=-1)
     return near[None] & same
 
 
@@ -129,7 +129,7 @@ def attention(
     key_ids_BS: jax.Array,
     offset: jax.Array | None,
     window: int | None,
-    parent_ids_BT: jax.Array | None = None,
+    ancestor_ids_BTA: jax.Array | None = None,
 ) -> jax.Array:
     """As `api.attention`; takes all operands."""
     batch, length, heads, width = q_BTQH.shape
@@ -141,7 +141,7 @@ def attention(
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         low, high = (0, slots) if offset is not None else (0 if window is None else max(0, start - window + 1), stop)
-        parents = None if parent_ids_BT is None else parent_ids_BT[:, start:stop]
+        parents = None if ancestor_ids_BTA is None else ancestor_ids_BTA[:, start:stop]
         first = start if offset is None else offset
         seen_BCS = visible(query_ids_BT[:, start:stop], key_ids_BS[:, low:high], first, low, window, parents)
         q = q_BGRTH[:, :, :, start:stop].reshape(batch * groups, -1, width)

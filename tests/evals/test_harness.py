@@ -217,6 +217,30 @@ def test_a_common_beginning_runs_once_and_changes_no_score(model):
     assert not any(batch.prefix for batch in Continuations(model, groups, ban).batches), "plans are by position"
 
 
+def test_a_short_beginning_runs_once_in_each_line_and_changes_no_score(model):
+    """The oracle is each question alone."""
+    rng = np.random.default_rng(1)
+    message = tuple(rng.integers(0, 300, 20).tolist())
+    rest = [tuple(rng.integers(0, 300, rng.integers(1, 30)).tolist()) for _ in range(25)]
+    options = [tuple({tuple(rng.integers(0, 300, rng.integers(1, 6)).tolist()) for _ in range(3)}) for _ in rest]
+    groups = [Group(message + own, some) for own, some in zip(rest, options, strict=True)]
+    scorer = Continuations(model, groups, batch_tokens=256, columns=96)
+    assert {batch.shared for batch in scorer.batches} == {20}
+    assert all((batch.tokens_BT[:, :20] == message).all() for batch in scorer.batches)
+    run = sum(batch.tokens_BT.size for batch in scorer.batches)
+    assert run < sum(
+        batch.tokens_BT.size for batch in Continuations(model, groups, record="choices", columns=96).batches
+    )
+    found = {key: value for batch in scorer.batches for key, value in scorer.score(batch).items()}
+    for index, group in enumerate(groups):
+        alone = Continuations(model, [group])
+        assert not any(batch.shared for batch in alone.batches)
+        for batch in alone.batches:
+            for (_, number), (logprob, greedy) in alone.score(batch).items():
+                np.testing.assert_allclose(found[index, number][0], logprob, atol=1e-4)
+                assert found[index, number][1] == greedy
+
+
 def test_wrong_groups_raise(model):
     for group in (Group((), ((1,),)), Group((1,), ((),)), Group((1,) * 500, ((2,) * 20,)), Group((1,), ((999,),))):
         with pytest.raises(BimedixError):

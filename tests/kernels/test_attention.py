@@ -134,19 +134,19 @@ def test_a_segment_that_continues_another_one(window: int | None) -> None:
     q, k, v = map(jnp.asarray, draw(600, 600, 2, 1))
     ids = segments(600)
     ids[0, 200:260], ids[1, 300:400], ids[1, 400:500] = 7, 8, 9
-    parents = np.where(ids >= 7, 1, ids)
+    ancestors = np.stack([np.where(ids >= 7, 1, ids), np.where(ids == 9, 8, ids)], axis=-1)
     host = [np.asarray(x) for x in (q, k, v)]
-    expected = reference.attention(host[0], host[1], host[2], ids, ids, 0, window, parents)
-    ids, parents = jnp.asarray(ids), jnp.asarray(parents)
+    expected = reference.attention(host[0], host[1], host[2], ids, ids, 0, window, ancestors)
+    ids, ancestors = jnp.asarray(ids), jnp.asarray(ancestors)
 
     def formula(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        seen = visible(ids, ids, 0, 0, window, parents)
+        seen = visible(ids, ids, 0, 0, window, ancestors)
         scores = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, 2, axis=2)) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -1e30), axis=-1)
         return jnp.einsum("bhts,bshd->bthd", weights, jnp.repeat(v, 2, axis=2))
 
     def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, ids, ids, window=window, parent_ids_BT=parents)
+        return attention(q, k, v, ids, ids, window=window, ancestor_ids_BTA=ancestors)
 
     assert np.allclose(jax.jit(ours)(q, k, v), expected, atol=2e-6)
     got, exact = (
@@ -154,7 +154,7 @@ def test_a_segment_that_continues_another_one(window: int | None) -> None:
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, exact)
     last = attention(
-        q[:, -40:], k, v, ids[:, -40:], ids, offset=jnp.int32(560), window=window, parent_ids_BT=parents[:, -40:]
+        q[:, -40:], k, v, ids[:, -40:], ids, offset=jnp.int32(560), window=window, ancestor_ids_BTA=ancestors[:, -40:]
     )
     assert np.allclose(last, expected[:, -40:], atol=2e-6)
 
@@ -164,10 +164,10 @@ def test_kernels_refuse_segments_that_continue_others(backend: str) -> None:
     q, k, v = map(jnp.asarray, draw(128, 128, 2, 1, 128))
     ids = jnp.ones((2, 128), jnp.int32)
     with pytest.raises(NotImplementedError, match="tree attention"):
-        attention(q, k, v, ids, ids, parent_ids_BT=ids, backend=backend)
+        attention(q, k, v, ids, ids, ancestor_ids_BTA=ids[..., None], backend=backend)
     platform = {"triton": "gpu", "splash": "tpu"}[backend]
     with backends.use(platform), backends.recording() as choices:
-        jax.eval_shape(lambda *x: attention(*x, parent_ids_BT=x[3]), q, k, v, ids, ids)
+        jax.eval_shape(lambda *x: attention(*x, ancestor_ids_BTA=x[3][..., None]), q, k, v, ids, ids)
     assert choices.to_dict()["attention"] == ["xla"]
 
 

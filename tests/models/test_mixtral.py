@@ -78,15 +78,16 @@ def test_packed_documents_equal_documents_alone(model: Mixtral, tokens: np.ndarr
 
 
 def test_segments_that_continue_one_segment_equal_whole_sequences(model: Mixtral, tokens: np.ndarray) -> None:
-    """A context with two continuations between other documents, and with a third one that reads it from a cache."""
+    """A context with two continuations between other documents, of which one has its own continuation, and with a third
+    one that reads it from a cache."""
     context, rest = tokens[:1, :5], [tokens[1:, :2], tokens[1:, 3:7], tokens[1:, 8:]]
-    packed = np.concatenate([tokens[1:, :3], context, rest[0], rest[1], tokens[:1, 5:8]], axis=1)
-    segments = np.array([[1] * 3 + [2] * 5 + [4] * 2 + [5] * 4 + [3] * 3])
-    parents = np.where((segments == 4) | (segments == 5), 2, segments)
-    cache = KVCache.zeros(model.config, 1, 24, "float32")
-    out = model.hidden(packed, segments, cache=cache, parent_ids_BT=parents)
-    later = model.hidden(rest[2], np.full((1, 4), 6), cache=out.cache, parent_ids_BT=np.full((1, 4), 2))
-    alone = model.hidden(packed, segments, parent_ids_BT=parents)
+    packed = np.concatenate([tokens[1:, :3], context, rest[0], rest[1], tokens[:1, 5:8], rest[2]], axis=1)
+    segments = np.array([[1] * 3 + [2] * 5 + [4] * 2 + [5] * 4 + [3] * 3 + [7] * 4])
+    ancestors = np.stack([np.where(segments >= 4, 2, segments), np.where(segments == 7, 5, segments)], axis=-1)
+    cache = KVCache.zeros(model.config, 1, 32, "float32")
+    out = model.hidden(packed, segments, cache=cache, ancestor_ids_BTA=ancestors)
+    later = model.hidden(rest[2], np.full((1, 4), 6), cache=out.cache, ancestor_ids_BTA=np.full((1, 4, 1), 2))
+    alone = model.hidden(packed, segments, ancestor_ids_BTA=ancestors)
     close(alone.hidden_BTD, out.hidden_BTD)
     for found, part in (
         (out.hidden_BTD[:, 8:10], rest[0]),
@@ -95,7 +96,9 @@ def test_segments_that_continue_one_segment_equal_whole_sequences(model: Mixtral
     ):
         close(found, model.hidden(np.concatenate([context, part], axis=1)).hidden_BTD[:, 5:])
     close(out.hidden_BTD[:, 3:8], model.hidden(context).hidden_BTD)
-    close(out.hidden_BTD[:, 14:], model.hidden(tokens[:1, 5:8]).hidden_BTD)
+    close(out.hidden_BTD[:, 14:17], model.hidden(tokens[:1, 5:8]).hidden_BTD)
+    chain = model.hidden(np.concatenate([context, rest[1], rest[2]], axis=1))
+    close(out.hidden_BTD[:, 17:], chain.hidden_BTD[:, 9:])
 
 
 def test_positions_restart_in_each_segment() -> None:
