@@ -217,16 +217,16 @@ def test_a_common_beginning_runs_once_and_changes_no_score(model):
     assert not any(batch.prefix for batch in Continuations(model, groups, ban).batches), "plans are by position"
 
 
-def test_a_short_beginning_runs_once_in_each_line_and_changes_no_score(model):
-    """The oracle is each question alone."""
+def test_a_short_beginning_runs_once_in_each_line_and_changes_no_score(model, monkeypatch):
+    """The oracle is each question alone. One context is the beginning itself."""
     rng = np.random.default_rng(1)
     message = tuple(rng.integers(0, 300, 20).tolist())
-    rest = [tuple(rng.integers(0, 300, rng.integers(1, 30)).tolist()) for _ in range(25)]
+    rest = [(), *(tuple(rng.integers(0, 300, rng.integers(1, 30)).tolist()) for _ in range(24))]
     options = [tuple({tuple(rng.integers(0, 300, rng.integers(1, 6)).tolist()) for _ in range(3)}) for _ in rest]
     groups = [Group(message + own, some) for own, some in zip(rest, options, strict=True)]
     scorer = Continuations(model, groups, batch_tokens=256, columns=96)
-    assert {batch.shared for batch in scorer.batches} == {20}
-    assert all((batch.tokens_BT[:, :20] == message).all() for batch in scorer.batches)
+    assert {batch.shared for batch in scorer.batches} == {19}
+    assert all((batch.tokens_BT[:, :19] == message[:19]).all() for batch in scorer.batches)
     run = sum(batch.tokens_BT.size for batch in scorer.batches)
     assert run < sum(
         batch.tokens_BT.size for batch in Continuations(model, groups, record="choices", columns=96).batches
@@ -239,6 +239,8 @@ def test_a_short_beginning_runs_once_in_each_line_and_changes_no_score(model):
             for (_, number), (logprob, greedy) in alone.score(batch).items():
                 np.testing.assert_allclose(found[index, number][0], logprob, atol=1e-4)
                 assert found[index, number][1] == greedy
+    monkeypatch.setattr("bimedix_jax.inference.continuations.WIDTHS", (40,))  # some rows are longer
+    assert not any(batch.shared for batch in Continuations(model, groups).batches)
 
 
 def test_wrong_groups_raise(model):
