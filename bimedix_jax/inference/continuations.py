@@ -10,6 +10,7 @@ of its own that continues their keys and values.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -161,8 +162,9 @@ class Continuations:
         self.read: tuple[Prefix, KVCache] | None = None
         self.items = np.arange(len(self.groups)) if items is None else np.asarray(items, np.int32)
         self.graph, self.weights = nnx.split(model)
-        self.targets = bucket(max((len(group.continuations) for group in self.groups), default=1), smallest=1)
         self.batches = list(self._batches(batch_tokens, columns, model.config.sliding_window, shares))
+        chosen = (len(row.chosen) for batch in self.batches for row, *_ in batch.rows)
+        self.targets = bucket(max(chosen, default=1), smallest=1)
 
     def _batches(self, batch_tokens: int, columns: int | None, window: int | None, shares: bool) -> Iterator[Batch]:
         # a window counts slots of a line, so a row that is longer than it has no branches
@@ -187,20 +189,18 @@ class Continuations:
     def _rows(self, index: int, group: Group, most: int) -> Iterator[Row]:
         """Rows of at most `most` tokens with the continuations of a group, or of one continuation."""
         room = max(min(most - len(group.context), max(BRANCHES, len(group.context))), 0)
-        waiting = list(range(len(group.continuations)))
-        while waiting:
-            chosen, left = [], room
-            for number in waiting:
-                length = len(group.continuations[number]) - 1
-                if length <= left:
-                    chosen.append(number)
-                    left -= length
-            chosen = chosen if len(chosen) > 1 else waiting[:1]
-            waiting = [number for number in waiting if number not in chosen]
-            parts = [group.continuations[number][:-1] for number in chosen]
-            tokens = sum(parts, group.context)
+        rests = [ids[:-1] for ids in group.continuations]
+        rows, filled = list[list[int]](), room + 1
+        for number in sorted(range(len(rests)), key=lambda number: len(rests[number])):
+            if filled + len(rests[number]) > room:
+                rows.append([])
+                filled = 0
+            rows[-1].append(number)
+            filled += len(rests[number])
+        for chosen in rows:
+            parts = [rests[number] for number in chosen]
             branches = tuple(map(len, parts)) if len(parts) > 1 and any(parts) else ()
-            yield Row(index, tuple(chosen), tokens, branches)
+            yield Row(index, tuple(chosen), tuple(itertools.chain(group.context, *parts)), branches)
 
     def _by_prefix(self, rows: list[Row]) -> Iterator[tuple[Prefix | None, list[Row]]]:
         """Rows by the prefix that they share; too few of them share none."""

@@ -162,9 +162,11 @@ def test_lines_and_branches_do_not_change_scores(model, columns, window):
 
     groups = [Group(tokens(40), tuple({tokens(9) for _ in range(4)})) for _ in range(12)]
     groups[3] = dataclasses.replace(groups[3], continuations=(*groups[3].continuations, (7,) * 40))
+    groups.append(Group((7,), tuple({tokens(30) for _ in range(60)})))  # as rolling log-likelihoods ask
     if window is not None:
         model = init_random(dataclasses.replace(TINY, sliding_window=window), seed=3, std=0.3)
     scorer = Continuations(model, groups, batch_tokens=256, columns=columns)
+    assert scorer.targets < 60, "no row has all of them"
     found = {key: value for batch in scorer.batches for key, value in scorer.score(batch).items()}
     assert len(found) == sum(len(group.continuations) for group in groups)
     whole = [[*group.context, *ids] for group in groups for ids in group.continuations]
