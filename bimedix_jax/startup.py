@@ -12,9 +12,11 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # files in /dev of a GPU (dxg is that of WSL) or a TPU
 ACCELERATORS = ("nvidia[0-9]*", "nvidiactl", "dxg", "accel[0-9]*", "vfio/[0-9]*", "kfd")
@@ -87,9 +89,10 @@ def keep_programs() -> None:
     """Keeps compiled programs on disk, so that the next run of the same model compiles nothing; before JAX starts.
 
     They are in $BIMEDIX_CACHE/programs or ~/.cache/bimedix_jax/programs, at most 2 GiB: JAX removes the least recently
-    used ones. Processes can share the folder, and it can be deleted at any time. A program is found again only under
-    the same versions, options and instruction set. JAX_ENABLE_COMPILATION_CACHE=false turns this off. Programs that
-    compile fast are kept too: a run has a hundred of them.
+    used ones. Processes can share the folder, and it can be deleted at any time. A damaged program is compiled again. A
+    program is found again only under the same versions, options and instruction set, and with an accelerator only in
+    the same folder, where JAX also keeps what XLA learned of the fastest kernels. JAX_ENABLE_COMPILATION_CACHE=false
+    turns this off. Programs that compile fast are kept too: a run has a hundred of them.
 
     JAX_COMPILATION_CACHE_DIR names a folder of the user's, which is used unchanged and without a limit: a process with
     a limit fails on the programs of one without.
@@ -101,9 +104,12 @@ def keep_programs() -> None:
     folder = Path(os.environ.get("BIMEDIX_CACHE") or Path.home() / ".cache" / "bimedix_jax") / "programs"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 << 30))
+    if not _has_accelerator():
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(folder)
+        _remove_damaged(folder)
     except OSError as error:
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         reason = error.strerror or type(error).__name__
@@ -121,6 +127,25 @@ def _remove_unfinished(folder: Path, seconds: float = 60) -> None:
         with suppress(FileNotFoundError):  # another process has removed it
             if not finished.exists() and program.stat().st_mtime < time.time() - seconds:
                 program.unlink()
+
+
+def _remove_damaged(folder: Path) -> None:
+    """From now on, removes each program that JAX warns that it cannot read, with its namesakes, so that it is replaced.
+
+    JAX compiles such a program, but does not store it over the damaged one.
+    """
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        damaged = re.match(r"Error reading persistent compilation cache entry for '([\w.-]+)'", str(message))
+        if damaged is None:
+            shown(message, *place, **more)
+            return
+        for file in (*folder.glob(f"{damaged[1]}-*-cache"), *folder.glob(f"{damaged[1]}-*-atime")):
+            file.unlink(missing_ok=True)
+        print(f"note: the program {damaged[1]} in {folder} is damaged and is compiled again", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 def reuse_memory() -> None:

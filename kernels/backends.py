@@ -25,6 +25,9 @@ class Choices:
         return {operation: sorted(self.names[operation]) for operation in sorted(self.names)}
 
 
+KERNELS = ("triton", "mosaic_tpu", "splash")
+"""Backends that are written for one kind of accelerator."""
+
 # part of the key of JAX's caches: a function compiled under one choice is compiled again under another
 overrides = jax.make_user_context(())
 # also part of the key: functions are traced again inside `recording`, so that their choices are recorded
@@ -113,6 +116,8 @@ def pick(
         raise ValueError(f"Unknown {operation} backend {name!r}; choose one of {', '.join(sorted(names))}.")
     elif (reason := refusal(name)) is not None:
         raise NotImplementedError(f"{operation} backend {name!r}: {reason}")
+    elif name in KERNELS and platform() == "cpu":
+        announce(operation, f"backend {name} is interpreted on a CPU: correct, but very slow", logging.WARNING)
     if recorder.value is not None:
         recorder.value.add(operation, name)
     return name

@@ -4,6 +4,7 @@ Everything is read from the syntax trees of the files, so that an import inside 
 """
 
 import ast
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -268,6 +269,14 @@ def test_commands_that_prepare_nothing_for_jax_never_import_it(command):
             reached.add(name)
             waiting += [found.module for found in IMPORTS[MODULES[name]] if found.module in MODULES]
     assert not [str(i) for name in reached for i in IMPORTS[MODULES[name]] if top(i) in JAX_LIBRARIES]
+
+
+@pytest.mark.parametrize("name", ["kernels", "models"])
+def test_packages_have_one_name(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ImportError, match=f"the name of this package is bimedix_jax.{name}"):
+        importlib.import_module(name)
 
 
 def test_the_help_itself_needs_the_standard_library_only():

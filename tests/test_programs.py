@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ SETTINGS = (
     "JAX_COMPILATION_CACHE_MAX_SIZE",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
     "JAX_ENABLE_COMPILATION_CACHE",
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES",
 )
 
 
@@ -122,6 +124,37 @@ def test_programs_are_found_again_evicted_and_survive_deletion(tmp_path) -> None
         for name, value in before.items():
             jax.config.update(name, value)
         monitoring.unregister_event_listener(listen)
+
+
+START = """
+from bimedix_jax import startup
+startup.keep_programs()
+import jax, jax.numpy as jnp
+from bimedix_jax.evals import programs
+before = programs.count()
+assert jax.jit(lambda x: x * 3)(jnp.float32(2)) == 6
+print(programs.since(before)["compiled_programs"])
+"""
+
+
+def test_a_folder_may_move_and_damaged_programs_are_replaced(tmp_path) -> None:
+    def start(cache: str) -> tuple[int, str]:
+        kept = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        environment = {**kept, "JAX_PLATFORMS": "cpu", "BIMEDIX_CACHE": str(tmp_path / cache)}
+        run = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, check=True)
+        return int(run.stdout), run.stderr
+
+    built, _ = start("first")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    assert built > 0
+    assert start("second")[0] == 0
+    for program in (tmp_path / "second").glob("programs/*-cache"):
+        program.write_bytes(program.read_bytes()[:100])
+    again, text = start("second")
+    assert again == built
+    assert text.count("is damaged and is compiled again") == built
+    assert "UserWarning" not in text
+    assert start("second")[0] == 0
 
 
 def test_prepare_adds_its_flags_once_and_before_those_of_the_user(monkeypatch):

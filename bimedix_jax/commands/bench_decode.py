@@ -54,8 +54,11 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         config.repetitions,
         *config.decode_batches,
     )
-    if min(sizes) < 1:
-        raise BimedixError("All sizes and --repetitions must be at least 1; correct them")
+    if min(sizes) < 1 or not config.decode_batches:
+        raise BimedixError(
+            "--batch, --length, --prompt-tokens, --steps, --repetitions and each of --decode-batches must be at least "
+            "1; correct them"
+        )
     startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     prompt, steps = config.prompt_tokens, config.steps

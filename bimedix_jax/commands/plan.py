@@ -41,8 +41,8 @@ class Config:
     """If the run does not fit, change its settings until it does, and list the changes."""
     inference: bool = True
     """Compile the prefill and the decoding step too."""
-    prompt_tokens: int = 512
-    """Tokens of a prompt in the prefill."""
+    prompt_tokens: int | None = None
+    """Tokens of a prompt in the prefill; by default 512, or what the model's context leaves room for."""
     batch: int = 1
     """Prompts in an inference batch."""
 
@@ -51,14 +51,17 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Prints and returns memory, communication, work and time."""
     from bimedix_jax.costs.devices import assumptions, target
     from bimedix_jax.plan.fit import fit
+    from bimedix_jax.plan.hardware import require_slice
     from bimedix_jax.plan.page import show
     from bimedix_jax.plan.report import estimate_inference, estimate_training, to_document
     from bimedix_jax.process.terminal import Screen
 
-    if config.prompt_tokens < 1 or config.batch < 1:
-        raise BimedixError("--prompt-tokens or --batch is below 1; give at least 1.")
+    if config.batch < 1:
+        raise BimedixError("--batch is below 1; give at least 1")
     experiment, where = resolve(config), target(config.devices)
+    require_slice(where.device.name, where.count)
     architecture = architecture_of(config.model, experiment)
+    prompt = prompt_of(config.prompt_tokens, architecture.max_position_embeddings)
     progress = Screen(stderr=True)
     changed: list[str] = []
     with progress.status(f"compiling the training step for {where.name}"):
@@ -69,12 +72,21 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     document = {"model": config.model or experiment.name, **to_document(planned), "changed": changed}
     if config.inference:
         with progress.status(f"compiling prefill and decoding for {where.name}"):
-            document |= estimate_inference(architecture, planned.experiment, where, config.batch, config.prompt_tokens)
+            document |= estimate_inference(architecture, planned.experiment, where, config.batch, prompt)
     document |= {"assumptions": assumptions(where.device), "experiment": planned.experiment.to_dict()}
     show(document, console)
     if not document["fits"]:
         raise BimedixError(does_not_fit(where.name, config.fit), document=document)
     return document
+
+
+def prompt_of(tokens: int | None, context: int) -> int:
+    """The tokens of a prompt, after which the context has room for one more."""
+    if tokens is not None and not 1 <= tokens < context:
+        raise BimedixError(
+            f"--prompt-tokens {tokens} does not fit this model's context of {context}; give 1 to {context - 1}"
+        )
+    return min(512, context - 1) if tokens is None else tokens
 
 
 def does_not_fit(target: str, tried: bool) -> str:

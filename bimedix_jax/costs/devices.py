@@ -153,7 +153,9 @@ def target(text: str) -> Target:
     Raises:
       BimedixError: the device is unknown, or what follows the colon is not a positive number.
     """
-    match = re.fullmatch(r"([\w-]+?)(?::(\d+))?", text)
-    if match is None or match[1] not in DEVICES or match[2] == "0":
+    name, colon, count = text.partition(":")
+    if name not in DEVICES:
         raise BimedixError(f"{text} is no target; write NAME:COUNT with a NAME among {', '.join(DEVICES)}.")
-    return Target(DEVICES[match[1]], int(match[2] or 1))
+    if colon and (not re.fullmatch("[0-9]{1,9}", count) or int(count) < 1):
+        raise BimedixError(f"{count} in {text} is no number of devices; write {name}:COUNT with a COUNT of at least 1")
+    return Target(DEVICES[name], int(count) if colon else 1)

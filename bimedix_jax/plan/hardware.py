@@ -88,6 +88,13 @@ def devices(name: str, count: int = 1) -> list[Any]:
     return list(topology.devices)[:count]
 
 
+def require_slice(name: str, count: int) -> None:
+    """Raises BimedixError if these are TPUs that no slice has this number of; GPUs have no slices."""
+    sizes = TOPOLOGIES.get(name, {count: ""})
+    if count not in sizes:
+        raise BimedixError(f"there is no slice of {count} {name} chips; name one of {', '.join(map(str, sizes))}")
+
+
 def tpu_slice(name: str, count: int) -> dict[str, Any]:
     """Arguments of `get_topology_desc` for the smallest slice with this many chips."""
     fitting = [chips for chips in TOPOLOGIES[name] if chips >= count]

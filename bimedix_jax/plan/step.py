@@ -168,7 +168,7 @@ def inference_steps(
     graph, weights = nnx.split(placed.model)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=placed.replicated)
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=placed.replicated)
-    slots, plan = bucket(length + 1), RoutingPlan()
+    slots, plan = min(bucket(length + 1), config.max_position_embeddings), RoutingPlan()
     arguments = (graph, weights, ids, ids, Sampling.of(), key, plan, slots, "none")
     prefill = compile_for(devices[0], {"base": weights}, _prefill, *arguments)
     return prefill, decoding_step(placed, devices, rows, length)
@@ -179,7 +179,8 @@ def decoding_step(placed: Placed, devices: list[Any], rows: int, length: int) ->
     model, replicated = placed.model, placed.replicated
     graph, weights = nnx.split(model)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated)
-    cache = jax.eval_shape(lambda: KVCache.zeros(model.config, rows, bucket(length + 1), model.dtype))
+    slots = min(bucket(length + 1), model.config.max_position_embeddings)
+    cache = jax.eval_shape(lambda: KVCache.zeros(model.config, rows, slots, model.dtype))
     token, count = jax.eval_shape(lambda: (jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32)))
     state: Any = State(cache, token, None, count, token)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), state)

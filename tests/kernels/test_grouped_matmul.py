@@ -298,6 +298,18 @@ def test_falling_back_is_announced_once(caplog: pytest.LogCaptureFixture) -> Non
     assert (ragged, best) == ("grouped_matmul: backend ragged_dot on gpu", "grouped_matmul: backend triton on gpu")
 
 
+def test_a_kernel_that_is_interpreted_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    x, w, _ = draw(8, 4, 6, 2, "float32")
+    groups = jnp.asarray([4, 4], jnp.int32)
+    backends.announced.clear()
+    for name in ("xla", "triton", "triton"):
+        jax.eval_shape(lambda x, name=name: grouped_matmul(x, w, groups, backend=name), x)
+    with backends.use(platform="gpu"):
+        jax.eval_shape(lambda x: grouped_matmul(x, w, groups, backend="triton"), x)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["grouped_matmul: backend triton is interpreted on a CPU: correct, but very slow"]
+
+
 def test_triton_programs_write_only_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs run in any order on a GPU. Interpreted in reverse order, a write to a neighbouring tile would show."""
     from bimedix_jax.kernels.grouped_matmul import triton

@@ -239,7 +239,12 @@ ENTRY %main (a: bf16[3,5,7], b: bf16[21,11]) -> (bf16[5,11], s8[1024]) {
 def test_parsing_of_targets():
     assert devices.target("a100-80gb:8") == devices.Target(A100, 8)
     assert devices.target("v5e").count == 1
-    for wrong in ("a100", "v5e:0", "v5e:x"):
-        with pytest.raises(BimedixError, match="is no target; write NAME:COUNT"):
+    for wrong, reason in (
+        ("a100", "a100 is no target; write NAME:COUNT"),
+        ("v5e:0", "0 in v5e:0 is no number of devices; write v5e:COUNT"),
+        ("v5e:x", "x in v5e:x is no number of devices"),
+        ("v5e:", "is no number of devices"),
+    ):
+        with pytest.raises(BimedixError, match=reason):
             devices.target(wrong)
     assert np.all([device.memory_bytes > 2**33 for device in devices.DEVICES.values()])

@@ -89,7 +89,7 @@ SMALL = {
 
 def test_the_command_prints_all_fields(capsys, tmp_path):
     (tmp_path / "small.json").write_text(override(smoke(), SMALL).to_json())
-    words = ["plan", str(tmp_path / "small.json"), "--devices", "a100-80gb:1", "--prompt-tokens", "16", "--json"]
+    words = ["plan", str(tmp_path / "small.json"), "--devices", "a100-80gb:1", "--json"]
     assert cli.main(words) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"] is True
@@ -103,6 +103,7 @@ def test_the_command_prints_all_fields(capsys, tmp_path):
     assert plan["step_seconds"] >= plan["roofline"]["compute_seconds"]
     assert sum(plan["device_seconds_by_part"].values()) == pytest.approx(plan["device_seconds"])
     for name in ("prefill", "decode"):
+        assert plan[name]["prompt_tokens"] == 255  # not 512: the context has 256
         assert plan[name]["fits"]
         assert plan[name]["flops"] >= 0.9 * plan[name]["useful_flops"] > 0
 
@@ -112,5 +113,11 @@ def test_invalid_arguments_raise(capsys):
     assert "b200:8 is no target" in capsys.readouterr().err
     assert cli.main(["plan", "nothing", "--devices", "v5e:8"]) == 1
     assert "neither a preset" in capsys.readouterr().err
+    assert cli.main(["plan", "--devices", "v5e:3"]) == 1
+    assert "no slice of 3 v5e chips; name one of 1, 4, 8, 16" in capsys.readouterr().err
+    assert cli.main(["plan", "--devices", "a100-80gb:8", "--prompt-tokens", "40000"]) == 1
+    assert (
+        "--prompt-tokens 40000 does not fit this model's context of 32768; give 1 to 32767" in capsys.readouterr().err
+    )
     assert cli.main(["plan", "--devices", "a100-80gb:8", "--set", "data.sequence_length=65536"]) == 1
     assert "lower data.sequence_length" in capsys.readouterr().err
