@@ -1,7 +1,9 @@
 """`bimedix eval harness`: tasks of lm-evaluation-harness, its own, ours, and other people's."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -76,7 +78,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     """Loads the model, runs the harness, prints a table."""
     startup.keep_programs()
     check_options(config)
-    check_out(config)
+    with writing(config):
+        return evaluate(config, console)
+
+
+def evaluate(config: Config, console: Console) -> dict[str, Any]:
+    """As `run`, in a folder that no other process writes."""
     require_harness()
     from bimedix_jax.checkpoint.hub import HUB_ID, offline_if_unreachable, resolve
     from bimedix_jax.evals.documents import DATA
@@ -138,6 +145,30 @@ def check_options(config: Config) -> None:
     require_at_least_one(config, "limit", "max_length", "batch_tokens")
     if config.num_fewshot is not None and config.num_fewshot < 0:
         raise BimedixError(f"--num-fewshot is {config.num_fewshot}; give 0 or more")
+
+
+@contextlib.contextmanager
+def writing(config: Config) -> Iterator[None]:
+    """Locks the folder of --out, since two processes would write each other's answers. An error before anything is
+    written removes a new folder.
+
+    Raises:
+      BimedixError: another process writes it, it cannot be written, or as `check_out`.
+    """
+    from bimedix_jax.process import folders
+
+    if config.out is None:
+        yield
+        return
+    check_out(config)  # before anything is created in a folder that is not ours
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folders.made_parents(config.out))
+            stack.enter_context(folders.one_writer(config.out, "evaluates"))
+        except OSError as error:
+            raise BimedixError(f"cannot write to {config.out} ({error.strerror}); name another with --out") from error
+        check_out(config)  # again, since another process may have ended there in the meantime
+        yield
 
 
 def check_out(config: Config) -> None:

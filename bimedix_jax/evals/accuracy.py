@@ -35,14 +35,16 @@ class Accuracy:
 
 
 def ties(scored: Iterable[tuple[Sequence[str], Sequence[float]]]) -> dict[str, int]:
-    """For each group, the questions whose two most likely options differ by at most TIE: rounding decides them.
+    """For each group, the questions whose two most likely options differ by at most TIE: rounding decides them. One
+    option is never a tie.
 
     Args:
       scored: (groups of a question, log p of its options).
     """
     found: dict[str, int] = {}
     for groups, logprobs in scored:
-        second, first = sorted(logprobs)[-2:]
+        best = sorted(logprobs)[-2:]
+        tied = len(best) == 2 and best[1] - best[0] <= TIE
         for group in groups:
-            found[group] = found.get(group, 0) + (first - second <= TIE)
+            found[group] = found.get(group, 0) + tied
     return dict(sorted(found.items()))

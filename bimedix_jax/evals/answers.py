@@ -234,7 +234,11 @@ def matched(a: Answers, b: Answers) -> Matched:
     """
     keys = [key for key in a.samples if key in b.samples]
     if not keys:
-        raise BimedixError(f"{a.path} and {b.path} have no question in common; evaluate both on the same sets")
+        both = next((name for name in a.tasks() if name in b.tasks()), None)
+        has = f"the first has {a.tasks()[0]}, the second {b.tasks()[0]}"
+        if both is not None:
+            has = f"both have {both}, but with other questions"
+        raise BimedixError(f"{a.path} and {b.path} have no question in common: {has}; evaluate both on the same sets")
     return Matched(keys, len(a.samples) - len(keys), len(b.samples) - len(keys))
 
 

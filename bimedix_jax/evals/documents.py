@@ -14,7 +14,7 @@ from typing import Any
 from bimedix_jax.curation.readers.hub import HubSet
 from bimedix_jax.curation.readers.rows import rows
 from bimedix_jax.errors import BimedixError
-from bimedix_jax.evals.layouts import NO_QUESTION, NO_VALID_OPTION, Document, document_of, first_number
+from bimedix_jax.evals.layouts import NO_QUESTION, NO_VALID_OPTION, Document, document_of, first_number, row_problem
 from bimedix_jax.evals.repeated import warn_repeated
 from bimedix_jax.files import read_json
 
@@ -143,21 +143,27 @@ def read(benchmark: str, language: str, data: str | None = None, exclude_flagged
             raise
         remedy = f"or put {name}_{language}.jsonl into a folder and name that with --data"
         raise BimedixError(f"{error}, {remedy}") from error
-    found = file.documents
+    found, lines = file.documents, file.lines
     if name == "medarabench":
         found = list(flagged_copies(found))
     elif isinstance(source, Path):
         warn_repeated(label(source), ((one.id, (one.context, one.question), one.choices) for one in found))
     reasons = collections.Counter[str]()
+    first: dict[str, int] = {}
     kept = []
-    for document in found:
+    for document, line in zip(found, lines, strict=True):
         reason = why_excluded(document, benchmark, exclude_flagged)
         if reason is None:
             kept.append(document)
         else:
             reasons[reason] += 1
+            first.setdefault(reason, line)
     if not kept:
-        raise BimedixError(f"{label(source)} has no question of {benchmark}; check its rows")
+        shown = [
+            f"{count} because {sentence(reason)} (line {first[reason]})" for reason, count in reasons.most_common()
+        ]
+        why = f"all rows were left out: {'; '.join(shown)}; correct them" if shown else "check its rows"
+        raise BimedixError(f"{label(source)} has no question of {benchmark}; {why}")
     examples = () if solved is None else documents_of(solved, name, language, True, file.first).documents
     return Documents(tuple(kept), tuple(examples), label(source), dict(reasons))
 
@@ -172,6 +178,17 @@ def why_excluded(document: Document, benchmark: str, exclude_flagged: bool) -> s
     if benchmark == "medarabench_clinical" and document.subject in NOT_CLINICAL:
         return "not_clinical"
     return document.flags[0] if exclude_flagged and document.flags else None
+
+
+def sentence(reason: str) -> str:
+    """Why a question was left out, in words."""
+    known = {
+        NO_QUESTION: "there is no question",
+        NO_VALID_OPTION: "the answer is none of the choices, or the text of two",
+        f"more_than_{MOST_CHOICES}_choices": f"there are more than {MOST_CHOICES} choices",
+        "not_clinical": "the specialty is not clinical",
+    }
+    return known.get(reason, f"it has the flag {reason}")
 
 
 def flagged_copies(documents: list[Document]) -> Iterator[Document]:
@@ -225,10 +242,12 @@ class File:
     """What `documents_of` found.
 
     Attributes:
+      lines: that of each document.
       first: the number of the first choice; None if no answer is a number.
     """
 
     documents: list[Document]
+    lines: list[int]
     first: int | None
 
 
@@ -250,8 +269,8 @@ def documents_of(source: Path | HubSet, benchmark: str, language: str, solved: b
         if first is None:
             raise
         counted = first
-    documents = []
-    for where, _, number, fields in found:
+    documents, lines = [], []
+    for where, line, number, fields in found:
         one = document_of(fields, where, counted or 0)
         if subject is not None and one.subject not in (None, subject):
             continue
@@ -260,7 +279,8 @@ def documents_of(source: Path | HubSet, benchmark: str, language: str, solved: b
             own = f"{source.parent.name}/{own}"
         changes = {"id": own, "language": one.language or language, "subject": one.subject or subject}
         documents.append(dataclasses.replace(one, **changes))
-    return File(documents, counted)
+        lines.append(line)
+    return File(documents, lines, counted)
 
 
 def fields_of(source: Path | HubSet, solved: bool) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
@@ -274,11 +294,11 @@ def fields_of(source: Path | HubSet, solved: bool) -> Iterator[tuple[str, int, i
         tests = read_json(source.with_name("test_ground_truth.json"), dict[str, str], "fetch it again")
     headerless = isinstance(source, Path) and source.name.endswith("_dev.csv")
     for number, row in enumerate(rows(source, keyed=keyed, header=not headerless), start=1):
-        where = f"{row.file}:{row.line}"
+        where = f"{source if isinstance(source, Path) else row.file}:{row.line}"
         try:
             fields: dict[str, Any] = dict(row.fields())
         except ValueError as error:
-            raise BimedixError(f"{where}: {error}; correct the row or remove it") from error
+            raise BimedixError(f"{where}: {row_problem(error)}; correct the row or remove it") from error
         if keyed:
             if (row.key in tests) == solved:
                 continue

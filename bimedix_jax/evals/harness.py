@@ -121,9 +121,7 @@ class HarnessModel(TemplateLM):
         asked = []
         for _, context, continuation in requests:
             if not continuation or len(continuation) > self.max_length:
-                raise BimedixError(
-                    f"a continuation has {len(continuation)} tokens; the model takes 1 to {self.max_length}"
-                )
+                raise self._unfit(len(continuation))
             self.truncated += len(context) + len(continuation) > self.max_length + 1
             kept, target = tuple(context)[-(self.max_length + 1 - len(continuation)) :], tuple(continuation)
             key = key_of("loglikelihood", kept, target)
@@ -138,6 +136,19 @@ class HarnessModel(TemplateLM):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], tuple(answer))
         return [(float(logprob), bool(greedy)) for logprob, greedy in answers]
+
+    def _unfit(self, size: int) -> BimedixError:
+        """The error for a continuation of `size` tokens that is empty or too long."""
+        if not size:
+            return BimedixError("a continuation has no tokens; give each option of the task a text")
+        context = self.model.config.max_position_embeddings
+        if size > context:
+            remedy = "remove its question from the task, or name a model with a longer context"
+            return BimedixError(f"a continuation has {size} tokens, but the model takes at most {context}; {remedy}")
+        return BimedixError(
+            f"a continuation has {size} tokens, but --max-length is {self.max_length}; give {size} or more, at most "
+            f"{context}"
+        )
 
     def _run(self, groups: list[Group], keys: list[list[str]], quiet: bool) -> Iterator[dict[tuple[int, int], Scored]]:
         sources = [

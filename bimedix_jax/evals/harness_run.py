@@ -62,14 +62,13 @@ def load_tasks(
       limit: questions of each task that are used, of which the options are checked.
 
     Raises:
-      BimedixError: there is no such task, two groups have a task in common, its data are missing, or an option is
-        empty.
+      BimedixError: there is no such task or folder, two groups have a task in common, its data are missing, or an
+        option is empty.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metadata: dict[str, Any] = {"exclude_flagged": True} if exclude_flagged else {}
-    for folder in data:
-        if not folder.is_dir():
-            raise BimedixError(f"there is no folder {folder}; name the folders of the tasks' data")
+    require_folders(data, "name the folders of the tasks' data")
+    require_folders(folders, "name folders of task files with --task-files")
     if data:
         metadata["data"] = os.pathsep.join(str(folder.resolve()) for folder in data)
     own = all(name.startswith(PREFIX) for name in names) and not folders
@@ -103,6 +102,13 @@ def load_tasks(
         require_solved(task)
         require_options(name, task, limit)
     return loaded
+
+
+def require_folders(folders: Sequence[Path], remedy: str) -> None:
+    """Raises BimedixError if one of these is not a folder."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise BimedixError(f"there is no folder {folder}; {remedy}")
 
 
 def known_names(manager: Any) -> str:

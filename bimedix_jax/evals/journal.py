@@ -21,6 +21,7 @@ import numpy as np
 
 from bimedix_jax import files
 from bimedix_jax.errors import BimedixError
+from bimedix_jax.evals.request_store import shown
 from bimedix_jax.process import folders, signals
 
 log = logging.getLogger(__name__)
@@ -134,8 +135,8 @@ def _claim(folder: Path, identity: dict[str, Any], overwrite: bool, out: Path) -
     if before and not overwrite and results.exists() and results.stat().st_size:
         differing = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
         raise BimedixError(
-            f"{out} has an unfinished evaluation with another {', '.join(differing)}; repeat its command to finish it, "
-            "name another file, or pass --overwrite to discard it"
+            f"{out} has an unfinished evaluation with other values of: {shown(differing)}; repeat its command to "
+            "finish it, name another file, or pass --overwrite to discard it"
         )
     results.unlink(missing_ok=True)
     files.write_text(folder / IDENTITY, json.dumps(identity, ensure_ascii=False, indent=2) + "\n")

@@ -10,7 +10,9 @@ import string
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from bimedix_jax.curation.quarantine import WrongSource
+from pydantic import ValidationError
+
+from bimedix_jax.curation.quarantine import WrongSource, reason_of
 from bimedix_jax.curation.readers.answers import Column, number_of
 from bimedix_jax.curation.readers.choices import Choices, label_of
 from bimedix_jax.data.records import Record, question_of
@@ -296,13 +298,20 @@ def document_of(row: Mapping[str, Any], where: str, first: int = 0) -> Document:
     if layout is None:
         wanted = "; ".join(", ".join(sorted(known.columns)) for known in LAYOUTS)
         raise BimedixError(
-            f"{where} has the columns {', '.join(map(str, row))}; a question needs those of one of: {wanted}"
+            f"{where} has the columns {', '.join(map(str, row))}; a question needs those of one of: {wanted}; rename "
+            "its columns, or remove the row"
         )
     try:
         found = layout.read(row, first)
     except (ValueError, TypeError, KeyError) as error:
-        raise BimedixError(f"{where}: {error}; correct the row or remove it") from error
+        raise BimedixError(f"{where}: {row_problem(error)}; correct the row or remove it") from error
     return checked(found, where)
+
+
+def row_problem(error: ValueError | TypeError | KeyError) -> str:
+    """What is wrong with a row, in one line."""
+    summed_up = isinstance(error, ValidationError | KeyError | json.JSONDecodeError)
+    return reason_of(error)[0] if summed_up else str(error)
 
 
 def checked(found: Document, where: str) -> Document:
@@ -313,7 +322,10 @@ def checked(found: Document, where: str) -> Document:
     """
     texts = found.choices if NO_QUESTION in found.flags else (found.question, *found.choices)
     if len(found.choices) < 2 or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise BimedixError(f"{where}: a question needs a text and at least two choices, none of them empty")
+        raise BimedixError(
+            f"{where}: a question needs a text and at least two choices, none of them empty; correct the row or "
+            "remove it"
+        )
     if not isinstance(found.context, str):
-        raise BimedixError(f"{where}: the context is not a text")
+        raise BimedixError(f"{where}: the context is not a text; correct the row or remove it")
     return found if found.answer >= 0 else dataclasses.replace(found, flags=(*found.flags, NO_VALID_OPTION))

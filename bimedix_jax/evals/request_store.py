@@ -21,6 +21,22 @@ NAME = "requests.jsonl"
 APPLIED = "applied"
 """The key of the counts in a line; those of answers are hashes."""
 
+OPTIONS = {
+    "batch_tokens": "--batch-tokens",
+    "chat": "--chat",
+    "exclude_flagged": "--exclude-flagged",
+    "heldout": "--heldout",
+    "limit": "--limit",
+    "max_length": "--max-length",
+    "mesh": "--mesh",
+    "num_fewshot": "--num-fewshot",
+    "open": "--open or --max-new-tokens",
+    "revision": "--revision",
+    "task_files": "--task-files",
+    "variants": "--orders, --wordings or --seed",
+}
+"""Value -> the options of `bimedix eval harness` or `bimedix eval run` that set it, for messages."""
+
 
 def key_of(kind: str, *parts: Any) -> str:
     """Identifies a request: SHA-256 of its kind and its arguments."""
@@ -155,9 +171,14 @@ def check_run(path: Path, run: Mapping[str, Any]) -> None:
         names.remove("questions")
     if names:
         raise BimedixError(
-            f"{path} has answers of an evaluation with another {', '.join(names)}; repeat its command, name another "
-            "folder with --out, or pass --overwrite to discard them"
+            f"{path} has answers of an evaluation with other values of: {shown(names)}; repeat its command, name "
+            "another folder with --out, or pass --overwrite to discard them"
         )
+
+
+def shown(names: Iterable[str]) -> str:
+    """Names of values for a message, those of options as on the command line."""
+    return ", ".join(OPTIONS.get(name, name) for name in names)
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bimedix_jax.curation.quarantine import Rejected
 from bimedix_jax.curation.readers import READERS, Quarantine, read
-from bimedix_jax.data.records import Language, Record
+from bimedix_jax.data.records import Language, Record, explain
 from bimedix_jax.data.tokenizer import Tokenizer
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.evals.accuracy import Accuracy
@@ -148,7 +148,7 @@ def heldout_of(source: str, limit: int | None) -> list[Record]:
       BimedixError: there is none, or the source cannot be read.
     """
     if "=" not in source or Path(source).is_file():
-        kept = heldout_records(source, limit)
+        kept = own_records(source, limit)
     else:
         quarantine = Quarantine()
         found = list(read(source, quarantine))
@@ -156,6 +156,25 @@ def heldout_of(source: str, limit: int | None) -> list[Record]:
         kept = held_out(found, source, limit)
     warn_repeated_records(source, kept)
     return kept
+
+
+def own_records(source: str, limit: int | None) -> list[Record]:
+    """As `heldout_records`; where a line lacks fields of a record, the error says how to read other layouts."""
+    try:
+        return heldout_records(source, limit)
+    except BimedixError as error:
+        problem = error.__cause__
+        if not isinstance(problem, ValidationError):
+            raise
+        found = problem.errors(include_url=False, include_input=False)
+        missing = [str(item["loc"][0]) for item in found if item["type"] == "missing" and len(item["loc"]) == 1]
+        if not missing:
+            raise
+        where = str(error).partition(f": {explain(problem)}")[0]
+        raise BimedixError(
+            f"{where} is not a record, since it has no {', '.join(missing)}; add what is missing, or name the columns: "
+            f"--heldout 'table={source}?question=...&choices=...&answer=...&licence=...'"
+        ) from problem
 
 
 class OwnSet(BaseModel):

@@ -312,7 +312,7 @@ def check_rules(rules: Sequence[Any], config: MixtralConfig) -> None:
 
 def too_many_bans(layer: int, left: int, needed: int) -> BimedixError:
     return BimedixError(
-        f"the bans leave a token of layer {layer} {left} experts, but the router needs {needed}; ban fewer"
+        f"the bans leave a token of layer {layer} only {left} of its experts, but the router needs {needed}; ban fewer"
     )
 
 

@@ -340,14 +340,29 @@ def test_ties_and_sensitivity_are_shown(two):
     assert ("medqa: lowest to highest over orders, %", "", "25.0 to 50.0, 40 % unchanged") in shown
 
 
+def test_a_question_with_one_option_is_compared_and_no_tie(tmp_path):
+    rows = [
+        Sample(task="x", id=str(n), language="en", target=0, logprobs=(-1.0,), chosen=0, correct=True) for n in (1, 2)
+    ]
+    sides = [tmp_path / name for name in ("a", "b")]
+    for side in sides:
+        side.mkdir()
+        harness(side, rows)
+    found = compare.compare(*map(answers.read, sides))
+    assert (found["n"], found["a"]["ties"], found["b"]["ties"]) == (2, 0, 0)
+
+
 def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "r.json").write_text('{"tasks": {}}')
     with pytest.raises(BimedixError, match="no file with the answers"):
         answers.read(tmp_path / "r.json")
     one = eval_run(tmp_path / "one.json", [prediction("t", 1, "en", 0)])
     other = eval_run(tmp_path / "other.json", [prediction("t", 2, "en", 0)])
-    with pytest.raises(BimedixError, match="no question in common"):
+    with pytest.raises(BimedixError, match="no question in common: both have t, but with other questions"):
         compare.compare(answers.read(one), answers.read(other))
+    third = eval_run(tmp_path / "third.json", [prediction("s", 2, "en", 0)])
+    with pytest.raises(BimedixError, match="no question in common: the first has t, the second s; evaluate both"):
+        compare.compare(answers.read(one), answers.read(third))
     empty = eval_run(tmp_path / "empty.json", [prediction("t@orders-1", 2, "en", 0)])
     with pytest.raises(BimedixError, match="no question with an answer"):
         answers.read(empty)

@@ -110,7 +110,7 @@ def test_a_killed_evaluation_runs_only_the_batches_that_are_missing(model, token
     assert again.loglikelihood(requests(*PAIRS), disable_tqdm=True) == wanted
     assert again.store.reused > 0
     assert path.read_text() == "".join(lines)
-    with pytest.raises(BimedixError, match="an evaluation with another model; repeat its command"):
+    with pytest.raises(BimedixError, match="an evaluation with other values of: model; repeat its command"):
         RequestStore(path, {"model": "other"})
 
 
@@ -249,6 +249,20 @@ def test_wrong_groups_raise(model):
     for group in (Group((), ((1,),)), Group((1,), ((),)), Group((1,) * 500, ((2,) * 20,)), Group((1,), ((999,),))):
         with pytest.raises(BimedixError):
             Continuations(model, [group])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (" vitamin C", "has 10 tokens, but --max-length is 4; give 10 or more, at most 512"),
+        ("x" * 600, "has 600 tokens, but the model takes at most 512; remove its question"),
+        ("", "has no tokens; give each option of the task a text"),
+    ],
+)
+def test_a_continuation_that_does_not_fit_names_what_limits_it(model, tokenizer, text, problem):
+    lm = HarnessModel(model, tokenizer, max_length=4)
+    with pytest.raises(BimedixError, match=problem):
+        lm._loglikelihood_tokens([(None, [1], tokenizer.encode(text))])
 
 
 def test_unknown_options_of_a_task_raise(ours):

@@ -25,6 +25,7 @@ from bimedix_jax.evals.documents import NINE
 from bimedix_jax.evals.harness import HarnessModel
 from bimedix_jax.evals.harness_table import table
 from bimedix_jax.kernels import backends
+from bimedix_jax.process.folders import one_writer
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +225,11 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_bytes(config):
     assert again["reused"] == 6 * 3 + 6 * 3 + 6
     assert again["tasks"] == first["tasks"]
     assert {name: (config.out / name).read_bytes() for name in eval_harness.FILES} == files
-    with pytest.raises(BimedixError, match="an evaluation with another batch_tokens; repeat its command"):
+    with pytest.raises(BimedixError, match="an evaluation with other values of: --batch-tokens; repeat its"):
         evaluate(config, batch_tokens=256)
     rules = config.out.with_name("rules.json")
     rules.write_text(json.dumps([{"op": "ban", "experts": [2]}]), "utf-8")
-    with pytest.raises(BimedixError, match="an evaluation with another rules;"):
+    with pytest.raises(BimedixError, match="an evaluation with other values of: rules;"):
         evaluate(config, intervene=rules)
     (config.out / "result.json").unlink()  # as if it had been killed
     assert evaluate(config)["reused"] == again["reused"]
@@ -256,22 +257,36 @@ def finished(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "differing"),
     [
-        ({"limit": 2}, "limit"),
+        ({"limit": 2}, "--limit"),
         ({"tasks": ("bimedix_mmlu_anatomy_ar",)}, "tasks"),
-        ({"num_fewshot": 0}, "num_fewshot"),
-        ({"chat": True, "exclude_flagged": True}, "chat, exclude_flagged"),
+        ({"num_fewshot": 0}, "--num-fewshot"),
+        ({"chat": True, "exclude_flagged": True}, "--chat, --exclude-flagged"),
     ],
 )
 def test_another_command_does_not_replace_a_result(finished, changes, differing):
-    with pytest.raises(BimedixError, match=f"an evaluation with another {differing}; repeat its command"):
+    with pytest.raises(BimedixError, match=f"an evaluation with other values of: {differing}; repeat its command"):
         evaluate(finished, **changes)
+
+
+def test_only_one_process_writes(finished):
+    before = {path.name: path.read_bytes() for path in finished.out.iterdir()}
+    with (
+        one_writer(finished.out, "evaluates"),
+        pytest.raises(BimedixError, match=r"evaluates in .*; wait until it has"),
+    ):
+        evaluate(finished)
+    assert {path.name: path.read_bytes() for path in finished.out.iterdir()} == before
+    new = finished.out / "new/folder"
+    with pytest.raises(BimedixError, match="no/model-here"):
+        evaluate(finished, out=new)
+    assert not new.parent.exists(), "a run that fails at once leaves nothing"
 
 
 def test_other_questions_do_not_replace_a_result(finished, data, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     for path in data.iterdir():
         (other / path.name).write_text(path.read_text("utf-8").replace("liver", "lung"), "utf-8")
-    with pytest.raises(BimedixError, match="an evaluation with another questions;"):
+    with pytest.raises(BimedixError, match="an evaluation with other values of: questions;"):
         evaluate(finished, data=(other,))
 
 
@@ -304,6 +319,10 @@ def test_files_that_cannot_be_repeated_or_are_not_ours_are_not_replaced(finished
         ({"num_fewshot": -1}, "--num-fewshot is -1; give 0 or more"),
         ({"batch_tokens": 0}, "--batch-tokens is 0; give at least 1"),
         ({"data": ("no/such",)}, "there is no folder no/such"),
+        (
+            {"task_files": (Path("no/tasks"),)},
+            "there is no folder no/tasks; name folders of task files with --task-files",
+        ),
         ({"mesh": ("pipe=2",)}, "--mesh pipe=2 is not AXIS=N"),
     ],
 )

@@ -129,8 +129,36 @@ def test_unknown_layouts_and_broken_rows_raise():
     with pytest.raises(BimedixError, match=r"here has the columns prompt.*question"):
         document_of({"prompt": "x"}, "here")
     for row in ({"question": " ", "choices": AR, "answer": 0}, {"question": "q", "choices": ["a"], "answer": 0}):
-        with pytest.raises(BimedixError, match="at least two choices"):
+        with pytest.raises(BimedixError, match=r"at least two choices.*; correct the row or remove it"):
             document_of(row, "here")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"question": "q", "choices": ["a"], "answer": 0}', "a question needs a text and at least two choices"),
+        ('{"question": ', r"the row is not valid JSON \(Expecting value\); correct the row"),
+        ('{"prompt": "q"}', "has the columns prompt; .*; rename its columns, or remove the row"),
+        ('{"conversations": [], "choices": [], "answer": 0}', "id: Field required; .*; correct the row or remove it"),
+        ('{"Question": "q", "Option A": "a", "Correct Answer": "A"}', "field 'Question Number' is missing; correct"),
+    ],
+)
+def test_broken_rows_are_named_with_folder_and_remedy(tmp_path, line, problem):
+    path = tmp_path / "medqa_en.jsonl"
+    path.write_text(json.dumps(own("A")[0]) + "\n" + line + "\n")
+    with pytest.raises(BimedixError, match=f"^{path}:2:? .*{problem}") as found:
+        documents.read("medqa", "en", str(tmp_path))
+    assert "\n" not in str(found.value)
+
+
+def test_a_file_whose_rows_are_all_left_out_has_the_reasons(tmp_path):
+    put(tmp_path, "medqa_en.jsonl", [*own([9, "Z"]), *own(["a"], "abcdefg")])
+    reasons = r"2 because the answer is none of .* \(line 1\); 1 because there are more than 6 choices \(line 3\)"
+    with pytest.raises(BimedixError, match=f"no question of medqa; all rows were left out: {reasons}; correct them"):
+        documents.read("medqa", "en", str(tmp_path))
+    put(tmp_path, "medmcqa_en.jsonl", [{**own("A")[0], "flags": ["doses"]}])
+    with pytest.raises(BimedixError, match=r"1 because it has the flag doses \(line 1\)"):
+        documents.read("medmcqa", "en", str(tmp_path), exclude_flagged=True)
 
 
 def own(answers, choices=("a", "b", "c", "d")):

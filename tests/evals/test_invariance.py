@@ -58,6 +58,7 @@ def test_packing(model, tokenizer, mixed):
 def test_ties_are_questions_that_rounding_decides():
     scored = [(("en", "en/a"), [-1.0, -1.0 - TIE / 2, -3.0]), (("en",), [-1.0, -1.1]), (("ar",), [-2.0, -5.0, -2.0])]
     assert ties(scored) == {"ar": 1, "en": 1, "en/a": 1}
+    assert ties([(("en",), [-1.0])]) == {"en": 0}, "one option"
 
 
 def test_ties_are_counted(unigram, tokenizer, mcqa):

@@ -60,7 +60,7 @@ def test_another_evaluation_is_not_continued(tmp_path):
     out = tmp_path / "r.json"
     begin(out, {0: 1.0})
     other = {"model": "n", "limit": 3}
-    with pytest.raises(BimedixError, match="unfinished evaluation with another limit, model; repeat its command"):
+    with pytest.raises(BimedixError, match="unfinished evaluation with other values of: --limit, model; repeat its"):
         journal(out, other, False).__enter__()
     with journal(out, other, True) as kept:
         assert kept.part("a").found == {}

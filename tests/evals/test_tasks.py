@@ -220,6 +220,14 @@ def test_rows_that_are_left_out_are_named_with_their_reason(tmp_path, caplog):
     assert "(line 4)" in caplog.text
 
 
+def test_a_file_of_another_layout_is_no_file_of_records(tmp_path):
+    path = tmp_path / "exam.jsonl"
+    path.write_text(json.dumps({"question": "q", "choices": ["a", "b"], "answer": "A"}))
+    remedy = r"--heldout 'table=.*exam.jsonl\?question=...&choices=...&answer=...&licence=...'$"
+    with pytest.raises(BimedixError, match=f"exam.jsonl:1 is not a record, since it has no id, language, .*{remedy}"):
+        tasks.heldout_of(str(path), None)
+
+
 def test_heldout_takes_any_reader(tmp_path):
     rows = [{"id": str(n), "question": f"Which {n}?", **dict.fromkeys(("opa", "opb", "opc"), "x"), "opd": "y", "cop": 4,
              "choice_type": "multi"} for n in range(4)]  # fmt: skip

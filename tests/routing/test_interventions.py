@@ -322,7 +322,10 @@ def test_a_shuffle_takes_every_token_of_a_record_once() -> None:
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ([{"op": "ban", "experts": [0, 1]}, {"op": "ban", "experts": [2, 3]}], "leave a token of layer 0 2 experts"),
+        (
+            [{"op": "ban", "experts": [0, 1]}, {"op": "ban", "experts": [2, 3]}],
+            "leave a token of layer 0 only 2 of its experts",
+        ),
         ([{"op": "ban", "experts": [6]}], "rule 0 \\(ban\\) names expert 6, but this model has experts 0 .. 5"),
         (
             [{"op": "gain", "experts": [0], "value": 0, "layers": [2]}],
@@ -408,7 +411,9 @@ def test_rules_that_cannot_apply_to_a_token_raise() -> None:
     bans = [{"op": "ban", "experts": [0, 1], "where": {"language": x}} for x in ("ar", ["ar", "en"])]
     Interventions.of(*bans).planner(CONFIG, SOURCES).plan(tokens_of(0, 1), {})
     bans.append({"op": "ban", "experts": [2, 3], "where": {"role": "answer"}})
-    with pytest.raises(BimedixError, match="leave a token of layer 0 2 experts, but the router needs 3; ban fewer"):
+    with pytest.raises(
+        BimedixError, match="leave a token of layer 0 only 2 of its experts, but the router needs 3; ban fewer"
+    ):
         Interventions.of(*bans).planner(CONFIG, SOURCES).plan(tokens_of(0, 1), {})
     packed = [dataclasses.replace(SOURCES[0], roles=np.where(np.arange(17) < 12, 255, ANSWER), where="packed rows")]
     planner = Interventions.of({"op": "uniform", "where": {"role": "answer"}}).planner(CONFIG, packed)

@@ -33,7 +33,7 @@ WRONG = [
     ([{"op": "ban", "experts": [0], "layers": [7]}], "names layer 7, but this model has layers 0 .. 1"),
     (
         [{"op": "ban", "experts": [0, 1], "layers": [1]}, {"op": "ban", "experts": [2]}],
-        "the bans leave a token of layer 1 1 experts, but the router needs 2; ban fewer",
+        "the bans leave a token of layer 1 only 1 of its experts, but the router needs 2; ban fewer",
     ),
     (None, "rules.json cannot be read (No such file or directory)"),
 ]
