@@ -124,8 +124,7 @@ def generate(
       model: is not changed. A GPU or TPU casts the factors of adapters once for each call, into a copy of two bytes a
         parameter. Packed weights are not stored by rows: a TPU copies a layer's for each token, unlike `bimedix chat`.
       prompt_tokens: token ids of one prompt, or a sequence of prompts that may differ in length; lists or arrays.
-      temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; temperature 0 is greedy. In 16 bits, prompts
-        of a batch may continue otherwise than alone, where two tokens are nearly as likely: products round differently.
+      temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`; 0 is greedy, but batches round differently.
       stop_tokens: ids that end a sequence.
       seed: seed of the sampling; a draw depends on seed, row and step.
       segment_ids: for prompts in one padded array, an array of its shape that is 0 at padding.
