@@ -44,6 +44,7 @@ from bimedix_jax import cli, startup
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.load import load
 from bimedix_jax.data.tokenizer import load_tokenizer
+from bimedix_jax.errors import BimedixError, run_script
 from bimedix_jax.evals.documents import NINE, read
 from bimedix_jax.evals.harness import HarnessModel
 from bimedix_jax.evals.harness_run import load_tasks, primary_of
@@ -73,6 +74,7 @@ TOLERANCE, TIE = 1e-3, 1e-5
 PARTS = ["prompts", "parity", "speed"]
 TEXTS = [f"{name}_en_text" for name in NINE]
 """Tasks of the speed: the nine by the options' texts."""
+SECONDS = ("ours_seconds", "peer_seconds_for_all")
 PEER_BATCH = 16
 """Rows of a batch of the peer; --peer-batch sets it."""
 
@@ -117,13 +119,11 @@ def arabic_folder(folder: Path, data: Path, limit: int) -> Path:
     return folder
 
 
-def mixture(folder: Path) -> Path:
+def mixture(folder: Path) -> None:
     """SmolLM2-135M as four experts, two of them for each token."""
     with contextlib.redirect_stdout(sys.stderr):
-        code = cli.main(["upcycle", "--out", str(folder), "--experts", "4", "--top-k", "2", "--noise", "0.1"])
-    if code:
-        sys.exit(code)
-    return folder
+        if cli.main(["upcycle", "--out", str(folder), "--experts", "4", "--top-k", "2", "--noise", "0.1"]):
+            raise BimedixError("SmolLM2 could not be made a mixture; see above, or name one with --mixture")
 
 
 def accuracy(task: Any, instances: list[Any], answers: list[Any]) -> float:
@@ -326,11 +326,6 @@ def speed(
     return rows + compare("speed", solved, data, questions, ours, theirs, batch, 2 * every, shots=5)
 
 
-def seconds_of(rows: list[dict]) -> tuple[float, float]:
-    """Seconds of ours and of the peer for all questions."""
-    return sum(row["ours_seconds"] for row in rows), sum(row["peer_seconds_for_all"] for row in rows)
-
-
 def kinds(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows of the speed by what is asked."""
     found: dict[str, list[dict]] = {}
@@ -355,13 +350,12 @@ def summary(rows: list[dict]) -> dict[str, Any]:
         found["accuracies_identical"] = all(row["ours_accuracy"] == row["peer_accuracy"] for row in checked)
         found["greedy_differs"] = sum(row.get("greedy_differs", 0) for row in checked)
         found["answers_differ"] = sum(row.get("answers_differ", 0) for row in checked)
-    timed_rows = [row for row in rows if row["part"] == "speed"]
-    if timed_rows:
-        ours, peer = seconds_of(timed_rows)
-        found["speed"] = {"ours_seconds": round(ours, 2), "peer_seconds_for_all": round(peer, 2), "ratio": peer / ours}
-        for kind, some in kinds(timed_rows).items():
-            ours, peer = seconds_of(some)
-            found["speed"][f"ratio_{kind}"] = round(peer / ours, 2)
+    if timed_rows := [row for row in rows if row["part"] == "speed"]:
+        speeds: dict[str, float] = {key: round(sum(row[key] for row in timed_rows), 2) for key in SECONDS}
+        for kind, some in {"": timed_rows, **kinds(timed_rows)}.items():
+            ours, peer = (sum(row[key] for row in some) for key in SECONDS)
+            speeds[f"ratio_{kind}".rstrip("_")] = round(peer / ours, 2)
+        found["speed"] = speeds
     return found
 
 
@@ -379,15 +373,22 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--peer-batch", type=int, default=PEER_BATCH, help=f"rows of a peer's batch ({PEER_BATCH})")
     args = parser.parse_args()
+    if args.mixture and not args.mixture.is_dir():
+        raise BimedixError(f"there is no folder {args.mixture}; name that of a model with --mixture, or leave it out")
     with tempfile.TemporaryDirectory() as name:
         scratch, start = Path(name), time.perf_counter()
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-            found = [pool.submit(prompts, args.data)] if "prompts" in args.parts else []
-            if "speed" in args.parts and not args.mixture:
-                pool.submit(mixture, scratch / "mixture").result()
-            if "parity" in args.parts:
-                found += parity(pool, scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
-        rows = [row for part in found for row in part.result()]
+            try:
+                found = [pool.submit(prompts, args.data)] if "prompts" in args.parts else []
+                if "speed" in args.parts and not args.mixture:
+                    pool.submit(mixture, scratch / "mixture").result()
+                if "parity" in args.parts:
+                    found += parity(pool, scratch, args.data, args.limit, args.limit_arabic, args.peer_batch)
+                rows = [row for part in found for row in part.result()]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # else it would finish its work
+                _ = [child.terminate() for child in multiprocessing.active_children()]
+                raise
         if "speed" in args.parts:
             folder = args.mixture or scratch / "mixture"
             rows += speed(folder, args.data, args.questions, args.speed, args.shots, args.peer_batch, args.peer_every)
@@ -396,4 +397,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
