@@ -407,11 +407,12 @@ def test_a_byte_order_mark_is_not_a_part_of_the_text(tmp_path):
     "data",
     [
         gzip.compress(b'{"a": 1}' * 99, mtime=0),
-        gzip.compress(b'{"a": 1}' * 99),
+        gzip.compress(b'{"a": 1}' * 99, mtime=1_800_000_000),
         b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
         b"\x93NUMPY\x01\0v\0{'descr': '<f8', }",
         bytes(range(256)) * 2,
     ],
+    ids=["gzip_without_time", "gzip", "png", "numpy", "all_bytes"],
 )
 def test_what_is_not_text_is_not_called_another_encoding(tmp_path, data):
     path = tmp_path / "file.json"
