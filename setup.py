@@ -100,7 +100,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=PACKAGES,
     package_dir=MAPPED,
-    package_data={"bimedix_jax": ["assets/**/*"]},
+    package_data={"bimedix_jax": ["assets/**/*"], "bimedix_jax.kernels.expert_mlp": ["avx512/*"]},
     include_package_data=False,
     install_requires=RUNTIME,
     extras_require=EXTRAS,

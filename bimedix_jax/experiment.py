@@ -179,8 +179,8 @@ class KernelChoice:
     """The loop over layers: lax.scan (scan), a scan over bits for CPUs (bits), or each layer compiled separately."""
     attention: Literal["xla", "triton", "splash"] | None = None
     """Attention in XLA's operations, in our kernel for GPUs (triton), or in JAX's for TPUs (splash)."""
-    expert_mlp: Literal["xla", "composed", "few_rows"] | None = None
-    """The experts from dispatch to combine: fused for CPUs (xla), or composed of the operations below."""
+    expert_mlp: Literal["avx512", "xla", "composed", "few_rows"] | None = None
+    """The experts from dispatch to combine: fused for CPUs (avx512, in C++; xla), or composed of the operations below."""
     grouped_matmul: Literal["xla", "ragged_dot", "triton", "mosaic_tpu"] | None = None
     """Products of the experts; ragged_dot is JAX's, which off TPUs computes every expert for every row."""
     nf4_matmul: Literal["xla", "triton", "mosaic_tpu"] | None = None

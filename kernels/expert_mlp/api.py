@@ -1,37 +1,58 @@
 """expert_mlp: checks the operands, picks a backend, and differentiates."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.expert_mlp import composed, few_rows, xla
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, GivenDeltas, GivenWeights, Weights, is_packed, without_layers
+from bimedix_jax.kernels.expert_mlp import avx512, composed, few_rows, xla
+from bimedix_jax.kernels.expert_mlp.layout import (
+    Deltas,
+    GivenDeltas,
+    GivenWeights,
+    Weights,
+    is_packed,
+    packed,
+    without_layers,
+)
 from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.permute import Permutation
 from bimedix_jax.kernels.stacks import with_packed_sliced
 from bimedix_jax.kernels.unstacked import is_unstacked, stack
 
-BACKENDS = ("xla", "composed", "few_rows")
+BACKENDS = ("avx512", "xla", "composed", "few_rows")
+FUSED = {"avx512": avx512, "xla": xla}
 FUSED_SHARE = 1 / 4
-"""From this many token-expert pairs for each expert on, as a share of the width D, the fused loop is faster, on two
-AVX-512 cores (docs/results/moe_kernels.md). With fewer pairs, as in decoding, concatenating the expert's matrices takes
-longer than multiplying by them."""
+"""From this many token-expert pairs for each expert on, as a share of the width D, the fused loop of XLA is faster, on
+two AVX-512 cores (docs/results/moe_kernels.md). With fewer pairs, as in decoding, concatenating the expert's matrices
+takes longer than multiplying by them."""
+AVX512_SHARE = 1 / 16
+"""The same for the kernel in C++ and dense weights, which it reorders. With packed weights it always is faster."""
 
 
-def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights) -> str:
-    experts, width, _ = weights[0].shape
-    cpu = ("xla", "composed") if pairs >= FUSED_SHARE * width * experts else ("composed",)
-    if any(map(is_unstacked, weights)):
+def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights, dtype: Any = jnp.float32) -> str:
+    shapes = jax.eval_shape(plain, weights)
+    share = pairs / (shapes[0].shape[0] * shapes[0].shape[1])
+    separate = any(map(is_unstacked, weights))
+    least = FUSED_SHARE if separate else 0 if packed(shapes) else AVX512_SHARE
+    cpu = ("composed",) if share < FUSED_SHARE else ("xla", "composed")
+    if share >= least and avx512.is_best(dtype):
+        cpu = ("avx512", *cpu)
+    if separate:
         cpu = ("few_rows", *cpu)
     preferred = {"cpu": cpu, "gpu": ("composed",), "tpu": ("composed",)}
 
     def refusal(backend: str) -> str | None:
         if backend == "few_rows":
             return few_rows.refusal(rows, weights)
-        return xla.refusal(jax.eval_shape(plain, weights)) if backend == "xla" else None
+        if backend == "avx512":
+            return avx512.refusal(dtype, shapes)
+        return xla.refusal(shapes) if backend == "xla" else None
 
     return backends.pick("expert_mlp", BACKENDS, preferred, name, refusal)
 
@@ -41,31 +62,36 @@ def plain(weights: GivenWeights) -> Weights:
     return stack(with_packed_sliced(weights))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def fused(
-    x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: Deltas
+    backend: str,
+    x_ND: jax.Array,
+    weights_NK: jax.Array,
+    permutation: Permutation,
+    weights: Weights,
+    deltas: Deltas,
 ) -> jax.Array:
-    return xla.forward(x_ND, weights_NK, permutation, weights, deltas)
+    return FUSED[backend].forward(x_ND, weights_NK, permutation, weights, deltas)[0]
 
 
-def fused_forward(x_ND, weights_NK, permutation, weights, deltas):
+def fused_forward(backend, x_ND, weights_NK, permutation, weights, deltas):
     operands = jax.tree.map(lambda leaf: leaf.value, (x_ND, weights_NK, permutation, weights, deltas))
     if not is_packed(operands[3]) and any(leaf.perturbed for leaf in jax.tree.leaves(weights)):
-        # the gradient of a dense weight needs the hidden rows of all experts, which the fused loop does not store
+        # the gradient of a dense weight needs the hidden rows of all experts, which the fused loops do not return
         y_ND, pullback = jax.vjp(composed.expert_mlp, *operands)
-        return y_ND, (None, pullback)
-    return xla.forward(*operands), (operands, None)
+        return y_ND, (None, None, pullback)
+    y_ND, saved = FUSED[backend].forward(*operands, keep=True)
+    return y_ND, (operands, saved, None)
 
 
-def fused_backward(residuals, dout_ND):
-    operands, pullback = residuals
+def fused_backward(backend, residuals, dout_ND):
+    operands, saved, pullback = residuals
     if isinstance(dout_ND, SymbolicZero):
         dout_ND = jnp.zeros(dout_ND.shape, str(dout_ND.dtype))
     if pullback is not None:
         return pullback(dout_ND)
-    x_ND, weights_NK, permutation, weights, deltas = operands
-    dx_ND, dweights_NK, ddeltas = xla.backward(x_ND, weights_NK, permutation, weights, deltas, dout_ND)
-    frozen = jax.tree.map(zero_cotangent, (permutation, weights))
+    dx_ND, dweights_NK, ddeltas = FUSED[backend].backward(*operands, saved, dout_ND)
+    frozen = jax.tree.map(zero_cotangent, operands[2:4])
     return dx_ND, dweights_NK, *frozen, ddeltas
 
 
@@ -111,11 +137,11 @@ def expert_mlp(
             f"{w1.shape}, {w3.shape}, {w2.shape} for x {x_ND.shape}, weights {weights_NK.shape} and "
             f"{experts} groups of {permutation.order_M.shape[0]} pairs."
         )
-    name = pick_backend(backend, x_ND.shape[0], weights_NK.size, weights)
+    name = pick_backend(backend, x_ND.shape[0], weights_NK.size, weights, x_ND.dtype)
     operands = vary_alike(x_ND, weights_NK, permutation, weights, deltas)
     if name == "few_rows":
         return few_rows.expert_mlp(*operands)
     x_ND, weights_NK, permutation, weights, deltas = operands
-    if name == "xla":
-        return fused(x_ND, weights_NK, permutation, plain(weights), stack(without_layers(deltas)))
+    if name in FUSED:
+        return fused(name, x_ND, weights_NK, permutation, plain(weights), stack(without_layers(deltas)))
     return composed.expert_mlp(x_ND, weights_NK, permutation, stack(weights), stack(deltas))

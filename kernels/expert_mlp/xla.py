@@ -81,9 +81,15 @@ def sum_pairs(rows_MD: jax.Array, permutation: Permutation, weights_NK: jax.Arra
 
 
 def forward(
-    x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: Weights, deltas: Deltas
-) -> jax.Array:
-    """y_ND."""
+    x_ND: jax.Array,
+    weights_NK: jax.Array,
+    permutation: Permutation,
+    weights: Weights,
+    deltas: Deltas,
+    keep: bool = False,
+) -> tuple[jax.Array, tuple[()]]:
+    """(y_ND, nothing for `backward`, also with `keep`)."""
+    del keep
     dtype, inward = x_ND.dtype, int(is_packed(weights))
     width = x_ND.shape[1]
     rows = permutation.order_M.shape[0]
@@ -112,7 +118,7 @@ def forward(
         step,
         jnp.zeros((rows + spare, width), x_bits.dtype),
     )
-    return sum_pairs(y, permutation, weights_NK, dtype).astype(dtype)
+    return sum_pairs(y, permutation, weights_NK, dtype).astype(dtype), ()
 
 
 def backward_block(
@@ -154,9 +160,11 @@ def backward(
     permutation: Permutation,
     weights: Weights,
     deltas: Deltas,
+    saved: tuple[()],
     dout_ND: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Deltas]:
     """Gradients of x, of the pairs' weights, and of the adapters' factors (in their dtype)."""
+    del saved
     dtype, inward = x_ND.dtype, int(is_packed(weights))
     width, hidden = weights[0].shape[1:]
     rows, top_k = permutation.order_M.shape[0], weights_NK.shape[1]

@@ -7,7 +7,7 @@ import pytest
 OWN = {"gpu": {"triton", "grouped"}, "tpu": {"mosaic_tpu", "splash", "grouped"}}
 """Backends that are tested on an accelerator: its Pallas kernels, and backends composed of them. XLA's are tested on
 CPUs: by default, products in float32 have full precision only there."""
-EVERY = {"xla", "ragged_dot", "triton", "mosaic_tpu", "splash", "masked", "grouped", "bits", "few_rows"}
+EVERY = {"xla", "ragged_dot", "triton", "mosaic_tpu", "splash", "masked", "grouped", "bits", "few_rows", "avx512"}
 
 if jax.default_backend() != "cpu":
     collect_ignore_glob = ["test_codegen*.py"]  # these compile for absent devices, which JAX can do only on a CPU

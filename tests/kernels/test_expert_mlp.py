@@ -1,6 +1,7 @@
 """The experts' feed-forward as one operation: every backend against NumPy loops, forward and gradients."""
 
 import functools
+import shutil
 from typing import Any
 
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.expert_mlp import LayerOf, expert_mlp, out_of_stacks, reference
-from bimedix_jax.kernels.expert_mlp.api import BACKENDS, FUSED_SHARE, pick_backend
+from bimedix_jax.kernels import backends, native
+from bimedix_jax.kernels.expert_mlp import LayerOf, avx512, expert_mlp, out_of_stacks, reference
+from bimedix_jax.kernels.expert_mlp.api import AVX512_SHARE, BACKENDS, FUSED_SHARE, pick_backend
 from bimedix_jax.kernels.expert_mlp.few_rows import MAX_EXPERTS, MAX_ROWS
 from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
 from bimedix_jax.kernels.nf4 import dequantize, quantize
@@ -23,7 +24,17 @@ unpack = jax.jit(dequantize, static_argnames="dtype")
 
 RELATIVE = {"float32": 3e-5, "bfloat16": 2.5e-2}
 TOKENS, WIDTH, HIDDEN, EXPERTS, RANK = 37, 64, 128, 5, 3
+DTYPES = {backend: ("bfloat16",) if backend == "avx512" else tuple(RELATIVE) for backend in BACKENDS}
+CASES = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES[backend]]
 RANKS = {"no deltas": (0, 0, 0), "all deltas": (RANK, RANK, RANK), "down alone": (0, 0, RANK), "gate alone": (2, 0, 0)}
+
+
+def skip_unless_it_runs(backend: str) -> None:
+    """The kernel in C++ needs a processor and a compiler; a machine that has both must run it."""
+    if backend == "avx512":
+        missing = avx512.NEEDED - native.cpu_flags()
+        if missing or not any(map(shutil.which, native.COMPILERS)):
+            pytest.skip(f"avx512 needs {', '.join(sorted(missing)) or 'a C++ compiler'}")
 
 
 def owners(kind: str) -> np.ndarray:
@@ -104,10 +115,10 @@ def close(got: Any, expected: Any, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["some unassigned", "one takes all", "none owned"])
-@pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_forward_against_loops(backend: str, packed: bool, dtype: str, kind: str) -> None:
+    skip_unless_it_runs(backend)
     x, pairs, experts_NK, weights, deltas = operands_for(backend, dtype, packed, RANKS["all deltas"], kind)
     y, _ = compiled(backend)(x, pairs, experts_NK, weights, deltas, x)
     dense, factors = values(draw(dtype, packed, RANKS["all deltas"])[2], deltas)
@@ -130,11 +141,21 @@ def test_gradients_equal_those_of_composed(backend: str, packed: bool, ranks: st
         close(compiled(backend)(*operands, dout), compiled("composed")(*operands, dout), "float32")
 
 
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_in_bfloat16(packed: bool) -> None:
-    x, pairs, weights, deltas = draw("bfloat16", packed, RANKS["all deltas"])
-    operands = (x, pairs, jnp.asarray(owners("some unassigned")), weights, deltas, jnp.cos(x))
-    close(compiled("xla")(*operands), compiled("composed")(*operands), "bfloat16")
+@pytest.mark.parametrize("backend", ["avx512", "xla"])
+def test_gradients_in_bfloat16(backend: str, packed: bool, ranks: str) -> None:
+    """Of weights in bfloat16, against the same weights and rows in float32."""
+    skip_unless_it_runs(backend)
+    if backend == "xla" and ranks != "all deltas":
+        pytest.skip("in float32 above")
+    x, pairs, weights, deltas = draw("bfloat16", packed, RANKS[ranks])
+    exact = tuple(w if packed else w.astype(jnp.float32) for w in weights)
+    for kind in ("some unassigned", "one takes all", "none owned"):
+        experts_NK, wide = jnp.asarray(owners(kind)), x.astype(jnp.float32)
+        expected = compiled("composed")(wide, pairs, experts_NK, exact, deltas, jnp.cos(wide))
+        got = compiled(backend)(x, pairs, experts_NK, weights, deltas, jnp.cos(wide).astype(x.dtype))
+        close(jax.tree.map(lambda a, b: a.astype(b.dtype), got, expected), expected, "bfloat16")
 
 
 def test_dense_weights_train() -> None:
@@ -163,6 +184,22 @@ def test_cpus_fuse_many_rows_for_each_expert() -> None:
     assert pick_backend(None, least, least - 1, weights) == "composed"
 
 
+@pytest.mark.parametrize("matrix_units", [False, True])
+def test_cpus_use_avx512_unless_they_have_matrix_units(matrix_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_unless_it_runs("avx512")
+    flags = avx512.NEEDED | ({"amx_bf16"} if matrix_units else set())
+    monkeypatch.setattr(native, "cpu_flags", lambda: flags)
+    dense, packed = (draw("bfloat16", packed, RANKS["no deltas"])[2] for packed in (False, True))
+    least = int(AVX512_SHARE * WIDTH) * EXPERTS
+    best = "composed" if matrix_units else "avx512"
+    assert pick_backend(None, 1, 2, packed, jnp.bfloat16) == best
+    assert pick_backend(None, least, least, dense, jnp.bfloat16) == best
+    assert pick_backend(None, least, least - 1, dense, jnp.bfloat16) == "composed"
+    assert pick_backend(None, 1, 2, packed, jnp.float32) == "composed"
+    with backends.use("gpu"):
+        assert pick_backend(None, 1, 2, packed, jnp.bfloat16) == "composed"
+
+
 def test_cpus_use_few_rows_for_unstacked_experts() -> None:
     weights = unstacked(draw("float32", True, RANKS["no deltas"])[2])
     assert pick_backend(None, MAX_ROWS, 2 * MAX_ROWS, weights) == "few_rows"
@@ -176,16 +213,18 @@ def test_cpus_use_few_rows_for_unstacked_experts() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unstacked_experts(backend: str, packed: bool) -> None:
     """Other backends stack them. Gradients of dense weights and of factors have the same form."""
-    operands = operands_for("few_rows", "float32", packed, RANKS["all deltas"], "some unassigned")
+    skip_unless_it_runs(backend)
+    dtype = DTYPES[backend][0]
+    operands = operands_for("few_rows", dtype, packed, RANKS["all deltas"], "some unassigned")
     x, pairs, experts_NK, weights, deltas = operands
 
     def compute(x: jax.Array, weights: Any, deltas: Any) -> jax.Array:
         return expert_mlp(x, pairs, sort_by_expert(experts_NK, EXPERTS), weights, deltas, backend=backend)
 
-    stacked = draw("float32", packed, RANKS["all deltas"])[2]
+    stacked = draw(dtype, packed, RANKS["all deltas"])[2]
     permutation = sort_by_expert(experts_NK, EXPERTS)
     expected = expert_mlp(x, pairs, permutation, stacked, deltas, backend="composed")
-    close(jax.jit(compute)(x, weights, unstacked(deltas)), expected, "float32")
+    close(jax.jit(compute)(x, weights, unstacked(deltas)), expected, dtype)
     if packed:
         return
     trained = (weights, unstacked(deltas))
@@ -194,7 +233,7 @@ def test_unstacked_experts(backend: str, packed: bool) -> None:
     plain = jax.grad(lambda trained: jnp.sum(jnp.sin(expert_mlp(x, pairs, permutation, *trained, backend="composed"))))(
         (stacked, deltas)
     )
-    close(got, tuple(map(unstacked, plain)), "float32")
+    close(got, tuple(map(unstacked, plain)), dtype)
 
 
 def test_overflow_in_other_experts_does_not_affect_a_row() -> None:
@@ -207,9 +246,9 @@ def test_overflow_in_other_experts_does_not_affect_a_row() -> None:
     np.testing.assert_array_equal(jnp.delete(y, 5, axis=0), jnp.delete(expected, 5, axis=0))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["xla", "composed"])
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in CASES if case[0] != "few_rows"])
 def test_weights_in_the_stack_of_all_layers(backend: str, dtype: str) -> None:
+    skip_unless_it_runs(backend)
     x, pairs, weights, deltas = draw(dtype, False, RANKS["all deltas"])
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
     for kept in (deltas, (None, None, None)):

@@ -1,0 +1,49 @@
+// Loops over independent tasks on the threads of XLA.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <new>
+
+#include "xla/ffi/api/ffi.h"
+
+// Uninitialised memory, aligned to cache lines.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(size_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Runs task(0), ..., task(count - 1) on the calling thread and on those that XLA has free, and returns when all ended.
+// The caller takes part and waits only for tasks that have begun. So no thread waits for one that never starts, even
+// when all threads of the pool run such loops.
+template <class Task>
+void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  const Task* body = &task;  // used only while a task is left, hence before this function returns
+  auto work = [state, body, count] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      (*body)(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  const int64_t others = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < others; i++) pool.Schedule(std::function<void()>(work));
+  work();
+  while (state->done.load(std::memory_order_acquire) < count) _mm_pause();
+}
