@@ -100,7 +100,12 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=PACKAGES,
     package_dir=MAPPED,
-    package_data={"bimedix_jax": ["assets/**/*"], "bimedix_jax.kernels.expert_mlp": ["avx512/*"]},
+    package_data={
+        "bimedix_jax": ["assets/**/*"],
+        "bimedix_jax.kernels": ["x86/*"],  # C++, compiled where it runs
+        "bimedix_jax.kernels.attention": ["avx512/*"],
+        "bimedix_jax.kernels.expert_mlp": ["avx512/*"],
+    },
     include_package_data=False,
     install_requires=RUNTIME,
     extras_require=EXTRAS,

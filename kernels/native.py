@@ -14,7 +14,13 @@ from pathlib import Path
 
 import jax
 
+from bimedix_jax.kernels import backends
+
+SHARED = Path(__file__).parent / "x86"
+"""Headers of all kernels for x86 processors."""
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
+AVX512 = ("-march=x86-64-v4", "-mavx512bf16")
+AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"})
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -69,7 +75,7 @@ def build(source: Path, options: Sequence[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # another process may compile the same
             made = Path(scratch) / library.name
             found = subprocess.run(
-                [*command, "-isystem", jax.ffi.include_dir(), str(source), "-o", str(made)],
+                [*command, "-isystem", jax.ffi.include_dir(), "-I", str(SHARED), str(source), "-o", str(made)],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -84,7 +90,22 @@ def build(source: Path, options: Sequence[str]) -> Path:
 
 
 def sources(source: Path) -> list[Path]:
-    return sorted([*source.parent.glob("*.h"), source])
+    """A C++ file and all headers that it may include."""
+    return sorted([*SHARED.glob("*.h"), *source.parent.glob("*.h"), source])
+
+
+def has_avx512(matrix_units: bool = True) -> bool:
+    """Whether the processor has AVX-512 with bfloat16 dot products, and if asked for, no matrix units (AMX) too."""
+    return cpu_flags() >= AVX512_NEEDS and (matrix_units or "amx_bf16" not in cpu_flags())
+
+
+def avx512_refusal(source: Path, functions: tuple[str, ...]) -> str | None:
+    """Registers handlers that are compiled for AVX-512; the reason if that is impossible."""
+    if backends.platform() != "cpu":
+        return "it is for x86 processors."
+    if missing := AVX512_NEEDS - cpu_flags():
+        return f"this processor does not have {', '.join(sorted(missing))}."
+    return register(source, AVX512, functions)
 
 
 @functools.cache

@@ -9,10 +9,12 @@ from jaxtyping import Array, Float, Int
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.attention.cache import Cached, HeadMajor
 
-BACKENDS = ("xla", "triton", "splash")
+BACKENDS = ("avx512", "xla", "triton", "splash")
 """Modules of this folder; a backend is a module with `attention` and optionally `refusal`."""
-PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
-"""Backends of each platform, best first; the last one takes all operands."""
+PREFERRED = {"gpu": ("triton", "xla"), "tpu": ("splash", "xla")}
+"""Backends of each accelerator, best first; the last one takes all operands."""
+TREES = ("avx512", "xla")
+"""Backends that take ancestors."""
 SAVED = "attention"
 """Name, in checkpoint policies, of the output and the denominators that the kernels' backward passes need. The policy
 "experts" saves them (models/remat.py): recomputing them would run the whole forward kernel."""
@@ -49,7 +51,7 @@ def attention(
         tokens.
       window: maximum of keys that a query attends to, itself included.
       ancestor_ids_BTA: other segments that each query attends to, for tree attention (arXiv 2305.09781): those that its
-        own segment continues, filled up with its own. Only `xla` takes them.
+        own segment continues, filled up with its own. Only the backends in TREES take them.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the
         operands. A named backend never falls back.
 
@@ -66,12 +68,14 @@ def attention(
         module = load(name)
         if not hasattr(module, "refusal"):
             return None
-        if ancestor_ids_BTA is not None:
+        if ancestor_ids_BTA is not None and name not in TREES:
             return "its mask compares one segment, and tree attention has several."
         return module.refusal(*operands, offset is not None)
 
-    plain = q_BTQH.shape[1] < FEW_QUERIES or ancestor_ids_BTA is not None
-    preferred = {"cpu": ("xla",)} if plain else PREFERRED
+    few = q_BTQH.shape[1] < FEW_QUERIES
+    own = not few and backends.platform() == "cpu" and load("avx512").is_best(q_BTQH.dtype)
+    accelerators = {} if few or ancestor_ids_BTA is not None else PREFERRED
+    preferred = {"cpu": ("avx512", "xla") if own else ("xla",), **accelerators}
     name = backends.pick("attention", BACKENDS, preferred, backend, refusal)
     masked = (query_ids_BT, key_ids_BS, offset, window, *([] if ancestor_ids_BTA is None else [ancestor_ids_BTA]))
     return load(name).attention(*operands, *masked)

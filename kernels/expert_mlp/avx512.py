@@ -31,9 +31,7 @@ from bimedix_jax.kernels.products import to_bits
 from bimedix_jax.kernels.stacks import LayerOf
 
 SOURCE = Path(__file__).with_suffix("") / "expert_mlp.cc"
-OPTIONS = ("-march=x86-64-v4", "-mavx512bf16")
 FORWARD, BACKWARD = "bimedix_expert_mlp_forward", "bimedix_expert_mlp_backward"
-NEEDED = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"}
 COLUMNS, LANES = 32, 16
 """Widths are multiples of COLUMNS; ranks and the rows of an expert are padded to LANES."""
 
@@ -51,15 +49,12 @@ def refusal(dtype: Any, weights: tuple[Any, ...]) -> str | None:
         return reason
     if any(w.block_size < COLUMNS or w.dtype != "bfloat16" for w in packed(weights)):
         return f"packed weights must come from bfloat16, in blocks of {COLUMNS} or more."
-    if missing := NEEDED - native.cpu_flags():
-        return f"this processor does not have {', '.join(sorted(missing))}."
-    return native.register(SOURCE, OPTIONS, (FORWARD, BACKWARD))
+    return native.avx512_refusal(SOURCE, (FORWARD, BACKWARD))
 
 
 def is_best(dtype: Any) -> bool:
     """Whether it is the fastest on this processor: not with matrix units (AMX), which XLA's own products use."""
-    flags = native.cpu_flags()
-    return dtype == jnp.bfloat16 and NEEDED <= flags and "amx_bf16" not in flags
+    return dtype == jnp.bfloat16 and native.has_avx512(matrix_units=False)
 
 
 def padded_rows(rows: int, experts: int) -> int:
@@ -170,5 +165,3 @@ def backward(
         for pair, (da, db) in zip(deltas, gradients, strict=True)
     )
     return dx_ND, dweights_NK.astype(weights_NK.dtype), ddeltas
-
-

@@ -1,7 +1,6 @@
 """The experts' feed-forward as one operation: every backend against NumPy loops, forward and gradients."""
 
 import functools
-import shutil
 from typing import Any
 
 import jax
@@ -27,14 +26,6 @@ TOKENS, WIDTH, HIDDEN, EXPERTS, RANK = 37, 64, 128, 5, 3
 DTYPES = {backend: ("bfloat16",) if backend == "avx512" else tuple(RELATIVE) for backend in BACKENDS}
 CASES = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES[backend]]
 RANKS = {"no deltas": (0, 0, 0), "all deltas": (RANK, RANK, RANK), "down alone": (0, 0, RANK), "gate alone": (2, 0, 0)}
-
-
-def skip_unless_it_runs(backend: str) -> None:
-    """The kernel in C++ needs a processor and a compiler; a machine that has both must run it."""
-    if backend == "avx512":
-        missing = avx512.NEEDED - native.cpu_flags()
-        if missing or not any(map(shutil.which, native.COMPILERS)):
-            pytest.skip(f"avx512 needs {', '.join(sorted(missing)) or 'a C++ compiler'}")
 
 
 def owners(kind: str) -> np.ndarray:
@@ -118,7 +109,6 @@ def close(got: Any, expected: Any, dtype: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
 def test_forward_against_loops(backend: str, packed: bool, dtype: str, kind: str) -> None:
-    skip_unless_it_runs(backend)
     x, pairs, experts_NK, weights, deltas = operands_for(backend, dtype, packed, RANKS["all deltas"], kind)
     y, _ = compiled(backend)(x, pairs, experts_NK, weights, deltas, x)
     dense, factors = values(draw(dtype, packed, RANKS["all deltas"])[2], deltas)
@@ -146,7 +136,6 @@ def test_gradients_equal_those_of_composed(backend: str, packed: bool, ranks: st
 @pytest.mark.parametrize("backend", ["avx512", "xla"])
 def test_gradients_in_bfloat16(backend: str, packed: bool, ranks: str) -> None:
     """Of weights in bfloat16, against the same weights and rows in float32."""
-    skip_unless_it_runs(backend)
     if backend == "xla" and ranks != "all deltas":
         pytest.skip("in float32 above")
     x, pairs, weights, deltas = draw("bfloat16", packed, RANKS[ranks])
@@ -185,9 +174,10 @@ def test_cpus_fuse_many_rows_for_each_expert() -> None:
 
 
 @pytest.mark.parametrize("matrix_units", [False, True])
-def test_cpus_use_avx512_unless_they_have_matrix_units(matrix_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    skip_unless_it_runs("avx512")
-    flags = avx512.NEEDED | ({"amx_bf16"} if matrix_units else set())
+def test_cpus_use_avx512_unless_they_have_matrix_units(
+    matrix_units: bool, monkeypatch: pytest.MonkeyPatch, avx512_machine: None
+) -> None:
+    flags = native.AVX512_NEEDS | ({"amx_bf16"} if matrix_units else set())
     monkeypatch.setattr(native, "cpu_flags", lambda: flags)
     dense, packed = (draw("bfloat16", packed, RANKS["no deltas"])[2] for packed in (False, True))
     least = int(AVX512_SHARE * WIDTH) * EXPERTS
@@ -213,7 +203,6 @@ def test_cpus_use_few_rows_for_unstacked_experts() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unstacked_experts(backend: str, packed: bool) -> None:
     """Other backends stack them. Gradients of dense weights and of factors have the same form."""
-    skip_unless_it_runs(backend)
     dtype = DTYPES[backend][0]
     operands = operands_for("few_rows", dtype, packed, RANKS["all deltas"], "some unassigned")
     x, pairs, experts_NK, weights, deltas = operands
@@ -248,7 +237,6 @@ def test_overflow_in_other_experts_does_not_affect_a_row() -> None:
 
 @pytest.mark.parametrize(("backend", "dtype"), [case for case in CASES if case[0] != "few_rows"])
 def test_weights_in_the_stack_of_all_layers(backend: str, dtype: str) -> None:
-    skip_unless_it_runs(backend)
     x, pairs, weights, deltas = draw(dtype, False, RANKS["all deltas"])
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
     for kept in (deltas, (None, None, None)):

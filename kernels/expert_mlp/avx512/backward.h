@@ -82,7 +82,7 @@ struct Backward {
         scales.get()[tile.padded + i] = i < tile.count ? scale[tile.first + i] : 0.0f;
   }
 
-  void run(xla::ffi::ThreadPool& pool) {
+  void run(ffi::ThreadPool& pool) {
     const int64_t experts = groups.experts.size(), tiles = groups.tiles.size();
     parallel_for(pool, tiles, [&](int64_t t) { prepare(t); });
     if (layer.rank() > 0)
@@ -122,8 +122,8 @@ struct Backward {
       std::fill_n(da_down, inner * down, 0.0f);
       return;
     }
-    Scratch<Word> words(inner * layer.width / 2);
-    Scratch<uint16_t> by_column(3 * inner * expert.width);  // gradients of gate and up, and h
+    TaskScratch<Word> words(inner * layer.width / 2);
+    TaskScratch<uint16_t> by_column(3 * inner * expert.width);  // gradients of gate and up, and h
     uint16_t *dg = by_column.get(), *du = dg + inner * expert.width, *h = du + inner * expert.width;
     const Left w2 = unpack(layer.down.of(e), !layer.packed, first, inner, words.get());
     const Left a2{layer.of_down.a_of(e) + first * down / 2, down / 2, 1};
@@ -210,8 +210,8 @@ struct Backward {
     const Expert& expert = groups.experts[e];
     if (expert.count == 0) return;
     const int64_t gate = layer.of_gate.rank, up = layer.of_up.rank, half = layer.hidden / 2;
-    Scratch<Word> words(outer * layer.hidden);
-    Scratch<float> columns(outer * TILE);
+    TaskScratch<Word> words(outer * layer.hidden);
+    TaskScratch<float> columns(outer * TILE);
     const Left w1 = unpack(layer.gate.of(e), !layer.packed, first, outer, words.get());
     const Left w3 = unpack(layer.up.of(e), !layer.packed, first, outer, words.get() + outer * half);
     const Left a1{layer.of_gate.a_of(e) + first * gate / 2, gate / 2, 1}, a3{layer.of_up.a_of(e) + first * up / 2, up / 2, 1};
@@ -227,8 +227,7 @@ struct Backward {
           accumulate<V>(sums, w3.from(n), up_rows, half);
           accumulate<V>(sums, a1.from(n), low, gate / 2);
           accumulate<V>(sums, a3.from(n), low + gate / 2 * tile.width, up / 2);
-          for (int i = 0; i < OUTPUTS; i++)
-            for (int v = 0; v < V; v++) _mm512_store_ps(columns.get() + ((n + i) * V + v) * LANES, sums[i][v]);
+          store_columns<V>(sums, columns.get(), n);
         }
       });
       scatter(columns.get(), tile, outer, found.x + tile.first * layer.width + first, layer.width);
@@ -238,14 +237,14 @@ struct Backward {
   // Gradients of 32 columns of the factors on the side of x and of dout.
   void factors(int64_t e, int64_t column) {
     const Expert& expert = groups.experts[e];
-    Scratch<Word> words(expert.width * LANES + 1);
+    TaskScratch<Word> words(expert.width * LANES + 1);
     if (layer.of_gate.rank + layer.of_up.rank > 0) {
-      pair_rows(x, expert, column, words.get());
+      pair_rows(x, expert.first, expert.count, expert.width, column, words.get(), 32);
       outer_product(d_gate, expert, words.get(), found.a_gate, e, column);
       outer_product(d_up, expert, words.get(), found.a_up, e, column);
     }
     if (layer.of_down.rank > 0) {
-      pair_rows(dout, expert, column, words.get());
+      pair_rows(dout, expert.first, expert.count, expert.width, column, words.get(), 32);
       outer_product(h_down, expert, words.get(), found.b_down, e, column);
     }
   }

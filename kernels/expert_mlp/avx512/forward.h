@@ -37,7 +37,7 @@ struct Forward {
         gate(layer.of_gate, groups.experts.size()), up(layer.of_up, groups.experts.size()),
         down(layer.of_down, groups.experts.size()) {}
 
-  void run(xla::ffi::ThreadPool& pool) {
+  void run(ffi::ThreadPool& pool) {
     const int64_t experts = groups.experts.size(), tiles = groups.tiles.size();
     if (layer.rank() > 0)
       parallel_for(pool, experts, [&](int64_t e) {
@@ -76,7 +76,7 @@ struct Forward {
   void expand(int64_t e, int64_t first, int64_t count) {
     const Expert& expert = groups.experts[e];
     if (expert.count == 0) return;
-    Scratch<Word> words(count * layer.width);
+    TaskScratch<Word> words(count * layer.width);
     const Left w1 = unpack(layer.gate.of(e), layer.packed, first, count, words.get());
     const Left w3 = unpack(layer.up.of(e), layer.packed, first, count, words.get() + count * layer.width / 2);
     for (int t = expert.tile; t < expert.tile + expert.tiles; t++) {
@@ -108,8 +108,8 @@ struct Forward {
   void contract(int64_t e, int64_t first, int64_t count) {
     const Expert& expert = groups.experts[e];
     if (expert.count == 0) return;
-    Scratch<Word> words(count * layer.hidden / 2);
-    Scratch<float> columns(count * TILE);
+    TaskScratch<Word> words(count * layer.hidden / 2);
+    TaskScratch<float> columns(count * TILE);
     const Left w2 = unpack(layer.down.of(e), layer.packed, first, count, words.get());
     for (int t = expert.tile; t < expert.tile + expert.tiles; t++) {
       const Tile& tile = groups.tiles[t];
@@ -121,8 +121,7 @@ struct Forward {
           clear<V>(sums);
           accumulate<V>(sums, w2.from(n), hidden.of(tile), hidden.depth);
           accumulate<V>(sums, down.b_of(e).from(first + n), low, down.rank / 2);
-          for (int i = 0; i < OUTPUTS; i++)
-            for (int v = 0; v < V; v++) _mm512_store_ps(columns.get() + ((n + i) * V + v) * LANES, sums[i][v]);
+          store_columns<V>(sums, columns.get(), n);
         }
       });
       scatter(columns.get(), tile, count, out + tile.first * layer.width + first, layer.width);

@@ -1,9 +1,9 @@
 // The operands of one layer of experts, with its adapters.
 #pragma once
 
-#include "product.h"
 #include "rows.h"
 #include "threads.h"
+#include "weights.h"
 
 // Factors of all experts, bfloat16: a [in, rank] and b [rank, out]. Ranks are multiples of 16, or 0.
 struct Factors {

@@ -1,6 +1,8 @@
 // Loops over independent tasks on the threads of XLA.
 #pragma once
 
+#include <immintrin.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <functional>
@@ -8,6 +10,8 @@
 #include <new>
 
 #include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
 
 // Uninitialised memory, aligned to cache lines.
 template <class T>
@@ -26,11 +30,40 @@ class Scratch {
   T* data_;
 };
 
+// The same for the length of a task: the thread keeps the memory for its next tasks, which saves most of malloc's time.
+template <class T>
+class TaskScratch {
+ public:
+  explicit TaskScratch(size_t count) {
+    while (slot_->used) slot_++;
+    slot_->used = true;
+    if (slot_->size < count * sizeof(T)) {
+      slot_->memory.reset();
+      slot_->size = 0;
+      slot_->memory = std::make_unique<Scratch<char>>(count * sizeof(T));
+      slot_->size = count * sizeof(T);
+    }
+  }
+  TaskScratch(const TaskScratch&) = delete;
+  TaskScratch& operator=(const TaskScratch&) = delete;
+  ~TaskScratch() { slot_->used = false; }
+  T* get() const { return reinterpret_cast<T*>(slot_->memory->get()); }
+
+ private:
+  struct Slot {
+    std::unique_ptr<Scratch<char>> memory;
+    size_t size = 0;
+    bool used = false;
+  };
+  static inline thread_local Slot slots_[8];  // more than one task ever has
+  Slot* slot_ = slots_;
+};
+
 // Runs task(0), ..., task(count - 1) on the calling thread and on those that XLA has free, and returns when all ended.
 // The caller takes part and waits only for tasks that have begun. So no thread waits for one that never starts, even
 // when all threads of the pool run such loops.
 template <class Task>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
+void parallel_for(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
   };

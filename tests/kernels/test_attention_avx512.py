@@ -1,0 +1,146 @@
+"""Attention in C++ equals the plain formula in float32, forward and backward, to the rounding of its operands."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.attention import HeadMajor, attention
+from bimedix_jax.kernels.attention.xla import visible
+
+pytestmark = pytest.mark.usefixtures("avx512_machine")
+
+
+def draw(length: int, slots: int, heads: int, groups: int, width: int) -> tuple[jax.Array, ...]:
+    """Values that bfloat16 holds, in float32."""
+    rng = np.random.default_rng(length)
+    shapes = [(2, length, heads, width), (2, slots, groups, width), (2, slots, groups, width)]
+    return tuple(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16).astype(jnp.float32) for shape in shapes)
+
+
+def formula(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    shared = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores, -1e30), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def close(got: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b)
+        assert np.abs(a - b).max() <= 1.5e-2 * max(1.0, np.abs(b).max())
+
+
+def packed(length: int) -> np.ndarray:
+    """Several documents in a row, padding at its end; one document."""
+    ids = np.ones((2, length), np.int32)
+    ids[0] += np.arange(length) * 4 // length
+    ids[0, -3:] = 0
+    return ids
+
+
+@pytest.mark.parametrize("window", [None, 1, 70])
+@pytest.mark.parametrize(
+    ("length", "heads", "groups", "width"),
+    [(1, 2, 1, 32), (16, 2, 2, 64), (48, 4, 2, 32), (65, 3, 1, 96), (200, 4, 1, 128), (129, 2, 2, 256)],
+)
+def test_forward_and_backward(length: int, heads: int, groups: int, width: int, window: int | None) -> None:
+    operands = draw(length, length, heads, groups, width)
+    ids = jnp.asarray(packed(length))
+    seen = visible(ids, ids, 0, 0, window)
+    expected, pullback = jax.vjp(lambda *qkv: formula(*qkv, seen), *operands)
+    dout = jnp.cos(expected).astype(jnp.bfloat16)
+
+    @jax.jit
+    def ours(*qkv: jax.Array) -> Any:
+        out, pullback = jax.vjp(lambda *qkv: attention(*qkv, ids, ids, window=window, backend="avx512"), *qkv)
+        return out, pullback(dout)
+
+    got = ours(*(x.astype(jnp.bfloat16) for x in operands))
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("bfloat16")}
+    close(got, (expected, pullback(dout.astype(jnp.float32))))
+
+
+@pytest.mark.parametrize("layout", [lambda x: x, HeadMajor.of])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("length", [16, 50])
+def test_with_a_cache(length: int, window: int | None, layout: Any) -> None:
+    q, k, v = draw(length, 130, 4, 2, 32)
+    ids, start = packed(130), 70
+    query_ids = jnp.asarray(ids[:, start : start + length])
+    expected = formula(q, k, v, visible(query_ids, jnp.asarray(ids), start, 0, window))
+
+    @jax.jit
+    def ours(q: jax.Array, k: Any, v: Any, offset: jax.Array) -> jax.Array:
+        return attention(q, k, v, query_ids, jnp.asarray(ids), offset=offset, window=window, backend="avx512")
+
+    cached = (layout(x.astype(jnp.bfloat16)) for x in (k, v))
+    close(ours(q.astype(jnp.bfloat16), *cached, jnp.int32(start)), expected)
+
+
+def test_trees() -> None:
+    """Options that continue a question, whose continuations see both."""
+    length = 150
+    operands = draw(length, length, 2, 1, 32)
+    ids = np.ones((2, length), np.int32)
+    ids[:, 60:90], ids[:, 90:120], ids[1, 120:] = 2, 3, 4
+    ancestors = np.stack([np.where(ids > 1, 1, ids), np.where(ids == 4, 2, ids)], axis=-1)
+    ids, ancestors = jnp.asarray(ids), jnp.asarray(ancestors)
+    seen = visible(ids, ids, 0, 0, None, ancestors)
+    assert not seen[1, 130, 100]
+    assert seen[1, 130, 70]
+    expected, pullback = jax.vjp(lambda *qkv: formula(*qkv, seen), *operands)
+
+    @jax.jit
+    def ours(*qkv: jax.Array) -> Any:
+        def attend(*qkv: jax.Array) -> jax.Array:
+            return attention(*qkv, ids, ids, ancestor_ids_BTA=ancestors, backend="avx512")
+
+        out, pullback = jax.vjp(attend, *qkv)
+        return out, pullback(out)
+
+    got = ours(*(x.astype(jnp.bfloat16) for x in operands))
+    close(got, (expected, pullback(got[0].astype(jnp.float32))))
+
+
+def test_any_ids() -> None:
+    """Ids that return, that fall, that are negative."""
+    length = 40
+    q, k, v = (x.astype(jnp.bfloat16) for x in draw(length, length, 2, 1, 32))
+    ours = jax.jit(lambda ids: attention(q, k, v, ids, ids, window=11, backend="avx512"))
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.integers(-2, 2), min_size=2 * length, max_size=2 * length))
+    def check(values: list[int]) -> None:
+        ids = jnp.asarray(np.asarray(values, np.int32).reshape(2, length))
+        wide = (x.astype(jnp.float32) for x in (q, k, v))
+        close(ours(ids), formula(*wide, visible(ids, ids, 0, 0, 11)))
+
+    check()
+
+
+def test_scores_of_any_size() -> None:
+    """Large scores do not overflow, and a query may see only keys with very small ones."""
+    q, k, v = draw(20, 20, 2, 1, 32)
+    ids = jnp.ones((2, 20), jnp.int32)
+    for factor in (100.0, -100.0):
+        expected = formula(factor * q, 10 * k, v, visible(ids, ids, 0, 0, None))
+        got = attention(*(x.astype(jnp.bfloat16) for x in (factor * q, 10 * k, v)), ids, ids, backend="avx512")
+        close(got, expected)
+
+
+def test_it_is_chosen_for_bfloat16_and_enough_queries() -> None:
+    for dtype, length, expected in (("bfloat16", 16, "avx512"), ("bfloat16", 15, "xla"), ("float32", 16, "xla")):
+        q, k, v = (x.astype(dtype) for x in draw(length, length, 2, 1, 32))
+        ids = jnp.ones((2, length), jnp.int32)
+        with backends.recording() as choices:
+            attention(q, k, v, ids, ids)
+        assert choices.to_dict()["attention"] == [expected]
+    with backends.use("gpu"), pytest.raises(NotImplementedError, match="it is for x86 processors"):
+        attention(q.astype("bfloat16"), k, v, ids, ids, backend="avx512")
