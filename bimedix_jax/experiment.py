@@ -181,7 +181,8 @@ class KernelChoice:
     """Attention in C++ for CPUs (avx512), in XLA's operations, in our kernel for GPUs (triton), or in JAX's for TPUs
     (splash)."""
     expert_mlp: Literal["avx512", "xla", "composed", "few_rows"] | None = None
-    """The experts from dispatch to combine: fused for CPUs (avx512, in C++; xla), or composed of the operations below."""
+    """The experts from dispatch to combine: fused for CPUs (in C++, avx512; or xla), or composed of the operations
+    below."""
     grouped_matmul: Literal["xla", "ragged_dot", "triton", "mosaic_tpu"] | None = None
     """Products of the experts; ragged_dot is JAX's, which off TPUs computes every expert for every row."""
     nf4_matmul: Literal["xla", "triton", "mosaic_tpu"] | None = None

@@ -20,7 +20,7 @@ from jax.sharding import ManualAxisType
 
 from bimedix_jax.kernels import native
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, is_packed, packed
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, packed
 from bimedix_jax.kernels.expert_mlp.layout import refusal as layout_refusal
 from bimedix_jax.kernels.expert_mlp.xla import gather, sum_pairs
 from bimedix_jax.kernels.manual_axes import varying

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.attention import HeadMajor, api, attention, blocks, reference, write, xla
+from bimedix_jax.kernels.attention import HeadMajor, attention, blocks, reference, write, xla
 from bimedix_jax.kernels.attention.xla import visible
 
 LENGTH = {"avx512": 150, "xla": 19, "triton": 37, "splash": 256}

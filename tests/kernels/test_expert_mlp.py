@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bimedix_jax.kernels import backends, native
-from bimedix_jax.kernels.expert_mlp import LayerOf, avx512, expert_mlp, out_of_stacks, reference
+from bimedix_jax.kernels.expert_mlp import LayerOf, expert_mlp, out_of_stacks, reference
 from bimedix_jax.kernels.expert_mlp.api import AVX512_SHARE, BACKENDS, FUSED_SHARE, pick_backend
 from bimedix_jax.kernels.expert_mlp.few_rows import MAX_EXPERTS, MAX_ROWS
 from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
