@@ -178,11 +178,9 @@ class KernelChoice:
     layer_scan: Literal["scan", "bits", "unrolled"] | None = None
     """The loop over layers: lax.scan (scan), a scan over bits for CPUs (bits), or each layer compiled separately."""
     attention: Literal["avx512", "xla", "triton", "splash"] | None = None
-    """Attention in C++ for CPUs (avx512), in XLA's operations, in our kernel for GPUs (triton), or in JAX's for TPUs
-    (splash)."""
+    """Attention in C++ for CPUs (avx512), by XLA, by our kernel for GPUs (triton), or by JAX's for TPUs (splash)."""
     expert_mlp: Literal["avx512", "xla", "composed", "few_rows"] | None = None
-    """The experts from dispatch to combine: fused for CPUs (in C++, avx512; or xla), or composed of the operations
-    below."""
+    """The experts from dispatch to combine: fused for CPUs (avx512, xla), or composed of the operations below."""
     grouped_matmul: Literal["xla", "ragged_dot", "triton", "mosaic_tpu"] | None = None
     """Products of the experts; ragged_dot is JAX's, which off TPUs computes every expert for every row."""
     nf4_matmul: Literal["xla", "triton", "mosaic_tpu"] | None = None

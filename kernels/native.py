@@ -58,35 +58,66 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BIMEDIX_CACHE") or Path.home() / ".cache" / "bimedix_jax") / "native"
 
 
-def build(source: Path, options: Sequence[str]) -> Path:
-    """The shared library of a C++ file and the headers beside it, from the cache or compiled into it in some seconds.
+def own_folder() -> Path:
+    """The cache folder, made for this user alone. A library from a folder that others can write could be anyone's.
 
     Raises:
-      CannotBuild: no compiler, it fails, or the cache cannot be written.
+      CannotBuild: it cannot be made, or others can write it.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+    except OSError as error:
+        raise CannotBuild(f"{folder} cannot be made ({error.strerror}); set BIMEDIX_CACHE to a folder.") from error
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise CannotBuild(f"other users can write {folder}; set BIMEDIX_CACHE to a folder of your own.")
+    return folder
+
+
+def build(source: Path, options: Sequence[str]) -> Path:
+    """The shared library of a C++ file and its headers, from the cache, or compiled into it in some seconds.
+
+    Raises:
+      CannotBuild: no compiler, it fails, or the cache cannot be used.
     """
     command = [compiler(), *FLAGS, *options]
     parts = [jax.__version__, *command, *(f"{path.name}\n{path.read_text('utf-8')}" for path in sources(source))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = cache_folder() / f"{source.stem}-{digest}.so"
+    library = own_folder() / f"{source.stem}-{digest}.so"
     if library.exists():
         return library
+    backends.announce("native", f"compiling {source.name} into {library.parent}, once")
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # another process may compile the same
             made = Path(scratch) / library.name
-            found = subprocess.run(
-                [*command, "-isystem", jax.ffi.include_dir(), "-I", str(SHARED), str(source), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            includes = ["-isystem", jax.ffi.include_dir(), "-I", str(SHARED)]
+            run = [*command, *includes, str(source), "-o", str(made)]
+            found = subprocess.run(run, capture_output=True, text=True, errors="replace", check=False)
             if found.returncode:
-                line = next((line for line in found.stderr.splitlines() if "error" in line), found.stderr.strip())
-                raise CannotBuild(f"{command[0]} cannot compile it ({line}).")
+                lines = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
+                raise CannotBuild(f"{command[0]} cannot compile {source.name} ({lines[0].strip()}).")
             made.rename(library)
     except OSError as error:
         raise CannotBuild(f"it cannot be compiled into {library.parent} ({error.strerror}).") from error
     return library
+
+
+def load(source: Path, options: Sequence[str]) -> ctypes.CDLL:
+    """The library; one that is damaged is compiled again.
+
+    Raises:
+      CannotBuild: as `build`, or it cannot be loaded.
+    """
+    library = build(source, options)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink(missing_ok=True)
+    try:
+        return ctypes.CDLL(str(build(source, options)))
+    except OSError as error:
+        raise CannotBuild(f"its library cannot be loaded ({error}).") from error
 
 
 def sources(source: Path) -> list[Path]:
@@ -112,11 +143,9 @@ def avx512_refusal(source: Path, functions: tuple[str, ...]) -> str | None:
 def register(source: Path, options: tuple[str, ...], functions: tuple[str, ...]) -> str | None:
     """Registers handlers of a C++ file with XLA, under their own names; the reason if that is impossible."""
     try:
-        library = ctypes.CDLL(str(build(source, options)))
+        library = load(source, options)
     except CannotBuild as error:
         return str(error)
-    except OSError as error:
-        return f"its library cannot be loaded ({error})."
     for name in functions:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None

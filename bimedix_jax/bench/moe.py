@@ -11,7 +11,7 @@ import numpy as np
 from bimedix_jax.bench.bounds import product
 from bimedix_jax.bench.timing import medians
 from bimedix_jax.costs.flops import matmul_flops
-from bimedix_jax.kernels.expert_mlp import expert_mlp
+from bimedix_jax.kernels.expert_mlp import avx512, expert_mlp
 from bimedix_jax.kernels.grouped_matmul import grouped_matmul
 from bimedix_jax.kernels.grouped_matmul.xla import index
 from bimedix_jax.kernels.nf4 import NF4Tensor, quantize
@@ -19,8 +19,9 @@ from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.nf4.planes import planes
 from bimedix_jax.kernels.permute import sort_by_expert
 
-FEED_FORWARD = ("xla", "composed")
-"""The backends that are compared: fused and composed. The third one, few_rows, is for decoding."""
+FEED_FORWARD = ("avx512", "xla", "composed")
+"""The backends that are compared: fused in C++, where the processor suits it, fused, and composed. The other one,
+few_rows, is for decoding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,8 @@ def feed_forwards(size: Size, rank: int) -> dict[str, Callable[[], Any]]:
 
     found: dict[str, Callable[[], Any]] = {}
     for backend in FEED_FORWARD:
+        if backend == "avx512" and avx512.refusal(x.dtype, weights) is not None:
+            continue
         forward, both = (jax.jit(function, static_argnums=0) for function in (forward_pass, forward_and_gradients))
         found[f"forward_{backend}"] = lambda f=forward, b=backend: f(b, x, weights, (None,) * 3)
         found[f"forward_adapters_{backend}"] = lambda f=forward, b=backend: f(b, x, weights, deltas)
@@ -142,10 +145,13 @@ def feed_forwards(size: Size, rank: int) -> dict[str, Callable[[], Any]]:
 
 
 def measure_feed_forward(size: Size, rank: int, repetitions: int) -> dict[str, Any]:
-    """One row: milliseconds of each backend and pass, and the speed-up of the fused one."""
+    """One row: milliseconds of each backend and pass, and the speed-up of the fastest fused one; None where one cannot
+    run."""
     seconds = medians(feed_forwards(size, rank), repetitions)
     row: dict[str, Any] = dataclasses.asdict(size) | {"rank": rank, "base": "nf4", "repetitions": repetitions}
-    row |= {f"{name}_ms": 1000 * taken for name, taken in seconds.items()}
     for name in ("forward", "forward_adapters", "training"):
-        row[f"{name}_ratio"] = seconds[f"{name}_composed"] / seconds[f"{name}_xla"]
+        taken = {backend: seconds.get(f"{name}_{backend}") for backend in FEED_FORWARD}
+        row |= {f"{name}_{backend}_ms": None if s is None else 1000 * s for backend, s in taken.items()}
+        fused = min(s for backend, s in taken.items() if s is not None and backend != "composed")
+        row[f"{name}_ratio"] = seconds[f"{name}_composed"] / fused
     return row

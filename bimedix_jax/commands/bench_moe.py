@@ -41,7 +41,9 @@ class Config:
 
 PRODUCTS = ("dense_gflops", "ours_gflops", "ours_skewed_gflops", "nf4_gflops", "ragged_dot_gflops", "dequant_gelems")
 FEED_FORWARDS = tuple(
-    f"{step}_{shown}" for step in ("forward", "forward_adapters", "training") for shown in ("xla_ms", "composed_ms")
+    f"{step}_{backend}_ms"
+    for step in ("forward", "forward_adapters", "training")
+    for backend in ("avx512", "xla", "composed")
 )
 
 
@@ -85,7 +87,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     for name in shown:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(f"{row['tokens']:,}", *(f"{row[name]:.1f}" for name in shown))
+        table.add_row(f"{row['tokens']:,}", *("-" if row[name] is None else f"{row[name]:.1f}" for name in shown))
     console.print(table)
     if config.plot is not None:
         from bimedix_jax.bench.picture import draw_speeds

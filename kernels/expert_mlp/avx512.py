@@ -28,7 +28,7 @@ from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.permute import Permutation
 from bimedix_jax.kernels.products import to_bits
-from bimedix_jax.kernels.stacks import LayerOf
+from bimedix_jax.kernels.stacks import LayerOf, as_tensor
 
 SOURCE = Path(__file__).with_suffix("") / "expert_mlp.cc"
 FORWARD, BACKWARD = "bimedix_expert_mlp_forward", "bimedix_expert_mlp_backward"
@@ -70,7 +70,7 @@ def base(weights: Weights) -> list[jax.Array]:
         if isinstance(w, NF4Tensor):
             found += [w.packed, block_scales(w)]
         else:
-            stack = w.stack if isinstance(w, LayerOf) else w[None]
+            stack = w.stack if isinstance(w, LayerOf) else jnp.expand_dims(as_tensor(w), 0)
             found += [stack.astype(jnp.bfloat16), jnp.zeros(0, jnp.float32)]
     return found
 

@@ -16,14 +16,26 @@ from bimedix_jax.kernels.attention.xla import visible
 pytestmark = pytest.mark.usefixtures("avx512_machine")
 
 
-def draw(length: int, slots: int, heads: int, groups: int, width: int) -> tuple[jax.Array, ...]:
+Operands = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def draw(length: int, slots: int, heads: int, groups: int, width: int) -> Operands:
     """Values that bfloat16 holds, in float32."""
     rng = np.random.default_rng(length)
-    shapes = [(2, length, heads, width), (2, slots, groups, width), (2, slots, groups, width)]
-    return tuple(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16).astype(jnp.float32) for shape in shapes)
+
+    def values(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16).astype(jnp.float32)
+
+    return values(2, length, heads, width), values(2, slots, groups, width), values(2, slots, groups, width)
 
 
-def formula(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+def rounded(operands: Operands) -> Operands:
+    q, k, v = (x.astype(jnp.bfloat16) for x in operands)
+    return q, k, v
+
+
+def formula(operands: Operands, seen_BTS: jax.Array) -> jax.Array:
+    q, k, v = operands
     shared = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, shared, axis=2) for x in (k, v))
     scores = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
@@ -54,15 +66,19 @@ def test_forward_and_backward(length: int, heads: int, groups: int, width: int, 
     operands = draw(length, length, heads, groups, width)
     ids = jnp.asarray(packed(length))
     seen = visible(ids, ids, 0, 0, window)
-    expected, pullback = jax.vjp(lambda *qkv: formula(*qkv, seen), *operands)
+    expected, pullback = jax.vjp(lambda operands: formula(operands, seen), operands)
     dout = jnp.cos(expected).astype(jnp.bfloat16)
 
     @jax.jit
-    def ours(*qkv: jax.Array) -> Any:
-        out, pullback = jax.vjp(lambda *qkv: attention(*qkv, ids, ids, window=window, backend="avx512"), *qkv)
+    def ours(operands: Operands) -> Any:
+        def attend(operands: Operands) -> jax.Array:
+            q, k, v = operands
+            return attention(q, k, v, ids, ids, window=window, backend="avx512")
+
+        out, pullback = jax.vjp(attend, operands)
         return out, pullback(dout)
 
-    got = ours(*(x.astype(jnp.bfloat16) for x in operands))
+    got = ours(rounded(operands))
     assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype("bfloat16")}
     close(got, (expected, pullback(dout.astype(jnp.float32))))
 
@@ -74,14 +90,14 @@ def test_with_a_cache(length: int, window: int | None, layout: Any) -> None:
     q, k, v = draw(length, 130, 4, 2, 32)
     ids, start = packed(130), 70
     query_ids = jnp.asarray(ids[:, start : start + length])
-    expected = formula(q, k, v, visible(query_ids, jnp.asarray(ids), start, 0, window))
+    expected = formula((q, k, v), visible(query_ids, jnp.asarray(ids), start, 0, window))
 
     @jax.jit
     def ours(q: jax.Array, k: Any, v: Any, offset: jax.Array) -> jax.Array:
         return attention(q, k, v, query_ids, jnp.asarray(ids), offset=offset, window=window, backend="avx512")
 
-    cached = (layout(x.astype(jnp.bfloat16)) for x in (k, v))
-    close(ours(q.astype(jnp.bfloat16), *cached, jnp.int32(start)), expected)
+    q, k, v = rounded((q, k, v))
+    close(ours(q, layout(k), layout(v), jnp.int32(start)), expected)
 
 
 def test_trees() -> None:
@@ -95,32 +111,33 @@ def test_trees() -> None:
     seen = visible(ids, ids, 0, 0, None, ancestors)
     assert not seen[1, 130, 100]
     assert seen[1, 130, 70]
-    expected, pullback = jax.vjp(lambda *qkv: formula(*qkv, seen), *operands)
+    expected, pullback = jax.vjp(lambda operands: formula(operands, seen), operands)
 
     @jax.jit
-    def ours(*qkv: jax.Array) -> Any:
-        def attend(*qkv: jax.Array) -> jax.Array:
-            return attention(*qkv, ids, ids, ancestor_ids_BTA=ancestors, backend="avx512")
+    def ours(operands: Operands) -> Any:
+        def attend(operands: Operands) -> jax.Array:
+            q, k, v = operands
+            return attention(q, k, v, ids, ids, ancestor_ids_BTA=ancestors, backend="avx512")
 
-        out, pullback = jax.vjp(attend, *qkv)
+        out, pullback = jax.vjp(attend, operands)
         return out, pullback(out)
 
-    got = ours(*(x.astype(jnp.bfloat16) for x in operands))
+    got = ours(rounded(operands))
     close(got, (expected, pullback(got[0].astype(jnp.float32))))
 
 
 def test_any_ids() -> None:
     """Ids that return, that fall, that are negative."""
     length = 40
-    q, k, v = (x.astype(jnp.bfloat16) for x in draw(length, length, 2, 1, 32))
+    exact = draw(length, length, 2, 1, 32)
+    q, k, v = rounded(exact)
     ours = jax.jit(lambda ids: attention(q, k, v, ids, ids, window=11, backend="avx512"))
 
     @settings(max_examples=40, deadline=None)
     @given(st.lists(st.integers(-2, 2), min_size=2 * length, max_size=2 * length))
     def check(values: list[int]) -> None:
         ids = jnp.asarray(np.asarray(values, np.int32).reshape(2, length))
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        close(ours(ids), formula(*wide, visible(ids, ids, 0, 0, 11)))
+        close(ours(ids), formula(exact, visible(ids, ids, 0, 0, 11)))
 
     check()
 
@@ -130,9 +147,10 @@ def test_scores_of_any_size() -> None:
     q, k, v = draw(20, 20, 2, 1, 32)
     ids = jnp.ones((2, 20), jnp.int32)
     for factor in (100.0, -100.0):
-        expected = formula(factor * q, 10 * k, v, visible(ids, ids, 0, 0, None))
-        got = attention(*(x.astype(jnp.bfloat16) for x in (factor * q, 10 * k, v)), ids, ids, backend="avx512")
-        close(got, expected)
+        large = rounded((factor * q, 10 * k, v))
+        exact = (large[0].astype(jnp.float32), large[1].astype(jnp.float32), v)
+        expected = formula(exact, visible(ids, ids, 0, 0, None))
+        close(attention(large[0], large[1], large[2], ids, ids, backend="avx512"), expected)
 
 
 def test_it_is_chosen_for_bfloat16_and_enough_queries() -> None:

@@ -1,0 +1,132 @@
+"""Kernels in C++ are compiled once, into a folder of the user's; where that fails, the reason is one sentence."""
+
+import logging
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bimedix_jax.kernels import backends, native
+from bimedix_jax.kernels.expert_mlp import api, expert_mlp
+from bimedix_jax.kernels.nf4 import quantize
+from bimedix_jax.kernels.permute import sort_by_expert
+
+ANSWER = 'extern "C" int answer() { return ANSWER; }\n'
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, avx512_machine: None) -> Path:
+    """A small C++ file with a header, and an empty cache."""
+    monkeypatch.setenv("BIMEDIX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "answer.h").write_text("#define ANSWER 42\n")
+    (folder / "answer.cc").write_text('#include "answer.h"\n' + ANSWER)
+    return folder / "answer.cc"
+
+
+def cached() -> list[str]:
+    return sorted(path.name for path in native.cache_folder().iterdir())
+
+
+def test_it_is_compiled_once_and_again_after_a_change(source: Path) -> None:
+    first = native.build(source, ())
+    made = first.stat().st_mtime_ns
+    assert native.load(source, ()).answer() == 42
+    assert native.build(source, ()).stat().st_mtime_ns == made
+    assert cached() == [first.name]
+    (source.parent / "answer.h").write_text("#define ANSWER 43\n")
+    assert native.load(source, ()).answer() == 43
+    assert len(cached()) == 2
+    assert native.cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_processes_that_compile_at_once_do_not_disturb_each_other(source: Path) -> None:
+    threads = [threading.Thread(target=native.build, args=(source, ())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cached()) == 1
+    assert native.load(source, ()).answer() == 42
+
+
+def test_a_damaged_library_is_compiled_again(source: Path) -> None:
+    native.build(source, ()).write_bytes(b"\x7fELF damaged")
+    assert native.load(source, ()).answer() == 42
+
+
+def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(source.parent))
+    with pytest.raises(native.CannotBuild, match="no C\\+\\+ compiler was found; install g\\+\\+"):
+        native.build(source, ())
+
+
+def test_what_the_compiler_refuses(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.write_text("int wrong(")
+    with pytest.raises(native.CannotBuild, match=r"cannot compile answer.cc \(.*error: .*\)\."):
+        native.build(source, ())
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(native.CannotBuild, match=r"false cannot compile answer.cc \(exit 1\)\."):
+        native.build(source, ())
+    assert cached() == []
+
+
+def test_folders_that_cannot_be_used(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    native.own_folder().chmod(0o777)
+    with pytest.raises(native.CannotBuild, match=r"other users can write .*; set BIMEDIX_CACHE"):
+        native.build(source, ())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BIMEDIX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(native.CannotBuild, match="cannot be made"):
+        native.build(source, ())
+
+
+def test_without_a_compiler_another_backend_runs_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, avx512_machine: None
+) -> None:
+    monkeypatch.setattr(native, "register", lambda *_: "no C++ compiler was found; install g++ or name one by CXX.")
+    monkeypatch.setattr(native, "cpu_flags", lambda: native.AVX512_NEEDS)
+    monkeypatch.setattr(backends, "announced", set())
+    weights = tuple(jnp.zeros((2, *shape), jnp.bfloat16) for shape in ((32, 64), (32, 64), (64, 32)))
+    with caplog.at_level(logging.WARNING):
+        assert api.pick_backend(None, 64, 128, weights, jnp.bfloat16) == "xla"
+    assert "avx512 cannot be used, falling back: no C++ compiler was found; install g++" in caplog.text
+
+
+def test_calls_at_the_same_time_do_not_wait_for_each_other(avx512_machine: None) -> None:
+    """Several in one program, in several threads: more than XLA has threads."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((50, 64)), jnp.bfloat16)
+    shapes = ((4, 64, 128), (4, 64, 128), (4, 128, 64))
+    dense = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    weights = tuple(quantize(jnp.copy(w.mT), batch_dims=1).mT for w in dense)
+    permutation = sort_by_expert(jnp.asarray(rng.integers(0, 4, (50, 2)), jnp.int32), 4)
+    pairs = jnp.ones((50, 2), jnp.float32)
+
+    def one(x: jax.Array) -> jax.Array:
+        return expert_mlp(x, pairs, permutation, weights, backend="avx512")
+
+    several = jax.jit(lambda x: [one(x * factor) for factor in (1, 2, 4, 8)])
+    expected = several(x)
+    found: list[list[jax.Array]] = []
+    threads = [threading.Thread(target=lambda: found.extend(several(x) for _ in range(20))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(found) == 120
+    for results in found:
+        for got, exact in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(got, exact)
+
+
+def test_instruction_sets_of_this_machine() -> None:
+    flags = native.cpu_flags()
+    assert not flags or {"fpu", "sse2"} <= flags
+    assert native.has_avx512(matrix_units=False) <= native.has_avx512()
+    assert native.SHARED.is_dir()
