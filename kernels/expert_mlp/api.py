@@ -16,13 +16,14 @@ from bimedix_jax.kernels.expert_mlp.layout import (
     GivenWeights,
     Weights,
     is_packed,
-    packed,
     without_layers,
 )
 from bimedix_jax.kernels.manual_axes import vary_alike
+from bimedix_jax.kernels.nf4 import NF4Tensor
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 from bimedix_jax.kernels.permute import Permutation
-from bimedix_jax.kernels.stacks import with_packed_sliced
+from bimedix_jax.kernels.stacks import is_packed_layer, with_packed_sliced
 from bimedix_jax.kernels.unstacked import is_unstacked, stack
 
 BACKENDS = ("avx512", "xla", "composed", "few_rows")
@@ -36,10 +37,10 @@ AVX512_SHARE = 1 / 16
 
 
 def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights, dtype: Any = jnp.float32) -> str:
-    shapes = jax.eval_shape(plain, weights)
-    share = pairs / (shapes[0].shape[0] * shapes[0].shape[1])
+    experts, width, _ = weights[0].shape
+    share = pairs / (experts * width)
     separate = any(map(is_unstacked, weights))
-    least = FUSED_SHARE if separate else 0 if packed(shapes) else AVX512_SHARE
+    least = FUSED_SHARE if separate else 0 if all(map(in_4_bits, weights)) else AVX512_SHARE
     cpu = ("composed",) if share < FUSED_SHARE else ("xla", "composed")
     if share >= least and avx512.is_best(dtype):
         cpu = ("avx512", *cpu)
@@ -51,10 +52,14 @@ def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights,
         if backend == "few_rows":
             return few_rows.refusal(rows, weights)
         if backend == "avx512":
-            return avx512.refusal(dtype, shapes)
-        return xla.refusal(shapes) if backend == "xla" else None
+            return avx512.refusal(dtype, jax.eval_shape(plain, weights))
+        return xla.refusal(jax.eval_shape(plain, weights)) if backend == "xla" else None
 
     return backends.pick("expert_mlp", BACKENDS, preferred, name, refusal)
+
+
+def in_4_bits(w: Any) -> bool:
+    return isinstance(w, NF4Tensor | RowMajor) or is_packed_layer(w)
 
 
 def plain(weights: GivenWeights) -> Weights:
