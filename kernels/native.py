@@ -11,10 +11,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import ManualAxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.kernels import backends
+from bimedix_jax.kernels.manual_axes import varying
 
 SHARED = Path(__file__).parent / "x86"
 """Headers of all kernels for x86 processors."""
@@ -149,3 +154,22 @@ def register(source: Path, options: tuple[str, ...], functions: tuple[str, ...])
     for name in functions:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return None
+
+
+def call(
+    name: str, results: Sequence[tuple[tuple[int, ...], Any]], operands: Sequence[jax.Array], **attributes: int
+) -> list[jax.Array]:
+    """The results, of these shapes and dtypes, of a handler.
+
+    Inside shard_map with `check_vma=True`, they vary along every axis along which an operand does.
+    """
+    axes = varying(*operands)
+
+    def described(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        if not axes:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        whole = NamedSharding(jax.sharding.get_abstract_mesh(), P(*[None] * len(shape)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole, manual_axis_type=ManualAxisType(varying=axes))
+
+    function = jax.ffi.ffi_call(name, [described(*result) for result in results], vmap_method="sequential")
+    return list(function(*operands, **{key: np.int64(value) for key, value in attributes.items()}))

@@ -82,6 +82,14 @@ def test_the_wheel_has_the_assets(wheel):
     assert not assets - names
 
 
+def test_the_wheel_has_the_kernels_in_c(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    kernels = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".cc", ".h")]
+    assert {path.suffix for path in kernels} == {".cc", ".h"}
+    assert not {f"bimedix_jax/{path.relative_to(ROOT)}" for path in kernels} - names
+
+
 def version() -> str:
     return metadata.version("bimedix_jax")
 

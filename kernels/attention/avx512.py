@@ -12,14 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import ManualAxisType
 
 from bimedix_jax.kernels import native
 from bimedix_jax.kernels.attention.api import SAVED
 from bimedix_jax.kernels.attention.cache import Cached, HeadMajor
-from bimedix_jax.kernels.manual_axes import vary_alike, varying
+from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
 
 SOURCE = Path(__file__).with_suffix("") / "attention.cc"
@@ -43,18 +41,11 @@ def is_best(dtype: Any) -> bool:
     return dtype == jnp.bfloat16 and native.has_avx512(matrix_units=False)
 
 
-def call(name: str, results: list[Any], operands: tuple, window: int | None, head_major: bool) -> list[jax.Array]:
-    axes = ManualAxisType(varying=varying(*operands))
-    shapes = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes) for shape, dtype in results]
-    function = jax.ffi.ffi_call(name, shapes, vmap_method="sequential")
-    return list(function(*operands, window=np.int64(window or 0), head_major=np.int64(head_major)))
-
-
 def forward(operands: tuple, window: int | None, head_major: bool = False) -> list[jax.Array]:
     """[output [B, T, Q, H], logarithm of the softmax's denominator [B, Q, T]]; head_major: keys are [B, G, S, H]."""
     batch, length, heads, _ = operands[0].shape
     results = [(operands[0].shape, jnp.bfloat16), ((batch, heads, length), jnp.float32)]
-    return call(FORWARD, results, operands, window, head_major)
+    return native.call(FORWARD, results, operands, window=window or 0, head_major=head_major)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -70,7 +61,8 @@ def attend_forward(operands: tuple, window: int | None):
 def attend_backward(window: int | None, residuals: tuple, dout: jax.Array):
     operands, out, log_total = residuals
     results = [(x.shape, jnp.bfloat16) for x in operands[:3]]
-    gradients = call(BACKWARD, results, (*operands, out, log_total, dout.astype(jnp.bfloat16)), window, False)
+    given = (*operands, out, log_total, dout.astype(jnp.bfloat16))
+    gradients = native.call(BACKWARD, results, given, window=window or 0, head_major=False)
     return ((*gradients, *map(zero_cotangent, operands[3:])),)
 
 
@@ -88,6 +80,8 @@ def attention(
     ancestor_ids_BTA: jax.Array | None = None,
 ) -> jax.Array:
     """As `api.attention`; takes all operands."""
+    if window is not None and window >= key_ids_BS.shape[1]:
+        window = None  # it reaches all keys
     if ancestor_ids_BTA is None:
         ancestor_ids_BTA = jnp.zeros((*query_ids_BT.shape, 0), jnp.int32)
     ids = tuple(x.astype(jnp.int32) for x in (query_ids_BT, key_ids_BS, ancestor_ids_BTA))

@@ -14,16 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import ManualAxisType
 
 from bimedix_jax.kernels import native
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
 from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, packed
 from bimedix_jax.kernels.expert_mlp.layout import refusal as layout_refusal
 from bimedix_jax.kernels.expert_mlp.xla import gather, sum_pairs
-from bimedix_jax.kernels.manual_axes import varying
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.permute import Permutation
@@ -47,8 +44,8 @@ def refusal(dtype: Any, weights: tuple[Any, ...]) -> str | None:
         return f"widths must be multiples of {COLUMNS}, not {weights[0].shape[1:]}."
     if (reason := layout_refusal(weights)) is not None:
         return reason
-    if any(w.block_size < COLUMNS or w.dtype != "bfloat16" for w in packed(weights)):
-        return f"packed weights must come from bfloat16, in blocks of {COLUMNS} or more."
+    if any(w.block_size % COLUMNS or w.dtype != "bfloat16" for w in packed(weights)):
+        return f"packed weights must come from bfloat16, in blocks of a multiple of {COLUMNS}."
     return native.avx512_refusal(SOURCE, (FORWARD, BACKWARD))
 
 
@@ -91,15 +88,12 @@ def factors(weights: Weights, deltas: Deltas) -> list[jax.Array]:
 
 
 def call(
-    name: str, shapes: list[tuple[tuple[int, ...], Any]], weights: Weights, operands: list[jax.Array]
+    name: str, results: list[tuple[tuple[int, ...], Any]], weights: Weights, operands: list[jax.Array]
 ) -> list[jax.Array]:
-    axes = ManualAxisType(varying=varying(*operands))
-    results = [jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes) for shape, dtype in shapes]
     tensors = packed(weights)
     block, down_block = (tensors[0].block_size, tensors[2].block_size) if tensors else (0, 0)
     with jax.named_scope("experts"):
-        function = jax.ffi.ffi_call(name, results, vmap_method="sequential")
-        return list(function(*operands, block=np.int64(block), down_block=np.int64(down_block)))
+        return native.call(name, results, operands, block=block, down_block=down_block)
 
 
 def forward(

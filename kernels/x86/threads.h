@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -61,22 +62,33 @@ class TaskScratch {
 
 // Runs task(0), ..., task(count - 1) on the calling thread and on those that XLA has free, and returns when all ended.
 // The caller takes part and waits only for tasks that have begun. So no thread waits for one that never starts, even
-// when all threads of the pool run such loops.
+// when all threads of the pool run such loops. Throws std::bad_alloc if a task did.
 template <class Task>
 void parallel_for(ffi::ThreadPool& pool, int64_t count, const Task& task) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
+    std::atomic<bool> failed{false};
   };
   auto state = std::make_shared<State>();
   const Task* body = &task;  // used only while a task is left, hence before this function returns
   auto work = [state, body, count] {
     for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      (*body)(i);
+      try {
+        (*body)(i);
+      } catch (const std::bad_alloc&) {
+        state->failed = true;
+      }
       state->done.fetch_add(1, std::memory_order_release);
     }
   };
   const int64_t others = std::min<int64_t>(pool.num_threads(), count) - 1;
   for (int64_t i = 0; i < others; i++) pool.Schedule(std::function<void()>(work));
   work();
-  while (state->done.load(std::memory_order_acquire) < count) _mm_pause();
+  for (int spins = 0; state->done.load(std::memory_order_acquire) < count; spins++) {
+    if (spins < 1000)
+      _mm_pause();
+    else
+      std::this_thread::yield();
+  }
+  if (state->failed) throw std::bad_alloc();
 }

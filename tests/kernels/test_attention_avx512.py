@@ -100,6 +100,25 @@ def test_with_a_cache(length: int, window: int | None, layout: Any) -> None:
     close(ours(q, layout(k), layout(v), jnp.int32(start)), expected)
 
 
+def test_gradients_with_an_offset() -> None:
+    """As where rows are split over devices, and each has its part of the queries and all keys."""
+    q, k, v = draw(50, 130, 4, 2, 32)
+    ids = jnp.asarray(packed(130))
+    for start, window in ((0, None), (60, None), (80, 30)):
+        query_ids = ids[:, start : start + 50]
+        seen = visible(query_ids, ids, start, 0, window)
+        expected, pullback = jax.vjp(lambda *qkv, seen=seen: formula(qkv, seen), q, k, v)
+
+        def attend(*qkv: jax.Array, query_ids: jax.Array = query_ids, start: int = start, window: Any = window):
+            q, k, v = qkv
+            return attention(
+                q, k, v, query_ids, ids, offset=jnp.int32(start), window=window, ancestor_ids_BTA=None, backend="avx512"
+            )
+
+        out, ours = jax.vjp(attend, *rounded((q, k, v)))
+        close((out, ours(out)), (expected, pullback(out.astype(jnp.float32))))
+
+
 def test_trees() -> None:
     """Options that continue a question, whose continuations see both."""
     length = 150

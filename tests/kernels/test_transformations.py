@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.attention import attention
+from bimedix_jax.kernels.expert_mlp import expert_mlp
 from bimedix_jax.kernels.grouped_low_rank import api as grouped_low_rank
 from bimedix_jax.kernels.grouped_matmul import api as grouped_matmul
 from bimedix_jax.kernels.layer_scan import api as layer_scan
@@ -50,6 +51,24 @@ def mixed(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax.A
     return attention(x.reshape(1, ROWS, 2, 16), k, v, ids, ids, window=9, backend=backend).reshape(ROWS, WIDTH)
 
 
+def rounded(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+    """Attention in bfloat16, of operands that no transformation rounds differently."""
+    ids = owners(groups_E)[None]
+    q, k, v = ((x * trained[i, :1]).astype(jnp.bfloat16).reshape(1, ROWS, 1, WIDTH) for i in range(3))
+    return attention(q, k, v, ids, ids, window=9, backend="avx512").reshape(ROWS, WIDTH).astype(jnp.float32)
+
+
+def fed_forward(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+    """Experts in bfloat16, whose factors are trained."""
+    owners_M = owners(groups_E)
+    permutation = sort_by_expert(jnp.stack([owners_M, (owners_M + 1) % EXPERTS], axis=1), EXPERTS)
+    weights = (lax.stop_gradient(trained).astype(jnp.bfloat16),) * 3
+    deltas = ((trained[:, :, :RANK], trained[:, :RANK]), None, (trained[:, :, -RANK:], trained[:, -RANK:]))
+    pairs = trained[0, :ROWS, :2]
+    y = expert_mlp(x.astype(jnp.bfloat16), pairs, permutation, weights, deltas, backend="avx512")
+    return y.astype(jnp.float32)
+
+
 def layered(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
     """One layer for each expert; all layers use the same groups."""
 
@@ -64,6 +83,7 @@ def operations() -> dict[str, Operation]:
     found: dict[str, Operation] = {"permute": permuted}
     for name in ("xla", "triton"):  # splash attention takes rows of 128 tokens or more: test_attention.py
         found[f"attention {name}"] = functools.partial(mixed, name)
+    found |= {"attention avx512": rounded, "expert_mlp avx512": fed_forward}
     found["dense matmul"] = lambda x, trained, frozen, groups: nf4_matmul.matmul(x, trained[0])
     for name in grouped_matmul.BACKENDS:
         grouped = functools.partial(grouped_matmul.grouped_matmul, backend=name)
