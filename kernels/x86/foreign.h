@@ -34,10 +34,6 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
   return ffi::Error::Success();
 }
 
-#define DEFINE_HANDLER(name, compute)                    \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, call<compute>,     \
-                                ffi::Ffi::Bind()         \
-                                    .Ctx<ffi::ThreadPool>() \
-                                    .RemainingArgs()     \
-                                    .RemainingRets()     \
-                                    .Attrs())
+#define DEFINE_HANDLER(name, compute)                \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, call<compute>, \
+                                ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs())

@@ -1,5 +1,5 @@
-// Rows of matrices in panels: for a tile of up to 48 rows, the words of all rows of one index of the contraction lie side
-// by side. A product reads them as vectors, and its result is in the form of the next panel.
+// Rows of matrices in panels: for a tile of up to 48 rows, the words of all rows of one index of the contraction lie
+// side by side. A product reads them as vectors, and its result is in the form of the next panel.
 #pragma once
 
 #include "simd.h"
@@ -50,8 +50,9 @@ inline void scatter(const float* values, const Tile& tile, int columns, uint16_t
     }
 }
 
-// Words of two neighbouring rows, for products over rows, of 32 columns from `column` on: row i / 2 of `words` is of the
-// rows first + i and first + i + 1, zeros beyond `count` rows. Its rows are `stride` words apart, `padded` / 2 of them.
+// Words of two neighbouring rows, for products over rows, of 32 columns from `column` on: row i / 2 of `words` is of
+// the rows first + i and first + i + 1, zeros beyond `count` rows. Its rows are `stride` words apart, `padded` / 2 of
+// them.
 template <class Rows>
 inline void pair_rows(const Rows& x, int64_t first, int64_t count, int64_t padded, int64_t column, Word* words,
                       int64_t stride) {

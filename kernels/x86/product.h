@@ -5,9 +5,10 @@
 
 #include "simd.h"
 
-// A left operand, of which 8 outputs from a multiple of 8 on are used at a time. The word j of output n is at n * of_output
-// + j if `of_pair` is 1. Otherwise the words of 8 outputs lie side by side, that of output 8 m + n at 8 m * of_output + j *
-// of_pair + n.
+// A left operand, of which 8 outputs from a multiple of 8 on are used at a time. The word j of output n is at n *
+// of_output
+// + j if `of_pair` is 1. Otherwise the words of 8 outputs lie side by side, that of output 8 m + n at 8 m * of_output +
+// j * of_pair + n.
 struct Left {
   const Word* words;
   int64_t of_output, of_pair;
@@ -52,9 +53,12 @@ inline void clear(Sums<V>& sums) {
 template <class Body>
 inline void with_vectors(int width, const Body& body) {
   switch (width / LANES) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    default: return body(std::integral_constant<int, 3>{});
+    case 1:
+      return body(std::integral_constant<int, 1>{});
+    case 2:
+      return body(std::integral_constant<int, 2>{});
+    default:
+      return body(std::integral_constant<int, 3>{});
   }
 }
 

@@ -78,9 +78,10 @@ inline void transpose(__m512i (&x)[LANES]) {
 inline void interleave(const uint16_t* a, const uint16_t* b, Word* out) {
   const __m512i x = load_words(a), y = load_words(b);
   // the values i of x and of y, which count from 32 on
-  const __m512i low = _mm512_add_epi32(
-      _mm512_set1_epi32(32 << 16), _mm512_mullo_epi32(_mm512_set1_epi32(0x10001), _mm512_set_epi32(
-          15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
+  const __m512i low =
+      _mm512_add_epi32(_mm512_set1_epi32(32 << 16),
+                       _mm512_mullo_epi32(_mm512_set1_epi32(0x10001),
+                                          _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)));
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16 | 16));
   store_words(out, _mm512_permutex2var_epi16(x, low, y));
   store_words(out + LANES, _mm512_permutex2var_epi16(x, high, y));

@@ -18,8 +18,7 @@ namespace ffi = xla::ffi;
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(size_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
+  explicit Scratch(size_t count) : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   Scratch(const Scratch&) = delete;
@@ -37,13 +36,13 @@ class TaskScratch {
  public:
   explicit TaskScratch(size_t count) {
     while (slot_->used) slot_++;
-    slot_->used = true;
     if (slot_->size < count * sizeof(T)) {
       slot_->memory.reset();
       slot_->size = 0;
       slot_->memory = std::make_unique<Scratch<char>>(count * sizeof(T));
       slot_->size = count * sizeof(T);
     }
+    slot_->used = true;
   }
   TaskScratch(const TaskScratch&) = delete;
   TaskScratch& operator=(const TaskScratch&) = delete;

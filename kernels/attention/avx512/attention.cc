@@ -1,5 +1,5 @@
-// Attention for x86 processors with AVX-512 and its bfloat16 dot products. ../avx512.py calls it with these arguments and
-// results, in this order.
+// Attention for x86 processors with AVX-512 and its bfloat16 dot products. ../avx512.py calls it with these arguments
+// and results, in this order.
 
 #include "backward.h"
 #include "foreign.h"
@@ -18,7 +18,14 @@ Heads heads(const Operands& given, int i) {
 Shape shape_of(const Operands& given) {
   const auto q = given.shape(Q);
   const Heads k = heads(given, K);
-  return {q[0], q[1], k.rows, q[2], k.heads, q[3], given.shape(ANCESTORS)[2], given.attribute("window"),
+  return {q[0],
+          q[1],
+          k.rows,
+          q[2],
+          k.heads,
+          q[3],
+          given.shape(ANCESTORS)[2],
+          given.attribute("window"),
           *given.data<const int32_t>(OFFSET)};
 }
 

@@ -1,5 +1,5 @@
-// Operands and masks of attention. A task has up to 48 queries, or keys, in the lanes of vectors, and visits blocks of the
-// other ones.
+// Operands and masks of attention. A task has up to 48 queries, or keys, in the lanes of vectors, and visits blocks of
+// the other ones.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +39,10 @@ struct Sides {
   Scratch<Word> plain, paired;  // [heads, padded, width / 2], [heads, padded / 2, width]
 
   Sides(int64_t heads, int64_t rows, int64_t width)
-      : rows(rows), padded(round_up(rows, BLOCK)), width(width), plain(heads * padded * width / 2),
+      : rows(rows),
+        padded(round_up(rows, BLOCK)),
+        width(width),
+        plain(heads * padded * width / 2),
         paired(heads * padded * width / 2) {}
   // Outputs are rows from `row` on, the contraction is the width.
   Left over_width(int64_t head, int64_t row) const {
@@ -143,7 +146,8 @@ void see_queries(const Mask& mask, int64_t b, const Tile& tile, int64_t first, i
   }
 }
 
-// Calls body(b, head, tile) for tiles of `rows` rows of every head, on all threads. Later tiles come first: they see more.
+// Calls body(b, head, tile) for tiles of `rows` rows of every head, on all threads. Later tiles come first: they see
+// more.
 template <class Body>
 void for_each_tile(ffi::ThreadPool& pool, int64_t batch, int64_t heads, int64_t rows, const Body& body) {
   const int64_t tiles = (rows + TILE - 1) / TILE;

@@ -1,5 +1,5 @@
-// Backward: weights are recomputed from the logarithms of the denominators, once with queries in lanes, for the gradient
-// of q, and once with keys in lanes, for those of k and v. So no sum is shared between tasks.
+// Backward: weights are recomputed from the logarithms of the denominators, once with queries in lanes, for the
+// gradient of q, and once with keys in lanes, for those of k and v. So no sum is shared between tasks.
 #pragma once
 
 #include "attention.h"
@@ -15,9 +15,21 @@ struct Backward {
 
   Backward(const Shape& s, const Mask& mask, Heads q, Heads k, Heads v, Heads out, Heads dout, const float* log_totals,
            uint16_t* dq, uint16_t* dk, uint16_t* dv)
-      : shape(s), mask(mask), q(q), k(k), v(v), out(out), dout(dout), log_totals(log_totals), dq(dq), dk(dk), dv(dv),
-        queries(s.batch * s.heads, s.length, s.width), douts(s.batch * s.heads, s.length, s.width),
-        keys(s.batch * s.groups, s.slots, s.width), values(s.batch * s.groups, s.slots, s.width),
+      : shape(s),
+        mask(mask),
+        q(q),
+        k(k),
+        v(v),
+        out(out),
+        dout(dout),
+        log_totals(log_totals),
+        dq(dq),
+        dk(dk),
+        dv(dv),
+        queries(s.batch * s.heads, s.length, s.width),
+        douts(s.batch * s.heads, s.length, s.width),
+        keys(s.batch * s.groups, s.slots, s.width),
+        values(s.batch * s.groups, s.slots, s.width),
         inner(s.batch * s.heads * s.length) {}
 
   void run(ffi::ThreadPool& pool) {

@@ -12,8 +12,15 @@ struct Forward {
   Sides keys, values;
 
   Forward(const Shape& s, const Mask& mask, Heads q, Heads k, Heads v, uint16_t* out, float* log_totals)
-      : shape(s), mask(mask), q(q), k(k), v(v), out(out), log_totals(log_totals),
-        keys(s.batch * s.groups, s.slots, s.width), values(s.batch * s.groups, s.slots, s.width) {}
+      : shape(s),
+        mask(mask),
+        q(q),
+        k(k),
+        v(v),
+        out(out),
+        log_totals(log_totals),
+        keys(s.batch * s.groups, s.slots, s.width),
+        values(s.batch * s.groups, s.slots, s.width) {}
 
   void run(ffi::ThreadPool& pool) {
     parallel_for(pool, shape.batch * shape.groups, [&](int64_t i) {
@@ -63,7 +70,8 @@ struct Forward {
       }
       for (int v = 0; v < V; v++) {
         const __mmask16 some = _mm512_cmpneq_ps_mask(higher[v], none);
-        shrink[v] = _mm512_maskz_mov_ps(_mm512_cmpneq_ps_mask(peak[v], none), exponential(_mm512_sub_ps(peak[v], higher[v])));
+        shrink[v] =
+            _mm512_maskz_mov_ps(_mm512_cmpneq_ps_mask(peak[v], none), exponential(_mm512_sub_ps(peak[v], higher[v])));
         peak[v] = higher[v];
         higher[v] = _mm512_maskz_mov_ps(some, higher[v]);
         total[v] = _mm512_mul_ps(total[v], shrink[v]);
@@ -73,7 +81,8 @@ struct Forward {
           __m512 weight[2];
           for (int i = 0; i < 2; i++) {
             const __m512 score = _mm512_load_ps(scores + (n + i) * W + v * LANES);
-            weight[i] = _mm512_maskz_mov_ps(_mm512_cmpneq_ps_mask(score, none), exponential(_mm512_sub_ps(score, higher[v])));
+            weight[i] =
+                _mm512_maskz_mov_ps(_mm512_cmpneq_ps_mask(score, none), exponential(_mm512_sub_ps(score, higher[v])));
             total[v] = _mm512_add_ps(total[v], weight[i]);
           }
           store_words(weights + n / 2 * W + v * LANES, words_of(weight[0], weight[1]));
@@ -91,7 +100,8 @@ struct Forward {
   }
 
   template <int V>
-  void finish(int64_t b, int64_t head, const Tile& tile, float* sums, const __m512 (&peak)[V], const __m512 (&total)[V]) {
+  void finish(int64_t b, int64_t head, const Tile& tile, float* sums, const __m512 (&peak)[V],
+              const __m512 (&total)[V]) {
     for (int v = 0; v < V; v++) {
       const __mmask16 some = _mm512_cmplt_ps_mask(_mm512_setzero_ps(), total[v]);
       const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0f), total[v]);

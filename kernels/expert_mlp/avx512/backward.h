@@ -13,9 +13,7 @@ struct LowRank {
   LowRank(int64_t rank, int64_t rows) : rank(rank), values(rank * rows), words(rank * rows / 2) {}
   uint16_t* of(const Expert& e, int64_t r = 0) const { return values.get() + e.padded * rank + r * e.width; }
   Left left(const Expert& e) const { return {reinterpret_cast<const Word*>(of(e)), e.width / 2, 1}; }
-  const Word* words_of(const Expert& e, int64_t r) const {
-    return words.get() + e.padded * rank / 2 + r * e.width / 2;
-  }
+  const Word* words_of(const Expert& e, int64_t r) const { return words.get() + e.padded * rank / 2 + r * e.width / 2; }
 
   // Reads `rank / 2` rows of words of a tile's panel; each row of the tile is multiplied by its scale, if any.
   void read(const Expert& e, const Tile& tile, const Word* panel, const float* scales) {
@@ -45,8 +43,8 @@ struct LowRank {
 };
 
 struct Gradients {
-  uint16_t* x;       // [rows, width]
-  float* scales;     // [rows]
+  uint16_t* x;                           // [rows, width]
+  float* scales;                         // [rows]
   float *a_gate, *b_gate, *a_up, *b_up;  // [experts, rank, width], [experts, hidden, rank]
   float *a_down, *b_down;                // [experts, hidden, rank], [experts, rank, width]
 };
@@ -58,7 +56,7 @@ struct Backward {
   const Panels lows, gates;
   const Gradients found;
 
-  int64_t inner, outer;  // outputs of a task
+  int64_t inner, outer;            // outputs of a task
   Scratch<float> scales, partial;  // [padded], [hidden / inner, padded]
   Scratch<Word> dout_words, q_words, both_words, dlow_words;
   Panels douts, qs, both, dlows;  // both: gradients of w1 x and w3 x
@@ -66,17 +64,31 @@ struct Backward {
 
   Backward(const Layer& layer, const Groups& groups, const Gathered& x, const Gathered& dout, const float* scale,
            const Panels& lows, const Panels& gates, const Gradients& found)
-      : layer(layer), groups(groups), x(x), dout(dout), lows(lows), gates(gates), found(found),
-        inner(outputs_of_task(layer.hidden, layer.width * 2)), outer(outputs_of_task(layer.width, 2 * layer.hidden * 2)),
-        scales(groups.padded), partial(layer.hidden / inner * groups.padded),
-        dout_words(groups.padded * layer.width / 2), q_words(groups.padded * layer.of_down.rank / 2),
+      : layer(layer),
+        groups(groups),
+        x(x),
+        dout(dout),
+        lows(lows),
+        gates(gates),
+        found(found),
+        inner(outputs_of_task(layer.hidden, layer.width * 2)),
+        outer(outputs_of_task(layer.width, 2 * layer.hidden * 2)),
+        scales(groups.padded),
+        partial(layer.hidden / inner * groups.padded),
+        dout_words(groups.padded * layer.width / 2),
+        q_words(groups.padded * layer.of_down.rank / 2),
         both_words(groups.padded * layer.hidden),
         dlow_words(groups.padded * (layer.of_gate.rank + layer.of_up.rank) / 2),
-        douts{dout_words.get(), layer.width / 2}, qs{q_words.get(), layer.of_down.rank / 2},
-        both{both_words.get(), layer.hidden}, dlows{dlow_words.get(), (layer.of_gate.rank + layer.of_up.rank) / 2},
-        x_gate(layer.of_gate.rank, groups.padded), x_up(layer.of_up.rank, groups.padded),
-        h_down(layer.of_down.rank, groups.padded), q_down(layer.of_down.rank, groups.padded),
-        d_gate(layer.of_gate.rank, groups.padded), d_up(layer.of_up.rank, groups.padded) {
+        douts{dout_words.get(), layer.width / 2},
+        qs{q_words.get(), layer.of_down.rank / 2},
+        both{both_words.get(), layer.hidden},
+        dlows{dlow_words.get(), (layer.of_gate.rank + layer.of_up.rank) / 2},
+        x_gate(layer.of_gate.rank, groups.padded),
+        x_up(layer.of_up.rank, groups.padded),
+        h_down(layer.of_down.rank, groups.padded),
+        q_down(layer.of_down.rank, groups.padded),
+        d_gate(layer.of_gate.rank, groups.padded),
+        d_up(layer.of_up.rank, groups.padded) {
     for (const Tile& tile : groups.tiles)
       for (int i = 0; i < tile.width; i++)
         scales.get()[tile.padded + i] = i < tile.count ? scale[tile.first + i] : 0.0f;
@@ -103,7 +115,8 @@ struct Backward {
     const Expert& expert = groups.experts[e];
     const int64_t gate = layer.of_gate.rank, up = layer.of_up.rank, down = layer.of_down.rank;
     gather(dout, tile, douts.of(tile));
-    multiply({layer.of_down.b_of(e), layer.width / 2, 1}, down, douts.of(tile), douts.depth, qs.of(tile), 0, tile.width);
+    multiply({layer.of_down.b_of(e), layer.width / 2, 1}, down, douts.of(tile), douts.depth, qs.of(tile), 0,
+             tile.width);
     q_down.read(expert, tile, qs.of(tile), scales.get());
     x_gate.read(expert, tile, lows.of(tile), nullptr);
     x_up.read(expert, tile, lows.of(tile) + gate / 2 * tile.width, nullptr);
@@ -114,7 +127,8 @@ struct Backward {
   void hidden(int64_t e, int64_t first) {
     const Expert& expert = groups.experts[e];
     const int64_t gate = layer.of_gate.rank, up = layer.of_up.rank, down = layer.of_down.rank;
-    float *db_gate = found.b_gate + (e * layer.hidden + first) * gate, *db_up = found.b_up + (e * layer.hidden + first) * up,
+    float *db_gate = found.b_gate + (e * layer.hidden + first) * gate,
+          *db_up = found.b_up + (e * layer.hidden + first) * up,
           *da_down = found.a_down + (e * layer.hidden + first) * down;
     if (expert.count == 0) {
       std::fill_n(db_gate, inner * gate, 0.0f);
@@ -146,10 +160,12 @@ struct Backward {
             for (int v = 0; v < V; v++) {
               const int64_t pair = (first + n + i) / 2;
               const int64_t word = (pair * V + v) * LANES, shift = layer.hidden / 2 * tile.width;
-              const __m512i g_words = load_words(gates.of(tile) + word), u_words = load_words(gates.of(tile) + word + shift);
+              const __m512i g_words = load_words(gates.of(tile) + word),
+                            u_words = load_words(gates.of(tile) + word + shift);
               __m512 dg_of[2], du_of[2];
               for (int k = 0; k < 2; k++) {
-                const __m512 g = k ? second_of(g_words) : first_of(g_words), u = k ? second_of(u_words) : first_of(u_words);
+                const __m512 g = k ? second_of(g_words) : first_of(g_words),
+                             u = k ? second_of(u_words) : first_of(u_words);
                 const __m512 s = sigmoid(g), silu = _mm512_mul_ps(g, s), hidden = _mm512_mul_ps(silu, u);
                 dscale[v] = _mm512_fmadd_ps(dh[i + k][v], hidden, dscale[v]);
                 const __m512 scaled = _mm512_mul_ps(dh[i + k][v], scale[v]);
@@ -214,7 +230,8 @@ struct Backward {
     TaskScratch<float> columns(outer * TILE);
     const Left w1 = unpack(layer.gate.of(e), !layer.packed, first, outer, words.get());
     const Left w3 = unpack(layer.up.of(e), !layer.packed, first, outer, words.get() + outer * half);
-    const Left a1{layer.of_gate.a_of(e) + first * gate / 2, gate / 2, 1}, a3{layer.of_up.a_of(e) + first * up / 2, up / 2, 1};
+    const Left a1{layer.of_gate.a_of(e) + first * gate / 2, gate / 2, 1},
+        a3{layer.of_up.a_of(e) + first * up / 2, up / 2, 1};
     for (int t = expert.tile; t < expert.tile + expert.tiles; t++) {
       const Tile& tile = groups.tiles[t];
       const Word *gate_rows = both.of(tile), *up_rows = gate_rows + half * tile.width, *low = dlows.of(tile);

@@ -61,7 +61,8 @@ void backward(ffi::ThreadPool& pool, const Operands& given) {
   const Gradients found{given.result<uint16_t>(0), given.result<float>(1), given.result<float>(2),
                         given.result<float>(3),    given.result<float>(4), given.result<float>(5),
                         given.result<float>(6),    given.result<float>(7)};
-  Backward(layer, groups, gathered(given, X), gathered(given, DOUT), given.data<const float>(SCALES), lows, gates, found)
+  Backward(layer, groups, gathered(given, X), gathered(given, DOUT), given.data<const float>(SCALES), lows, gates,
+           found)
       .run(pool);
 }
 

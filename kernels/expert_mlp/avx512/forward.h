@@ -31,10 +31,18 @@ struct Forward {
   PairedFactors gate, up, down;
 
   Forward(const Layer& layer, const Groups& groups, const Gathered& x, Panels lows, Panels gates, uint16_t* out)
-      : layer(layer), groups(groups), x(x), lows(lows), gates(gates), out(out),
-        x_words(groups.padded * layer.width / 2), hidden_words(groups.padded * layer.hidden / 2),
-        xs{x_words.get(), layer.width / 2}, hidden{hidden_words.get(), layer.hidden / 2},
-        gate(layer.of_gate, groups.experts.size()), up(layer.of_up, groups.experts.size()),
+      : layer(layer),
+        groups(groups),
+        x(x),
+        lows(lows),
+        gates(gates),
+        out(out),
+        x_words(groups.padded * layer.width / 2),
+        hidden_words(groups.padded * layer.hidden / 2),
+        xs{x_words.get(), layer.width / 2},
+        hidden{hidden_words.get(), layer.hidden / 2},
+        gate(layer.of_gate, groups.experts.size()),
+        up(layer.of_up, groups.experts.size()),
         down(layer.of_down, groups.experts.size()) {}
 
   void run(ffi::ThreadPool& pool) {
@@ -48,9 +56,8 @@ struct Forward {
       });
     parallel_for(pool, tiles, [&](int64_t t) { prepare(t); });
     const int64_t inner = outputs_of_task(layer.hidden, 2 * layer.width * 2);
-    parallel_for(pool, experts * (layer.hidden / inner), [&](int64_t i) {
-      expand(i % experts, i / experts * inner, inner);
-    });
+    parallel_for(pool, experts * (layer.hidden / inner),
+                 [&](int64_t i) { expand(i % experts, i / experts * inner, inner); });
     if (down.rank > 0)
       parallel_for(pool, tiles, [&](int64_t t) {
         const Tile& tile = groups.tiles[t];
@@ -58,9 +65,8 @@ struct Forward {
                  (gate.rank + up.rank) / 2, tile.width);
       });
     const int64_t outer = outputs_of_task(layer.width, layer.hidden * 2);
-    parallel_for(pool, experts * (layer.width / outer), [&](int64_t i) {
-      contract(i % experts, i / experts * outer, outer);
-    });
+    parallel_for(pool, experts * (layer.width / outer),
+                 [&](int64_t i) { contract(i % experts, i / experts * outer, outer); });
   }
 
   // The panel of x, and x times the first factors of w1 and w3.

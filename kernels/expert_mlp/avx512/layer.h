@@ -31,8 +31,7 @@ inline int64_t outputs_of_task(int64_t outputs, int64_t bytes) {
 // Words of two neighbouring rows of bfloat16 [rows, columns].
 inline void pair_up(const uint16_t* matrix, int64_t rows, int64_t columns, Word* out) {
   for (int64_t j = 0; j < rows; j += 2)
-    for (int64_t c = 0; c < columns; c++)
-      *out++ = matrix[j * columns + c] | Word(matrix[(j + 1) * columns + c]) << 16;
+    for (int64_t c = 0; c < columns; c++) *out++ = matrix[j * columns + c] | Word(matrix[(j + 1) * columns + c]) << 16;
 }
 
 // Products of a panel with `count` outputs, stored as rows of words from the pair `pair` of `out` on.

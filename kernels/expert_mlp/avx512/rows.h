@@ -7,9 +7,9 @@
 #include "panels.h"
 
 struct Expert {
-  int64_t first, count;    // sorted rows
-  int64_t padded, width;   // the same with padding
-  int tile, tiles;         // its tiles are [tile, tile + tiles)
+  int64_t first, count;   // sorted rows
+  int64_t padded, width;  // the same with padding
+  int tile, tiles;        // its tiles are [tile, tile + tiles)
 };
 
 struct Groups {

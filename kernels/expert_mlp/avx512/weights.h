@@ -18,7 +18,8 @@ struct Weights {
   Matrix of(int64_t expert) const {
     const int64_t size = rows * columns;
     if (scales == nullptr) return {static_cast<const uint16_t*>(data) + expert * size, nullptr, rows, columns, block};
-    return {static_cast<const uint8_t*>(data) + expert * size / 2, scales + expert * size / block, rows, columns, block};
+    return {static_cast<const uint8_t*>(data) + expert * size / 2, scales + expert * size / block, rows, columns,
+            block};
   }
 };
 
