@@ -5,10 +5,12 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility-inlines-hidden",
 AVX512 = ("-march=x86-64-v4", "-mavx512bf16")
 AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"})
 COMPILERS = ("c++", "g++", "clang++")
+UNFINISHED = "compiling-"
+"""Beginning of the names of folders in which a library is being compiled."""
 
 
 class CannotBuild(Exception):
@@ -46,15 +50,19 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(line.partition(":")[2].split())
 
 
-def compiler() -> str:
-    """$CXX, else the first C++ compiler on the path.
+def compiler() -> list[str]:
+    """The words of $CXX, else the first C++ compiler on the path.
 
     Raises:
-      CannotBuild: there is none.
+      CannotBuild: there is none, or CXX names no program.
     """
-    for name in (os.environ.get("CXX"), *COMPILERS):
-        if name and (found := shutil.which(name)):
-            return found
+    if words := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(words[0]) is None:
+            raise CannotBuild(f"CXX is {words[0]!r}, which is no program; set it to a C++ compiler, or unset it.")
+        return words
+    for name in COMPILERS:
+        if found := shutil.which(name):
+            return [found]
     raise CannotBuild("no C++ compiler was found; install g++ or name one by CXX.")
 
 
@@ -74,10 +82,28 @@ def own_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = folder.stat()
     except OSError as error:
-        raise CannotBuild(f"{folder} cannot be made ({error.strerror}); set BIMEDIX_CACHE to a folder.") from error
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise CannotBuild(f"other users can write {folder}; set BIMEDIX_CACHE to a folder of your own.")
+        raise CannotBuild(
+            f"{folder} cannot be made ({error.strerror}); set BIMEDIX_CACHE to a folder that you can write."
+        ) from error
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+        raise CannotBuild(f"other users can write {folder}, or own it; set BIMEDIX_CACHE to a folder of your own.")
     return folder
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def existing(folder: Path, name: str) -> Path | None:
+    """The library `NAME-CONTENT.so` whose bytes have the digest CONTENT; one that is damaged is removed.
+
+    Loading a truncated library would kill the process.
+    """
+    for library in folder.glob(f"{name}-*.so"):
+        if library.name == f"{name}-{digest(library.read_bytes())}.so":
+            return library
+        library.unlink()
+    return None
 
 
 def build(source: Path, options: Sequence[str]) -> Path:
@@ -86,43 +112,39 @@ def build(source: Path, options: Sequence[str]) -> Path:
     Raises:
       CannotBuild: no compiler, it fails, or the cache cannot be used.
     """
-    command = [compiler(), *FLAGS, *options]
-    parts = [jax.__version__, *command, *(f"{path.name}\n{path.read_text('utf-8')}" for path in sources(source))]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = own_folder() / f"{source.stem}-{digest}.so"
-    if library.exists():
-        return library
-    backends.announce("native", f"compiling {source.name} into {library.parent}, once")
+    parts = [jax.__version__, *FLAGS, *options]
+    parts += [f"{path.name}\n{path.read_text('utf-8')}" for path in sources(source)]
+    name, folder = f"{source.stem}-{digest(chr(0).join(parts).encode())}", own_folder()
     try:
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:  # another process may compile the same
-            made = Path(scratch) / library.name
-            includes = ["-isystem", jax.ffi.include_dir(), "-I", str(SHARED)]
-            run = [*command, *includes, str(source), "-o", str(made)]
-            found = subprocess.run(run, capture_output=True, text=True, errors="replace", check=False)
-            if found.returncode:
-                lines = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
-                raise CannotBuild(f"{command[0]} cannot compile {source.name} ({lines[0].strip()}).")
-            made.rename(library)
+        remove_unfinished(folder)
+        return existing(folder, name) or compiled(source, options, folder, name)
     except OSError as error:
-        raise CannotBuild(f"it cannot be compiled into {library.parent} ({error.strerror}).") from error
-    return library
+        raise CannotBuild(
+            f"{folder} cannot be used ({error.strerror}); set BIMEDIX_CACHE to another folder."
+        ) from error
 
 
-def load(source: Path, options: Sequence[str]) -> ctypes.CDLL:
-    """The library; one that is damaged is compiled again.
+def compiled(source: Path, options: Sequence[str], folder: Path, name: str) -> Path:
+    command = compiler()
+    backends.announce("native", f"compiling {source.name} into {folder}, once")
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as scratch:  # others may compile the same
+        made = Path(scratch) / "library.so"
+        includes = ["-isystem", jax.ffi.include_dir(), "-I", str(SHARED)]
+        run = [*command, *FLAGS, *options, *includes, str(source), "-o", str(made)]
+        found = subprocess.run(run, capture_output=True, text=True, errors="replace", check=False)
+        if found.returncode or not made.exists():
+            lines = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
+            raise CannotBuild(
+                f"{command[0]} cannot compile {source.name} ({lines[0].strip()}); name another compiler by CXX."
+            )
+        return made.rename(folder / f"{name}-{digest(made.read_bytes())}.so")
 
-    Raises:
-      CannotBuild: as `build`, or it cannot be loaded.
-    """
-    library = build(source, options)
-    try:
-        return ctypes.CDLL(str(library))
-    except OSError:
-        library.unlink(missing_ok=True)
-    try:
-        return ctypes.CDLL(str(build(source, options)))
-    except OSError as error:
-        raise CannotBuild(f"its library cannot be loaded ({error}).") from error
+
+def remove_unfinished(folder: Path, seconds: float = 600) -> None:
+    """Removes what compilations left that were killed at least `seconds` ago."""
+    for scratch in folder.glob(f"{UNFINISHED}*"):
+        if scratch.stat().st_mtime < time.time() - seconds:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sources(source: Path) -> list[Path]:
@@ -148,11 +170,14 @@ def avx512_refusal(source: Path, functions: tuple[str, ...]) -> str | None:
 def register(source: Path, options: tuple[str, ...], functions: tuple[str, ...]) -> str | None:
     """Registers handlers of a C++ file with XLA, under their own names; the reason if that is impossible."""
     try:
-        library = load(source, options)
+        library = ctypes.CDLL(str(build(source, options)))
+        handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in functions}
     except CannotBuild as error:
         return str(error)
-    for name in functions:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    except (OSError, AttributeError) as error:
+        return f"its library cannot be loaded ({error}); delete {cache_folder()}."
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return None
 
 

@@ -28,6 +28,30 @@ def load(backend: str) -> ModuleType:
     return importlib.import_module(f"bimedix_jax.kernels.attention.{backend}")
 
 
+def check(
+    q_BTQH: jax.Array,
+    k_BSGH: Cached,
+    v_BSGH: Cached,
+    query_ids_BT: jax.Array,
+    key_ids_BS: jax.Array,
+    ancestor_ids_BTA: jax.Array | None,
+    window: int | None,
+) -> None:
+    batch, length, heads, width = q_BTQH.shape
+    slots, groups = k_BSGH.shape[1:3]
+    expected = [(batch, slots, groups, width)] * 2 + [(batch, length), (batch, slots)]
+    shapes = [tuple(x.shape) for x in (k_BSGH, v_BSGH, query_ids_BT, key_ids_BS)]
+    ancestors = (batch, length) if ancestor_ids_BTA is None else tuple(ancestor_ids_BTA.shape[:2])
+    if shapes != expected or heads % groups or ancestors != (batch, length):
+        raise ValueError(
+            f"attention needs q [B, T, Q, H], k and v [B, S, G, H] with Q a multiple of G, and ids [B, T], [B, S] and "
+            f"[B, T, A]; got q {tuple(q_BTQH.shape)}, k {shapes[0]}, v {shapes[1]}, and ids {shapes[2]}, {shapes[3]}"
+            f"{'' if ancestor_ids_BTA is None else f' and {tuple(ancestor_ids_BTA.shape)}'}."
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"a window of attention has at least one key, the query's own; got {window}.")
+
+
 @jax.named_scope("attention_products")  # bimedix_jax/plan finds the products in a compiled program by this name
 def attention(
     q_BTQH: Float[Array, "B T Q H"],
@@ -58,10 +82,13 @@ def attention(
     Returns:
       [B, T, Q, H] in the dtype of q; scores, softmax and sums are float32.
 
+    A query that sees no key has no defined result.
+
     Raises:
-      ValueError: an unknown backend.
+      ValueError: shapes that do not fit, a window below 1, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
+    check(q_BTQH, k_BSGH, v_BSGH, query_ids_BT, key_ids_BS, ancestor_ids_BTA, window)
     operands: tuple[jax.Array, Cached, Cached] = (q_BTQH, k_BSGH, v_BSGH)
 
     def refusal(name: str) -> str | None:
@@ -73,7 +100,7 @@ def attention(
         return module.refusal(*operands, offset is not None)
 
     few = q_BTQH.shape[1] < FEW_QUERIES
-    own = not few and backends.platform() == "cpu" and load("avx512").is_best(q_BTQH.dtype)
+    own = not few and backends.platform() == "cpu" and load("avx512").is_best(q_BTQH.dtype, q_BTQH.shape[-1])
     accelerators = {} if few or ancestor_ids_BTA is not None else PREFERRED
     preferred = {"cpu": ("avx512", "xla") if own else ("xla",), **accelerators}
     name = backends.pick("attention", BACKENDS, preferred, backend, refusal)

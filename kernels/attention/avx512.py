@@ -36,9 +36,11 @@ def refusal(q_BTQH: jax.Array, k_BSGH: Cached, v_BSGH: Cached, cached: bool) -> 
     return native.avx512_refusal(SOURCE, (FORWARD, BACKWARD))
 
 
-def is_best(dtype: Any) -> bool:
-    """Whether it is the fastest on this processor: not with matrix units (AMX), which XLA's own products use."""
-    return dtype == jnp.bfloat16 and native.has_avx512(matrix_units=False)
+def is_best(dtype: Any, width: int) -> bool:
+    """Whether it is the fastest for such heads on this processor: not with matrix units (AMX), which XLA's products
+    use."""
+    fits = dtype == jnp.bfloat16 and width % COLUMNS == 0 and width <= WIDEST
+    return fits and native.has_avx512(matrix_units=False)
 
 
 def forward(operands: tuple, window: int | None, head_major: bool = False) -> list[jax.Array]:

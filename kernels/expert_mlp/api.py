@@ -37,12 +37,12 @@ AVX512_SHARE = 1 / 16
 
 
 def pick_backend(name: str | None, rows: int, pairs: int, weights: GivenWeights, dtype: Any = jnp.float32) -> str:
-    experts, width, _ = weights[0].shape
+    experts, width, hidden = weights[0].shape
     share = pairs / (experts * width)
     separate = any(map(is_unstacked, weights))
     least = FUSED_SHARE if separate else 0 if all(map(in_4_bits, weights)) else AVX512_SHARE
     cpu = ("composed",) if share < FUSED_SHARE else ("xla", "composed")
-    if share >= least and avx512.is_best(dtype):
+    if share >= least and avx512.is_best(dtype, width, hidden):
         cpu = ("avx512", *cpu)
     if separate:
         cpu = ("few_rows", *cpu)
@@ -142,6 +142,15 @@ def expert_mlp(
             f"{w1.shape}, {w3.shape}, {w2.shape} for x {x_ND.shape}, weights {weights_NK.shape} and "
             f"{experts} groups of {permutation.order_M.shape[0]} pairs."
         )
+    for pair, (_, inputs, outputs) in zip(deltas, expected, strict=True):
+        if pair is not None and [w.shape for w in pair] != [
+            (experts, inputs, pair[0].shape[-1]),
+            (experts, pair[0].shape[-1], outputs),
+        ]:
+            raise ValueError(
+                f"expert_mlp needs factors [E, in, R] and [E, R, out] of weights ({experts}, {inputs}, {outputs}); got "
+                f"{pair[0].shape} and {pair[1].shape}."
+            )
     name = pick_backend(backend, x_ND.shape[0], weights_NK.size, weights, x_ND.dtype)
     operands = vary_alike(x_ND, weights_NK, permutation, weights, deltas)
     if name == "few_rows":

@@ -49,9 +49,11 @@ def refusal(dtype: Any, weights: tuple[Any, ...]) -> str | None:
     return native.avx512_refusal(SOURCE, (FORWARD, BACKWARD))
 
 
-def is_best(dtype: Any) -> bool:
-    """Whether it is the fastest on this processor: not with matrix units (AMX), which XLA's own products use."""
-    return dtype == jnp.bfloat16 and native.has_avx512(matrix_units=False)
+def is_best(dtype: Any, width: int, hidden: int) -> bool:
+    """Whether it is the fastest for such experts on this processor: not with matrix units (AMX), which XLA's products
+    use."""
+    fits = dtype == jnp.bfloat16 and width % COLUMNS == hidden % COLUMNS == 0
+    return fits and native.has_avx512(matrix_units=False)
 
 
 def padded_rows(rows: int, experts: int) -> int:

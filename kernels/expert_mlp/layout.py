@@ -59,7 +59,7 @@ def refusal(weights: tuple[Any, ...]) -> str | None:
         return None
     planar = [t for t in tensors if is_planar(t) and t.transposed and len(t.batch_shape) == 1]
     if len(planar) < len(weights):
-        return "it takes all weights dense, or all in NF4 and stored as (out, in)."
+        return "it takes all weights dense, or all in NF4 and stored as (out, in), in rows of whole blocks."
     w1, w3, _ = planar
     if (w1.block_size, w1.dtype) != (w3.block_size, w3.dtype):
         return "gate and up differ in block size or dtype."

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <new>
+#include <stdexcept>
 
 #include "threads.h"
 
@@ -30,6 +31,8 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRet
     compute(pool, {args, rets, attributes});
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "out of memory");
+  } catch (const std::invalid_argument& error) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, error.what());
   }
   return ffi::Error::Success();
 }

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.attention import HeadMajor, attention, blocks, reference, write, xla
+from bimedix_jax.kernels.attention import HeadMajor, api, attention, blocks, reference, write, xla
 from bimedix_jax.kernels.attention.xla import visible
 
 LENGTH = {"avx512": 150, "xla": 19, "triton": 37, "splash": 256}
@@ -295,3 +295,25 @@ def test_layers_of_a_cache_are_its_parts() -> None:
     assert (stacked.shape, stacked.ndim) == ((2, *k.shape), 5)
     one = jax.tree.map(lambda leaf: leaf[1], stacked)
     np.testing.assert_array_equal(one.array(), 2 * k)
+
+
+@pytest.mark.parametrize("wrong", ["heads", "slots", "width", "batch", "ids", "ancestors", "window"])
+def test_invalid_operands_raise(wrong: str) -> None:
+    q, k, v = map(jnp.asarray, draw(20, 20, 4, 2, 32))
+    ids, ancestors, window = jnp.ones((2, 20), jnp.int32), None, None
+    if wrong == "heads":
+        q = q[:, :, :3]
+    if wrong == "slots":
+        v = v[:, :5]
+    if wrong == "width":
+        k, v = k[..., :16], v[..., :16]
+    if wrong == "batch":
+        k, v = k[:1], v[:1]
+    if wrong == "ids":
+        ids = ids[:1]
+    if wrong == "ancestors":
+        ancestors = jnp.ones((2, 3, 1), jnp.int32)
+    if wrong == "window":
+        window = 0
+    with pytest.raises(ValueError, match="window of attention" if wrong == "window" else "attention needs q"):
+        api.check(q, k, v, ids, ids, ancestors, window)

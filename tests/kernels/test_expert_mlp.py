@@ -252,6 +252,15 @@ def test_every_form_of_weights_becomes_one_array() -> None:
     assert all(isinstance(found, jax.Array) and jnp.array_equal(found, w) for found in out_of_stacks(forms))
 
 
+def test_groups_with_too_many_rows_are_an_error(avx512_machine: None) -> None:
+    x, pairs, weights, _ = draw("bfloat16", True, RANKS["no deltas"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+    for sizes in (permutation.group_sizes_E * 50, permutation.group_sizes_E - 50):
+        wrong = permutation._replace(group_sizes_E=sizes)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="expert_mlp: "):
+            jax.block_until_ready(expert_mlp(x, pairs, wrong, weights, backend="avx512"))
+
+
 def test_orders_are_inverse() -> None:
     x = jnp.arange(24).reshape(2, 6, 2)
     np.testing.assert_array_equal(evens_first(x, 1)[0, :, 0], [0, 4, 8, 2, 6, 10])
@@ -272,6 +281,11 @@ def test_invalid_operands_raise() -> None:
     many = tuple(unstack(jnp.zeros((MAX_EXPERTS + 1, 2, 2)), 1) for _ in range(3))
     with pytest.raises(NotImplementedError, match=f"{MAX_EXPERTS} experts or fewer, not {MAX_EXPERTS + 1}"):
         pick_backend("few_rows", 1, 2, many)
+    narrow = ((jnp.zeros((EXPERTS, WIDTH, 4)), jnp.zeros((EXPERTS, 4, WIDTH))), None, None)
+    with pytest.raises(
+        ValueError, match=r"needs factors .* of weights \(5, 64, 128\); got \(5, 64, 4\) and \(5, 4, 64\)"
+    ):
+        expert_mlp(x, pairs, permutation, weights, narrow)
     with pytest.raises(ValueError, match="needs w1 and w3"):
         expert_mlp(x, pairs, permutation, weights[::-1], deltas)
     with pytest.raises(ValueError, match="Unknown expert_mlp backend 'fastest'"):

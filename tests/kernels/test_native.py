@@ -1,6 +1,8 @@
 """Kernels in C++ are compiled once, into a folder of the user's; where that fails, the reason is one sentence."""
 
+import ctypes
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -35,11 +37,11 @@ def cached() -> list[str]:
 def test_it_is_compiled_once_and_again_after_a_change(source: Path) -> None:
     first = native.build(source, ())
     made = first.stat().st_mtime_ns
-    assert native.load(source, ()).answer() == 42
+    assert ctypes.CDLL(str(native.build(source, ()))).answer() == 42
     assert native.build(source, ()).stat().st_mtime_ns == made
     assert cached() == [first.name]
     (source.parent / "answer.h").write_text("#define ANSWER 43\n")
-    assert native.load(source, ()).answer() == 43
+    assert ctypes.CDLL(str(native.build(source, ()))).answer() == 43
     assert len(cached()) == 2
     assert native.cache_folder().stat().st_mode & 0o777 == 0o700
 
@@ -51,12 +53,41 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(source: Path) 
     for thread in threads:
         thread.join()
     assert len(cached()) == 1
-    assert native.load(source, ()).answer() == 42
+    assert ctypes.CDLL(str(native.build(source, ()))).answer() == 42
 
 
-def test_a_damaged_library_is_compiled_again(source: Path) -> None:
-    native.build(source, ()).write_bytes(b"\x7fELF damaged")
-    assert native.load(source, ()).answer() == 42
+@pytest.mark.parametrize("kept", [0, 500, 4096, 10_000])
+def test_a_truncated_library_is_compiled_again(source: Path, kept: int) -> None:
+    """Loading one would kill the process."""
+    library = native.build(source, ())
+    whole = library.read_bytes()
+    library.write_bytes(whole[:kept])
+    again = native.build(source, ())
+    assert again.stat().st_size == len(whole)
+    assert ctypes.CDLL(str(again)).answer() == 42
+    assert len(cached()) == 1
+
+
+def test_a_killed_compilation_leaves_nothing_for_long(source: Path) -> None:
+    left = [native.own_folder() / f"{native.UNFINISHED}{name}" for name in ("old", "new")]
+    for folder in left:
+        folder.mkdir()
+        (folder / "library.so").write_text("half")
+    os.utime(left[0], (0, 0))
+    native.build(source, ())
+    assert [folder.exists() for folder in left] == [False, True]
+
+
+def test_a_finished_library_needs_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = native.build(source, ())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.build(source, ()) == library
+
+
+def test_a_library_without_the_function(source: Path) -> None:
+    reason = native.register(source, (), ("question",))
+    assert reason is not None
+    assert "its library cannot be loaded (" in reason
 
 
 def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,15 +95,19 @@ def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(source.parent))
     with pytest.raises(native.CannotBuild, match="no C\\+\\+ compiler was found; install g\\+\\+"):
         native.build(source, ())
+    monkeypatch.setenv("CXX", "/no/such/compiler -O2")
+    with pytest.raises(native.CannotBuild, match="CXX is '/no/such/compiler', which is no program; set it to"):
+        native.build(source, ())
 
 
 def test_what_the_compiler_refuses(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.write_text("int wrong(")
-    with pytest.raises(native.CannotBuild, match=r"cannot compile answer.cc \(.*error: .*\)\."):
+    with pytest.raises(native.CannotBuild, match=r"cannot compile answer.cc \(.*error: .*\); name another"):
         native.build(source, ())
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(native.CannotBuild, match=r"false cannot compile answer.cc \(exit 1\)\."):
-        native.build(source, ())
+    for name, code in (("false", 1), ("true", 0)):
+        monkeypatch.setenv("CXX", name)
+        with pytest.raises(native.CannotBuild, match=rf"{name} cannot compile answer.cc \(exit {code}\); name another"):
+            native.build(source, ())
     assert cached() == []
 
 

@@ -10,7 +10,16 @@ namespace {
 enum { X, ORDER, SIZES, LAYER, W1, S1, W3, S3, W2, S2, A1, B1, A3, B3, A2, B2, DOUT, SCALES, LOWS, GATES };
 
 Groups groups_of(const Operands& given) {
-  return Groups(given.data<const int32_t>(SIZES), int(given.arg(SIZES).element_count()));
+  const int32_t* sizes = given.data<const int32_t>(SIZES);
+  const int count = int(given.arg(SIZES).element_count());
+  int64_t rows = 0;
+  for (int e = 0; e < count; e++) {
+    if (sizes[e] < 0) throw std::invalid_argument("expert_mlp: a group has a negative size");
+    rows += sizes[e];
+  }
+  if (rows > int64_t(given.arg(ORDER).element_count()))
+    throw std::invalid_argument("expert_mlp: the groups have more rows than there are pairs");
+  return Groups(sizes, count);
 }
 
 // Rows by token.
