@@ -197,7 +197,10 @@ def compile_step(
     with console.status("compiling the training step"), backends.recording() as picked:
         began = time.perf_counter()
         options = None if feed.layout is None else COMPILER_OPTIONS.get(backends.platform())
-        compiled = step.lower(state, frozen, feed.abstract(), plan).compile(compiler_options=options)
+        try:
+            compiled = step.lower(state, frozen, feed.abstract(), plan).compile(compiler_options=options)
+        except NotImplementedError as error:
+            raise BimedixError(f"{error} Set this one of kernels.* to another backend, or to null.") from error
         seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

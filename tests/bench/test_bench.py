@@ -1,6 +1,7 @@
 """The benchmarks of single operations. No test asserts a speed."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ def test_fused_and_composed_feed_forward(capsys):
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     for name in ("forward", "forward_adapters", "training"):
         fused = [row[f"{name}_{backend}_ms"] for backend in ("avx512", "xla")]
-        assert (fused[0] is None) == (not native.has_avx512())
+        assert (fused[0] is not None) == (native.has_avx512() and any(map(shutil.which, native.COMPILERS)))
         fastest = min(taken for taken in fused if taken is not None)
         assert row[f"{name}_ratio"] == pytest.approx(row[f"{name}_composed_ms"] / fastest)
     assert main([*words, "--plot", "speed.png"]) == 1

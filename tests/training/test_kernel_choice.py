@@ -38,3 +38,11 @@ def test_remat_experts_without_effect_warns(backend, warned, experiment, tmp_pat
     run = experiment(steps=2, remat="experts", kernels=KernelChoice(expert_mlp=backend))
     train(run, tmp_path / "run", console=Console(file=output, width=200))
     assert ("remat experts has no effect here" in output.getvalue()) is warned
+
+
+def test_a_backend_that_cannot_take_the_operands_raises(experiment, tmp_path):
+    run = experiment(steps=2, kernels=KernelChoice(attention="avx512"))
+    with pytest.raises(
+        BimedixError, match=r"'avx512': it computes in bfloat16, not in float32\. Set this one of kernels"
+    ):
+        train(run, tmp_path / "run")
