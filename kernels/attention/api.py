@@ -37,6 +37,7 @@ def check(
     ancestor_ids_BTA: jax.Array | None,
     window: int | None,
 ) -> None:
+    """Raises ValueError if shapes do not fit or the window is below 1."""
     batch, length, heads, width = q_BTQH.shape
     slots, groups = k_BSGH.shape[1:3]
     expected = [(batch, slots, groups, width)] * 2 + [(batch, length), (batch, slots)]

@@ -9,6 +9,7 @@ and up, so the backward pass recomputes no product of the base.
 Both passes round where the backend `xla` does, except that gate and up are bfloat16 in the backward pass.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bimedix_jax.kernels import native
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, packed
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, as_dtype, packed
 from bimedix_jax.kernels.expert_mlp.layout import refusal as layout_refusal
 from bimedix_jax.kernels.expert_mlp.xla import gather, sum_pairs
 from bimedix_jax.kernels.nf4 import NF4Tensor
@@ -62,16 +63,17 @@ def padded_rows(rows: int, experts: int) -> int:
 
 
 def base(weights: Weights) -> list[jax.Array]:
-    """Index of the layer, then (values, scales) of each matrix; dense weights stay in the stack of all layers."""
-    layer = weights[0].layer if isinstance(weights[0], LayerOf) else 0
-    found = [jnp.asarray(layer, jnp.int32)]
-    for w in weights:
-        if isinstance(w, NF4Tensor):
-            found += [w.packed, block_scales(w)]
-        else:
-            stack = w.stack if isinstance(w, LayerOf) else jnp.expand_dims(as_tensor(w), 0)
-            found += [stack.astype(jnp.bfloat16), jnp.zeros(0, jnp.float32)]
-    return found
+    """Index of the layer, then (values, scales) of each matrix. Dense weights stay in the stack of all layers if all of
+    them are there in bfloat16."""
+    dense = [as_dtype(as_tensor(w), jnp.dtype("bfloat16")) for w in weights if not isinstance(w, NF4Tensor)]
+    layers = [w for w in dense if isinstance(w, LayerOf)]
+    if dense and len(layers) == len(dense):
+        layer, stacks = layers[0].layer, [w.stack for w in layers]
+    else:
+        layer, stacks = 0, [(w.value() if isinstance(w, LayerOf) else w)[None] for w in dense]
+    none = jnp.zeros(0, jnp.float32)
+    pairs = [(stack, none) for stack in stacks] or [(t.packed, block_scales(t)) for t in packed(weights)]
+    return [jnp.asarray(layer, jnp.int32), *itertools.chain.from_iterable(pairs)]
 
 
 def factors(weights: Weights, deltas: Deltas) -> list[jax.Array]:

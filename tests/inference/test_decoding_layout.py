@@ -64,14 +64,15 @@ def test_tokens_are_those_of_the_stacked_model(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
 def test_logits_are_those_of_the_stacked_model(kind):
-    """Sums are ordered, and values rounded to 16 bits, differently: logits, of size 3, agree to that."""
+    """16-bit sums are ordered differently, so logits agree to rounding. Both models round at the same places."""
     model, tokens_BT = made(kind), jnp.asarray([[3, 1, 4, 1], [5, 9, 2, 6]])
     cache = model.hidden(tokens_BT, cache=KVCache.zeros(CONFIG, 2, 8, model.dtype)).cache
     assert cache is not None
     token_B1 = jnp.asarray([[7], [50]])
-    out = model(token_B1, cache=cache)
+    with backends.use(expert_mlp="composed"):
+        out = model(token_B1, cache=cache)
     other = decoding_layout.unstack_model(model)(token_B1, cache=decoding_layout.unstack_cache(cache))
-    np.testing.assert_allclose(other.logits_BTV, out.logits_BTV, rtol=0.05, atol=0.1)
+    np.testing.assert_allclose(other.logits_BTV, out.logits_BTV, rtol=0.05, atol=0.05)
     assert out.cache is not None
     assert other.cache is not None
     assert int(other.cache.length) == 5
