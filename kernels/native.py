@@ -182,9 +182,9 @@ def register(source: Path, options: tuple[str, ...], functions: tuple[str, ...])
 
 
 def call(
-    name: str, results: Sequence[tuple[tuple[int, ...], Any]], operands: Sequence[jax.Array], **attributes: int
+    name: str, results: Sequence[tuple[tuple[int, ...], Any]], operands: Sequence[Any], **attributes: int
 ) -> list[jax.Array]:
-    """The results, of these shapes and dtypes, of a handler.
+    """The results, of these shapes and dtypes, of a handler. Operands are arrays, or constants of rematerialised code.
 
     Inside shard_map with `check_vma=True`, they vary along every axis along which an operand does.
     """

@@ -62,7 +62,7 @@ def padded_rows(rows: int, experts: int) -> int:
     return -(-(rows + experts * (LANES - 1)) // LANES) * LANES
 
 
-def base(weights: Weights) -> list[jax.Array]:
+def base(weights: Weights) -> list[Any]:
     """Index of the layer, then (values, scales) of each matrix. Dense weights stay in the stack of all layers if all of
     them are there in bfloat16."""
     dense = [as_dtype(as_tensor(w), jnp.dtype("bfloat16")) for w in weights if not isinstance(w, NF4Tensor)]
@@ -76,7 +76,7 @@ def base(weights: Weights) -> list[jax.Array]:
     return [jnp.asarray(layer, jnp.int32), *itertools.chain.from_iterable(pairs)]
 
 
-def factors(weights: Weights, deltas: Deltas) -> list[jax.Array]:
+def factors(weights: Weights, deltas: Deltas) -> list[Any]:
     """(a, b) of each matrix in bfloat16, with ranks padded to LANES; rank 0 without a delta."""
     found = []
     for w, pair in zip(weights, deltas, strict=True):
@@ -92,7 +92,7 @@ def factors(weights: Weights, deltas: Deltas) -> list[jax.Array]:
 
 
 def call(
-    name: str, results: list[tuple[tuple[int, ...], Any]], weights: Weights, operands: list[jax.Array]
+    name: str, results: list[tuple[tuple[int, ...], Any]], weights: Weights, operands: list[Any]
 ) -> list[jax.Array]:
     tensors = packed(weights)
     block, down_block = (tensors[0].block_size, tensors[2].block_size) if tensors else (0, 0)
