@@ -183,7 +183,7 @@ class KernelChoice:
     """The experts from dispatch to combine: fused for CPUs (avx512, xla), or composed of the operations below."""
     grouped_matmul: Literal["xla", "ragged_dot", "triton", "mosaic_tpu"] | None = None
     """Products of the experts; ragged_dot is JAX's, which off TPUs computes every expert for every row."""
-    nf4_matmul: Literal["xla", "triton", "mosaic_tpu"] | None = None
+    nf4_matmul: Literal["avx512", "xla", "triton", "mosaic_tpu"] | None = None
     """Products of the attention's 4-bit projections."""
     grouped_low_rank: Literal["masked", "grouped"] | None = None
     """The experts' adapters: one masked product over all experts, or two grouped products."""

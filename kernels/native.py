@@ -25,7 +25,7 @@ from bimedix_jax.kernels.manual_axes import varying
 
 SHARED = Path(__file__).parent / "x86"
 """Headers of all kernels for x86 processors."""
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility-inlines-hidden", "-w")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility-inlines-hidden", "-w")
 AVX512 = ("-march=x86-64-v4", "-mavx512bf16")
 AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"})
 COMPILERS = ("c++", "g++", "clang++")

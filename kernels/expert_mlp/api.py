@@ -15,7 +15,6 @@ from bimedix_jax.kernels.expert_mlp.layout import (
     GivenDeltas,
     GivenWeights,
     Weights,
-    is_packed,
     without_layers,
 )
 from bimedix_jax.kernels.manual_axes import vary_alike
@@ -81,7 +80,7 @@ def fused(
 
 def fused_forward(backend, x_ND, weights_NK, permutation, weights, deltas):
     operands = jax.tree.map(lambda leaf: leaf.value, (x_ND, weights_NK, permutation, weights, deltas))
-    if not is_packed(operands[3]) and any(leaf.perturbed for leaf in jax.tree.leaves(weights)):
+    if not in_4_bits(operands[3][0]) and any(leaf.perturbed for leaf in jax.tree.leaves(weights)):
         # the gradient of a dense weight needs the hidden rows of all experts, which the fused loops do not return
         y_ND, pullback = jax.vjp(composed.expert_mlp, *operands)
         return y_ND, (None, None, pullback)
@@ -157,5 +156,6 @@ def expert_mlp(
         return few_rows.expert_mlp(*operands)
     x_ND, weights_NK, permutation, weights, deltas = operands
     if name in FUSED:
-        return fused(name, x_ND, weights_NK, permutation, plain(weights), stack(without_layers(deltas)))
+        stacked = stack(weights) if name == "avx512" else plain(weights)
+        return fused(name, x_ND, weights_NK, permutation, stacked, stack(without_layers(deltas)))
     return composed.expert_mlp(x_ND, weights_NK, permutation, stack(weights), stack(deltas))

@@ -9,7 +9,6 @@ and up, so the backward pass recomputes no product of the base.
 Both passes round where the backend `xla` does, except that gate and up are bfloat16 in the backward pass.
 """
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from bimedix_jax.kernels import native
+from bimedix_jax.kernels import native, native_weights
 from bimedix_jax.kernels.expert_mlp.composed import PRODUCTS
-from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights, as_dtype, packed
+from bimedix_jax.kernels.expert_mlp.layout import Deltas, Weights
 from bimedix_jax.kernels.expert_mlp.layout import refusal as layout_refusal
 from bimedix_jax.kernels.expert_mlp.xla import gather, sum_pairs
-from bimedix_jax.kernels.nf4 import NF4Tensor
-from bimedix_jax.kernels.nf4.api import block_scales
 from bimedix_jax.kernels.permute import Permutation
 from bimedix_jax.kernels.products import to_bits
-from bimedix_jax.kernels.stacks import LayerOf, as_tensor
 
 SOURCE = Path(__file__).with_suffix("") / "expert_mlp.cc"
 FORWARD, BACKWARD = "bimedix_expert_mlp_forward", "bimedix_expert_mlp_backward"
-COLUMNS, LANES = 32, 16
-"""Widths are multiples of COLUMNS; ranks and the rows of an expert are padded to LANES."""
+LANES = 16
+"""Ranks and the rows of an expert are padded to this."""
 
 Saved = tuple[jax.Array, jax.Array]
 """What the backward pass reads, in the order of the kernels: products with first factors; gate and up."""
@@ -41,39 +37,21 @@ def refusal(dtype: Any, weights: tuple[Any, ...]) -> str | None:
     """The reason why it cannot take rows of this dtype and these weights, or None."""
     if dtype != jnp.bfloat16:
         return f"it computes in bfloat16, not in {jnp.dtype(dtype)}."
-    if any(size % COLUMNS for size in weights[0].shape[1:]):
-        return f"widths must be multiples of {COLUMNS}, not {weights[0].shape[1:]}."
-    if (reason := layout_refusal(weights)) is not None:
+    if (reason := native_weights.refusal(weights) or layout_refusal(weights)) is not None:
         return reason
-    if any(w.block_size % COLUMNS or w.dtype != "bfloat16" for w in packed(weights)):
-        return f"packed weights must come from bfloat16, in blocks of a multiple of {COLUMNS}."
     return native.avx512_refusal(SOURCE, (FORWARD, BACKWARD))
 
 
 def is_best(dtype: Any, width: int, hidden: int) -> bool:
     """Whether it is the fastest for such experts on this processor: not with matrix units (AMX), which XLA's products
     use."""
-    fits = dtype == jnp.bfloat16 and width % COLUMNS == hidden % COLUMNS == 0
+    fits = dtype == jnp.bfloat16 and width % native_weights.COLUMNS == hidden % native_weights.COLUMNS == 0
     return fits and native.has_avx512(matrix_units=False)
 
 
 def padded_rows(rows: int, experts: int) -> int:
     """An upper bound for the sum of all groups' sizes, each rounded up to LANES."""
     return -(-(rows + experts * (LANES - 1)) // LANES) * LANES
-
-
-def base(weights: Weights) -> list[Any]:
-    """Index of the layer, then (values, scales) of each matrix. Dense weights stay in the stack of all layers if all of
-    them are there in bfloat16."""
-    dense = [as_dtype(as_tensor(w), jnp.dtype("bfloat16")) for w in weights if not isinstance(w, NF4Tensor)]
-    layers = [w for w in dense if isinstance(w, LayerOf)]
-    if dense and len(layers) == len(dense):
-        layer, stacks = layers[0].layer, [w.stack for w in layers]
-    else:
-        layer, stacks = 0, [(w.value() if isinstance(w, LayerOf) else w)[None] for w in dense]
-    none = jnp.zeros(0, jnp.float32)
-    pairs = [(stack, none) for stack in stacks] or [(t.packed, block_scales(t)) for t in packed(weights)]
-    return [jnp.asarray(layer, jnp.int32), *itertools.chain.from_iterable(pairs)]
 
 
 def factors(weights: Weights, deltas: Deltas) -> list[Any]:
@@ -94,8 +72,7 @@ def factors(weights: Weights, deltas: Deltas) -> list[Any]:
 def call(
     name: str, results: list[tuple[tuple[int, ...], Any]], weights: Weights, operands: list[Any]
 ) -> list[jax.Array]:
-    tensors = packed(weights)
-    block, down_block = (tensors[0].block_size, tensors[2].block_size) if tensors else (0, 0)
+    block, _, down_block = map(native_weights.block_size, weights)
     with jax.named_scope("experts"):
         return native.call(name, results, operands, block=block, down_block=down_block)
 
@@ -119,7 +96,7 @@ def forward(
         ((padded, rank), jnp.uint16),
         ((padded if keep else 0, 2 * hidden), jnp.uint16),
     ]
-    operands = [x_ND, permutation.order_M, permutation.group_sizes_E, *base(weights), *low]
+    operands = [x_ND, permutation.order_M, permutation.group_sizes_E, *native_weights.operands(weights), *low]
     y_MD, *saved = call(FORWARD, shapes, weights, operands)
     lows, gates = (checkpoint_name(part, PRODUCTS) for part in saved)
     return sum_pairs(to_bits(y_MD), permutation, weights_NK, y_MD.dtype).astype(x_ND.dtype), (lows, gates)
@@ -148,7 +125,7 @@ def backward(
             for shape in ((r1, width), (hidden, r1), (r3, width), (hidden, r3), (hidden, r2), (r2, width))
         ),
     ]
-    operands = [x_ND, permutation.order_M, permutation.group_sizes_E, *base(weights), *low]
+    operands = [x_ND, permutation.order_M, permutation.group_sizes_E, *native_weights.operands(weights), *low]
     operands += [dout_ND.astype(jnp.bfloat16), scale_M, *saved]
     dx_MD, dscale_M, da1, db1, da3, db3, da2, db2 = call(BACKWARD, shapes, weights, operands)
     ones = jnp.ones(weights_NK.shape, jnp.float32)

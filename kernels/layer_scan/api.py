@@ -15,7 +15,7 @@ from bimedix_jax.kernels.unstacked import is_unstacked
 BACKENDS = {"scan": reference, "bits": bits, "unrolled": unrolled}
 PREFERRED = {"cpu": ("bits", "unrolled"), "gpu": ("scan", "unrolled"), "tpu": ("scan", "unrolled")}
 """Backends of each platform, best first, for stacked operands. With Unstacked ones, layers are always unrolled."""
-READ_IN_PLACE: dict[str, tuple[type[Any], ...]] = {"bits": (jax.Array,), "scan": (NF4Tensor, RowMajor)}
+READ_IN_PLACE: dict[str, tuple[type[Any], ...]] = {"bits": (jax.Array, NF4Tensor), "scan": (NF4Tensor, RowMajor)}
 """What each backend does not slice from its stack, if InPlace marks it."""
 DENSE_IN_PLACE = {"gpu": "scan", "tpu": "scan"}
 """Where dense arrays are read in place too if there is a memory, since nothing is differentiated then."""
@@ -42,8 +42,8 @@ def layer_scan(
       constants: what every layer reads, such as positions and segments.
       x: the activations; the same shape and dtype before and after each layer.
       layers: a pytree of arrays with a leading axis of layers: stacked, Unstacked, or marked by InPlace. The body gets
-        one layer's values. Of marked weights it gets a `LayerOf` instead, if they are packed and the backend is "scan",
-        or if they are dense and nothing is differentiated: with the backend "bits", and with "scan" on a GPU or TPU.
+        one layer's values. Of marked weights it gets a `LayerOf` instead, with the backends "bits" and "scan": if they
+        are packed, or if they are dense and nothing is differentiated ("scan" on a GPU or TPU only).
       memory: a pytree, stacked or Unstacked, of values that each layer reads and replaces, such as a cache of keys
         and values; with None, each slot is None.
       backend: one of BACKENDS; None takes that of `backends.use`, else the platform's best that can take the operands.

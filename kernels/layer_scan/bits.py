@@ -26,7 +26,9 @@ from bimedix_jax.kernels.layer_scan.layers import (
     with_stacks,
     without_stacks,
 )
+from bimedix_jax.kernels.nf4.tensor import NF4Tensor, zero_cotangent
 from bimedix_jax.kernels.products import from_bits, to_bits
+from bimedix_jax.kernels.stacks import LayerOf
 
 
 def refusal(layers: Any, memory: Any) -> str | None:
@@ -97,51 +99,64 @@ def differentiable(body: Body, depth: int, constants: Any, x: jax.Array, layers:
     return x, outs
 
 
-def forward(body: Body, depth: int, constants: Any, x: jax.Array, layers: Any) -> tuple[tuple[jax.Array, Any], Any]:
+def forward(body: Body, depth: int, constants: Any, x: jax.Array, marked: Any) -> tuple[tuple[jax.Array, Any], Any]:
     """(outputs, residuals). The residuals of a layer that are stacked are x and computed values only.
 
     jax.vjp separates arguments from computed values (https://docs.jax.dev/en/latest/301/vjp-objects.html). Constants
     and weights are already arguments of this function, so they are not stacked again.
     """
-    del depth
+    layers = unmarked(marked, (NF4Tensor,))
 
     def call(constants: Any, x: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
         x, out, _ = body(constants, x, layer, None)
         return x, out
 
-    def step(x: jax.Array, layer: Bits) -> tuple[jax.Array, tuple[Bits, Bits]]:
+    def step(x: jax.Array, given: tuple[jax.Array, Bits]) -> tuple[jax.Array, tuple[Bits, Bits]]:
         pull: Any
-        (x, out), pull = jax.vjp(call, constants, x, layer.value())
+        index, own = given
+        (x, out), pull = jax.vjp(call, constants, x, with_stacks(layers, own.value(), index))
         pull.args_res = [None, pull.args_res[1], None]  # not stacked: `backward` has them as arguments
         pull.opaque_residuals = [r if isinstance(r, Tracer) else Fixed(r) for r in pull.opaque_residuals]
         return x, (Bits.of(out), Bits.of(pull))
 
-    x, (outs, pulls) = lax.scan(step, x, Bits.of(unmarked(layers)))
-    return (x, outs.value()), (pulls, constants, layers)
+    given = (jnp.arange(depth, dtype=jnp.int32), Bits.of(without_stacks(layers)))
+    x, (outs, pulls) = lax.scan(step, x, given)
+    return (x, outs.value()), (pulls, constants, marked)
 
 
 def backward(body: Body, depth: int, residuals: Any, cotangents: tuple[jax.Array, Any]) -> tuple[Any, jax.Array, Any]:
     """Gradients of x and of the floating-point arrays of `layers`; XLA removes those that are not used."""
-    del body, depth
+    del body
     pulls, constants, marked = residuals
-    layers, (dx, douts) = unmarked(marked), cotangents
+    layers, (dx, douts) = unmarked(marked, (NF4Tensor,)), cotangents
 
-    def step(dx: jax.Array, given: tuple[Bits, Bits, Bits]) -> tuple[jax.Array, Bits]:
-        pull, layer, dout = (bits.value() for bits in given)
+    def step(dx: jax.Array, given: tuple[jax.Array, Bits, Bits, Bits]) -> tuple[jax.Array, Bits]:
+        index, *parts = given
+        pull, own, dout = (bits.value() for bits in parts)
+        layer = with_stacks(layers, own, index)
         dout = jax.tree.map(lambda whole, own: no_cotangent(whole.shape[1:]) if own is None else own, douts, dout)
         pull.args_res = [constants, pull.args_res[1], layer]
         pull.opaque_residuals = [r.value if isinstance(r, Fixed) else r for r in pull.opaque_residuals]
         _, dx, dlayer = pull((dx, dout))
-        return dx, Bits.of(jax.tree.map(lambda leaf, g: g if is_float(leaf) else None, layer, dlayer))
+        gradients = jax.tree.map(lambda leaf, g: g if is_float(leaf) else None, own, without_layers(dlayer))
+        return dx, Bits.of(gradients)
 
     existing = jax.tree.map(lambda leaf: None if leaf.dtype == jax.dtypes.float0 else leaf, douts)
-    dx, dlayers = lax.scan(step, dx, (pulls, Bits.of(layers), Bits.of(existing)), reverse=True)
-    return (
-        None,
-        dx,
-        jax.tree.map(
-            lambda leaf, g: InPlace(g) if is_in_place(leaf) else g, marked, dlayers.value(), is_leaf=is_in_place
-        ),
+    given = (jnp.arange(depth, dtype=jnp.int32), pulls, Bits.of(without_stacks(layers)), Bits.of(existing))
+    dx, dlayers = lax.scan(step, dx, given, reverse=True)
+
+    def gradient(leaf: Any, g: Any) -> Any:
+        if not is_in_place(leaf):
+            return g
+        return InPlace(jax.tree.map(zero_cotangent, leaf.stack) if isinstance(leaf.stack, NF4Tensor) else g)
+
+    return None, dx, jax.tree.map(gradient, marked, dlayers.value(), is_leaf=is_in_place)
+
+
+def without_layers(gradients: Any) -> Any:
+    """None for each LayerOf, as in `without_stacks`."""
+    return jax.tree.map(
+        lambda g: None if isinstance(g, LayerOf) else g, gradients, is_leaf=lambda g: isinstance(g, LayerOf)
     )
 
 

@@ -16,12 +16,13 @@ from bimedix_jax.kernels.manual_axes import vary_alike
 from bimedix_jax.kernels.nf4 import NF4Tensor
 from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4.tensor import zero_cotangent
+from bimedix_jax.kernels.nf4_matmul import avx512
 from bimedix_jax.kernels.products import dot, dot_rows
 from bimedix_jax.kernels.stacks import LayerOf, as_layer, operand
 
-BACKENDS = ("xla", "triton", "mosaic_tpu")
+BACKENDS = ("avx512", "xla", "triton", "mosaic_tpu")
 """Modules of this folder, for 4-bit weights; a backend is a module with `nf4_matmul` and optionally `refusal` and
-`takes_stack`."""
+`takes_stack`. Dense matrices take `avx512` or XLA's product."""
 PREFERRED = {"cpu": ("xla",), "gpu": ("triton", "xla"), "tpu": ("mosaic_tpu", "xla")}
 """Backends of each platform, best first; the last one takes all operands."""
 FEW_ROWS = 8
@@ -45,7 +46,8 @@ def pick_backend(name: str | None, x: jax.Array, t: Packed) -> str:
         module = load(backend)
         return module.refusal(x, t) if hasattr(module, "refusal") else None
 
-    return backends.pick("nf4_matmul", BACKENDS, PREFERRED, name, refusal)
+    preferred = PREFERRED | {"cpu": ("avx512", "xla")} if avx512.is_best(x, t.shape) else PREFERRED
+    return backends.pick("nf4_matmul", BACKENDS, preferred, name, refusal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -73,7 +75,22 @@ def dense_product(x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dt
     JAX's gradient of a product with float32 output is products in float32. Here the cotangent is first rounded to the
     dtype of x, so that the backward products run on 16-bit units too.
     """
+    return dense_dot(x, w, contract_w, out_dtype)
+
+
+def takes_avx512(x: jax.Array, w: jax.Array) -> bool:
+    """Whether the product of a dense matrix runs in the backend `avx512`: if it is set, or by default the best."""
+    name = backends.named("nf4_matmul")
+    if name is None and backends.platform() == "cpu" and avx512.is_best(x, w.shape):
+        name = backends.best("nf4_matmul", {"cpu": ("avx512", "xla")}, lambda _: avx512.refusal(x, w))
+    return name == "avx512" and avx512.refusal(x, w) is None
+
+
+def dense_dot(x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dtype) -> jax.Array:
     rows = math.prod(x.shape[:-1])
+    if not (rows == 1 and contract_w == 1) and takes_avx512(x, w):
+        exact = out_dtype if out_dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
+        return avx512.product(x, w, w.shape[1 - contract_w], contract_w == 1, exact).astype(out_dtype)
     if backends.platform() != "cpu" or x.dtype != jnp.bfloat16 or rows >= FEW_ROWS:
         return dot(x, w, contract_w).astype(out_dtype)
     x_RK = x.reshape(rows, x.shape[-1])
@@ -99,7 +116,7 @@ def dense_backward(
     dy = dy.astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     dw = dot_rows(*(rows if contract_w == 0 else rows[::-1]))
-    return dot(dy, w, 1 - contract_w).astype(x.dtype), dw.astype(w.dtype)
+    return dense_dot(dy, w, 1 - contract_w, x.dtype), dw.astype(w.dtype)
 
 
 dense_product.defvjp(dense_forward, dense_backward)
@@ -114,8 +131,9 @@ def matmul(
 ) -> Float[Array, "*rows F"]:
     """Product in `out_dtype` (that of x if None), accumulated in float32.
 
-    A dense weight is cast to the dtype of x, and the product is XLA's. An NF4Tensor or RowMajor of one [D, F] unit, or
-    a `LayerOf` of them, is frozen: it gets no gradient, and the backward pass keeps its packed bytes, not its values.
+    A dense weight is cast to the dtype of x; its product is XLA's, or runs in `avx512` where that is the best. An
+    NF4Tensor or RowMajor of one [D, F] unit, or a `LayerOf` of them, is frozen: it gets no gradient, and the backward
+    pass keeps its packed bytes, not its values.
 
     Args:
       backend: for a 4-bit weight, one of BACKENDS; None takes that of `backends.use`, else the platform's best that can

@@ -24,6 +24,7 @@ using Sums = __m512[OUTPUTS][V];
 // Adds 8 outputs of `left` times the panel `right` of 16 V rows, over `pairs` words.
 template <int V>
 inline void accumulate(Sums<V>& sums, const Left& left, const Word* right, int64_t pairs) {
+  if (pairs == 0) return;
   __m512 acc[OUTPUTS][V];  // a copy, so that the compiler keeps it in registers
   for (int n = 0; n < OUTPUTS; n++)
     for (int v = 0; v < V; v++) acc[n][v] = sums[n][v];

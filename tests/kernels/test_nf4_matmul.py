@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from bimedix_jax.kernels import backends
+from bimedix_jax.kernels import backends, native
 from bimedix_jax.kernels.by_output import ByOutput
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
@@ -23,6 +23,8 @@ unpack = jax.jit(dequantize, static_argnames="dtype")
 """As one program for each shape; eager, every operation is compiled."""
 
 RELATIVE = {"float32": 2e-5, "bfloat16": 1.6e-2}
+DTYPES = {backend: ("bfloat16",) if backend == "avx512" else tuple(RELATIVE) for backend in BACKENDS}
+IN_EACH_DTYPE = [(backend, dtype) for backend in BACKENDS for dtype in DTYPES[backend]]
 CASES = {  # leading axes of x, D, F, block, double quantisation, whether stored [F, D]
     "one_row": ((1,), 64, 128, 64, True, True),
     "no_row": ((0,), 64, 64, 64, True, True),
@@ -96,9 +98,8 @@ def test_only_a_cpu_pads_few_rows_and_only_in_bfloat16() -> None:
         assert not padded("bfloat16", 1)
 
 
-@pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), IN_EACH_DTYPE)
 def test_forward_and_gradient(backend: str, case: str, dtype: str) -> None:
     lead, d, f, block, double_quant, transposed = CASES[case]
     x, w, dy = draw((*lead, d), (f, d) if transposed else (d, f), (*lead, f), dtype=dtype)
@@ -112,12 +113,12 @@ def test_forward_and_gradient(backend: str, case: str, dtype: str) -> None:
     close(dx, np.asarray(dy, np.float32) @ values.T, dtype)
 
 
-@pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_values_are_bit_equal_to_layer_weights(backend: str, dtype: str) -> None:
+@pytest.mark.parametrize(("source", "double_quant"), [("bfloat16", True), ("bfloat16", False), ("float32", True)])
+@pytest.mark.parametrize(("backend", "dtype"), IN_EACH_DTYPE)
+def test_values_are_bit_equal_to_layer_weights(backend: str, dtype: str, source: str, double_quant: bool) -> None:
     """The product with a unit vector is a row of the weights."""
     d, f = 192, 320
-    t = pack(draw((f, d), dtype="bfloat16")[0], block_size=32).mT
+    t = pack(draw((f, d), dtype=source)[0], block_size=32, double_quant=double_quant).mT
     expected = np.asarray(layer_weights(t, dtype), np.float32)
     rows, columns = np.array([0, 63, 64, 191, 5]), np.array([0, 319, 31, 32, 255])
     x, dy = jax.nn.one_hot(rows, d, dtype=dtype), jax.nn.one_hot(columns, f, dtype=dtype)
@@ -158,11 +159,13 @@ def test_any_values(backend: str) -> None:
         rows, d, f = shape
         rng = np.random.default_rng(seed)
         x, w, dy = (rng.standard_normal(size).astype(np.float32) for size in ((rows, d), (f, d), (rows, f)))
-        t = pack(jnp.asarray(w * 10.0**magnitude, jnp.float32), block_size=32).mT
+        dtype = DTYPES[backend][0]
+        x, dy = jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
+        t = pack(jnp.asarray(w * 10.0**magnitude, dtype), block_size=32).mT
         values = np.asarray(unpack(t), np.float32)
-        y, dx = compiled(backend)(jnp.asarray(x), t, jnp.asarray(dy))
-        close(y, reference.matmul(x, values), "float32")
-        close(dx, dy @ values.T, "float32")
+        y, dx = compiled(backend)(x, t, dy)
+        close(y, reference.matmul(np.asarray(x, np.float32), values), dtype)
+        close(dx, np.asarray(dy, np.float32) @ values.T, dtype)
 
     check()
 
@@ -190,7 +193,9 @@ def test_invalid_operands_raise() -> None:
     x, w = draw((5, 8), (9, 4))
     with pytest.raises((ValueError, TypeError)):
         matmul(x, w)
-    with pytest.raises(ValueError, match="Unknown nf4_matmul backend 'fastest'; choose one of mosaic_tpu, triton, xla"):
+    with pytest.raises(
+        ValueError, match="Unknown nf4_matmul backend 'fastest'; choose one of avx512, mosaic_tpu, triton, xla"
+    ):
         matmul(x, pack(jnp.ones((8, 64))), backend="fastest")
 
 
@@ -209,3 +214,82 @@ def test_a_matrix_stored_by_output(rows, dtype):
     (dw, dx), (dw_too, dx_too) = back(dy.astype(jnp.float32)), back_too(dy.astype(jnp.float32))
     close(dx_too, np.asarray(dx, np.float32), dtype)
     close(dw_too.array.T, np.asarray(dw, np.float32), dtype)
+
+
+def runs_in_avx512(x: jax.Array, w: jax.Array | ByOutput) -> bool:
+    return "bimedix_linear" in str(jax.make_jaxpr(matmul)(x, w))
+
+
+@pytest.mark.parametrize("outputs", [32, 64, 96, 160, 13_376])
+@pytest.mark.parametrize("rows", [(2,), (3,), (8,), (2, 9), (301,), (0,)])
+@pytest.mark.usefixtures("avx512_machine")
+def test_dense_matrices_in_avx512(rows: tuple[int, ...], outputs: int) -> None:
+    """Stored by input and by output, results in float32 and bfloat16, and gradients. More than 384 outputs a task."""
+    x, w, dy = draw((*rows, 96), (96, outputs), (*rows, outputs), dtype="bfloat16")
+    x32, w32, dy32 = (np.asarray(value, np.float32) for value in (x, w, dy))
+    by_output = ByOutput(jnp.asarray(np.ascontiguousarray(np.asarray(w).T)))
+
+    def product(x: jax.Array, w: jax.Array | ByOutput, dtype: str) -> jax.Array:
+        return matmul(x, w, dtype)
+
+    with backends.use(nf4_matmul="avx512"):
+        for form in (w, by_output):
+            assert runs_in_avx512(x, form)
+            for dtype in ("float32", "bfloat16", "float16"):
+                y, pullback = jax.vjp(functools.partial(product, dtype=dtype), x, form)
+                assert y.dtype == dtype
+                close(y, x32 @ w32, "float32" if dtype == "float32" else "bfloat16")
+                dx, dw = pullback(dy.astype(dtype))
+                close(dx, dy32 @ w32.T, "bfloat16")
+                dw = dw.array.T if isinstance(dw, ByOutput) else dw
+                close(dw, x32.reshape(-1, 96).T @ dy32.reshape(-1, outputs), "bfloat16")
+
+
+def test_when_dense_matrices_take_avx512(avx512_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default where the processor has no matrix units; not in other dtypes or widths; one row only by input."""
+    x, w = draw((4, 64), (64, 96), dtype="bfloat16")
+    monkeypatch.setattr(native, "cpu_flags", lambda: native.AVX512_NEEDS)
+    assert runs_in_avx512(x, w)
+    assert runs_in_avx512(x[:1], w)
+    assert not runs_in_avx512(x[:1], ByOutput(w.T))
+    assert not runs_in_avx512(x.astype(jnp.float32), w.astype(jnp.float32))
+    assert not runs_in_avx512(x, w[:, :80])
+    for name in ("xla", "triton"):
+        with backends.use(nf4_matmul=name):
+            assert not runs_in_avx512(x, w)
+    with backends.use("gpu"):
+        assert not runs_in_avx512(x, w)
+    monkeypatch.setattr(native, "cpu_flags", lambda: native.AVX512_NEEDS | {"amx_bf16"})
+    assert not runs_in_avx512(x, w)
+
+
+@pytest.mark.parametrize(("matrix_units", "best"), [(False, "avx512"), (True, "xla")])
+def test_cpus_use_avx512_unless_they_have_matrix_units(
+    matrix_units: bool, best: str, monkeypatch: pytest.MonkeyPatch, avx512_machine: None
+) -> None:
+    flags = native.AVX512_NEEDS | ({"amx_bf16"} if matrix_units else set())
+    monkeypatch.setattr(native, "cpu_flags", lambda: flags)
+    x, w = draw((4, 64), (96, 64), dtype="bfloat16")
+    for dtype, expected in (("bfloat16", best), ("float32", "xla")):
+        with backends.recording() as picked:
+            jax.eval_shape(lambda x, t: matmul(x, t.mT), x.astype(dtype), pack(w))
+        assert picked.to_dict() == {"nf4_matmul": [expected]}
+
+
+@pytest.mark.parametrize(
+    ("width", "block", "source", "reason"),
+    [
+        (64, 64, "float16", "packed weights must come from bfloat16 or float32, in blocks of a multiple of 32"),
+        (48, 48, "bfloat16", r"widths must be multiples of 32, not \(48, 96\)"),
+        (64, 16, "bfloat16", "in blocks of a multiple of 32"),
+    ],
+)
+def test_what_avx512_refuses(width: int, block: int, source: str, reason: str, avx512_machine: None) -> None:
+    x, w = draw((4, width), (96, width), dtype=source)
+    x = x.astype(jnp.bfloat16)
+    t = pack(w, block_size=block).mT
+    with pytest.raises(NotImplementedError, match=f"nf4_matmul backend 'avx512': {reason}" if block > 16 else reason):
+        matmul(x, t, backend="avx512")
+    with pytest.raises(NotImplementedError, match="it computes in bfloat16, not in float32"):
+        matmul(x.astype(jnp.float32), t, backend="avx512")
+    assert matmul(x, t).shape == (4, 96)

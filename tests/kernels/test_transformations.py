@@ -69,6 +69,15 @@ def fed_forward(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) ->
     return y.astype(jnp.float32)
 
 
+def product_in_16_bits(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+    return nf4_matmul.matmul(x.astype(jnp.bfloat16), frozen[1], backend="avx512").astype(jnp.float32)
+
+
+def dense_product_in_16_bits(x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
+    with backends.use(nf4_matmul="avx512"):
+        return nf4_matmul.matmul(x.astype(jnp.bfloat16), lax.stop_gradient(trained[0]), jnp.float32)
+
+
 def layered(backend: str, x: jax.Array, trained: Any, frozen: Any, groups_E: jax.Array) -> jax.Array:
     """One layer for each expert; all layers use the same groups."""
 
@@ -89,7 +98,9 @@ def operations() -> dict[str, Operation]:
         grouped = functools.partial(grouped_matmul.grouped_matmul, backend=name)
         found[f"grouped_matmul {name}"] = lambda x, trained, frozen, groups, f=grouped: f(x, trained, groups)
         found[f"grouped_matmul nf4 {name}"] = lambda x, trained, frozen, groups, f=grouped: f(x, frozen, groups)
-    for name in nf4_matmul.BACKENDS:
+    found["nf4_matmul avx512"] = product_in_16_bits
+    found["dense matmul avx512"] = dense_product_in_16_bits
+    for name in sorted(set(nf4_matmul.BACKENDS) - {"avx512"}):
         single = functools.partial(nf4_matmul.matmul, backend=name)
         found[f"nf4_matmul {name}"] = lambda x, trained, frozen, groups, f=single: f(x, frozen[1])
     for name in grouped_low_rank.BACKENDS:

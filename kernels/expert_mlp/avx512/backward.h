@@ -139,7 +139,7 @@ struct Backward {
     TaskScratch<Word> words(inner * layer.width / 2);
     TaskScratch<uint16_t> by_column(3 * inner * expert.width);  // gradients of gate and up, and h
     uint16_t *dg = by_column.get(), *du = dg + inner * expert.width, *h = du + inner * expert.width;
-    const Left w2 = unpack(layer.down.of(e), !layer.packed, first, inner, words.get());
+    const Left w2 = unpack(layer.down.of(layer.expert + e), !layer.packed, first, inner, words.get());
     const Left a2{layer.of_down.a_of(e) + first * down / 2, down / 2, 1};
     for (int t = expert.tile; t < expert.tile + expert.tiles; t++) {
       const Tile& tile = groups.tiles[t];
@@ -228,8 +228,8 @@ struct Backward {
     const int64_t gate = layer.of_gate.rank, up = layer.of_up.rank, half = layer.hidden / 2;
     TaskScratch<Word> words(outer * layer.hidden);
     TaskScratch<float> columns(outer * TILE);
-    const Left w1 = unpack(layer.gate.of(e), !layer.packed, first, outer, words.get());
-    const Left w3 = unpack(layer.up.of(e), !layer.packed, first, outer, words.get() + outer * half);
+    const Left w1 = unpack(layer.gate.of(layer.expert + e), !layer.packed, first, outer, words.get());
+    const Left w3 = unpack(layer.up.of(layer.expert + e), !layer.packed, first, outer, words.get() + outer * half);
     const Left a1{layer.of_gate.a_of(e) + first * gate / 2, gate / 2, 1},
         a3{layer.of_up.a_of(e) + first * up / 2, up / 2, 1};
     for (int t = expert.tile; t < expert.tile + expert.tiles; t++) {

@@ -7,7 +7,25 @@
 
 namespace {
 
-enum { X, ORDER, SIZES, LAYER, W1, S1, W3, S3, W2, S2, A1, B1, A3, B3, A2, B2, DOUT, SCALES, LOWS, GATES };
+enum {
+  X,
+  ORDER,
+  SIZES,
+  LAYER,
+  W1,
+  W3 = W1 + OPERANDS,
+  W2 = W3 + OPERANDS,
+  A1 = W2 + OPERANDS,
+  B1,
+  A3,
+  B3,
+  A2,
+  B2,
+  DOUT,
+  SCALES,
+  LOWS,
+  GATES
+};
 
 Groups groups_of(const Operands& given) {
   const int32_t* sizes = given.data<const int32_t>(SIZES);
@@ -29,13 +47,6 @@ Gathered gathered(const Operands& given, int i) {
   return {given.data<const uint16_t>(i), given.data<const int32_t>(ORDER), top_k, given.shape(i)[1]};
 }
 
-// Dense weights are the stack [layers, experts, in, out]; packed ones are [experts, bytes], stored as (out, in).
-Weights weights(const Operands& given, int i, int64_t in, int64_t out, int64_t block) {
-  if (block > 0) return {given.data<const void>(i), given.data<const float>(i + 1), out, in, block};
-  const int64_t before = *given.data<const int32_t>(LAYER) * given.shape(A1)[0] * in * out;
-  return {given.data<const uint16_t>(i) + before, nullptr, in, out, 0};
-}
-
 Factors factors(const Operands& given, int i) {
   const auto a = given.shape(i), b = given.shape(i + 1);
   return {given.data<const uint16_t>(i), given.data<const uint16_t>(i + 1), a[1], b[2], a[2]};
@@ -44,9 +55,13 @@ Factors factors(const Operands& given, int i) {
 Layer layer_of(const Operands& given) {
   const int64_t width = given.shape(A1)[1], hidden = given.shape(B1)[2];
   const int64_t block = given.attribute("block"), down_block = given.attribute("down_block");
-  return {weights(given, W1, width, hidden, block),
-          weights(given, W3, width, hidden, block),
-          weights(given, W2, hidden, width, down_block),
+  const auto stack = [&](int i, int64_t in, int64_t out, int64_t block) {  // of the experts of all layers
+    return block > 0 ? weights(given, i, out, in, block) : weights(given, i, in, out, 0);
+  };
+  return {stack(W1, width, hidden, block),
+          stack(W3, width, hidden, block),
+          stack(W2, hidden, width, down_block),
+          *given.data<const int32_t>(LAYER) * given.shape(A1)[0],
           block > 0,
           factors(given, A1),
           factors(given, A3),

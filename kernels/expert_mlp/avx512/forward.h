@@ -83,8 +83,9 @@ struct Forward {
     const Expert& expert = groups.experts[e];
     if (expert.count == 0) return;
     TaskScratch<Word> words(count * layer.width);
-    const Left w1 = unpack(layer.gate.of(e), layer.packed, first, count, words.get());
-    const Left w3 = unpack(layer.up.of(e), layer.packed, first, count, words.get() + count * layer.width / 2);
+    const Left w1 = unpack(layer.gate.of(layer.expert + e), layer.packed, first, count, words.get());
+    const Left w3 =
+        unpack(layer.up.of(layer.expert + e), layer.packed, first, count, words.get() + count * layer.width / 2);
     for (int t = expert.tile; t < expert.tile + expert.tiles; t++) {
       const Tile& tile = groups.tiles[t];
       const Word *rows = xs.of(tile), *low = lows.of(tile);
@@ -116,7 +117,7 @@ struct Forward {
     if (expert.count == 0) return;
     TaskScratch<Word> words(count * layer.hidden / 2);
     TaskScratch<float> columns(count * TILE);
-    const Left w2 = unpack(layer.down.of(e), layer.packed, first, count, words.get());
+    const Left w2 = unpack(layer.down.of(layer.expert + e), layer.packed, first, count, words.get());
     for (int t = expert.tile; t < expert.tile + expert.tiles; t++) {
       const Tile& tile = groups.tiles[t];
       const Word* low = lows.of(tile) + (gate.rank + up.rank) / 2 * tile.width;

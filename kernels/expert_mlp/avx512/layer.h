@@ -16,7 +16,8 @@ struct Factors {
 
 struct Layer {
   Weights gate, up, down;
-  bool packed;  // stored as (out, in); else (in, out)
+  int64_t expert;  // the layer's first expert
+  bool packed;     // stored as (out, in); else (in, out)
   Factors of_gate, of_up, of_down;
   int64_t width, hidden;
 
