@@ -88,7 +88,7 @@ def takes_avx512(x: jax.Array, w: jax.Array) -> bool:
 
 def dense_dot(x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dtype) -> jax.Array:
     rows = math.prod(x.shape[:-1])
-    if not (rows == 1 and contract_w == 1) and takes_avx512(x, w):
+    if takes_avx512(x, w):
         exact = out_dtype if out_dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
         return avx512.product(x, w, w.shape[1 - contract_w], contract_w == 1, exact).astype(out_dtype)
     if backends.platform() != "cpu" or x.dtype != jnp.bfloat16 or rows >= FEW_ROWS:

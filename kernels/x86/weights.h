@@ -106,6 +106,12 @@ inline __m512i words_along_row(const Matrix& m, int64_t row, int64_t column) {
   return join(values.even, values.odd);
 }
 
+// Asks for the line that has the values of a row from `column` on. The row may lie beyond the matrix.
+inline void prefetch(const Matrix& m, int64_t row, int64_t column) {
+  const int64_t value = row * m.columns + column;
+  _mm_prefetch(static_cast<const uint8_t*>(m.data) + (m.block == 0 ? 2 * value : value / 2), _MM_HINT_T0);
+}
+
 // The processor does not foresee reads at the distance of a row.
 constexpr int ROWS_AHEAD = 16;
 
@@ -113,7 +119,7 @@ constexpr int ROWS_AHEAD = 16;
 inline void words_across_rows(const Matrix& m, int64_t row, int64_t column, Word* words) {
   if (m.block == 0) {
     const uint16_t* values = static_cast<const uint16_t*>(m.data) + row * m.columns + column;
-    for (int i : {0, 1}) _mm_prefetch(values + (ROWS_AHEAD + i) * m.columns, _MM_HINT_T0);
+    for (int i : {0, 1}) prefetch(m, row + ROWS_AHEAD + i, column);
     return interleave(values, values + m.columns, words);
   }
   const Halves a = decode(m, row, column), b = decode(m, row + 1, column);

@@ -1,5 +1,6 @@
-// y = x w for rows of bfloat16 and one matrix, dense or NF4. A task unpacks some outputs of w into panels, and multiplies
-// all rows of its chunk by them. Rows are the left operand, as they are.
+// y = x w for rows of bfloat16 and one matrix, dense or NF4. A task unpacks some outputs of w into panels, and
+// multiplies all rows of its chunk by them. Rows are the left operand, as they are. Up to 8 rows are multiplied by each
+// stored row of w instead: this needs no panels, but stored rows that run along the contraction.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,8 @@
 
 // Panels come in twos: 96 is the least common multiple of a panel's outputs and of the 32 that are unpacked at a time.
 constexpr int64_t UNIT = 2 * TILE;
+// Values that are read ahead along a row, where memory is read once.
+constexpr int64_t AHEAD = 256;
 
 struct Linear {
   const uint16_t* x;  // [rows, in]
@@ -20,6 +23,7 @@ struct Linear {
   bool full;          // y is float32; else bfloat16
 
   void run(ffi::ThreadPool& pool) const {
+    if (over_columns && rows > 0 && rows <= 8) return few_rows(pool);
     // wide tasks write long parts of rows; their panels should stay in a core's second-level cache
     const int64_t tasks = 8 * pool.num_threads(), fitting = (384 << 10) / (in * 2);
     const int64_t outputs = UNIT * std::clamp<int64_t>(std::min(out / tasks, fitting) / UNIT, 1, 4);
@@ -30,6 +34,70 @@ struct Linear {
       const int64_t column = i % blocks * outputs, first = i / blocks * chunk;
       multiply(column, std::min(outputs, out - column), first, std::min(rows, first + chunk));
     });
+  }
+
+  void few_rows(ffi::ThreadPool& pool) const {
+    const int64_t block = std::max<int64_t>(32, out / (8 * pool.num_threads()) / 32 * 32);
+    const auto all = [&](auto padded, auto outputs, auto steps) {
+      constexpr int R = decltype(padded)::value, P = decltype(outputs)::value, U = decltype(steps)::value;
+      const Scratch<uint16_t> values(R * in);
+      std::copy_n(x, rows * in, values.get());
+      std::fill_n(values.get() + rows * in, (R - rows) * in, 0);
+      parallel_for(pool, (out + block - 1) / block, [&](int64_t i) {
+        for (int64_t n = i * block; n < std::min(out, (i + 1) * block); n += 32) dots<R, P, U>(values.get(), n);
+      });
+    };
+    constexpr std::integral_constant<int, 1> one;
+    constexpr std::integral_constant<int, 2> two;
+    constexpr std::integral_constant<int, 4> four;
+    constexpr std::integral_constant<int, 8> eight;
+    if (rows == 1) return all(one, one, eight);
+    if (rows == 2) return all(two, one, four);
+    if (rows <= 4) return all(four, two, two);
+    if (8 * in * 2 <= 24 << 10) return all(eight, one, two);
+    all(eight, two, one);  // rows beyond the first-level cache: each read of them serves two outputs
+  }
+
+  // 32 outputs of R padded rows, P at once. U steps along the contraction have separate sums, so that none waits for
+  // another.
+  template <int R, int P, int U>
+  void dots(const uint16_t* values, int64_t first) const {
+    alignas(64) float found[R][32];
+    for (int n = 0; n < 32; n += P) {
+      __m512 sums[U][P][R];
+      for (auto& outputs : sums)
+        for (auto& row : outputs)
+          for (auto& sum : row) sum = _mm512_setzero_ps();
+      const auto step = [&](int64_t c, auto& outputs) {
+        __m512bh words[P];
+        for (int p = 0; p < P; p++) {
+          if (w.block == 0) prefetch(w, first + n + p, c + AHEAD);
+          words[p] = (__m512bh)words_along_row(w, first + n + p, c);
+        }
+        for (int r = 0; r < R; r++) {
+          const __m512bh row = (__m512bh)load_words(values + r * in + c);
+          for (int p = 0; p < P; p++) outputs[p][r] = _mm512_dpbf16_ps(outputs[p][r], words[p], row);
+        }
+      };
+      int64_t c = 0;
+      for (; c + 32 * U <= in; c += 32 * U)
+        for (int u = 0; u < U; u++) step(c + 32 * u, sums[u]);
+      for (; c < in; c += 32) step(c, sums[0]);
+      for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++) {
+          for (int u = 1; u < U; u++) sums[0][p][r] = _mm512_add_ps(sums[0][p][r], sums[u][p][r]);
+          found[r][n + p] = _mm512_reduce_add_ps(sums[0][p][r]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < 32; v += LANES) {
+        const __m512 values = _mm512_load_ps(found[r] + v);
+        const int64_t place = r * out + first + v;
+        if (full)
+          _mm512_storeu_ps(static_cast<float*>(y) + place, values);
+        else
+          store_bf16(static_cast<uint16_t*>(y) + place, values);
+      }
   }
 
   // `count` outputs from `column` on, of the rows [first, last).
