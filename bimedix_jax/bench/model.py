@@ -154,8 +154,10 @@ def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length:
 
 
 def fastest(make: Callable[[str], Side], base: str | None, runs: int = 3) -> Side:
-    """Our side on this base. None tries all of BASES, as `peer.fastest` tries all implementations of the peer: they take
-    turns, and the best time of each counts."""
+    """Our side on this base. None tries all of BASES, as `peer.fastest` tries all implementations of the peer.
+
+    They take turns, and the best time of each counts.
+    """
     sides = {name: make(name) for name in (BASES if base is None else (base,))}
     if len(sides) == 1:
         return sides[base or BASES[0]]
