@@ -105,6 +105,7 @@ setup(
         "bimedix_jax.kernels": ["x86/*"],  # C++, compiled where it runs
         "bimedix_jax.kernels.attention": ["avx512/*"],
         "bimedix_jax.kernels.expert_mlp": ["avx512/*"],
+        "bimedix_jax.kernels.nf4_matmul": ["avx512/*"],
     },
     include_package_data=False,
     install_requires=RUNTIME,

@@ -126,15 +126,20 @@ struct Linear {
         });
       }
     }
+    _mm_sfence();  // of the stores past the caches, before this task counts as done
   }
 
+  // A large result in float32 goes past the caches, in whole lines.
   template <int V>
   void store(const Sums<V>& sums, int64_t row, int present, int64_t column) const {
+    const bool past = reinterpret_cast<uintptr_t>(y) % 64 == 0 && rows * out * 4 >= 16 << 20;
     for (int i = 0; i < present; i++)
       for (int v = 0; v < V; v++) {
         const int64_t place = (row + i) * out + column + v * LANES;
-        if (full)
+        if (full && past)
           _mm512_stream_ps(static_cast<float*>(y) + place, sums[i][v]);
+        else if (full)
+          _mm512_storeu_ps(static_cast<float*>(y) + place, sums[i][v]);
         else
           store_bf16(static_cast<uint16_t*>(y) + place, sums[i][v]);
       }
