@@ -153,7 +153,7 @@ def training(config: MixtralConfig, base: str, remat: Remat, batch: int, length:
     return Side(train_step, f"{base} base, {model.dtype} arithmetic", implementation, compile_seconds(train_step))
 
 
-def fastest(make: Callable[[str], Side], base: str | None, runs: int = 3) -> Side:
+def fastest(make: Callable[[str], Side], base: str | None, runs: int = 7) -> Side:
     """Our side on this base. None tries all of BASES, as `peer.fastest` tries all implementations of the peer.
 
     They take turns, and the best time of each counts.
