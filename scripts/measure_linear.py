@@ -84,7 +84,7 @@ def main() -> None:
     if any(count % 32 for size in sizes for count in size[1:]):
         parser.error("IN and OUT must be multiples of 32; correct --size")
     try:
-        found = [row for size in sizes for row in measure(*size, options.repetitions)]
+        found = [row for rows, i, o in sizes for row in measure(rows, i, o, options.repetitions)]
     except NotImplementedError as error:  # the processor or the compiler is missing
         raise SystemExit(str(error)) from error
     if options.json:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bimedix_jax.kernels.products import dot, dot_rows, from_bits, to_bits
+from bimedix_jax.kernels.nf4_matmul.api import dense_dot
+from bimedix_jax.kernels.products import dot_rows, from_bits, to_bits
 
 TILE_LOGITS, MIN_TILE = 1280 * 1024, 256
 """Logits of a tile (5 MiB in float32, for two cores with 1 MiB of L2 each and 32 MiB of L3); its minimum of columns."""
@@ -51,7 +52,7 @@ def losses(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> tuple[jax.
 
     def step(carry: tuple, w: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
         peak_N, total_N, target_N = carry
-        logits = jnp.where(new_C[None], dot(x_ND, w), -jnp.inf)
+        logits = jnp.where(new_C[None], dense_dot(x_ND, w), -jnp.inf)
         target_N = target_N + picked(logits, targets_N, start, new_C)[0]
         higher_N = jnp.maximum(peak_N, jnp.max(logits, axis=1))
         total_N = total_N * jnp.exp(peak_N - higher_N) + jnp.sum(jnp.exp(logits - higher_N[:, None]), axis=1)
@@ -74,7 +75,7 @@ def forward(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> tuple[jax
 
     def step(carry: tuple, w: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
         peak_N, total_N, target_N, sum_ND = carry
-        logits = jnp.where(new_C[None], dot(x_ND, w), -jnp.inf)
+        logits = jnp.where(new_C[None], dense_dot(x_ND, w), -jnp.inf)
         target_N = target_N + picked(logits, targets_N, start, new_C)[0]
         higher_N = jnp.maximum(peak_N, jnp.max(logits, axis=1))
         shrink_N = jnp.exp(peak_N - higher_N)
@@ -83,7 +84,7 @@ def forward(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> tuple[jax
         # the target is left out of the sum: p - 1 would round a confident token's small gradient away
         own = start + jnp.arange(new_C.shape[0])[None] == targets_N[:, None]
         others = jnp.where(own, 0.0, weights).astype(x_ND.dtype)
-        return higher_N, total_N, target_N, sum_ND * shrink_N[:, None] + dot(others, w, 1)
+        return higher_N, total_N, target_N, sum_ND * shrink_N[:, None] + dense_dot(others, w, 1)
 
     zeros = jnp.zeros((rows,), jnp.float32)
     start = (zeros - jnp.inf, zeros, zeros, jnp.zeros((rows, width), jnp.float32))
@@ -101,7 +102,7 @@ def backward(residuals: tuple, dlosses_N: jax.Array) -> tuple[jax.Array, jax.Arr
     def step(carry: tuple, w: jax.Array, start: jax.Array, new_C: jax.Array) -> tuple:
         (dw_DV,) = carry
         own = start + jnp.arange(new_C.shape[0])[None] == targets_N[:, None]
-        dlogits = (jnp.exp(dot(x_ND, w) - log_total_N[:, None]) - own) * dlosses_N[:, None]
+        dlogits = (jnp.exp(dense_dot(x_ND, w) - log_total_N[:, None]) - own) * dlosses_N[:, None]
         return (lax.dynamic_update_slice_in_dim(dw_DV, dot_rows(x_ND, dlogits.astype(x_ND.dtype)), start, 1),)
 
     # if w is frozen, nothing uses this result, and the compiler removes the loop

@@ -86,7 +86,8 @@ def takes_avx512(x: jax.Array, w: jax.Array) -> bool:
     return name == "avx512" and avx512.refusal(x, w) is None
 
 
-def dense_dot(x: jax.Array, w: jax.Array, contract_w: int, out_dtype: jnp.dtype) -> jax.Array:
+def dense_dot(x: jax.Array, w: jax.Array, contract_w: int = 0, out_dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
+    """`products.dot` in out_dtype, by the fastest backend; JAX cannot differentiate it."""
     rows = math.prod(x.shape[:-1])
     if takes_avx512(x, w):
         exact = out_dtype if out_dtype in (jnp.bfloat16, jnp.float32) else jnp.float32
