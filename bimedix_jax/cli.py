@@ -126,8 +126,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 SHORT = {"sweep": "sweep run"}
 """Group -> the command that is meant where no command of the group is named. It takes a file."""
 
-REPEATING = frozenset({"train", "quickstart"})
-"""Commands that allocate the same large buffers in every step, and so keep freed memory (startup.reuse_memory)."""
+REPEATING = frozenset({"train", "quickstart", "bench train", "bench decode"})
+"""Commands that allocate the same large buffers in every step: they keep freed memory (startup.reuse_memory)."""
 
 GLOBAL_FLAGS = {
     "--json": "print the result as one JSON document on stdout, everything else on stderr",
@@ -141,8 +141,10 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, signals.INTERRUPTED
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. `argv` (without the program name) defaults to the process's.
 
-    Only without `argv` does it change how the process handles signals, and does an interruption end the process here.
-    """
+    Only without `argv` does it change how the process handles signals, and does an interruption end the process."""
+    words = _split_flags(list(sys.argv[1:] if argv is None else argv))[1]
+    if not REPEATING.isdisjoint((" ".join(words[:1]), " ".join(words[:2]))):
+        startup.reuse_memory()  # before the first thread
     if argv is not None:
         return _command_line(list(argv), for_good=False)
     try:
@@ -276,8 +278,6 @@ def _run(name: str, options: list[str], as_json: bool) -> dict[str, Any]:
     module = importlib.import_module(COMMANDS[name][1])
     flags = " and ".join(f"{flag} ({text})" for flag, text in GLOBAL_FLAGS.items() if flag != "--version")
     config = read_options(module.Config, options, _program(name), f"Every command also takes {flags}.")
-    if name in REPEATING:
-        startup.reuse_memory()
     startup.prepare(name)
     startup.log_as_sentences()
     return module.run(config, Screen(stderr=as_json))

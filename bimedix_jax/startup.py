@@ -153,9 +153,11 @@ def reuse_memory() -> None:
 
     Otherwise the large temporaries of each step are mapped again, and the kernel spends as long zeroing their pages as
     the CPU spends computing them: logits of 1,024 tokens over 32,000 words took 89 ms without this and 46 ms with it.
-    The process then keeps its peak memory. Only glibc has these settings.
+    The process then keeps its peak memory. Only glibc has these settings. They must be made before the first thread is
+    started: a thread with an arena of its own would share it with later threads, and large blocks of such an arena are
+    mapped again each time.
     """
-    one_arena, no_mapping, never_trim, grow_by = (-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)  # <malloc.h>
+    one_arena, no_mapping, never_trim, grow_by = (-8, 1), (-4, 0), (-1, -1), (-2, 64 << 20)  # <malloc.h>
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in (one_arena, no_mapping, never_trim, grow_by):
             libc.mallopt(parameter, value)

@@ -220,6 +220,27 @@ def test_commands_keep_freed_memory_and_programs_before_jax_is_imported():
     assert set(cli.COMMANDS) >= cli.REPEATING
 
 
+@pytest.mark.parametrize(
+    "words", [["train", "smoke"], ["--json", "quickstart"], ["bench", "train"], ["bench", "decode"]]
+)
+def test_freed_memory_is_kept_before_the_first_thread(words: list[str]) -> None:
+    """Later, a thread would already have an arena whose large blocks are mapped again each time."""
+    code = f"""
+        import sys, threading
+        from bimedix_jax import cli, startup
+
+        def reuse_memory():
+            print("threads:", threading.active_count(), "jax" in sys.modules)
+            raise SystemExit
+
+        startup.reuse_memory = reuse_memory
+        sys.argv = ["bimedix", *{words!r}]
+        cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.stdout == "threads: 1 False\n", done.stderr
+
+
 def test_version():
     done = real_bimedix("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"bimedix_jax {bimedix_jax.__version__}\n", "")

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from bimedix_jax import startup
 from bimedix_jax.errors import BimedixError
 
 
@@ -59,7 +58,6 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             "--batch, --length, --prompt-tokens, --steps, --repetitions and each of --decode-batches must be at least "
             "1; correct them"
         )
-    startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     prompt, steps = config.prompt_tokens, config.steps
     report.check(architecture, max(config.length, prompt + steps * (config.repetitions + 7) + 1))

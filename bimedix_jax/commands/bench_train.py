@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from bimedix_jax import startup
 from bimedix_jax.errors import BimedixError
 
 
@@ -44,7 +43,6 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     if min(config.batch, config.repetitions) < 1 or config.length < 2:
         raise BimedixError("--batch and --repetitions must be at least 1, and --length at least 2; correct them")
-    startup.reuse_memory()  # for both sides
     architecture = model.with_variant(model.SIZES[config.size], config.router)
     report.check(architecture, config.length)
     versions = report.versions(config.against is not None)

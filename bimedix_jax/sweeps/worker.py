@@ -94,12 +94,13 @@ def guarded(folder: Path) -> int:
 
 
 def main(words: list[str]) -> int:
+    if words[0] != "command":
+        startup.reuse_memory()  # before the first thread
     tether()
     if words[0] == "command":
         sys.argv = ["bimedix", *words[1:]]
         return cli.main()
     signals.catch_signals()
-    startup.reuse_memory()
     startup.prepare()
     startup.log_as_sentences()
     folder = Path(words[1])
