@@ -74,10 +74,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "compare every file of a run's checkpoints with its hash",
         "bimedix_jax.commands.checkpoints_verify",
     ),
-    "checkpoints prune": (
-        "remove damaged and older checkpoints of a run",
-        "bimedix_jax.commands.checkpoints_prune",
-    ),
+    "checkpoints prune": ("remove damaged and older checkpoints of a run", "bimedix_jax.commands.checkpoints_prune"),
     "sweep run": (
         "run the arms and seeds of a study; what is finished never runs again",
         "bimedix_jax.commands.sweep_run",
@@ -86,10 +83,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "tables of a sweep: differences with intervals, curves, compute",
         "bimedix_jax.commands.sweep_report",
     ),
-    "track upload": (
-        "make the runs of a folder again in Weights & Biases",
-        "bimedix_jax.commands.track_upload",
-    ),
+    "track upload": ("make the runs of a folder again in Weights & Biases", "bimedix_jax.commands.track_upload"),
     "routes record": ("record which experts every token of a data set uses", "bimedix_jax.commands.routes_record"),
     "routes import": (
         "check routes that another program recorded, and import them",
@@ -141,7 +135,8 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, signals.INTERRUPTED
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code. `argv` (without the program name) defaults to the process's.
 
-    Only without `argv` does it change how the process handles signals, and does an interruption end the process."""
+    Only without `argv` does it change how the process handles signals, and does an interruption end the process here.
+    """
     words = _split_flags(list(sys.argv[1:] if argv is None else argv))[1]
     if not REPEATING.isdisjoint((" ".join(words[:1]), " ".join(words[:2]))):
         startup.reuse_memory()  # before the first thread

@@ -184,7 +184,7 @@ class KernelChoice:
     grouped_matmul: Literal["xla", "ragged_dot", "triton", "mosaic_tpu"] | None = None
     """Products of the experts; ragged_dot is JAX's, which off TPUs computes every expert for every row."""
     nf4_matmul: Literal["avx512", "xla", "triton", "mosaic_tpu"] | None = None
-    """Products of the attention's 4-bit projections."""
+    """Products with one matrix: 4-bit projections; in bfloat16 avx512 takes dense ones too."""
     grouped_low_rank: Literal["masked", "grouped"] | None = None
     """The experts' adapters: one masked product over all experts, or two grouped products."""
 

@@ -11,24 +11,10 @@ medians. `gigabytes_per_s` counts the bytes of the matrix, and `gflops` the FLOP
 import argparse
 import json
 import os
+from importlib import metadata
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 from bimedix_jax import startup
-
-startup.prepare()
-startup.reuse_memory()
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from bimedix_jax.bench.timing import medians  # noqa: E402
-from bimedix_jax.costs.flops import matmul_flops  # noqa: E402
-from bimedix_jax.kernels import backends  # noqa: E402
-from bimedix_jax.kernels.by_output import ByOutput  # noqa: E402
-from bimedix_jax.kernels.nf4 import quantize  # noqa: E402
-from bimedix_jax.kernels.nf4_matmul import matmul  # noqa: E402
 
 SIZES = [
     (1024, 512, 32_000),
@@ -46,6 +32,17 @@ SIZES = [
 
 
 def measure(rows: int, inputs: int, outputs: int, repetitions: int) -> list[dict[str, Any]]:
+    """A row of the result for each form of the matrix."""
+    import jax
+    import jax.numpy as jnp
+
+    from bimedix_jax.bench.timing import medians
+    from bimedix_jax.costs.flops import matmul_flops
+    from bimedix_jax.kernels import backends
+    from bimedix_jax.kernels.by_output import ByOutput
+    from bimedix_jax.kernels.nf4 import quantize
+    from bimedix_jax.kernels.nf4_matmul import matmul
+
     x = jax.random.normal(jax.random.key(0), (rows, inputs), jnp.bfloat16)
     stored = jax.random.normal(jax.random.key(1), (outputs, inputs), jnp.bfloat16)
     forms = {
@@ -83,12 +80,16 @@ def main() -> None:
         parser.error("sizes and --repetitions must be at least 1; correct them")
     if any(count % 32 for size in sizes for count in size[1:]):
         parser.error("IN and OUT must be multiples of 32; correct --size")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    startup.reuse_memory()
+    startup.prepare()
     try:
         found = [row for rows, i, o in sizes for row in measure(rows, i, o, options.repetitions)]
     except NotImplementedError as error:  # the processor or the compiler is missing
         raise SystemExit(str(error)) from error
     if options.json:
-        print(json.dumps({"threads": len(os.sched_getaffinity(0)), "jax": jax.__version__, "rows": found}, indent=2))
+        versions = {"threads": len(os.sched_getaffinity(0)), "jax": metadata.version("jax")}
+        print(json.dumps(versions | {"rows": found}, indent=2))
         return
     print(f"{'rows x in x out':>20}  {'matrix':20}{'xla':>9}{'avx512':>9} ms{'ratio':>8}{'GB/s':>8}{'GFLOP/s':>9}")
     for row in found:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
-from bimedix_jax.kernels import backends
+from bimedix_jax.kernels import backends, native_weights
 from bimedix_jax.kernels.expert_mlp import avx512, composed, few_rows, xla
 from bimedix_jax.kernels.expert_mlp.layout import (
     Deltas,
@@ -156,6 +156,6 @@ def expert_mlp(
         return few_rows.expert_mlp(*operands)
     x_ND, weights_NK, permutation, weights, deltas = operands
     if name in FUSED:
-        stacked = stack(weights) if name == "avx512" else plain(weights)
+        stacked = stack(tuple(map(native_weights.prepared, weights))) if name == "avx512" else plain(weights)
         return fused(name, x_ND, weights_NK, permutation, stacked, stack(without_layers(deltas)))
     return composed.expert_mlp(x_ND, weights_NK, permutation, stack(weights), stack(deltas))

@@ -45,7 +45,7 @@ def refusal(dtype: Any, weights: tuple[Any, ...]) -> str | None:
 def is_best(dtype: Any, width: int, hidden: int) -> bool:
     """Whether it is the fastest for such experts on this processor: not with matrix units (AMX), which XLA's products
     use."""
-    fits = dtype == jnp.bfloat16 and width % native_weights.COLUMNS == hidden % native_weights.COLUMNS == 0
+    fits = dtype == jnp.bfloat16 and native_weights.fits((width, hidden))
     return fits and native.has_avx512(matrix_units=False)
 
 

@@ -26,7 +26,7 @@ from bimedix_jax.kernels.layer_scan.layers import (
     with_stacks,
     without_stacks,
 )
-from bimedix_jax.kernels.nf4.tensor import NF4Tensor, zero_cotangent
+from bimedix_jax.kernels.nf4.tensor import NF4Tensor
 from bimedix_jax.kernels.products import from_bits, to_bits
 from bimedix_jax.kernels.stacks import LayerOf
 
@@ -138,22 +138,21 @@ def backward(body: Body, depth: int, residuals: Any, cotangents: tuple[jax.Array
         pull.args_res = [constants, pull.args_res[1], layer]
         pull.opaque_residuals = [r.value if isinstance(r, Fixed) else r for r in pull.opaque_residuals]
         _, dx, dlayer = pull((dx, dout))
-        gradients = jax.tree.map(lambda leaf, g: g if is_float(leaf) else None, own, without_layers(dlayer))
+        gradients = jax.tree.map(lambda leaf, g: g if is_float(leaf) else None, own, not_in_place(dlayer))
         return dx, Bits.of(gradients)
 
     existing = jax.tree.map(lambda leaf: None if leaf.dtype == jax.dtypes.float0 else leaf, douts)
     given = (jnp.arange(depth, dtype=jnp.int32), pulls, Bits.of(without_stacks(layers)), Bits.of(existing))
     dx, dlayers = lax.scan(step, dx, given, reverse=True)
 
-    def gradient(leaf: Any, g: Any) -> Any:
-        if not is_in_place(leaf):
-            return g
-        return InPlace(jax.tree.map(zero_cotangent, leaf.stack) if isinstance(leaf.stack, NF4Tensor) else g)
+    # the gradient of packed weights in place is None, which JAX takes as zeros
+    dlayers = jax.tree.map(
+        lambda leaf, g: InPlace(g) if is_in_place(leaf) else g, marked, dlayers.value(), is_leaf=is_in_place
+    )
+    return None, dx, dlayers
 
-    return None, dx, jax.tree.map(gradient, marked, dlayers.value(), is_leaf=is_in_place)
 
-
-def without_layers(gradients: Any) -> Any:
+def not_in_place(gradients: Any) -> Any:
     """None for each LayerOf, as in `without_stacks`."""
     return jax.tree.map(
         lambda g: None if isinstance(g, LayerOf) else g, gradients, is_leaf=lambda g: isinstance(g, LayerOf)

@@ -87,7 +87,12 @@ def takes_avx512(x: jax.Array, w: jax.Array) -> bool:
 
 
 def dense_dot(x: jax.Array, w: jax.Array, contract_w: int = 0, out_dtype: jnp.dtype | type = jnp.float32) -> jax.Array:
-    """`products.dot` in out_dtype, by the fastest backend; JAX cannot differentiate it."""
+    """x [..., K] times w over its axis `contract_w` of length K, in out_dtype; without a gradient of its own.
+
+    Raises ValueError if the lengths differ: a kernel would read beyond the matrix.
+    """
+    if x.shape[-1] != w.shape[contract_w]:
+        raise ValueError(f"A product over axis {contract_w} of {w.shape} needs rows of that length; got {x.shape}.")
     rows = math.prod(x.shape[:-1])
     if takes_avx512(x, w):
         exact = out_dtype if out_dtype in (jnp.bfloat16, jnp.float32) else jnp.float32

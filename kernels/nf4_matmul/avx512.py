@@ -1,7 +1,7 @@
 """Backend in C++ for x86 processors with AVX-512 and its bfloat16 dot products (avx512/), for NF4 and dense matrices.
 
 XLA:CPU dequantises the whole matrix to memory, as two planes whose products it interleaves. Here each thread unpacks up
-to 96 outputs into its cache and multiplies all rows by them. Results in float32 go past the caches.
+to 384 outputs into its cache and multiplies all rows by them. Large results in float32 go past the caches.
 """
 
 import math
@@ -22,6 +22,7 @@ FUNCTION = "bimedix_linear"
 
 
 def refusal(x: jax.Array, w: Any) -> str | None:
+    """The reason why it cannot take rows x and this matrix, or None."""
     if x.dtype != jnp.bfloat16:
         return f"it computes in bfloat16, not in {x.dtype}."
     if (reason := native_weights.refusal([w])) is not None:
@@ -32,7 +33,7 @@ def refusal(x: jax.Array, w: Any) -> str | None:
 def is_best(x: jax.Array, shape: tuple[int, ...]) -> bool:
     """Whether it is the fastest for rows x and a matrix of this shape on this processor: not with matrix units (AMX),
     which XLA's products use."""
-    fits = x.dtype == jnp.bfloat16 and not any(size % native_weights.COLUMNS for size in shape)
+    fits = x.dtype == jnp.bfloat16 and native_weights.fits(shape)
     return fits and native.has_avx512(matrix_units=False)
 
 

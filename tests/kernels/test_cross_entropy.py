@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bimedix_jax.kernels import backends
 from bimedix_jax.kernels.cross_entropy import api, cross_entropy
 from bimedix_jax.kernels.cross_entropy.reference import cross_entropy as reference
 
@@ -48,6 +49,22 @@ def test_gradients_equal_those_of_the_plain_formula(dtype, tolerance, scale):
         assert found.dtype == x.dtype
         difference = np.linalg.norm(np.asarray(found - expected, np.float32))
         assert difference <= tolerance * np.linalg.norm(np.asarray(expected, np.float32))
+
+
+def test_losses_and_gradients_in_avx512(monkeypatch, avx512_machine):
+    monkeypatch.setattr(api, "MIN_TILE", 64)
+    x, w, targets = made(9, 64, 160, "bfloat16")
+
+    def both(function):
+        y, pull = jax.vjp(lambda x, w: function(x, w, targets), x, w)
+        return y, *pull(jnp.cos(y))
+
+    with backends.use(nf4_matmul="avx512"):
+        assert "bimedix_linear" in str(jax.make_jaxpr(lambda x: cross_entropy(x, w, targets))(x))
+        found = both(cross_entropy)
+    for ours, expected in zip(found, both(plain), strict=True):
+        difference = np.linalg.norm(np.asarray(ours - expected, np.float32))
+        assert difference <= 2e-2 * np.linalg.norm(np.asarray(expected, np.float32))
 
 
 def test_a_certain_token_keeps_its_small_gradient():

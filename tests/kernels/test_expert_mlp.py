@@ -14,6 +14,7 @@ from bimedix_jax.kernels.expert_mlp.api import AVX512_SHARE, BACKENDS, FUSED_SHA
 from bimedix_jax.kernels.expert_mlp.few_rows import MAX_EXPERTS, MAX_ROWS
 from bimedix_jax.kernels.expert_mlp.layout import evens_first, interleaved
 from bimedix_jax.kernels.nf4 import dequantize, quantize
+from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.permute import sort_by_expert
 from bimedix_jax.kernels.unstacked import unstack
 
@@ -253,6 +254,33 @@ def test_some_weights_in_the_stack_and_others_in_another_dtype(backend: str) -> 
     wide = LayerOf(w3.stack.astype(jnp.float32), w3.layer)
     for given in ((w1, weights[1], w2), (w1, wide, w2), (weights[0], wide, w2)):
         np.testing.assert_array_equal(expert_mlp(x, pairs, permutation, given, deltas, backend=backend), expected)
+
+
+def test_packed_weights_in_every_form_in_avx512(avx512_machine: None) -> None:
+    """In the stack of all layers and stored by rows, forward and backward: bit for bit those of the layer alone."""
+    rng = np.random.default_rng(0)
+    stacks = [jnp.asarray(rng.standard_normal((3, EXPERTS, 256, 256)) / 16, jnp.bfloat16) for _ in range(3)]
+    packed = [quantize(w, batch_dims=2).mT for w in stacks]
+    x = jnp.asarray(rng.standard_normal((20, 256)), jnp.bfloat16)
+    permutation = sort_by_expert(jnp.asarray(rng.integers(0, EXPERTS, (20, 2)), jnp.int32), EXPERTS)
+    pairs = jnp.ones((20, 2), jnp.float32)
+
+    def both(weights: Any) -> tuple[jax.Array, jax.Array]:
+        y, pull = jax.vjp(lambda x: expert_mlp(x, pairs, permutation, weights, backend="avx512"), x)
+        return y, pull(jnp.cos(y))[0]
+
+    expected = both(tuple(t[2] for t in packed))
+    assert all(jnp.abs(value).max() > 0 for value in expected)
+    by_rows = [RowMajor.of(t) for t in packed]
+    layer = jnp.int32(2)
+    for forms in (
+        tuple(LayerOf(t, layer) for t in packed),
+        tuple(LayerOf(t, layer) for t in by_rows),
+        tuple(jax.tree.map(lambda leaf: leaf[2], t) for t in by_rows),
+        (LayerOf(packed[0], layer), packed[1][2], LayerOf(by_rows[2], layer)),
+    ):
+        for found, value in zip(both(forms), expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(value, np.float32))
 
 
 def test_every_form_of_weights_becomes_one_array() -> None:

@@ -15,7 +15,7 @@ from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
 from bimedix_jax.kernels.nf4.rows import RowMajor
 from bimedix_jax.kernels.nf4_matmul import matmul, reference
-from bimedix_jax.kernels.nf4_matmul.api import BACKENDS, FEW_ROWS
+from bimedix_jax.kernels.nf4_matmul.api import BACKENDS, FEW_ROWS, dense_dot
 from bimedix_jax.kernels.stacks import LayerOf
 
 pack = jax.jit(quantize, static_argnames=("block_size", "double_quant", "batch_dims"))
@@ -193,6 +193,10 @@ def test_invalid_operands_raise() -> None:
     x, w = draw((5, 8), (9, 4))
     with pytest.raises((ValueError, TypeError)):
         matmul(x, w)
+    for contract_w, wrong in ((0, 32), (1, 64)):  # also where nothing checked the operands before
+        rows, matrix = draw((5, wrong), (64, 32), dtype="bfloat16")
+        with pytest.raises(ValueError, match=r"of \(64, 32\) needs rows of that length; got \(5, "):
+            dense_dot(rows, matrix, contract_w)
     with pytest.raises(
         ValueError, match="Unknown nf4_matmul backend 'fastest'; choose one of avx512, mosaic_tpu, triton, xla"
     ):
@@ -221,10 +225,10 @@ def runs_in_avx512(x: jax.Array, w: jax.Array | ByOutput) -> bool:
 
 
 @pytest.mark.parametrize("outputs", [32, 64, 96, 160, 13_376])
-@pytest.mark.parametrize("rows", [(2,), (3,), (8,), (2, 9), (301,), (0,)])
+@pytest.mark.parametrize("rows", [(2,), (3,), (8,), (2, 9), (601,), (0,)])
 @pytest.mark.usefixtures("avx512_machine")
 def test_dense_matrices_in_avx512(rows: tuple[int, ...], outputs: int) -> None:
-    """Stored by input and by output, results in float32 and bfloat16, and gradients. More than 384 outputs a task."""
+    """Stored by input and by output, and gradients: several chunks of rows, wide tasks, and a result of over 16 MiB."""
     x, w, dy = draw((*rows, 96), (96, outputs), (*rows, outputs), dtype="bfloat16")
     x32, w32, dy32 = (np.asarray(value, np.float32) for value in (x, w, dy))
     by_output = ByOutput(jnp.asarray(np.ascontiguousarray(np.asarray(w).T)))
@@ -243,6 +247,29 @@ def test_dense_matrices_in_avx512(rows: tuple[int, ...], outputs: int) -> None:
                 close(dx, dy32 @ w32.T, "bfloat16")
                 dw = dw.array.T if isinstance(dw, ByOutput) else dw
                 close(dw, x32.reshape(-1, 96).T @ dy32.reshape(-1, outputs), "bfloat16")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("inputs", [32, 512, 2016])
+@pytest.mark.parametrize("form", ["nf4", "by output"])
+@pytest.mark.usefixtures("avx512_machine")
+def test_few_rows_in_avx512(form: str, inputs: int, rows: int) -> None:
+    """Rows within and beyond the first-level cache; contractions that are no multiple of what one step takes."""
+    x, stored = draw((rows, inputs), (96, inputs), dtype="bfloat16")
+    packed = pack(stored, block_size=32)
+    w = ByOutput(stored) if form == "by output" else packed.mT
+    values = np.asarray(stored if form == "by output" else unpack(packed), np.float32)
+    with backends.use(nf4_matmul="avx512"):
+        assert runs_in_avx512(x, w)
+        y = matmul(x, w, "float32")
+    close(y, np.asarray(x, np.float32) @ values.T, "float32" if form == "by output" else "bfloat16")
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 32), (4, 32, 0), (0, 0, 0)])
+def test_empty_matrices(shape: tuple[int, int, int]) -> None:
+    rows, inputs, outputs = shape
+    y = matmul(jnp.ones((rows, inputs), jnp.bfloat16), jnp.ones((inputs, outputs), jnp.bfloat16))
+    np.testing.assert_array_equal(y, np.zeros((rows, outputs)))
 
 
 def test_when_dense_matrices_take_avx512(avx512_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +309,7 @@ def test_cpus_use_avx512_unless_they_have_matrix_units(
     ("width", "block", "source", "reason"),
     [
         (64, 64, "float16", "packed weights must come from bfloat16 or float32, in blocks of a multiple of 32"),
-        (48, 48, "bfloat16", r"widths must be multiples of 32, not \(48, 96\)"),
+        (48, 48, "bfloat16", r"widths must be positive multiples of 32, not \(48, 96\)"),
         (64, 16, "bfloat16", "in blocks of a multiple of 32"),
     ],
 )
