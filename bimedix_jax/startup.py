@@ -57,6 +57,8 @@ def prepare(command: str = "") -> None:
         return
     if "JAX_PLATFORMS" not in os.environ:
         os.environ["JAX_PLATFORMS"] = "cpu"
+        if jax := sys.modules.get("jax"):  # it read the variable when it was imported
+            jax.config.update("jax_platforms", jax.config.jax_platforms or "cpu")
         print("note: no GPU or TPU found, JAX runs on the CPU (set JAX_PLATFORMS to choose)", file=sys.stderr)
     if plugin and plugin.origin:
         _load_cuda_quietly(Path(plugin.origin).parent)

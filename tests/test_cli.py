@@ -241,6 +241,22 @@ def test_freed_memory_is_kept_before_the_first_thread(words: list[str]) -> None:
     assert done.stdout == "threads: 1 False\n", done.stderr
 
 
+def test_scripts_that_have_imported_jax_run_on_the_cpu_without_an_accelerator() -> None:
+    code = """
+        import jax
+        from bimedix_jax import startup
+
+        startup._has_accelerator = lambda: False
+        startup.importlib.util.find_spec = lambda name: name == "libtpu" or None  # as with the extra `aot`
+        startup.prepare()
+        print(jax.config.jax_platforms, jax.devices()[0].platform)
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.stdout == "cpu cpu\n", done.stderr
+
+
 def test_version():
     done = real_bimedix("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"bimedix_jax {bimedix_jax.__version__}\n", "")
