@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bimedix_jax.kernels.manual_axes import varying
 
 SHARED = Path(__file__).parent / "x86"
 """Headers of all kernels for x86 processors."""
+X86_KERNELS = tuple(sorted(Path(__file__).parent.glob("*/avx512/*.cc")))
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility-inlines-hidden", "-w")
 AVX512 = ("-march=x86-64-v4", "-mavx512bf16")
 AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"})
@@ -106,26 +108,40 @@ def existing(folder: Path, name: str) -> Path | None:
     return None
 
 
-def build(source: Path, options: Sequence[str]) -> Path:
+def library_name(source: Path, options: Sequence[str]) -> str:
+    """Another one whenever the library would be another."""
+    parts = [jax.__version__, *FLAGS, *options]
+    parts += [f"{path.name}\n{path.read_text('utf-8')}" for path in sources(source)]
+    return f"{source.stem}-{digest(chr(0).join(parts).encode())}"
+
+
+def build(source: Path, options: Sequence[str], others: Sequence[Path] = ()) -> Path:
     """The shared library of a C++ file and its headers, from the cache, or compiled into it in some seconds.
+
+    If it must be compiled, those of `others` that are missing are compiled at the same time, with the same options: a
+    model needs all of them. Whoever needs one that fails is told when they build it.
 
     Raises:
       CannotBuild: no compiler, it fails, or the cache cannot be used.
     """
-    parts = [jax.__version__, *FLAGS, *options]
-    parts += [f"{path.name}\n{path.read_text('utf-8')}" for path in sources(source)]
-    name, folder = f"{source.stem}-{digest(chr(0).join(parts).encode())}", own_folder()
+    folder = own_folder()
     try:
         remove_unfinished(folder)
-        return existing(folder, name) or compiled(source, options, folder, name)
+        if found := existing(folder, library_name(source, options)):
+            return found
+        others = [path for path in others if path != source and not existing(folder, library_name(path, options))]
+        with ThreadPoolExecutor(max_workers=max(1, len(others))) as pool:
+            for path in others:
+                pool.submit(compiled, path, options, folder)
+            return compiled(source, options, folder)
     except OSError as error:
         raise CannotBuild(
             f"{folder} cannot be used ({error.strerror}); set BIMEDIX_CACHE to another folder."
         ) from error
 
 
-def compiled(source: Path, options: Sequence[str], folder: Path, name: str) -> Path:
-    command = compiler()
+def compiled(source: Path, options: Sequence[str], folder: Path) -> Path:
+    command, name = compiler(), library_name(source, options)
     backends.announce("native", f"compiling {source.name} into {folder}, once")
     with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as scratch:  # others may compile the same
         made = Path(scratch) / "library.so"
@@ -163,14 +179,16 @@ def avx512_refusal(source: Path, functions: tuple[str, ...]) -> str | None:
         return "it is for x86 processors."
     if missing := AVX512_NEEDS - cpu_flags():
         return f"this processor does not have {', '.join(sorted(missing))}."
-    return register(source, AVX512, functions)
+    return register(source, AVX512, functions, X86_KERNELS)
 
 
 @functools.cache
-def register(source: Path, options: tuple[str, ...], functions: tuple[str, ...]) -> str | None:
+def register(
+    source: Path, options: tuple[str, ...], functions: tuple[str, ...], others: tuple[Path, ...] = ()
+) -> str | None:
     """Registers handlers of a C++ file with XLA, under their own names; the reason if that is impossible."""
     try:
-        library = ctypes.CDLL(str(build(source, options)))
+        library = ctypes.CDLL(str(build(source, options, others)))
         handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in functions}
     except CannotBuild as error:
         return str(error)

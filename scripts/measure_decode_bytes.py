@@ -84,7 +84,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences of a step")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of each sequence so far")
-    parser.add_argument("--out", type=Path, default=Path("runs/decode_programs"), help="folder for the compiled programs")
+    parser.add_argument("--out", type=Path, default=Path("runs/decode_programs"), help="folder for compiled programs")
     parser.add_argument("--count", type=Path, metavar="FILE", help="count the program in this file instead")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()

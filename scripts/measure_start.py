@@ -1,13 +1,14 @@
 """Time until the first token of `bimedix chat`, and to compile the training step of the quickstart.
 
-    python scripts/measure_start.py --model FOLDER --adapter FOLDER     # four starts of chat and one compilation
-    python scripts/measure_start.py --json                              # the compilation only; one JSON document
+    python scripts/measure_start.py --model FOLDER --adapter FOLDER     # also four starts of chat
+    python scripts/measure_start.py --json                              # compilations only; one JSON document
 
 Chat starts with an empty folder of compiled programs, and then again with what the start before has left there. Each
 start is a new process that answers one prompt. The training step is that of the preset `quickstart`, compiled from
-shapes only, in a new process without a folder of programs. Processor times (user and system) are beside the wall times,
-since on busy cores only they can be compared. A quickstart leaves a model in ~/.cache/bimedix_jax/quickstart-base-* and
-an adapter in the folder of the run.
+shapes only, in a new process without a folder of programs. Before it, the kernels in C++ are compiled into an empty
+folder, which happens once on a machine (null where they do not run). Processor times (user and system) are beside the
+wall times, since on busy cores only they can be compared. A quickstart leaves a model in
+~/.cache/bimedix_jax/quickstart-base-* and an adapter in the folder of the run.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 from bimedix_jax import presets, startup
@@ -111,12 +113,32 @@ def compile_step() -> dict[str, dict[str, float]]:
     return {name: {"wall": end[0] - start[0], "processor": end[1] - start[1]} for name, (start, end) in ends.items()}
 
 
-def run_child() -> dict[str, dict[str, float]]:
-    """Runs `compile_step` in a new process."""
-    command = [sys.executable, __file__, "--child"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def compile_kernels() -> dict[str, float] | None:
+    """Seconds to compile the kernels in C++, all at once."""
+    from bimedix_jax.kernels import native
+
+    if not native.has_avx512(matrix_units=False):
+        return None
+    marks = []
+    for action in (lambda: None, lambda: native.build(native.X86_KERNELS[0], native.AVX512, native.X86_KERNELS)):
+        action()
+        marks.append((time.perf_counter(), sum(os.times()[:4])))  # with the compilers' processes
+    return {name: end - start for name, start, end in zip(("wall", "processor"), *marks, strict=True)}
+
+
+CHILDREN: dict[str, Callable[[], Any]] = {"kernels": compile_kernels, "step": compile_step}
+
+
+def compile_both() -> dict[str, Any]:
+    """Runs both compilations, each in a new process. The second one finds the libraries of the first."""
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "BIMEDIX_CACHE": cache}
+        for name in CHILDREN:
+            command = [sys.executable, __file__, "--child", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, env={**os.environ, **environment}, check=True)
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
@@ -125,12 +147,12 @@ def main() -> None:
     parser.add_argument("--model", help="model of chat; by default chat is not measured")
     parser.add_argument("--adapter", help="adapter of chat")
     parser.add_argument("--starts", type=int, default=4, help="starts of chat, the first one with an empty folder")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(compile_step()))
+        print(json.dumps(CHILDREN[arguments.child]()))
         return
-    result: dict[str, Any] = {"step": run_child(), "step_bar": STEP_BAR, "chat": [], "chat_bar": CHAT_BAR}
+    result: dict[str, Any] = {**compile_both(), "step_bar": STEP_BAR, "chat": [], "chat_bar": CHAT_BAR}
     if arguments.model:
         with tempfile.TemporaryDirectory() as cache:
             result["chat"] = [start_chat(arguments.model, arguments.adapter, cache) for _ in range(arguments.starts)]
@@ -138,7 +160,8 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     print(f"{'seconds':<28}{'wall':>8}{'processor':>12}")
-    rows = {f"training step: {name}": seconds for name, seconds in result["step"].items()}
+    rows = {"kernels in C++": result["kernels"]} if result["kernels"] else {}
+    rows |= {f"training step: {name}": seconds for name, seconds in result["step"].items()}
     rows |= {f"chat: start {number}": seconds for number, seconds in enumerate(result["chat"], 1)}
     for name, seconds in rows.items():
         print(f"{name:<28}{seconds['wall']:>8.2f}{seconds['processor']:>12.2f}")

@@ -56,6 +56,27 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(source: Path) 
     assert ctypes.CDLL(str(native.build(source, ()))).answer() == 42
 
 
+def test_missing_libraries_of_other_kernels_are_compiled_at_the_same_time(source: Path) -> None:
+    others = [source.with_name(name) for name in ("made.cc", "missing.cc", "wrong.cc")]
+    for other in others:
+        other.write_text(ANSWER.replace("ANSWER", "7"))
+    others[2].write_text("int wrong(")
+    made = native.build(others[0], ())
+    before = made.stat().st_mtime_ns
+    library = native.build(source, (), [*others, source])
+    assert made.stat().st_mtime_ns == before
+    missing = native.existing(native.own_folder(), native.library_name(others[1], ()))
+    assert missing is not None
+    assert cached() == sorted(path.name for path in (library, made, missing))
+    assert ctypes.CDLL(str(missing)).answer() == 7
+    with pytest.raises(native.CannotBuild, match=r"cannot compile wrong.cc"):
+        native.build(others[2], (), others)
+
+
+def test_the_kernels_of_a_model_are_compiled_together() -> None:
+    assert [source.parents[1].name for source in native.X86_KERNELS] == ["attention", "expert_mlp", "nf4_matmul"]
+
+
 @pytest.mark.parametrize("kept", [0, 500, 4096, 10_000])
 def test_a_truncated_library_is_compiled_again(source: Path, kept: int) -> None:
     """Loading one would kill the process."""
