@@ -87,7 +87,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.inference.chat import Chat, ChatOptions, require_text
     from bimedix_jax.inference.decoding_layout import store_for_decoding
     from bimedix_jax.inference.keyboard import Keyboard
-    from bimedix_jax.routing.interventions import rules_of
+    from bimedix_jax.routing.interventions import check_fit, rules_of
 
     if console.stderr and not config.prompt:
         raise BimedixError("with --json nothing is read from the keyboard; give at least one --prompt")
@@ -110,6 +110,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
         folder = resolve(config.model, config.revision)
         tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
         options.check(context_of(folder))
+        check_fit(rules, folder)
         model = load(folder, base=config.base, adapter=config.adapter, router=config.router)
         store_for_decoding(model)
         chat = Chat(model, tokenizer, config.system, options, rules)

@@ -98,18 +98,20 @@ def evaluate(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.evals.harness_table import table
     from bimedix_jax.evals.request_store import RequestStore, check_run
     from bimedix_jax.quantise import storage_of
-    from bimedix_jax.routing.interventions import report, rules_of
+    from bimedix_jax.routing.interventions import check_fit, report, rules_of
 
     started = programs.count()
     rules, mesh = rules_of(config.intervene, config.adapter), mesh_of(config.mesh)
     if not HUB_ID.fullmatch(config.model):
-        resolve(config.model, config.revision)  # a wrong path is found before questions are downloaded
+        folder = resolve(config.model, config.revision)  # a wrong path or rule is found before questions are downloaded
+        check_fit(rules, folder)
     shots, flagged = config.num_fewshot, config.exclude_flagged
     tasks = harness_run.load_tasks(config.tasks, config.data, config.task_files, flagged, shots, config.limit)
     asked = asked_of(config, harness_run.questions_hash(tasks, config.limit))
     if config.out is not None and not config.overwrite:
         check_run(config.out / FILES[2], {"asked": asked})
     folder = resolve(config.model, config.revision)
+    check_fit(rules, folder)
     tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     model = load(folder, base=config.base, adapter=config.adapter, router=config.router, mesh=mesh)
     if rules is not None and rules.needs_base:

@@ -112,7 +112,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.commands import eval_run_train
     from bimedix_jax.data.vocabulary import tokenizer_of_model
     from bimedix_jax.evals import comparison, programs, tasks
-    from bimedix_jax.routing.interventions import report, rules_of
+    from bimedix_jax.routing.interventions import check_fit, report, rules_of
 
     check_options(config)
     started = programs.count()
@@ -126,6 +126,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     sets = sets_of(config, records, questions)
     overlap = None if config.train is None else eval_run_train.look_for(sets, config.train)
     folder = resolve(config.model, config.revision)
+    check_fit(rules, folder)
     tokenizer = tokenizer_of_model(folder, config.model, config.tokenizer, config.template)
     result = setting(config, tokenizer, records, questions)
     if before is not None and config.compare is not None:

@@ -82,7 +82,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     from bimedix_jax.data.vocabulary import require_fit, vocab_size_of
     from bimedix_jax.files import check_replaceable
     from bimedix_jax.process import signals
-    from bimedix_jax.routing.interventions import report, rules_of
+    from bimedix_jax.routing.interventions import check_fit, report, rules_of
     from bimedix_jax.routing.provenance import adapter_hash, model_hash
     from bimedix_jax.routing.recorded_data import Data
     from bimedix_jax.routing.recorder import record_routes
@@ -91,6 +91,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     rules = rules_of(config.intervene, config.adapter)
     settings = settings_of(config, rules)  # wrong ones are an error before anything is read
     folder = resolve(config.model, config.revision)
+    check_fit(rules, folder)
     tokenizer = load_tokenizer(config.tokenizer or folder, config.template)
     require_fit(tokenizer, vocab_size_of(folder), config.model)
     data = Data.open(config.data, tokenizer, config.limit)

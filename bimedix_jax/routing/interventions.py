@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from bimedix_jax.checkpoint.architecture import known_config
 from bimedix_jax.data.encoding import ROLES
 from bimedix_jax.errors import BimedixError
 from bimedix_jax.inference.planning import UNKNOWN, Planned, Source, Tokens
@@ -347,6 +348,17 @@ def rules_of(path: Path | None, adapter: Path | None = None) -> Interventions | 
             "`bimedix eval run`, or a recording of the base (`recording`), or leave the rule out"
         )
     return rules
+
+
+def check_fit(rules: Interventions | None, folder: str | Path) -> None:
+    """Checks rules against the configuration of a model folder, so that a wrong one is found before weights are read.
+
+    Raises:
+      BimedixError: a rule does not fit the model.
+    """
+    config = None if rules is None else known_config(folder)
+    if rules is not None and config is not None:
+        rules.check(config)
 
 
 def report(rules: Interventions | None, console: Console) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from bimedix_jax import cli
-from bimedix_jax.experiment import ModelSource, override
+from bimedix_jax.checkpoint.architecture import known_config
+from bimedix_jax.experiment import override
 from bimedix_jax.presets import PRESETS
-from bimedix_jax.training.dry_run import check_interventions, known_config
+from bimedix_jax.training.dry_run import check_interventions
 
 SMOKE = PRESETS["smoke"]()
 STUDY = """
@@ -66,10 +67,9 @@ def test_rules_that_fit_pass(tmp_path, monkeypatch, capsys):
 def test_sizes_are_those_of_a_folder_where_there_is_one(tmp_path):
     config = SMOKE.model.random
     assert config is not None
-    assert known_config(SMOKE.model) == config
-    assert known_config(ModelSource(path="owner/name")) is None
+    assert known_config("owner/name") is None
     (tmp_path / "bimedix.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
-    assert known_config(ModelSource(path=str(tmp_path))) == config
+    assert known_config(tmp_path) == config
     (tmp_path / "rules.json").write_text(json.dumps([{"op": "ban", "experts": [99]}]))
     hub = override(SMOKE, {"model": {"path": "owner/name"}, "intervene": str(tmp_path / "rules.json")})
     check_interventions(hub)  # its experts are not known
