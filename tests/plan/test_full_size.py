@@ -4,6 +4,8 @@ The paper's recipe on Mixtral-8x7B: rank 128, 16 rows of 4,096 tokens on 8 devic
 are no longer sharded, if gathers are hoisted out of the loop over layers, or if dequantised weights are kept.
 """
 
+import re
+
 import pytest
 
 from bimedix_jax.costs.devices import target
@@ -11,7 +13,7 @@ from bimedix_jax.experiment import override
 from bimedix_jax.models.config import MIXTRAL_8X7B
 from bimedix_jax.plan import hardware, shares
 from bimedix_jax.plan.report import Estimate, estimate_training, to_document
-from bimedix_jax.plan.step import recording_step
+from bimedix_jax.plan.step import recording_step, training_step
 from bimedix_jax.presets import bimedix_mixtral_8x7b
 
 GIB = 2**30
@@ -41,6 +43,19 @@ def test_the_recipe_fits_eight_a100s() -> None:
     assert sum(parts.values()) == pytest.approx(total)
     assert next(iter(parts)) == shares.EXPERTS
     assert parts[shares.MOVED] + parts[shares.ZEROS] <= 0.03 * total
+
+
+@pytest.mark.usefixtures("least_effort")
+def test_rows_of_32768_tokens_fit_without_an_array_of_all_pairs_of_tokens() -> None:
+    length = 32_768
+    changes = {"data.sequence_length": length, "batch.rows": 8, "batch.accumulation": 1, "remat": "layer"}
+    devices = hardware.devices("a100-80gb", 8)
+    found = training_step(MIXTRAL_8X7B, override(bimedix_mixtral_8x7b(), changes), devices)
+    assert found.text is not None
+    assert f"[{length}," in found.text
+    assert not re.search(rf"\[[\d,]*\b{length},{length}\b[\d,]*\]", found.text)
+    assert found.peak_bytes is not None
+    assert found.peak_bytes <= 35 * GIB
 
 
 @pytest.mark.usefixtures("least_effort")
