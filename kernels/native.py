@@ -1,5 +1,6 @@
 """Kernels in C++: compiled once on this machine, and called by XLA through its foreign function interface (jax.ffi)."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -7,12 +8,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,14 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibi
 AVX512 = ("-march=x86-64-v4", "-mavx512bf16")
 AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"})
 COMPILERS = ("c++", "g++", "clang++")
+MOST_SECONDS = 600
+"""Time that a compiler gets for a file; on two cores it takes 5 s."""
 UNFINISHED = "compiling-"
 """Beginning of the names of folders in which a library is being compiled."""
+
+
+failures: dict[tuple[str, ...], str] = {}
+"""Why there is no library, by its folder, its name and the compiler's command, in this process."""
 
 
 class CannotBuild(Exception):
@@ -58,7 +65,12 @@ def compiler() -> list[str]:
     Raises:
       CannotBuild: there is none, or CXX names no program.
     """
-    if words := shlex.split(os.environ.get("CXX", "")):
+    named = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(named)
+    except ValueError as error:
+        raise CannotBuild(f"CXX is {named!r}, which is no command ({error}); set it to a C++ compiler.") from error
+    if words:
         if shutil.which(words[0]) is None:
             raise CannotBuild(f"CXX is {words[0]!r}, which is no program; set it to a C++ compiler, or unset it.")
         return words
@@ -119,7 +131,8 @@ def build(source: Path, options: Sequence[str], others: Sequence[Path] = ()) -> 
     """The shared library of a C++ file and its headers, from the cache, or compiled into it in some seconds.
 
     If it must be compiled, those of `others` that are missing are compiled at the same time, with the same options: a
-    model needs all of them. Whoever needs one that fails is told when they build it.
+    model needs all of them. Whoever needs one that fails is told when they build it. Of several processes one compiles,
+    and the others wait for it.
 
     Raises:
       CannotBuild: no compiler, it fails, or the cache cannot be used.
@@ -129,34 +142,108 @@ def build(source: Path, options: Sequence[str], others: Sequence[Path] = ()) -> 
         remove_unfinished(folder)
         if found := existing(folder, library_name(source, options)):
             return found
-        others = [path for path in others if path != source and not existing(folder, library_name(path, options))]
-        with ThreadPoolExecutor(max_workers=max(1, len(others))) as pool:
-            for path in others:
-                pool.submit(compiled, path, options, folder)
-            return compiled(source, options, folder)
+        command = compiler()
+        with locked(folder):
+            asked = [source, *(path for path in others if path != source)]
+            missing = [path for path in asked if not existing(folder, library_name(path, options))]
+            compile_all(command, missing, options, folder)
+            found = existing(folder, library_name(source, options))
     except OSError as error:
-        raise CannotBuild(
-            f"{folder} cannot be used ({error.strerror}); set BIMEDIX_CACHE to another folder."
-        ) from error
+        where = error.filename or folder
+        raise CannotBuild(f"{where} cannot be used ({error.strerror}); set BIMEDIX_CACHE to another folder.") from error
+    if found is None:
+        raise CannotBuild(failures[str(folder), library_name(source, options), *command])
+    return found
 
 
-def compiled(source: Path, options: Sequence[str], folder: Path) -> Path:
-    command, name = compiler(), library_name(source, options)
-    backends.announce("native", f"compiling {source.name} into {folder}, once")
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as scratch:  # others may compile the same
-        made = Path(scratch) / "library.so"
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which the operating system frees if this process ends. Some file systems have no
+    locks; then several processes may compile the same."""
+    import fcntl  # not on Windows
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            backends.announce("native", f"waiting for another process that compiles into {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            backends.announce("native", f"{folder} is on a file system without locks")
+        yield
+    finally:
+        os.close(handle)
+
+
+def compile_all(command: Sequence[str], files: Sequence[Path], options: Sequence[str], folder: Path) -> None:
+    """Compiles files into the cache, all at once. Those that this compiler could not compile before are left out, and
+    the reason for each is in `failures`."""
+    runs: list[Compilation] = []
+    with contextlib.ExitStack() as stack:
+        for source in files:
+            if (str(folder), library_name(source, options), *command) not in failures:
+                runs.append(stack.enter_context(Compilation(command, source, options, folder)))
+        for run in runs:
+            if (reason := run.finish()) is not None:
+                failures[str(folder), run.name, *command] = reason
+
+
+class Compilation(contextlib.AbstractContextManager["Compilation"]):
+    """A compiler that runs for one file, until the context ends."""
+
+    def __init__(self, command: Sequence[str], source: Path, options: Sequence[str], folder: Path) -> None:
+        backends.announce("native", f"compiling {source.name} into {folder}, once")
+        self.source, self.name, self.folder = source, library_name(source, options), folder
+        self.scratch = tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder)
+        self.made, self.messages = (Path(self.scratch.name, name) for name in ("library.so", "messages"))
         includes = ["-isystem", jax.ffi.include_dir(), "-I", str(SHARED)]
-        run = [*command, *FLAGS, *options, *includes, str(source), "-o", str(made)]
-        found = subprocess.run(run, capture_output=True, text=True, errors="replace", check=False)
-        if found.returncode or not made.exists():
-            lines = [line for line in found.stderr.splitlines() if "error" in line] or [f"exit {found.returncode}"]
-            raise CannotBuild(
-                f"{command[0]} cannot compile {source.name} ({lines[0].strip()}); name another compiler by CXX."
-            )
-        return made.rename(folder / f"{name}-{digest(made.read_bytes())}.so")
+        words = [*command, *FLAGS, *options, *includes, str(source), "-o", str(self.made)]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.program, self.cannot_run = command[0], ""
+        with self.messages.open("wb") as file:
+            try:
+                # in a group of its own, which can be killed with all that a compiler starts
+                self.process = subprocess.Popen(
+                    words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
+                )
+            except OSError as error:
+                self.cannot_run = f"it cannot be run: {error.strerror}"
+
+    def finish(self) -> str | None:
+        """Waits for the library and moves it into the cache; returns the reason and a remedy if there is none."""
+        problem = self.problem()
+        if problem is None:
+            self.made.rename(self.folder / f"{self.name}-{digest(self.made.read_bytes())}.so")
+            return None
+        full = "No space left" in problem
+        remedy = "set BIMEDIX_CACHE to another folder" if full else "name another compiler by CXX"
+        return f"{self.program} cannot compile {self.source.name} ({problem}); {remedy}."
+
+    def problem(self) -> str | None:
+        """How the compiler failed, or None."""
+        if self.process is None:
+            return self.cannot_run
+        try:
+            code = self.process.wait(MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"it took more than {MOST_SECONDS} s"
+        if code == 0:
+            return None if self.made.is_file() else "it wrote no library"
+        # the last line of GCC says only that another program failed
+        lines = self.messages.read_text("utf-8", errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip() and not line.startswith("collect2:")]
+        return next((line for line in lines if "error" in line), lines[-1] if lines else f"exit {code}")
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.scratch.cleanup()
 
 
-def remove_unfinished(folder: Path, seconds: float = 600) -> None:
+def remove_unfinished(folder: Path, seconds: float = MOST_SECONDS) -> None:
     """Removes what compilations left that were killed at least `seconds` ago."""
     for scratch in folder.glob(f"{UNFINISHED}*"):
         if scratch.stat().st_mtime < time.time() - seconds:
@@ -188,12 +275,15 @@ def register(
 ) -> str | None:
     """Registers handlers of a C++ file with XLA, under their own names; the reason if that is impossible."""
     try:
-        library = ctypes.CDLL(str(build(source, options, others)))
-        handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in functions}
+        path = build(source, options, others)
     except CannotBuild as error:
         return str(error)
+    try:
+        library = ctypes.CDLL(str(path))
+        handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in functions}
     except (OSError, AttributeError) as error:
-        return f"its library cannot be loaded ({error}); delete {cache_folder()}."
+        path.unlink(missing_ok=True)
+        return f"the compiled {path.name} cannot be loaded ({error}) and was deleted; name another compiler by CXX."
     for name, handler in handlers.items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return None

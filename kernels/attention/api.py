@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bimedix_jax.kernels import backends
@@ -105,5 +106,7 @@ def attention(
     accelerators = {} if few or ancestor_ids_BTA is not None else PREFERRED
     preferred = {"cpu": ("avx512", "xla") if own else ("xla",), **accelerators}
     name = backends.pick("attention", BACKENDS, preferred, backend, refusal)
+    if q_BTQH.size == 0:
+        return jnp.zeros(q_BTQH.shape, q_BTQH.dtype)
     masked = (query_ids_BT, key_ids_BS, offset, window, *([] if ancestor_ids_BTA is None else [ancestor_ids_BTA]))
     return load(name).attention(*operands, *masked)

@@ -102,6 +102,37 @@ def fused_backward(backend, residuals, dout_ND):
 fused.defvjp(fused_forward, fused_backward, symbolic_zeros=True)
 
 
+def check(
+    x_ND: jax.Array, weights_NK: jax.Array, permutation: Permutation, weights: GivenWeights, deltas: GivenDeltas
+) -> None:
+    """Raises ValueError for operands of `expert_mlp` that do not fit."""
+    w1, w3, w2 = weights
+    width, hidden = x_ND.shape[1], w1.shape[-1]
+    experts = permutation.group_sizes_E.shape[0]
+    expected = [(experts, width, hidden), (experts, width, hidden), (experts, hidden, width)]
+    pairs = (weights_NK.shape[0], permutation.order_M.shape[0]) == (x_ND.shape[0], weights_NK.size)
+    if [w.shape for w in (w1, w3, w2)] != expected or not pairs:
+        raise ValueError(
+            f"expert_mlp needs w1 and w3 [E, D, F], w2 [E, F, D] and a permutation of N K pairs; got "
+            f"{w1.shape}, {w3.shape}, {w2.shape} for x {x_ND.shape}, weights {weights_NK.shape} and "
+            f"{experts} groups of {permutation.order_M.shape[0]} pairs."
+        )
+    for pair, (_, inputs, outputs) in zip(deltas, expected, strict=True):
+        if pair is not None and [w.shape for w in pair] != [
+            (experts, inputs, pair[0].shape[-1]),
+            (experts, pair[0].shape[-1], outputs),
+        ]:
+            raise ValueError(
+                f"expert_mlp needs factors [E, in, R] and [E, R, out] of weights ({experts}, {inputs}, {outputs}); got "
+                f"{pair[0].shape} and {pair[1].shape}."
+            )
+    if not all(jnp.issubdtype(part.dtype, jnp.integer) for part in permutation):
+        raise ValueError(
+            "expert_mlp needs a permutation of integers, as sort_by_expert makes; got "
+            f"{', '.join(str(part.dtype) for part in permutation)}."
+        )
+
+
 def expert_mlp(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
@@ -118,7 +149,7 @@ def expert_mlp(
 
     Args:
       weights_NK: the routing weight of each pair; pairs without an expert do not count.
-      permutation: of the pairs, by `sort_by_expert`.
+      permutation: of the pairs, by `sort_by_expert`. Of the sorted rows that experts own, `order_M` must name pairs.
       weights: (w1 [E, D, F], w3 [E, D, F], w2 [E, F, D]), arrays, NF4Tensors or RowMajor. Or layers of stacks
         (`LayerOf`): packed ones, and dense ones whose gradient is not taken.
         Experts may be Unstacked, for `few_rows`; the other backends stack them first, which copies all of them.
@@ -131,26 +162,12 @@ def expert_mlp(
       ValueError: shapes that do not fit, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
-    w1, w3, w2 = weights
-    width, hidden = x_ND.shape[1], w1.shape[-1]
-    experts = permutation.group_sizes_E.shape[0]
-    expected = [(experts, width, hidden), (experts, width, hidden), (experts, hidden, width)]
-    if [w.shape for w in (w1, w3, w2)] != expected or permutation.order_M.shape[0] != weights_NK.size:
-        raise ValueError(
-            f"expert_mlp needs w1 and w3 [E, D, F], w2 [E, F, D] and a permutation of N K pairs; got "
-            f"{w1.shape}, {w3.shape}, {w2.shape} for x {x_ND.shape}, weights {weights_NK.shape} and "
-            f"{experts} groups of {permutation.order_M.shape[0]} pairs."
-        )
-    for pair, (_, inputs, outputs) in zip(deltas, expected, strict=True):
-        if pair is not None and [w.shape for w in pair] != [
-            (experts, inputs, pair[0].shape[-1]),
-            (experts, pair[0].shape[-1], outputs),
-        ]:
-            raise ValueError(
-                f"expert_mlp needs factors [E, in, R] and [E, R, out] of weights ({experts}, {inputs}, {outputs}); got "
-                f"{pair[0].shape} and {pair[1].shape}."
-            )
+    check(x_ND, weights_NK, permutation, weights, deltas)
+    permutation = Permutation(*(part.astype(jnp.int32) for part in permutation))
+    deltas = tuple(None if pair is None or pair[0].shape[-1] == 0 else pair for pair in deltas)  # rank 0 adds nothing
     name = pick_backend(backend, x_ND.shape[0], weights_NK.size, weights, x_ND.dtype)
+    if weights_NK.size == 0:
+        return jnp.zeros(x_ND.shape, x_ND.dtype)
     operands = vary_alike(x_ND, weights_NK, permutation, weights, deltas)
     if name == "few_rows":
         return few_rows.expert_mlp(*operands)

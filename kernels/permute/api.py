@@ -36,6 +36,11 @@ def sort_by_expert(experts_NK: Int[Array, "N K"], num_experts: int) -> Permutati
     return Permutation(order_M, inverse_M, group_sizes_E)
 
 
+def pairs_of_a_token(permutation: Permutation, tokens: int) -> int:
+    """K; 1 where there is no token."""
+    return permutation.order_M.shape[0] // tokens if tokens else 1
+
+
 @jax.named_scope("dispatch")
 def dispatch(x_ND: Float[Array, "N D"], permutation: Permutation) -> Float[Array, "M D"]:
     """The row of each pair's token, sorted by expert."""
@@ -44,7 +49,7 @@ def dispatch(x_ND: Float[Array, "N D"], permutation: Permutation) -> Float[Array
 
 @jax.custom_vjp
 def gathered(x_ND: jax.Array, permutation: Permutation) -> jax.Array:
-    k = permutation.order_M.shape[0] // x_ND.shape[0]
+    k = pairs_of_a_token(permutation, x_ND.shape[0])
     return x_ND.at[permutation.order_M // k].get(mode="promise_in_bounds")
 
 
@@ -55,7 +60,8 @@ def gathered_forward(x_ND: jax.Array, permutation: Permutation):
 def gathered_backward(residuals: tuple[Permutation, int], dy_MD: jax.Array):
     permutation, tokens = residuals
     pairs_MD = dy_MD.at[permutation.inverse_M].get(mode="promise_in_bounds")
-    dx_ND = jnp.sum(pairs_MD.reshape(tokens, -1, dy_MD.shape[1]), axis=1, dtype=jnp.float32)
+    k = pairs_of_a_token(permutation, tokens)
+    dx_ND = jnp.sum(pairs_MD.reshape(tokens, k, dy_MD.shape[1]), axis=1, dtype=jnp.float32)
     return dx_ND.astype(dy_MD.dtype), None
 
 
@@ -72,7 +78,7 @@ def combine(
 
 @jax.custom_vjp
 def weighted_sum(y_MD: jax.Array, weights_NK: jax.Array, permutation: Permutation) -> jax.Array:
-    pairs_NKD = y_MD.at[permutation.inverse_M].get(mode="promise_in_bounds").reshape(*weights_NK.shape, -1)
+    pairs_NKD = y_MD.at[permutation.inverse_M].get(mode="promise_in_bounds").reshape(*weights_NK.shape, y_MD.shape[1])
     return jnp.sum(pairs_NKD * weights_NK[..., None], axis=1, dtype=jnp.float32).astype(y_MD.dtype)
 
 

@@ -297,6 +297,16 @@ def test_layers_of_a_cache_are_its_parts() -> None:
     np.testing.assert_array_equal(one.array(), 2 * k)
 
 
+@pytest.mark.parametrize("backend", ["avx512", "xla", None])
+@pytest.mark.parametrize("shape", [(0, 20), (2, 0)])
+def test_no_query(shape: tuple[int, int], backend: str | None) -> None:
+    q = jnp.zeros((*shape, 4, 32), jnp.bfloat16)
+    k, ids = q[:, :, :2], jnp.ones(shape, jnp.int32)
+    y, pullback = jax.vjp(lambda q, k, v: api.attention(q, k, v, ids, ids, backend=backend), q, k, k)
+    assert y.shape == q.shape
+    assert [x.shape for x in pullback(y)] == [q.shape, k.shape, k.shape]
+
+
 @pytest.mark.parametrize("wrong", ["heads", "slots", "width", "batch", "ids", "ancestors", "window"])
 def test_invalid_operands_raise(wrong: str) -> None:
     q, k, v = map(jnp.asarray, draw(20, 20, 4, 2, 32))

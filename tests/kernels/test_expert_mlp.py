@@ -298,6 +298,55 @@ def test_groups_with_too_many_rows_are_an_error(avx512_machine: None) -> None:
             jax.block_until_ready(expert_mlp(x, pairs, wrong, weights, backend="avx512"))
 
 
+def test_sorted_rows_that_belong_to_no_pair_are_an_error(avx512_machine: None) -> None:
+    """They would be read beyond the array."""
+    x, pairs, weights, _ = draw("bfloat16", True, RANKS["no deltas"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+    for order in (permutation.order_M + 10**7, -1 - permutation.order_M):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="expert_mlp: a sorted row belongs to no pair"):
+            jax.block_until_ready(expert_mlp(x, pairs, permutation._replace(order_M=order), weights, backend="avx512"))
+
+
+@pytest.mark.parametrize("backend", ["avx512", "xla", "composed"])
+def test_permutations_of_other_integers(backend: str) -> None:
+    x, pairs, weights, _ = draw("bfloat16", True, RANKS["no deltas"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+    expected = expert_mlp(x, pairs, permutation, weights, backend=backend)
+    with jax.enable_x64(True):
+        for dtype in ("int64", "uint8"):
+            other = type(permutation)(*(part.astype(dtype) for part in permutation))
+            np.testing.assert_array_equal(expert_mlp(x, pairs, other, weights, backend=backend), expected)
+    wrong = permutation._replace(group_sizes_E=permutation.group_sizes_E.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"a permutation of integers, .*; got int32, int32, float32"):
+        expert_mlp(x, pairs, wrong, weights, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["avx512", "xla", "composed", None])
+@pytest.mark.parametrize("empty", ["tokens", "top_k", "ranks"])
+def test_nothing_to_compute(backend: str | None, empty: str) -> None:
+    x, pairs, weights, deltas = draw("bfloat16", True, RANKS["all deltas"])
+    chosen = jnp.asarray(owners("some unassigned"))
+    if empty == "tokens":
+        x, pairs, chosen = x[:0], pairs[:0], chosen[:0]
+    elif empty == "top_k":
+        pairs, chosen = pairs[:, :0], chosen[:, :0]
+    else:
+        deltas = tuple((a[:, :, :0], b[:, :0]) for a, b in deltas)
+    permutation = sort_by_expert(chosen, EXPERTS)
+
+    def run(x: jax.Array, pairs: jax.Array, deltas: tuple) -> jax.Array:
+        return expert_mlp(x, pairs, permutation, weights, deltas, backend=backend)
+
+    y, pullback = jax.vjp(run, x, pairs, deltas)
+    gradients = pullback(y)
+    assert jax.tree.map(jnp.shape, gradients) == jax.tree.map(jnp.shape, (x, pairs, deltas))
+    if empty == "ranks":
+        np.testing.assert_array_equal(y, expert_mlp(x, pairs, permutation, weights, backend=backend))
+    else:
+        assert y.shape == x.shape
+        assert not y.any()
+
+
 def test_orders_are_inverse() -> None:
     x = jnp.arange(24).reshape(2, 6, 2)
     np.testing.assert_array_equal(evens_first(x, 1)[0, :, 0], [0, 4, 8, 2, 6, 10])
@@ -325,5 +374,7 @@ def test_invalid_operands_raise() -> None:
         expert_mlp(x, pairs, permutation, weights, narrow)
     with pytest.raises(ValueError, match="needs w1 and w3"):
         expert_mlp(x, pairs, permutation, weights[::-1], deltas)
+    with pytest.raises(ValueError, match="a permutation of N K pairs"):
+        expert_mlp(x, pairs[:, :1], permutation, weights, deltas)
     with pytest.raises(ValueError, match="Unknown expert_mlp backend 'fastest'"):
         expert_mlp(x, pairs, permutation, weights, deltas, backend="fastest")

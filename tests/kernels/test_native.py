@@ -3,7 +3,9 @@
 import ctypes
 import logging
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -28,6 +30,14 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, avx512_machine: None
     (folder / "answer.h").write_text("#define ANSWER 42\n")
     (folder / "answer.cc").write_text('#include "answer.h"\n' + ANSWER)
     return folder / "answer.cc"
+
+
+def script(source: Path, text: str) -> str:
+    """A compiler that is a shell script."""
+    found = source.with_name(f"compiler{len(list(source.parent.iterdir()))}")
+    found.write_text(f"#!/bin/sh\n{text}\n")
+    found.chmod(0o755)
+    return str(found)
 
 
 def cached() -> list[str]:
@@ -108,7 +118,18 @@ def test_a_finished_library_needs_no_compiler(source: Path, monkeypatch: pytest.
 def test_a_library_without_the_function(source: Path) -> None:
     reason = native.register(source, (), ("question",))
     assert reason is not None
-    assert "its library cannot be loaded (" in reason
+    assert "cannot be loaded (" in reason
+    assert "and was deleted; name another compiler by CXX" in reason
+    assert cached() == []
+
+
+def test_a_compiler_that_writes_nonsense_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", script(source, 'for last; do :; done; echo nonsense > "$last"'))
+    reason = native.register(source, ("-O1",), ("answer",))
+    assert reason is not None
+    assert "cannot be loaded (" in reason
+    monkeypatch.delenv("CXX")
+    assert ctypes.CDLL(str(native.build(source, ("-O1",)))).answer() == 42
 
 
 def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,11 +146,69 @@ def test_what_the_compiler_refuses(source: Path, monkeypatch: pytest.MonkeyPatch
     source.write_text("int wrong(")
     with pytest.raises(native.CannotBuild, match=r"cannot compile answer.cc \(.*error: .*\); name another"):
         native.build(source, ())
-    for name, code in (("false", 1), ("true", 0)):
+    for name, problem in (("false", "exit 1"), ("true", "it wrote no library")):
         monkeypatch.setenv("CXX", name)
-        with pytest.raises(native.CannotBuild, match=rf"{name} cannot compile answer.cc \(exit {code}\); name another"):
+        with pytest.raises(native.CannotBuild, match=rf"{name} cannot compile answer.cc \({problem}\); name another"):
             native.build(source, ())
+    full = "echo ld: final link failed: No space left on device >&2; echo collect2: error: ld returned 1 >&2; exit 1"
+    monkeypatch.setenv("CXX", script(source, full))
+    with pytest.raises(native.CannotBuild, match=r"\(ld: .* No space left on device\); set BIMEDIX_CACHE to another"):
+        native.build(source, ())
     assert cached() == []
+
+
+def test_compilers_that_cannot_be_run(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '")
+    with pytest.raises(native.CannotBuild, match=r"CXX is \"g\+\+ '\", which is no command"):
+        native.build(source, ())
+    broken = source.with_name("broken")
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(native.CannotBuild, match=r"\(it cannot be run: Exec format error\); name another compiler"):
+        native.build(source, ())
+
+
+def test_a_compiler_that_hangs_is_stopped(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MOST_SECONDS", 0.3)
+    alive = source.with_name("alive")
+    monkeypatch.setenv("CXX", script(source, f"(sleep 2; touch {alive}) & wait"))
+    with pytest.raises(native.CannotBuild, match=r"\(it took more than 0.3 s\)"):
+        native.build(source, ())
+    time.sleep(2.5)
+    assert not alive.exists(), "what the compiler started is stopped, too"
+    assert cached() == []
+
+
+def test_an_interrupt_stops_the_compilers(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", script(source, "sleep 60"))
+    others = [source.with_name("other.cc")]
+    others[0].write_text(ANSWER)
+    threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        native.build(source, (), others)
+    assert time.monotonic() - started < 20
+    assert cached() == []
+
+
+def test_each_file_is_compiled_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By threads or processes at once, and by a compiler that fails."""
+    count = source.with_name("count")
+    monkeypatch.setenv("CXX", script(source, f'echo >> {count}; exec g++ "$@"'))
+    threads = [threading.Thread(target=native.build, args=(source, ())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(count.read_text()) == 1
+    wrong = [source.with_name(f"wrong{number}.cc") for number in range(3)]
+    for path in wrong:
+        path.write_text("int wrong(")
+    for path in wrong:
+        with pytest.raises(native.CannotBuild, match=f"cannot compile {path.name} "):
+            native.build(path, (), wrong)
+    assert len(count.read_text()) == 4
 
 
 def test_folders_that_cannot_be_used(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

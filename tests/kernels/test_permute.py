@@ -23,7 +23,7 @@ def sorted_and_combined(x: jax.Array, weights: jax.Array, chosen: jax.Array, own
 
 # tokens, experts, top_k; few, because each is compiled
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([(1, 1, 1), (1, 5, 3), (9, 2, 2), (12, 4, 1), (11, 64, 3)]), st.integers(0, 2**31))
+@given(st.sampled_from([(0, 3, 2), (1, 1, 1), (1, 5, 3), (9, 2, 2), (12, 4, 1), (11, 64, 3)]), st.integers(0, 2**31))
 def test_equals_the_reference(shape: tuple[int, int, int], seed: int) -> None:
     tokens, experts, top_k = shape
     rng = np.random.default_rng(seed)
@@ -71,3 +71,10 @@ def test_gradients_equal_those_of_plain_indexing(dtype: str, tolerance: float) -
             )
 
     check()
+
+
+def test_gradients_of_no_token() -> None:
+    permutation = sort_by_expert(jnp.zeros((0, 2), jnp.int32), 4)
+    weights = jnp.zeros((0, 2))
+    gradient = jax.grad(lambda x: jnp.sum(combine(dispatch(x, permutation), weights, permutation)))(jnp.zeros((0, 3)))
+    assert gradient.shape == (0, 3)

@@ -37,6 +37,11 @@ Groups groups_of(const Operands& given) {
   }
   if (rows > int64_t(given.arg(ORDER).element_count()))
     throw std::invalid_argument("expert_mlp: the groups have more rows than there are pairs");
+  const int32_t* order = given.data<const int32_t>(ORDER);
+  const int64_t pairs = given.arg(ORDER).element_count();
+  for (int64_t row = 0; row < rows; row++)
+    if (order[row] < 0 || order[row] >= pairs)
+      throw std::invalid_argument("expert_mlp: a sorted row belongs to no pair");
   return Groups(sizes, count);
 }
 
