@@ -1,5 +1,6 @@
 """The exception for problems that the user can fix."""
 
+import argparse
 import errno
 import os
 import re
@@ -27,14 +28,39 @@ class UsageError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs the main function of a script; for a BimedixError it prints the message only and exits with 1."""
+    """Runs the main function of a script. For a BimedixError, and for problems of files and memory, it prints one
+    sentence and exits with 1."""
     try:
         main()
     except BimedixError as error:
         sys.exit(f"error: {error}")
+    except (OSError, MemoryError) as error:
+        if (problem := problem_of(error)) is None:
+            raise
+        sys.exit(f"error: {problem}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def positive(text: str) -> int:
+    """A number on the command line of a script, at least 1."""
+    return at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """A number on the command line of a script, at least 0."""
+    return at_least(0, text)
+
+
+def at_least(least: int, text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is too small; give at least {least}")
+    return number
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.errors import BimedixError, positive, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,7 +76,7 @@ def compare(commit: str, command: list[str], pairs: int) -> list[dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="the earlier commit")
-    parser.add_argument("--pairs", type=int, default=5, help="runs of each side")
+    parser.add_argument("--pairs", type=positive, default=5, help="runs of each side")
     parser.add_argument("command", nargs="+", help="a benchmark of bimedix with its options, after --")
     options = parser.parse_args()
     if options.pairs < 1:

@@ -28,7 +28,7 @@ from bimedix_jax.curation.llm.store import open_store
 from bimedix_jax.curation.quarantine import Quarantine
 from bimedix_jax.curation.readers import read
 from bimedix_jax.data.records import Record
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import positive, run_script
 
 TRANSLATED = {"qa": 155_600, "mcqa": 224_500, "chat": 64_900}
 """Samples by kind: the paper's bilingual set minus its English set (tables 7 and 8), 445.0 K in total."""
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with medquad, medmcqa_en, medqa_usmle_en, ...")
     parser.add_argument("--prices", nargs="*", default=[], help="NAME=PROMPT/CACHED/COMPLETION or a .json file")
     parser.add_argument("--refined", type=float, default=0.3, help="share of samples that need one more round")
-    parser.add_argument("--sample", type=int, default=1000, help="records of each kind to estimate on")
+    parser.add_argument("--sample", type=positive, default=1000, help="records of each kind to estimate on")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     rows = {kind: records(options.data, kind, options.sample) for kind in SOURCES}

@@ -21,6 +21,8 @@ import transformers
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
 from safetensors import safe_open
 
+from bimedix_jax.errors import positive, run_script
+
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--text", default="The heart", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=20)
+    parser.add_argument("--max-new-tokens", type=positive, default=20)
     arguments = parser.parse_args()
     model = load(arguments.folder, arguments.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.folder)
@@ -73,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from bimedix_jax.curation.checks import lexicon
+from bimedix_jax.errors import natural, run_script
 
 Body = dict[str, Any]
 
@@ -330,7 +331,9 @@ def some_faults(share: float) -> Callable[[Body, int], str | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--port", type=int, default=8123, help="0: any free port; the first line printed is the URL")
+    parser.add_argument(
+        "--port", type=natural, default=8123, help="0: any free port; the first line printed is the URL"
+    )
     parser.add_argument("--latency", type=float, default=0.0, help="seconds per answer, give or take a half")
     parser.add_argument("--faults", type=float, default=0.0, help="share of requests that fail the first time")
     arguments = parser.parse_args()
@@ -343,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bimedix_jax import startup
-from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.errors import BimedixError, positive, run_script
 from bimedix_jax.models.config import MIXTRAL_8X7B, LoraConfig, MixtralConfig
 
 ADAPTERS = {
@@ -128,9 +128,9 @@ def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--width", type=int, default=4096, help="hidden size, a multiple of 512")
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4], help="layers of the models")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of the one row")
+    parser.add_argument("--width", type=positive, default=4096, help="hidden size, a multiple of 512")
+    parser.add_argument("--depths", type=positive, nargs="+", default=[2, 4], help="layers of the models")
+    parser.add_argument("--length", type=positive, default=1024, help="tokens of the one row")
     parser.add_argument("--targets", nargs="+", default=["cpu", "a100-80gb"], help="what to compile for")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()

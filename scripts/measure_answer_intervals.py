@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import positive, run_script
 from bimedix_jax.evals import statistics
 
 TASKS = {"medical genetics": 100, "clinical knowledge": 265, "PubMedQA": 500, "MedQA": 1273, "MedMCQA": 4183}
@@ -78,7 +78,7 @@ def measure(sets: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sets", type=int, default=2000, help="simulated data sets of each row")
+    parser.add_argument("--sets", type=positive, default=2000, help="simulated data sets of each row")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     result = measure(arguments.sets)

@@ -37,7 +37,7 @@ import numpy as np
 from bimedix_jax.checkpoint.integrity import find_damage
 from bimedix_jax.checkpoint.saver import Saver
 from bimedix_jax.checkpoint.steps import newest_valid, restore_step, step_folder, steps_in
-from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.errors import BimedixError, natural, positive, run_script
 from bimedix_jax.process.folders import WRITTEN, sweep
 
 GOOD, NEWER, LATER = 5, 10, 15
@@ -278,8 +278,8 @@ def measure(trials: int, seed: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=10, help="trials of each fault (default: 10)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=positive, default=10, help="trials of each fault (default: 10)")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     logging.disable()  # a warning for each damaged checkpoint, an error of Orbax for each disturbed save

@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 from bimedix_jax import startup
+from bimedix_jax.errors import positive, run_script
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 
 LAYERS = (2, 32)
@@ -122,9 +123,9 @@ def measure(repeats: int, width: int, length: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--repeats", type=int, default=3, help="processes a depth")
-    parser.add_argument("--width", type=int, default=256, help="hidden size, a multiple of 256")
-    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--repeats", type=positive, default=3, help="processes a depth")
+    parser.add_argument("--width", type=positive, default=256, help="hidden size, a multiple of 256")
+    parser.add_argument("--length", type=positive, default=512, help="tokens a row")
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.width < 256 or arguments.width % 256 or arguments.length < 2 or arguments.repeats < 1:
@@ -144,4 +145,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,7 +26,7 @@ from bimedix_jax import startup
 from bimedix_jax.checkpoint import table
 from bimedix_jax.checkpoint.hf_config import write_config
 from bimedix_jax.checkpoint.safetensors_io import ShardedWriter, TensorSpec, pieces, read_folder
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import positive, run_script
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 
 SLACK = 1 << 29
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to write (default: the system's temporary folder)"
     )
-    parser.add_argument("--layers", type=int, default=2, help="layers of 2.9 GB each")
+    parser.add_argument("--layers", type=positive, default=2, help="layers of 2.9 GB each")
     parser.add_argument("--small", action="store_true", help="one sixteenth of the width")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=None, help=argparse.SUPPRESS)

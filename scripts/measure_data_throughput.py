@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, positive, run_script
 
 SEQUENCE = 4096
 BAR_RSS, BAR_USED, BAR_RATIO = 1.5 * 2**30, 0.98, 0.8
@@ -364,12 +364,12 @@ def _without_document(run: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=20_000, help="number of records to generate")
-    parser.add_argument("--part", type=int, default=100_000, help="records in the comparison with tokenizers")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--records", type=positive, default=20_000, help="number of records to generate")
+    parser.add_argument("--part", type=positive, default=100_000, help="records in the comparison with tokenizers")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds of the comparison")
+    parser.add_argument("--workers", type=natural, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--shrink", type=float, default=1.0, help="factor for the length of records")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--folder", type=Path, help="folder to work in, which is kept; default: a temporary folder")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     arguments = parser.parse_args()

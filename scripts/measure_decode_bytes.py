@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax import startup
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import positive, run_script
 
 LAYERS = {"a100-80gb": 32, "h100-80gb": 32, "v5e": 16}
 """Layers of the model that fit one device; the others are left out."""
@@ -82,18 +82,19 @@ def main() -> None:
     parser.add_argument(
         "--devices", nargs="+", choices=LAYERS, default=["a100-80gb", "v5e"], help="what to compile for"
     )
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="sequences of a step")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each sequence so far")
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 8], help="sequences of a step")
+    parser.add_argument("--tokens", type=positive, default=512, help="tokens of each sequence so far")
     parser.add_argument("--out", type=Path, default=Path("runs/decode_programs"), help="folder for compiled programs")
     parser.add_argument("--count", type=Path, metavar="FILE", help="count the program in this file instead")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     startup.prepare()
+    from bimedix_jax.files import read_text
     from bimedix_jax.plan import traffic
 
     rule = (traffic.__doc__ or "").partition("\n\n")[2].strip()
     if options.count is not None:
-        print(json.dumps(count(options.count.read_text(encoding="utf-8")), indent=1))
+        print(json.dumps(count(read_text(options.count)), indent=1))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     rows = [

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bimedix_jax import startup
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, run_script
 
 QUESTIONS = 600
 WORDS = {
@@ -192,8 +192,8 @@ def measure(wanted: int, seed: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments")
+    parser.add_argument("--kills", type=natural, default=20)
+    parser.add_argument("--seed", type=natural, default=0, help="draws the moments")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

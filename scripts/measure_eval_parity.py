@@ -44,7 +44,7 @@ from bimedix_jax import cli, startup
 from bimedix_jax.checkpoint.hf import export_hf
 from bimedix_jax.checkpoint.load import load
 from bimedix_jax.data.tokenizer import load_tokenizer
-from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.errors import BimedixError, natural, positive, run_script
 from bimedix_jax.evals.documents import NINE, read
 from bimedix_jax.evals.harness import HarnessModel
 from bimedix_jax.evals.harness_run import load_tasks, primary_of
@@ -362,16 +362,16 @@ def summary(rows: list[dict]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the English sets")
-    parser.add_argument("--limit", type=int, help="questions of each English task for parity; by default all")
-    parser.add_argument("--limit-arabic", type=int, default=100, help="questions of each Arabic task (default 100)")
+    parser.add_argument("--limit", type=positive, help="questions of each English task for parity; by default all")
+    parser.add_argument("--limit-arabic", type=natural, default=100, help="of each Arabic task (default 100)")
     parser.add_argument("--mixture", type=Path, help="folder of a model for the speed; by default made from SmolLM2")
-    parser.add_argument("--questions", type=int, default=200, help="questions of each task for the speed (default 200)")
-    parser.add_argument("--peer-every", type=int, default=16, help="the peer gets one of N batches (default 16)")
+    parser.add_argument("--questions", type=positive, default=200, help="of each task for the speed (default 200)")
+    parser.add_argument("--peer-every", type=positive, default=16, help="the peer gets one of N batches (default 16)")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--speed", nargs="*", default=TEXTS, metavar="TASK", help="tasks of the speed (nine by text)")
     parser.add_argument("--shots", nargs="*", default=[], metavar="TASK", help="more of them, with five examples")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-    parser.add_argument("--peer-batch", type=int, default=PEER_BATCH, help=f"rows of a peer's batch ({PEER_BATCH})")
+    parser.add_argument("--peer-batch", type=positive, default=PEER_BATCH, help=f"of a peer ({PEER_BATCH} rows)")
     args = parser.parse_args()
     if args.mixture and not args.mixture.is_dir():
         raise BimedixError(f"there is no folder {args.mixture}; name that of a model with --mixture, or leave it out")

@@ -12,14 +12,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import positive, run_script
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the English sets")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a model's tokenizer")
-    parser.add_argument("--context", type=int, default=8192, help="context of the model (default 8192)")
+    parser.add_argument("--context", type=positive, default=8192, help="context of the model (default 8192)")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     args = parser.parse_args()
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.errors import BimedixError, natural, positive, run_script
 from bimedix_jax.routing.answers import answers_of
 from bimedix_jax.routing.clusters import Comparison, generator
 from bimedix_jax.routing.contrasts import contrasts
@@ -364,24 +364,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--datasets",
-        type=int,
+        type=positive,
         default=1000,
         help="null data sets; half as many with the stated effect, a fifth with each other",
     )
-    parser.add_argument("--records", type=int, default=60)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=60, help="median tokens of a record")
-    parser.add_argument("--permutations", type=int, default=PERMUTATIONS)
-    parser.add_argument("--relabellings", type=int, default=200)
-    parser.add_argument("--token-datasets", type=int, default=100, help="of the two measurements with single tokens")
+    parser.add_argument("--records", type=positive, default=60)
+    parser.add_argument("--layers", type=positive, default=4)
+    parser.add_argument("--experts", type=positive, default=8)
+    parser.add_argument("--top-k", type=positive, default=2)
+    parser.add_argument("--tokens", type=positive, default=60, help="median tokens of a record")
+    parser.add_argument("--permutations", type=natural, default=PERMUTATIONS)
+    parser.add_argument("--relabellings", type=natural, default=200)
+    parser.add_argument("--token-datasets", type=natural, default=100, help="of both measurements with single tokens")
     parser.add_argument("--recording", type=Path, default=RECORDING)
     parser.add_argument(
         "--record", metavar="MODEL", help="record the sample with this model into --recording, and stop"
     )
-    parser.add_argument("--limit", type=int, default=120, help="records of --record")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=positive, default=120, help="records of --record")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true")
     shape = parser.parse_args(namespace=Shape())
     if shape.record is not None:

@@ -33,7 +33,7 @@ import numpy as np
 from bimedix_jax.adapters import add_lora
 from bimedix_jax.costs.devices import known
 from bimedix_jax.costs.flops import training_flops
-from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.errors import BimedixError, natural, positive, run_script
 from bimedix_jax.experiment import Experiment, override
 from bimedix_jax.kernels import backends
 from bimedix_jax.models.config import ARCHITECTURES, MixtralConfig
@@ -160,12 +160,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="mixtral-8x7b")
@@ -175,7 +169,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=positive, default=4096)
     parser.add_argument("--remat", choices=("none", "experts", "layer"), default="layer")
     parser.add_argument("--steps", type=positive, default=2, help="timed steps after one warm-up; their median counts")
-    parser.add_argument("--kernels", type=int, default=0, help="trace one more step and list its longest kernels")
+    parser.add_argument("--kernels", type=natural, default=0, help="trace one more step and list its longest kernels")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as `bimedix plan` assumes

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, positive, run_script
 
 TIMEOUT = 30.0
 COMPILE = "jax._src.compiler:compile_or_get_cached"
@@ -168,8 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     parser.add_argument("--moments", nargs="+", default=["start", "compile", "work", "save"])
-    parser.add_argument("--tries", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tries", type=positive, default=1)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON document")
     options = parser.parse_args()
     rows = measure(options.commands, options.moments, options.tries, options.seed)

@@ -24,6 +24,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from bimedix_jax.adapters import add_lora
+from bimedix_jax.errors import run_script
 from bimedix_jax.experiment import RouterTraining
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
 from bimedix_jax.models.init import init_random
@@ -130,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from bimedix_jax import startup
 from bimedix_jax.errors import run_script
 from bimedix_jax.plan.codegen import attention, gpu, layer, tpu
+from bimedix_jax.plan.codegen.cases import cases
 
 MEASURE: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     target: module.measure for module in (gpu, tpu) for target in module.TARGETS
@@ -40,6 +41,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     startup.prepare()
+    known = [name for target in options.targets for name in (gpu.more_cases() if target in gpu.TARGETS else cases())]
+    known += ["attention forward, bfloat16"]
+    if unknown := [name for name in options.cases or () if name not in known and not name.startswith("attention ")]:
+        parser.error(f"there is no case {unknown[0]!r}; the names are {', '.join(dict.fromkeys(known))}")
     rows = [
         row for target in options.targets for row in tqdm(MEASURE[target](target, names=options.cases), desc=target)
     ]

@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import Any
 
 from bimedix_jax import startup
+from bimedix_jax.errors import positive, run_script
 
 SIZES = [
     (1024, 512, 32_000),
@@ -71,8 +72,8 @@ def measure(rows: int, inputs: int, outputs: int, repetitions: int) -> list[dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--size", type=int, nargs=3, action="append", metavar=("ROWS", "IN", "OUT"))
+    parser.add_argument("--repetitions", type=positive, default=15)
+    parser.add_argument("--size", type=positive, nargs=3, action="append", metavar=("ROWS", "IN", "OUT"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     sizes = options.size or SIZES
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

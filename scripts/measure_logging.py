@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from bimedix_jax import startup
+from bimedix_jax.errors import positive, run_script
 
 LENGTH, ROWS, RECORD = 512, 2, 128
 PAIRS = (("ar", "chat"), ("ar", "mcqa"), ("ar", "qa"), ("en", "chat"), ("en", "mcqa"), ("en", "qa"))
@@ -171,7 +172,7 @@ def measure(size: str, pairs: int, mirrored: bool) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", choices=("small", "smoke"), default="small", help="model of the benchmark")
-    parser.add_argument("--pairs", type=int, default=30, help="pairs of steps (default: %(default)s)")
+    parser.add_argument("--pairs", type=positive, default=30, help="pairs of steps (default: %(default)s)")
     parser.add_argument("--wandb", action="store_true", help="also write the offline mirror of Weights & Biases")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args(argv)
@@ -184,4 +185,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import positive, run_script
 
 DEVICES = 4
 STEPS = 6
@@ -103,7 +103,7 @@ def kill_one(folder: Path, processes: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, choices=(2, 4))
+    parser.add_argument("--processes", type=positive, default=2, choices=(2, 4))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

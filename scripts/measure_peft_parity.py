@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from bimedix_jax import startup
+from bimedix_jax.errors import run_script
 
 MODEL = {
     "vocab_size": 97,
@@ -376,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,7 +24,7 @@ from flax import nnx
 
 from bimedix_jax import startup
 from bimedix_jax.adapters import add_lora, linears
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, positive, run_script
 from bimedix_jax.inference.planning import Source
 from bimedix_jax.inference.scoring import score
 from bimedix_jax.models.config import LoraConfig, MixtralConfig, RouterConfig
@@ -328,9 +328,9 @@ def measure(records: int, tokens: int, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=1200, help="texts for the knock-outs, half of them Arabic")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of a text")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--records", type=positive, default=1200, help="texts for the knock-outs, half of them Arabic")
+    parser.add_argument("--tokens", type=positive, default=48, help="tokens of a text")
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     startup.prepare()

@@ -27,7 +27,7 @@ from flax import nnx
 
 from bimedix_jax.data.records import Language, Record, Turn
 from bimedix_jax.data.tokenizer import Tokenizer, byte_tokenizer
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, positive, run_script
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 from bimedix_jax.models.mixtral import Mixtral
 from bimedix_jax.routing.contrasts import contrasts
@@ -220,9 +220,9 @@ def measured(count: int, routers: int, seed: int, truth: int = TRUTH) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=80, help="records of both languages together")
-    parser.add_argument("--random-routers", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--records", type=positive, default=80, help="records of both languages together")
+    parser.add_argument("--random-routers", type=natural, default=100)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
     options = parser.parse_args()
     rows = measured(options.records, options.random_routers, options.seed)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from bimedix_jax.errors import run_script
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize, reference
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

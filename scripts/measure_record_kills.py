@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, run_script
 
 PARTS, BATCHES = 5, 5
 """Parts of a recording, and batches of a part, about."""
@@ -214,8 +214,8 @@ def check_same(expected: dict[str, bytes], found: dict[str, bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments")
+    parser.add_argument("--kills", type=natural, default=20)
+    parser.add_argument("--seed", type=natural, default=0, help="draws the moments")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, which is the only form")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -11,6 +11,8 @@ import argparse
 import json
 from typing import Any
 
+from bimedix_jax.errors import run_script
+
 LAYERS, EXPERTS, TOP_K, TOKENS, WIDTH = 48, 128, 8, 4096, 512
 
 
@@ -104,4 +106,4 @@ if __name__ == "__main__":
     from bimedix_jax import startup
 
     startup.prepare()
-    main()
+    run_script(main)

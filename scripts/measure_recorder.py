@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, positive, run_script
 from bimedix_jax.routing.recording import Recording
 
 VOCAB = 512
@@ -338,21 +338,21 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="what to measure")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--large-rows", type=int, default=10_000_000)
-    parser.add_argument("--time-rows", type=int, default=330_000)
-    parser.add_argument("--mesh-rows", type=int, default=64_000)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", type=positive, default=1_000_000)
+    parser.add_argument("--large-rows", type=positive, default=10_000_000)
+    parser.add_argument("--time-rows", type=positive, default=330_000)
+    parser.add_argument("--mesh-rows", type=positive, default=64_000)
+    parser.add_argument("--kills", type=natural, default=20)
+    parser.add_argument("--layers", type=positive, default=32)
+    parser.add_argument("--experts", type=positive, default=8)
+    parser.add_argument("--top-k", type=positive, default=2)
+    parser.add_argument("--width", type=positive, default=64)
+    parser.add_argument("--batch-tokens", type=positive, default=4096)
+    parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, which is the only form")
     parser.add_argument("--task", choices=("measure", "record", "times"), default="measure", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("R"), help=argparse.SUPPRESS)
-    parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=positive, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--exact", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task == "measure":

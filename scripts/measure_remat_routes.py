@@ -17,6 +17,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from bimedix_jax.errors import positive, run_script
+
 if TYPE_CHECKING:
     import jax
     import numpy as np
@@ -170,7 +172,7 @@ def measure(devices: int = 1) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices of a mesh")
+    parser.add_argument("--devices", type=positive, default=1, help="CPU devices of a mesh")
     parser.add_argument("--json", action="store_true", help="print exactly one JSON document")
     options = parser.parse_args()
     if options.devices > 1:
@@ -192,4 +194,4 @@ if __name__ == "__main__":
     from bimedix_jax import startup
 
     startup.prepare()
-    main()
+    run_script(main)

@@ -36,7 +36,7 @@ import numpy as np
 from bimedix_jax.checkpoint.integrity import MANIFEST
 from bimedix_jax.checkpoint.steps import read_arrays
 from bimedix_jax.data import loader, pack
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, run_script
 from bimedix_jax.training.metrics import TIMINGS
 from bimedix_jax.training.metrics_file import readable
 
@@ -329,8 +329,8 @@ def measure(wanted: int, seed: int, folder: Path, with_seek: bool) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments")
+    parser.add_argument("--kills", type=natural, default=100)
+    parser.add_argument("--seed", type=natural, default=0, help="draws the moments")
     parser.add_argument("--no-seek", action="store_true", help="leave out the 1.3 million rows")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bimedix_jax import startup
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import positive, run_script
 from bimedix_jax.experiment import override
 from bimedix_jax.files import write_text
 from bimedix_jax.models.config import MIXTRAL_8X7B
@@ -75,8 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--devices", default="a100-80gb:8", help="what to compile for")
     parser.add_argument("--remat", default="layer", help="what the backward pass recomputes")
-    parser.add_argument("--sequences", type=int, nargs="*", default=[2048, 4096, 8192, 16_384, 32_768])
-    parser.add_argument("--layers", type=int, nargs="*", default=[8, 16, 24, 32])
+    parser.add_argument("--sequences", type=positive, nargs="*", default=[2048, 4096, 8192, 16_384, 32_768])
+    parser.add_argument("--layers", type=positive, nargs="*", default=[8, 16, 24, 32])
     parser.add_argument("--rows", type=Path, help="JSON document with earlier rows, to which new rows are added")
     parser.add_argument("--plot", type=Path, help="write a plot to this PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, positive, run_script
 from bimedix_jax.training.metrics_file import read_metrics
 
 LIMIT = 0.02
@@ -100,9 +100,9 @@ def measure(steps: int, warm_up: int, every: int, folder: Path) -> dict[str, Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--warm-up", type=int, default=500, help="steps that are left out at the start")
-    parser.add_argument("--every", type=int, default=20, help="steps between saves")
+    parser.add_argument("--steps", type=positive, default=2000)
+    parser.add_argument("--warm-up", type=natural, default=500, help="steps that are left out at the start")
+    parser.add_argument("--every", type=positive, default=20, help="steps between saves")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -20,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bimedix_jax import presets, startup
+from bimedix_jax.errors import positive, run_script
 from bimedix_jax.models.config import MixtralConfig, RouterConfig
 
 PROMPT = "What is anaemia?"
@@ -68,7 +70,7 @@ def start_chat(model: str, adapter: str | None, cache: str) -> dict[str, float]:
         while not shown.partition(question)[2].strip():
             piece = os.read(process.stdout.fileno(), 4096)
             if not piece:
-                raise SystemExit(f"bimedix chat ended without a reply: {shown.decode()}")
+                raise SystemExit(f"bimedix chat ended without a reply; its error is above. {shown.decode()}".strip())
             shown += piece
         found = {"wall": time.perf_counter() - began, "processor": processor_seconds(process.pid)}
         process.send_signal(signal.SIGINT)
@@ -141,17 +143,32 @@ def compile_both() -> dict[str, Any]:
     return found
 
 
+def require_model(model: str, adapter: str | None) -> None:
+    """Raises BimedixError for a model without a tokenizer, and for a folder without an adapter."""
+    from bimedix_jax.checkpoint.hub import resolve
+    from bimedix_jax.checkpoint.load import check_adapter
+    from bimedix_jax.data.vocabulary import tokenizer_of_model
+
+    tokenizer_of_model(resolve(model), model)
+    if adapter:
+        check_adapter(Path(adapter))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--model", help="model of chat; by default chat is not measured")
     parser.add_argument("--adapter", help="adapter of chat")
-    parser.add_argument("--starts", type=int, default=4, help="starts of chat, the first one with an empty folder")
+    parser.add_argument("--starts", type=positive, default=4, help="starts of chat, the first one with an empty folder")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(CHILDREN[arguments.child]()))
         return
+    if arguments.adapter and not arguments.model:
+        parser.error("--adapter is used with --model only")
+    if arguments.model:
+        require_model(arguments.model, arguments.adapter)  # a wrong path is found before the compilations
     result: dict[str, Any] = {**compile_both(), "step_bar": STEP_BAR, "chat": [], "chat_bar": CHAT_BAR}
     if arguments.model:
         with tempfile.TemporaryDirectory() as cache:
@@ -168,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, run_script
 from bimedix_jax.sweeps.folder import EVALUATION, RUNS, read_incidents
 
 STUDY = '''"""Kills: do they change the table?"""
@@ -210,8 +210,8 @@ def started_again(out: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0, help="draws the moments")
+    parser.add_argument("--kills", type=natural, default=30)
+    parser.add_argument("--seed", type=natural, default=0, help="draws the moments")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

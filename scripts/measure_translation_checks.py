@@ -22,7 +22,7 @@ from bimedix_jax.curation.checks import damage
 from bimedix_jax.curation.checks.api import FLAG_NAMES, Batch, check_text
 from bimedix_jax.curation.checks.related import Corpus
 from bimedix_jax.curation.checks.segments import Segments
-from bimedix_jax.errors import BimedixError, run_script
+from bimedix_jax.errors import BimedixError, natural, positive, run_script
 
 
 def read_pairs(path: Path) -> list[damage.Pair]:
@@ -153,8 +153,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pairs", type=Path, required=True, help="JSONL file with the fields en and ar")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the damages")
-    parser.add_argument("--limit", type=int, help="use the first LIMIT pairs")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the damages")
+    parser.add_argument("--limit", type=positive, help="use the first LIMIT pairs")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--misses", metavar="KIND", help="print the misjudged pairs of a kind (or of `clean`)")
     options = parser.parse_args()

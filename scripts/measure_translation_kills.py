@@ -29,7 +29,7 @@ from loopback_llm import Server, some_faults
 
 from bimedix_jax.curation.llm.store import open_store
 from bimedix_jax.data.records import sample, write_jsonl
-from bimedix_jax.errors import run_script
+from bimedix_jax.errors import natural, positive, run_script
 
 CONCURRENCY = 4  # of the translator and of the judge each
 LATENCY = 0.04
@@ -117,9 +117,9 @@ def measure(records: int, kills: int, seed: int, folder: Path) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--records", type=int, default=60, help="of the sample that ships with the package")
-    parser.add_argument("--seed", type=int, default=0, help="draws the records and the moments")
+    parser.add_argument("--kills", type=natural, default=50)
+    parser.add_argument("--records", type=positive, default=60, help="of the sample that ships with the package")
+    parser.add_argument("--seed", type=natural, default=0, help="draws the records and the moments")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ from typing import Any
 from bimedix_jax import startup
 from bimedix_jax.bench.intensity import PHASES, works
 from bimedix_jax.costs.devices import DEVICES
+from bimedix_jax.errors import run_script
 
 ACCELERATORS = ("a100-80gb", "v5e")
 MARKS = {phase.name: mark for phase, mark in zip(PHASES, "osv^", strict=True)}
@@ -120,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,6 +3,7 @@
 Made-up commands stand in for real ones, so that these tests are about the command line alone.
 """
 
+import argparse
 import ast
 import itertools
 import json
@@ -18,6 +19,7 @@ import pytest
 
 import bimedix_jax
 from bimedix_jax import cli, startup
+from bimedix_jax.errors import natural, positive, run_script
 
 COMMANDS_FOR_TESTS = '''
 import ctypes, errno, os, subprocess, sys, time
@@ -255,6 +257,16 @@ def test_scripts_that_have_imported_jax_run_on_the_cpu_without_an_accelerator() 
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.stdout == "cpu cpu\n", done.stderr
+
+
+def test_problems_of_scripts_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}: Is a directory; name a file instead of a folder$"):
+        run_script(lambda: print(tmp_path.read_text()))
+    with pytest.raises(argparse.ArgumentTypeError, match="0 is too small; give at least 1"):
+        positive("0")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'1\.5' is no whole number"):
+        natural("1.5")
+    assert (positive("1"), natural("0")) == (1, 0)
 
 
 def test_version():

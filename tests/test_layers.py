@@ -299,3 +299,15 @@ def test_files_and_functions_fit_on_a_screen():
             ):
                 long.append(f"{name}:{node.lineno} {node.name}: {size} lines")
     assert not long
+
+
+def test_scripts_report_problems_in_one_sentence() -> None:
+    """Through run_script, and numbers on their command lines are checked."""
+    own = {"count_rooms.py", "golden.py", "gpu_check.py", "write_task_files.py"}  # have exit codes of their own
+    texts = {path.name: path.read_text("utf-8") for path in (ROOT / "scripts").glob("*.py") if path.name not in own}
+    texts = {name: text for name, text in texts.items() if "__main__" in text}
+    assert len(texts) > 30
+    assert not [name for name, text in texts.items() if "run_script(" not in text]
+    hidden = "argparse.SUPPRESS"
+    lines = [(name, line) for name, text in texts.items() for line in text.splitlines()]
+    assert not [(name, line) for name, line in lines if "type=int" in line and hidden not in line]
