@@ -195,14 +195,14 @@ class Coverage:
         """For a terminal of 80 columns or more."""
         share = 100 * self.trainable_parameters / self.total_parameters
         partly = [row for row in self.rows if 0 < row.adapted < row.matrices]
-        full = sorted({row.rank for row in self.rows if row.rank is not None and row.full_rank})
+        full = any(row.full_rank for row in self.rows)
         table = FittedTable(
             title="Coverage: every base tensor, its storage and its adapter",
             caption="\n".join(
                 [
                     f"{self.trainable_parameters:,} trainable of {self.total_parameters:,} ({share:.2f} %); "
                     f"base {self.base_bytes / 2**30:.2f} GiB",
-                    *(f"rank {rank} (full rank): its adapter can represent every change of a matrix" for rank in full),
+                    *(["full rank: such a row's adapter can represent every change of its matrices"] if full else []),
                     *(f"part: {row.name} has {row.adapted} of {row.matrices} matrices adapted" for row in partly),
                 ]
             ),

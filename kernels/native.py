@@ -305,4 +305,14 @@ def call(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole, manual_axis_type=ManualAxisType(varying=axes))
 
     function = jax.ffi.ffi_call(name, [described(*result) for result in results], vmap_method="sequential")
-    return list(function(*operands, **{key: np.int64(value) for key, value in attributes.items()}))
+    constants = {key: np.int64(value) for key, value in attributes.items()}
+    compute = jax.custom_jvp(lambda *operands: function(*operands, **constants))
+
+    @compute.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} can be differentiated once, and in reverse mode; choose the backends of XLA by backends.use("
+            'expert_mlp="xla", attention="xla", nf4_matmul="xla").'
+        )
+
+    return list(compute(*operands))

@@ -63,6 +63,13 @@ inline Weights weights(const Operands& given, int i, int64_t rows, int64_t colum
           block};
 }
 
+// The layer that the operand `index` names in the stack that begins at the operand `stack`. As in XLA's slices, a
+// negative one counts from the end, and one that is out of range becomes the nearest.
+inline int64_t layer_in(const Operands& given, int index, int stack) {
+  const int64_t layers = given.shape(stack)[0], layer = *given.data<const int32_t>(index);
+  return std::clamp<int64_t>(layer < 0 ? layer + layers : layer, 0, std::max<int64_t>(0, layers - 1));
+}
+
 alignas(64) inline constexpr float NF4[16] = {
     -1.0f,
     -0.6961928009986877f,

@@ -244,6 +244,18 @@ def test_weights_in_the_stack_of_all_layers(backend: str, dtype: str) -> None:
         close(got, expected, dtype)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layer_out_of_range_is_that_of_a_slice(packed: bool, avx512_machine: None) -> None:
+    x, pairs, weights, _ = draw("bfloat16", False, RANKS["no deltas"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+    stacks = [jnp.stack([w, -w, 2 * w]) for w in weights]
+    stacks = [quantize(jnp.copy(w.mT), batch_dims=2).mT for w in stacks] if packed else stacks
+    for layer in (3, 100_000, -1, -100_000):
+        given = tuple(LayerOf(w, jnp.int32(layer)) for w in stacks)
+        expected = expert_mlp(x, pairs, permutation, tuple(w.value() for w in given), backend="avx512")
+        np.testing.assert_array_equal(expert_mlp(x, pairs, permutation, given, backend="avx512"), expected)
+
+
 @pytest.mark.parametrize("backend", ["avx512", "xla"])
 def test_some_weights_in_the_stack_and_others_in_another_dtype(backend: str) -> None:
     """Of three layers, the last one; what has to be converted is sliced first."""
@@ -294,7 +306,7 @@ def test_groups_with_too_many_rows_are_an_error(avx512_machine: None) -> None:
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
     for sizes in (permutation.group_sizes_E * 50, permutation.group_sizes_E - 50):
         wrong = permutation._replace(group_sizes_E=sizes)
-        with pytest.raises(jax.errors.JaxRuntimeError, match="expert_mlp: "):
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="expert_mlp: "):
             jax.block_until_ready(expert_mlp(x, pairs, wrong, weights, backend="avx512"))
 
 
@@ -303,7 +315,9 @@ def test_sorted_rows_that_belong_to_no_pair_are_an_error(avx512_machine: None) -
     x, pairs, weights, _ = draw("bfloat16", True, RANKS["no deltas"])
     permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
     for order in (permutation.order_M + 10**7, -1 - permutation.order_M):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="expert_mlp: a sorted row belongs to no pair"):
+        with pytest.raises(
+            (jax.errors.JaxRuntimeError, ValueError), match="expert_mlp: a sorted row belongs to no pair"
+        ):
             jax.block_until_ready(expert_mlp(x, pairs, permutation._replace(order_M=order), weights, backend="avx512"))
 
 
@@ -345,6 +359,21 @@ def test_nothing_to_compute(backend: str | None, empty: str) -> None:
     else:
         assert y.shape == x.shape
         assert not y.any()
+
+
+def test_a_second_derivative_names_the_backend_that_has_it(avx512_machine: None) -> None:
+    x, pairs, weights, deltas = draw("bfloat16", True, RANKS["all deltas"])
+    permutation = sort_by_expert(jnp.asarray(owners("some unassigned")), EXPERTS)
+
+    def steepness(x: jax.Array) -> jax.Array:
+        gradient = jax.grad(lambda x: jnp.sum(expert_mlp(x, pairs, permutation, weights, deltas)))(x)
+        return jnp.sum(gradient.astype(jnp.float32) ** 2)
+
+    message = r"differentiated once, .* by backends.use\(expert_mlp="
+    with backends.use(expert_mlp="avx512"), pytest.raises(NotImplementedError, match=message):
+        jax.grad(steepness)(x)
+    with backends.use(expert_mlp="xla"):
+        assert jax.grad(steepness)(x).shape == x.shape
 
 
 def test_orders_are_inverse() -> None:

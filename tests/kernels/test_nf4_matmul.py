@@ -138,6 +138,15 @@ def test_a_layer_of_a_stack_is_bit_equal_to_its_slice(backend: str) -> None:
         np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
+@pytest.mark.parametrize("layer", [3, 100_000, -1, -100_000])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layer_out_of_range_is_that_of_a_slice(packed: bool, layer: int, avx512_machine: None) -> None:
+    x, w = draw((40, 64), (3, 64, 64), dtype="bfloat16")
+    stack = quantize(w, batch_dims=1) if packed else w
+    got, expected = (matmul(x, LayerOf(stack, jnp.int32(layer)), backend=name) for name in ("avx512", "xla"))
+    assert np.abs(np.asarray(got - expected, np.float32)).max() <= 0.02 * np.abs(np.asarray(expected, np.float32)).max()
+
+
 def test_a_layer_stored_by_rows_is_bit_equal_to_its_slice() -> None:
     """In a stack, and alone as after a gather over devices. The rows are as many as in training."""
     w, x, dy = draw((3, 128, 256), (2, 100, 256), (2, 100, 128), dtype="bfloat16")

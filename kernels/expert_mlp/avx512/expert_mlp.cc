@@ -66,7 +66,7 @@ Layer layer_of(const Operands& given) {
   return {stack(W1, width, hidden, block),
           stack(W3, width, hidden, block),
           stack(W2, hidden, width, down_block),
-          *given.data<const int32_t>(LAYER) * given.shape(A1)[0],
+          layer_in(given, LAYER, W1) * given.shape(A1)[0],
           block > 0,
           factors(given, A1),
           factors(given, A3),

@@ -14,7 +14,7 @@ void linear(ffi::ThreadPool& pool, const Operands& given) {
   const int64_t in = shape[1], out = given.attribute("out"), block = given.attribute("block");
   const bool over_columns = given.attribute("over_columns"), full = given.attribute("full");
   const Weights stack = over_columns ? weights(given, W, out, in, block) : weights(given, W, in, out, block);
-  Linear{given.data<const uint16_t>(X), shape[0], in, out, stack.of(*given.data<const int32_t>(LAYER)), over_columns,
+  Linear{given.data<const uint16_t>(X), shape[0], in, out, stack.of(layer_in(given, LAYER, W)), over_columns,
          given.result<void>(0),         full}
       .run(pool);
 }
