@@ -1,6 +1,7 @@
 """One run of lm-evaluation-harness: loading tasks, evaluating, and its result in our formats."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import itertools
@@ -32,8 +33,6 @@ from bimedix_jax.inference.planning import language_of
 
 PREFIX = "bimedix_"
 """What the names of our tasks begin with."""
-VARIANTS = ("_text", "_gen", "_abjad")
-"""What the names of tasks with other forms of the same questions end with."""
 METRICS = ("acc", "acc_bytes", "acc_norm", "exact_match")
 """Metrics by which an option or an answer is right, the default one first."""
 FEWSHOT_SEED = 1234
@@ -76,7 +75,7 @@ def load_tasks(
     manager = TaskManager(include_path=include, include_defaults=not own, metadata=metadata)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        raise BimedixError(f"there is no task {', '.join(unknown)}; {known_names(manager)}")
+        raise BimedixError(f"there is no task {', '.join(unknown)}; {instead_of(unknown[0], manager)}")
     try:
         loaded: Any = manager.load(list(names))
     except IndexError as error:  # the harness looks at the first question
@@ -111,16 +110,12 @@ def require_folders(folders: Sequence[Path], remedy: str) -> None:
             raise BimedixError(f"there is no folder {folder}; {remedy}")
 
 
-def known_names(manager: Any) -> str:
-    """Our groups and tasks, for a message."""
-    ours = {name for name in manager.all_tasks if name.startswith(PREFIX)}
-    groups = sorted(name for name in ours & set(manager.all_groups) if not name.endswith("_by_size"))
-    tasks = sorted(ours - set(manager.all_groups))
-    plain = [name for name in tasks if not name.endswith(VARIANTS)]
-    return (
-        f"our groups are {', '.join(groups)}; our tasks are {', '.join(plain)}, and those of the nine benchmarks with "
-        f"{', '.join(VARIANTS[:-1])} or {VARIANTS[-1]} (docs/harness.md)"
-    )
+def instead_of(unknown: str, manager: Any) -> str:
+    """The nearest tasks and our groups, for a message."""
+    groups = [name for name in sorted(manager.all_groups) if name.startswith(PREFIX) and not name.endswith("_by_size")]
+    near = difflib.get_close_matches(unknown, manager.all_tasks, n=3)
+    question = f"did you mean {' or '.join(near)}? Our" if near else "our"
+    return f"{question} groups are {', '.join(groups)}, and docs/harness.md lists our tasks"
 
 
 def require_options(name: str, task: Any, limit: int | None) -> None:
