@@ -32,7 +32,7 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibi
 AVX512 = ("-march=x86-64-v4", "-mavx512bf16")
 AVX512_NEEDS = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"})
 COMPILERS = ("c++", "g++", "clang++")
-MOST_SECONDS = 600
+MOST_SECONDS = 600.0
 """Time that a compiler gets for a file; on two cores it takes 5 s."""
 UNFINISHED = "compiling-"
 """Beginning of the names of folders in which a library is being compiled."""
@@ -139,11 +139,11 @@ def build(source: Path, options: Sequence[str], others: Sequence[Path] = ()) -> 
     """
     folder = own_folder()
     try:
-        remove_unfinished(folder)
         if found := existing(folder, library_name(source, options)):
             return found
         command = compiler()
-        with locked(folder):
+        with locked(folder) as alone:
+            remove_unfinished(folder, 0.0 if alone else MOST_SECONDS)
             asked = [source, *(path for path in others if path != source)]
             missing = [path for path in asked if not existing(folder, library_name(path, options))]
             compile_all(command, missing, options, folder)
@@ -157,9 +157,9 @@ def build(source: Path, options: Sequence[str], others: Sequence[Path] = ()) -> 
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which the operating system frees if this process ends. Some file systems have no
-    locks; then several processes may compile the same."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Holds the lock of a folder, which the operating system frees if this process ends. Yields False on a file system
+    without locks, where several processes may compile the same."""
     import fcntl  # not on Windows
 
     handle = os.open(folder, os.O_RDONLY)
@@ -170,8 +170,9 @@ def locked(folder: Path) -> Iterator[None]:
             backends.announce("native", f"waiting for another process that compiles into {folder}")
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError:
-            backends.announce("native", f"{folder} is on a file system without locks")
-        yield
+            yield False
+            return
+        yield True
     finally:
         os.close(handle)
 
@@ -227,7 +228,7 @@ class Compilation(contextlib.AbstractContextManager["Compilation"]):
         try:
             code = self.process.wait(MOST_SECONDS)
         except subprocess.TimeoutExpired:
-            return f"it took more than {MOST_SECONDS} s"
+            return f"it took more than {MOST_SECONDS:g} s"
         if code == 0:
             return None if self.made.is_file() else "it wrote no library"
         # the last line of GCC says only that another program failed
@@ -243,11 +244,12 @@ class Compilation(contextlib.AbstractContextManager["Compilation"]):
         self.scratch.cleanup()
 
 
-def remove_unfinished(folder: Path, seconds: float = MOST_SECONDS) -> None:
-    """Removes what compilations left that were killed at least `seconds` ago."""
+def remove_unfinished(folder: Path, seconds: float) -> None:
+    """Removes what compilations left that began at least `seconds` ago and were killed."""
     for scratch in folder.glob(f"{UNFINISHED}*"):
-        if scratch.stat().st_mtime < time.time() - seconds:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            if scratch.stat().st_mtime <= time.time() - seconds:
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def sources(source: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """Kernels in C++ are compiled once, into a folder of the user's; where that fails, the reason is one sentence."""
 
 import ctypes
+import errno
+import fcntl
 import logging
 import os
 import signal
@@ -99,14 +101,24 @@ def test_a_truncated_library_is_compiled_again(source: Path, kept: int) -> None:
     assert len(cached()) == 1
 
 
-def test_a_killed_compilation_leaves_nothing_for_long(source: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_killed_compilation_leaves_nothing_for_long(
+    source: Path, locks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one removes it; where files have no locks, ten minutes later."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuse)
     left = [native.own_folder() / f"{native.UNFINISHED}{name}" for name in ("old", "new")]
     for folder in left:
         folder.mkdir()
         (folder / "library.so").write_text("half")
     os.utime(left[0], (0, 0))
     native.build(source, ())
-    assert [folder.exists() for folder in left] == [False, True]
+    assert [folder.exists() for folder in left] == [False, not locks]
 
 
 def test_a_finished_library_needs_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
