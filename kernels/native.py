@@ -114,9 +114,10 @@ def existing(folder: Path, name: str) -> Path | None:
     Loading a truncated library would kill the process.
     """
     for library in folder.glob(f"{name}-*.so"):
-        if library.name == f"{name}-{digest(library.read_bytes())}.so":
-            return library
-        library.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it
+            if library.name == f"{name}-{digest(library.read_bytes())}.so":
+                return library
+            library.unlink()
     return None
 
 
@@ -230,11 +231,22 @@ class Compilation(contextlib.AbstractContextManager["Compilation"]):
         except subprocess.TimeoutExpired:
             return f"it took more than {MOST_SECONDS:g} s"
         if code == 0:
-            return None if self.made.is_file() else "it wrote no library"
+            return self.damage()
         # the last line of GCC says only that another program failed
         lines = self.messages.read_text("utf-8", errors="replace").splitlines()
         lines = [line.strip() for line in lines if line.strip() and not line.startswith("collect2:")]
         return next((line for line in lines if "error" in line), lines[-1] if lines else f"exit {code}")
+
+    def damage(self) -> str | None:
+        """What is wrong with the library. Another process loads it, which a truncated one would kill."""
+        if not self.made.is_file():
+            return "it wrote no library"
+        load = [sys.executable, "-I", "-S", "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(self.made)]
+        found = subprocess.run(load, capture_output=True, text=True, errors="replace", check=False)
+        if found.returncode == 0:
+            return None
+        reason = found.stderr.strip().rpartition("OSError: ")[2] or "this ends a process"
+        return f"its library cannot be loaded: {reason.replace(str(self.made), self.made.name)}"
 
     def __exit__(self, *exception: object) -> None:
         if self.process is not None and self.process.poll() is None:

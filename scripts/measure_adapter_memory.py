@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["cpu", "a100-80gb"], help="what to compile for")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
+    if options.width % 512:
+        parser.error("--width must be a multiple of 512")
     startup.prepare()
     rows = measure(options.width, options.depths, options.length, options.targets)
     if options.json:

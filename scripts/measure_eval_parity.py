@@ -373,6 +373,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--peer-batch", type=positive, default=PEER_BATCH, help=f"of a peer ({PEER_BATCH} rows)")
     args = parser.parse_args()
+    if not args.data.is_dir():
+        raise BimedixError(f"there is no folder {args.data}; name that of the English sets with --data")
     if args.mixture and not args.mixture.is_dir():
         raise BimedixError(f"there is no folder {args.mixture}; name that of a model with --mixture, or leave it out")
     with tempfile.TemporaryDirectory() as name:

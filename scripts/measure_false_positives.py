@@ -384,6 +384,8 @@ def main() -> None:
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true")
     shape = parser.parse_args(namespace=Shape())
+    if shape.top_k > shape.experts or shape.experts < 4 or shape.records < 20 or shape.permutations < 100:
+        parser.error("give --experts at least 4, --top-k at most as many, --records at least 20, --permutations 100")
     if shape.record is not None:
         record(shape.record, shape.recording, shape.limit)
         return

@@ -167,7 +167,8 @@ def main() -> None:
         sys.exit(child(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
-    parser.add_argument("--moments", nargs="+", default=["start", "compile", "work", "save"])
+    moments = ["start", "compile", "work", "save"]
+    parser.add_argument("--moments", nargs="+", choices=moments, default=moments)
     parser.add_argument("--tries", type=positive, default=1)
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true", help="print the rows as one JSON document")

@@ -333,6 +333,8 @@ def main() -> None:
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
+    if options.records < 240 or options.tokens < 24:
+        parser.error("give --records at least 240 and --tokens at least 24")
     startup.prepare()
     found = measure(options.records, options.tokens, options.seed)
     if options.json:

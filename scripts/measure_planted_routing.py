@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
     options = parser.parse_args()
+    if options.records < 40:
+        parser.error("give --records at least 40")
     rows = measured(options.records, options.random_routers, options.seed)
     if options.json:
         print(json.dumps({"records": options.records, "seed": options.seed, "rows": rows}, indent=2))

@@ -29,8 +29,11 @@ def read_pairs(path: Path) -> list[damage.Pair]:
     """The pairs (`en`, `ar`) of a JSONL file."""
     if not path.is_file():
         raise BimedixError(f"there is no file {path}; name a JSONL file with the fields en and ar")
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-    return [(row["en"], row["ar"]) for row in rows]
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [(row["en"], row["ar"]) for row in rows]
+    except (ValueError, TypeError, KeyError):
+        raise BimedixError(f"{path} is no JSONL file whose rows have en and ar; correct the path") from None
 
 
 class Tally:

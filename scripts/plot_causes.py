@@ -104,6 +104,8 @@ def plot_matrix(axis: Any, name: str, knockout: dict[str, Any]) -> None:
 
 def panels(name: str, knockout: dict[str, Any]) -> list[tuple[Any, str, dict[str, Any]]]:
     """A panel with a row for each cell, or one matrix for each meaning where there are many."""
+    if not {"cells", "interaction"} <= knockout.keys():
+        raise BimedixError(f"{name} is not what `bimedix routes knockout` wrote; name its file")
     if len(knockout["cells"]) <= MOST_ROWS:
         return [(plot_knockout, name, knockout)]
     found = []

@@ -38,7 +38,14 @@ def check(
     ancestor_ids_BTA: jax.Array | None,
     window: int | None,
 ) -> None:
-    """Raises ValueError if shapes do not fit or the window is below 1."""
+    """Raises ValueError if shapes do not fit, ids are no integers, or the window is no number above 0."""
+    if q_BTQH.ndim != 4 or k_BSGH.ndim != 4 or 0 in k_BSGH.shape[2:]:
+        raise ValueError(
+            f"attention needs q [B, T, Q, H] and k [B, S, G, H] with heads; got {q_BTQH.shape} and {k_BSGH.shape}."
+        )
+    given = [query_ids_BT, key_ids_BS, *([] if ancestor_ids_BTA is None else [ancestor_ids_BTA])]
+    if not all(jnp.issubdtype(ids.dtype, jnp.integer) for ids in given):
+        raise ValueError(f"attention needs integers as ids; got {', '.join(str(ids.dtype) for ids in given)}.")
     batch, length, heads, width = q_BTQH.shape
     slots, groups = k_BSGH.shape[1:3]
     expected = [(batch, slots, groups, width)] * 2 + [(batch, length), (batch, slots)]
@@ -50,8 +57,8 @@ def check(
             f"[B, T, A]; got q {tuple(q_BTQH.shape)}, k {shapes[0]}, v {shapes[1]}, and ids {shapes[2]}, {shapes[3]}"
             f"{'' if ancestor_ids_BTA is None else f' and {tuple(ancestor_ids_BTA.shape)}'}."
         )
-    if window is not None and window < 1:
-        raise ValueError(f"a window of attention has at least one key, the query's own; got {window}.")
+    if window is not None and (int(window) != window or window < 1):
+        raise ValueError(f"a window of attention is a number of keys, the query's own included; got {window}.")
 
 
 @jax.named_scope("attention_products")  # bimedix_jax/plan finds the products in a compiled program by this name
@@ -91,6 +98,10 @@ def attention(
       NotImplementedError: the named backend does not take these operands.
     """
     check(q_BTQH, k_BSGH, v_BSGH, query_ids_BT, key_ids_BS, ancestor_ids_BTA, window)
+    if offset is None and k_BSGH.shape[1] != q_BTQH.shape[1]:
+        raise ValueError(
+            f"attention of {q_BTQH.shape[1]} queries to {k_BSGH.shape[1]} keys needs the offset of the first query."
+        )
     operands: tuple[jax.Array, Cached, Cached] = (q_BTQH, k_BSGH, v_BSGH)
 
     def refusal(name: str) -> str | None:

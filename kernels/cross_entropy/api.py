@@ -113,11 +113,28 @@ def backward(residuals: tuple, dlosses_N: jax.Array) -> tuple[jax.Array, jax.Arr
 differentiable.defvjp(forward, backward)
 
 
+def check(x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array) -> None:
+    """Raises ValueError if shapes do not fit, or targets are no integers."""
+    integers = jnp.issubdtype(targets_N.dtype, jnp.integer)
+    fits = x_ND.ndim == w_DV.ndim == 2 and x_ND.shape[1] == w_DV.shape[0] and targets_N.shape == x_ND.shape[:1]
+    if not fits or not integers or w_DV.shape[1] == 0:
+        raise ValueError(
+            "cross_entropy needs x [N, D], w [D, V] with V > 0, and N integers as targets; got "
+            f"{x_ND.shape}, {w_DV.shape} and {targets_N.dtype} {targets_N.shape}."
+        )
+
+
 def cross_entropy(
     x_ND: Float[Array, "N D"], w_DV: Float[Array, "D V"], targets_N: Int[Array, "N"]
 ) -> Float[Array, "N"]:
     """float32 -log softmax(x w)[target] in nats; the products have the dtype of x and float32 sums.
 
     Differentiable in x and w. Targets must be in [0, V).
+
+    Raises:
+      ValueError: shapes that do not fit, or targets that are no integers.
     """
+    check(x_ND, w_DV, targets_N)
+    if x_ND.shape[0] == 0:
+        return jnp.zeros(0, jnp.float32)
     return differentiable(x_ND, w_DV.astype(x_ND.dtype), targets_N)

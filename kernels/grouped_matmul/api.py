@@ -79,6 +79,16 @@ def product_backward(backend: str, residuals: tuple, dy_MF: jax.Array):
 product.defvjp(product_forward, product_backward)
 
 
+def check(x_MD: jax.Array, w: Any, group_sizes_E: jax.Array) -> None:
+    """Raises ValueError if shapes do not fit, or group sizes are no integers."""
+    fits = x_MD.ndim == 2 and w.ndim == 3 and w.shape[1] == x_MD.shape[1] and group_sizes_E.shape == w.shape[:1]
+    if not fits or not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
+        raise ValueError(
+            f"grouped_matmul needs x [M, D], w [E, D, F] and E integers as group sizes; "
+            f"got {x_MD.shape}, {w.shape} and {group_sizes_E.dtype} {group_sizes_E.shape}."
+        )
+
+
 def grouped_matmul(
     x_MD: Float[Array, "M D"],
     w_EDF: Float[Array, "..."] | NF4Tensor | RowMajor | LayerOf,
@@ -105,13 +115,12 @@ def grouped_matmul(
       ValueError: shapes that do not fit, or an unknown backend.
       NotImplementedError: the named backend does not take these operands.
     """
-    w: Any = orient(as_layer(w_EDF), x_MD.shape[1])
-    if w.ndim != 3 or w.shape[1] != x_MD.shape[1] or w.shape[0] != group_sizes_E.shape[0]:
-        raise ValueError(
-            f"grouped_matmul needs x [M, D], w [E, D, F] and group sizes [E]; "
-            f"got {x_MD.shape}, {w.shape} and {group_sizes_E.shape}."
-        )
+    w: Any = orient(as_layer(w_EDF), x_MD.shape[-1])
+    check(x_MD, w, group_sizes_E)
+    group_sizes_E = jnp.asarray(group_sizes_E, jnp.int32)
     name = pick_backend(backend, x_MD, w)
+    if 0 in (*x_MD.shape, *w.shape):
+        return jnp.zeros((x_MD.shape[0], w.shape[2]), x_MD.dtype)
     if isinstance(w, LayerOf) and not w.is_packed:
         w = operand(load(name), w)
     if not isinstance(w, NF4Tensor | LayerOf):

@@ -153,6 +153,8 @@ def matmul(
     if w.ndim != 2 or w.shape[0] != x.shape[-1]:
         raise ValueError(f"matmul needs x [..., D] and w [D, F]; got {x.shape} and {w.shape}.")
     result = jnp.dtype(out_dtype or x.dtype)
+    if 0 in (*x.shape, *w.shape):
+        return jnp.zeros((*x.shape[:-1], w.shape[1]), result)
     if isinstance(w, ByOutput):
         return dense_product(*vary_alike(x, w.array.astype(x.dtype)), 1, result)
     if isinstance(w, LayerOf) and not w.is_packed:

@@ -28,7 +28,12 @@ class Permutation(NamedTuple):
 
 
 def sort_by_expert(experts_NK: Int[Array, "N K"], num_experts: int) -> Permutation:
-    """Stable sort of all pairs by expert; the id num_experts means no expert, and sorts last."""
+    """Stable sort of all pairs by expert. Ids are from 0 to num_experts, which means no expert and sorts last.
+
+    Raises ValueError for ids that are no integers.
+    """
+    if not jnp.issubdtype(experts_NK.dtype, jnp.integer):
+        raise ValueError(f"sort_by_expert needs integers, got {experts_NK.dtype}.")
     flat_M = experts_NK.reshape(-1)
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     inverse_M = jnp.argsort(order_M).astype(jnp.int32)
@@ -43,7 +48,10 @@ def pairs_of_a_token(permutation: Permutation, tokens: int) -> int:
 
 @jax.named_scope("dispatch")
 def dispatch(x_ND: Float[Array, "N D"], permutation: Permutation) -> Float[Array, "M D"]:
-    """The row of each pair's token, sorted by expert."""
+    """The row of each pair's token, sorted by expert. Raises ValueError for a permutation of other tokens."""
+    pairs, tokens = permutation.order_M.shape[0], x_ND.shape[0]
+    if pairs % tokens if tokens else pairs:
+        raise ValueError(f"dispatch needs a permutation of K pairs for each row of x {x_ND.shape}, got {pairs} pairs.")
     return gathered(*vary_alike(x_ND, permutation))
 
 
@@ -72,7 +80,15 @@ gathered.defvjp(gathered_forward, gathered_backward)
 def combine(
     y_MD: Float[Array, "M D"], weights_NK: Float[Array, "N K"], permutation: Permutation
 ) -> Float[Array, "N D"]:
-    """Each token's sum of its pairs' rows times `weights_NK`, in float32, returned in the dtype of y."""
+    """Each token's sum of its pairs' rows times `weights_NK`, in float32, returned in the dtype of y.
+
+    Raises ValueError if rows, weights and permutation differ in their number of pairs.
+    """
+    pairs = permutation.order_M.shape[0]
+    if (y_MD.shape[0], weights_NK.size) != (pairs, pairs):
+        raise ValueError(
+            f"combine needs a row and a weight for each of {pairs} pairs; got {y_MD.shape} and {weights_NK.shape}."
+        )
     return weighted_sum(*vary_alike(y_MD, weights_NK, permutation))
 
 

@@ -307,7 +307,9 @@ def test_no_query(shape: tuple[int, int], backend: str | None) -> None:
     assert [x.shape for x in pullback(y)] == [q.shape, k.shape, k.shape]
 
 
-@pytest.mark.parametrize("wrong", ["heads", "slots", "width", "batch", "ids", "ancestors", "window"])
+@pytest.mark.parametrize(
+    "wrong", ["heads", "slots", "width", "batch", "ids", "ancestors", "window", "axes", "no heads", "kind"]
+)
 def test_invalid_operands_raise(wrong: str) -> None:
     q, k, v = map(jnp.asarray, draw(20, 20, 4, 2, 32))
     ids, ancestors, window = jnp.ones((2, 20), jnp.int32), None, None
@@ -325,5 +327,18 @@ def test_invalid_operands_raise(wrong: str) -> None:
         ancestors = jnp.ones((2, 3, 1), jnp.int32)
     if wrong == "window":
         window = 0
-    with pytest.raises(ValueError, match="window of attention" if wrong == "window" else "attention needs q"):
+    if wrong == "axes":
+        q = q[0]
+    if wrong == "no heads":
+        k = v = k[:, :, :0]
+    if wrong == "kind":
+        ids = ids.astype(jnp.float32)
+    message = {"window": "a window of attention", "kind": "integers as ids; got float32, float32"}
+    with pytest.raises(ValueError, match=message.get(wrong, "attention needs q")):
         api.check(q, k, v, ids, ids, ancestors, window)
+
+
+def test_queries_among_more_keys_need_an_offset() -> None:
+    q, k, v = map(jnp.asarray, draw(8, 20, 4, 2, 32))
+    with pytest.raises(ValueError, match="attention of 8 queries to 20 keys needs the offset of the first query"):
+        api.attention(q, k, v, jnp.ones((2, 8), jnp.int32), jnp.ones((2, 20), jnp.int32))

@@ -85,3 +85,18 @@ def test_the_backward_pass_of_a_frozen_head_has_no_loop():
     assert "ENTRY" in text
     assert "while" not in text
     assert " dot(" not in text
+
+
+def test_no_row():
+    x, w, targets = jnp.ones((0, 24)), jnp.ones((24, 45)), jnp.zeros(0, jnp.int32)
+    losses, pullback = jax.vjp(lambda x, w: cross_entropy(x, w, targets), x, w)
+    assert losses.shape == (0,)
+    assert [found.shape for found in pullback(losses)] == [x.shape, w.shape]
+
+
+def test_operands_that_do_not_fit():
+    x, w, targets = made(6, 24, 45, "float32")
+    wrong = [(x[:5], w, targets), (x[None], w, targets), (x, w.T, targets), (x, w, targets.astype(jnp.float32))]
+    for operands in (*wrong, (x, w[:, :0], targets)):
+        with pytest.raises(ValueError, match=r"cross_entropy needs x \[N, D\], w \[D, V\]"):
+            api.check(*operands)

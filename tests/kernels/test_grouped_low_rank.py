@@ -106,3 +106,13 @@ def test_default_backend_depends_on_platform_and_size() -> None:
     assert picked("gpu", 2, grouped_low_rank="masked") == ["masked"]
     with pytest.raises(ValueError, match="Unknown grouped_low_rank backend 'loop'; choose one of grouped, masked"):
         picked("gpu", 2, grouped_low_rank="loop")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "rank"), [(0, 3), (4, 0)])
+def test_nothing_to_compute(rows: int, rank: int, backend: str) -> None:
+    x, a, b = jnp.ones((rows, 16)), jnp.ones((2, 16, rank)), jnp.ones((2, rank, 8))
+    sizes = jnp.asarray([rows, 0], jnp.int32)
+    y, pullback = jax.vjp(lambda x, a, b: grouped_low_rank(x, a, b, sizes, backend=backend), x, a, b)
+    np.testing.assert_array_equal(y, np.zeros((rows, 8)))
+    assert [found.shape for found in pullback(y)] == [x.shape, a.shape, b.shape]

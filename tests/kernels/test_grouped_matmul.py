@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from jax import lax
 
 from bimedix_jax.kernels import backends
-from bimedix_jax.kernels.grouped_matmul import grouped_matmul, mosaic_tpu, reference, triton
+from bimedix_jax.kernels.grouped_matmul import api, grouped_matmul, mosaic_tpu, reference, triton
 from bimedix_jax.kernels.grouped_matmul.api import BACKENDS
 from bimedix_jax.kernels.nf4 import NF4Tensor, dequantize, quantize
 from bimedix_jax.kernels.nf4.api import layer_weights
@@ -322,3 +322,21 @@ def test_triton_programs_write_only_their_rows(monkeypatch: pytest.MonkeyPatch) 
     x, w, _ = draw(50, 32, 48, len(sizes), "float32")
     y = jax.jit(lambda x, w, groups: grouped_matmul(x, w, groups, backend="triton"))(x, w, jnp.asarray(sizes))
     close(y, reference.grouped_matmul(np.asarray(x), np.asarray(w), np.array(sizes)), "float32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 32, 64), (4, 0, 64), (4, 32, 0)])
+def test_nothing_to_compute(shape: tuple[int, int, int], backend: str) -> None:
+    rows, inputs, outputs = shape
+    x, w, sizes = jnp.ones((rows, inputs)), jnp.ones((2, inputs, outputs)), jnp.asarray([rows, 0], jnp.int32)
+    y, pullback = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x, w)
+    np.testing.assert_array_equal(y, np.zeros((rows, outputs)))
+    assert [found.shape for found in pullback(y)] == [x.shape, w.shape]
+
+
+def test_group_sizes_are_integers_of_any_kind() -> None:
+    x, w, _ = draw(4, 32, 48, 2, "float32")
+    expected = grouped_matmul(x, w, jnp.asarray([1, 3], jnp.int32))
+    np.testing.assert_array_equal(grouped_matmul(x, w, jnp.asarray([1, 3], jnp.int8)), expected)
+    with pytest.raises(ValueError, match=r"needs .* E integers as group sizes; got .* float32 \(2,\)"):
+        api.check(x, w, jnp.ones(2))

@@ -135,11 +135,15 @@ def test_a_library_without_the_function(source: Path) -> None:
     assert cached() == []
 
 
-def test_a_compiler_that_writes_nonsense_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", script(source, 'for last; do :; done; echo nonsense > "$last"'))
+@pytest.mark.parametrize("command", ['echo nonsense > "$last"', 'g++ "$@"; truncate -s 6000 "$last"'])
+def test_a_compiler_that_writes_nonsense_leaves_nothing(
+    source: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", script(source, f"for last; do :; done; {command}"))
     reason = native.register(source, ("-O1",), ("answer",))
     assert reason is not None
-    assert "cannot be loaded (" in reason
+    assert "its library cannot be loaded: " in reason
+    assert cached() == []
     monkeypatch.delenv("CXX")
     assert ctypes.CDLL(str(native.build(source, ("-O1",)))).answer() == 42
 

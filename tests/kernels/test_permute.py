@@ -78,3 +78,12 @@ def test_gradients_of_no_token() -> None:
     weights = jnp.zeros((0, 2))
     gradient = jax.grad(lambda x: jnp.sum(combine(dispatch(x, permutation), weights, permutation)))(jnp.zeros((0, 3)))
     assert gradient.shape == (0, 3)
+
+
+def test_operands_that_do_not_fit() -> None:
+    permutation = sort_by_expert(jnp.zeros((6, 2), jnp.int32), 4)
+    with pytest.raises(ValueError, match=r"permutation of K pairs for each row of x \(5, 3\), got 12 pairs"):
+        dispatch(jnp.zeros((5, 3)), permutation)
+    for rows, shape in ((11, (6, 2)), (12, (6, 1))):
+        with pytest.raises(ValueError, match="a row and a weight for each of 12 pairs"):
+            combine(jnp.zeros((rows, 3)), jnp.zeros(shape), permutation)
