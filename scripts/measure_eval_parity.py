@@ -373,10 +373,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     parser.add_argument("--peer-batch", type=positive, default=PEER_BATCH, help=f"of a peer ({PEER_BATCH} rows)")
     args = parser.parse_args()
-    if not args.data.is_dir():
-        raise BimedixError(f"there is no folder {args.data}; name that of the English sets with --data")
-    if args.mixture and not args.mixture.is_dir():
-        raise BimedixError(f"there is no folder {args.mixture}; name that of a model with --mixture, or leave it out")
+    if missing := [folder for folder in (args.data, args.mixture) if folder and not folder.is_dir()]:
+        raise BimedixError(f"there is no folder {missing[0]}; correct --data or --mixture")
     with tempfile.TemporaryDirectory() as name:
         scratch, start = Path(name), time.perf_counter()
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:

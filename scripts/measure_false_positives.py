@@ -377,9 +377,7 @@ def main() -> None:
     parser.add_argument("--relabellings", type=natural, default=200)
     parser.add_argument("--token-datasets", type=natural, default=100, help="of both measurements with single tokens")
     parser.add_argument("--recording", type=Path, default=RECORDING)
-    parser.add_argument(
-        "--record", metavar="MODEL", help="record the sample with this model into --recording, and stop"
-    )
+    parser.add_argument("--record", metavar="MODEL", help="record the sample with it into --recording, and stop")
     parser.add_argument("--limit", type=positive, default=120, help="records of --record")
     parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--json", action="store_true")
