@@ -61,8 +61,8 @@ def grouped_low_rank(
       ValueError: unknown backend, or shapes that do not fit.
     """
     name = pick_backend(backend, a_EDR)
-    if a_EDR.shape[2] == 0:
-        return jnp.zeros((x_MD.shape[0], b_ERF.shape[2]), x_MD.dtype)  # rank 0 adds nothing
+    if 0 in (*x_MD.shape, *a_EDR.shape, *b_ERF.shape):
+        return jnp.zeros((x_MD.shape[0], b_ERF.shape[2]), x_MD.dtype)
     if name == "masked":
         a_EDR, b_ERF = (w.value() if isinstance(w, LayerOf) else w for w in (a_EDR, b_ERF))
     return BACKENDS[name](x_MD, a_EDR, b_ERF, group_sizes_E)
