@@ -79,8 +79,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=positive, default=5, help="runs of each side")
     parser.add_argument("command", nargs="+", help="a benchmark of bimedix with its options, after --")
     options = parser.parse_args()
-    if options.pairs < 1:
-        raise BimedixError(f"--pairs is {options.pairs}; give at least 1.")
     rows = compare(options.commit, options.command, options.pairs)
     print(json.dumps({"commit": options.commit, "command": options.command, "pairs": options.pairs, "rows": rows}))
 

@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("--length", type=positive, default=512, help="tokens a row")
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.width < 256 or arguments.width % 256 or arguments.length < 2 or arguments.repeats < 1:
-        parser.error("--width must be a multiple of 256, --length at least 2, --repeats at least 1")
+    if arguments.width % 256 or arguments.length < 2:
+        parser.error("--width must be a multiple of 256, --length at least 2")
     if arguments.child is not None:
         print(json.dumps(child(arguments.child, arguments.width, arguments.length)))
         return
